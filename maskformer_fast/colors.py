@@ -7,7 +7,9 @@ import colorsys
 __all__ = ["default_colors"]
 
 # Every tone keeps neighbours in hue apart in lightness or saturation as well: (value, saturation).
-_TONES = ((0.95, 0.85), (0.65, 0.90), (1.00, 0.50), (0.45, 0.75), (0.80, 0.60), (0.90, 0.30), (0.55, 0.45), (0.75, 1.00))
+_TONES = (
+    (0.95, 0.85), (0.65, 0.90), (1.00, 0.50), (0.45, 0.75), (0.80, 0.60), (0.90, 0.30), (0.55, 0.45), (0.75, 1.00),
+)
 _GOLDEN_RATIO = 0.6180339887498949  # hue steps of the golden angle never fall back onto an earlier hue
 
 
