@@ -1,0 +1,357 @@
+"""Frozen, validated configuration of a run; `recipes.py` reads it from YAML and the command line.
+
+Every field is used. A value that cannot work fails at construction with the field's name, so a typo in a recipe
+costs a second and not an evening.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+Task = Literal["semantic", "instance", "panoptic"]
+TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
+
+
+def check(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raise ``ValueError`` naming the argument, what it must be and what it is."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
+    """``Literal`` is not enforced at run time; this does."""
+    check(value in choices, name, "one of " + ", ".join(map(repr, choices)), value)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A preset name plus whatever departs from it; ``None`` means "the preset's value"."""
+
+    name: str = "resnet50"
+    """Preset: see `maskformer_fast.modeling.backbone.BACKBONES`."""
+    weights: str | None = None
+    """File of our own format with pretrained backbone weights (ImageNet), loaded before training."""
+    depths: tuple[int, int, int, int] | None = None
+    """Blocks in each of the four stages."""
+    stem: Literal["basic", "deep"] | None = None
+    """ResNet: one 7x7 convolution, or the three 3x3 ones of ResNet-101c."""
+    stem_channels: int | None = None
+    """ResNet: channels after the stem."""
+    bottleneck_channels: int | None = None
+    """ResNet: inner channels of res2; each stage doubles them."""
+    res2_channels: int | None = None
+    """ResNet: output channels of res2; each stage doubles them."""
+    norm: Literal["batch", "frozen", "sync"] | None = None
+    """ResNet: BatchNorm trained, frozen, or synchronised over ranks."""
+    embed_dim: int | None = None
+    """Swin: channels of the first stage."""
+    num_heads: tuple[int, int, int, int] | None = None
+    """Swin: attention heads of each stage."""
+    window_size: int | None = None
+    """Swin: window side in tokens."""
+    drop_path_rate: float | None = None
+    """Swin: stochastic depth of the last block; earlier blocks scale linearly from 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("stem_channels", "bottleneck_channels", "res2_channels", "embed_dim", "window_size"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"backbone.{name}", "a positive integer", value)
+        rate = self.drop_path_rate
+        check(rate is None or 0.0 <= rate < 1.0, "backbone.drop_path_rate", "0 <= rate < 1", rate)
+        if self.norm is not None:
+            check_choice("backbone.norm", self.norm, ("batch", "frozen", "sync"))
+        if self.stem is not None:
+            check_choice("backbone.stem", self.stem, ("basic", "deep"))
+
+
+@dataclass(frozen=True)
+class PixelDecoderConfig:
+    """FPN pixel decoder (paper section 3.2), optionally with a transformer encoder on res5."""
+
+    conv_dim: int = 256
+    mask_dim: int = 256
+    """Channels D of the pixel embeddings."""
+    norm_groups: int = 32
+    encoder_layers: int = 0
+    """Transformer encoder layers on res5; 0 is the plain FPN, 6 the official panoptic models."""
+    encoder_heads: int = 8
+    encoder_ffn_dim: int = 2048
+    encoder_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check(self.conv_dim > 0 and self.conv_dim % self.norm_groups == 0, "pixel_decoder.conv_dim",
+              f"a positive multiple of norm_groups={self.norm_groups}", self.conv_dim)
+        check(self.mask_dim > 0, "pixel_decoder.mask_dim", "a positive integer", self.mask_dim)
+        check(self.encoder_layers >= 0, "pixel_decoder.encoder_layers", ">= 0", self.encoder_layers)
+        check(self.conv_dim % self.encoder_heads == 0, "pixel_decoder.encoder_heads",
+              f"a divisor of conv_dim={self.conv_dim}", self.encoder_heads)
+        check(0.0 <= self.encoder_dropout < 1.0, "pixel_decoder.encoder_dropout", "0 <= p < 1", self.encoder_dropout)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Transformer decoder with learned queries."""
+
+    layers: int = 6
+    hidden_dim: int = 256
+    num_heads: int = 8
+    ffn_dim: int = 2048
+    dropout: float = 0.1
+    num_queries: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden_dim", "num_heads", "ffn_dim", "num_queries"):
+            check(getattr(self, name) > 0, f"decoder.{name}", "a positive integer", getattr(self, name))
+        check(self.hidden_dim % self.num_heads == 0, "decoder.num_heads",
+              f"a divisor of hidden_dim={self.hidden_dim}", self.num_heads)
+        check(0.0 <= self.dropout < 1.0, "decoder.dropout", "0 <= p < 1", self.dropout)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. ``num_classes`` 0 means "as many as the data set has"."""
+
+    type: Literal["maskformer", "per_pixel", "per_pixel_plus"] = "maskformer"
+    num_classes: int = 0
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    pixel_mean: tuple[float, float, float] = (123.675, 116.280, 103.530)
+    """RGB, on the 0..255 scale."""
+    pixel_std: tuple[float, float, float] = (58.395, 57.120, 57.375)
+    size_divisibility: int = 32
+    """Batches are padded to a multiple of this; 0 pads to the largest image only."""
+
+    def __post_init__(self) -> None:
+        check_choice("model.type", self.type, ("maskformer", "per_pixel", "per_pixel_plus"))
+        check(self.num_classes >= 0, "model.num_classes", ">= 0", self.num_classes)
+        check(self.size_divisibility >= 0, "model.size_divisibility", ">= 0", self.size_divisibility)
+        check(all(s > 0 for s in self.pixel_std), "model.pixel_std", "positive numbers", self.pixel_std)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Matching cost and loss; the weights serve both (paper section 3.3)."""
+
+    class_weight: float = 1.0
+    mask_weight: float = 20.0
+    dice_weight: float = 1.0
+    no_object_weight: float = 0.1
+    mask_loss: Literal["focal", "bce"] = "focal"
+    """Focal is what the official code trains; binary cross-entropy is what the paper's equation 2 says."""
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    deep_supervision: bool = True
+    padding: Literal["exclude", "include"] = "exclude"
+    """Whether pixels that only pad the batch count in mask losses; "include" gives the official code's numbers."""
+    max_nonfinite_steps: int = 10
+    """Consecutive skipped steps (non-finite cost or loss) after which training stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "focal_gamma"):
+            check(getattr(self, name) >= 0, f"loss.{name}", ">= 0", getattr(self, name))
+        check_choice("loss.mask_loss", self.mask_loss, ("focal", "bce"))
+        check_choice("loss.padding", self.padding, ("exclude", "include"))
+        check(self.max_nonfinite_steps > 0, "loss.max_nonfinite_steps", "> 0", self.max_nonfinite_steps)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training transforms of the official recipes, in the order in which they are applied."""
+
+    scale_mode: Literal["short_edge", "scale", "none"] = "short_edge"
+    """``short_edge`` resizes the shorter side to one of ``short_edge``; ``scale`` fits the image into
+    ``scale_size`` times a uniform draw of ``scale_range`` (COCO panoptic's large-scale jitter)."""
+    short_edge: tuple[int, ...] = (512,)
+    max_size: int = 2048
+    """Limit of the longer side after a short-edge resize."""
+    scale_range: tuple[float, float] = (0.1, 2.0)
+    scale_size: tuple[int, int] = (1024, 1024)
+    crop_size: tuple[int, int] | None = (512, 512)
+    """Height, width; a smaller image is padded to it. ``None`` keeps the resized image whole."""
+    single_category_max_area: float = 0.75
+    """Retry a crop in which one category covers more than this share; 1.0 accepts any crop."""
+    color_jitter: bool = False
+    """Brightness, contrast, saturation and hue of SSD, which the official semantic recipes use."""
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("data.augment.scale_mode", self.scale_mode, ("short_edge", "scale", "none"))
+        check(len(self.short_edge) > 0 and min(self.short_edge) > 0, "data.augment.short_edge", "positive sizes",
+              self.short_edge)
+        low, high = self.scale_range
+        check(0.0 < low <= high, "data.augment.scale_range", "0 < low <= high", self.scale_range)
+        area = self.single_category_max_area
+        check(0.0 < area <= 1.0, "data.augment.single_category_max_area", "0 < share <= 1", area)
+        if self.crop_size is not None:
+            check(min(self.crop_size) > 0, "data.augment.crop_size", "positive height and width", self.crop_size)
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """The synthetic data set: overlapping shapes (things) over textured stuff regions."""
+
+    num_things: int = 6
+    num_stuff: int = 4
+    size: tuple[int, int] = (128, 128)
+    """Height, width."""
+    max_shapes: int = 6
+    train_images: int = 4096
+    val_images: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.num_things >= 1, "data.shapes.num_things", ">= 1", self.num_things)
+        check(self.num_stuff >= 1, "data.shapes.num_stuff", ">= 1", self.num_stuff)
+        check(min(self.size) >= 16, "data.shapes.size", "at least 16 x 16", self.size)
+        check(self.max_shapes >= 1, "data.shapes.max_shapes", ">= 1", self.max_shapes)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and truth come from."""
+
+    dataset: str = "shapes"
+    """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, or a preset of `maskformer_fast.data.presets`."""
+    root: str | None = None
+    """Folder of the data set; presets document the layout below it."""
+    train_split: str = "train"
+    val_split: str = "val"
+    task: Task | None = None
+    """What the targets are; ``None`` takes the data set's own (folder: semantic, COCO instances: instance...)."""
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    skip_broken: bool = False
+    """Leave out images or annotations that cannot be read, and list them, instead of stopping."""
+    workers: int = 2
+    """Loader processes; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        if self.task is not None:
+            check_choice("data.task", self.task, TASKS)
+        check(self.workers >= 0, "data.workers", ">= 0", self.workers)
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """Inference: resizing, thresholds and test-time augmentation."""
+
+    __test__ = False  # not a pytest class
+
+    short_edge: int | None = 512
+    """Shorter side fed to the network; ``None`` feeds images as they are."""
+    max_size: int = 2048
+    object_mask_threshold: float = 0.8
+    """Panoptic: queries whose best class scores less are dropped."""
+    overlap_threshold: float = 0.8
+    """Panoptic: segments that keep less of their own mask than this are dropped."""
+    top_k: int = 100
+    """Instance: results an image."""
+    multi_scale: tuple[float, ...] = ()
+    """Semantic: average the scores over these scales of ``short_edge``; empty uses one scale."""
+    flip: bool = False
+    """Semantic: average with the mirrored image as well."""
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
+        for name in ("object_mask_threshold", "overlap_threshold"):
+            check(0.0 <= getattr(self, name) <= 1.0, f"test.{name}", "0..1", getattr(self, name))
+        check(self.top_k > 0, "test.top_k", "> 0", self.top_k)
+        check(all(s > 0 for s in self.multi_scale), "test.multi_scale", "positive factors", self.multi_scale)
+        check(self.batch_size > 0, "test.batch_size", "> 0", self.batch_size)
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """Optimisation."""
+
+    max_steps: int = 160_000
+    batch_size: int = 16
+    """Images of one optimiser step over all ranks."""
+    accumulate: int = 1
+    """Micro-batches a step is cut into; the batch size stays what it says."""
+    lr: float = 1e-4
+    backbone_factor: float = 0.1
+    """Learning-rate factor of the backbone."""
+    weight_decay: float = 1e-4
+    norm_weight_decay: float = 0.0
+    """Weight decay of normalisation weights and of position embeddings."""
+    schedule: Literal["poly", "step"] = "poly"
+    poly_power: float = 0.9
+    milestones: tuple[int, ...] = ()
+    """Steps at which ``step`` multiplies the rate by ``gamma``."""
+    gamma: float = 0.1
+    warmup_steps: int = 0
+    warmup_factor: float = 1.0
+    """Factor of the rate at step 0, rising linearly to 1 after ``warmup_steps``."""
+    clip_norm: float = 0.01
+    """Largest gradient norm of the full model; 0 turns clipping off."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    compile: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "accumulate"):
+            check(getattr(self, name) > 0, f"solver.{name}", "a positive integer", getattr(self, name))
+        check(self.batch_size % self.accumulate == 0, "solver.accumulate",
+              f"a divisor of batch_size={self.batch_size}", self.accumulate)
+        check(self.lr > 0, "solver.lr", "> 0", self.lr)
+        check_choice("solver.schedule", self.schedule, ("poly", "step"))
+        check_choice("solver.amp", self.amp, ("off", "bf16", "fp16"))
+        for name in ("backbone_factor", "weight_decay", "norm_weight_decay", "warmup_steps", "clip_norm"):
+            check(getattr(self, name) >= 0, f"solver.{name}", ">= 0", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run writes, and how often (in steps)."""
+
+    every: int = 50
+    validate_every: int = 5000
+    """0 validates at the end only."""
+    checkpoint_every: int = 5000
+    pictures: int = 4
+    """Sample pictures at each validation."""
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        check(self.every > 0, "log.every", "> 0", self.every)
+        check(self.checkpoint_every > 0, "log.checkpoint_every", "> 0", self.checkpoint_every)
+        check(self.validate_every >= 0, "log.validate_every", ">= 0", self.validate_every)
+        check(self.pictures >= 0, "log.pictures", ">= 0", self.pictures)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, as a recipe describes it."""
+
+    output: str = "runs/default"
+    """Folder of logs, checkpoints, metrics and pictures."""
+    seed: int = 0
+    device: str = "auto"
+    """``auto`` takes the GPU where there is one."""
+    metrics: tuple[Task, ...] = ()
+    """Tasks measured in validation; empty measures the data set's own task."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for task in self.metrics:
+            check_choice("metrics", task, TASKS)
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """Nested plain containers (tuples become lists) for YAML and JSON; `recipes.from_dict` reads them back."""
+
+    def plain(value: object) -> Any:
+        if hasattr(value, "__dataclass_fields__"):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}  # type: ignore[arg-type]
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return plain(config)

@@ -1,0 +1,194 @@
+"""The tensors that flow between the parts: predictions, targets, examples and results.
+
+Masks are bit-packed along the width, 8 pixels to a byte, least significant bit first (``numpy.packbits`` with
+``bitorder="little"``): pixel ``x`` is bit ``x % 8`` of byte ``x // 8``. Padding bits are zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+VOID = -1
+"""Value of an unlabelled pixel in every id map and label map of this package."""
+
+
+def pack_masks(
+    masks: Tensor,  # [..., H, W] bool
+) -> Tensor:
+    """Pack boolean masks 8 pixels to a byte -> uint8 [..., H, ceil(W/8)], on the masks' device."""
+    if masks.dtype != torch.bool:
+        raise TypeError(f"masks: expected torch.bool, got {masks.dtype}")
+    padding = -masks.shape[-1] % 8
+    bits = torch.nn.functional.pad(masks, (0, padding)).unflatten(-1, (-1, 8))
+    weights = 2 ** torch.arange(8, device=masks.device, dtype=torch.uint8)
+    return (bits * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_masks(
+    packed: Tensor,  # [..., H, ceil(W/8)] uint8
+    width: int,
+) -> Tensor:
+    """Inverse of `pack_masks` -> bool [..., H, width]."""
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed: expected torch.uint8, got {packed.dtype}")
+    if (width + 7) // 8 != packed.shape[-1]:
+        raise ValueError(f"width: expected one that packs to {packed.shape[-1]} bytes, got {width}")
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(-2)[..., :width].to(torch.bool)
+
+
+class Predictions(NamedTuple):
+    """What the network says of a batch. Mask logits stay factored: ``mask_logits`` multiplies them out.
+
+    L is the number of decoder layers kept (all with deep supervision, else 1), the final one last.
+    """
+
+    class_logits: Tensor  # [L, B, Q, K+1], "no object" last
+    mask_embeddings: Tensor  # [L, B, Q, D]
+    pixel_embeddings: Tensor  # [B, D, h, w], stride 4 of the padded input
+    valid_sizes: Tensor  # [B, 2] int64: height, width of each image inside the padded input
+    input_size: tuple[int, int]  # height, width of the padded input
+
+    def mask_logits(self, layer: int = -1) -> Tensor:
+        """Mask logits of one decoder layer -> [B, Q, h, w]."""
+        return torch.einsum("bqd,bdhw->bqhw", self.mask_embeddings[layer], self.pixel_embeddings)
+
+
+class PixelPredictions(NamedTuple):
+    """What a per-pixel baseline says: class scores at every pixel, no queries."""
+
+    logits: Tensor  # [L, B, K, h, w], the final layer last
+    valid_sizes: Tensor  # [B, 2] int64
+    input_size: tuple[int, int]
+
+
+class Targets(NamedTuple):
+    """Truth of a batch for any of the three tasks; masks may overlap."""
+
+    labels: Tensor  # [B, T] int64, rows beyond counts[b] are 0
+    counts: Tensor  # [B] int64
+    masks: Tensor  # [B, T, H, ceil(W/8)] uint8, packed, H x W = the padded input size
+    valid_sizes: Tensor  # [B, 2] int64
+    input_size: tuple[int, int]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        """Copy to a device."""
+        moved = [t.to(device, non_blocking=non_blocking) for t in self[:4]]
+        return Targets(moved[0], moved[1], moved[2], moved[3], self.input_size)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Classes of a data set, by contiguous index."""
+
+    name: str
+    class_names: tuple[str, ...]
+    is_thing: tuple[bool, ...]
+    category_ids: tuple[int, ...]  # the data set's own id of each class, for files written in its format
+    colors: tuple[tuple[int, int, int], ...]  # RGB
+
+    def __post_init__(self) -> None:
+        for name in ("is_thing", "category_ids", "colors"):
+            got = len(getattr(self, name))
+            if got != len(self.class_names):
+                raise ValueError(f"{name}: expected one entry for each of {len(self.class_names)} classes, got {got}")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """One segment of the truth or of a result; ``category`` is a contiguous class index."""
+
+    id: int
+    category: int
+    is_thing: bool = True
+    is_crowd: bool = False
+    score: float = 1.0
+    area: int = 0
+
+
+@dataclass
+class Example:
+    """One image and its truth, as a data set reads them, at their own resolution.
+
+    Truth without overlap (semantic, panoptic) is an ``id_map``; truth with overlap (instances) is ``masks``.
+    Exactly one of them is set. Semantic truth uses the class index as the segment's id.
+    """
+
+    image: np.ndarray  # [H, W, 3] uint8 RGB
+    segments: list[SegmentInfo]
+    id_map: np.ndarray | None = None  # [H, W] int32, VOID where unlabelled
+    masks: np.ndarray | None = None  # [T, H, W] bool, in the order of segments
+    image_id: int | str = 0
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.id_map is None) == (self.masks is None):
+            raise ValueError("Example: expected exactly one of id_map and masks")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height, width."""
+        return self.image.shape[0], self.image.shape[1]
+
+    def segment_masks(self, segments: list[SegmentInfo]) -> np.ndarray:
+        """Mask of each of the given segments (all of them this example's) -> [T, H, W] bool."""
+        if self.masks is not None:
+            rows = {segment.id: row for row, segment in enumerate(self.segments)}
+            return self.masks[[rows[segment.id] for segment in segments]]
+        ids = np.array([segment.id for segment in segments], dtype=np.int32)
+        return self.id_map[None] == ids[:, None, None]
+
+    def semantic_map(self) -> np.ndarray:
+        """Class index of every pixel -> [H, W] int32, VOID where no segment is; later masks cover earlier ones."""
+        labels = np.full(self.size, VOID, dtype=np.int32)
+        if self.masks is not None:
+            for segment, mask in zip(self.segments, self.masks, strict=True):
+                labels[mask] = segment.category
+        elif self.segments:
+            order = sorted(self.segments, key=lambda segment: segment.id)
+            ids = np.array([segment.id for segment in order], dtype=np.int32)
+            categories = np.array([segment.category for segment in order], dtype=np.int32)
+            row = np.searchsorted(ids, self.id_map).clip(max=len(ids) - 1)
+            known = ids[row] == self.id_map
+            labels[known] = categories[row[known]]
+        return labels
+
+
+@dataclass
+class SemanticResult:
+    """Label of every pixel at the asked size."""
+
+    labels: Tensor  # [H, W] uint8 (K <= 255) or int16
+    scores: Tensor | None = None  # [H, W] float32, sum over queries of the winning class
+
+
+@dataclass
+class PanopticResult:
+    """Non-overlapping segments; ids count from 1, `VOID` where no segment is."""
+
+    id_map: Tensor  # [H, W] int32
+    segments: list[SegmentInfo] = field(default_factory=list)
+
+
+@dataclass
+class InstanceResult:
+    """Scored, possibly overlapping instances, best first."""
+
+    labels: Tensor  # [N] int64
+    scores: Tensor  # [N] float32
+    masks: Tensor  # [N, H, ceil(W/8)] uint8, packed
+    boxes: Tensor  # [N, 4] float32: x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask
+    size: tuple[int, int]  # H, W
+
+
+Result = SemanticResult | PanopticResult | InstanceResult
