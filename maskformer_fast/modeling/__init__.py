@@ -1,0 +1,32 @@
+"""The network: backbone, pixel decoder, transformer decoder, heads."""
+
+from __future__ import annotations
+
+from maskformer_fast.config import ModelConfig
+from maskformer_fast.modeling.backbone import BACKBONES, resolve_backbone
+from maskformer_fast.modeling.maskformer import MaskFormer
+from maskformer_fast.modeling.network import SegmentationNetwork
+from maskformer_fast.modeling.per_pixel import PerPixelBaseline, PerPixelBaselinePlus
+
+__all__ = [
+    "BACKBONES",
+    "MaskFormer",
+    "PerPixelBaseline",
+    "PerPixelBaselinePlus",
+    "SegmentationNetwork",
+    "build_model",
+    "resolve_backbone",
+]
+
+
+def build_model(config: ModelConfig) -> SegmentationNetwork:
+    """Network of the asked type with freshly initialised weights.
+
+    Raises ``ValueError`` for an unknown backbone, for values that do not fit together, and while ``num_classes`` is 0.
+    """
+    types: dict[str, type[SegmentationNetwork]] = {
+        "maskformer": MaskFormer,
+        "per_pixel": PerPixelBaseline,
+        "per_pixel_plus": PerPixelBaselinePlus,
+    }
+    return types[config.type](config)

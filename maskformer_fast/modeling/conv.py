@@ -1,0 +1,67 @@
+"""Convolution, normalisation and ReLU in one module, as both ResNet and the pixel decoder use them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConvNorm(nn.Conv2d):
+    """2-d convolution without bias, then ``norm``, then ReLU if asked.
+
+    The norm is a child of the convolution (``conv.weight``, ``conv.norm.weight``), which is how checkpoints name them.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, norm: nn.Module, *, stride: int = 1, relu: bool = False
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
+        self.norm = norm
+        self.relu = relu
+
+    def forward(
+        self,
+        x: Tensor,  # [B, in_channels, H, W]
+    ) -> Tensor:
+        """-> [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
+        x = self.norm(super().forward(x))
+        return F.relu(x) if self.relu else x
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation with constant statistics, scale and shift: buffers, so that no optimiser touches them."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+    ) -> Tensor:
+        """-> [B, C, H, W]."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def msra_fill(conv: nn.Conv2d) -> None:
+    """Normal with variance 2 / fan_out, zero bias (He et al., 2015), for convolutions of the backbone."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
+def xavier_fill(conv: nn.Conv2d) -> None:
+    """Uniform with variance 1 / fan_in, zero bias (Caffe2's Xavier fill), for convolutions outside the backbone."""
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)

@@ -1,0 +1,38 @@
+"""MaskFormer (Cheng, Schwing, Kirillov, NeurIPS 2021): one mask-classification network for all three tasks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from maskformer_fast.config import ModelConfig
+from maskformer_fast.modeling.mask_head import MaskHead
+from maskformer_fast.modeling.network import SegmentationNetwork, checked_sizes
+from maskformer_fast.structures import Predictions
+
+
+class MaskFormer(SegmentationNetwork):
+    """Image -> a set of (class, mask) predictions, one a query."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.predictor = MaskHead(
+            self.pixel_decoder.memory_channels, config.num_classes, config.pixel_decoder.mask_dim, config.decoder
+        )
+
+    def forward(
+        self,
+        images: Tensor,  # [B, 3, H, W] uint8 RGB
+        valid_sizes: Tensor | None = None,  # [B, 2] int64: height, width of each image inside its padding
+        *,
+        all_layers: bool | None = None,
+    ) -> Predictions:
+        """Predict a batch; any size of image will do.
+
+        ``all_layers`` keeps the predictions of every decoder layer (deep supervision); ``None`` does so in training.
+        Pixels outside ``valid_sizes`` count as the mean colour. Raises ``TypeError`` for images that are not uint8.
+        """
+        sizes = checked_sizes(images, valid_sizes)
+        pixel_embeddings, memory = self.embed(images, sizes)
+        class_logits, mask_embeddings = self.predictor(memory, self.training if all_layers is None else all_layers)
+        height, width = images.shape[-2:]
+        return Predictions(class_logits, mask_embeddings, pixel_embeddings, sizes, (height, width))

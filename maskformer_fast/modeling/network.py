@@ -1,0 +1,69 @@
+"""What MaskFormer and the per-pixel baselines share: image -> pixel embeddings and memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from maskformer_fast.config import ModelConfig, check
+from maskformer_fast.modeling.backbone import build_backbone
+from maskformer_fast.modeling.pixel_decoder import PixelDecoder
+
+
+class SegmentationNetwork(nn.Module):
+    """Normalisation, backbone and pixel decoder; subclasses put a head (``predictor``) on top."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        check(config.num_classes > 0, "model.num_classes", "at least 1", config.num_classes)
+        self.config = config
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
+        self.backbone = build_backbone(config.backbone)
+        self.pixel_decoder = PixelDecoder(self.backbone.channels, config.pixel_decoder)
+
+    def normalize(
+        self,
+        images: Tensor,  # [B, 3, H, W] uint8 RGB
+        valid_sizes: Tensor,  # [B, 2] int64
+    ) -> Tensor:
+        """Standardise each channel -> [B, 3, H, W] float, zero outside the valid sizes."""
+        height, width = images.shape[-2:]
+        inside_rows = torch.arange(height, device=images.device) < valid_sizes[:, :1]  # [B, H]
+        inside_columns = torch.arange(width, device=images.device) < valid_sizes[:, 1:]  # [B, W]
+        inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+        return (images - self.pixel_mean) / self.pixel_std * inside
+
+    def embed(
+        self,
+        images: Tensor,  # [B, 3, H, W] uint8 RGB
+        valid_sizes: Tensor,  # [B, 2] int64
+    ) -> tuple[Tensor, Tensor]:
+        """-> pixel embeddings [B, D, ceil(H/4), ceil(W/4)], memory [B, C, ceil(H/32), ceil(W/32)]."""
+        return self.pixel_decoder(self.backbone(self.normalize(images, valid_sizes)))
+
+
+def checked_sizes(
+    images: Tensor,  # [B, 3, H, W] uint8 RGB
+    valid_sizes: Tensor | None,  # [B, 2] int64: height, width of each image inside its padding
+) -> Tensor:
+    """Validate a network's input; ``None`` becomes the full size of every image -> [B, 2] int64.
+
+    Raises ``TypeError`` and ``ValueError`` for another dtype or shape.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: expected torch.uint8 (normalisation is inside the network), got {images.dtype}")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: expected shape [B, 3, H, W], got {list(images.shape)}")
+    batch, _, height, width = images.shape
+    if valid_sizes is None:
+        full = [torch.full((batch,), size, dtype=torch.int64, device=images.device) for size in (height, width)]
+        return torch.stack(full, dim=1)
+    if valid_sizes.dtype != torch.int64:
+        raise TypeError(f"valid_sizes: expected torch.int64, got {valid_sizes.dtype}")
+    if valid_sizes.ndim != 2 or valid_sizes.shape[0] != batch or valid_sizes.shape[1] != 2:
+        raise ValueError(f"valid_sizes: expected shape [{batch}, 2], got {list(valid_sizes.shape)}")
+    return valid_sizes

@@ -1,0 +1,82 @@
+"""FPN pixel decoder (paper section 3.2), optionally with a transformer encoder on res5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskformer_fast.config import PixelDecoderConfig, check
+from maskformer_fast.modeling.conv import ConvNorm, xavier_fill
+from maskformer_fast.modeling.position import sine_positions
+from maskformer_fast.modeling.transformer import TransformerEncoder
+
+
+class PixelDecoder(nn.Module):
+    """Backbone features -> pixel embeddings at stride 4, and the memory for the transformer decoder.
+
+    ``memory_channels`` are those of the memory: res5's, or ``conv_dim`` behind a transformer encoder.
+    """
+
+    def __init__(self, in_channels: Sequence[int], config: PixelDecoderConfig) -> None:
+        """``in_channels``: of res2, res3, res4, res5."""
+        super().__init__()
+        dim = config.conv_dim
+
+        def conv(channels: int, kernel: int, relu: bool = False) -> ConvNorm:
+            return ConvNorm(channels, dim, kernel, nn.GroupNorm(config.norm_groups, dim), relu=relu)
+
+        self.adapter_1 = conv(in_channels[0], 1)
+        self.layer_1 = conv(dim, 3, relu=True)
+        self.adapter_2 = conv(in_channels[1], 1)
+        self.layer_2 = conv(dim, 3, relu=True)
+        self.adapter_3 = conv(in_channels[2], 1)
+        self.layer_3 = conv(dim, 3, relu=True)
+        self.has_encoder = config.encoder_layers > 0
+        if self.has_encoder:
+            check(dim % 4 == 0, "pixel_decoder.conv_dim", "a multiple of 4 (sine positions)", dim)
+            self.input_proj = nn.Conv2d(in_channels[3], dim, kernel_size=1)
+            encoder = TransformerEncoder(
+                config.encoder_layers, dim, config.encoder_heads, config.encoder_ffn_dim, config.encoder_dropout
+            )
+            self.transformer = nn.ModuleDict({"encoder": encoder})
+        self.memory_channels = dim if self.has_encoder else in_channels[3]
+        self.layer_4 = conv(self.memory_channels, 3, relu=True)
+        self.mask_features = nn.Conv2d(dim, config.mask_dim, kernel_size=3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                xavier_fill(module)
+
+    def forward(
+        self,
+        features: Sequence[Tensor],  # res2 ... res5, [B, in_channels[i], H/2^(i+2), W/2^(i+2)]
+    ) -> tuple[Tensor, Tensor]:
+        """-> pixel embeddings [B, mask_dim, H/4, W/4], memory [B, memory_channels, H/32, W/32]."""
+        res2, res3, res4, memory = features
+        if self.has_encoder:
+            memory = self.encode(memory)
+        x = self.layer_4(memory)
+        x = self.layer_3(merge(self.adapter_3(res4), x))
+        x = self.layer_2(merge(self.adapter_2(res3), x))
+        x = self.layer_1(merge(self.adapter_1(res2), x))
+        return self.mask_features(x), memory
+
+    def encode(
+        self,
+        res5: Tensor,  # [B, C, h, w]
+    ) -> Tensor:
+        """Transformer encoder over the pixels of res5 -> [B, conv_dim, h, w]."""
+        x = self.input_proj(res5)
+        height, width = x.shape[-2:]
+        positions = sine_positions(height, width, x.shape[1], x.device).to(x.dtype)
+        x = self.transformer["encoder"](x.flatten(2).transpose(1, 2), positions)
+        return x.transpose(1, 2).unflatten(2, (height, width))
+
+
+def merge(
+    lateral: Tensor,  # [B, C, H, W]
+    top: Tensor,  # [B, C, ceil(H/2), ceil(W/2)]
+) -> Tensor:
+    """Add the coarser map, repeated to the lateral's size -> [B, C, H, W]."""
+    return lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest")

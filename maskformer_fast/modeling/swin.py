@@ -1,0 +1,275 @@
+"""Swin Transformer backbone (Liu et al., 2021) for images of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MLP_RATIO = 4
+PATCH = 4
+BLOCKED = -100.0
+"""Added to attention scores across the seams of a cyclic shift; finite, as when the published weights were trained."""
+
+
+class PatchEmbedding(nn.Module):
+    """4x4 patches, padded right and below to whole ones, each a token."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=PATCH, stride=PATCH)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, 3, H, W]
+    ) -> Tensor:
+        """-> [B, ceil(H/4), ceil(W/4), dim]."""
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % PATCH, 0, -height % PATCH))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """2x2 neighbours, padded to even sizes, become one token of twice the channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, H, W, C]
+    ) -> Tensor:
+        """-> [B, ceil(H/2), ceil(W/2), 2C]."""
+        batch, height, width, channels = x.shape
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = x.view(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # columns before rows: the order of published weights
+        return self.reduction(self.norm(x))
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside windows, with a learned bias for each relative position."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, dim: int, window: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        dy, dx = (p.flatten()[:, None] - p.flatten()[None, :] + window - 1 for p in (y, x))
+        self.register_buffer("relative_position_index", dy * (2 * window - 1) + dx, persistent=False)  # [N, N]
+
+    def forward(
+        self,
+        x: Tensor,  # [B, windows, N, C]
+        mask: Tensor | None,  # [windows, N, N] added to the scores of every head
+    ) -> Tensor:
+        """-> [B, windows, N, C]."""
+        batch, windows = x.shape[:2]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)  # [B, W, heads, N, d]
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [heads, N, N]
+        # One broadcast dimension is free: the batch where windows differ in their mask, else all windows.
+        if mask is None:
+            start, bias = 0, bias[None]
+        else:
+            start, bias = 1, (bias + mask[:, None]).flatten(0, 1)[None]
+        q, k, v = (t.flatten(start, start + 1) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        x = x.reshape(batch, windows, self.num_heads, *x.shape[-2:])
+        return self.proj(x.transpose(2, 3).flatten(3))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
+        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,  # [..., dim]
+    ) -> Tensor:
+        """-> [..., dim]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): in training a sample skips the branch with probability ``rate``."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(
+        self,
+        x: Tensor,  # [B, ...]
+    ) -> Tensor:
+        """-> [B, ...], scaled so that the expectation stays."""
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        kept = torch.rand([x.shape[0]] + [1] * (x.ndim - 1), device=x.device) < keep
+        return x * (kept / keep).to(x.dtype)
+
+
+class SwinBlock(nn.Module):
+    """Attention in (shifted) windows, then an MLP; pre-norm, with residuals."""
+
+    def __init__(self, dim: int, num_heads: int, window: int, shift: int, drop_path: float) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = shift
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, window, num_heads)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, H, W, C]
+        mask: Tensor,  # [windows, N, N] for the shifted windows
+    ) -> Tensor:
+        """-> [B, H, W, C]."""
+        x = x + self.drop_path(self.attend(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def attend(
+        self,
+        x: Tensor,  # [B, H, W, C]
+        mask: Tensor,  # [windows, N, N]
+    ) -> Tensor:
+        """Pad to whole windows, shift, attend, and undo both -> [B, H, W, C]."""
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        padded_height, padded_width = x.shape[1:3]
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), dims=(1, 2))
+        x = self.attn(to_windows(x, self.window), mask if self.shift else None)
+        x = from_windows(x, self.window, padded_height, padded_width)
+        if self.shift:
+            x = x.roll((self.shift, self.shift), dims=(1, 2))
+        return x[:, :height, :width]
+
+
+class SwinStage(nn.Module):
+    """Blocks of one resolution, every second one with shifted windows, and the way down to the next."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window: int, drop_path: Sequence[float], downsample: nn.Module
+    ) -> None:
+        """One block for each entry of ``drop_path``, its stochastic depth."""
+        super().__init__()
+        self.window = window
+        self.blocks = nn.ModuleList(
+            SwinBlock(dim, num_heads, window, window // 2 if index % 2 else 0, rate)
+            for index, rate in enumerate(drop_path)
+        )
+        self.downsample = downsample
+
+    def forward(
+        self,
+        x: Tensor,  # [B, H, W, C]
+    ) -> tuple[Tensor, Tensor]:
+        """-> the stage's output [B, H, W, C], the next stage's input [B, ceil(H/2), ceil(W/2), 2C]."""
+        mask = shifted_window_mask(x, self.window)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x, self.downsample(x)
+
+
+class SwinTransformer(nn.Module):
+    """Swin without its classifier, with a LayerNorm on each of the four outputs (``channels``)."""
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        embed_dim: int,
+        num_heads: Sequence[int],
+        window_size: int,
+        drop_path_rate: float,
+    ) -> None:
+        """The arguments are fields of `maskformer_fast.config.BackboneConfig`."""
+        super().__init__()
+        self.channels = tuple(embed_dim * 2**stage for stage in range(4))
+        self.patch_embed = PatchEmbedding(embed_dim)
+        total = sum(depths)
+        rates = iter([drop_path_rate * block / max(total - 1, 1) for block in range(total)])
+        self.layers = nn.ModuleList(
+            SwinStage(
+                dim, num_heads[stage], window_size, list(islice(rates, depths[stage])),
+                PatchMerging(dim) if stage < 3 else nn.Identity(),
+            )
+            for stage, dim in enumerate(self.channels)
+        )
+        self.norm0, self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for dim in self.channels)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, 3, H, W] normalised
+    ) -> list[Tensor]:
+        """-> res2 ... res5 at strides 4, 8, 16, 32 (sizes rounded up): [B, channels[i], ., .]."""
+        x = self.patch_embed(x)
+        features = []
+        for stage, norm in zip(self.layers, (self.norm0, self.norm1, self.norm2, self.norm3), strict=True):
+            output, x = stage(x)
+            features.append(norm(output).permute(0, 3, 1, 2))
+        return features
+
+
+def to_windows(
+    x: Tensor,  # [B, H, W, C], whole windows
+    window: int,
+) -> Tensor:
+    """-> [B, windows, N, C], row by row; N = window squared."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // window, window, width // window, window, channels)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def from_windows(
+    x: Tensor,  # [B, windows, N, C]
+    window: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    """Inverse of `to_windows` -> [B, height, width, C]."""
+    batch, _, _, channels = x.shape
+    x = x.reshape(batch, height // window, width // window, window, window, channels)
+    return x.transpose(2, 3).reshape(batch, height, width, channels)
+
+
+def shifted_window_mask(
+    x: Tensor,  # [B, H, W, C], before padding
+    window: int,
+) -> Tensor:
+    """What to add to the attention scores of shifted windows -> [windows, N, N], 0 or `BLOCKED`.
+
+    After the cyclic shift the last row and column of windows hold tokens from opposite sides of the image; tokens
+    attend to their own side only.
+    """
+    height, width = (size + -size % window for size in x.shape[1:3])
+    rows, columns = (
+        (position >= size - window).int() + (position >= size - window // 2).int()
+        for size, position in ((size, torch.arange(size, device=x.device)) for size in (height, width))
+    )
+    region = rows[:, None] * 3 + columns  # [H, W] padded
+    region = to_windows(region[None, :, :, None], window)[0, :, :, 0]  # [windows, N]
+    return (region[:, :, None] != region[:, None, :]) * BLOCKED
