@@ -162,7 +162,7 @@ class AugmentConfig:
 
     scale_mode: Literal["short_edge", "scale", "none"] = "short_edge"
     """``short_edge`` resizes the shorter side to one of ``short_edge``; ``scale`` fits the image into
-    ``scale_size`` times a uniform draw of ``scale_range`` (COCO panoptic's large-scale jitter)."""
+    ``scale_size`` times a uniform draw of ``scale_range`` (large-scale jitter)."""
     short_edge: tuple[int, ...] = (512,)
     max_size: int = 2048
     """Limit of the longer side after a short-edge resize."""
@@ -170,6 +170,9 @@ class AugmentConfig:
     scale_size: tuple[int, int] = (1024, 1024)
     crop_size: tuple[int, int] | None = (512, 512)
     """Height, width; a smaller image is padded to it. ``None`` keeps the resized image whole."""
+    detr_crop: bool = False
+    """DETR's and the official COCO panoptic recipe's: for one image in two, before the resize, the shorter side is
+    resized to 400, 500 or 600 and a window with sides of 384 to 600 is cropped."""
     single_category_max_area: float = 0.75
     """Retry a crop in which one category covers more than this share; 1.0 accepts any crop."""
     color_jitter: bool = False
