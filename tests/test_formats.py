@@ -109,6 +109,12 @@ def test_index_png(tmp_path_factory: pytest.TempPathFactory, seed: int, high: in
         np.testing.assert_array_equal(np.array(image.convert("RGB")), colors[labels])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 255])
+def test_void_survives_short_palettes(tmp_path: Path, count: int) -> None:
+    write_index_png(tmp_path / "a.png", np.array([[VOID, 0, count - 1]]), default_colors(count))
+    assert np.array(Image.open(tmp_path / "a.png")).tolist() == [[255, 0, count - 1]]
+
+
 def test_index_png_depth_follows_the_palette(tmp_path: Path) -> None:
     labels = np.zeros((2, 2), dtype=np.int16)
     write_index_png(tmp_path / "a.png", labels, default_colors(847))
@@ -128,12 +134,12 @@ def test_index_png_bad_labels(tmp_path: Path, labels: np.ndarray, error: type[Ex
 
 def test_panoptic_files(tmp_path: Path) -> None:
     id_map = np.full((5, 7), VOID, dtype=np.int32)
-    id_map[1:3, 2:6], id_map[4, 0], id_map[0, 0] = 70_000, 2, 2
+    id_map[1:3, 2:6], id_map[4, 0], id_map[0, 0] = 11_259_375, 2, 2
     result = PanopticResult(torch.from_numpy(id_map), [
-        SegmentInfo(70_000, 0), SegmentInfo(2, 1, is_thing=False, is_crowd=True)])
+        SegmentInfo(11_259_375, 0), SegmentInfo(2, 1, is_thing=False, is_crowd=True)])
     entry = write_panoptic_png(tmp_path / "img.png", result, 42, METADATA)
     assert entry == {"image_id": 42, "file_name": "img.png", "segments_info": [
-        {"id": 70_000, "category_id": 17, "area": 8, "bbox": [2, 1, 4, 2], "iscrowd": 0},
+        {"id": 11_259_375, "category_id": 17, "area": 8, "bbox": [2, 1, 4, 2], "iscrowd": 0},
         {"id": 2, "category_id": 119, "area": 2, "bbox": [0, 0, 1, 5], "iscrowd": 1}]}
     rgb = np.array(Image.open(tmp_path / "img.png")).astype(int)
     ids = rgb[..., 0] + 256 * rgb[..., 1] + 256 * 256 * rgb[..., 2]
@@ -164,8 +170,8 @@ def test_panoptic_png_edges() -> None:
 def test_segment_rows(seed: int, count: int, far: bool) -> None:
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 8)), int(rng.integers(1, 8)))
-    ids = rng.permutation(2**24 if far else 12)[:count] if not far else rng.choice(2**24, count, replace=False)
-    pool = np.array([*ids, VOID, 11, 12, 2**24 - 1, 2**31 - 1], dtype=np.int32)
+    ids = rng.choice(2**24 if far else 12, count, replace=False)
+    pool = np.array([*ids, VOID, -5, -12, -(2**31), 11, 12, 2**24 - 1, 2**31 - 1], dtype=np.int32)
     id_map = rng.choice(pool, shape).astype(np.int32)
     rows = segment_rows(id_map, [SegmentInfo(int(i), 0) for i in ids])
     for value, row in zip(id_map.ravel().tolist(), rows.ravel().tolist(), strict=True):
