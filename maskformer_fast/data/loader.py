@@ -1,0 +1,268 @@
+"""Batches: padding, collation, and loaders whose every batch is a pure function of (seed, step).
+
+Sample number n of a run (step x batch size + position) is item ``n % len`` of the permutation of epoch ``n // len``.
+So a run resumes anywhere by its step alone, and neither the number of workers nor of micro-batches changes a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from maskformer_fast.config import Config, Task, TestConfig, check
+from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
+from maskformer_fast.data.transforms import Sample, TrainTransform, resize_image
+from maskformer_fast.structures import Example, Targets
+
+_PERMUTATION_STREAM = 1  # apart from [seed, epoch, index], which numpy reads as [seed, epoch, index, 0]
+
+Broken = tuple[str, str]
+"""Path and reason of an example that could not be read."""
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank."""
+
+    images: Tensor  # [B, 3, H, W] uint8 RGB, zero outside the valid sizes
+    targets: Targets
+    image_ids: list[int | str]
+    paths: list[str]
+    broken: list[Broken]  # examples left out for these
+
+
+def pad_images(
+    images: Sequence[Tensor],  # each [3, h, w] uint8
+    divisor: int,
+) -> tuple[Tensor, Tensor]:
+    """Stack at the top left of a canvas -> images [B, 3, H, W], valid sizes int64 [B, 2] (height, width).
+
+    H and W are the largest height and width, rounded up to a multiple of ``divisor`` (0 and 1: not rounded).
+
+    Raises:
+        ValueError: no image, or one that is not [3, h, w].
+    """
+    check(len(images) > 0, "images", "at least one", len(images))
+    check(divisor >= 0, "divisor", ">= 0", divisor)
+    for image in images:
+        check(image.ndim == 3 and image.shape[0] == 3, "images", "shape [3, h, w]", tuple(image.shape))
+    valid_sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64)
+    step = max(divisor, 1)
+    height, width = (-(-side // step) * step for side in valid_sizes.amax(0).tolist())
+    batch = images[0].new_zeros((len(images), 3, height, width))
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return batch, valid_sizes
+
+
+def collate(samples: Sequence[Sample], divisor: int, broken: Sequence[Broken] = ()) -> Batch:
+    """Pad images and targets to one size; T is the largest number of targets, at least 1."""
+    images, valid_sizes = pad_images([sample.image for sample in samples], divisor)
+    height, width = images.shape[2:]
+    counts = torch.tensor([len(sample.labels) for sample in samples], dtype=torch.int64)
+    most = max(1, int(counts.max()))
+    labels = torch.zeros((len(samples), most), dtype=torch.int64)
+    masks = torch.zeros((len(samples), most, height, (width + 7) // 8), dtype=torch.uint8)
+    for row, sample in enumerate(samples):
+        count, rows, columns = sample.masks.shape
+        labels[row, :count] = sample.labels
+        masks[row, :count, :rows, :columns] = sample.masks
+    targets = Targets(labels, counts, masks, valid_sizes, (height, width))
+    return Batch(images, targets, [sample.image_id for sample in samples], [sample.path for sample in samples],
+                 list(broken))
+
+
+class TrainSampler(Sampler[list[tuple[int, int]]]):
+    """Endless micro-batches of (epoch, index), from ``start_step`` on; see the module for their order."""
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int, *, accumulate: int = 1, start_step: int = 0, rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check(length > 0, "dataset", "at least one example", length)
+        check(seed >= 0, "seed", ">= 0", seed)
+        check(start_step >= 0, "start_step", ">= 0", start_step)
+        check(0 <= rank < world_size, "rank", f"0 <= rank < world_size={world_size}", rank)
+        check(batch_size % (accumulate * world_size) == 0, "solver.batch_size",
+              f"a multiple of accumulate x ranks = {accumulate} x {world_size}", batch_size)
+        self._length = length
+        self._batch_size = batch_size
+        self._seed = seed
+        self._accumulate = accumulate
+        self._start_step = start_step
+        self._rank = rank
+        self._world_size = world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self._batch_size // (self._accumulate * self._world_size)
+        stride = size * self._world_size
+        first = self._start_step * self._batch_size + self._rank * size
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        while True:
+            keys = []
+            for number in range(first, first + size):
+                if number // self._length != epoch:
+                    epoch = number // self._length
+                    rng = np.random.default_rng([self._seed, epoch, 0, _PERMUTATION_STREAM])
+                    order = rng.permutation(self._length)
+                keys.append((epoch, int(order[number % self._length])))
+            yield keys
+            first += stride
+
+
+class TrainLoader:
+    """Endless iterable of `Batch`; each iterator starts at the loader's first step. See `train_loader`."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises BrokenExampleError where an example cannot be read and is not to be skipped."""
+        for item in self._loader:
+            yield _raise_broken(item)
+
+
+def train_loader(
+    dataset: SegmentationDataset,
+    config: Config,
+    task: Task,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainLoader:
+    """Micro-batches of this rank, ``config.solver.accumulate`` of them a step, from ``start_step`` on.
+
+    With ``config.data.skip_broken`` an example that cannot be read is replaced by the next one of the data set and
+    listed in ``Batch.broken``; without it BrokenExampleError reaches the caller.
+
+    Raises:
+        ValueError: an empty data set, or a batch size that ranks and micro-batches do not divide.
+    """
+    transform = TrainTransform(config.data.augment, task, dataset.metadata)
+    sampler = TrainSampler(
+        len(dataset), config.solver.batch_size, config.seed, accumulate=config.solver.accumulate,
+        start_step=start_step, rank=rank, world_size=world_size,
+    )
+    samples = _TrainSamples(dataset, transform, config.seed, config.data.skip_broken)
+    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    return TrainLoader(
+        DataLoader(
+            samples,
+            batch_sampler=sampler,
+            num_workers=config.data.workers,
+            collate_fn=partial(_collate_read, divisor=config.model.size_divisibility),
+            pin_memory=on_gpu,
+            generator=torch.Generator(),  # the workers' base seed would otherwise advance the training's generator
+        )
+    )
+
+
+class EvalLoader:
+    """Examples in the order of their index, each with its image resized for the network.
+
+    Iterating yields (Example, uint8 [3, h, w]). Broken examples are left out and listed in ``broken``, or raise
+    BrokenExampleError.
+    """
+
+    def __init__(self, dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool) -> None:
+        self.broken: list[Broken] = []
+        self._skip_broken = skip_broken
+        self._length = len(dataset)
+        self._loader: DataLoader[Any] = DataLoader(
+            _EvalSamples(dataset, test),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Examples, the broken ones included."""
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[Example, Tensor]]:
+        self.broken.clear()
+        for item in self._loader:
+            if isinstance(item, BrokenExampleError) and self._skip_broken:
+                self.broken.append((item.path, item.reason))
+            else:
+                yield _raise_broken(item)
+
+
+def eval_loader(dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool = False) -> EvalLoader:
+    """Examples in index order with their images resized by ``test``, read by ``workers`` processes."""
+    return EvalLoader(dataset, test, workers, skip_broken)
+
+
+class _TrainSamples(Dataset[Any]):
+    """Transformed samples by (epoch, index).
+
+    An error is returned, not raised: raised in a worker process it would reach the user wrapped in a traceback.
+    """
+
+    def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, skip_broken: bool) -> None:
+        self._dataset = dataset
+        self._transform = transform
+        self._seed = seed
+        self._skip_broken = skip_broken
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, list[Broken]] | BrokenExampleError:
+        epoch, index = key
+        rng = np.random.default_rng([self._seed, epoch, index])
+        broken: list[Broken] = []
+        length = len(self._dataset)
+        for step in range(length):
+            try:
+                return self._transform(self._dataset[(index + step) % length], rng), broken
+            except BrokenExampleError as error:
+                if not self._skip_broken:
+                    return error
+                broken.append((error.path, error.reason))
+        path, reason = broken[0]
+        return BrokenExampleError(path, f"{reason}; all {length} examples of the data set are broken")
+
+
+class _EvalSamples(Dataset[Any]):
+    """Examples with the network's image, or the error that kept one from being read."""
+
+    def __init__(self, dataset: SegmentationDataset, test: TestConfig) -> None:
+        self._dataset = dataset
+        self._test = test
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Example, Tensor] | BrokenExampleError:
+        try:
+            example = self._dataset[index]
+        except BrokenExampleError as error:
+            return error
+        return example, resize_image(example.image, self._test.short_edge, self._test.max_size)
+
+
+def _collate_read(
+    items: list[tuple[Sample, list[Broken]] | BrokenExampleError], divisor: int
+) -> Batch | BrokenExampleError:
+    samples: list[Sample] = []
+    broken: list[Broken] = []
+    for item in items:
+        if isinstance(item, BrokenExampleError):
+            return item
+        samples.append(item[0])
+        broken += item[1]
+    return collate(samples, divisor, broken)
+
+
+def _raise_broken(item: Any) -> Any:
+    if isinstance(item, BrokenExampleError):
+        raise item
+    return item
+
+
+def _unchanged(item: Any) -> Any:
+    return item

@@ -1,0 +1,243 @@
+"""Training transforms of the official recipes, and the resize of inference.
+
+Geometry is planned first, as a window of the source and the size it is resampled to; pixels are touched once. So a
+crop costs what the crop holds, whatever the image's size, and image and truth cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskformer_fast.config import TASKS, AugmentConfig, Task, check, check_choice
+from maskformer_fast.structures import Example, Metadata, SegmentInfo
+
+_CROP_TRIES = 10
+_DETR_SHORT_EDGES = (400, 500, 600)
+_DETR_WINDOW = (384, 600)
+
+
+class Sample(NamedTuple):
+    """One training image and its targets, at the size the transforms gave it."""
+
+    image: Tensor  # [3, h, w] uint8 RGB
+    labels: Tensor  # [T] int64
+    masks: Tensor  # [T, h, ceil(w/8)] uint8, packed as `structures.pack_masks` does
+    image_id: int | str
+    path: str
+
+
+def short_edge_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
+    """Height, width with the shorter side at ``short_edge``, or less where the longer would exceed ``max_size``."""
+    scale = min(short_edge / min(height, width), max_size / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_image(
+    image: np.ndarray,  # [H, W, 3] uint8
+    short_edge: int | None,
+    max_size: int,
+) -> Tensor:
+    """Resize for inference: bilinear with antialiasing -> uint8 [3, h, w]; ``short_edge`` None keeps the size.
+
+    Raises:
+        TypeError: the image is not uint8.
+        ValueError: the image is not [H, W, 3] or is empty.
+    """
+    if image.dtype != np.uint8:
+        raise TypeError(f"image: expected uint8, got {image.dtype}")
+    check(image.ndim == 3 and image.shape[2] == 3 and image.size > 0, "image", "shape [H, W, 3]", image.shape)
+    if short_edge is None:
+        return _to_tensor(image)
+    height, width = short_edge_size(image.shape[0], image.shape[1], short_edge, max_size)
+    return _to_tensor(np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)))
+
+
+def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[np.ndarray, np.ndarray]:
+    """Targets of one example for a task -> labels int64 [T], masks bool [T, H, W], none of them empty.
+
+    Semantic: one mask a category, crowds included. Panoptic: every thing but crowds, and one mask a stuff class.
+    Instance: every thing but crowds.
+    """
+    check_choice("task", task, TASKS)
+    if task == "semantic" and example.masks is not None:  # overlap: the later mask wins, as in evaluation
+        category_map = example.semantic_map()
+        labels = np.unique(category_map[category_map >= 0]).astype(np.int64)
+        return labels, category_map == labels[:, None, None]
+
+    def wanted(segment: SegmentInfo) -> bool:
+        is_thing = metadata.is_thing[segment.category]
+        return task == "semantic" or (not segment.is_crowd and (is_thing or task == "panoptic"))
+
+    segments = [segment for segment in example.segments if wanted(segment)]
+    masks = example.segment_masks(segments)
+    rows: dict[tuple[int, int | None], int] = {}  # one for each target; a merged class has no segment id
+    merged = np.zeros_like(masks)
+    for segment, mask in zip(segments, masks, strict=True):
+        alone = task != "semantic" and metadata.is_thing[segment.category]
+        row = rows.setdefault((segment.category, segment.id if alone else None), len(rows))
+        merged[row] |= mask
+    labels = np.array([category for category, _ in rows], dtype=np.int64)
+    filled = merged[: len(rows)].reshape(len(rows), example.size[0] * example.size[1]).any(1)
+    return labels[filled], merged[: len(rows)][filled]
+
+
+class TrainTransform:
+    """Resize, crop, colour jitter and flip of one example, in the official order; then targets for the task.
+
+    An image smaller than the crop keeps its size: `loader.collate` pads the batch and records the valid sizes.
+    The result is a pure function of the example and of the generator's state.
+    """
+
+    def __init__(self, augment: AugmentConfig, task: Task, metadata: Metadata) -> None:
+        check_choice("task", task, TASKS)
+        self._augment = augment
+        self._task = task
+        self._metadata = metadata
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Sample:
+        augment = self._augment
+        window = _Window((0.0, 0.0, float(example.size[0]), float(example.size[1])), example.size)
+        if augment.detr_crop and rng.random() < 0.5:
+            window = _detr_crop(window, rng)
+        window = self._resized(window, rng)
+        if augment.crop_size is not None:
+            window = self._cropped(window, example, augment.crop_size, rng)
+
+        top, left, bottom, right = window.box
+        image = Image.fromarray(example.image)
+        if window.box != (0.0, 0.0, *example.size) or window.size != example.size:
+            image = image.resize(window.size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        if augment.color_jitter:
+            image = jitter_colors(image, rng)
+        labels, masks = target_segments(_take(example, window), self._task, self._metadata)
+        pixels = np.asarray(image)
+        if augment.flip and rng.random() < 0.5:
+            pixels, masks = pixels[:, ::-1], masks[:, :, ::-1]
+        packed = np.packbits(masks, axis=-1, bitorder="little")
+        return Sample(_to_tensor(pixels), torch.from_numpy(labels), torch.from_numpy(packed), example.image_id,
+                      example.path)
+
+    def _resized(self, window: _Window, rng: np.random.Generator) -> _Window:
+        augment = self._augment
+        height, width = window.size
+        if augment.scale_mode == "none":
+            return window
+        if augment.scale_mode == "short_edge":
+            short_edge = augment.short_edge[rng.integers(len(augment.short_edge))]
+            return window._replace(size=short_edge_size(height, width, short_edge, augment.max_size))
+        jitter = rng.uniform(*augment.scale_range)
+        scale = min(augment.scale_size[0] * jitter / height, augment.scale_size[1] * jitter / width)
+        return window._replace(size=(max(1, round(height * scale)), max(1, round(width * scale))))
+
+    def _cropped(
+        self, window: _Window, example: Example, crop_size: tuple[int, int], rng: np.random.Generator
+    ) -> _Window:
+        """Random crop, tried again while one category covers too much of its labelled pixels."""
+        height, width = (min(side, limit) for side, limit in zip(window.size, crop_size, strict=True))
+        share = self._augment.single_category_max_area
+        limited = share < 1.0 and example.id_map is not None
+        for _ in range(_CROP_TRIES if limited else 1):
+            crop = window.crop(_offset(rng, window.size[0], height), _offset(rng, window.size[1], width), height, width)
+            if not limited or _is_varied(_take(example, crop), share):
+                break
+        return crop
+
+
+class _Window(NamedTuple):
+    """Part of the source image and the size in pixels it is resampled to."""
+
+    box: tuple[float, float, float, float]  # top, left, bottom, right in source pixels
+    size: tuple[int, int]  # height, width
+
+    def crop(self, top: int, left: int, height: int, width: int) -> _Window:
+        """Part of this window, in pixels of its size."""
+        y0, x0, y1, x1 = self.box
+        step_y, step_x = (y1 - y0) / self.size[0], (x1 - x0) / self.size[1]
+        # Pillow refuses a box that leaves the image by a rounding error.
+        bottom, right = min(y1, y0 + (top + height) * step_y), min(x1, x0 + (left + width) * step_x)
+        return _Window((y0 + top * step_y, x0 + left * step_x, bottom, right), (height, width))
+
+    def sources(self, axis: int) -> np.ndarray:
+        """Source row (axis 0) or column (1) nearest to each output pixel's centre."""
+        start, end = self.box[axis], self.box[axis + 2]
+        position = start + (np.arange(self.size[axis]) + 0.5) * ((end - start) / self.size[axis])
+        return np.minimum(position.astype(np.int64), int(np.ceil(end)) - 1)
+
+
+def _offset(rng: np.random.Generator, side: int, part: int) -> int:
+    return int(rng.integers(side - part + 1))
+
+
+def _detr_crop(window: _Window, rng: np.random.Generator) -> _Window:
+    """DETR's first resize and crop; the second resize follows, so that pixels are resampled only once."""
+    short_edge = _DETR_SHORT_EDGES[rng.integers(len(_DETR_SHORT_EDGES))]
+    height, width = window.size
+    scale = short_edge / min(height, width)
+    window = window._replace(size=(max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))))
+    low, high = _DETR_WINDOW
+    sides = [int(rng.integers(min(side, low), min(side, high) + 1)) for side in window.size]
+    return window.crop(_offset(rng, window.size[0], sides[0]), _offset(rng, window.size[1], sides[1]), *sides)
+
+
+def _take(example: Example, window: _Window) -> Example:
+    """The truth of a window, nearest neighbour; the image stays as it was and is not to be looked at."""
+    rows, columns = window.sources(0), window.sources(1)
+    blank = np.broadcast_to(np.uint8(0), (*window.size, 3))
+    if example.masks is not None:
+        # Cut the window out first: `take` then copies what is needed and not whole masks.
+        part = example.masks[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        masks = part.take(rows - rows[0], axis=1).take(columns - columns[0], axis=2)
+        return replace(example, image=blank, masks=masks)
+    id_map = cast(np.ndarray, example.id_map)  # `Example` holds one of the two
+    return replace(example, image=blank, id_map=id_map[np.ix_(rows, columns)])
+
+
+def _is_varied(example: Example, share: float) -> bool:
+    """Whether there are two categories, none covering ``share`` or more of the labelled pixels."""
+    counts: dict[int, int] = {}
+    for segment in example.segments:
+        area = int(np.count_nonzero(example.id_map == segment.id))
+        if area:
+            counts[segment.category] = counts.get(segment.category, 0) + area
+    return len(counts) > 1 and max(counts.values()) < share * sum(counts.values())
+
+
+def jitter_colors(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """SSD's photometric distortion of an RGB image, each part for one image in two.
+
+    Brightness within 32 of 255, contrast and saturation by 0.5 to 1.5, hue within 18 of 180; contrast comes before
+    or after saturation and hue.
+    """
+    levels = np.arange(256)
+    if rng.random() < 0.5:
+        image = image.point(_table(levels + rng.uniform(-32, 32)) * 3)
+    contrast_first = rng.random() < 0.5
+    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    hue = int(rng.integers(-18, 19)) if rng.random() < 0.5 else 0
+    if contrast != 1.0 and contrast_first:
+        image = image.point(_table(levels * contrast) * 3)
+    if saturation != 1.0 or hue != 0:  # the way there and back rounds
+        shift = round(hue * 256 / 180)  # Pillow counts 256 hues
+        tables = _table((levels + shift) % 256) + _table(levels * saturation) + _table(levels)
+        image = image.convert("HSV").point(tables).convert("RGB")
+    if contrast != 1.0 and not contrast_first:
+        image = image.point(_table(levels * contrast) * 3)
+    return image
+
+
+def _table(values: np.ndarray) -> list[int]:
+    """Lookup table of 256 levels, rounded and clipped."""
+    return [int(v) for v in np.floor(values + 0.5).clip(0, 255)]
+
+
+def _to_tensor(
+    image: np.ndarray,  # [h, w, 3] uint8
+) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
