@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from maskformer_fast.config import Config
+from maskformer_fast.data.presets import PRESETS
 from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.recipes import CONFIG_DIR, load_recipe, recipe_names
 
@@ -40,6 +41,13 @@ def test_a_recipe_loads_and_its_backbone_resolves(name: str) -> None:
     config = load_recipe(name)
     assert config.output == f"runs/{name}"
     assert resolve_backbone(config.model.backbone).depths is not None
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_data_set_is_a_preset_of_the_recipes_task(name: str) -> None:
+    dataset = load_recipe(name).data.dataset
+    assert dataset in PRESETS
+    assert ("panoptic" in dataset) == ("panoptic" in name)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
