@@ -1,0 +1,206 @@
+// Rectangular linear sum assignment: rows <= columns, every row gets a column, least total cost.
+//
+// Row reduction and augmenting row reduction (Jonker and Volgenant, "A shortest augmenting path algorithm for dense
+// and sparse linear assignment problems", 1987), then shortest augmenting paths (Crouse, "On implementing 2D
+// rectangular assignment algorithms", 2016). Potentials are double whatever the cost's type.
+//
+// The core is written once for host and device. A `Team` is whoever works on one problem together (a thread, a warp, a
+// block) and gives it: lane(), size(), sync(), two_smallest(...), relax(...). Scalars of the core are uniform over
+// the team; tables in `Workspace` are written by one lane, or by lanes strided, and read after a sync().
+//
+// +inf forbids a pair. The costs hold no NaN and no -inf (see `is_invalid`). Every loop is bounded by the problem's
+// size, whatever the numbers: sums that overflow end in "no assignment", never in an endless loop.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MF_HD __host__ __device__ __forceinline__
+#else
+#define MF_HD inline __attribute__((always_inline))
+#endif
+
+namespace maskformer_fast {
+
+constexpr double kInfinity = __builtin_huge_val();
+constexpr int kUnassigned = -1;
+
+// Ties in the search for the nearest column go to the lowest rank, and an unassigned column (where the search ends)
+// ranks below every assigned one. Without it, integer costs take some 20 times longer.
+constexpr double kUnassignedRank = -1099511627776.0;  // -2^40: below any column number
+
+struct Nearest {
+  double distance;
+  int column;  // any value where distance is not finite
+};
+
+struct TwoSmallest {
+  double first;
+  int first_column;
+  double second;
+  int second_column;
+};
+
+// Tables of one problem, `columns` and `rows` long; the caller owns them.
+struct Workspace {
+  double* column_potential;
+  double* distance;   // of the shortest path to each column
+  double* blocked;    // +inf for columns already scanned in this search, else 0
+  double* rank;       // see kUnassignedRank
+  int64_t* previous;  // row from which the shortest path enters each column
+  int* row_of;        // row of each column, or kUnassigned
+  int* scanned;       // columns in the order in which this search scanned them
+  double* row_potential;
+  int* column_of;  // column of each row, or kUnassigned: the result
+  int* free_rows;
+};
+
+template <class T>
+MF_HD bool is_invalid(T cost) {
+  return cost != cost || cost == -static_cast<T>(kInfinity);
+}
+
+// Gives each row its cheapest column where that is still free. Returns the number of rows left free, or -1 where a
+// row has no finite cost.
+template <class Team, class T>
+MF_HD int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
+  int free_count = 0;
+  for (int row = 0; row < rows; ++row) {
+    const TwoSmallest m = team.two_smallest(cost + row * stride, w.column_potential, columns);
+    if (!(m.first < kInfinity)) return -1;
+    const bool taken = w.row_of[m.first_column] != kUnassigned;
+    team.sync();
+    if (team.lane() == 0) {
+      w.row_potential[row] = m.first;
+      w.column_of[row] = taken ? kUnassigned : m.first_column;
+      if (taken) {
+        w.free_rows[free_count] = row;
+      } else {
+        w.row_of[m.first_column] = row;
+        w.rank[m.first_column] = m.first_column;
+      }
+    }
+    free_count += taken;
+    team.sync();
+  }
+  return free_count;
+}
+
+// One pass in which each free row takes its best column, lowering that column's potential, and evicts its owner, who
+// tries next. Returns the number of rows still free.
+template <class Team, class T>
+MF_HD int augment_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w,
+                       int free_count) {
+  int64_t evictions_left = 4 * static_cast<int64_t>(rows) + 64;  // gains may be tiny: bound the bidding
+  int still_free = 0;
+  for (int k = 0; k < free_count;) {
+    const int row = w.free_rows[k++];
+    const TwoSmallest m = team.two_smallest(cost + row * stride, w.column_potential, columns);
+    if (!(m.second < kInfinity)) {  // one finite column only: the shortest paths settle it
+      team.sync();
+      if (team.lane() == 0) w.free_rows[still_free] = row;
+      ++still_free;
+      team.sync();
+      continue;
+    }
+    const bool strict = m.first < m.second;
+    const bool sidestep = !strict && w.row_of[m.first_column] != kUnassigned;
+    const int column = sidestep ? m.second_column : m.first_column;
+    const int evicted = w.row_of[column];
+    const bool retry = evicted != kUnassigned && strict && evictions_left-- > 0;
+    team.sync();
+    if (team.lane() == 0) {
+      w.row_potential[row] = m.second;
+      if (strict) w.column_potential[column] -= m.second - m.first;
+      w.row_of[column] = row;
+      w.rank[column] = column;
+      w.column_of[row] = column;
+      if (evicted != kUnassigned) {
+        w.column_of[evicted] = kUnassigned;
+        w.free_rows[retry ? k - 1 : still_free] = evicted;
+      }
+    }
+    if (retry) {
+      --k;
+    } else {
+      still_free += evicted != kUnassigned;
+    }
+    team.sync();
+  }
+  return still_free;
+}
+
+// Assigns one free row along the shortest augmenting path; false where no finite path is left.
+template <class Team, class T>
+MF_HD bool augment_path(Team& team, int columns, const T* cost, int64_t stride, const Workspace& w, int start) {
+  for (int j = team.lane(); j < columns; j += team.size()) {
+    w.distance[j] = kInfinity;
+    w.blocked[j] = 0;
+  }
+  team.sync();
+  double shortest = 0;
+  int row = start, sink = kUnassigned, scanned_count = 0;
+  while (sink == kUnassigned) {  // scans a new column each time, so at most `columns` times
+    const Nearest m = team.relax(cost + row * stride, shortest - w.row_potential[row], row, w, columns);
+    shortest = m.distance;
+    if (!(shortest < kInfinity)) return false;
+    const int owner = w.row_of[m.column];
+    team.sync();
+    if (owner == kUnassigned) {
+      sink = m.column;
+    } else {
+      if (team.lane() == 0) {
+        w.blocked[m.column] = kInfinity;
+        w.scanned[scanned_count] = m.column;
+      }
+      ++scanned_count;
+      row = owner;
+    }
+    team.sync();
+  }
+  if (team.lane() == 0) w.row_potential[start] += shortest;
+  for (int k = team.lane(); k < scanned_count; k += team.size()) {
+    const int column = w.scanned[k];
+    const double slack = shortest - w.distance[column];
+    w.row_potential[w.row_of[column]] += slack;
+    w.column_potential[column] -= slack;
+  }
+  team.sync();
+  if (team.lane() == 0) {
+    w.rank[sink] = sink;
+    int column = sink, owner;
+    do {
+      owner = static_cast<int>(w.previous[column]);
+      w.row_of[column] = owner;
+      const int released = w.column_of[owner];
+      w.column_of[owner] = column;
+      column = released;
+    } while (owner != start);
+  }
+  team.sync();
+  return true;
+}
+
+// Solves one problem into w.column_of; false where no assignment of finite cost exists.
+// cost: [rows, columns], row-major with `stride`; rows <= columns. `columns` may include a padding of +inf.
+template <class Team, class T>
+MF_HD bool solve_assignment(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
+  for (int j = team.lane(); j < columns; j += team.size()) {
+    w.column_potential[j] = 0;
+    w.row_of[j] = kUnassigned;
+    w.rank[j] = kUnassignedRank + j;
+  }
+  team.sync();
+  int free_count = reduce_rows(team, rows, columns, cost, stride, w);
+  if (free_count < 0) return false;
+  for (int pass = 0; pass < 2 && free_count > 0; ++pass) {
+    free_count = augment_rows(team, rows, columns, cost, stride, w, free_count);
+  }
+  for (int k = 0; k < free_count; ++k) {
+    if (!augment_path(team, columns, cost, stride, w, w.free_rows[k])) return false;
+  }
+  return true;
+}
+
+}  // namespace maskformer_fast

@@ -1,0 +1,76 @@
+"""Builds maskformer_fast._C with CMake; everything declarative is in pyproject.toml."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, SetupError
+
+ROOT = Path(__file__).parent.resolve()
+BUILD_TOOLS = 'pip install "pybind11>=2.13" "cmake>=3.24" ninja'
+
+
+def find_program(name: str, folder_attribute: str) -> str | None:
+    """The program that the Python package of its name carries (it need not be on the PATH), else the system's."""
+    try:
+        return str(Path(getattr(importlib.import_module(name), folder_attribute)) / name)
+    except (ImportError, AttributeError):
+        return shutil.which(name)
+
+
+class CMakeBuild(build_ext):
+    """Configures afresh each time, so that what an aborted or isolated build left behind cannot mislead this one."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            pybind11 = importlib.import_module("pybind11")
+        except ImportError as error:
+            raise SetupError(f"building maskformer_fast._C needs pybind11 ({error}); run: {BUILD_TOOLS}") from error
+        cmake = find_program("cmake", "CMAKE_BIN_DIR")
+        if cmake is None:
+            raise SetupError(f"building maskformer_fast._C needs CMake 3.24 or newer; run: {BUILD_TOOLS}")
+        target = (Path.cwd() / self.get_ext_fullpath(ext.name)).resolve()
+        build = (Path(self.build_temp) / ext.name).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            cmake,
+            "--fresh",
+            f"-S{ROOT}",
+            f"-B{build}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DCMAKE_BUILD_TYPE=" + ("Debug" if self.debug else "Release"),
+        ]
+        ninja = find_program("ninja", "BIN_DIR")
+        if ninja is not None:
+            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        self._run(
+            configure,
+            "could not configure; it needs CMake 3.24 or newer, a C++17 compiler (Debian, Ubuntu: apt install g++; "
+            "or name one in CXX) and Python's headers (apt install python3-dev)",
+        )
+        self._run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], "did not compile")
+
+    @staticmethod
+    def _run(command: list[str], failure: str) -> None:
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"maskformer_fast._C {failure}. The reason is printed above. ({error})") from error
+
+
+setup(
+    packages=[*find_packages(include=["maskformer_fast", "maskformer_fast.*"]), "maskformer_fast.kernels"],
+    # `kernels` at the top level would clash with a public package of that name, so it is installed inside ours
+    package_dir={"maskformer_fast.kernels": "kernels"},
+    ext_modules=[Extension("maskformer_fast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
