@@ -1,0 +1,36 @@
+"""Optimal assignment of targets to queries, for every decoder layer and image at once (paper section 3.3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskformer_fast.config import LossConfig
+from maskformer_fast.ops import linear_sum_assignment, matching_cost
+from maskformer_fast.structures import Predictions, Targets
+
+
+class Matching(NamedTuple):
+    """Which query answers for which target."""
+
+    query: Tensor  # [L, B, T] int64, -1 for padding and for targets that got none
+    nonfinite: Tensor  # [L, B] bool, costs held NaN or infinity: nothing is matched there
+
+
+@torch.no_grad()
+def match(
+    predictions: Predictions,  # L layers
+    targets: Targets,
+    loss: LossConfig,
+) -> Matching:
+    """Match every layer and image in one batched assignment, without a host synchronisation.
+
+    Where an image has more targets than there are queries, every query gets one and the rest stay unassigned. A
+    layer and image with a cost that is not finite is reported and left unmatched; it does not raise.
+    """
+    cost = matching_cost(predictions, targets, loss)
+    nonfinite = ~cost.isfinite().all(3).all(2)
+    query = linear_sum_assignment(cost, targets.counts.expand(cost.shape[:2]))
+    return Matching(query.masked_fill(nonfinite.unsqueeze(2), -1), nonfinite)

@@ -1,0 +1,116 @@
+"""Batched matching against every permutation, and against the assignments of the official implementation."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from maskformer_fast.config import LossConfig
+from maskformer_fast.matcher import match
+from maskformer_fast.ops.matching_cost import matching_cost
+from maskformer_fast.structures import Predictions, Targets, pack_masks
+
+ORACLES = Path(__file__).parents[1] / "../shared/oracles/official"
+
+
+def random_batch(seed: int, counts: list[int], queries: int = 5, layers: int = 2) -> tuple[Predictions, Targets]:
+    """Ragged batch of 16x20 pixels and 4 classes."""
+    rng = torch.Generator().manual_seed(seed)
+    batch, slots = len(counts), max(counts)
+    present = torch.arange(slots) < torch.tensor(counts)[:, None]
+    masks = (torch.rand(batch, slots, 16, 20, generator=rng) < 0.4) & present[..., None, None]
+    valid = torch.tensor([[16 - b, 20] for b in range(batch)])
+    labels = torch.randint(4, (batch, slots), generator=rng) * present
+    predictions = Predictions(
+        torch.randn(layers, batch, queries, 5, generator=rng),
+        torch.randn(layers, batch, queries, 6, generator=rng),
+        torch.randn(batch, 6, 4, 5, generator=rng),
+        valid,
+        (16, 20),
+    )
+    return predictions, Targets(labels, torch.tensor(counts), pack_masks(masks), valid, (16, 20))
+
+
+def best_total(cost: torch.Tensor) -> float:
+    """Least cost over every injection of the smaller side into the larger."""
+    cost = cost if cost.shape[0] >= cost.shape[1] else cost.T
+    columns = range(cost.shape[1])
+    return min(float(sum(cost[r, c] for r, c in zip(rows, columns, strict=True)))
+               for rows in permutations(range(cost.shape[0]), cost.shape[1]))
+
+
+@pytest.mark.parametrize("counts", [[3, 1, 0], [2, 5], [6, 2], [1]])
+@pytest.mark.parametrize("padding", ["exclude", "include"])
+def test_is_the_cheapest_assignment(counts, padding):
+    predictions, targets = random_batch(sum(counts), counts)
+    loss = LossConfig(padding=padding)
+    matching = match(predictions, targets, loss)
+    assert matching.query.shape == (2, len(counts), max(counts)) and matching.query.dtype == torch.int64
+    assert not matching.nonfinite.any() and matching.nonfinite.shape == (2, len(counts))
+    cost = matching_cost(predictions, targets, loss)
+    for layer in range(2):
+        for image, count in enumerate(counts):
+            query = matching.query[layer, image]
+            columns = (query >= 0).nonzero().squeeze(1)
+            assert (query[count:] == -1).all()
+            assert len(columns) == min(count, 5) and len(query[columns].unique()) == len(columns)
+            total = float(cost[layer, image, query[columns], columns].sum())
+            assert total == pytest.approx(best_total(cost[layer, image, :, :count]), abs=1e-4)
+
+
+@given(st.integers(0, 10_000), st.permutations(range(4)))
+@settings(max_examples=25, deadline=None)
+def test_follows_a_permutation_of_the_targets(seed, order):
+    predictions, targets = random_batch(seed, [4, 4])
+    permuted = targets._replace(labels=targets.labels[:, order], masks=targets.masks[:, order])
+    query = match(predictions, targets, LossConfig()).query
+    assert torch.equal(match(predictions, permuted, LossConfig()).query, query[..., order])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_layer_and_image_is_reported_and_left_out(value):
+    predictions, targets = random_batch(1, [2, 3, 1])
+    clean = match(predictions, targets, LossConfig())
+    predictions.mask_embeddings[0, 1, 2, 3] = value
+    matching = match(predictions, targets, LossConfig())
+    assert matching.nonfinite.tolist() == [[False, True, False], [False] * 3]
+    assert (matching.query[0, 1] == -1).all()
+    assert torch.equal(matching.query[~matching.nonfinite], clean.query[~matching.nonfinite])
+
+
+def test_no_target_in_the_batch():
+    predictions, targets = random_batch(2, [0, 0])
+    matching = match(predictions, targets, LossConfig())
+    assert matching.query.shape == (2, 2, 0) and not matching.nonfinite.any()
+
+
+@pytest.mark.skipif(not ORACLES.is_dir(), reason="recordings of the official implementation are not here")
+@pytest.mark.parametrize("model", ["r50_ade_tiny", "r50_coco_panoptic_tiny"])
+def test_equals_the_official_assignment(model):
+    # The second case has 9 targets for 6 queries, the first an image without targets.
+    cases = torch.load(ORACLES / model / "synth.pt", weights_only=True)["criterion"]
+    assert len(cases) == 3
+    for case in cases:
+        masks = [t["masks"] for t in case["targets"]]
+        size, slots = tuple(masks[0].shape[1:]), max(len(m) for m in masks)
+        batch, queries = case["pred_masks"].shape[:2]
+        valid = torch.tensor([size] * batch)
+        targets = Targets(
+            torch.stack([F.pad(t["labels"], (0, slots - len(t["labels"]))) for t in case["targets"]]),
+            torch.tensor([len(m) for m in masks]),
+            pack_masks(torch.stack([F.pad(m, (0, 0, 0, 0, 0, slots - len(m))) for m in masks])),
+            valid,
+            size,
+        )
+        embeddings = torch.eye(queries).expand(1, batch, -1, -1)
+        predictions = Predictions(case["pred_logits"][None], embeddings, case["pred_masks"], valid, size)
+        query = match(predictions, targets, LossConfig(padding="include")).query[0]
+        for image, recorded in enumerate(case["match"]):
+            expected = torch.full((slots,), -1).scatter(0, recorded["j"], recorded["i"])
+            assert torch.equal(query[image], expected)
