@@ -243,7 +243,9 @@ void assign_one(const AssignmentBatch<T>& batch, int64_t problem, Solver<T> solv
 
 void check_sizes(const std::array<int64_t, 3>& sizes, const int64_t* counts) {
   constexpr int64_t limit = std::numeric_limits<int>::max() - kMaxLanes;
-  if (sizes[1] > limit || sizes[2] > limit) throw std::invalid_argument("cost: expected fewer than 2^31 rows and columns");
+  if (sizes[1] > limit || sizes[2] > limit) {
+    throw std::invalid_argument("cost: expected fewer than 2^31 rows and columns");
+  }
   for (int64_t b = 0; counts && b < sizes[0]; ++b) {
     if (counts[b] < 0 || counts[b] > sizes[2]) {
       throw std::invalid_argument("counts: expected 0.." + std::to_string(sizes[2]) + " (columns of cost), got " +

@@ -1,0 +1,20 @@
+"""MaskFormer to train, evaluate and deploy: one mask-classification network for three segmentation tasks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskformer_fast.predictor import Predictor, load
+
+__all__ = ["Predictor", "__version__", "load"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load the API on first use: parts of the package serve where torch is not installed."""
+    if name in ("Predictor", "load"):
+        from maskformer_fast import predictor
+
+        return getattr(predictor, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

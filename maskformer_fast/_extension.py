@@ -1,0 +1,36 @@
+"""Loads the compiled module ``maskformer_fast._C`` when an operator first needs it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+BUILD_COMMAND = "pip install -e . --no-build-isolation --no-deps"
+
+
+@functools.cache
+def load_extension() -> ModuleType:
+    """Import ``maskformer_fast._C``, once.
+
+    Raises ImportError saying why it cannot be loaded and which command builds it; there is no silent fallback.
+    """
+    try:
+        return importlib.import_module("maskformer_fast._C")
+    except ImportError as error:
+        raise ImportError(
+            f"maskformer_fast._C, the compiled part of maskformer_fast, cannot be loaded: {_reason(error)}. "
+            f"Build it from the repository with: {BUILD_COMMAND}"
+        ) from error
+
+
+def _reason(error: ImportError) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return str(error)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    others = sorted(path.name for path in Path(__file__).parent.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    if others:
+        return f"it was built for another Python ({', '.join(others)}), this one needs _C{suffix}"
+    return f"it was not built (no _C{suffix} in {Path(__file__).parent})"
