@@ -1,0 +1,198 @@
+"""A network with its classes and thresholds: images in, results out. `maskformer_fast.load` returns one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from maskformer_fast import postprocess
+from maskformer_fast.checkpoint import load_into, load_weights
+from maskformer_fast.config import TASKS, Config, Task, TestConfig, check, check_choice
+from maskformer_fast.data import dataset_metadata
+from maskformer_fast.data.images import read_image
+from maskformer_fast.data.loader import pad_images
+from maskformer_fast.data.transforms import resize_image
+from maskformer_fast.modeling import build_model
+from maskformer_fast.recipes import load_recipe, recipe_names
+from maskformer_fast.structures import Metadata, Result, SemanticResult
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Predictor:
+    """Runs a network on images of any size and turns its predictions into results at the images' own size."""
+
+    def __init__(self, network: nn.Module, config: Config, metadata: Metadata, device: str | torch.device) -> None:
+        self.network = network
+        self.config = config
+        self.metadata = metadata
+        self.device = torch.device(device)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """Tasks this network can do: a per-pixel baseline cannot tell instances apart."""
+        return TASKS if self.config.model.type == "maskformer" else ("semantic",)
+
+    def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic") -> Any:
+        """Segment one image (-> one result) or several (-> a list of results, in order).
+
+        Args:
+            images: paths, PIL images, uint8 RGB arrays [H, W, 3] or uint8 RGB tensors [3, H, W]; one or a sequence.
+            task: "semantic" -> `SemanticResult`, "panoptic" -> `PanopticResult`, "instance" -> `InstanceResult`.
+
+        Raises:
+            TypeError, ValueError: for something that is not such an image, or a task the network cannot do.
+        """
+        self.check_task(task)
+        single = isinstance(images, ImageLike)
+        arrays = [as_rgb_array(image) for image in ([images] if single else images)]
+        results: list[Result] = []
+        for start in range(0, len(arrays), self.config.test.batch_size):
+            batch = arrays[start : start + self.config.test.batch_size]
+            results += self.infer([self.resize(array) for array in batch], batch, (task,))[task]
+        return results[0] if single else results
+
+    def check_task(self, task: Task) -> None:
+        """Raise ``ValueError`` for an unknown task or one that this kind of network cannot do."""
+        check_choice("task", task, TASKS)
+        check(task in self.tasks, "task", f"one that a {self.config.model.type} network can do {self.tasks}", task)
+
+    def resize(self, image: np.ndarray) -> Tensor:
+        """Image [H, W, 3] uint8 -> network input [3, h, w] uint8, by ``config.test``."""
+        return resize_image(image, self.config.test.short_edge, self.config.test.max_size)
+
+    def infer(
+        self,
+        inputs: Sequence[Tensor],  # each [3, h, w] uint8, already resized
+        originals: Sequence[np.ndarray],  # each [H, W, 3] uint8
+        tasks: Sequence[Task],
+    ) -> dict[Task, list[Result]]:
+        """One forward pass, then each task's results at the originals' sizes."""
+        sizes = [(image.shape[0], image.shape[1]) for image in originals]
+        test = self.config.test
+        results: dict[Task, list[Result]] = {}
+        with self._inference():
+            if "semantic" in tasks and (test.multi_scale or test.flip):
+                results["semantic"] = [self._augmented(image) for image in originals]
+            remaining = [task for task in tasks if task not in results]
+            predictions = self._forward(inputs) if remaining else None
+            for task in remaining:
+                if task == "semantic":
+                    results[task] = list(postprocess.semantic(predictions, sizes))
+                elif task == "panoptic":
+                    results[task] = list(
+                        postprocess.panoptic(
+                            predictions,
+                            sizes,
+                            self.metadata.is_thing,
+                            test.object_mask_threshold,
+                            test.overlap_threshold,
+                        )
+                    )
+                else:
+                    results[task] = list(
+                        postprocess.instances(predictions, sizes, self.metadata.is_thing, test.top_k)
+                    )
+        return results
+
+    def _forward(self, images: Sequence[Tensor]) -> Any:
+        batch, valid_sizes = pad_images(list(images), self.config.model.size_divisibility)
+        return self.network(batch.to(self.device), valid_sizes.to(self.device))
+
+    def _augmented(self, image: np.ndarray) -> SemanticResult:
+        """Average class scores over scales of the short edge and, if asked, the mirrored image."""
+        test = self.config.test
+        size = (image.shape[0], image.shape[1])
+        total: Tensor | None = None
+        for scale in test.multi_scale or (1.0,):
+            short_edge = round((test.short_edge or min(size)) * scale)
+            resized = resize_image(image, short_edge, round(test.max_size * scale))
+            for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
+                scores = postprocess.semantic_scores(self._forward([view]), [size])[0]
+                scores = scores if view is resized else scores.flip(-1)
+                total = scores if total is None else total.add_(scores)
+        assert total is not None  # at least one scale
+        best = total.max(dim=0)
+        views = len(test.multi_scale or (1.0,)) * (2 if test.flip else 1)
+        dtype = torch.uint8 if total.shape[0] <= 255 else torch.int16
+        return SemanticResult(best.indices.to(dtype), best.values / views)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients, in the precision of the solver; the former mode comes back after."""
+        training = self.network.training
+        self.network.eval()
+        amp = self.config.solver.amp
+        autocast = nullcontext() if amp == "off" else torch.autocast(self.device.type, AMP_DTYPES[amp])
+        try:
+            with torch.inference_mode(), autocast:
+                yield
+        finally:
+            self.network.train(training)
+
+
+def load(path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None) -> Predictor:
+    """A predictor from a checkpoint (weights file, checkpoint folder, run folder) or, untrained, from a recipe.
+
+    ``test`` replaces the resizing and thresholds that the checkpoint or recipe carries.
+
+    Raises:
+        FileNotFoundError: neither a path nor a recipe.
+        CheckpointError: a damaged checkpoint.
+    """
+    where = resolve_device(device)
+    if not Path(path_or_recipe).exists() and str(path_or_recipe) in recipe_names():
+        config = load_recipe(str(path_or_recipe))
+        metadata = dataset_metadata(config.data)
+        config = with_classes(config, metadata)
+        network = build_model(config.model)
+    else:
+        config, metadata, weights, _ = load_weights(path_or_recipe)
+        network = build_model(config.model)
+        load_into(network, weights, path_or_recipe)
+    return Predictor(network.to(where).eval(), replace(config, test=test or config.test), metadata, where)
+
+
+def with_classes(config: Config, metadata: Metadata) -> Config:
+    """The configuration with ``model.num_classes`` taken from the data set; a different explicit number is an error."""
+    got = config.model.num_classes
+    check(got in (0, metadata.num_classes), "model.num_classes", f"0 or the data set's {metadata.num_classes}", got)
+    return replace(config, model=replace(config.model, num_classes=metadata.num_classes))
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the GPU where there is one. Raises ``ValueError`` for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected auto or a device that torch can use here, got {device!r}") from error
+    return resolved
+
+
+def as_rgb_array(image: ImageLike) -> np.ndarray:
+    """Any accepted image -> [H, W, 3] uint8 RGB."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise TypeError(f"images: expected a uint8 tensor [3, H, W], got {image.dtype} {tuple(image.shape)}")
+        return image.permute(1, 2, 0).contiguous().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise TypeError(f"images: expected a uint8 array [H, W, 3], got {image.dtype} {image.shape}")
+        return image
+    raise TypeError(f"images: expected a path, PIL image, array or tensor, got {type(image).__name__}")
