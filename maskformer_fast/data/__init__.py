@@ -1,0 +1,76 @@
+"""Data sets: images and their truth, from files or made on the fly."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from maskformer_fast.config import DataConfig, check, check_choice
+from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
+from maskformer_fast.data.coco_instances import coco_instances_dataset
+from maskformer_fast.data.coco_panoptic import coco_panoptic_dataset
+from maskformer_fast.data.folder import folder_dataset
+from maskformer_fast.data.presets import INDEX_PRESETS, PRESETS, preset_metadata
+from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.structures import Metadata
+
+__all__ = ["DATASETS", "BrokenExampleError", "SegmentationDataset", "build_dataset", "dataset_metadata"]
+
+DATASETS = ("shapes", "folder", "coco_instances", "coco_panoptic", *PRESETS)
+"""Every value of ``data.dataset``."""
+
+_COLLECTION = "DETECTRON2_DATASETS"  # where users of detectron2 say that their data sets are
+
+
+def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> SegmentationDataset:
+    """Open the training or the validation part of the configured data set; pixels are read later, one by one.
+
+    Raises:
+        FileNotFoundError: folders or files are not where the layout has them; the message lists the paths.
+        ValueError: an unknown data set, a task its truth does not allow, no root, or malformed annotations.
+        ModuleNotFoundError: COCO instances without pycocotools.
+    """
+    check_choice("split", split, ("train", "val"))
+    name = config.dataset
+    check_choice("data.dataset", name, DATASETS)
+    if config.ignore_index is not None:
+        check(name in ("folder", *INDEX_PRESETS), "data.ignore_index",
+              f"None for data set {name!r}, which has no index images", config.ignore_index)
+    if name == "shapes":
+        shapes = ShapesDataset(config.shapes, split)
+        shapes.task = config.task or shapes.task
+        return shapes
+    root = _root(config)
+    part = config.train_split if split == "train" else config.val_split
+    if name == "folder":
+        return folder_dataset(config, root, part)
+    if name == "coco_instances":
+        return coco_instances_dataset(config, root, part, drop_empty=split == "train")
+    if name == "coco_panoptic":
+        return coco_panoptic_dataset(config, root, part, root.resolve().name)
+    return PRESETS[name].read(config, root, part)
+
+
+def dataset_metadata(config: DataConfig) -> Metadata:
+    """Classes of the configured data set, without its files where it is a preset with no root, or synthetic.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: as `build_dataset`, where the files must be opened.
+    """
+    if config.dataset in PRESETS and config.root is None:
+        return preset_metadata(config.dataset)
+    return build_dataset(config, "val").metadata
+
+
+def _root(config: DataConfig) -> Path:
+    if config.root is not None:
+        root, source = Path(config.root).expanduser(), "data.root"
+    elif config.dataset in PRESETS and os.environ.get(_COLLECTION):
+        root, source = Path(os.environ[_COLLECTION]) / PRESETS[config.dataset].folder, f"${_COLLECTION}"
+    else:
+        other = f" (or ${_COLLECTION} set)" if config.dataset in PRESETS else ""
+        raise ValueError(f"data.root: expected the folder of data set {config.dataset!r}{other}, got None")
+    if not root.is_dir():
+        raise FileNotFoundError(f"{source}: expected the folder of data set {config.dataset!r}, found none at {root}")
+    return root

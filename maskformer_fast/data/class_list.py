@@ -1,0 +1,137 @@
+"""Lists of classes: names, pixel values, things and stuff, colours, and the values that mean "unlabelled"."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskformer_fast.colors import default_colors
+from maskformer_fast.data.coco_json import check_color, load_json
+from maskformer_fast.structures import VOID, Metadata
+
+UNKNOWN = VOID - 1
+"""What `ClassList.lookup` gives for a value that is neither a class nor ignored."""
+
+_MAX_VALUE = 65535
+_DEFAULT_IGNORE = 255
+_FOLDER = Path(__file__).with_name("classes")
+_KEYS = {"name", "id", "isthing", "is_thing", "color", "supercategory"}
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Classes in index order, and how index images write them."""
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]  # pixel value of each class
+    is_thing: tuple[bool, ...]
+    colors: tuple[tuple[int, int, int], ...]  # RGB
+    ignore: tuple[int, ...]  # pixel values of unlabelled pixels
+
+    def metadata(self, name: str) -> Metadata:
+        """As metadata of the data set ``name``."""
+        return Metadata(name, self.names, self.is_thing, self.values, self.colors)
+
+    def lookup(self) -> np.ndarray:
+        """Class index of each pixel value -> int32 [n], `VOID` where ignored, `UNKNOWN` elsewhere and at the end."""
+        table = np.full(max(*self.values, *self.ignore, 0) + 2, UNKNOWN, dtype=np.int32)
+        table[list(self.ignore)] = VOID
+        table[list(self.values)] = np.arange(len(self.values))
+        return table
+
+    def with_ignore(self, value: int) -> ClassList:
+        """The same classes with one other value for unlabelled pixels.
+
+        Raises:
+            ValueError: the value is a class's.
+        """
+        _check_ignore("data.ignore_index", (value,), self.values)
+        return dataclasses.replace(self, ignore=(value,))
+
+
+def _check_ignore(source: str, ignore: tuple[int, ...], values: tuple[int, ...]) -> None:
+    if clash := set(ignore) & set(values):
+        raise ValueError(f"{source}: expected values that are no class's, got {min(clash)}")
+
+
+def _is_value(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_VALUE
+
+
+def numbered_class_list(values: Sequence[int], ignore: int | None = None) -> ClassList:
+    """A class named by its value for each of ``values`` but the ignored one: 255 unless told otherwise."""
+    ignored = _DEFAULT_IGNORE if ignore is None else ignore
+    kept = tuple(value for value in values if value != ignored)
+    names = tuple(f"class {value}" for value in kept)
+    return ClassList(names, kept, (False,) * len(kept), default_colors(len(kept)), (ignored,))
+
+
+def read_class_list(path: Path) -> ClassList:
+    """Read a ``classes.json``.
+
+    It holds a list, or an object ``{"classes": [...], "ignore_index": 255}`` with the list and one value (or a list
+    of values) of unlabelled pixels. An entry is a name, or an object with ``name`` and, if wanted, ``id`` (the pixel
+    value, its position in the list otherwise), ``isthing`` (0, 1, true, false; stuff otherwise) and ``color`` (RGB).
+    Without ``ignore_index``, 255 is ignored where no class has that value.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: malformed; the message names the file, the entry and the key.
+    """
+    content = load_json(path)
+    entries = content.get("classes") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'{path}: expected a list of classes, or an object with the list as "classes"')
+    parsed = [_entry(path, position, entry) for position, entry in enumerate(entries)]
+    names = tuple(entry["name"] for entry in parsed)
+    values = tuple(entry["id"] for entry in parsed)
+    for key, column in (("name", names), ("id", values)):
+        if len(set(column)) != len(column):
+            twice = next(value for value in column if column.count(value) > 1)
+            raise ValueError(f"{path}: {key}: expected distinct values, got {twice!r} twice")
+    defaults = default_colors(len(parsed))
+    colors = tuple(entry["color"] or default for entry, default in zip(parsed, defaults, strict=True))
+    ignore = _ignored(path, content, values)
+    return ClassList(names, values, tuple(entry["isthing"] for entry in parsed), colors, ignore)
+
+
+def _ignored(path: Path, content: Any, values: tuple[int, ...]) -> tuple[int, ...]:
+    if not isinstance(content, dict) or "ignore_index" not in content:
+        return () if _DEFAULT_IGNORE in values else (_DEFAULT_IGNORE,)
+    if stray := set(content) - {"classes", "ignore_index"}:
+        raise ValueError(f'{path}: expected the keys "classes" and "ignore_index", got {min(stray)!r}')
+    value = content["ignore_index"]
+    ignore = tuple(value) if isinstance(value, list) else (value,)
+    if not all(map(_is_value, ignore)):
+        raise ValueError(f"{path}: ignore_index: expected integers 0..{_MAX_VALUE}, got {value!r}")
+    _check_ignore(f"{path}: ignore_index", ignore, values)
+    return ignore
+
+
+def _entry(path: Path, position: int, entry: object) -> dict[str, Any]:
+    where = f"{path}: classes[{position}]"
+    record = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a name or an object, got {entry!r}")
+    if stray := set(record) - _KEYS:
+        raise ValueError(f"{where}: expected keys out of {', '.join(sorted(_KEYS))}, got {min(stray)!r}")
+    name, value = record.get("name"), record.get("id", position)
+    thing = record.get("isthing", record.get("is_thing", False))
+    color = record.get("color")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}: name: expected a text, got {name!r}")
+    if not _is_value(value):
+        raise ValueError(f"{where}: id: expected an integer 0..{_MAX_VALUE}, got {value!r}")
+    if thing not in (0, 1):
+        raise ValueError(f"{where}: isthing: expected true, false, 1 or 0, got {thing!r}")
+    return {"name": name, "id": value, "isthing": bool(thing), "color": check_color(color, where)}
+
+
+def read_preset_classes(name: str) -> ClassList:
+    """Classes of a preset, from the package's own files."""
+    return read_class_list(_FOLDER / f"{name}.json")

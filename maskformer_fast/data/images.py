@@ -1,0 +1,103 @@
+"""Decoding of image files that may be damaged, enormous, or of an unusual kind."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from maskformer_fast.data.base import BrokenExampleError
+
+_LOGGER = logging.getLogger("maskformer_fast.data")
+
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded, in pixels (a quarter GiB as RGB); more is refused as a decompression bomb."""
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Endings of files taken for images, in lower case."""
+
+_INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # unreadable metadata does not make readable pixels worthless
+        _LOGGER.debug("unreadable EXIF data ignored", exc_info=True)
+
+
+def _decode(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height <= MAX_PIXELS:
+                image.load()
+                if upright:
+                    _turn_upright(image)
+                return image
+        reason = f"expected at most {MAX_PIXELS} pixels, got {width} x {height} = {width * height}"
+    except MemoryError:
+        raise
+    except FileNotFoundError:
+        reason = "no such file"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = f"expected at most {MAX_PIXELS} pixels: {error}"
+    except Exception as error:  # decoders raise anything on damaged data; the file is named and the cause kept
+        raise BrokenExampleError(path, f"cannot be decoded: {error or type(error).__name__}") from error
+    raise BrokenExampleError(path, reason)
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode a picture as a network sees it -> uint8 [H, W, 3] RGB.
+
+    EXIF orientation is applied; grey, palette, CMYK and 16-bit pictures are converted (16 bits keep their upper 8);
+    transparency is dropped; of several frames the first is taken.
+
+    Raises:
+        BrokenExampleError: missing, damaged, truncated, floating-point, or larger than `MAX_PIXELS`.
+    """
+    image = _decode(path, upright=True)
+    if image.mode in _DEEP_MODES:
+        values = np.asarray(image).astype(np.int64)
+        if values.size and not (values.min() >= 0 and values.max() <= 65535):
+            raise BrokenExampleError(path, f"expected at most 16 bits a pixel, got {values.min()}..{values.max()}")
+        return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise BrokenExampleError(path, "expected integer pixels, got floating point")
+    try:
+        if "transparency" in image.info and image.mode == "P":
+            image = image.convert("RGBA")
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise BrokenExampleError(path, f"cannot be converted to RGB: {error}") from error
+
+
+def read_index_png(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode an image whose pixel values are indices -> int32 [H, W].
+
+    Grey (1, 8, 16 bits) and palette images are read; of a palette image the index counts, not the colour. PNG is
+    usual, TIFF works too.
+
+    Raises:
+        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, or an image of colours.
+    """
+    image = _decode(path)
+    if image.mode not in _INDEX_MODES:
+        raise BrokenExampleError(path, f"expected one index a pixel (grey or palette image), got mode {image.mode}")
+    return np.asarray(image).astype(np.int32)
+
+
+def read_panoptic_png(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode a COCO panoptic PNG, segment id = R + 256 G + 65536 B -> int32 [H, W].
+
+    Raises:
+        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, or not an image of colours.
+    """
+    image = _decode(path)
+    if image.mode not in ("RGB", "RGBA"):
+        raise BrokenExampleError(path, f"expected an RGB image of segment ids, got mode {image.mode}")
+    rgb = np.asarray(image)[..., :3].astype(np.int32)
+    return rgb[..., 0] | rgb[..., 1] << 8 | rgb[..., 2] << 16

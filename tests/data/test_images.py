@@ -1,0 +1,162 @@
+"""Decoding of pictures and index images, damaged ones included."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from maskformer_fast.data import images
+from maskformer_fast.data.base import BrokenExampleError, inside
+from maskformer_fast.data.images import read_image, read_index_png, read_panoptic_png
+
+
+def noise(rng, *shape, dtype=np.uint8, high=256):
+    return rng.integers(0, high, shape).astype(dtype)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+def test_colour_kinds(tmp_path, rng):
+    rgb = noise(rng, 7, 5, 3)
+    Image.fromarray(rgb).save(tmp_path / "rgb.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "rgb.png"), rgb)
+    assert read_image(tmp_path / "rgb.png").flags.writeable
+    grey = noise(rng, 7, 5)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), np.repeat(grey[..., None], 3, 2))
+    alpha = np.concatenate([rgb, noise(rng, 7, 5, 1)], 2)
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "alpha.png"), rgb)
+    palette = Image.fromarray(noise(rng, 7, 5, high=4), mode=None).convert("P")
+    palette.putpalette(bytes(rng.integers(0, 256, 768).tolist()))
+    palette.save(tmp_path / "palette.png", transparency=1)
+    np.testing.assert_array_equal(read_image(tmp_path / "palette.png"), np.asarray(palette.convert("RGB")))
+    deep = noise(rng, 7, 5, dtype=np.uint16, high=65536)
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(deep).save(tmp_path / name)
+        np.testing.assert_array_equal(read_image(tmp_path / name)[..., 1], deep >> 8)
+    cmyk = Image.new("CMYK", (5, 7), (0, 255, 255, 0))
+    cmyk.save(tmp_path / "cmyk.jpg")
+    assert abs(read_image(tmp_path / "cmyk.jpg").astype(int) - [255, 0, 0]).max() < 12
+    Image.fromarray(rng.random((4, 4)).astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(BrokenExampleError, match="float.tif.*floating point"):
+        read_image(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_exif_orientation_is_applied(tmp_path, suffix):
+    stored = np.zeros((8, 16, 3), np.uint8)
+    stored[:, :8] = 255  # the left half is white; turned clockwise it becomes the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(stored).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    image = read_image(path)
+    assert image.shape == (16, 8, 3)
+    assert image[:7].mean() > 240
+    assert image[9:].mean() < 15
+
+
+def test_index_images(tmp_path, rng):
+    for dtype, high in ((np.uint8, 256), (np.uint16, 65536)):
+        values = noise(rng, 6, 9, dtype=dtype, high=high)
+        for suffix in ("png", "tif"):
+            Image.fromarray(values).save(tmp_path / f"i.{suffix}")
+            got = read_index_png(tmp_path / f"i.{suffix}")
+            assert got.dtype == np.int32
+            np.testing.assert_array_equal(got, values)
+    values = noise(rng, 6, 9, high=5)
+    palette = Image.fromarray(values, mode=None).convert("P")
+    palette = Image.frombytes("P", (9, 6), values.tobytes())
+    palette.putpalette([9, 9, 9] * 5)  # the colours say nothing: the index counts
+    palette.save(tmp_path / "p.png")
+    np.testing.assert_array_equal(read_index_png(tmp_path / "p.png"), values)
+    Image.fromarray(values > 2).save(tmp_path / "bit.png")
+    np.testing.assert_array_equal(read_index_png(tmp_path / "bit.png"), values > 2)
+    Image.fromarray(noise(rng, 6, 9, 3)).save(tmp_path / "rgb.png")
+    with pytest.raises(BrokenExampleError, match="rgb.png.*index.*mode RGB"):
+        read_index_png(tmp_path / "rgb.png")
+
+
+def test_panoptic_png(tmp_path, rng):
+    rgb = noise(rng, 6, 9, 3)
+    Image.fromarray(rgb).save(tmp_path / "p.png")
+    expected = rgb.astype(np.int64) @ np.array([1, 256, 65536])
+    np.testing.assert_array_equal(read_panoptic_png(tmp_path / "p.png"), expected)
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
+    with pytest.raises(BrokenExampleError, match="mode L"):
+        read_panoptic_png(tmp_path / "grey.png")
+
+
+def test_damaged_files_are_named(tmp_path, rng):
+    path = tmp_path / "half.jpg"
+    Image.fromarray(noise(rng, 64, 64, 3)).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(BrokenExampleError, match="half.jpg: cannot be decoded.*truncated"):
+        read_image(path)
+    path.write_bytes(b"")
+    with pytest.raises(BrokenExampleError, match=r"half\.jpg"):
+        read_image(path)
+    with pytest.raises(BrokenExampleError, match="none.jpg: no such file"):
+        read_image(tmp_path / "none.jpg")
+    with pytest.raises(BrokenExampleError):
+        read_image(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
+    Image.new("1", (60_000, 2_000)).save(tmp_path / "wide.png")
+    with pytest.raises(BrokenExampleError, match=f"at most {images.MAX_PIXELS} pixels, got 60000 x 2000"):
+        read_image(tmp_path / "wide.png")
+    Image.new("1", (60_000, 6_000)).save(tmp_path / "wider.png")
+    with pytest.raises(BrokenExampleError, match=f"at most {images.MAX_PIXELS} pixels"):
+        read_index_png(tmp_path / "wider.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 11)
+    Image.new("L", (4, 3)).save(tmp_path / "small.png")
+    with pytest.raises(BrokenExampleError, match="4 x 3 = 12"):
+        read_image(tmp_path / "small.png")
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(np.random.default_rng(1), 12, 17, 3)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP", "BMP"]), data=st.data())
+def test_any_damage_gives_an_image_or_the_one_error(tmp_path, kind, data):
+    content = bytearray(encoded(kind))
+    for _ in range(data.draw(st.integers(0, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "x"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        image = read_image(path)
+    except BrokenExampleError as error:
+        assert error.path == str(path)
+        assert error.reason
+    else:
+        assert image.dtype == np.uint8
+        assert image.shape[2] == 3
+
+
+def test_the_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(BrokenExampleError("a/b.png", "too bad")))
+    assert (error.path, error.reason, str(error)) == ("a/b.png", "too bad", "a/b.png: too bad")
+
+
+@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "C:\\a", "..\\a", "\\\\host\\a", "", "a\0b"])
+def test_names_stay_inside(tmp_path, name):
+    with pytest.raises(ValueError, match=r"x\.json: expected a file name below"):
+        inside(tmp_path, name, "x.json")
+    assert inside(tmp_path, "a/b..png", "x.json") == tmp_path / "a" / "b..png"
