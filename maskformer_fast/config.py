@@ -223,6 +223,8 @@ class DataConfig:
     val_split: str = "val"
     task: Task | None = None
     """What the targets are; ``None`` takes the data set's own (folder: semantic, COCO instances: instance...)."""
+    ignore_index: int | None = None
+    """Value of unlabelled pixels in index PNGs; ``None`` takes that of ``classes.json`` or of the preset, else 255."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     skip_broken: bool = False
@@ -234,6 +236,8 @@ class DataConfig:
         if self.task is not None:
             check_choice("data.task", self.task, TASKS)
         check(self.workers >= 0, "data.workers", ">= 0", self.workers)
+        ignore = self.ignore_index
+        check(ignore is None or 0 <= ignore <= 65535, "data.ignore_index", "0..65535 or None", ignore)
 
 
 @dataclass(frozen=True)
