@@ -18,7 +18,7 @@ _library.define(
 
 
 def _linear_sum_assignment_cpu(cost: Tensor, counts: Tensor | None = None) -> Tensor:
-    problems = cost.detach().flatten(0, -3) if cost.dim() > 2 else cost.detach().unsqueeze(0)
+    problems = _as_batch(cost)
     counts = None if counts is None else counts.reshape(-1).contiguous()
     rows = torch.empty(problems.shape[0], problems.shape[2], dtype=torch.int64)
     extension = load_extension()
@@ -49,6 +49,11 @@ def _linear_sum_assignment_fake(cost: Tensor, counts: Tensor | None = None) -> T
 _library.impl("linear_sum_assignment", _linear_sum_assignment_cpu, "CPU")
 _library.impl("linear_sum_assignment", _linear_sum_assignment_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::linear_sum_assignment", _linear_sum_assignment_fake, lib=_library)
+
+
+def _as_batch(cost: Tensor) -> Tensor:
+    """[..., N, M] -> [B, N, M], without gradient and without a copy where the strides allow it."""
+    return cost.detach().flatten(0, -3) if cost.dim() > 2 else cost.detach().unsqueeze(0)
 
 
 def _result_shape(cost: Tensor) -> tuple[int, ...]:
@@ -105,11 +110,11 @@ def linear_sum_assignment_eager(
     from scipy.optimize import linear_sum_assignment as solve  # SciPy comes with the extras train and test only
 
     _check(cost, counts)
-    result = torch.full(_result_shape(cost), -1, dtype=torch.int64)
     total = cost.shape[-1]
-    problems = cost.detach().cpu().reshape(-1, *cost.shape[-2:]).numpy()
+    problems = _as_batch(cost).cpu().numpy()
     limits = [total] * len(problems) if counts is None else counts.reshape(-1).tolist()
-    for problem, limit, out in zip(problems, limits, result.view(-1, total), strict=True):
+    result = torch.full((len(problems), total), -1, dtype=torch.int64)
+    for problem, limit, out in zip(problems, limits, result, strict=True):
         if not 0 <= limit <= total:
             raise ValueError(f"counts: expected 0..{total} (columns of cost), got {limit}")
         try:
@@ -117,4 +122,4 @@ def linear_sum_assignment_eager(
         except ValueError:  # SciPy's word for NaN, -inf or no finite assignment
             continue
         out[torch.from_numpy(columns)] = torch.from_numpy(rows)
-    return result.to(cost.device)
+    return result.view(_result_shape(cost)).to(cost.device)
