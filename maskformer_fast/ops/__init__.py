@@ -3,5 +3,22 @@
 from maskformer_fast.ops.linear_sum_assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import mask_loss
 from maskformer_fast.ops.matching_cost import matching_cost
+from maskformer_fast.ops.segment_inference import instance_inference, panoptic_inference
+from maskformer_fast.ops.semantic_inference import (
+    pixel_semantic_inference,
+    pixel_semantic_scores,
+    semantic_inference,
+    semantic_scores,
+)
 
-__all__ = ["linear_sum_assignment", "mask_loss", "matching_cost"]
+__all__ = [
+    "instance_inference",
+    "linear_sum_assignment",
+    "mask_loss",
+    "matching_cost",
+    "panoptic_inference",
+    "pixel_semantic_inference",
+    "pixel_semantic_scores",
+    "semantic_inference",
+    "semantic_scores",
+]

@@ -1,0 +1,160 @@
+"""Panoptic and instance inference: segments from the masks of the kept queries (paper section 3.4).
+
+Plain PyTorch, with no loop over queries and no transfer to the host: oracle of the tests, baseline of the benchmarks,
+and what runs where there is no faster backend. No function has a gradient. Work goes by tiles of rows, as in
+`semantic_inference`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import check
+from ..structures import VOID, pack_masks
+from .resample import check_geometry, resample_rows, row_tiles
+
+
+class PanopticSegments(NamedTuple):
+    """What `panoptic_inference` finds."""
+
+    id_map: Tensor  # [B, H, W] int32, VOID where no segment is
+    ids: Tensor  # [B, N] int32: segment that the query's pixels went to, VOID if it was dropped
+    areas: Tensor  # [B, N] int64: pixels that the query won
+
+
+class InstanceMasks(NamedTuple):
+    """What `instance_inference` finds."""
+
+    masks: Tensor  # [B, N, H, ceil(W/8)] uint8, packed
+    areas: Tensor  # [B, N] int64
+    boxes: Tensor  # [B, N, 4] float32: x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask
+    scores: Tensor  # [B, N] float32: mean sigmoid over the mask's pixels, 0 for an empty mask
+
+
+@torch.no_grad()
+def panoptic_inference(
+    mask_logits: Tensor,  # [B, N, h, w] floating
+    scores: Tensor,  # [B, N] floating
+    categories: Tensor,  # [B, N] int64, VOID for a query that takes no part
+    is_thing: Tensor,  # [K] bool
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    overlap_threshold: float,
+) -> PanopticSegments:
+    """Non-overlapping segments: each pixel goes to one query, and queries that keep too little are dropped.
+
+    With M = sigmoid(mask logits resampled to the output, `resample`): query q wins the pixels where
+    ``scores[q] * M[q]`` is largest (the first of equals). It becomes a segment, with all the pixels it won, if it won
+    any, if M[q] >= 0.5 somewhere, and if won pixels / pixels with M[q] >= 0.5 is at least `overlap_threshold`. Pixels
+    won by a dropped query stay void. Segments are numbered from 1 in the order of queries; stuff of a class that has
+    a segment already joins it.
+
+    Args:
+        extent: height and width of the images in mask pixels, common to the batch.
+        output_size: height H and width W of the result.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: `categories` not int64 or `is_thing` not bool.
+    """
+    check(mask_logits.ndim == 4, "mask_logits", "[B, N, h, w]", tuple(mask_logits.shape))
+    for name, value in (("scores", scores), ("categories", categories)):
+        check(value.shape == mask_logits.shape[:2], name, f"{list(mask_logits.shape[:2])}", list(value.shape))
+    for name, value, dtype in (("categories", categories, torch.int64), ("is_thing", is_thing, torch.bool)):
+        if value.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+    check_geometry(mask_logits, extent, output_size)
+
+    batch, num_queries = scores.shape
+    device = mask_logits.device
+    id_map = torch.full((batch, *output_size), VOID, dtype=torch.int32, device=device)
+    won = torch.zeros((batch, num_queries), dtype=torch.int64, device=device)
+    claimed = torch.zeros_like(won)
+    if num_queries == 0:
+        return PanopticSegments(id_map, won.to(torch.int32), won)
+    absent = (categories < 0)[:, :, None, None]
+    scores = scores.to(torch.float32)[:, :, None, None]
+    one = torch.ones((), dtype=torch.int64, device=device)
+    for image in range(batch):
+        for rows in row_tiles(output_size, 3 * num_queries, device):
+            masks = resample_rows(mask_logits[image], extent, output_size, rows).sigmoid_()
+            claimed[image] += (masks >= 0.5).sum((1, 2))
+            winner = (masks * scores[image]).masked_fill_(absent[image], -1.0).max(0).indices
+            won[image].scatter_add_(0, winner.flatten(), one.expand(winner.numel()))
+            id_map[image, rows] = winner.to(torch.int32)
+    won.masked_fill_(categories < 0, 0)  # with none present, "the first" won
+    ratio = won.to(torch.float64) / claimed  # in double, so that a ratio equal to the threshold is equal
+    kept = (categories >= 0) & (won > 0) & (claimed > 0) & (ratio >= overlap_threshold)
+    ids = _segment_ids(categories, kept, is_thing)
+    for image in range(batch):
+        id_map[image] = ids[image].index_select(0, id_map[image].flatten()).view(output_size)
+    return PanopticSegments(id_map, ids, won)
+
+
+def _segment_ids(
+    categories: Tensor,  # [B, N] int64
+    kept: Tensor,  # [B, N] bool
+    is_thing: Tensor,  # [K] bool
+) -> Tensor:
+    """Number the kept queries from 1, stuff of one class alike -> [B, N] int32, VOID elsewhere."""
+    stuff = kept & ~is_thing[categories.clamp(min=0)]
+    same = (categories[:, :, None] == categories[:, None, :]) & stuff[:, :, None] & stuff[:, None, :]
+    own = torch.arange(categories.shape[1], device=categories.device).expand_as(categories)
+    first = torch.where(stuff, same.to(torch.int8).argmax(-1), own)  # argmax of 0s and 1s: the first 1
+    number = (kept & (first == own)).cumsum(-1)
+    return torch.where(kept, number.gather(-1, first), VOID).to(torch.int32)
+
+
+@torch.no_grad()
+def instance_inference(
+    mask_logits: Tensor,  # [B, N, h, w] floating
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+) -> InstanceMasks:
+    """Binary masks (logit > 0 after resampling to the output, `resample`), packed, with area, box and mask score.
+
+    The mask score is ``sum(sigmoid * mask) / (area + 1e-6)``, as in Mask2Former and Hugging Face's MaskFormer, but at
+    the output's resolution, which is that of the mask.
+
+    Args:
+        extent: height and width of the images in mask pixels, common to the batch.
+        output_size: height H and width W of the result.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check(mask_logits.ndim == 4, "mask_logits", "[B, N, h, w]", tuple(mask_logits.shape))
+    check_geometry(mask_logits, extent, output_size)
+    batch, num_queries = mask_logits.shape[:2]
+    height, width = output_size
+    device = mask_logits.device
+    masks = torch.empty((batch, num_queries, height, (width + 7) // 8), dtype=torch.uint8, device=device)
+    areas = torch.zeros((batch, num_queries), dtype=torch.int64, device=device)
+    sums = torch.zeros((batch, num_queries), dtype=torch.float64, device=device)
+    rows_hit = torch.zeros((batch, num_queries, height), dtype=torch.bool, device=device)
+    columns_hit = torch.zeros((batch, num_queries, width), dtype=torch.bool, device=device)
+    for image in range(batch):
+        for rows in row_tiles(output_size, 4 * num_queries, device):
+            logits = resample_rows(mask_logits[image], extent, output_size, rows)
+            mask = logits > 0
+            masks[image, :, rows] = pack_masks(mask)
+            areas[image] += mask.sum((1, 2))
+            sums[image] += (logits.sigmoid_() * mask).sum((1, 2))
+            rows_hit[image, :, rows] = mask.any(2)
+            columns_hit[image] |= mask.any(1)
+    scores = (sums / (areas + 1e-6)).to(torch.float32)
+    x0, x1 = _span(columns_hit)
+    y0, y1 = _span(rows_hit)
+    boxes = torch.stack([x0, y0, x1, y1], -1) * (areas > 0)[..., None]
+    return InstanceMasks(masks, areas, boxes.to(torch.float32), scores)
+
+
+def _span(
+    hit: Tensor,  # [B, N, S] bool
+) -> tuple[Tensor, Tensor]:
+    """First True and one past the last -> two [B, N] int64; any values where there is none."""
+    flags = hit.to(torch.int8)
+    return flags.argmax(-1), hit.shape[-1] - flags.flip(-1).argmax(-1)

@@ -1,0 +1,165 @@
+"""Semantic inference: a class for every pixel of the output (paper section 3.4, "semantic inference").
+
+Everything here is plain PyTorch: oracle of the tests, baseline of the benchmarks, and what runs where there is no
+faster backend. No function has a gradient. Work goes by tiles of rows: beside inputs and results, temporaries stay
+within `resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..config import check
+from .resample import check_geometry, resample_rows, row_tiles
+
+CLASS_CHUNK = 256
+"""Classes scored at once: hundreds or thousands of them must not make even one row of scores too large."""
+
+
+@torch.no_grad()
+def semantic_inference(
+    mask_logits: Tensor,  # [B, Q, h, w] floating
+    class_logits: Tensor,  # [B, Q, K+1] floating, "no object" last
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    with_scores: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Most likely class of every output pixel.
+
+    ``label(y, x) = argmax_c sum_q P[q, c] * M[q, y, x]`` with P = softmax(class_logits) less its last column and
+    M = sigmoid(mask logits resampled straight to the output, `resample`). Equal scores give the lower class. float16
+    and bfloat16 inputs are computed in float32.
+
+    Args:
+        extent: height and width of the images in mask pixels, common to the batch.
+        output_size: height H and width W of the result.
+        with_scores: also return the winner's score.
+
+    Returns:
+        labels [B, H, W], uint8 if K <= 255 (255 stays free for "ignore") else int16; scores [B, H, W] float32 or None.
+
+    Raises:
+        ValueError: shapes that do not fit, K < 1 or K > 32767.
+    """
+    probabilities = _class_probabilities(mask_logits, class_logits, extent, output_size)
+
+    def score(image: int, masks: Tensor, classes: slice) -> Tensor:
+        return probabilities[image, :, classes].T @ masks
+
+    return _argmax(mask_logits, probabilities.shape[2], torch.sigmoid_, score, extent, output_size, with_scores)
+
+
+@torch.no_grad()
+def semantic_scores(
+    mask_logits: Tensor,  # [B, Q, h, w] floating
+    class_logits: Tensor,  # [B, Q, K+1] floating, "no object" last
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+) -> Tensor:
+    """The scores whose argmax `semantic_inference` returns -> [B, K, H, W] float32.
+
+    They are sums over queries, in 0..Q: not probabilities, but they may be averaged over scales and flips.
+    """
+    probabilities = _class_probabilities(mask_logits, class_logits, extent, output_size)
+    batch, num_queries, num_classes = probabilities.shape
+    scores = mask_logits.new_empty((batch, num_classes, *output_size), dtype=torch.float32)
+    for image in range(batch):
+        for rows in row_tiles(output_size, num_queries + num_classes, mask_logits.device):
+            masks = resample_rows(mask_logits[image], extent, output_size, rows).sigmoid_()
+            with torch.autocast(mask_logits.device.type, enabled=False):
+                tile = probabilities[image].T @ masks.flatten(1)
+            scores[image, :, rows] = tile.unflatten(1, masks.shape[1:])
+    return scores
+
+
+@torch.no_grad()
+def pixel_semantic_inference(
+    logits: Tensor,  # [B, K, h, w] floating
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    with_scores: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`semantic_inference` of a per-pixel model: argmax of its logits resampled to the output.
+
+    Scores, if asked for, are the winner's softmax probability. Returns and errors are those of `semantic_inference`.
+    """
+    check(logits.ndim == 4, "logits", "[B, K, h, w]", tuple(logits.shape))
+    check_geometry(logits, extent, output_size)
+
+    def activation(tile: Tensor) -> Tensor:
+        return tile.softmax(0) if with_scores else tile
+
+    def score(image: int, tile: Tensor, classes: slice) -> Tensor:
+        return tile[classes]
+
+    return _argmax(logits, logits.shape[1], activation, score, extent, output_size, with_scores)
+
+
+@torch.no_grad()
+def pixel_semantic_scores(
+    logits: Tensor,  # [B, K, h, w] floating
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+) -> Tensor:
+    """Class probabilities of a per-pixel model, from logits resampled to the output -> [B, K, H, W] float32."""
+    check(logits.ndim == 4, "logits", "[B, K, h, w]", tuple(logits.shape))
+    check_geometry(logits, extent, output_size)
+    scores = logits.new_empty((*logits.shape[:2], *output_size), dtype=torch.float32)
+    for image in range(len(logits)):
+        for rows in row_tiles(output_size, 2 * logits.shape[1], logits.device):
+            scores[image, :, rows] = resample_rows(logits[image], extent, output_size, rows).softmax(0)
+    return scores
+
+
+def label_dtype(num_classes: int) -> torch.dtype:
+    """dtype of a label map of K classes: uint8 up to 255, int16 up to 32767, else ``ValueError``."""
+    check(1 <= num_classes <= 32767, "number of classes", "1..32767", num_classes)
+    return torch.uint8 if num_classes <= 255 else torch.int16
+
+
+def _class_probabilities(
+    mask_logits: Tensor, class_logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]
+) -> Tensor:
+    """Check the arguments; softmax over classes and "no object", without the latter's column -> [B, Q, K] float32."""
+    check(mask_logits.ndim == 4, "mask_logits", "[B, Q, h, w]", tuple(mask_logits.shape))
+    expected = mask_logits.shape[:2]
+    fits = class_logits.ndim == 3 and class_logits.shape[:2] == expected and class_logits.shape[2] >= 2
+    check(fits, "class_logits", f"[{expected[0]}, {expected[1]}, K+1] with K >= 1", tuple(class_logits.shape))
+    check_geometry(mask_logits, extent, output_size)
+    return class_logits.to(torch.float32).softmax(-1)[..., :-1]
+
+
+def _argmax(
+    maps: Tensor,  # [B, N, h, w] floating
+    num_classes: int,
+    activation: Callable[[Tensor], Tensor],
+    score: Callable[[int, Tensor, slice], Tensor],
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    with_scores: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Running argmax over chunks of classes, for every tile of every image.
+
+    ``score(image, activated tile [N, pixels], classes)`` gives the scores [classes, pixels] of some of the classes.
+    """
+    labels = maps.new_empty((len(maps), *output_size), dtype=label_dtype(num_classes))
+    scores = maps.new_empty(labels.shape, dtype=torch.float32) if with_scores else None
+    chunks = [slice(start, min(start + CLASS_CHUNK, num_classes)) for start in range(0, num_classes, CLASS_CHUNK)]
+    channels = maps.shape[1] + min(num_classes, CLASS_CHUNK)
+    for image in range(len(maps)):
+        for rows in row_tiles(output_size, channels, maps.device):
+            tile = activation(resample_rows(maps[image], extent, output_size, rows)).flatten(1)
+            with torch.autocast(maps.device.type, enabled=False):  # a matrix product in bfloat16 would change labels
+                best, label = score(image, tile, chunks[0]).max(0)
+                for classes in chunks[1:]:
+                    value, index = score(image, tile, classes).max(0)
+                    better = value > best  # strictly: of equal scores the lower class stays
+                    best = torch.where(better, value, best)
+                    label = torch.where(better, index + classes.start, label)
+            labels[image, rows] = label.view(-1, output_size[1]).to(labels.dtype)
+            if scores is not None:
+                scores[image, rows] = best.view(-1, output_size[1])
+    return labels, scores
