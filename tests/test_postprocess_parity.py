@@ -1,0 +1,116 @@
+"""The same predictions give the results of the official code (stored outputs) and of Hugging Face (installed)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from maskformer_fast import postprocess
+from maskformer_fast.structures import VOID, Predictions, unpack_masks
+
+ORACLES = Path(__file__).parents[1] / "../shared/oracles/official"
+needs_oracles = pytest.mark.skipif(not ORACLES.exists(), reason="official outputs are not here")
+
+
+def from_masks(classes: torch.Tensor, masks: torch.Tensor, valid_sizes: list, input_size: tuple) -> Predictions:
+    """Predictions whose mask logits are the given ones [B, Q, h, w]: one embedding channel a query."""
+    eye = torch.eye(masks.shape[1]).expand(1, len(masks), -1, -1)
+    return Predictions(classes[None], eye, masks, torch.tensor(valid_sizes), tuple(input_size))
+
+
+def random_predictions(seed: int, batch: int) -> Predictions:
+    """Nine queries, seven classes, images that fill the padded input."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = 3 * torch.randn(batch, 9, 8, generator=generator)
+    return from_masks(classes, 4 * torch.randn(batch, 9, 10, 14, generator=generator), [(40, 56)] * batch, (40, 56))
+
+
+@needs_oracles
+@pytest.mark.parametrize("model, order", [("ade", "official"), ("coco_panoptic", "official_panoptic")])
+def test_semantic_equals_official_network(model: str, order: postprocess.SemanticOrder) -> None:
+    case = torch.load(ORACLES / f"r50_{model}_tiny/case.pt", weights_only=True)
+    logits, masks = case["f32"]["pred_logits"], case["f32"]["pred_masks"]
+    predictions = from_masks(logits, masks, case["image_sizes"], case["padded_size"])
+    results = postprocess.semantic(predictions, case["sizes"], order=order)
+    scores = postprocess.semantic_scores(predictions, case["sizes"], order=order)
+    direct = postprocess.semantic(predictions, case["sizes"])
+    for image, result in enumerate(results):
+        labels, sure = case["eval"][f"labels.{image}"].long(), case["eval"][f"margin.{image}"].float() > 1e-4
+        assert (result.labels.long() == labels)[sure].all()
+        assert (direct[image].labels.long() == labels).float().mean() > 0.9  # another order, a few percent apart
+        small = case["eval"][f"sem_seg_small.{image}"]
+        torch.testing.assert_close(scores[image][:, ::7, ::7], small, atol=1e-5, rtol=0)
+
+
+@needs_oracles
+@pytest.mark.parametrize("model", ["ade", "coco_panoptic"])
+@pytest.mark.parametrize("index", range(3))
+def test_direct_semantic_equals_official_at_the_input_size(model: str, index: int) -> None:
+    post = torch.load(ORACLES / f"r50_{model}_tiny/synth.pt", weights_only=True)["post"][index]
+    size = tuple(post["size"])
+    predictions = from_masks(post["mask_cls"][None], post["mask_pred"][None], [size], size)
+    sure = post["margin"].float() > 1e-4
+    assert sure.float().mean() > 0.9
+    for order in ("direct", "official"):
+        labels = postprocess.semantic(predictions, [size], order=order)[0].labels
+        assert (labels.long() == post["labels"].long())[sure].all()
+
+
+@needs_oracles
+@pytest.mark.parametrize("outputs, key", [("eval", "thresholds"), ("eval_loose", "thresholds_loose")])
+def test_panoptic_equals_official_network(outputs: str, key: str) -> None:
+    case = torch.load(ORACLES / "r50_coco_panoptic_tiny/case.pt", weights_only=True)
+    logits, masks = case["f32"]["pred_logits"], case["f32"]["pred_masks"]
+    predictions = from_masks(logits, masks, case["image_sizes"], case["padded_size"])
+    is_thing = [category in case["thing_ids"] for category in range(logits.shape[-1] - 1)]
+    results = postprocess.panoptic(predictions, case["sizes"], is_thing, *case[key], order="official")
+    for image, result in enumerate(results):
+        official = case[outputs][f"panoptic.{image}"]
+        assert torch.equal(result.id_map, official.masked_fill(official == 0, VOID))
+        expected = [
+            (s["id"], s["category_id"], s["isthing"], int((official == s["id"]).sum()))
+            for s in case[outputs][f"panoptic_info.{image}"]
+        ]
+        assert [(s.id, s.category, s.is_thing, s.area) for s in result.segments] == expected
+
+
+def huggingface_processor():
+    transformers = pytest.importorskip("transformers")
+    try:
+        return transformers.MaskFormerImageProcessor()
+    except ImportError as error:  # versions that need torchvision for it
+        pytest.skip(str(error))
+
+
+def huggingface_outputs(predictions: Predictions) -> SimpleNamespace:
+    masks = predictions.mask_logits()
+    return SimpleNamespace(class_queries_logits=predictions.class_logits[-1], masks_queries_logits=masks)
+
+
+def test_semantic_equals_huggingface() -> None:
+    predictions = random_predictions(9, 4)
+    sizes = [(40, 56), (25, 91), (9, 9), (61, 43)]
+    outputs = huggingface_outputs(predictions)
+    expected = huggingface_processor().post_process_semantic_segmentation(outputs, sizes)
+    results = postprocess.semantic(predictions, sizes, order="huggingface")
+    for result, labels in zip(results, expected, strict=True):
+        assert (result.labels.long() == labels).float().mean() > 0.999
+
+
+def test_instances_equal_huggingface_at_mask_resolution() -> None:
+    predictions = random_predictions(10, 2)
+    low = (10, 14)
+    predictions.pixel_embeddings[0, :3] = -1.0  # empty masks
+    outputs = huggingface_outputs(predictions)
+    expected = huggingface_processor().post_process_instance_segmentation(outputs, 0.0, return_binary_maps=True)
+    results = postprocess.instances(predictions, [low] * 2, [True] * 7, top_k=9)
+    for result, theirs in zip(results, expected, strict=True):
+        order = sorted(range(len(theirs["segments_info"])), key=lambda i: -theirs["segments_info"][i]["score"])
+        assert result.labels.tolist() == [theirs["segments_info"][i]["label_id"] for i in order]
+        scores = torch.tensor([theirs["segments_info"][i]["score"] for i in order])
+        torch.testing.assert_close(result.scores, scores, atol=2e-6, rtol=0)  # they round to 6 digits
+        masks = torch.stack([theirs["segmentation"][i] for i in order]).bool()
+        assert torch.equal(unpack_masks(result.masks, low[1]), masks)
