@@ -20,9 +20,10 @@ BUILD_TOOLS = 'pip install "pybind11>=2.13" "cmake>=3.24" ninja'
 def find_program(name: str, folder_attribute: str) -> str | None:
     """The program that the Python package of its name carries (it need not be on the PATH), else the system's."""
     try:
-        return str(Path(getattr(importlib.import_module(name), folder_attribute)) / name)
+        folder = getattr(importlib.import_module(name), folder_attribute)
     except (ImportError, AttributeError):
         return shutil.which(name)
+    return shutil.which(name, path=folder) or shutil.which(name)
 
 
 class CMakeBuild(build_ext):

@@ -1,0 +1,86 @@
+# make demo and make test do all the set-up themselves. Variables, on the command line or in the environment:
+#   PYTHON=python3.12   the Python to build on (3.11 or newer)      VENV=.venv   where the environment goes
+#   SYSTEM_TORCH=1      use the torch and the other packages that PYTHON has; fetches nothing
+#   PIP_ARGS=...        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu,
+#                       which spares a machine without a GPU the gigabytes of CUDA
+PYTHON ?= python3
+VENV ?= .venv
+SYSTEM_TORCH ?=
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+KIND := $(if $(SYSTEM_TORCH),system,own)
+DEMO_READY := $(VENV)/.ready-$(KIND)-train
+TEST_READY := $(VENV)/.ready-$(KIND)-test
+
+.PHONY: help demo test lint bench gpu clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    install, train the demo recipe, evaluate it: runs/demo/metrics.json and pictures"
+	@echo "make test    install, lint, all tests with coverage"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   benchmarks on this machine's CPU -> benchmarks/results/"
+	@echo "make gpu     tests and benchmarks that need a CUDA device -> benchmarks/results/"
+	@echo "make clean   remove builds and caches (not $(VENV), not runs/)"
+
+demo: $(DEMO_READY)
+	$(BIN)/python -m maskformer_fast.train
+
+# two processes of one thread each fill two cores
+test: $(TEST_READY) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests --cov=maskformer_fast --cov-report=term --cov-fail-under=85
+
+lint: $(TEST_READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: $(TEST_READY)
+	mkdir -p benchmarks/results
+	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only --benchmark-json=benchmarks/results/cpu.json
+
+gpu: $(TEST_READY)
+	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch finds no CUDA device here')"
+	mkdir -p benchmarks/results
+	$(BIN)/python -m pytest tests -m gpu
+	$(BIN)/python -m pytest benchmarks -m gpu --benchmark-only --benchmark-json=benchmarks/results/gpu.json
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -f maskformer_fast/_C.*
+	rm -f $(VENV)/.ready-*
+	find maskformer_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "maskformer_fast needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+ifeq ($(SYSTEM_TORCH),)
+$(DEMO_READY): $(BUILD_FILES) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[train]"
+	touch $@
+
+$(TEST_READY): $(BUILD_FILES) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[train,test]"
+	touch $(DEMO_READY) $@
+else
+# A path file and not --system-site-packages, which would miss the packages of a PYTHON that is itself an environment.
+$(VENV)/.ready-system: $(BUILD_FILES) | $(BIN)/python
+	@$(PYTHON) -c "import torch" || { echo "SYSTEM_TORCH=1: $(PYTHON) has no torch that can be imported" >&2; exit 1; }
+	$(PYTHON) -c "import sys; print('\n'.join(f'import site; site.addsitedir({p!r})' for p in sys.path \
+	  if p.endswith(('site-packages', 'dist-packages'))))" \
+	  > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system_packages.pth"
+	$(PIP_INSTALL) -e . --no-build-isolation --no-deps
+	touch $@
+
+$(DEMO_READY): $(VENV)/.ready-system
+	$(BIN)/python .ci/missing_packages.py train
+	touch $@
+
+$(TEST_READY): $(VENV)/.ready-system
+	$(BIN)/python .ci/missing_packages.py train test
+	touch $@
+endif

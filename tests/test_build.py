@@ -1,0 +1,114 @@
+"""Builds a wheel offline, from a folder with a space in its name and what an aborted build left there, and uses it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUILD_FILES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "constraints.txt", "LICENSE", "README.md")
+IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc")
+
+
+def copy_sources(folder: Path) -> Path:
+    folder.mkdir()
+    for name in BUILD_FILES:
+        shutil.copy(ROOT / name, folder)
+    for name in ("maskformer_fast", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=IGNORED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_sources(tmp_path_factory.mktemp("build") / "a folder with spaces")
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path) -> Path:
+    stale = "CMAKE_GENERATOR:INTERNAL=Unix Makefiles\nCMAKE_HOME_DIRECTORY:INTERNAL=/elsewhere\n"
+    version = f"{sys.version_info.major}{sys.version_info.minor}"
+    for name in (f"temp.linux-x86_64-cpython-{version}", f"temp.linux-aarch64-cpython-{version}"):
+        cache = sources / "build" / name / "maskformer_fast._C" / "CMakeCache.txt"
+        cache.parent.mkdir(parents=True)
+        cache.write_text(stale)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
+    subprocess.run([*command, "-w", "out", "."], cwd=sources, check=True)
+    (path,) = (sources / "out").glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_whole_package(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    data = [p for pattern in ("*.yaml", "*.json", "py.typed") for p in (ROOT / "maskformer_fast").rglob(pattern)]
+    assert any(path.suffix == ".yaml" for path in data), "no recipes found: is this test looking in the right place?"
+    expected = {
+        str(path.relative_to(ROOT)) for path in [*(ROOT / "maskformer_fast").rglob("*.py"), *data]
+    } | {str(Path("maskformer_fast") / path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
+    assert not expected - names
+    assert any(re.fullmatch(r"maskformer_fast/_C\..*\.so", name) for name in names)
+    assert not [name for name in names if name.startswith(("kernels", "tests", "csrc", "benchmarks"))]
+
+
+def test_wheel_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = message_from_bytes(archive.read(name))
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert {"train", "deploy", "test"} <= set(metadata.get_all("Provides-Extra", []))
+    assert any(line.startswith("torch") for line in metadata.get_all("Requires-Dist", []))
+
+
+def test_wheel_works_where_the_sources_are_not(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import torch, maskformer_fast.kernels, maskformer_fast._C as C\n"
+        "from maskformer_fast.ops import linear_sum_assignment\n"
+        "assert linear_sum_assignment(-torch.eye(3)[1:]).tolist() == [-1, 0, 1]\n"
+        "print(C.__file__, maskformer_fast.kernels.__file__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True, capture_output=True, text=True,
+    )
+    assert all(path.startswith(str(tmp_path)) for path in result.stdout.split())
+
+
+def test_source_archive_can_be_built_from(sources: Path) -> None:
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "--formats=zip"], cwd=sources, check=True)
+    (archive,) = (sources / "dist").glob("*.zip")
+    names = {name.split("/", 1)[1] for name in zipfile.ZipFile(archive).namelist()}
+    compiled = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert not ({"CMakeLists.txt", "LICENSE", "kernels/__init__.py", "maskformer_fast/py.typed"} | compiled) - names
+
+
+def test_missing_compiler_is_named(tmp_path: Path) -> None:
+    sources = copy_sources(tmp_path / "sources")
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"], cwd=sources, env={**os.environ, "CXX": "/nonexistent/c++"},
+        capture_output=True, text=True,
+    )
+    assert result.returncode != 0
+    assert "a C++17 compiler" in result.stderr and "/nonexistent/c++" in result.stderr + result.stdout
+
+
+def test_constraints_pin_what_train_and_test_ask_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["train"], *extras["test"]]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", line)[0]).lower() for line in asked}
+    assert not names - pinned - {"maskformer-fast"}
+    assert pins["torch"] == "2.13.0"

@@ -1,0 +1,162 @@
+"""Who may import whom: base <- kernels, extension <- ops <- network parts <- engine <- commands; no cycles."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "maskformer_fast"
+FORBIDDEN = {"torchvision", "timm", "detectron2"}
+MAX_LINES = 420
+
+# Level of each module or sub-package directly below the package: it may import its own level and lower ones.
+LEVELS = {
+    "config": 0, "structures": 0, "files": 0, "colors": 0, "rle": 0, "id_maps": 0, "cli": 0, "recipes": 0,
+    "kernels": 1, "_extension": 1, "_C": 1,
+    "ops": 2,
+    "modeling": 3, "postprocess": 3, "matcher": 3, "criterion": 3, "pixel_criterion": 3,
+    "data": 3, "visualize": 3, "formats": 3, "evaluation": 3,
+    "checkpoint": 4, "solver": 4, "runlog": 4, "predictor": 4, "validation": 4, "trainer": 4, "deploy": 4,
+    "train": 5, "evaluate": 5, "predict": 5, "export": 5, "convert": 5,
+    "": 5,  # the package itself offers the public API
+}  # fmt: skip
+ON_BASE_ONLY = {"data", "visualize", "formats", "evaluation"}  # beside their own files
+
+
+def source_files() -> dict[str, Path]:
+    """Module name -> file, kernels under the name they are installed as."""
+    modules = {}
+    for folder, prefix in ((ROOT / PACKAGE, PACKAGE), (ROOT / "kernels", f"{PACKAGE}.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            modules[".".join([prefix, *(part for part in parts if part != "__init__")])] = path
+    return modules
+
+
+MODULES = source_files()
+
+
+def imports(module: str, tree: ast.AST, is_package: bool, known: set[str]) -> set[str]:
+    """Absolute names of the modules that this one imports, at its top or inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parents = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parents, base] if base else parents)
+            for alias in node.names:
+                submodule = f"{base}.{alias.name}"
+                found.add(submodule if submodule in known else base)
+    return found - {module}
+
+
+def group(module: str) -> str:
+    """The part directly below the package, '' for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def violations(graph: dict[str, set[str]]) -> list[str]:
+    """Imports against the direction, as sentences."""
+    wrong = []
+    for module, targets in graph.items():
+        own = group(module)
+        for target in sorted(targets):
+            if target.split(".")[0] in FORBIDDEN:
+                wrong.append(f"{module} imports {target}, which this project does without")
+            if target.split(".")[0] != PACKAGE:
+                continue
+            other = group(target)
+            if own == other and own:
+                continue
+            if own == "kernels":
+                wrong.append(f"{module} imports {target}: kernels know nothing of {PACKAGE}")
+            elif other not in LEVELS:
+                wrong.append(f"{module} imports {target}, which is no module")
+            elif LEVELS[other] > LEVELS[own]:
+                wrong.append(f"{module} (level {LEVELS[own]}) imports {target} (level {LEVELS[other]})")
+            elif own in ON_BASE_ONLY and LEVELS[other] > 0:
+                wrong.append(f"{module} imports {target}: {own} stands on the base modules only")
+    return wrong
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules along one cycle of imports, or nothing."""
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(module: str) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done or module not in graph:
+            return []
+        path.append(module)
+        for target in sorted(graph[module]):
+            if cycle := visit(target):
+                return cycle
+        path.pop()
+        done.add(module)
+        return []
+
+    for module in graph:
+        if cycle := visit(module):
+            return cycle
+    return []
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = set(MODULES)
+    return {
+        module: imports(module, ast.parse(path.read_text()), path.name == "__init__.py", known)
+        for module, path in MODULES.items()
+    }
+
+
+def test_every_module_has_a_level() -> None:
+    unknown = sorted({group(module) for module in MODULES} - set(LEVELS))
+    assert not unknown, f"give these a level in {Path(__file__).name}: {unknown}"
+
+
+def test_direction(graph: dict[str, set[str]]) -> None:
+    assert len(graph) > 20, "the package's files were not found"
+    assert not violations(graph)
+
+
+def test_no_cycles(graph: dict[str, set[str]]) -> None:
+    assert not find_cycle(graph)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_file_is_short_and_in_a_package(module: str) -> None:
+    path = MODULES[module]
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{path.relative_to(ROOT)} has {lines} lines: cut it by what its parts do"
+    assert (path.parent / "__init__.py").exists(), f"{path.parent.relative_to(ROOT)} would be left out of wheels"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("from ..trainer import Trainer", "imports maskformer_fast.trainer"),
+        ("from .. import trainer", "imports maskformer_fast.trainer"),
+        ("from maskformer_fast.matcher import match", "imports maskformer_fast.matcher"),
+        ("def f():\n    import maskformer_fast.train", "imports maskformer_fast.train"),
+        ("import torchvision.ops", "does without"),
+        ("from . import mask_loss\nfrom ..config import check\nimport torch", ""),
+    ],
+)
+def test_the_rules_bite(code: str, expected: str) -> None:
+    module = f"{PACKAGE}.ops.example"
+    found = violations({module: imports(module, ast.parse(code), False, set(MODULES) | {f"{PACKAGE}.trainer"})})
+    assert len(found) == bool(expected) and all(expected in sentence for sentence in found)
+
+
+def test_a_cycle_is_found() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
