@@ -61,7 +61,7 @@ class CocoInstances:
         ]
         if not self._images:
             raise ValueError(f"{path}: expected images with objects, found none")
-        self._files = image_paths(root, split, self._images, path)
+        self._files = image_paths(root, split, self._images)
         # Text takes a fifth of the memory of parsed coordinates, and loader processes share it without copying.
         self._objects = [json.dumps(objects.get(image.id, [])).encode() for image in self._images]
 

@@ -122,7 +122,7 @@ def read_images(content: dict[str, Any], path: Path) -> dict[int | str, ImageInf
     """The list ``images`` by id.
 
     Raises:
-        ValueError: empty, a key is missing or wrong, or an id comes twice.
+        ValueError: empty, a key is missing or wrong, an id comes twice, or a file name leaves its folder.
     """
     records = Records(content, "images", path)
     images: dict[int | str, ImageInfo] = {}
@@ -131,6 +131,7 @@ def read_images(content: dict[str, Any], path: Path) -> dict[int | str, ImageInf
         if image_id in images:
             raise ValueError(f"{records.where(index)}: id: expected distinct ids, got {image_id!r} twice")
         name, height = records.text(index, "file_name"), records.number(index, "height", 1)
+        inside(path.parent, name, records.where(index))
         images[image_id] = ImageInfo(image_id, name, height, records.number(index, "width", 1))
     if not images:
         raise ValueError(f'{path}: expected at least one entry in "images"')
@@ -167,19 +168,18 @@ def split_names(split: str) -> tuple[str, ...]:
     return (split, f"{split}2017")
 
 
-def image_paths(root: Path, split: str, images: Sequence[ImageInfo], source: Path) -> list[Path]:
-    """Files of the images of a split, listed in the JSON file ``source``.
+def image_paths(root: Path, split: str, images: Sequence[ImageInfo]) -> list[Path]:
+    """Files of the images of a split, as `read_images` gives them.
 
     They lie below ``{split}``, ``{split}2017``, the same below ``images``, ``images`` itself or the root: the first of
     them with one of the first few images is taken. File names may carry a folder of their own.
 
     Raises:
         FileNotFoundError: no folder does; the message lists them.
-        ValueError: a file name leaves the folder.
     """
     names = split_names(split)
     folders = [root / name for name in names] + [root / "images" / name for name in names] + [root / "images", root]
     for folder in folders:
-        if any(inside(folder, image.file_name, str(source)).is_file() for image in images[:_PROBED]):
-            return [inside(folder, image.file_name, str(source)) for image in images]
+        if any((folder / image.file_name).is_file() for image in images[:_PROBED]):
+            return [folder / image.file_name for image in images]
     raise FileNotFoundError(f"image {images[0].file_name} not found; looked in {', '.join(map(str, folders))}")

@@ -13,6 +13,7 @@ Categories are those of the JSON, or of ``annotations/panoptic_coco_categories.j
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,4 @@ def coco_panoptic_dataset(config: DataConfig, root: Path, split: str, name: str)
     candidates = [root / "annotations" / f"panoptic_{text}.json" for text in split_names(split)]
     path = first_existing(candidates, "panoptic annotations")
 
-    def locate(images: list[ImageInfo]) -> list[Path]:
-        return image_paths(root, split, images, path)
-
-    return CocoPanoptic(path, locate, task, name, config.skip_broken)
+    return CocoPanoptic(path, partial(image_paths, root, split), task, name, config.skip_broken)

@@ -144,7 +144,7 @@ def ade20k_panoptic(config: DataConfig, root: Path, split: str) -> CocoPanoptic:
     images = root / "images" / _TRAINING.get(split, split)
 
     def locate(infos: list[ImageInfo]) -> list[Path]:
-        return [inside(images, info.file_name, str(path)) for info in infos]
+        return [images / info.file_name for info in infos]
 
     return _checked(config, CocoPanoptic(path, locate, task, config.dataset, config.skip_broken))
 

@@ -132,6 +132,7 @@ def encoded(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about damaged metadata
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP", "BMP"]), data=st.data())
 def test_any_damage_gives_an_image_or_the_one_error(tmp_path, kind, data):
