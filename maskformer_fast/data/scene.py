@@ -74,9 +74,9 @@ def signed_distance(
         half = np.pi / 5
         folded = np.abs((theta + half) % (2 * half) - half)  # angle from the nearest tip
         tip, dent = 1.38, 0.58
-        normal = np.array([dent * np.sin(half), tip - dent * np.cos(half)])
-        normal /= np.hypot(*normal)
-        return rho * (np.cos(folded) * normal[0] + np.sin(folded) * normal[1]) - tip * normal[0]
+        edge_x, edge_y = tip - dent * np.cos(half), dent * np.sin(half)  # from the tip to the dent beside it
+        across, along = (float(part / np.hypot(edge_x, edge_y)) for part in (edge_y, edge_x))
+        return rho * (np.cos(folded) * across + np.sin(folded) * along) - tip * across
     raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
 
 
@@ -122,7 +122,7 @@ def ground_texture(rng: np.random.Generator, ground: str, size: tuple[int, int])
     if ground == "brick":
         row = np.floor(y / 7.0)
         gap = np.minimum(np.abs((x / 14.0 + 0.5 * row) % 1.0 - 0.5) * 14.0, np.abs((y / 7.0) % 1.0 - 0.5) * 7.0)
-        return np.where(gap < 0.8, 0.9, -0.3) + 0.3 * smooth_noise(rng, size, (4 * unit, 8 * unit))
+        return np.float32(1.2) * (gap < 0.8) - 0.3 + 0.3 * smooth_noise(rng, size, (4 * unit, 8 * unit))
     if ground == "planks":
         tones = rng.uniform(-0.8, 0.8, 64).astype(np.float32)
         plank = np.floor(x / 9.0).astype(np.int64)
@@ -130,7 +130,7 @@ def ground_texture(rng: np.random.Generator, ground: str, size: tuple[int, int])
         return np.where(np.abs((x / 9.0) % 1.0 - 0.5) > 0.42, -1.2, tones[plank % 64]) + 0.3 * grain
     if ground == "tiles":
         x, y = _turned(x, y, np.pi / 4)
-        return np.where((np.floor(x / 8.0) + np.floor(y / 8.0)) % 2 == 0, 0.7, -0.7)
+        return np.float32(1.4) * ((np.floor(x / 8.0) + np.floor(y / 8.0)) % 2) - 0.7
     raise ValueError(f"ground: expected one of {', '.join(GROUNDS)}, got {ground!r}")
 
 

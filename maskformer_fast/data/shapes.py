@@ -148,12 +148,12 @@ class ShapesDataset:
         regions = min(int(rng.integers(2, 5)), len(self._stuff))
         chosen = rng.choice(len(self._stuff), regions, replace=False)
         where = region_map(rng, size, regions)
-        canvas = np.empty((*size, 3), dtype=np.float32)
+        relief = np.empty(size, dtype=np.float32)
+        palette = np.empty((regions, 3), dtype=np.float32)
         for region, stuff in enumerate(chosen):
-            inside = where == region
-            relief = ground_texture(rng, GROUNDS[self._stuff[stuff].ground], size)[inside]
-            color = _jittered(rng, self._stuff[stuff].color, hue=0.02, value=0.08)
-            canvas[inside] = color * (1.0 + 0.28 * relief[:, None])
+            np.copyto(relief, ground_texture(rng, GROUNDS[self._stuff[stuff].ground], size), where=where == region)
+            palette[region] = _jittered(rng, self._stuff[stuff].color, hue=0.02, value=0.08)
+        canvas = palette[where] * (1.0 + np.float32(0.28) * relief)[..., None]
         id_map = (where + 1).astype(np.int32)
         categories = [len(self._things) + int(stuff) for stuff in chosen]
 
@@ -170,10 +170,13 @@ class ShapesDataset:
                     _draw(rng, shape, self._things[category], canvas, sun)
                     break
 
-        canvas *= light_field(rng, size)[..., None] * rng.uniform(0.94, 1.06, 3).astype(np.float32)
+        # White balance and the 8-bit scale ride on the light, so that the canvas is passed over once.
+        tint = 255.0 * rng.uniform(0.94, 1.06, 3).astype(np.float32)
+        canvas *= light_field(rng, size)[..., None] * tint
         grain = rng.standard_normal(canvas.shape, dtype=np.float32)
-        canvas += grain * np.float32(rng.uniform(0.01, 0.04))
-        return (canvas * 255.0 + 0.5).clip(0.0, 255.0).astype(np.uint8), id_map, categories
+        grain *= np.float32(255.0 * rng.uniform(0.01, 0.04))
+        canvas += grain
+        return np.rint(canvas).clip(0.0, 255.0).astype(np.uint8), id_map, categories
 
 
 class _Visibility(NamedTuple):

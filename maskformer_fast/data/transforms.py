@@ -7,7 +7,7 @@ crop costs what the crop holds, whatever the image's size, and image and truth c
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,13 +115,13 @@ class TrainTransform:
             image = image.resize(window.size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
         if augment.color_jitter:
             image = jitter_colors(image, rng)
-        labels, masks = target_segments(_take(example, window), self._task, self._metadata)
-        pixels = np.asarray(image)
-        if augment.flip and rng.random() < 0.5:
-            pixels, masks = pixels[:, ::-1], masks[:, :, ::-1]
+        mirror = augment.flip and rng.random() < 0.5
+        if mirror:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        labels, masks = target_segments(_take(example, window, mirror), self._task, self._metadata)
         packed = np.packbits(masks, axis=-1, bitorder="little")
-        return Sample(_to_tensor(pixels), torch.from_numpy(labels), torch.from_numpy(packed), example.image_id,
-                      example.path)
+        return Sample(_to_tensor(np.asarray(image)), torch.from_numpy(labels), torch.from_numpy(packed),
+                      example.image_id, example.path)
 
     def _resized(self, window: _Window, rng: np.random.Generator) -> _Window:
         augment = self._augment
@@ -185,17 +185,19 @@ def _detr_crop(window: _Window, rng: np.random.Generator) -> _Window:
     return window.crop(_offset(rng, window.size[0], sides[0]), _offset(rng, window.size[1], sides[1]), *sides)
 
 
-def _take(example: Example, window: _Window) -> Example:
-    """The truth of a window, nearest neighbour; the image stays as it was and is not to be looked at."""
+def _take(example: Example, window: _Window, mirror: bool = False) -> Example:
+    """The truth of a window, nearest neighbour; the image is left blank, its size alone is right."""
     rows, columns = window.sources(0), window.sources(1)
+    top, left = rows[0], columns[0]
+    cut = (..., slice(top, rows[-1] + 1), slice(left, columns[-1] + 1))  # so that no whole mask is copied
+    if mirror:
+        columns = columns[::-1]
+
+    def nearest(truth: np.ndarray | None) -> np.ndarray | None:
+        return None if truth is None else truth[cut].take(rows - top, axis=-2).take(columns - left, axis=-1)
+
     blank = np.broadcast_to(np.uint8(0), (*window.size, 3))
-    if example.masks is not None:
-        # Cut the window out first: `take` then copies what is needed and not whole masks.
-        part = example.masks[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        masks = part.take(rows - rows[0], axis=1).take(columns - columns[0], axis=2)
-        return replace(example, image=blank, masks=masks)
-    id_map = cast(np.ndarray, example.id_map)  # `Example` holds one of the two
-    return replace(example, image=blank, id_map=id_map[np.ix_(rows, columns)])
+    return replace(example, image=blank, id_map=nearest(example.id_map), masks=nearest(example.masks))
 
 
 def _is_varied(example: Example, share: float) -> bool:
