@@ -29,7 +29,8 @@ class PatchEmbedding(nn.Module):
     ) -> Tensor:
         """-> [B, ceil(H/4), ceil(W/4), dim]."""
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % PATCH, 0, -height % PATCH))
+        right, bottom = (padding(size, PATCH) for size in (width, height))
+        x = F.pad(x, (0, right, 0, bottom))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -44,11 +45,12 @@ class PatchMerging(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, H, W, C]
+        height: int,
+        width: int,
     ) -> Tensor:
-        """-> [B, ceil(H/2), ceil(W/2), 2C]."""
-        batch, height, width, channels = x.shape
-        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        x = x.view(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
+        """-> [B, height, width, 2C], where height and width are H/2 and W/2, rounded up."""
+        x = F.pad(x, (0, 0, 0, 2 * width - x.shape[2], 0, 2 * height - x.shape[1]))
+        x = x.view(x.shape[0], height, 2, width, 2, x.shape[3])
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # columns before rows: the order of published weights
         return self.reduction(self.norm(x))
 
@@ -153,7 +155,7 @@ class SwinBlock(nn.Module):
     ) -> Tensor:
         """Pad to whole windows, shift, attend, and undo both -> [B, H, W, C]."""
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        x = F.pad(x, (0, 0, 0, padding(width, self.window), 0, padding(height, self.window)))
         padded_height, padded_width = x.shape[1:3]
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
@@ -161,14 +163,14 @@ class SwinBlock(nn.Module):
         x = from_windows(x, self.window, padded_height, padded_width)
         if self.shift:
             x = x.roll((self.shift, self.shift), dims=(1, 2))
-        return x[:, :height, :width]
+        return dense(x[:, :height, :width])
 
 
 class SwinStage(nn.Module):
     """Blocks of one resolution, every second one with shifted windows, and the way down to the next."""
 
     def __init__(
-        self, dim: int, num_heads: int, window: int, drop_path: Sequence[float], downsample: nn.Module
+        self, dim: int, num_heads: int, window: int, drop_path: Sequence[float], downsample: PatchMerging | None
     ) -> None:
         """One block for each entry of ``drop_path``, its stochastic depth."""
         super().__init__()
@@ -182,12 +184,14 @@ class SwinStage(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, H, W, C]
+        next_height: int,
+        next_width: int,
     ) -> tuple[Tensor, Tensor]:
-        """-> the stage's output [B, H, W, C], the next stage's input [B, ceil(H/2), ceil(W/2), 2C]."""
+        """-> output [B, H, W, C], input of the next stage [B, next_height, next_width, 2C] (unused after the last)."""
         mask = shifted_window_mask(x, self.window)
         for block in self.blocks:
             x = block(x, mask)
-        return x, self.downsample(x)
+        return x, x if self.downsample is None else self.downsample(x, next_height, next_width)
 
 
 class SwinTransformer(nn.Module):
@@ -210,7 +214,7 @@ class SwinTransformer(nn.Module):
         self.layers = nn.ModuleList(
             SwinStage(
                 dim, num_heads[stage], window_size, list(islice(rates, depths[stage])),
-                PatchMerging(dim) if stage < 3 else nn.Identity(),
+                PatchMerging(dim) if stage < 3 else None,
             )
             for stage, dim in enumerate(self.channels)
         )
@@ -226,12 +230,26 @@ class SwinTransformer(nn.Module):
         x: Tensor,  # [B, 3, H, W] normalised
     ) -> list[Tensor]:
         """-> res2 ... res5 at strides 4, 8, 16, 32 (sizes rounded up): [B, channels[i], ., .]."""
+        image_size = x.shape[-2:]
         x = self.patch_embed(x)
         features = []
-        for stage, norm in zip(self.layers, (self.norm0, self.norm1, self.norm2, self.norm3), strict=True):
-            output, x = stage(x)
+        for index, norm in enumerate((self.norm0, self.norm1, self.norm2, self.norm3)):
+            # From the image's size, not from this stage's: symbolic sizes would nest deeper at every stage.
+            next_stride = PATCH * 2 ** (index + 1)
+            next_size = ((size + next_stride - 1) // next_stride for size in image_size)
+            output, x = self.layers[index](x, *next_size)
             features.append(norm(output).permute(0, 3, 1, 2))
         return features
+
+
+def padding(size: int, multiple: int) -> int:
+    """What ``size`` lacks to a multiple; written so that symbolic sizes cancel out (a modulo would pile up)."""
+    return (size + multiple - 1) // multiple * multiple - size
+
+
+def dense(x: Tensor) -> Tensor:
+    """Copy to contiguous memory without asking whether it is: a question about sizes would split compiled graphs."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def to_windows(
@@ -240,8 +258,9 @@ def to_windows(
 ) -> Tensor:
     """-> [B, windows, N, C], row by row; N = window squared."""
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // window, window, width // window, window, channels)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    rows, columns = height // window, width // window
+    x = x.view(batch, rows, window, columns, window, channels).transpose(2, 3)
+    return dense(x).view(batch, rows * columns, window * window, channels)
 
 
 def from_windows(
@@ -252,8 +271,8 @@ def from_windows(
 ) -> Tensor:
     """Inverse of `to_windows` -> [B, height, width, C]."""
     batch, _, _, channels = x.shape
-    x = x.reshape(batch, height // window, width // window, window, window, channels)
-    return x.transpose(2, 3).reshape(batch, height, width, channels)
+    x = x.view(batch, height // window, width // window, window, window, channels).transpose(2, 3)
+    return dense(x).view(batch, height, width, channels)
 
 
 def shifted_window_mask(
@@ -265,7 +284,7 @@ def shifted_window_mask(
     After the cyclic shift the last row and column of windows hold tokens from opposite sides of the image; tokens
     attend to their own side only.
     """
-    height, width = (size + -size % window for size in x.shape[1:3])
+    height, width = (size + padding(size, window) for size in x.shape[1:3])
     rows, columns = (
         (position >= size - window).int() + (position >= size - window // 2).int()
         for size, position in ((size, torch.arange(size, device=x.device)) for size in (height, width))
