@@ -9,7 +9,7 @@ SYSTEM_TORCH ?=
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS)
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 KIND := $(if $(SYSTEM_TORCH),system,own)
 DEMO_READY := $(VENV)/.ready-$(KIND)-train
@@ -69,10 +69,13 @@ $(TEST_READY): $(BUILD_FILES) | $(BIN)/python
 else
 # A path file and not --system-site-packages, which would miss the packages of a PYTHON that is itself an environment.
 $(VENV)/.ready-system: $(BUILD_FILES) | $(BIN)/python
-	@$(PYTHON) -c "import torch" || { echo "SYSTEM_TORCH=1: $(PYTHON) has no torch that can be imported" >&2; exit 1; }
+	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "SYSTEM_TORCH=1: $(PYTHON) has no torch that can be imported" >&2; exit 1; }
+	@# a new environment's own setuptools may be too old and would hide that of PYTHON
+	$(BIN)/python -m pip uninstall -q -y setuptools
 	$(PYTHON) -c "import sys; print('\n'.join(f'import site; site.addsitedir({p!r})' for p in sys.path \
 	  if p.endswith(('site-packages', 'dist-packages'))))" \
 	  > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system_packages.pth"
+	$(BIN)/python .ci/missing_packages.py --build
 	$(PIP_INSTALL) -e . --no-build-isolation --no-deps
 	touch $@
 

@@ -1,36 +1,54 @@
-"""Lists what the installed maskformer_fast needs and this environment lacks. Arguments: extras. Status 1 if any."""
+"""Lists packages that this environment lacks, and exits with 1 if there are any.
+
+``--build``: what building needs (pyproject.toml); else what the installed maskformer_fast needs, extras as arguments.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata as metadata
+import shutil
 import sys
+import tomllib
+from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
 
+PACKAGE = "maskformer_fast"
+PROGRAMS = {"cmake", "ninja"}  # the system's own will do
 
-def missing(package: str, extras: set[str]) -> list[str]:
-    """Requirements of the package, with these extras, that are absent or of a wrong version."""
-    lacking = []
-    for requirement in map(Requirement, metadata.requires(package) or []):
-        wanted = requirement.marker is None or any(
-            requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras}
-        )
-        if not wanted:
+
+def missing(requirements: list[str], extras: set[str]) -> set[str]:
+    """Those of the requirements, with these extras, that are absent or of a wrong version."""
+    lacking = set()
+    for requirement in map(Requirement, requirements):
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in {"", *extras}):
             continue
-        if requirement.name.replace("-", "_") == package:
-            lacking += missing(package, set(requirement.extras))
+        if requirement.name.replace("-", "_") == PACKAGE:  # an extra that includes another
+            lacking |= missing(metadata.requires(PACKAGE) or [], set(requirement.extras))
+            continue
+        if requirement.name in PROGRAMS and shutil.which(requirement.name):
             continue
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            lacking.append(f"{requirement.name}{requirement.specifier}")
+            lacking.add(f"{requirement.name}{requirement.specifier}")
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            lacking.append(f"{requirement.name}{requirement.specifier} (found {version})")
+            lacking.add(f"{requirement.name}{requirement.specifier} (found {version})")
     return lacking
 
 
-if __name__ == "__main__":
-    found = sorted(set(missing("maskformer_fast", set(sys.argv[1:]))))
+def main(arguments: list[str]) -> None:
+    if arguments == ["--build"]:
+        pyproject = Path(__file__).parents[1] / "pyproject.toml"
+        found = missing(tomllib.loads(pyproject.read_text())["build-system"]["requires"], set())
+    else:
+        found = missing(metadata.requires(PACKAGE) or [], set(arguments))
     if found:
-        sys.exit("This Python lacks packages that maskformer_fast needs:\n  " + "\n  ".join(found))
+        purpose = "building maskformer_fast" if arguments == ["--build"] else "maskformer_fast"
+        sys.exit(f"This Python lacks packages that {purpose} needs:\n  " + "\n  ".join(sorted(found)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
