@@ -153,7 +153,7 @@ class ShapesDataset:
         for region, stuff in enumerate(chosen):
             np.copyto(relief, ground_texture(rng, GROUNDS[self._stuff[stuff].ground], size), where=where == region)
             palette[region] = _jittered(rng, self._stuff[stuff].color, hue=0.02, value=0.08)
-        canvas = palette[where] * (1.0 + np.float32(0.28) * relief)[..., None]
+        canvas = palette.take(where, axis=0) * (1.0 + np.float32(0.28) * relief)[..., None]
         id_map = (where + 1).astype(np.int32)
         categories = [len(self._things) + int(stuff) for stuff in chosen]
 
