@@ -173,7 +173,7 @@ class ShapesDataset:
         # White balance and the 8-bit scale ride on the light, so that the canvas is passed over once.
         tint = 255.0 * rng.uniform(0.94, 1.06, 3).astype(np.float32)
         canvas *= light_field(rng, size)[..., None] * tint
-        grain = rng.standard_normal(canvas.shape, dtype=np.float32)
+        grain = rng.standard_normal((*size, 3), dtype=np.float32)
         grain *= np.float32(255.0 * rng.uniform(0.01, 0.04))
         canvas += grain
         return np.rint(canvas).clip(0.0, 255.0).astype(np.uint8), id_map, categories
