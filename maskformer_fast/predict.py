@@ -22,10 +22,15 @@ from maskformer_fast.config import Task, TestConfig
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
 from maskformer_fast.files import atomic_write
-from maskformer_fast.formats import instances_to_coco, write_index_png, write_json, write_panoptic_json
-from maskformer_fast.formats import write_panoptic_png
+from maskformer_fast.formats import (
+    instances_to_coco,
+    write_index_png,
+    write_json,
+    write_panoptic_json,
+    write_panoptic_png,
+)
 from maskformer_fast.predictor import Predictor, load
-from maskformer_fast.structures import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.structures import PanopticResult, Result, SemanticResult
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +81,17 @@ class ResultWriter:
             if isinstance(result, SemanticResult):
                 target = self._path(Path("semantic") / name)
                 write_index_png(target, result.labels, self.metadata.colors)
-                drawn = visualize.draw_semantic
             elif isinstance(result, PanopticResult):
                 target = self._path(Path("panoptic") / name)
                 entry_for_json = write_panoptic_png(target, result, image_id, self.metadata)
                 entry_for_json["file_name"] = target.relative_to(self.folder / "panoptic").as_posix()
                 self.panoptic.append(entry_for_json)
-                drawn = visualize.draw_panoptic
-            elif isinstance(result, InstanceResult):
+            else:
                 found = instances_to_coco(result, image_id, self.metadata)
                 self.instances += [{**instance, "file_name": name.as_posix()} for instance in found]
-                drawn = visualize.draw_instances
             if self.overlays:
                 with atomic_write(self._path(Path("overlays") / f"{name}_{task}")) as file:
-                    Image.fromarray(drawn(image, result, self.metadata)).save(file, format="PNG")
+                    Image.fromarray(visualize.draw_result(image, result, self.metadata)).save(file, format="PNG")
 
     def close(self) -> None:
         """Write ``panoptic.json`` and ``instances.json`` for the tasks that ran."""

@@ -53,13 +53,14 @@ class Predictor:
             TypeError, ValueError: for something that is not such an image, or a task the network cannot do.
         """
         self.check_task(task)
-        single = isinstance(images, ImageLike)
-        arrays = [as_rgb_array(image) for image in ([images] if single else images)]
+        if isinstance(images, ImageLike):
+            return self.predict([images], task)[0]
+        arrays = [as_rgb_array(image) for image in images]
         results: list[Result] = []
         for start in range(0, len(arrays), self.config.test.batch_size):
             batch = arrays[start : start + self.config.test.batch_size]
             results += self.infer([self.resize(array) for array in batch], batch, (task,))[task]
-        return results[0] if single else results
+        return results
 
     def check_task(self, task: Task) -> None:
         """Raise ``ValueError`` for an unknown task or one that this kind of network cannot do."""
@@ -84,7 +85,9 @@ class Predictor:
             if "semantic" in tasks and (test.multi_scale or test.flip):
                 results["semantic"] = [self._augmented(image) for image in originals]
             remaining = [task for task in tasks if task not in results]
-            predictions = self._forward(inputs) if remaining else None
+            if not remaining:
+                return results
+            predictions = self._forward(inputs)
             for task in remaining:
                 if task == "semantic":
                     results[task] = list(postprocess.semantic(predictions, sizes))

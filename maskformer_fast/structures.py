@@ -146,6 +146,7 @@ class Example:
             rows = {segment.id: row for row, segment in enumerate(self.segments)}
             return self.masks[[rows[segment.id] for segment in segments]]
         ids = np.array([segment.id for segment in segments], dtype=np.int32)
+        assert self.id_map is not None  # by __post_init__
         return self.id_map[None] == ids[:, None, None]
 
     def semantic_map(self) -> np.ndarray:
@@ -154,7 +155,7 @@ class Example:
         if self.masks is not None:
             for segment, mask in zip(self.segments, self.masks, strict=True):
                 labels[mask] = segment.category
-        elif self.segments:
+        elif self.segments and self.id_map is not None:
             order = sorted(self.segments, key=lambda segment: segment.id)
             ids = np.array([segment.id for segment in order], dtype=np.int32)
             categories = np.array([segment.category for segment in order], dtype=np.int32)

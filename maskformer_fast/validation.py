@@ -20,12 +20,6 @@ from maskformer_fast.structures import Example, Result
 
 logger = logging.getLogger(__name__)
 
-DRAW = {
-    "semantic": visualize.draw_semantic,
-    "panoptic": visualize.draw_panoptic,
-    "instance": visualize.draw_instances,
-}
-
 
 def measure(
     predictor: Predictor,
@@ -55,7 +49,7 @@ def measure(
                 for task, evaluator in evaluators.items():
                     evaluator.process(example, results[task][index])
                 if len(rows) < pictures:
-                    rows.append(_row(example, {task: results[task][index] for task in tasks}, dataset))
+                    rows.append(_row(example, [results[task][index] for task in tasks], dataset))
             progress.update(len(batch))
     if loader.broken:
         listing = "\n  ".join(f"{path}: {reason}" for path, reason in loader.broken)
@@ -65,9 +59,10 @@ def measure(
     for values in report.values():
         metrics.update({key: value for key, value in values.items() if not isinstance(value, dict)})
     titles = ["image", "truth", *tasks]
-    return {**metrics, **report}, visualize.grid(rows, titles) if rows else None
+    metrics.update({str(task): values for task, values in report.items()})
+    return metrics, visualize.grid(rows, titles) if rows else None
 
 
-def _row(example: Example, results: dict[Task, Result], dataset: SegmentationDataset) -> list[np.ndarray]:
-    drawn = [DRAW[task](example.image, result, dataset.metadata) for task, result in results.items()]
+def _row(example: Example, results: list[Result], dataset: SegmentationDataset) -> list[np.ndarray]:
+    drawn = [visualize.draw_result(example.image, result, dataset.metadata) for result in results]
     return [example.image, visualize.draw_truth(example, dataset.metadata, dataset.task), *drawn]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from maskformer_fast.config import TASKS, Task, check_choice
 from maskformer_fast.id_maps import result_rows, segment_rows
-from maskformer_fast.structures import VOID, Example, InstanceResult, Metadata, PanopticResult, SemanticResult
+from maskformer_fast.structures import VOID, Example, InstanceResult, Metadata, PanopticResult, Result, SemanticResult
 
-__all__ = ["display_scale", "draw_instances", "draw_panoptic", "draw_semantic", "draw_truth", "grid"]
+__all__ = ["display_scale", "draw_instances", "draw_panoptic", "draw_result", "draw_semantic", "draw_truth", "grid"]
 
 _OPACITY = 0.55  # of a segment's colour over the image
 _MIN_EDGE = 320  # images with a shorter long edge are enlarged, so that names can be read
@@ -94,6 +94,15 @@ def draw_instances(
     categories = result.labels.cpu()[keep].tolist()
     names = [f"{metadata.class_names[c]} {s:.2f}" for c, s in zip(categories, scores[keep].tolist(), strict=True)]
     return _paint_masks(image, masks, _shades(categories, metadata), names)
+
+
+def draw_result(image: np.ndarray, result: Result, metadata: Metadata) -> np.ndarray:
+    """Draw a result of any task by the function above that fits it."""
+    if isinstance(result, SemanticResult):
+        return draw_semantic(image, result, metadata)
+    if isinstance(result, PanopticResult):
+        return draw_panoptic(image, result, metadata)
+    return draw_instances(image, result, metadata)
 
 
 def draw_truth(example: Example, metadata: Metadata, task: Task) -> np.ndarray:

@@ -1,0 +1,204 @@
+"""The commands as a user calls them: real processes, real files, bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import maskformer_fast
+from maskformer_fast import evaluate, predict, train
+from maskformer_fast.checkpoint import load_weights
+from maskformer_fast.structures import InstanceResult, PanopticResult, SemanticResult
+
+TINY = Path(__file__).parent / "tiny.yaml"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(name, *arguments, **options):
+    line = [sys.executable, "-m", f"maskformer_fast.{name}", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained tiny run."""
+    folder = tmp_path_factory.mktemp("commands") / "run"
+    assert train.main(["--config", str(TINY), "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two images in nested folders, and a broken one."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size in (("a.jpg", (37, 50)), ("deep/b.png", (64, 33))):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_help_names_the_options(name):
+    result = command(name, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "--output" in result.stdout and "usage" in result.stdout.lower()
+
+
+def test_train_then_evaluate_from_a_shell(tmp_path):
+    result = command("train", "--config", TINY, "--output", tmp_path / "run", "--solver.max-steps", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "mIoU" in result.stdout and "metrics.json" in result.stdout
+    result = command("evaluate", tmp_path / "run", "--task", "semantic", "--output", tmp_path / "m.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    again = json.loads((tmp_path / "m.json").read_text())
+    assert again["miou"] == pytest.approx(json.loads((tmp_path / "run" / "metrics.json").read_text())["miou"])
+
+
+def test_evaluate_gives_the_numbers_of_training(run, tmp_path, capsys):
+    assert evaluate.main([str(run), "--task", "semantic", "panoptic", "instance", "--output", str(tmp_path / "m.json"),
+                          "--picture", str(tmp_path / "grid.png")]) == 0
+    trained, again = (json.loads(path.read_text()) for path in (run / "metrics.json", tmp_path / "m.json"))
+    for key in ("miou", "pixel_accuracy", "fwiou", "pq", "sq", "rq", "pq_things", "pq_stuff", "ap", "ap50"):
+        assert again[key] == pytest.approx(trained[key]), key
+    assert "PQ" in capsys.readouterr().out
+    assert Image.open(tmp_path / "grid.png").size[0] > 100
+
+
+def test_evaluate_with_test_time_augmentation_changes_the_scores_only_a_little(run, tmp_path):
+    arguments = [str(run), "--test.multi-scale", "1.0", "1.5", "--test.flip", "--output", str(tmp_path / "m.json")]
+    assert evaluate.main([*arguments, "--task", "semantic"]) == 0
+    assert 0.0 <= json.loads((tmp_path / "m.json").read_text())["miou"] <= 1.0
+
+
+def test_evaluate_batches_give_the_same_numbers(run, tmp_path):
+    for size in (1, 3):
+        evaluate.main([str(run), "--task", "panoptic", "--test.batch-size", str(size), "--output",
+                       str(tmp_path / f"{size}.json")])
+    one, three = (json.loads((tmp_path / f"{size}.json").read_text()) for size in (1, 3))
+    assert one["pq"] == pytest.approx(three["pq"])
+
+
+def test_predict_writes_every_format_and_reports_the_broken_file(run, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    status = predict.main([str(run), str(photos), "-o", str(out), "--task", "semantic", "panoptic", "instance",
+                           "--test.object-mask-threshold", "0.0", "--test.overlap-threshold", "0.0"])
+    assert status == 1 and "broken.jpg" in capsys.readouterr().err
+    for name, size in (("a", (50, 37)), ("deep/b", (33, 64))):
+        assert Image.open(out / "semantic" / f"{name}.png").size == size
+        assert Image.open(out / "panoptic" / f"{name}.png").size == size
+        for task in ("semantic", "panoptic", "instance"):
+            assert (out / "overlays" / f"{name}_{task}.png").exists()
+    panoptic = json.loads((out / "panoptic.json").read_text())
+    assert [image["id"] for image in panoptic["images"]] == [1, 2]
+    for annotation in panoptic["annotations"]:
+        rgb = np.asarray(Image.open(out / "panoptic" / annotation["file_name"]).convert("RGB")).astype(int)
+        ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+        areas = {segment["id"]: segment["area"] for segment in annotation["segments_info"]}
+        assert areas == {int(i): int((ids == i).sum()) for i in np.unique(ids) if i != 0}
+    from pycocotools import mask
+
+    for instance in json.loads((out / "instances.json").read_text()):
+        area = int(mask.area(instance["segmentation"]))
+        assert area > 0 and 0.0 <= instance["score"] <= 1.0
+        assert instance["segmentation"]["size"] in ([37, 50], [64, 33])
+
+
+def test_predict_keeps_equal_names_apart_and_reports_missing_ones(run, photos, tmp_path, capsys):
+    Image.new("RGB", (20, 30)).save(photos / "deep" / "a.png")
+    out = tmp_path / "out"
+    inputs = [photos / "a.jpg", photos / "deep" / "a.png", photos / "deep" / "*.png", tmp_path / "nowhere.jpg"]
+    assert predict.main([str(run), *map(str, inputs), "-o", str(out), "--no-overlays"]) == 1
+    assert "nowhere.jpg" in capsys.readouterr().err
+    assert sorted(path.name for path in (out / "semantic").iterdir()) == ["a.png", "a_2.png", "a_3.png", "b.png"]
+    assert not (out / "overlays").exists()
+
+
+def test_python_api(run, photos):
+    model = maskformer_fast.load(run)
+    image = np.asarray(Image.open(photos / "a.jpg"))
+    semantic = model.predict(photos / "a.jpg")
+    assert isinstance(semantic, SemanticResult) and semantic.labels.shape == (37, 50)
+    for kind in (Image.fromarray(image), image, torch.from_numpy(image.copy()).permute(2, 0, 1)):
+        assert torch.equal(model.predict(kind).labels, semantic.labels)
+    panoptic = model.predict([image, image[:20]], task="panoptic")
+    assert [type(result) for result in panoptic] == [PanopticResult] * 2 and panoptic[1].id_map.shape == (20, 50)
+    assert isinstance(model.predict(image, task="instance"), InstanceResult)
+    with pytest.raises(ValueError, match="task: expected one of"):
+        model.predict(image, task="pose")
+    with pytest.raises(TypeError, match="uint8"):
+        model.predict(image.astype(np.float32))
+
+
+def test_api_builds_an_untrained_recipe():
+    model = maskformer_fast.load("demo")
+    assert model.predict(np.zeros((40, 40, 3), dtype=np.uint8)).labels.shape == (40, 40)
+    ade = maskformer_fast.load("ade20k_150/maskformer_r50")
+    assert ade.metadata.num_classes == 150 and not ade.network.training
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train", ["--config", "demi"], "demo"),
+        ("train", ["--solver.lr", "-1"], "solver.lr"),
+        ("train", ["--solver.learning-rate", "1"], "learning-rate"),
+        ("train", ["--data.dataset", "ade20k_150"], "data.root"),
+        ("train", ["--data.dataset", "folder", "--data.root", "nowhere"], "nowhere"),
+        ("train", ["--device", "tpu:9"], "device"),
+        ("evaluate", ["nowhere"], "nowhere"),
+        ("predict", ["nowhere", "x.jpg"], "nowhere"),
+        ("predict", [], "checkpoint"),
+    ],
+)
+def test_bad_input_is_an_error_without_a_traceback(name, arguments, message, tmp_path):
+    result = command(name, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message.lower() in (result.stderr + result.stdout).lower()
+    assert "Traceback" not in result.stderr
+
+
+def test_a_second_run_moves_the_first_aside_and_nothing_is_lost(tmp_path, caplog):
+    arguments = ["--config", str(TINY), "--output", str(tmp_path / "run"), "--solver.max-steps", "1"]
+    train.main(arguments)
+    first = load_weights(tmp_path / "run").weights
+    train.main([*arguments, "--seed", "5"])
+    kept = load_weights(tmp_path / "run.1").weights
+    assert all(torch.equal(first[name], kept[name]) for name in first)
+    assert load_weights(tmp_path / "run").config.seed == 5
+
+
+def test_two_processes_cannot_share_a_run(tmp_path):
+    with train.run_folder(tmp_path / "run", resume=True), pytest.raises(ValueError, match="no other run"):
+        train.main(["--config", str(TINY), "--output", str(tmp_path / "run"), "--resume"])
+
+
+def test_kill_9_at_random_points_then_resume_ends_with_the_same_weights(tmp_path):
+    arguments = ["--config", str(TINY), "--log.checkpoint-every", "1", "--solver.max-steps", "12"]
+    train.main([*arguments, "--output", str(tmp_path / "whole")])
+    line = [sys.executable, "-m", "maskformer_fast.train", *arguments, "--output", str(tmp_path / "cut"), "--resume"]
+    rng = random.Random(0)
+    log = tmp_path / "cut" / "log.jsonl"
+    for _ in range(3):
+        process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = len(log.read_text().splitlines()) if log.exists() else 0
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) <= lines):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.2))  # somewhere within a step or the writing of a checkpoint
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(line, env=ENVIRONMENT, capture_output=True).returncode == 0
+    whole, cut = (load_weights(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut"))
+    assert whole.step == cut.step == 12
+    for name in whole.weights:
+        assert torch.equal(whole.weights[name], cut.weights[name]), name
