@@ -42,6 +42,8 @@ class BackboneConfig:
     """ResNet: inner channels of res2; each stage doubles them."""
     res2_channels: int | None = None
     """ResNet: output channels of res2; each stage doubles them."""
+    multi_grid: bool | None = None
+    """ResNet: dilations 1, 2, 4 in the three blocks of res5, as ResNet-101c has them."""
     norm: Literal["batch", "frozen", "sync"] | None = None
     """ResNet: BatchNorm trained, frozen, or synchronised over ranks."""
     embed_dim: int | None = None

@@ -8,12 +8,12 @@ from maskformer_fast.config import BackboneConfig, check
 from maskformer_fast.modeling.resnet import ResNet
 from maskformer_fast.modeling.swin import SwinTransformer
 
-RESNET_FIELDS = ("stem", "stem_channels", "bottleneck_channels", "res2_channels", "norm")
+RESNET_FIELDS = ("stem", "stem_channels", "bottleneck_channels", "res2_channels", "multi_grid", "norm")
 SWIN_FIELDS = ("embed_dim", "num_heads", "window_size", "drop_path_rate")
 
 _RESNET50 = BackboneConfig(
     "resnet50", depths=(3, 4, 6, 3), stem="basic", stem_channels=64, bottleneck_channels=64, res2_channels=256,
-    norm="batch",
+    multi_grid=False, norm="batch",
 )
 _SWIN_TINY = BackboneConfig(
     "swin_tiny", depths=(2, 2, 6, 2), embed_dim=96, num_heads=(3, 6, 12, 24), window_size=7, drop_path_rate=0.3
@@ -21,7 +21,7 @@ _SWIN_TINY = BackboneConfig(
 _PRESETS = (
     _RESNET50,
     replace(_RESNET50, name="resnet101", depths=(3, 4, 23, 3)),
-    replace(_RESNET50, name="resnet101c", depths=(3, 4, 23, 3), stem="deep", stem_channels=128),
+    replace(_RESNET50, name="resnet101c", depths=(3, 4, 23, 3), stem="deep", stem_channels=128, multi_grid=True),
     replace(
         _RESNET50, name="resnet_micro", depths=(1, 1, 1, 1), stem_channels=16, bottleneck_channels=16, res2_channels=32
     ),

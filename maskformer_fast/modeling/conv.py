@@ -14,9 +14,13 @@ class ConvNorm(nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, norm: nn.Module, *, stride: int = 1, relu: bool = False
+        self, in_channels: int, out_channels: int, kernel: int, norm: nn.Module, *, stride: int = 1, dilation: int = 1,
+        relu: bool = False,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
+        padding = dilation * (kernel // 2)
+        super().__init__(
+            in_channels, out_channels, kernel, stride=stride, padding=padding, dilation=dilation, bias=False
+        )
         self.norm = norm
         self.relu = relu
 

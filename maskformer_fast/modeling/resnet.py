@@ -15,6 +15,8 @@ NORMS: dict[str, type[nn.Module]] = {
     "frozen": FrozenBatchNorm2d,
     "sync": nn.SyncBatchNorm,
 }
+MULTI_GRID = (1, 2, 4)
+"""Dilations of the blocks of res5 in ResNet-101c (Chen et al., 2017, "multi-grid")."""
 
 
 class BasicStem(nn.Module):
@@ -52,9 +54,11 @@ class DeepStem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 to the inner width, 3x3 (with the stride), 1x1 to the output width, plus the shortcut."""
+    """1x1 to the inner width, 3x3 (with stride and dilation), 1x1 to the output width, plus the shortcut."""
 
-    def __init__(self, in_channels: int, inner: int, out_channels: int, stride: int, norm: type[nn.Module]) -> None:
+    def __init__(
+        self, in_channels: int, inner: int, out_channels: int, stride: int, dilation: int, norm: type[nn.Module]
+    ) -> None:
         super().__init__()
         self.shortcut = (
             nn.Identity()
@@ -62,7 +66,7 @@ class Bottleneck(nn.Module):
             else ConvNorm(in_channels, out_channels, 1, norm(out_channels), stride=stride)
         )
         self.conv1 = ConvNorm(in_channels, inner, 1, norm(inner), relu=True)
-        self.conv2 = ConvNorm(inner, inner, 3, norm(inner), stride=stride, relu=True)
+        self.conv2 = ConvNorm(inner, inner, 3, norm(inner), stride=stride, dilation=dilation, relu=True)
         self.conv3 = ConvNorm(inner, out_channels, 1, norm(out_channels))
 
     def forward(
@@ -83,6 +87,7 @@ class ResNet(nn.Module):
         stem_channels: int,
         bottleneck_channels: int,
         res2_channels: int,
+        multi_grid: bool,
         norm: Literal["batch", "frozen", "sync"],
     ) -> None:
         """The arguments are fields of `maskformer_fast.config.BackboneConfig`."""
@@ -92,9 +97,14 @@ class ResNet(nn.Module):
         def blocks(stage: int) -> nn.Sequential:
             inner, out_channels = bottleneck_channels * 2**stage, self.channels[stage]
             in_channels = self.channels[stage - 1] if stage > 0 else stem_channels
-            first = Bottleneck(in_channels, inner, out_channels, 2 if stage > 0 else 1, NORMS[norm])
-            rest = (Bottleneck(out_channels, inner, out_channels, 1, NORMS[norm]) for _ in range(depths[stage] - 1))
-            return nn.Sequential(first, *rest)
+            dilations = MULTI_GRID if multi_grid and stage == 3 else (1,)
+            layers = []
+            for index in range(depths[stage]):
+                stride = 2 if stage > 0 and index == 0 else 1
+                dilation = dilations[index % len(dilations)]
+                layers.append(Bottleneck(in_channels, inner, out_channels, stride, dilation, NORMS[norm]))
+                in_channels = out_channels
+            return nn.Sequential(*layers)
 
         self.stem = (DeepStem if stem == "deep" else BasicStem)(stem_channels, NORMS[norm])
         self.res2, self.res3, self.res4, self.res5 = (blocks(stage) for stage in range(4))

@@ -181,6 +181,15 @@ def test_presets_are_complete_and_give_strides_4_to_32(name: str) -> None:
     ]
 
 
+def test_only_resnet101c_dilates_and_only_in_res5() -> None:
+    for name, expected in (("resnet101c", [1, 2, 4]), ("resnet101", [1, 1, 1])):
+        with torch.device("meta"):
+            backbone = build_backbone(BackboneConfig(name))
+        assert [block.conv2.dilation[0] for block in backbone.res5] == expected
+        assert [block.conv2.stride[0] for block in backbone.res5] == [2, 1, 1]
+        assert all(block.conv2.dilation == (1, 1) for block in [*backbone.res2, *backbone.res3, *backbone.res4])
+
+
 def test_what_departs_from_a_preset_is_kept_and_the_rest_filled() -> None:
     config = resolve_backbone(BackboneConfig("resnet101", weights="w.safetensors", norm="frozen", res2_channels=128))
     assert (config.weights, config.norm, config.res2_channels) == ("w.safetensors", "frozen", 128)
