@@ -1,8 +1,8 @@
 # make demo and make test do all the set-up themselves. Variables, on the command line or in the environment:
 #   PYTHON=python3.12   the Python to build on (3.11 or newer)      VENV=.venv   where the environment goes
 #   SYSTEM_TORCH=1      use the torch and the other packages that PYTHON has; fetches nothing
-#   PIP_ARGS=...        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu,
-#                       which spares a machine without a GPU the gigabytes of CUDA
+#   PIP_ARGS=...        more arguments for pip, e.g. an index of CPU builds of torch, which spares a machine
+#                       without a GPU the gigabytes of CUDA
 PYTHON ?= python3
 VENV ?= .venv
 SYSTEM_TORCH ?=
