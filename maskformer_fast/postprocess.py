@@ -26,11 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import check, check_choice
-from .ops.segment_inference import InstanceMasks, instance_inference, panoptic_inference
-from .ops.semantic_inference import label_dtype, pixel_semantic_inference, pixel_semantic_scores, semantic_inference
-from .ops.semantic_inference import semantic_scores as query_semantic_scores
-from .structures import (
+from maskformer_fast.config import check, check_choice
+from maskformer_fast.ops.segment_inference import InstanceMasks, instance_inference, panoptic_inference
+from maskformer_fast.ops.semantic_inference import (
+    label_dtype,
+    pixel_semantic_inference,
+    pixel_semantic_scores,
+    semantic_inference,
+)
+from maskformer_fast.ops.semantic_inference import semantic_scores as query_semantic_scores
+from maskformer_fast.structures import (
     VOID,
     InstanceResult,
     PanopticResult,

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import check
-from ..structures import VOID, pack_masks
-from .resample import check_geometry, resample_rows, row_tiles
+from maskformer_fast.config import check
+from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
+from maskformer_fast.structures import VOID, pack_masks
 
 
 class PanopticSegments(NamedTuple):

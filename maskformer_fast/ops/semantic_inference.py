@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config import check
-from .resample import check_geometry, resample_rows, row_tiles
+from maskformer_fast.config import check
+from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
 
 CLASS_CHUNK = 256
 """Classes scored at once: hundreds or thousands of them must not make even one row of scores too large."""
