@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskformer_fast.config import Config, to_dict
+from maskformer_fast.formats import write_json
 from maskformer_fast.recipes import from_dict
 from maskformer_fast.structures import Metadata
 
@@ -135,9 +136,12 @@ def save_checkpoint(
     metadata: Metadata,
     step: int,
     state: Mapping[str, Any],
-    best: bool,
 ) -> Path:
-    """Write ``folder/step_N`` atomically, point ``last`` (and ``best``) to it, and drop what neither points to."""
+    """Write ``folder/step_N`` atomically, point ``last`` to it, and drop what neither ``last`` nor ``best`` points to.
+
+    Raises:
+        OSError: the disk is full or cannot be written; the checkpoints that stand there are untouched.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:08d}"
     if not final.exists():
@@ -151,17 +155,35 @@ def save_checkpoint(
                 _flush(file)
             os.rename(temporary, final)
             _flush(folder)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            # safetensors and torch.save have exceptions of their own for a full disk.
+            if isinstance(error, (SafetensorError, RuntimeError)):
+                raise OSError(f"{final}: the checkpoint could not be written, earlier ones stand: {error}") from error
             raise
     _point(folder / "last", final)
-    if best:
-        _point(folder / "best", final)
+    _prune(folder)
+    return final
+
+
+def mark_best(folder: Path, checkpoint: Path, score: float) -> None:
+    """Point ``best`` to a checkpoint of the folder and note its score for `best_score`."""
+    _point(folder / "best", checkpoint)
+    write_json(folder / "best.json", {"step": checkpoint.name, "score": score})
+    _prune(folder)
+
+
+def best_score(folder: Path) -> float | None:
+    """Score of the best checkpoint so far; ``None`` before the first validation."""
+    path = folder / "best.json"
+    return float(json.loads(path.read_text())["score"]) if path.exists() else None
+
+
+def _prune(folder: Path) -> None:
     keep = {(folder / name).resolve() for name in ("last", "best") if (folder / name).exists()}
     for old in complete_checkpoints(folder):
         if old.resolve() not in keep:
             shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -59,13 +59,14 @@ def leading_path(argv: Sequence[str]) -> str | None:
 def cli_errors(*expected: type[Exception]) -> Iterator[None]:
     """Turn bad input into ``error: message`` on stderr and exit status 2.
 
-    ``ValueError`` and ``OSError`` (missing files, full disks) are expected everywhere; a command adds its own. Other
-    exceptions are bugs and keep their traceback, as all do while ``MASKFORMER_FAST_TRACEBACK`` is set.
+    ``ValueError``, ``OSError`` (missing files, full disks) and ``ModuleNotFoundError`` (an extra that is not installed)
+    are expected everywhere; a command adds its own. Other exceptions are bugs and keep their traceback, as all do
+    while ``MASKFORMER_FAST_TRACEBACK`` is set.
 
     Raises:
         SystemExit: in place of an expected exception.
     """
-    known: tuple[type[Exception], ...] = (ValueError, OSError, *expected)
+    known: tuple[type[Exception], ...] = (ValueError, OSError, ModuleNotFoundError, *expected)
     try:
         yield
     except known as error:

@@ -45,7 +45,7 @@ class BackboneConfig:
     multi_grid: bool | None = None
     """ResNet: dilations 1, 2, 4 in the three blocks of res5, as ResNet-101c has them."""
     norm: Literal["batch", "frozen", "sync"] | None = None
-    """ResNet: BatchNorm trained, frozen, or synchronised over ranks."""
+    """ResNet: BatchNorm trained, frozen, or synchronised over the processes of a distributed run."""
     embed_dim: int | None = None
     """Swin: channels of the first stage."""
     num_heads: tuple[int, int, int, int] | None = None
@@ -82,6 +82,8 @@ class PixelDecoderConfig:
     encoder_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("norm_groups", "encoder_heads", "encoder_ffn_dim"):
+            check(getattr(self, name) > 0, f"pixel_decoder.{name}", "a positive integer", getattr(self, name))
         check(self.conv_dim > 0 and self.conv_dim % self.norm_groups == 0, "pixel_decoder.conv_dim",
               f"a positive multiple of norm_groups={self.norm_groups}", self.conv_dim)
         check(self.mask_dim > 0, "pixel_decoder.mask_dim", "a positive integer", self.mask_dim)
@@ -153,6 +155,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "focal_gamma"):
             check(getattr(self, name) >= 0, f"loss.{name}", ">= 0", getattr(self, name))
+        check(0.0 <= self.focal_alpha <= 1.0, "loss.focal_alpha", "0..1", self.focal_alpha)
         check_choice("loss.mask_loss", self.mask_loss, ("focal", "bce"))
         check_choice("loss.padding", self.padding, ("exclude", "include"))
         check(self.max_nonfinite_steps > 0, "loss.max_nonfinite_steps", "> 0", self.max_nonfinite_steps)
@@ -171,12 +174,13 @@ class AugmentConfig:
     scale_range: tuple[float, float] = (0.1, 2.0)
     scale_size: tuple[int, int] = (1024, 1024)
     crop_size: tuple[int, int] | None = (512, 512)
-    """Height, width; a smaller image is padded to it. ``None`` keeps the resized image whole."""
+    """Height, width; the batch is padded to it where images are smaller. ``None`` keeps the resized image whole."""
     detr_crop: bool = False
     """DETR's and the official COCO panoptic recipe's: for one image in two, before the resize, the shorter side is
     resized to 400, 500 or 600 and a window with sides of 384 to 600 is cropped."""
     single_category_max_area: float = 0.75
-    """Retry a crop in which one category covers more than this share; 1.0 accepts any crop."""
+    """Retry a crop in which one category covers more than this share of the labelled pixels; 1.0 accepts any crop, and
+    so do data sets of overlapping instances, which have no such map."""
     color_jitter: bool = False
     """Brightness, contrast, saturation and hue of SSD, which the official semantic recipes use."""
     flip: bool = True
@@ -185,6 +189,7 @@ class AugmentConfig:
         check_choice("data.augment.scale_mode", self.scale_mode, ("short_edge", "scale", "none"))
         check(len(self.short_edge) > 0 and min(self.short_edge) > 0, "data.augment.short_edge", "positive sizes",
               self.short_edge)
+        check(self.max_size > 0, "data.augment.max_size", "> 0", self.max_size)
         low, high = self.scale_range
         check(0.0 < low <= high, "data.augment.scale_range", "0 < low <= high", self.scale_range)
         area = self.single_category_max_area
@@ -265,6 +270,7 @@ class TestConfig:
 
     def __post_init__(self) -> None:
         check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
+        check(self.max_size > 0, "test.max_size", "> 0", self.max_size)
         for name in ("object_mask_threshold", "overlap_threshold"):
             check(0.0 <= getattr(self, name) <= 1.0, f"test.{name}", "0..1", getattr(self, name))
         check(self.top_k > 0, "test.top_k", "> 0", self.top_k)
@@ -278,7 +284,7 @@ class SolverConfig:
 
     max_steps: int = 160_000
     batch_size: int = 16
-    """Images of one optimiser step over all ranks."""
+    """Images of one optimiser step."""
     accumulate: int = 1
     """Micro-batches a step is cut into; the batch size stays what it says."""
     lr: float = 1e-4
@@ -351,6 +357,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        check(self.seed >= 0, "seed", ">= 0", self.seed)
         for task in self.metrics:
             check_choice("metrics", task, TASKS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,16 @@ from PIL import Image
 
 from maskformer_fast.checkpoint import load_weights
 from maskformer_fast.cli import leading_path, parse, run_command
-from maskformer_fast.config import DataConfig, Task, TestConfig
+from maskformer_fast.config import DataConfig, Task, TestConfig, check
 from maskformer_fast.data import build_dataset
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.files import atomic_write
 from maskformer_fast.formats import write_json
 from maskformer_fast.predictor import load
-from maskformer_fast.validation import measure
+from maskformer_fast.validation import check_classes, measure
+from maskformer_fast.writer import ResultWriter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class EvaluateOptions:
     """JSON file for the metrics; default: metrics on the screen only."""
     picture: str | None = None
     """PNG file for a grid of the first images: image, truth, results."""
+    predictions: str | None = None
+    """Folder for the results themselves, as `predict` writes them, with the data set's image ids."""
     limit: int | None = None
     """Measure only the first so many images."""
     device: str = "auto"
@@ -53,14 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m maskformer_fast.evaluate",
         default=EvaluateOptions(tyro.MISSING, data=config.data, test=config.test) if config else None,
     )
+    check(options.limit is None or options.limit > 0, "limit", "a positive number of images", options.limit)
+    for name in ("output", "picture"):
+        target = getattr(options, name)
+        check(target is None or not Path(target).is_dir(), name, "a file, not a folder", target)
     predictor = load(options.checkpoint, options.device, test=options.test)
     dataset = build_dataset(options.data, "val")
-    expected, got = predictor.metadata.class_names, dataset.metadata.class_names
-    if len(expected) != len(got):
-        raise ValueError(f"data: expected the checkpoint's {len(expected)} classes, got {len(got)} in the data set")
+    check_classes(predictor.metadata, dataset.metadata)
+    predictor.metadata = dataset.metadata  # its things, ids and colours count
     tasks = options.task or (dataset.task,)
     for task in tasks:
         predictor.check_task(task)
+    augmented = options.test.multi_scale or options.test.flip
+    if augmented and set(tasks) != {"semantic"}:
+        logger.warning("test.multi_scale and test.flip apply to semantic segmentation alone")
+    writer = ResultWriter(Path(options.predictions), dataset.metadata, overlays=False) if options.predictions else None
     metrics, grid = measure(
         predictor,
         dataset,
@@ -69,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         skip_broken=options.data.skip_broken,
         pictures=4 if options.picture else 0,
         limit=options.limit,
+        writer=writer,
     )
+    if writer is not None:
+        writer.close()
     for task in tasks:
         print(format_table(task, metrics[task]))
     if options.output:

@@ -17,7 +17,7 @@ from maskformer_fast import postprocess
 from maskformer_fast.checkpoint import load_into, load_weights
 from maskformer_fast.config import TASKS, Config, Task, TestConfig, check, check_choice
 from maskformer_fast.data import dataset_metadata
-from maskformer_fast.data.images import read_image
+from maskformer_fast.data.images import read_image, rgb_array
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
 from maskformer_fast.modeling import build_model
@@ -135,9 +135,10 @@ class Predictor:
         training = self.network.training
         self.network.eval()
         amp = self.config.solver.amp
-        autocast = nullcontext() if amp == "off" else torch.autocast(self.device.type, AMP_DTYPES[amp])
+        off = amp == "off" or (amp == "fp16" and self.device.type == "cpu")  # CPUs only emulate fp16
+        autocast = nullcontext() if off else torch.autocast(self.device.type, AMP_DTYPES[amp])
         try:
-            with torch.inference_mode(), autocast:
+            with torch.no_grad(), autocast:
                 yield
         finally:
             self.network.train(training)
@@ -189,7 +190,7 @@ def as_rgb_array(image: ImageLike) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return rgb_array(image)
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise TypeError(f"images: expected a uint8 tensor [3, H, W], got {image.dtype} {tuple(image.shape)}")

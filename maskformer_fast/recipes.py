@@ -164,7 +164,7 @@ def _load_merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: base: expected recipes that do not base on themselves, got a cycle")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:  # TypeError: a list or mapping as a key
         raise ValueError(f"{path}: expected YAML, {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a mapping, got {data!r}")

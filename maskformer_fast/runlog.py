@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class RunLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log named numbers of a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        written = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **written}) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():

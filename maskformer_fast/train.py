@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from maskformer_fast.cli import run_command
 from maskformer_fast.evaluation import format_table
-from maskformer_fast.recipes import Recipe, parse_command, save_config
+from maskformer_fast.recipes import Recipe, load_recipe, parse_command, save_config
 from maskformer_fast.trainer import Trainer, TrainingDiverged
 
 logger = logging.getLogger(__name__)
@@ -24,41 +27,57 @@ class TrainOptions:
 
     config: Recipe
     resume: bool = False
-    """Continue the run in ``output`` exactly where its last checkpoint stands."""
+    """Continue the run in ``output`` exactly where its last checkpoint stands, by default with its own recipe."""
 
 
 @contextmanager
-def run_folder(folder: Path, resume: bool) -> Iterator[None]:
-    """Hold the run's folder against a second process; a former run in it is moved aside unless it is resumed.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against other processes.
+
+    The lock is a file beside the folder and belongs to this process alone (`lockf`, unlike `flock`, is not inherited by
+    loader processes), so the kernel frees it however the process ends.
 
     Raises:
         ValueError: another process is training there.
     """
-    if not resume and (folder / "config.yaml").exists():
-        with _lock(folder):
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-                number += 1
-            folder.rename(aside)
-        logger.info("%s held a run already: moved to %s (--resume would have continued it)", folder, aside)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
-        yield
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it however the process ends
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
             raise ValueError(f"output: expected a folder no other run is using, got {folder}") from None
         yield
 
 
+def move_aside(folder: Path) -> None:
+    """Rename the folder of a former run, so that a new one loses nothing of it."""
+    traces = ("log.jsonl", "checkpoints")
+    if not (folder / "config.yaml").exists() or not any((folder / name).exists() for name in traces):
+        return  # not a run: perhaps a folder with the user's own recipe
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    logger.info("%s held a run already: moved to %s (--resume would have continued it)", folder, aside)
+
+
+def with_own_recipe(argv: list[str]) -> list[str]:
+    """Arguments of ``--resume`` without ``--config``: the recipe is then the run's own ``config.yaml``."""
+    if "--resume" not in argv or any(argument.split("=")[0] == "--config" for argument in argv):
+        return argv
+    outputs = [b for a, b in pairwise([*argv, ""]) if a == "--output"]
+    outputs += [argument.partition("=")[2] for argument in argv if argument.startswith("--output=")]
+    own = Path(outputs[-1] if outputs else load_recipe("demo").output) / "config.yaml"
+    return ["--config", str(own), *argv] if own.exists() else argv
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = with_own_recipe(list(sys.argv[1:] if argv is None else argv))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE: expected 1, training runs in one process so far, got {os.environ['WORLD_SIZE']}")
     options = parse_command(TrainOptions, argv, prog="python -m maskformer_fast.train")
     config = options.config
     backbone = config.model.backbone
@@ -66,8 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.warning("the backbone's BatchNorm is frozen but it has no weights: set --model.backbone.weights, or "
                        "--model.backbone.norm batch to train from nothing")
     folder = Path(config.output)
-    with run_folder(folder, options.resume):
-        trainer = Trainer(config, options.resume)
+    with run_lock(folder):
+        trainer = Trainer(config, options.resume)  # touches nothing, so bad input leaves a former run in its place
+        if not options.resume:
+            move_aside(folder)
         save_config(config, folder / "config.yaml")
         metrics = trainer.run()
     for task in trainer.tasks:

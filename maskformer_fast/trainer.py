@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from maskformer_fast.checkpoint import (
+    best_score,
     complete_checkpoints,
     config_differences,
     load_backbone,
     load_into,
     load_state,
     load_weights,
+    mark_best,
     remove_leftovers,
     save_checkpoint,
 )
@@ -27,6 +30,7 @@ from maskformer_fast.config import Config, Task
 from maskformer_fast.criterion import Criterion, Losses
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import Batch, train_loader
+from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.files import atomic_write
 from maskformer_fast.formats import write_json
 from maskformer_fast.modeling import build_model
@@ -34,11 +38,15 @@ from maskformer_fast.pixel_criterion import PixelCriterion
 from maskformer_fast.predictor import AMP_DTYPES, Predictor, resolve_device, with_classes
 from maskformer_fast.runlog import RunLog
 from maskformer_fast.solver import build_optimizer, set_learning_rate
-from maskformer_fast.validation import measure
+from maskformer_fast.validation import check_classes, measure
 
 logger = logging.getLogger(__name__)
 
 HEADLINES: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": "ap"}
+
+
+GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay")
+"""What the configuration says of a parameter group."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -55,6 +63,7 @@ class Trainer:
         self.train_set: SegmentationDataset = build_dataset(config.data, "train")
         self.val_set: SegmentationDataset = build_dataset(config.data, "val")
         self.metadata = self.train_set.metadata
+        check_classes(self.metadata, self.val_set.metadata)
         self.config = config = with_classes(config, self.metadata)
 
         torch.manual_seed(config.seed)
@@ -73,45 +82,56 @@ class Trainer:
         self.tasks: Sequence[Task] = config.metrics or (self.val_set.task,)
         for task in self.tasks:
             self.predictor.check_task(task)
+            build_evaluator(task, self.val_set.metadata)  # what it lacks is said now, not at the first validation
 
         self.step = 0
-        self.best: float | None = None
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.broken: dict[str, str] = {}
-        remove_leftovers(self.checkpoints)
         if resume:
             self._restore()
-        self.log = RunLog(self.folder, self.step, config.log.tensorboard)
 
     def run(self) -> dict[str, Any]:
         """Train to ``max_steps``; returns the last validation's metrics, which also stand in ``metrics.json``."""
-        config = self.config
-        metrics: dict[str, Any] = {}
-        batches: Iterator[Batch] = iter(
-            train_loader(self.train_set, config, self.train_set.task, start_step=self.step)
-        )
-        window = _Window()
-        self.network.train()
+        remove_leftovers(self.checkpoints)
+        self.log = RunLog(self.folder, self.step, self.config.log.tensorboard)
         try:
-            with tqdm(total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True) as progress:
-                while self.step < config.solver.max_steps:
-                    record = self._step(batches, window)
-                    self.step += 1
-                    progress.update()
-                    if self.step % config.log.every == 0 or self.step == config.solver.max_steps:
-                        remaining = config.solver.max_steps - self.step
-                        line = window.summary(record, config.solver.batch_size, remaining)
-                        self.log.scalars(self.step, line)
-                        progress.set_postfix(loss=f"{line['loss']:.3f}", data=f"{line['data_share']:.0%}")
-                        window = _Window()
-                    metrics = self._milestone() or metrics
+            # A run killed between saving a checkpoint and measuring it resumes here.
+            owed = self.step > 0 and self._validation_due() and measured_step(self.folder) != self.step
+            metrics = self._validate_checkpoint(complete_checkpoints(self.checkpoints)[-1]) if owed else {}
+            return self._train() or metrics or self.validate()
         finally:
             self.log.close()
             if self.broken:
                 listing = "\n  ".join(f"{path}: {reason}" for path, reason in self.broken.items())
                 logger.warning("%d files were skipped as broken:\n  %s", len(self.broken), listing)
-        return metrics or self.validate()
+
+    def _train(self) -> dict[str, Any]:
+        """The steps that are left -> metrics of the last validation among them."""
+        config = self.config
+        metrics: dict[str, Any] = {}
+        if self.step >= config.solver.max_steps:
+            return metrics
+        batches: Iterator[Batch] = iter(
+            train_loader(self.train_set, config, self.train_set.task, start_step=self.step)
+        )
+        window = _Window()
+        self.network.train()
+        with tqdm(total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True) as progress:
+            while self.step < config.solver.max_steps:
+                window.add(self._step(batches, window))
+                self.step += 1
+                progress.update()
+                if self.step % config.log.every == 0 or self.step == config.solver.max_steps:
+                    remaining = config.solver.max_steps - self.step
+                    line = window.summary(config.solver.batch_size, remaining)
+                    self.log.scalars(self.step, line)
+                    progress.set_postfix(loss=f"{line['loss']:.3f}", data=f"{line['data_share']:.0%}")
+                    window = _Window()
+                paused = time.perf_counter()
+                metrics = self._milestone() or metrics
+                window.started += time.perf_counter() - paused
+        return metrics
 
     def _step(self, batches: Iterator[Batch], window: _Window) -> dict[str, Tensor | float]:
         """One optimiser step; it is skipped, and buffers restored, where anything was not finite."""
@@ -130,7 +150,7 @@ class Trainer:
             window.waited += time.perf_counter() - started
             self.broken.update(batch.broken)
             # Dropout depends on the step alone, so a resumed run draws the same masks.
-            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 4099 + micro)
+            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 4099 + micro) % 2**63)
             images = batch.images.to(self.device, non_blocking=True)
             if solver.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -141,20 +161,24 @@ class Trainer:
             self.scaler.scale(losses.total / solver.accumulate).backward()
             for name, value in {"loss": losses.total, **losses.terms}.items():
                 terms[name] = terms.get(name, 0.0) + value.detach() / solver.accumulate
-            problems += _describe_nonfinite(losses, batch)
+            problems += _describe_nonfinite(losses, batch, self.config)
         self.scaler.unscale_(self.optimizer)
         limit = solver.clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        if problems or not (self.scaler.is_enabled() or bool(torch.isfinite(norm))):
+        finite = bool(torch.isfinite(norm))
+        # An overflow of scaled fp16 gradients is the scaler's business; at scale 1 there is nothing left to lower.
+        overflow = not finite and self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
+        if not problems and not (finite or overflow):
+            problems = [f"gradient norm {float(norm)}"]
+        if problems:
             torch._foreach_copy_(buffers, kept)
-            self._skip(problems or [f"gradient norm {float(norm)}"])
+            self._skip(problems)
         else:
-            self.skipped_in_a_row = 0
+            self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        window.steps += 1
-        return {**terms, "grad_norm": norm, "lr": rate, "skipped": float(self.skipped)}
+        return {**terms, "grad_norm": norm, "lr": rate, "skipped": float(bool(problems))}
 
     def _skip(self, problems: list[str]) -> None:
         self.skipped += 1
@@ -167,26 +191,31 @@ class Trainer:
                 f"--resume continues from the last checkpoint. loss.max_nonfinite_steps sets the limit."
             )
 
+    def _validation_due(self) -> bool:
+        every = self.config.log.validate_every
+        return self.step == self.config.solver.max_steps or (every > 0 and self.step % every == 0)
+
     def _milestone(self) -> dict[str, Any]:
-        """Validate and save where a step asks for it."""
-        log, last = self.config.log, self.step == self.config.solver.max_steps
-        validate = last or (log.validate_every > 0 and self.step % log.validate_every == 0)
-        if not validate and self.step % log.checkpoint_every != 0:
+        """Save and validate where a step asks for it. Saved first: nothing is lost if validation fails."""
+        validate = self._validation_due()
+        if not validate and self.step % self.config.log.checkpoint_every != 0:
             return {}
-        metrics = self.validate() if validate else {}
-        score = metrics.get(HEADLINES[self.tasks[0]])
-        is_best = score is not None and (self.best is None or score > self.best)
-        if is_best:
-            self.best = score
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
-            "best": self.best,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
-        save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state, is_best)
+        path = save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state)
+        return self._validate_checkpoint(path) if validate else {}
+
+    def _validate_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Measure the network, whose weights ``path`` holds, and make that the best checkpoint if it is."""
+        metrics = self.validate()
+        score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
+        if score is not None and (best is None or score > best):
+            mark_best(self.checkpoints, path, score)
         return metrics
 
     def validate(self) -> dict[str, Any]:
@@ -217,7 +246,7 @@ class Trainer:
         """Continue from the newest whole checkpoint; without one, start at step 0."""
         found = complete_checkpoints(self.checkpoints)
         if not found:
-            logger.info("%s has no checkpoint yet: starting at step 0", self.folder)
+            logger.warning("%s has no checkpoint: starting at step 0", self.folder)
             return
         saved = load_weights(found[-1])
         changed = config_differences(saved.config, self.config, ("model", "loss", "data", "solver"))
@@ -225,28 +254,37 @@ class Trainer:
             logger.warning("resuming with another configuration:\n  %s", "\n  ".join(changed))
         load_into(self.network, saved.weights, found[-1])
         state = load_state(found[-1])
+        settings = [{key: group[key] for key in GROUP_SETTINGS} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # a changed rate or decay counts, not the saved one
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best = state["step"], state["best"]
+        self.step = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         logger.info("resuming from %s", found[-1])
 
 
 class _Window:
-    """Time and data wait since the last line of the log."""
+    """What happened since the last line of the log."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.waited = 0.0
         self.steps = 0
+        self.sums: dict[str, Tensor | float] = {}
 
-    def summary(
-        self, record: dict[str, Tensor | float], batch_size: int, remaining_steps: int
-    ) -> dict[str, float]:
+    def add(self, record: dict[str, Tensor | float]) -> None:
+        """Count a step; its numbers stay on their device."""
+        self.steps += 1
+        for name, value in record.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def summary(self, batch_size: int, remaining_steps: int) -> dict[str, float]:
+        """Means over the window's steps, and its speed."""
         seconds = time.perf_counter() - self.started
-        per_step = seconds / max(self.steps, 1)
+        per_step = seconds / self.steps
         return {
-            **{name: float(value) for name, value in record.items()},
+            **{name: float(value) / self.steps for name, value in self.sums.items()},
             "images_per_second": batch_size / per_step,
             "step_seconds": per_step,
             "data_share": self.waited / seconds,
@@ -254,13 +292,21 @@ class _Window:
         }
 
 
-def _describe_nonfinite(losses: Losses, batch: Batch) -> list[str]:
-    """Which image and decoder layer had a non-finite cost; empty in the usual, finite case."""
+def measured_step(folder: Path) -> int | None:
+    """Step of the run's last finished validation; ``None`` if there was none."""
+    path = folder / "metrics.json"
+    return json.loads(path.read_text())["step"] if path.exists() else None
+
+
+def _describe_nonfinite(losses: Losses, batch: Batch, config: Config) -> list[str]:
+    """Which image and decoder layer had a non-finite cost (per pixel: logit); empty in the usual, finite case."""
     finite = torch.isfinite(losses.total) & ~losses.nonfinite.any()
     if bool(finite):
         return []
+    what = "matching cost" if config.model.type == "maskformer" else "logits"
+    first = 0 if config.loss.deep_supervision else config.model.decoder.layers - 1
     where = [
-        f"non-finite matching cost in decoder layer {layer}, image {batch.image_ids[image]} ({batch.paths[image]})"
+        f"non-finite {what} in decoder layer {first + layer}, image {batch.image_ids[image]} ({batch.paths[image]})"
         for layer, image in losses.nonfinite.nonzero().tolist()
     ]
     terms = [f"{name}={float(value)}" for name, value in losses.terms.items() if not bool(torch.isfinite(value))]

@@ -4,17 +4,20 @@ import pickle
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from maskformer_fast.checkpoint import (
     CheckpointError,
+    best_score,
     complete_checkpoints,
     config_differences,
     load_backbone,
     load_into,
     load_state,
     load_weights,
+    mark_best,
     remove_leftovers,
     save_checkpoint,
     weights_file,
@@ -34,7 +37,10 @@ class Toy(nn.Module):
 
 
 def save(folder, network, step, best=False):
-    return save_checkpoint(folder, network, CONFIG, METADATA, step, {"step": step, "x": torch.arange(3)}, best)
+    path = save_checkpoint(folder, network, CONFIG, METADATA, step, {"step": step, "x": torch.arange(3)})
+    if best:
+        mark_best(folder, path, step / 10)
+    return path
 
 
 def test_everything_comes_back(tmp_path):
@@ -58,6 +64,7 @@ def test_last_and_best_are_kept_and_the_rest_goes(tmp_path):
     assert (tmp_path / "last").resolve().name == "step_00000003"
     assert (tmp_path / "best").resolve().name == "step_00000001"
     assert load_weights(tmp_path).step == 1  # a run folder means its best
+    assert best_score(tmp_path) == 0.1
 
 
 def test_a_half_written_checkpoint_is_never_seen(tmp_path, monkeypatch):
@@ -71,6 +78,13 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path, monkeypatch):
     (tmp_path / ".writing-step_00000009").mkdir()  # what kill -9 leaves
     remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".writing-*"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed"), SafetensorError("Disk full")])
+def test_a_failing_writer_is_an_oserror_that_names_the_checkpoint(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="step_00000002.*earlier ones stand"):
+        save(tmp_path, Toy(), 2)
 
 
 def test_misfit_lists_every_tensor(tmp_path):

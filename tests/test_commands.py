@@ -17,7 +17,9 @@ from PIL import Image
 import maskformer_fast
 from maskformer_fast import evaluate, predict, train
 from maskformer_fast.checkpoint import load_weights
-from maskformer_fast.structures import InstanceResult, PanopticResult, SemanticResult
+from maskformer_fast.data import build_dataset
+from maskformer_fast.evaluation import build_evaluator
+from maskformer_fast.structures import VOID, InstanceResult, PanopticResult, SegmentInfo, SemanticResult
 
 TINY = Path(__file__).parent / "tiny.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -89,6 +91,35 @@ def test_evaluate_batches_give_the_same_numbers(run, tmp_path):
     assert one["pq"] == pytest.approx(three["pq"])
 
 
+def test_evaluate_writes_predictions_that_score_the_same_from_files(run, tmp_path):
+    """The panoptic files, read back as a data set of their own, are the predictions that were measured."""
+    out = tmp_path / "out"
+    evaluate.main([str(run), "--task", "panoptic", "--predictions", str(out), "--test.object-mask-threshold", "0.0",
+                   "--test.overlap-threshold", "0.0", "--output", str(tmp_path / "m.json")])
+    panoptic = json.loads((out / "panoptic.json").read_text())
+    assert len(panoptic["annotations"]) == len(panoptic["images"]) == 3
+    dataset = build_dataset(load_weights(run).config.data, "val")
+    evaluator = build_evaluator("panoptic", dataset.metadata)
+    for example, annotation in zip(dataset, panoptic["annotations"], strict=True):
+        rgb = np.asarray(Image.open(out / "panoptic" / annotation["file_name"]).convert("RGB")).astype(np.int32)
+        ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+        category = {number: index for index, number in enumerate(dataset.metadata.category_ids)}
+        segments = [SegmentInfo(s["id"], category[s["category_id"]]) for s in annotation["segments_info"]]
+        evaluator.process(example, PanopticResult(torch.from_numpy(np.where(ids == 0, VOID, ids)), segments))
+    assert evaluator.evaluate()["pq"] == pytest.approx(json.loads((tmp_path / "m.json").read_text())["pq"])
+
+
+def test_evaluate_refuses_other_classes_and_bad_arguments(run, tmp_path, caplog):
+    with pytest.raises(ValueError, match="data: expected the 4 classes"):
+        evaluate.main([str(run), "--data.shapes.num-things", "3"])
+    with pytest.raises(ValueError, match="limit: expected a positive"):
+        evaluate.main([str(run), "--limit", "0"])
+    with pytest.raises(ValueError, match="output: expected a file"):
+        evaluate.main([str(run), "--output", str(tmp_path)])
+    evaluate.main([str(run), "--task", "panoptic", "--test.flip", "--limit", "1"])
+    assert "semantic segmentation alone" in caplog.text
+
+
 def test_predict_writes_every_format_and_reports_the_broken_file(run, photos, tmp_path, capsys):
     out = tmp_path / "out"
     status = predict.main([str(run), str(photos), "-o", str(out), "--task", "semantic", "panoptic", "instance",
@@ -100,7 +131,7 @@ def test_predict_writes_every_format_and_reports_the_broken_file(run, photos, tm
         for task in ("semantic", "panoptic", "instance"):
             assert (out / "overlays" / f"{name}_{task}.png").exists()
     panoptic = json.loads((out / "panoptic.json").read_text())
-    assert [image["id"] for image in panoptic["images"]] == [1, 2]
+    assert [(image["id"], image["file_name"]) for image in panoptic["images"]] == [(1, "a.jpg"), (3, "deep/b.png")]
     for annotation in panoptic["annotations"]:
         rgb = np.asarray(Image.open(out / "panoptic" / annotation["file_name"]).convert("RGB")).astype(int)
         ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
@@ -112,6 +143,14 @@ def test_predict_writes_every_format_and_reports_the_broken_file(run, photos, tm
         area = int(mask.area(instance["segmentation"]))
         assert area > 0 and 0.0 <= instance["score"] <= 1.0
         assert instance["segmentation"]["size"] in ([37, 50], [64, 33])
+
+
+def test_numbers_in_file_names_are_the_image_ids(run, tmp_path):
+    for name in ("000000142238.jpg", "7.png"):
+        Image.new("RGB", (20, 30)).save(tmp_path / name)
+    predict.main([str(run), str(tmp_path / "*.*"), "-o", str(tmp_path / "out"), "--task", "panoptic"])
+    images = json.loads((tmp_path / "out" / "panoptic.json").read_text())["images"]
+    assert {image["id"]: image["file_name"] for image in images} == {142238: "000000142238.jpg", 7: "7.png"}
 
 
 def test_predict_keeps_equal_names_apart_and_reports_missing_ones(run, photos, tmp_path, capsys):
@@ -134,6 +173,10 @@ def test_python_api(run, photos):
     panoptic = model.predict([image, image[:20]], task="panoptic")
     assert [type(result) for result in panoptic] == [PanopticResult] * 2 and panoptic[1].id_map.shape == (20, 50)
     assert isinstance(model.predict(image, task="instance"), InstanceResult)
+    panoptic[0].id_map[0, 0] = 5  # results are the caller's to change
+    deep = Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16))
+    deep.save(photos / "deep.png")
+    assert torch.equal(model.predict(deep).labels, model.predict(photos / "deep.png").labels)
     with pytest.raises(ValueError, match="task: expected one of"):
         model.predict(image, task="pose")
     with pytest.raises(TypeError, match="uint8"):
@@ -179,14 +222,39 @@ def test_a_second_run_moves_the_first_aside_and_nothing_is_lost(tmp_path, caplog
 
 
 def test_two_processes_cannot_share_a_run(tmp_path):
-    with train.run_folder(tmp_path / "run", resume=True), pytest.raises(ValueError, match="no other run"):
-        train.main(["--config", str(TINY), "--output", str(tmp_path / "run"), "--resume"])
+    with train.run_lock(tmp_path / "run"):
+        result = command("train", "--config", TINY, "--output", tmp_path / "run")
+    assert result.returncode == 2 and "no other run" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_fails_leaves_the_former_run_in_its_place(tmp_path):
+    folder = tmp_path / "run"
+    train.main(["--config", str(TINY), "--output", str(folder), "--solver.max-steps", "1"])
+    with pytest.raises(FileNotFoundError):
+        train.main(["--output", str(folder), "--data.dataset", "folder", "--data.root", str(tmp_path / "nowhere")])
+    assert load_weights(folder).step == 1 and not (tmp_path / "run.1").exists()
+
+
+def test_resume_takes_the_recipe_of_the_run_itself(tmp_path):
+    folder = tmp_path / "run"
+    train.main(["--config", str(TINY), "--output", str(folder), "--solver.max-steps", "2", "--seed", "7"])
+    train.main(["--output", str(folder), "--resume", "--solver.max-steps", "3"])
+    saved = load_weights(folder / "checkpoints" / "last")
+    assert saved.step == 3 and saved.config.seed == 7 and saved.config.solver.lr == 1e-3
+
+
+def test_several_ranks_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE: expected 1"):
+        train.main([])
 
 
 def test_kill_9_ten_times_at_random_points_then_resume_ends_with_the_same_weights(tmp_path):
     arguments = ["--config", str(TINY), "--log.checkpoint-every", "1", "--solver.max-steps", "40"]
     train.main([*arguments, "--output", str(tmp_path / "whole")])
     line = [sys.executable, "-m", "maskformer_fast.train", *arguments, "--output", str(tmp_path / "cut"), "--resume"]
+    line += ["--data.workers", "1"]  # whose death must not outlast that of the run
     rng = random.Random(0)
     log = tmp_path / "cut" / "log.jsonl"
     for _ in range(10):

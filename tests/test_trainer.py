@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from maskformer_fast.checkpoint import load_weights
+from maskformer_fast.data import build_dataset
 from maskformer_fast.recipes import load_recipe
 from maskformer_fast.trainer import Trainer, TrainingDiverged
 
@@ -69,9 +70,37 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, workers, monkey
     assert steps == sorted(steps) and steps.count(5) == 1
 
 
-def test_resuming_without_a_checkpoint_starts_over(tmp_path):
+def test_resuming_without_a_checkpoint_starts_over(tmp_path, caplog):
     trainer = Trainer(tiny(tmp_path), resume=True)
-    assert trainer.step == 0
+    assert trainer.step == 0 and "no checkpoint" in caplog.text
+    assert not list(tmp_path.iterdir())  # building a trainer writes nothing
+
+
+def test_a_finished_run_resumes_to_its_metrics(tmp_path):
+    metrics = Trainer(tiny(tmp_path)).run()
+    again = Trainer(tiny(tmp_path), resume=True).run()
+    assert again["step"] == 6 and again["miou"] == metrics["miou"]
+
+
+def test_a_failing_validation_loses_no_checkpoint_and_is_made_up_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "validate", lambda self: (_ for _ in ()).throw(MemoryError("validation")))
+    with pytest.raises(MemoryError):
+        Trainer(tiny(tmp_path)).run()
+    monkeypatch.undo()
+    assert load_weights(tmp_path / "checkpoints" / "last").step == 6
+    assert not (tmp_path / "checkpoints" / "best").exists()
+    assert Trainer(tiny(tmp_path), resume=True).run()["step"] == 6
+    assert (tmp_path / "checkpoints" / "best").exists()
+
+
+def test_the_best_checkpoint_is_kept_over_a_resume(tmp_path, monkeypatch):
+    scores = {2: 0.5, 4: 0.9, 6: 0.7}
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"step": self.step, "miou": scores[self.step]})
+    Trainer(tiny(tmp_path, solver={"max_steps": 4}, log={"validate_every": 2})).run()
+    Trainer(tiny(tmp_path, log={"validate_every": 2}), resume=True).run()
+    assert load_weights(tmp_path / "checkpoints" / "best").step == 4
+    assert load_weights(tmp_path / "checkpoints" / "last").step == 6
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 2
 
 
 def test_seed_changes_the_weights(tmp_path):
@@ -127,6 +156,38 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     assert trainer.step == 3
 
 
+def test_fp16_gradients_that_stay_infinite_stop_the_run(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(tmp_path, solver={"amp": "fp16", "max_steps": 60}, loss={"max_nonfinite_steps": 3}))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    weight = trainer.network.predictor.class_embed.weight
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingDiverged, match="gradient norm nan"):
+        trainer.run()
+
+
+def test_the_log_stays_json_when_a_loss_is_not_finite(tmp_path):
+    trainer = Trainer(tiny(tmp_path, solver={"max_steps": 2}))
+    poison(trainer, {1})
+    trainer.run()
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_validation_classes_must_be_those_of_training(tmp_path, monkeypatch):
+    from maskformer_fast import trainer as module
+
+    def build(config, split):
+        dataset = build_dataset(config, split)
+        if split == "val":
+            names = dataset.metadata.class_names
+            dataset.metadata = replace(dataset.metadata, class_names=(names[1], names[0], *names[2:]))
+        return dataset
+
+    monkeypatch.setattr(module, "build_dataset", build)
+    with pytest.raises(ValueError, match="classes of training in their order"):
+        Trainer(tiny(tmp_path))
+
+
 @pytest.mark.parametrize(
     "sections",
     [
@@ -172,6 +233,9 @@ def test_training_learns(tmp_path):
 
 def test_a_run_is_continued_with_a_warning_when_its_settings_changed(tmp_path, caplog):
     Trainer(tiny(tmp_path)).run()
-    trainer = Trainer(tiny(tmp_path, solver={"max_steps": 8, "lr": 5e-4}), resume=True)
+    trainer = Trainer(tiny(tmp_path, solver={"max_steps": 8, "lr": 5e-4, "weight_decay": 0.3}), resume=True)
     assert "solver.lr: 0.001 -> 0.0005" in caplog.text
+    groups = trainer.optimizer.param_groups
+    assert {group["initial_lr"] for group in groups} == {5e-4, 5e-5}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
     assert trainer.run()["step"] == 8

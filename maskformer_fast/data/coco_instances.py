@@ -84,7 +84,8 @@ class CocoInstances:
                 mask = rasterize(item["outline"], info.height, info.width)
             except ValueError as error:
                 raise BrokenExampleError(self.path, f"annotation {item['id']} of {info.file_name}: {error}") from error
-            if area := int(np.count_nonzero(mask)):
+            if pixels := int(np.count_nonzero(mask)):
+                area = item["area"] or pixels
                 segments.append(SegmentInfo(item["id"], item["category"], True, bool(item["crowd"]), area=area))
                 masks.append(mask)
         stacked = np.stack(masks) if masks else np.zeros((0, info.height, info.width), dtype=np.bool_)
@@ -119,9 +120,11 @@ def _objects_by_image(
         if not outline:
             dropped.append(number)
             continue
-        objects[image].append(
-            {"id": number, "category": category_index[category], "crowd": int(bool(crowd)), "outline": outline}
-        )
+        area = record.get("area")  # COCO groups objects by size with it
+        objects[image].append({
+            "id": number, "category": category_index[category], "crowd": int(bool(crowd)), "outline": outline,
+            "area": int(area) if isinstance(area, (int, float)) and 0 < area < 2**31 else 0,
+        })
     if dropped and len(dropped) == len(records.items):
         raise ValueError(f"{path}: annotations: expected outlines in segmentation, found none: only boxes?")
     if dropped:

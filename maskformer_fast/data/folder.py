@@ -151,7 +151,7 @@ def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False
     if not names:
         raise FileNotFoundError(f"{folder}: expected annotations *.png to count the classes in (or a classes.json)")
     (skipped,) = numbered_class_list((), ignore).ignore
-    largest = -1
+    largest, ignored = -1, False
     for name in names:
         try:
             values = read_index_png(folder / name)
@@ -160,6 +160,7 @@ def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False
                 raise
             continue
         present = values[values != skipped]
+        ignored |= present.size < values.size
         if present.size and present.max() >= _MAX_INFERRED:
             raise ValueError(
                 f"{folder / name}: expected class indices below {_MAX_INFERRED}, got {present.max()}; "
@@ -168,6 +169,11 @@ def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False
         largest = max(largest, int(present.max(initial=-1)))
     if largest < 0:
         raise ValueError(f"{folder}: expected labelled pixels, got only ignored ones ({skipped})")
+    if largest == 0 and ignored and ignore is None:
+        raise ValueError(
+            f"{folder}: expected class indices, got only 0 and {skipped}, which means unlabelled: for masks of 0 and "
+            f"{skipped} list the classes with their values in classes.json, else set data.ignore_index to {skipped}"
+        )
     return numbered_class_list(range(largest + 1), ignore)
 
 

@@ -59,20 +59,30 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         BrokenExampleError: missing, damaged, truncated, floating-point, or larger than `MAX_PIXELS`.
     """
-    image = _decode(path, upright=True)
+    try:
+        return rgb_array(_decode(path, upright=True))
+    except BrokenExampleError:
+        raise
+    except (OSError, ValueError) as error:
+        raise BrokenExampleError(path, f"cannot be converted to RGB: {error}") from error
+
+
+def rgb_array(image: Image.Image) -> np.ndarray:
+    """Pixels of a decoded image of any mode, as `read_image` gives them -> uint8 [H, W, 3] RGB.
+
+    Raises:
+        ValueError: floating-point pixels, or more than 16 bits.
+    """
     if image.mode in _DEEP_MODES:
         values = np.asarray(image).astype(np.int64)
         if values.size and not (values.min() >= 0 and values.max() <= 65535):
-            raise BrokenExampleError(path, f"expected at most 16 bits a pixel, got {values.min()}..{values.max()}")
+            raise ValueError(f"expected at most 16 bits a pixel, got {values.min()}..{values.max()}")
         return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise BrokenExampleError(path, "expected integer pixels, got floating point")
-    try:
-        if "transparency" in image.info and image.mode == "P":
-            image = image.convert("RGBA")
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise BrokenExampleError(path, f"cannot be converted to RGB: {error}") from error
+        raise ValueError("expected integer pixels, got floating point")
+    if "transparency" in image.info and image.mode == "P":
+        image = image.convert("RGBA")
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_index_png(path: str | os.PathLike[str]) -> np.ndarray:

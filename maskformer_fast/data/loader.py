@@ -6,6 +6,9 @@ So a run resumes anywhere by its step alone, and neither the number of workers n
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +24,8 @@ from maskformer_fast.data.transforms import Sample, TrainTransform, resize_image
 from maskformer_fast.structures import Example, Targets
 
 _PERMUTATION_STREAM = 1  # apart from [seed, epoch, index], which numpy reads as [seed, epoch, index, 0]
+
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 Broken = tuple[str, str]
 """Path and reason of an example that could not be read."""
@@ -39,10 +44,12 @@ class Batch(NamedTuple):
 def pad_images(
     images: Sequence[Tensor],  # each [3, h, w] uint8
     divisor: int,
+    canvas: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
     """Stack at the top left of a canvas -> images [B, 3, H, W], valid sizes int64 [B, 2] (height, width).
 
-    H and W are the largest height and width, rounded up to a multiple of ``divisor`` (0 and 1: not rounded).
+    H and W are the largest height and width (of the images and ``canvas``), rounded up to a multiple of ``divisor`` (0
+    and 1: not rounded).
 
     Raises:
         ValueError: no image, or one that is not [3, h, w].
@@ -53,16 +60,19 @@ def pad_images(
         check(image.ndim == 3 and image.shape[0] == 3, "images", "shape [3, h, w]", tuple(image.shape))
     valid_sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64)
     step = max(divisor, 1)
-    height, width = (-(-side // step) * step for side in valid_sizes.amax(0).tolist())
+    largest = [max(side, least) for side, least in zip(valid_sizes.amax(0).tolist(), canvas, strict=True)]
+    height, width = (-(-side // step) * step for side in largest)
     batch = images[0].new_zeros((len(images), 3, height, width))
     for row, image in zip(batch, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return batch, valid_sizes
 
 
-def collate(samples: Sequence[Sample], divisor: int, broken: Sequence[Broken] = ()) -> Batch:
-    """Pad images and targets to one size; T is the largest number of targets, at least 1."""
-    images, valid_sizes = pad_images([sample.image for sample in samples], divisor)
+def collate(
+    samples: Sequence[Sample], divisor: int, broken: Sequence[Broken] = (), canvas: tuple[int, int] = (0, 0)
+) -> Batch:
+    """Pad images and targets to one size, at least ``canvas``; T is the largest number of targets, at least 1."""
+    images, valid_sizes = pad_images([sample.image for sample in samples], divisor, canvas)
     height, width = images.shape[2:]
     counts = torch.tensor([len(sample.labels) for sample in samples], dtype=torch.int64)
     most = max(1, int(counts.max()))
@@ -155,7 +165,12 @@ def train_loader(
             samples,
             batch_sampler=sampler,
             num_workers=config.data.workers,
-            collate_fn=partial(_collate_read, divisor=config.model.size_divisibility),
+            collate_fn=partial(
+                _collate_read,
+                divisor=config.model.size_divisibility,
+                canvas=config.data.augment.crop_size or (0, 0),  # so that every batch of a run has one shape
+            ),
+            worker_init_fn=_die_with_parent,
             pin_memory=on_gpu,
             generator=torch.Generator(),  # the workers' base seed would otherwise advance the training's generator
         )
@@ -178,6 +193,7 @@ class EvalLoader:
             batch_size=None,
             num_workers=workers,
             collate_fn=_unchanged,
+            worker_init_fn=_die_with_parent,
             generator=torch.Generator(),
         )
 
@@ -197,6 +213,12 @@ class EvalLoader:
 def eval_loader(dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool = False) -> EvalLoader:
     """Examples in index order with their images resized by ``test``, read by ``workers`` processes."""
     return EvalLoader(dataset, test, workers, skip_broken)
+
+
+def _die_with_parent(_: int) -> None:
+    """Have Linux kill this worker when the training process dies: a full result pipe would keep an orphan forever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _TrainSamples(Dataset[Any]):
@@ -246,7 +268,7 @@ class _EvalSamples(Dataset[Any]):
 
 
 def _collate_read(
-    items: list[tuple[Sample, list[Broken]] | BrokenExampleError], divisor: int
+    items: list[tuple[Sample, list[Broken]] | BrokenExampleError], divisor: int, canvas: tuple[int, int]
 ) -> Batch | BrokenExampleError:
     samples: list[Sample] = []
     broken: list[Broken] = []
@@ -255,7 +277,7 @@ def _collate_read(
             return item
         samples.append(item[0])
         broken += item[1]
-    return collate(samples, divisor, broken)
+    return collate(samples, divisor, broken, canvas)
 
 
 def _raise_broken(item: Any) -> Any:

@@ -264,6 +264,15 @@ def test_real_polygons_have_the_listed_areas():
     for index in range(len(dataset)):
         example = dataset[index]
         for segment, mask in zip(example.segments, example.masks, strict=True):
-            assert mask.sum() == segment.area == pytest.approx(areas[segment.id], rel=0.05)
+            assert mask.sum() == pytest.approx(areas[segment.id], rel=0.05)
+            assert segment.area == int(areas[segment.id])
             seen += 1
     assert seen == len(areas)
+
+
+def test_the_listed_area_is_kept_for_cocos_size_groups(tmp_path):
+    data = content()
+    data["annotations"][0]["area"] = 55.5
+    data["annotations"][1]["area"] = 0
+    segments = build(store(tmp_path, data))[0].segments
+    assert [segment.area for segment in segments] == [55, 20]

@@ -252,3 +252,15 @@ def test_camvid_with_and_without_its_void():
     raw = np.asarray(Image.open(CAMVID / "annotations/val" / f"{example.image_id}.png")).astype(int)
     np.testing.assert_array_equal(example.id_map, np.where(raw == 11, VOID, raw))
     assert build(CAMVID, "val").metadata.num_classes == 12
+
+
+def test_binary_masks_are_not_taken_for_one_class_and_void(root):
+    for split, name in (("train", "b.jpg"), ("train", "a/one.two.PNG"), ("val", "v.webp")):
+        write(root, split, name, values(0, 255))
+    with pytest.raises(ValueError, match=r"only 0 and 255.*classes\.json.*data\.ignore_index"):
+        build(root)
+    assert build(root, ignore_index=255).metadata.num_classes == 1
+    (root / "classes.json").write_text(
+        json.dumps({"classes": [{"name": "ground", "id": 0}, {"name": "thing", "id": 255}], "ignore_index": []})
+    )
+    assert build(root).metadata.class_names == ("ground", "thing")

@@ -245,3 +245,11 @@ def test_hundreds_of_classes_go_through() -> None:
     batches = take(train_loader(dataset, replace(config(), seed=0), "panoptic"), 8)
     labels = torch.cat([row[:count] for b in batches for row, count in zip(*b.targets[:2], strict=True)])
     assert labels.max() < 200 and labels[labels < 150].unique().numel() > 20 and (labels >= 150).any()
+
+
+def test_a_canvas_is_a_least_size() -> None:
+    images = [torch.ones(3, 10, 20, dtype=torch.uint8), torch.ones(3, 7, 9, dtype=torch.uint8)]
+    for canvas, expected in (((16, 16), (16, 24)), ((0, 0), (16, 24)), ((30, 10), (32, 24)), ((16, 40), (16, 40))):
+        batch, valid_sizes = pad_images(images, 8, canvas)
+        assert batch.shape[2:] == expected and valid_sizes.tolist() == [[10, 20], [7, 9]]
+        assert torch.count_nonzero(batch) == sum(image.numel() for image in images)
