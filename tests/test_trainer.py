@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from maskformer_fast.checkpoint import load_weights
+from maskformer_fast.config import BackboneConfig
 from maskformer_fast.data import build_dataset
 from maskformer_fast.recipes import load_recipe
 from maskformer_fast.trainer import Trainer, TrainingDiverged
@@ -197,8 +198,11 @@ def test_validation_classes_must_be_those_of_training(tmp_path, monkeypatch):
         {"solver": {"channels_last": True, "max_steps": 2}},
         {"solver": {"schedule": "step", "milestones": (1,), "max_steps": 2}},
         {"loss": {"mask_loss": "bce", "deep_supervision": False}, "solver": {"max_steps": 2}},
+        {"model": {"backbone": BackboneConfig("swin_micro", drop_path_rate=0.2)}, "solver": {"max_steps": 2}},
+        {"model": {"backbone": BackboneConfig("resnet_micro", norm="sync")}, "solver": {"max_steps": 2}},
+        {"model": {"backbone": BackboneConfig("resnet_micro", norm="frozen")}, "solver": {"max_steps": 2}},
     ],
-    ids=["bf16", "fp16", "accumulate", "channels_last", "step_schedule", "bce"],
+    ids=["bf16", "fp16", "accumulate", "channels_last", "step_schedule", "bce", "swin", "sync_bn", "frozen_bn"],
 )
 def test_options_train_and_move_the_weights(tmp_path, sections):
     trainer = Trainer(tiny(tmp_path, **sections))
