@@ -11,8 +11,6 @@ from maskformer_fast.data.presets import PRESETS
 from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.recipes import CONFIG_DIR, load_recipe, recipe_names
 
-OFFICIAL = [name for name in recipe_names() if name != "demo"]
-
 # Facts of the published configurations, one line a data set:
 # steps, batch, crop, first and last short edge, their number, longest side in training, test size.
 FACTS = {
@@ -26,6 +24,7 @@ FACTS = {
 }
 COUNTS = {"ade20k_150": 9, "ade20k_full_847": 5, "ade20k_panoptic": 2, "cityscapes_19": 2, "coco_stuff_10k_171": 5,
           "coco_panoptic": 6, "mapillary_vistas_65": 1}
+OFFICIAL = [name for name in recipe_names() if name.split("/")[0] in COUNTS]
 BACKBONES = {"r50": "resnet50", "r101": "resnet101", "r101c": "resnet101c", "tiny": "swin_tiny", "small": "swin_small",
              "base": "swin_base", "large": "swin_large"}
 
