@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import threadpoolctl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -170,7 +171,7 @@ def train_loader(
                 divisor=config.model.size_divisibility,
                 canvas=config.data.augment.crop_size or (0, 0),  # so that every batch of a run has one shape
             ),
-            worker_init_fn=_die_with_parent,
+            worker_init_fn=_set_up_worker,
             pin_memory=on_gpu,
             generator=torch.Generator(),  # the workers' base seed would otherwise advance the training's generator
         )
@@ -193,7 +194,7 @@ class EvalLoader:
             batch_size=None,
             num_workers=workers,
             collate_fn=_unchanged,
-            worker_init_fn=_die_with_parent,
+            worker_init_fn=_set_up_worker,
             generator=torch.Generator(),
         )
 
@@ -215,8 +216,10 @@ def eval_loader(dataset: SegmentationDataset, test: TestConfig, workers: int, sk
     return EvalLoader(dataset, test, workers, skip_broken)
 
 
-def _die_with_parent(_: int) -> None:
-    """Have Linux kill this worker when the training process dies: a full result pipe would keep an orphan forever."""
+def _set_up_worker(_: int) -> None:
+    """Keep NumPy's matrix products to one thread (more would fight the training process for its cores), and on Linux
+    die with that process: a full result pipe would keep an orphan forever."""
+    threadpoolctl.threadpool_limits(1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
