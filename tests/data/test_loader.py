@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,3 +254,26 @@ def test_a_canvas_is_a_least_size() -> None:
         batch, valid_sizes = pad_images(images, 8, canvas)
         assert batch.shape[2:] == expected and valid_sizes.tolist() == [[10, 20], [7, 9]]
         assert torch.count_nonzero(batch) == sum(image.numel() for image in images)
+
+
+class Threads:
+    """A data set whose image ids are the numbers of threads that NumPy's libraries would use to make them."""
+
+    def __init__(self, dataset: ShapesDataset) -> None:
+        self.metadata, self.task, self._dataset = dataset.metadata, dataset.task, dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        pools = threadpoolctl.threadpool_info()
+        return replace(self._dataset[index], image_id=max(pool["num_threads"] for pool in pools))
+
+
+def test_workers_leave_the_cores_to_the_training_process() -> None:
+    dataset = Threads(ShapesDataset(ShapesConfig(size=(16, 16), train_images=4, val_images=2), "train"))
+    config = Config(data=DataConfig(workers=1), solver=SolverConfig(batch_size=2))
+    with threadpoolctl.threadpool_limits(2):  # what the processes would inherit on a larger machine
+        assert dataset[0].image_id == 2
+        assert next(iter(train_loader(dataset, config, "panoptic"))).image_ids == [1, 1]
+        assert [example.image_id for example, _ in eval_loader(dataset, TestConfig(), workers=1)] == [1] * 4
