@@ -24,7 +24,7 @@ def coco_tools() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "pycocotools is needed for AP and for COCO run-length encoding; "
-            "install it with: pip install 'maskformer_fast[train]'", name=error.name
+            "install it with: pip install pycocotools", name=error.name
         ) from error
     return pycocotools
 
