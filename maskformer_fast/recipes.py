@@ -210,27 +210,12 @@ def save_config(config: Config, path: str | PathLike[str]) -> None:
 # Command line
 
 
-def parse_config(
-    argv: Sequence[str], default: str = "demo", *, prog: str = "python -m maskformer_fast.train",
-    description: str | None = None,
-) -> Config:
-    """A recipe (``--config NAME_OR_PATH``) with typed overrides, as ``--solver.max-steps 100``.
-
-    Args:
-        argv: arguments without the program's name.
-        default: the recipe where none is named.
-
-    Raises:
-        SystemExit: status 0 after ``--help`` and ``--list-recipes``; status 2, with what is wrong on stderr.
-    """
-    recipe, rest, usage = _choose_recipe(argv, default)
-    return parse(Config, rest, prog=prog, default=recipe, description=f"{description or 'Configure a run.'}\n\n{usage}")
-
-
 def parse_command(command: type[Command], argv: Sequence[str], default: str = "demo", *, prog: str) -> Command:
-    """`parse_config` for a command with options of its own.
+    """Options of a command: a recipe (``--config NAME_OR_PATH``) with typed overrides, and options of its own.
 
-    ``command`` is a dataclass with a field ``config: Recipe`` and defaults for all other fields::
+    Raises ``SystemExit``: status 0 after ``--help`` and ``--list-recipes``; status 2, with what is wrong on stderr.
+    ``default`` is the recipe where none is named; ``command`` is a dataclass with a field ``config: Recipe`` and
+    defaults for all other fields::
 
         @dataclass(frozen=True)
         class TrainOptions:

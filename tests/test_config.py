@@ -26,7 +26,20 @@ from maskformer_fast.config import (
     TestConfig,
     to_dict,
 )
-from maskformer_fast.recipes import Recipe, from_dict, load_recipe, parse_command, parse_config, save_config
+from maskformer_fast.recipes import Recipe, from_dict, load_recipe, parse_command, save_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train something."""
+
+    config: Recipe
+    resume: bool = False
+    """Continue."""
+
+
+def parse_config(argv):
+    return parse_command(Options, argv, prog="test").config
 
 
 @pytest.mark.parametrize(
@@ -249,15 +262,6 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         parse_config(["--list-recipes"])
     assert stopped.value.code == 0
     assert "cityscapes_19/maskformer_r101c" in capsys.readouterr().out.splitlines()
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Train something."""
-
-    config: Recipe
-    resume: bool = False
-    """Continue."""
 
 
 def test_a_command_adds_options_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
