@@ -216,10 +216,11 @@ class Trainer:
         score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
         if score is not None and (best is None or score > best):
             mark_best(self.checkpoints, path, score)
+        write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
         return metrics
 
     def validate(self) -> dict[str, Any]:
-        """Measure on the validation split; writes ``metrics.json``, a picture grid and the log."""
+        """Measure on the validation split; writes a picture grid and the log."""
         data, log = self.config.data, self.config.log
         started = time.perf_counter()
         metrics, grid = measure(
@@ -231,7 +232,6 @@ class Trainer:
             pictures=log.pictures,
         )
         metrics = {"step": self.step, "seconds": round(time.perf_counter() - started, 2), **metrics}
-        write_json(self.folder / "metrics.json", metrics)
         self.log.scalars(self.step, {f"val/{key}": v for key, v in metrics.items() if isinstance(v, float)})
         if grid is not None:
             pictures = self.folder / "pictures"
