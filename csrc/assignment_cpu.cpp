@@ -2,16 +2,14 @@
 #include "assignment_cpu.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "assignment.h"
+#include "threads.h"
 
 namespace maskformer_fast {
 namespace {
@@ -271,23 +269,8 @@ void assign_batch(const AssignmentBatch<T>& batch, int threads) {
   scratch.reserve(threads);
   for (int t = 0; t < threads; ++t) scratch.emplace_back(std::min(rows, columns), std::max(rows, columns));
 
-  std::atomic<int64_t> next{0};
-  const auto work = [&](Scratch<T>& mine) {
-    for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < problems;) {
-      assign_one(batch, b, solver, mine);
-    }
-  };
-  std::vector<std::thread> helpers;
-  helpers.reserve(threads - 1);
-  for (int t = 1; t < threads; ++t) {
-    try {
-      helpers.emplace_back(work, std::ref(scratch[t]));
-    } catch (const std::system_error&) {
-      break;  // no more threads to be had: those that run do all of it
-    }
-  }
-  work(scratch[0]);
-  for (std::thread& helper : helpers) helper.join();
+  parallel_for(problems, threads,
+               [&](int worker, int64_t problem) { assign_one(batch, problem, solver, scratch[worker]); });
 }
 
 template void assign_batch<float>(const AssignmentBatch<float>&, int);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "assignment_cpu.h"
+#include "cpu_isa.h"
 
 namespace py = pybind11;
 
@@ -42,4 +43,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled operators of maskformer_fast; call them through maskformer_fast.ops.";
   define_linear_sum_assignment<float>(module, "linear_sum_assignment_f32");
   define_linear_sum_assignment<double>(module, "linear_sum_assignment_f64");
+  module.def("available_isas", &maskformer_fast::available_isas, "Instruction sets that this processor runs.");
+  module.def("use_isa", &maskformer_fast::use_isa, py::arg("name"),
+             "For tests: force the kernels' instruction set; 'auto' takes the widest.");
 }
