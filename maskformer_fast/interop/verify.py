@@ -147,6 +147,11 @@ def _outputs(
     known = re.compile(r"features\.res[2-5]|mask_features|transformer_encoder|hs|(aux\.\d+\.)?pred_(logits|masks)")
     compared = {name: value for name, value in recorded.items() if known.fullmatch(name)}
     found = {name: relative(ours.get(name), value, OUTPUT_TOLERANCE) for name, value in compared.items()}
+    wrong = {name for name, quantity in found.items() if not quantity.ok}
+    if wrong & {"transformer_encoder", "hs"} and not any(name.startswith("features") for name in wrong):
+        heads = network.config.decoder.num_heads, network.config.pixel_decoder.encoder_heads
+        logger.warning("the backbone agrees, the transformer does not: are %d decoder and %d encoder heads right? "
+                       "Weights do not show them", *heads)  # fmt: skip
     return found | not_compared(name for name in recorded if name not in compared)
 
 

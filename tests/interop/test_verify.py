@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,16 @@ def test_a_fault_in_the_network_is_seen_where_it_begins(
     assert json.loads(text)["ok"] is False
     if fault is break_pixels:
         assert json.loads(text)["mask_features"]["difference"] is None
+
+
+@needs_oracles
+def test_other_heads_are_suspected(caplog: pytest.LogCaptureFixture) -> None:
+    weights = official_network(ADE).state_dict()
+    network = build_model(replace(TINY[ADE], decoder=replace(TINY_DECODER, num_heads=8)))
+    network.load_state_dict(weights)
+    report = verify(network, things(ADE), ORACLES / ADE / "case.pt")
+    assert {"hs", "pred_logits"} <= failed(report) and "mask_features" not in failed(report)
+    assert "are 8 decoder and 8 encoder heads right" in caplog.text
 
 
 @needs_oracles
