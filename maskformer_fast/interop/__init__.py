@@ -1,1 +1,1 @@
-"""Weights from and to other implementations, and the proof that a converted network gives their numbers."""
+"""Weights in the layouts of other implementations: the official detectron2 files and Hugging Face's folders."""
