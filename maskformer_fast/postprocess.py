@@ -305,6 +305,8 @@ def _resized_scores(predictions: Predictions, group: _Group, order: SemanticOrde
 
 
 def _resize(maps: Tensor, size: Size) -> Tensor:
+    if maps.shape[1] == 0:  # no query takes part, which interpolate refuses
+        return maps.new_empty((*maps.shape[:2], *size))
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 

@@ -171,10 +171,11 @@ def test_masks_are_computed_for_kept_queries_only(monkeypatch: pytest.MonkeyPatc
     assert shapes == [(2, 2), (2, 1)]
 
 
-def test_no_query_kept_gives_void_and_no_segments() -> None:
+@pytest.mark.parametrize("order", ["direct", "official"])
+def test_no_query_kept_gives_void_and_no_segments(order: postprocess.PanopticOrder) -> None:
     predictions = random_predictions(5)
     predictions.class_logits[..., -1] = 50.0
-    results = postprocess.panoptic(predictions, OUTPUT_SIZES, [True] * 7, 0.8, 0.8)
+    results = postprocess.panoptic(predictions, OUTPUT_SIZES, [True] * 7, 0.8, 0.8, order)
     for result, size in zip(results, OUTPUT_SIZES, strict=True):
         assert result.segments == [] and torch.equal(result.id_map, torch.full(size, VOID, dtype=torch.int32))
 

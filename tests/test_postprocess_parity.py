@@ -1,4 +1,7 @@
-"""The same predictions give the results of the official code (stored outputs) and of Hugging Face (installed)."""
+"""The same predictions give the results of the official code (stored outputs) and of Hugging Face (installed).
+
+The official results of the network itself and of made-up predictions are compared in tests/interop.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +32,13 @@ def random_predictions(seed: int, batch: int) -> Predictions:
 
 
 @needs_oracles
-@pytest.mark.parametrize("model, order", [("ade", "official"), ("coco_panoptic", "official_panoptic")])
-def test_semantic_equals_official_network(model: str, order: postprocess.SemanticOrder) -> None:
+@pytest.mark.parametrize("model", ["ade", "coco_panoptic"])
+def test_direct_semantic_is_a_few_percent_from_the_official_network(model: str) -> None:
     case = torch.load(ORACLES / f"r50_{model}_tiny/case.pt", weights_only=True)
     logits, masks = case["f32"]["pred_logits"], case["f32"]["pred_masks"]
     predictions = from_masks(logits, masks, case["image_sizes"], case["padded_size"])
-    results = postprocess.semantic(predictions, case["sizes"], order=order)
-    scores = postprocess.semantic_scores(predictions, case["sizes"], order=order)
-    direct = postprocess.semantic(predictions, case["sizes"])
-    for image, result in enumerate(results):
-        labels, sure = case["eval"][f"labels.{image}"].long(), case["eval"][f"margin.{image}"].float() > 1e-4
-        assert (result.labels.long() == labels)[sure].all()
-        assert (direct[image].labels.long() == labels).float().mean() > 0.9  # another order, a few percent apart
-        small = case["eval"][f"sem_seg_small.{image}"]
-        torch.testing.assert_close(scores[image][:, ::7, ::7], small, atol=1e-5, rtol=0)
+    for image, result in enumerate(postprocess.semantic(predictions, case["sizes"])):
+        assert (result.labels.long() == case["eval"][f"labels.{image}"].long()).float().mean() > 0.9
 
 
 @needs_oracles
@@ -54,14 +50,14 @@ def test_direct_semantic_equals_official_at_the_input_size(model: str, index: in
     predictions = from_masks(post["mask_cls"][None], post["mask_pred"][None], [size], size)
     sure = post["margin"].float() > 1e-4
     assert sure.float().mean() > 0.9
-    for order in ("direct", "official"):
-        labels = postprocess.semantic(predictions, [size], order=order)[0].labels
-        assert (labels.long() == post["labels"].long())[sure].all()
+    labels = postprocess.semantic(predictions, [size])[0].labels
+    assert (labels.long() == post["labels"].long())[sure].all()
 
 
 @needs_oracles
 @pytest.mark.parametrize("outputs, key", [("eval", "thresholds"), ("eval_loose", "thresholds_loose")])
 def test_panoptic_equals_official_network(outputs: str, key: str) -> None:
+    # From the recorded logits: no rounding of the network excuses a pixel.
     case = torch.load(ORACLES / "r50_coco_panoptic_tiny/case.pt", weights_only=True)
     logits, masks = case["f32"]["pred_logits"], case["f32"]["pred_masks"]
     predictions = from_masks(logits, masks, case["image_sizes"], case["padded_size"])
