@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 from safetensors import SafetensorError, safe_open
@@ -20,9 +20,10 @@ from maskformer_fast.checkpoint import FORMAT, WEIGHTS_NAME, load_into, load_wei
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import BackboneConfig, Config, check, to_dict
 from maskformer_fast.files import atomic_write
-from maskformer_fast.interop.architecture import meta_backbone, meta_model
+from maskformer_fast.interop.architecture import check_fit, meta_backbone, meta_model
 from maskformer_fast.interop.files import read_weights
 from maskformer_fast.interop.huggingface import read_folder, write_folder
+from maskformer_fast.interop.names import Renamed
 from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours
 from maskformer_fast.interop.published import published_config, published_metadata, with_things
 from maskformer_fast.interop.verify import verify
@@ -46,9 +47,9 @@ class ConvertOptions:
     is, and its architecture, is read off its contents; any tensor that is missing, unknown or misshapen is an error.
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """File or folder to convert."""
-    dest: tyro.conf.Positional[str]
+    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")]
     """A .safetensors file, or a folder for model.safetensors. It must not exist yet."""
     to: Literal["ours", "huggingface"] = "ours"
     """``huggingface`` writes a folder that transformers loads."""
@@ -133,11 +134,13 @@ def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor],
         _refuse("num_heads", heads, "a Hugging Face folder, whose config.json has it")
         model = read_folder(path)
         return _with_classes(options, "Hugging Face", model.weights, model.config, model.class_names)
+    if path.is_dir() and not any((path / part).exists() for part in (WEIGHTS_NAME, "checkpoints", "best", "last")):
+        raise FileNotFoundError(f"source: expected the config.json of a Hugging Face folder or a checkpoint of ours in "
+                                f"{path}")
     if path.is_dir() or _is_ours(path):
         _refuse("num_heads", heads, "a checkpoint of ours, whose configuration has it")
         checkpoint = load_weights(path)
-        network = meta_model(checkpoint.config.model, path)
-        load_into(network, checkpoint.weights, path)
+        check_fit(meta_model(checkpoint.config.model, path), Renamed(checkpoint.weights, {}, []), (), path)
         metadata = checkpoint.metadata
         if options.things is not None:
             metadata = with_things(metadata, options.things)

@@ -46,9 +46,12 @@ class Shapes:
         """Whether any name starts with the pattern (a regular expression)."""
         return any(re.match(pattern, name) for name in self.shapes)
 
-    def size(self, *where: tuple[str, int], default: int = 0) -> int:
-        """Most frequent size among the dimensions of the tensors whose full names match; ``default`` without any."""
-        votes: Counter[int] = Counter()
+    def size(self, *where: tuple[str, int], default: int = 0, known: Sequence[int] = ()) -> int:
+        """Most frequent size among the dimensions of the tensors whose full names match, and what is known otherwise.
+
+        ``default`` without any.
+        """
+        votes = Counter(known)
         for pattern, dimension in where:
             for name, shape in self.shapes.items():
                 if len(shape) > dimension and shape[dimension] > 0 and re.fullmatch(pattern, name):
@@ -80,8 +83,7 @@ def infer_model(
         weights: name -> tensor; only shapes count.
         source: what messages call the weights, usually a path.
         num_heads: of the transformer decoder and encoder; ``None`` is the official 8.
-        num_classes: known otherwise (from the official criterion's weights), should no tensor of the classifier tell;
-            it also says that this is a MaskFormer.
+        num_classes: known otherwise (from the official criterion's weights); it also says that this is a MaskFormer.
         size_divisibility, pixel_mean, pixel_std: as in `ModelConfig`; ``None`` is the official value.
 
     Raises:
@@ -90,7 +92,12 @@ def infer_model(
     shapes = Shapes(weights)
     kind = _model_type(shapes, num_classes is not None, source)
     classes = {
-        "maskformer": shapes.size((r"predictor\.class_embed\.(weight|bias)", 0), default=(num_classes or 0) + 1) - 1,
+        "maskformer": shapes.size(
+            (r"predictor\.class_embed\.(weight|bias)", 0),
+            known=[] if num_classes is None else [num_classes + 1],
+            default=1,
+        )
+        - 1,
         "per_pixel": shapes.size((r"predictor\.(weight|bias)", 0)),
         "per_pixel_plus": shapes.size((r"predictor\.query_embed\.weight", 0)),
     }[kind]

@@ -36,9 +36,12 @@ _SWIN_CONSTANTS = [
 ]
 
 
-def _deep_stem(prefix: str) -> list[Rule]:
+def _deep_stem(weights: Mapping[str, Tensor], ours: str) -> list[Rule]:
     """detectron2 numbers the three convolutions of ResNet-101c's stem as it does those of a block."""
-    return [Rule(f"{prefix}stem.conv{i}.{{leaf*}}", f"{prefix}stem.conv1_{i}.{{leaf*}}") for i in (1, 2, 3)]
+    for theirs in ("", "backbone."):
+        if any(name.startswith((f"{theirs}stem.conv2.", f"{theirs}stem.conv3.")) for name in weights):
+            return [Rule(f"{theirs}stem.conv{i}.{{leaf*}}", f"{ours}stem.conv1_{i}.{{leaf*}}") for i in (1, 2, 3)]
+    return []
 
 
 MODEL_RULES = [
@@ -114,7 +117,7 @@ def model_to_ours(
     Raises:
         ConvertError: lists every missing, unknown and misshapen tensor.
     """
-    rules = [*(_deep_stem("backbone.") if "backbone.stem.conv2.weight" in weights else ()), *MODEL_RULES]
+    rules = [*_deep_stem(weights, "backbone."), *MODEL_RULES]
     renamed = to_ours(weights, rules)
     empty_weight = weights.get(EMPTY_WEIGHT)
     pixel = {name: weights[name] for name in ("pixel_mean", "pixel_std") if name in weights}
@@ -152,10 +155,7 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
     if "conv1.weight" in weights or any(name.startswith("layer1.") for name in weights):
         rules = TORCHVISION_RULES
     elif any(name.startswith(("stem.", "res2.", "backbone.stem.", "backbone.res2.")) for name in weights):
-        deep = any(f"{prefix}stem.conv2.weight" in weights for prefix in ("", "backbone."))
-        rules = DETECTRON2_RULES
-        if deep:
-            rules = [*rules[:-2], *_deep_stem(""), *_deep_stem("backbone."), *rules[-2:]]
+        rules = [*_CLASSIFIER_AND_COUNTERS, *_deep_stem(weights, ""), *DETECTRON2_RULES]
     elif any(name.removeprefix("backbone.").startswith("patch_embed.") for name in weights):
         rules, optional = SWIN_RULES, [f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias")]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,13 +32,17 @@ def published_recipe(model: ModelConfig) -> Config | None:
         return None
     if folder == "ade20k_150" and model.pixel_decoder.encoder_layers > 0:
         folder = _ADE20K_PANOPTIC
-    recipes = [load_recipe(name) for name in recipe_names() if name.startswith(f"{folder}/")]
 
     def likeness(recipe: Config) -> tuple[bool, bool]:
         other = recipe.model
         return other.type == model.type, other.backbone.name == model.backbone.name
 
-    return max(recipes, key=likeness)
+    return max(_recipes(folder), key=likeness)
+
+
+@functools.cache
+def _recipes(folder: str) -> tuple[Config, ...]:
+    return tuple(load_recipe(name) for name in recipe_names() if name.startswith(f"{folder}/"))
 
 
 def published_config(model: ModelConfig) -> Config:
@@ -89,8 +94,8 @@ def with_things(metadata: Metadata, things: Sequence[str]) -> Metadata:
     chosen: set[int] = set()
     last = metadata.num_classes - 1
     for part in ",".join(things).split(",") if things else ():
-        first, _, end = part.strip().partition("-")
-        numbers = [first, end or first]
+        first, dash, end = part.strip().partition("-")
+        numbers = [first, end if dash else first]
         if not all(number.isascii() and number.isdecimal() and len(number) <= 6 for number in numbers):
             raise ValueError(f"things: expected class indices and ranges like 0-79, got {part!r}")
         low, high = map(int, numbers)

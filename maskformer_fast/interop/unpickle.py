@@ -274,11 +274,15 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 }
 
 
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Names of modules in pickles of protocol 2 and less."""
+
+
 def _find(module: Any, name: Any) -> Any:
     if not isinstance(module, str) or not isinstance(name, str):
         raise TypeError("an import whose name is no text")
     if (module, name) not in _STAND_INS:
-        wanted = f"{module}.{name}"[:200]
+        wanted = f"{_PYTHON_2.get(module, module)}.{name}"[:200]
         raise ConvertError(f"refused: the pickle imports {wanted}, expected numpy arrays in plain containers alone; "
                            "nothing of it was run")
     return _STAND_INS[module, name]
