@@ -24,8 +24,8 @@ from maskformer_fast.interop.architecture import check_fit, meta_backbone, meta_
 from maskformer_fast.interop.files import read_weights
 from maskformer_fast.interop.huggingface import read_folder, write_folder
 from maskformer_fast.interop.names import Renamed
-from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours
-from maskformer_fast.interop.published import published_config, published_metadata, with_things
+from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours, no_object_weight
+from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
 from maskformer_fast.interop.verify import verify
 from maskformer_fast.modeling import build_model
 from maskformer_fast.predictor import load
@@ -148,7 +148,10 @@ def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor],
     theirs = read_weights(path)
     if is_model(theirs):
         weights, model_config = model_to_ours(theirs, path, heads)
-        return _with_classes(options, "official", weights, published_config(model_config), None)
+        config = published_config(model_config)
+        if (weight := no_object_weight(theirs)) is not None:
+            config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, no_object_weight=weight))
+        return _with_classes(options, "official", weights, config, None)
     _refuse("num_heads", heads, "a backbone alone")
     _refuse("things", options.things, "a backbone alone")
     _refuse("verify", options.verify, "a backbone alone")
@@ -222,6 +225,9 @@ def _with_classes(
     options: ConvertOptions, kind: str, weights: Mapping[str, Tensor], config: Config, names: Sequence[str] | None
 ) -> Converted:
     metadata = published_metadata(config.model, names)
+    recipe = published_recipe(config.model)
+    if recipe is not None and recipe.data.dataset == metadata.name:
+        config = dataclasses.replace(config, data=recipe.data)
     if options.things is not None:
         metadata = with_things(metadata, options.things)
     return Converted(kind, weights, config, metadata)

@@ -147,6 +147,13 @@ def test_imagenet_backbone(tmp_path: Path, capsys: Any) -> None:
         assert not (tmp_path / "second").exists()
 
 
+def test_the_weight_of_no_object_goes_to_the_configuration(tmp_path: Path) -> None:
+    constant = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.3])
+    write_pickle(tmp_path / "model.pkl", {**official(SMALL), "criterion.empty_weight": constant})
+    assert run(tmp_path / "model.pkl", tmp_path / "ours") == 0
+    assert load_weights(tmp_path / "ours").config.loss.no_object_weight == 0.3
+
+
 def test_things(tmp_path: Path, source: Path) -> None:
     assert run(source, tmp_path / "a", "--num-heads", 4, "--things", "1-2", "4") == 0
     assert load_weights(tmp_path / "a").metadata.is_thing == (False, True, True, False, True)

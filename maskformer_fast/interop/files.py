@@ -145,8 +145,11 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     problems: list[str] = []
     weights: dict[str, Tensor] = {}
     for name, value in content.items():
+        if not isinstance(name, str) or not name.isprintable():
+            problems.append(f"{name!r}: expected a printable text as a name")
+            continue
         try:
-            weights[str(name)] = _tensor(value)
+            weights[name] = _tensor(value)
         except TypeError as error:
             problems.append(f"{name}: {error}")
     if problems:

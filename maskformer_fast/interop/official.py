@@ -10,6 +10,7 @@ detectron2 have it in the 1x1 one; their names are others, and they are refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -45,7 +46,7 @@ def _deep_stem(weights: Mapping[str, Tensor], ours: str) -> list[Rule]:
 
 
 MODEL_RULES = [
-    Rule(EMPTY_WEIGHT, None),  # follows from the loss's configuration
+    Rule(EMPTY_WEIGHT, None),  # see `no_object_weight`
     Rule("pixel_mean", None),  # these two go to the configuration
     Rule("pixel_std", None),
     *_SWIN_CONSTANTS,
@@ -139,6 +140,14 @@ def model_to_ours(
     renamed = renamed._replace(problems=renamed.problems + wrong + _wrong_positions(weights))
     check_fit(meta_model(config, source), renamed, rules, source)
     return renamed.weights, config
+
+
+def no_object_weight(weights: Mapping[str, Tensor]) -> float | None:
+    """Weight of "no object" in the classification loss, if the criterion's constant shows one: other classes have 1."""
+    constant = weights.get(EMPTY_WEIGHT)
+    if constant is None or constant.ndim != 1 or not constant[:-1].eq(1).all() or not 0 <= constant[-1] < math.inf:
+        return None
+    return float(f"{float(constant[-1]):.6g}")  # 0.1 and not the float32 nearest to it
 
 
 def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dict[str, Tensor], BackboneConfig]:

@@ -9,6 +9,7 @@ reconstructors included, and no array takes more memory than its bytes in the fi
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, Final
@@ -83,7 +84,8 @@ def load(stream: IO[bytes]) -> Any:
             (the message says what), holds an array of objects, is damaged, or is no pickle.
     """
     try:
-        return _settle(_Machine().run(stream))
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in the texts of damaged files
+            return _settle(_Machine().run(stream))
     except ConvertError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, MemoryError, OverflowError) as error:
@@ -312,7 +314,7 @@ def _short(value: object) -> str:
     if isinstance(value, (str, bytes)):
         return repr(value[:200])
     if isinstance(value, Exception):
-        return str(value)[:200]
+        return str(value)[:200] or type(value).__name__
     if isinstance(value, _Dtype):
         return f"dtype {value.code}"
     plain = value is None or isinstance(value, (bool, float))

@@ -187,6 +187,7 @@ def test_truncated_and_foreign_files(tmp_path: Path, kind: str) -> None:
         (pickle.dumps([1, 2]), "expected a dictionary of named tensors, got list"),
         (pickle.dumps({}), "empty dictionary"),
         (pickle.dumps({"model": {}}), "empty dictionary"),
+        (pickle.dumps({3: np.zeros(1), "\x1b[2J": np.zeros(1)}), r"(?s)3: expected a .*'\\x1b\[2J': expected"),
         (pickle.dumps({"w": 1, "v": "x"}), "(?s)w: an object of type int.*v: an object of type str"),
     ],
 )

@@ -19,7 +19,7 @@ from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, P
 from maskformer_fast.interop import official
 from maskformer_fast.interop.files import read_weights
 from maskformer_fast.interop.names import ConvertError
-from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours
+from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours, no_object_weight
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.backbone import build_backbone
 from maskformer_fast.modeling.swin import WindowAttention
@@ -168,6 +168,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build each network to compare with once."""
     for name in ("meta_model", "meta_backbone"):
         monkeypatch.setattr(official, name, functools.lru_cache(getattr(official, name)))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 1.0, 0.1], 0.1), ([1.0, 0.4], 0.4), ([1.0, 0.0], 0.0), ([2.0, 0.1], None), ([1.0, -1.0], None),
+     ([1.0, float("nan")], None), ([1.0, float("inf")], None)],
+)  # fmt: skip
+def test_weight_of_no_object(values: list[float], expected: float | None) -> None:
+    assert no_object_weight({"criterion.empty_weight": torch.tensor(values)}) == expected
+    assert no_object_weight({}) is None
 
 
 @pytest.mark.usefixtures("quick")
