@@ -126,7 +126,11 @@ def load_backbone(network: nn.Module, path: str | Path) -> None:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
     inner = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
-    load_into(network.get_submodule("backbone"), inner or weights, file)
+    backbone = network.get_submodule("backbone")
+    # Counters of batches are no pretrained weights: a frozen norm has none, a trained one starts anew.
+    kept = {name: t for name, t in (inner or weights).items() if not name.endswith("num_batches_tracked")}
+    counters = {name: t for name, t in backbone.state_dict().items() if name.endswith("num_batches_tracked")}
+    load_into(backbone, kept | counters, file)
 
 
 def save_checkpoint(

@@ -1,0 +1,266 @@
+"""``python -m maskformer_fast.convert SOURCE DEST``: weights of other implementations become ours, and ours theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import tyro
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from maskformer_fast.checkpoint import FORMAT, WEIGHTS_NAME, load_into, load_weights, save_weights
+from maskformer_fast.cli import parse, run_command
+from maskformer_fast.config import BackboneConfig, Config, check, to_dict
+from maskformer_fast.files import atomic_write
+from maskformer_fast.interop.architecture import check_fit, meta_backbone, meta_model
+from maskformer_fast.interop.files import read_weights
+from maskformer_fast.interop.huggingface import read_folder, write_folder
+from maskformer_fast.interop.names import Renamed
+from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours, no_object_weight
+from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
+from maskformer_fast.interop.verify import verify
+from maskformer_fast.modeling import build_model
+from maskformer_fast.predictor import load
+from maskformer_fast.structures import Metadata
+
+logger = logging.getLogger(__name__)
+
+BACKBONE_FORMAT = "maskformer_fast/backbone/1"
+"""In the header of a backbone's own file, which `checkpoint.load_backbone` takes."""
+_NO_FILE = (".pth", ".pt", ".pkl", ".bin", ".json")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Convert weights of other implementations to ours, or ours to Hugging Face's. Nothing in a file is ever run.
+
+    SOURCE is an official checkpoint (.pkl, .pth), a Hugging Face folder (config.json beside its weights), a checkpoint
+    of ours, or an ImageNet backbone: detectron2's or torchvision's ResNet, a Swin Transformer of its authors. What it
+    is, and its architecture, is read off its contents; any tensor that is missing, unknown or misshapen is an error.
+    """
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """File or folder to convert."""
+    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")]
+    """A .safetensors file, or a folder for model.safetensors. It must not exist yet."""
+    to: Literal["ours", "huggingface"] = "ours"
+    """``huggingface`` writes a folder that transformers loads."""
+    num_heads: int | None = None
+    """Attention heads of the transformer decoder and encoder, which official weights do not show; default: 8."""
+    things: tuple[str, ...] | None = None
+    """Classes that are things, as ``0-79`` or ``0 1 5``; default: those of the published data set that has as many
+    classes (ADE20K 150, COCO panoptic 133, ...), otherwise none."""
+    verify: str | None = None
+    """Recorded outputs (case.pt, synth.pt or their folder) to compare with what was written. Prints one JSON object
+    with the largest difference of each quantity; the exit status is 1 if one is beyond its tolerance."""
+
+
+class Converted(NamedTuple):
+    """A whole model, in our names."""
+
+    kind: str
+    weights: Mapping[str, Tensor]
+    config: Config
+    metadata: Metadata
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = parse(
+        ConvertOptions, list(sys.argv[1:] if argv is None else argv), prog="python -m maskformer_fast.convert"
+    )
+    report = logger.info if options.verify else print
+    target = destination(options)
+    if options.verify and not Path(options.verify).exists():
+        raise FileNotFoundError(f"verify: expected recorded outputs, found nothing at {options.verify}")
+    source = read_source(options)
+    if isinstance(source, Converted):
+        write_model(source, target, options.to)
+        summarize(source, report)
+    else:
+        write_backbone(*source, target)
+        report(f"backbone:     {describe_backbone(source[1])}")
+        report(f"parameters:   {parameters(source[0])}")
+    report(f"written:      {target}")
+    if not options.verify or not isinstance(source, Converted):
+        return 0
+    result = verify(read_back(target, options.to), source.metadata, options.verify)
+    print(json.dumps(result.to_dict(), indent=2))
+    return 0 if result.ok else 1
+
+
+def destination(options: ConvertOptions) -> Path:
+    """The file (or, for Hugging Face, folder) to write.
+
+    Raises:
+        FileExistsError: it exists.
+        ValueError: a name that weights of ours do not have.
+    """
+    target = Path(options.dest)
+    if options.to == "ours":
+        check(target.suffix not in _NO_FILE, "dest", "a .safetensors file or a folder", options.dest)
+        if target.suffix != ".safetensors":
+            target = target / WEIGHTS_NAME
+        exists = target.exists()
+    else:
+        exists = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    if exists:
+        raise FileExistsError(f"dest: expected a path where nothing is yet, got {target}")
+    return target
+
+
+def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor], BackboneConfig]:
+    """Find out what the source is and read it: a whole model, or a backbone's weights with its preset.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a folder without weights.
+        ConvertError: unknown, damaged or refused contents (a ``ValueError``).
+        CheckpointError: a damaged checkpoint of ours.
+        ValueError: options that do not go with the source.
+    """
+    path = Path(options.source)
+    if not path.exists():
+        raise FileNotFoundError(f"source: expected a file or a folder, found nothing at {path}")
+    heads = options.num_heads
+    if path.is_dir() and (path / "config.json").is_file():
+        _refuse("num_heads", heads, "a Hugging Face folder, whose config.json has it")
+        model = read_folder(path)
+        return _with_classes(options, "Hugging Face", model.weights, model.config, model.class_names)
+    if path.is_dir() and not any((path / part).exists() for part in (WEIGHTS_NAME, "checkpoints", "best", "last")):
+        raise FileNotFoundError(f"source: expected the config.json of a Hugging Face folder or a checkpoint of ours in "
+                                f"{path}")
+    if path.is_dir() or _is_ours(path):
+        _refuse("num_heads", heads, "a checkpoint of ours, whose configuration has it")
+        checkpoint = load_weights(path)
+        check_fit(meta_model(checkpoint.config.model, path), Renamed(checkpoint.weights, {}, []), (), path)
+        metadata = checkpoint.metadata
+        if options.things is not None:
+            metadata = with_things(metadata, options.things)
+        return Converted("maskformer_fast", checkpoint.weights, checkpoint.config, metadata)
+    theirs = read_weights(path)
+    if is_model(theirs):
+        weights, model_config = model_to_ours(theirs, path, heads)
+        config = published_config(model_config)
+        if (weight := no_object_weight(theirs)) is not None:
+            config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, no_object_weight=weight))
+        return _with_classes(options, "official", weights, config, None)
+    _refuse("num_heads", heads, "a backbone alone")
+    _refuse("things", options.things, "a backbone alone")
+    _refuse("verify", options.verify, "a backbone alone")
+    check(options.to == "ours", "to", "'ours' for a backbone alone", options.to)
+    return backbone_to_ours(theirs, path)
+
+
+def write_model(source: Converted, target: Path, to: str) -> None:
+    """Write a checkpoint of ours, or a Hugging Face folder: whole, or not at all.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+        ConvertError: Hugging Face has no such model.
+    """
+    if to == "huggingface":
+        write_folder(target, source.weights, source.config, source.metadata)
+        return
+    network = _filled(meta_model(source.config.model, target), source.weights)
+    _write(target, lambda path: save_weights(path, network, source.config, source.metadata, step=0))
+
+
+def write_backbone(weights: Mapping[str, Tensor], config: BackboneConfig, target: Path) -> None:
+    """Write a backbone's own file, for ``model.backbone.weights`` of a recipe.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    tensors = _filled(meta_backbone(config, target), weights).state_dict()
+    header = {"format": BACKBONE_FORMAT, "backbone": json.dumps(to_dict(config))}
+    _write(target, lambda path: save_file(tensors, path, metadata=header))
+
+
+def read_back(target: Path, to: str) -> nn.Module:
+    """What was written, as a network on the CPU."""
+    if to == "ours":
+        return load(target, "cpu").network
+    model = read_folder(target)
+    network = build_model(model.config.model)
+    load_into(network, model.weights, target)
+    return network.eval()
+
+
+def summarize(source: Converted, report: Callable[[str], object]) -> None:
+    """Say in a few lines what the source was found to be."""
+    model, metadata = source.config.model, source.metadata
+    decoder, encoder = model.decoder, model.pixel_decoder.encoder_layers
+    names = ", ".join(metadata.class_names[:3])
+    report(f"source:       {source.kind}")
+    report(f"architecture: {model.type}, {describe_backbone(model.backbone)}")
+    if model.type != "per_pixel":
+        queries = f", {decoder.num_queries} queries" if model.type == "maskformer" else ""
+        report(f"transformer:  {encoder} encoder and {decoder.layers} decoder layers of {decoder.hidden_dim} channels, "
+               f"{decoder.num_heads} heads{queries}")
+    report(f"classes:      {metadata.num_classes} of {metadata.name} ({names}, ...), {sum(metadata.is_thing)} things")
+    report(f"images:       short edge {source.config.test.short_edge}, at most {source.config.test.max_size}")
+    report(f"parameters:   {parameters(source.weights)}")
+
+
+def describe_backbone(config: BackboneConfig) -> str:
+    """The preset's name and what departs from it."""
+    departs = [f"{name} {value}" for name, value in dataclasses.asdict(config).items() if value and name != "name"]
+    return config.name + (f" ({', '.join(departs)})" if departs else "")
+
+
+def parameters(weights: Mapping[str, Tensor]) -> str:
+    """How much there is."""
+    return f"{sum(tensor.numel() for tensor in weights.values()) / 1e6:.2f} million in {len(weights)} tensors"
+
+
+def _with_classes(
+    options: ConvertOptions, kind: str, weights: Mapping[str, Tensor], config: Config, names: Sequence[str] | None
+) -> Converted:
+    metadata = published_metadata(config.model, names)
+    recipe = published_recipe(config.model)
+    if recipe is not None and recipe.data.dataset == metadata.name:
+        config = dataclasses.replace(config, data=recipe.data)
+    if options.things is not None:
+        metadata = with_things(metadata, options.things)
+    return Converted(kind, weights, config, metadata)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file has the header of our checkpoints; damaged ones are left to who reads them."""
+    try:
+        with safe_open(str(path), framework="pt") as reader:
+            return (reader.metadata() or {}).get("format") == FORMAT
+    except SafetensorError:
+        return False
+
+
+def _refuse(name: str, value: object, source: str) -> None:
+    check(value is None, name.replace("_", "-"), f"nothing for {source}", value)
+
+
+def _filled(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A module from the meta device with weights that are known to fit, in its own order and types."""
+    own = network.state_dict()
+    network.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, assign=True)
+    return network
+
+
+def _write(target: Path, write: Callable[[str], None]) -> None:
+    """Have a safetensors file written under a temporary name, and put it in its place when it is whole."""
+    try:
+        with atomic_write(target) as file:
+            write(file.name)
+    except SafetensorError as error:
+        raise OSError(f"{target}: could not be written: {error}") from error
+
+
+if __name__ == "__main__":
+    run_command(main)

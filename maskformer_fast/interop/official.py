@@ -1,0 +1,205 @@
+"""Names of the official implementation and of ImageNet backbones, turned into ours.
+
+Whole models: the detectron2 layout of MaskFormer and of its per-pixel baselines, also the older one in which the pixel
+decoder's tensors stand directly below ``sem_seg_head.``. Backbones alone: detectron2's ResNet pickles, torchvision's
+ResNets, and the Swin Transformers of their authors.
+
+Both detectron2 and torchvision models here have the stride in the 3x3 convolution, as ours do. (The Caffe2 models of
+detectron2 have it in the 1x1 one; their names are others, and they are refused.) Input is RGB everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from maskformer_fast.config import BackboneConfig, ModelConfig
+from maskformer_fast.interop.architecture import (
+    BATCH_COUNTER,
+    check_fit,
+    infer_backbone,
+    infer_model,
+    meta_backbone,
+    meta_model,
+)
+from maskformer_fast.interop.names import ConvertError, Rule, to_ours
+
+EMPTY_WEIGHT = "criterion.empty_weight"
+_POSITION_INDEX = "relative_position_index"
+
+# Swin keeps constants beside its weights: they follow from the window's size, and ours are computed.
+_SWIN_CONSTANTS = [
+    Rule("{path*}.attn.relative_position_index", None),
+    Rule("{path*}.attn_mask", None),
+]
+
+
+def _deep_stem(weights: Mapping[str, Tensor], ours: str) -> list[Rule]:
+    """detectron2 numbers the three convolutions of ResNet-101c's stem as it does those of a block."""
+    for theirs in ("", "backbone."):
+        if any(name.startswith((f"{theirs}stem.conv2.", f"{theirs}stem.conv3.")) for name in weights):
+            return [Rule(f"{theirs}stem.conv{i}.{{leaf*}}", f"{ours}stem.conv1_{i}.{{leaf*}}") for i in (1, 2, 3)]
+    return []
+
+
+MODEL_RULES = [
+    Rule(EMPTY_WEIGHT, None),  # see `no_object_weight`
+    Rule("pixel_mean", None),  # these two go to the configuration
+    Rule("pixel_std", None),
+    *_SWIN_CONSTANTS,
+    Rule("backbone.{rest*}", "backbone.{rest*}"),
+    Rule("sem_seg_head.predictor.{rest*}", "predictor.{rest*}"),
+    Rule("sem_seg_head.pixel_decoder.{rest*}", "pixel_decoder.{rest*}"),
+    Rule("sem_seg_head.{rest*}", "pixel_decoder.{rest*}"),
+]
+"""The official MaskFormer and baselines."""
+
+# Frozen or not, a backbone that is fine-tuned starts to count its batches anew.
+_CLASSIFIER_AND_COUNTERS = [
+    Rule("{path*}." + BATCH_COUNTER, None),
+    Rule("fc.{leaf}", None),
+    Rule("stem.fc.{leaf}", None),
+]
+DETECTRON2_RULES = [
+    *_CLASSIFIER_AND_COUNTERS,
+    Rule("backbone.{rest*}", "{rest*}"),
+    Rule("{rest*}", "{rest*}"),
+]
+"""detectron2's ResNets."""
+
+TORCHVISION_RULES = [
+    *_CLASSIFIER_AND_COUNTERS,
+    Rule("conv1.weight", "stem.conv1.weight"),
+    Rule("bn1.{leaf}", "stem.conv1.norm.{leaf}"),
+    *(
+        Rule(f"layer{stage - 1}.{{block}}.{theirs}", f"res{stage}.{{block}}.{ours}")
+        for stage in (2, 3, 4, 5)
+        for theirs, ours in (
+            ("conv{i}.weight", "conv{i}.weight"),
+            ("bn{i}.{leaf}", "conv{i}.norm.{leaf}"),
+            ("downsample.0.weight", "shortcut.weight"),
+            ("downsample.1.{leaf}", "shortcut.norm.{leaf}"),
+        )
+    ),
+]
+"""torchvision's ResNets."""
+
+SWIN_RULES = [
+    *_SWIN_CONSTANTS,
+    Rule("norm.{leaf}", None),  # of the classifier, as the head is
+    Rule("head.{leaf}", None),
+    Rule("backbone.{rest*}", "{rest*}"),
+    Rule("{rest*}", "{rest*}"),
+]
+"""Swin Transformers of ImageNet, as their authors publish them."""
+
+
+def is_model(names: Iterable[str]) -> bool:
+    """Whether the names are those of a whole official model."""
+    return any(name.startswith("sem_seg_head.") for name in names)
+
+
+def model_to_ours(
+    weights: Mapping[str, Tensor], source: object, num_heads: int | None = None
+) -> tuple[dict[str, Tensor], ModelConfig]:
+    """Weights of an official model -> weights under our names, and the network they belong to.
+
+    Constants may be absent (``criterion.empty_weight``, ``relative_position_index``, ``pixel_mean``, ``pixel_std``);
+    where they are there, they must fit too.
+
+    Args:
+        weights: name -> tensor.
+        source: path for messages.
+        num_heads: of the transformer decoder and encoder, which the weights do not show; ``None`` is the official 8.
+
+    Raises:
+        ConvertError: lists every missing, unknown and misshapen tensor.
+    """
+    rules = [*_deep_stem(weights, "backbone."), *MODEL_RULES]
+    renamed = to_ours(weights, rules)
+    empty_weight = weights.get(EMPTY_WEIGHT)
+    pixel = {name: weights[name] for name in ("pixel_mean", "pixel_std") if name in weights}
+    wrong = [
+        f"shape: {name}: expected three numbers, got {tuple(value.shape)}"
+        for name, value in pixel.items()
+        if value.numel() != 3
+    ]
+    config = infer_model(
+        renamed.weights,
+        source=source,
+        num_heads=num_heads,
+        num_classes=None if empty_weight is None else max(empty_weight.numel() - 1, 0),
+        pixel_mean=_triple(pixel.get("pixel_mean")),
+        pixel_std=_triple(pixel.get("pixel_std")),
+    )
+    if empty_weight is not None and empty_weight.shape != (config.num_classes + 1,):
+        wrong.append(f"shape: {EMPTY_WEIGHT}: expected {(config.num_classes + 1,)}, got {tuple(empty_weight.shape)}")
+    renamed = renamed._replace(problems=renamed.problems + wrong + _wrong_positions(weights))
+    check_fit(meta_model(config, source), renamed, rules, source)
+    return renamed.weights, config
+
+
+def no_object_weight(weights: Mapping[str, Tensor]) -> float | None:
+    """Weight of "no object" in the classification loss, if the criterion's constant shows one: other classes have 1."""
+    constant = weights.get(EMPTY_WEIGHT)
+    if constant is None or constant.ndim != 1 or not constant[:-1].eq(1).all() or not 0 <= constant[-1] < math.inf:
+        return None
+    return float(f"{float(constant[-1]):.6g}")  # 0.1 and not the float32 nearest to it
+
+
+def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dict[str, Tensor], BackboneConfig]:
+    """Weights of a backbone alone -> weights under the names of our backbone, and its preset.
+
+    The classifier is dropped. A Swin Transformer of ImageNet lacks the four norms of the features: they are added as
+    they are initialised, with ones and zeros. BatchNorm is frozen, as in the published recipes; `load_backbone` takes
+    the weights for a trained one too.
+
+    Raises:
+        ConvertError: neither layout; or a list of every missing, unknown and misshapen tensor.
+    """
+    optional: list[str] = []
+    if "conv1.weight" in weights or any(name.startswith("layer1.") for name in weights):
+        rules = TORCHVISION_RULES
+    elif any(name.startswith(("stem.", "res2.", "backbone.stem.", "backbone.res2.")) for name in weights):
+        rules = [*_CLASSIFIER_AND_COUNTERS, *_deep_stem(weights, ""), *DETECTRON2_RULES]
+    elif any(name.removeprefix("backbone.").startswith("patch_embed.") for name in weights):
+        rules, optional = SWIN_RULES, [f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias")]
+    else:
+        listed = ", ".join(list(weights)[:5]) or "no tensor"
+        raise ConvertError(f"{source}: expected the tensors of an official model (sem_seg_head...), of a ResNet "
+                           f"(stem..., layer1...) or of a Swin Transformer (patch_embed...), got {listed}")
+    renamed = to_ours(weights, rules)
+    config = infer_backbone(renamed.weights, source=source)
+    backbone = meta_backbone(config, source)
+    renamed = renamed._replace(problems=renamed.problems + _wrong_positions(weights))
+    check_fit(backbone, renamed, rules, source, optional)
+    own = backbone.state_dict()
+    for name in optional:
+        fill = torch.ones if name.endswith("weight") else torch.zeros
+        renamed.weights.setdefault(name, fill(own[name].shape))
+    return renamed.weights, config
+
+
+def _triple(value: Tensor | None) -> tuple[float, float, float] | None:
+    if value is None or value.numel() != 3:
+        return None
+    first, second, third = value.flatten().tolist()
+    return first, second, third
+
+
+def _wrong_positions(weights: Mapping[str, Tensor]) -> list[str]:
+    """Position indices that are not for the window their bias table is for."""
+    problems = []
+    for name, index in weights.items():
+        if not name.endswith(_POSITION_INDEX):
+            continue
+        table = weights.get(name.removesuffix(_POSITION_INDEX) + "relative_position_bias_table")
+        if table is None or table.ndim != 2:
+            continue  # said already
+        window = (round(table.shape[0] ** 0.5) + 1) // 2
+        if index.shape != (window**2, window**2):
+            problems.append(f"shape: {name}: expected {(window**2, window**2)}, got {tuple(index.shape)}")
+    return problems

@@ -1,0 +1,82 @@
+"""Classes, things and image sizes of the published models."""
+
+from __future__ import annotations
+
+import pytest
+
+from maskformer_fast.config import BackboneConfig, Config, ModelConfig, PixelDecoderConfig
+from maskformer_fast.data.presets import preset_metadata
+from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
+from maskformer_fast.structures import Metadata
+
+ENCODER = PixelDecoderConfig(encoder_layers=6)
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "short_edge", "size_divisibility", "things"),
+    [
+        (ModelConfig(num_classes=150), "ade20k_150", 512, 32, 100),
+        (ModelConfig(num_classes=150, backbone=BackboneConfig("swin_large")), "ade20k_150", 640, 32, 100),
+        (ModelConfig(num_classes=150, pixel_decoder=ENCODER), "ade20k_panoptic", 640, 32, 100),
+        (ModelConfig(num_classes=133, pixel_decoder=ENCODER), "coco_panoptic_133", 800, 0, 80),
+        (ModelConfig(num_classes=133, backbone=BackboneConfig("swin_tiny")), "coco_panoptic_133", 800, 0, 80),
+        (ModelConfig(num_classes=19, backbone=BackboneConfig("resnet101c")), "cityscapes", 1024, 32, 8),
+        (ModelConfig(num_classes=171), "coco_stuff_10k", 640, 32, 80),
+        (ModelConfig(num_classes=65), "mapillary_vistas", 2048, 32, 37),
+        (ModelConfig("per_pixel", num_classes=847), "ade20k_full_847", 512, 0, 0),
+    ],
+)
+def test_the_recipe_of_a_published_model(
+    model: ModelConfig, dataset: str, short_edge: int, size_divisibility: int, things: int
+) -> None:
+    config = published_config(model)
+    assert config.data.dataset == dataset
+    assert config.test.short_edge == short_edge
+    assert config.model.size_divisibility == size_divisibility
+    assert (config.model.backbone, config.model.type) == (model.backbone, model.type)
+    metadata = published_metadata(model)
+    assert metadata == preset_metadata(dataset)
+    assert sum(metadata.is_thing) == things
+
+
+def test_unknown_data_sets() -> None:
+    model = ModelConfig(num_classes=3)
+    assert published_recipe(model) is None
+    assert published_config(model) == Config(model=model)
+    metadata = published_metadata(model)
+    assert metadata.class_names == ("class_0", "class_1", "class_2") and not any(metadata.is_thing)
+    assert len(set(metadata.colors)) == 3
+    assert published_metadata(model, ["a", "b", "c"]).class_names == ("a", "b", "c")
+
+
+def test_names_of_the_source_win() -> None:
+    model = ModelConfig(num_classes=133)
+    coco = preset_metadata("coco_panoptic_133")
+    renamed = [name.upper() for name in coco.class_names]
+    assert published_metadata(model, renamed).class_names == tuple(renamed)
+    assert published_metadata(model, renamed).is_thing == coco.is_thing
+    other = published_metadata(model, [f"animal {index}" for index in range(133)])
+    assert not any(other.is_thing) and other.name == "converted"
+
+
+STUFF = Metadata("x", ("a", "b", "c", "d"), (False, True, False, False), (0, 1, 2, 3), ((0, 0, 0),) * 4)
+
+
+@pytest.mark.parametrize(
+    ("things", "expected"),
+    [
+        (["0-3"], {0, 1, 2, 3}),
+        (["0", "2"], {0, 2}),
+        (["0,2-3"], {0, 2, 3}),
+        (["3-3", "0-1"], {0, 1, 3}),
+        ([], set()),
+    ],
+)
+def test_things(things: list[str], expected: set[int]) -> None:
+    assert {index for index, thing in enumerate(with_things(STUFF, things).is_thing) if thing} == expected
+
+
+@pytest.mark.parametrize("things", ["4", "0-4", "2-1", "-1", "a", "", "1-", "0--2", "1 2", "1.5", "²", "99999999999"])
+def test_things_that_are_no_classes(things: str) -> None:
+    with pytest.raises(ValueError, match="things: expected"):
+        with_things(STUFF, [things])
