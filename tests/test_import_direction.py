@@ -19,7 +19,8 @@ LEVELS = {
     "ops": 2,
     "modeling": 3, "postprocess": 3, "matcher": 3, "criterion": 3, "pixel_criterion": 3,
     "data": 3, "visualize": 3, "formats": 3, "evaluation": 3,
-    "checkpoint": 4, "solver": 4, "runlog": 4, "predictor": 4, "validation": 4, "writer": 4, "trainer": 4, "deploy": 4,
+    "checkpoint": 4, "interop": 4, "solver": 4, "runlog": 4, "predictor": 4, "validation": 4, "writer": 4, "trainer": 4,
+    "deploy": 4,
     "train": 5, "evaluate": 5, "predict": 5, "export": 5, "convert": 5,
     "": 5,  # the package itself offers the public API
 }  # fmt: skip

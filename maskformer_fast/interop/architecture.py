@@ -1,0 +1,271 @@
+"""Which network a set of weights belongs to, read off its names and shapes, and the strict check that it fits.
+
+Every size is put to the vote among all tensors that show it, so that one misshapen tensor is reported as such and does
+not bend the architecture to itself. What no tensor shows has the official default:
+
+- attention heads of the transformers: 8, unless told otherwise (Swin's are in its position bias tables);
+- groups of the pixel decoder's norms: 32; dropout: 0.1; stochastic depth of Swin: its preset's;
+- padding: to a multiple of 32 for the semantic models, none for those with an encoder and the per-pixel baselines;
+- BatchNorm: trained where the weights count its batches (``num_batches_tracked``), as Hugging Face's do, frozen where
+  they do not, as in the published official models. Inference is the same.
+- ResNet with three convolutions in its stem: dilated res5 ("multi-grid"), as the published ResNet-101c has it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
+from maskformer_fast.interop.names import ConvertError, Renamed, Rule, their_name
+from maskformer_fast.modeling import BACKBONES, build_model
+from maskformer_fast.modeling.backbone import build_backbone
+
+BATCH_COUNTER = "num_batches_tracked"
+_STAGES = range(4)
+_PUBLISHED = ("resnet50", "resnet101", "resnet101c", "swin_tiny", "swin_small", "swin_base", "swin_large")
+_ENCODER = r"pixel_decoder\.transformer\.encoder\."
+_DECODER = r"predictor\.transformer\.decoder\."
+_ModelType = Literal["maskformer", "per_pixel", "per_pixel_plus"]
+
+
+class Shapes:
+    """Shapes of tensors by name, and questions about them."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+    def has(self, pattern: str) -> bool:
+        """Whether any name starts with the pattern (a regular expression)."""
+        return any(re.match(pattern, name) for name in self.shapes)
+
+    def size(self, *where: tuple[str, int], default: int = 0) -> int:
+        """Most frequent size among the dimensions of the tensors whose full names match; ``default`` without any."""
+        votes: Counter[int] = Counter()
+        for pattern, dimension in where:
+            for name, shape in self.shapes.items():
+                if len(shape) > dimension and shape[dimension] > 0 and re.fullmatch(pattern, name):
+                    votes[shape[dimension]] += 1
+        return votes.most_common(1)[0][0] if votes else default
+
+    def count(self, pattern: str) -> int:
+        """One more than the largest index that the pattern's group captures at a name's start; 0 without any.
+
+        No more than there are tensors, lest a false name asks for a network without end.
+        """
+        found = (re.match(pattern, name) for name in self.shapes)
+        return min(max((int(match[1]) + 1 for match in found if match), default=0), len(self.shapes))
+
+
+def infer_model(
+    weights: Mapping[str, Tensor],
+    *,
+    source: object = "weights",
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    size_divisibility: int | None = None,
+    pixel_mean: tuple[float, float, float] | None = None,
+    pixel_std: tuple[float, float, float] | None = None,
+) -> ModelConfig:
+    """Architecture of a whole model's weights under our names.
+
+    Args:
+        weights: name -> tensor; only shapes count.
+        source: what messages call the weights, usually a path.
+        num_heads: of the transformer decoder and encoder; ``None`` is the official 8.
+        num_classes: known otherwise (from the official criterion's weights), should no tensor of the classifier tell;
+            it also says that this is a MaskFormer.
+        size_divisibility, pixel_mean, pixel_std: as in `ModelConfig`; ``None`` is the official value.
+
+    Raises:
+        ConvertError: no such network, or sizes that the configuration refuses.
+    """
+    shapes = Shapes(weights)
+    kind = _model_type(shapes, num_classes is not None, source)
+    classes = {
+        "maskformer": shapes.size((r"predictor\.class_embed\.(weight|bias)", 0), default=(num_classes or 0) + 1) - 1,
+        "per_pixel": shapes.size((r"predictor\.(weight|bias)", 0)),
+        "per_pixel_plus": shapes.size((r"predictor\.query_embed\.weight", 0)),
+    }[kind]
+    backbone = infer_backbone(weights, "backbone.", source)
+    encoder_layers = shapes.count(_ENCODER + r"layers\.(\d{1,4})\.")
+    if size_divisibility is None:
+        size_divisibility = 0 if encoder_layers or kind != "maskformer" else 32
+    given = {"pixel_mean": pixel_mean, "pixel_std": pixel_std}
+    try:
+        return ModelConfig(
+            type=kind,
+            num_classes=classes,
+            backbone=backbone,
+            pixel_decoder=_pixel_decoder(shapes, encoder_layers, num_heads),
+            decoder=DecoderConfig() if kind == "per_pixel" else _decoder(shapes, kind, num_heads),
+            size_divisibility=size_divisibility,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    except ValueError as error:
+        hint = " (see --num-heads)" if "_heads" in str(error) else ""
+        raise ConvertError(f"{source}: {error}{hint}") from error
+
+
+def infer_backbone(weights: Mapping[str, Tensor], prefix: str = "", source: object = "weights") -> BackboneConfig:
+    """Backbone of weights under our names: the preset that has its shape, or the nearest with what departs from it.
+
+    Raises:
+        ConvertError: neither a bottleneck ResNet nor a Swin Transformer.
+    """
+    shapes = Shapes({name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)})
+    if shapes.has(r"(patch_embed|layers)\."):
+        found = _swin(shapes)
+    elif shapes.has(r"(stem|res\d)\."):
+        if not shapes.has(r"res\d\.\d+\.conv3\."):
+            raise ConvertError(f"{source}: backbone: expected a ResNet of bottleneck blocks (50 layers or more), "
+                               "got one of basic blocks")
+        found = _resnet(shapes)
+    else:
+        listed = ", ".join(list(shapes.shapes)[:3]) or "no tensor"
+        raise ConvertError(f"{source}: backbone: expected tensors of a ResNet or a Swin Transformer, got {listed}")
+    return _nearest(found)
+
+
+def meta_model(config: ModelConfig, source: object) -> nn.Module:
+    """The network without memory for its weights, to compare names and shapes with.
+
+    Raises:
+        ConvertError: sizes that do not make a network.
+    """
+    try:
+        with torch.device("meta"):
+            return build_model(config)
+    except ValueError as error:
+        raise ConvertError(f"{source}: {error}") from error
+
+
+def meta_backbone(config: BackboneConfig, source: object) -> nn.Module:
+    """As `meta_model`, of a backbone alone."""
+    try:
+        with torch.device("meta"):
+            return build_backbone(config)
+    except ValueError as error:
+        raise ConvertError(f"{source}: {error}") from error
+
+
+def check_fit(
+    module: nn.Module, renamed: Renamed, rules: Sequence[Rule], source: object, optional: Collection[str] = ()
+) -> None:
+    """Check that weights under our names are the module's, no more, no less, and of its shapes.
+
+    Args:
+        module: may be on the meta device.
+        renamed: weights under our names, with the problems found so far.
+        rules: the table they were renamed by, for the names in messages.
+        source: path for the message.
+        optional: our names that may be missing.
+
+    Raises:
+        ConvertError: lists every problem, by the names of the source.
+    """
+    own = module.state_dict()
+    weights, problems = renamed.weights, list(renamed.problems)
+    reported = {name for name, known in renamed.origin.items() if name not in weights}
+    for name in own:
+        if name not in weights and name not in reported and name not in optional:
+            problems.append(f"missing: {their_name(rules, name)}")
+    for name, tensor in weights.items():
+        theirs = renamed.origin.get(name, name)
+        if name not in own:
+            problems.append(f"unknown: {theirs}")
+        elif own[name].shape != tensor.shape:
+            problems.append(f"shape: {theirs}: expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
+        elif own[name].is_floating_point() != tensor.is_floating_point():
+            problems.append(f"type: {theirs}: expected {own[name].dtype}, got {tensor.dtype}")
+    if problems:
+        raise ConvertError(f"{source}: the weights do not fit the network that their shapes describe:\n  "
+                           + "\n  ".join(problems))
+
+
+def _model_type(shapes: Shapes, is_maskformer: bool, source: object) -> _ModelType:
+    if is_maskformer or shapes.has(r"predictor\.class_embed\."):
+        return "maskformer"
+    if shapes.has(r"predictor\.(weight|bias)$"):
+        return "per_pixel"
+    if shapes.has(r"predictor\.(query_embed|transformer)\."):
+        return "per_pixel_plus"
+    raise ConvertError(f"{source}: expected a MaskFormer or a per-pixel baseline, got no tensor of their heads")
+
+
+def _pixel_decoder(shapes: Shapes, encoder_layers: int, num_heads: int | None) -> PixelDecoderConfig:
+    config = PixelDecoderConfig(
+        conv_dim=shapes.size((r"pixel_decoder\.(adapter|layer)_\d\.norm\.(weight|bias)", 0), default=256),
+        mask_dim=shapes.size(
+            (r"pixel_decoder\.mask_features\.(weight|bias)", 0),
+            (r"predictor\.mask_embed\.layers\.2\.(weight|bias)", 0),
+            (r"predictor\.weight", 1),
+            default=256,
+        ),
+    )
+    if not encoder_layers:
+        return config
+    heads = config.encoder_heads if num_heads is None else num_heads
+    ffn_dim = _ffn_dim(shapes, _ENCODER)
+    return replace(config, encoder_layers=encoder_layers, encoder_heads=heads, encoder_ffn_dim=ffn_dim)
+
+
+def _decoder(shapes: Shapes, kind: _ModelType, num_heads: int | None) -> DecoderConfig:
+    default = DecoderConfig()
+    queries = shapes.size((r"predictor\.query_embed\.weight", 0), default=default.num_queries)
+    return DecoderConfig(
+        layers=shapes.count(_DECODER + r"layers\.(\d{1,4})\.") or default.layers,
+        hidden_dim=shapes.size((_DECODER + r"(layers\.\d+\.)?norm\d?\.(weight|bias)", 0), default=default.hidden_dim),
+        num_heads=default.num_heads if num_heads is None else num_heads,
+        ffn_dim=_ffn_dim(shapes, _DECODER),
+        num_queries=queries if kind == "maskformer" else default.num_queries,  # per_pixel_plus has one a class
+    )
+
+
+def _ffn_dim(shapes: Shapes, prefix: str) -> int:
+    layer = prefix + r"layers\.\d+\."
+    return shapes.size((layer + r"linear1\.(weight|bias)", 0), (layer + r"linear2\.weight", 1), default=2048)
+
+
+def _resnet(shapes: Shapes) -> dict[str, Any]:
+    deep = shapes.has(r"stem\.conv1_\d\.")
+    leaf = r"\.(weight|norm\.(weight|bias|running_mean|running_var))"
+    return {
+        "depths": tuple(shapes.count(rf"res{stage + 2}\.(\d{{1,4}})\.") or 1 for stage in _STAGES),
+        "stem": "deep" if deep else "basic",
+        "stem_channels": shapes.size(
+            (r"stem\.conv1_3" + leaf if deep else r"stem\.conv1" + leaf, 0),
+            (r"res2\.0\.(conv1|shortcut)\.weight", 1),
+        ) or 64,
+        "bottleneck_channels": shapes.size((r"res2\.\d+\.conv[12]" + leaf, 0)) or 64,
+        "res2_channels": shapes.size((r"res2\.\d+\.(conv3|shortcut)" + leaf, 0)) or 256,
+        "norm": "batch" if any(name.endswith(BATCH_COUNTER) for name in shapes.shapes) else "frozen",
+    }
+
+
+def _swin(shapes: Shapes) -> dict[str, Any]:
+    table = r"\.blocks\.\d+\.attn\.relative_position_bias_table"
+    embed_dim = shapes.size((r"patch_embed\.(proj|norm)\.(weight|bias)", 0)) or 96
+    positions = shapes.size((r"layers\.\d+" + table, 0), default=13 * 13)
+    return {
+        "depths": tuple(shapes.count(rf"layers\.{stage}\.blocks\.(\d{{1,4}})\.") or 1 for stage in _STAGES),
+        "embed_dim": embed_dim,
+        "num_heads": tuple(shapes.size((rf"layers\.{stage}{table}", 1), default=1) for stage in _STAGES),
+        "window_size": (math.isqrt(positions) + 1) // 2,
+    }
+
+
+def _nearest(found: dict[str, Any]) -> BackboneConfig:
+    """The published preset that agrees in most fields, and the fields in which it does not."""
+    family = [BACKBONES[name] for name in _PUBLISHED if (BACKBONES[name].embed_dim is None) == ("stem" in found)]
+    told = {name: value for name, value in found.items() if name != "norm"}
+    preset = max(family, key=lambda preset: sum(getattr(preset, name) == value for name, value in told.items()))
+    departs = {name: value for name, value in found.items() if getattr(preset, name) != value}
+    return BackboneConfig(preset.name, **departs)

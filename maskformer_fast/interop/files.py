@@ -1,0 +1,169 @@
+"""Reading tensors from the files of others, without running code that such files may hold.
+
+What a file is shows in its first bytes, not in its name: a zip archive or an old stream of ``torch.save``, a
+safetensors file, or a plain pickle as detectron2 writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from maskformer_fast.interop.names import ConvertError
+from maskformer_fast.interop.unpickle import load as load_pickle
+
+FOLDER_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""What holds the weights of a Hugging Face folder, in the order of preference."""
+
+_ZIP = b"PK\x03\x04"
+_OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
+_WRAPPERS = ("model", "state_dict")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Named tensors of a file, on the CPU, in the file's order.
+
+    Args:
+        path: a pickle of numpy arrays (``.pkl``), a file of ``torch.save`` (``.pth``, ``.pt``, ``.bin``), a safetensors
+            file, or the ``.index.json`` of a sharded one. ``{"model": {...}}`` and ``{"state_dict": {...}}`` are
+            unwrapped; what stands beside them (optimiser, iteration) is left.
+
+    Returns:
+        Floating-point tensors as float32, others as they are.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConvertError: damaged, empty, of another kind, or holding anything that would have to be imported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConvertError(f"{path}: expected a file of weights, got a folder")
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+        if not start:
+            raise ConvertError("expected weights, got an empty file")
+        if path.name.endswith(".index.json"):
+            content: Any = _read_shards(path)
+        elif path.suffix == ".safetensors" or start[8:9] == b"{":
+            content = _read_safetensors(path)
+        elif start.startswith(_ZIP) or start.startswith(_OLD_TORCH):
+            content = _read_torch(path)
+        else:
+            with path.open("rb") as file:
+                content = load_pickle(file)
+        return _tensors(content)
+    except ConvertError as error:
+        raise ConvertError(f"{path}: {error}") from error
+
+
+def read_folder_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Named tensors of a Hugging Face folder, from the first of `FOLDER_FILES` that it has; else as `read_weights`.
+
+    Raises:
+        FileNotFoundError: it has none of them.
+        ConvertError: as `read_weights`.
+    """
+    for name in FOLDER_FILES:
+        if (path := Path(folder) / name).is_file():
+            return read_weights(path)
+    raise FileNotFoundError(f"{folder}: expected one of {', '.join(FOLDER_FILES)}, found none")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as reader:
+            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ConvertError(f"not a readable safetensors file: {error}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Tensors of all files an index lists; they lie beside it."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(listed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConvertError(f"not a readable index of shards: {error}") from error
+    weights: dict[str, Tensor] = {}
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name or name.endswith(".index.json"):
+            raise ConvertError(f"expected names of files beside the index, got {name!r}")
+        if not (index.parent / name).is_file():
+            raise ConvertError(f"shard {name}: no such file")
+        shard = read_weights(index.parent / name)
+        if twice := sorted(set(shard) & set(weights)):
+            raise ConvertError(f"shard {name}: {', '.join(twice)}: in another shard too")
+        weights |= shard
+    if absent := sorted(set(listed) - set(weights)):
+        raise ConvertError(f"expected the shards to hold {', '.join(absent)}")
+    return weights
+
+
+def _read_torch(path: Path) -> Any:
+    """`torch.load` of tensors and plain containers; no archive that unpacks to more than it is."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
+            if packed:
+                raise ConvertError(f"refused: a compressed archive ({packed[0]!r}); torch.save stores without")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ConvertError:
+        raise
+    except Exception as error:  # torch raises nearly anything for a damaged file
+        # Its own text recommends to switch the protection off.
+        if refused := re.search(r"(?:GLOBAL|Unsupported (?:class|function|global)[^\w]*) ?([\w.]+)", str(error)):
+            raise ConvertError(f"refused: the file imports {refused[1]}, expected tensors in plain containers alone; "
+                               "nothing of it was run") from error
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConvertError(f"not a readable file of torch.save: {text[:300]}") from error
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping):
+        raise ConvertError(f"expected a dictionary of named tensors, got {type(content).__name__}")
+    if not content:
+        raise ConvertError("expected named tensors, got an empty dictionary")
+    problems: list[str] = []
+    weights: dict[str, Tensor] = {}
+    for name, value in content.items():
+        try:
+            weights[str(name)] = _tensor(value)
+        except TypeError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ConvertError("expected named tensors, got\n  " + "\n  ".join(problems))
+    return weights
+
+
+def _tensor(value: Any) -> Tensor:
+    """An array or tensor of numbers as a tensor of its own memory, floating point as float32."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value)
+        # torch knows little-endian numbers and few unsigned ones
+        wanted = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
+        return torch.from_numpy(np.array(array, dtype=wanted, order="C"))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"an object of type {type(value).__name__}")
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu" or value.is_complex():
+        raise TypeError(f"a tensor that is not a plain one of numbers ({value.layout}, {value.dtype}, {value.device})")
+    tensor = value.detach()
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise TypeError(f"a tensor of shape {tuple(tensor.shape)} that shows the same memory again and again")
+    return tensor.to(torch.float32).contiguous() if tensor.is_floating_point() else tensor.contiguous()
