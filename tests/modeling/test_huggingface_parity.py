@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from maskformer_fast import postprocess
 from maskformer_fast.config import Config, LossConfig
 from maskformer_fast.criterion import Criterion
-from maskformer_fast.interop.huggingface import read_folder
+from maskformer_fast.interop.huggingface import RULES, read_folder
+from maskformer_fast.interop.names import to_ours
 from maskformer_fast.matcher import match
 from maskformer_fast.modeling import build_model
 from maskformer_fast.structures import Predictions, Targets, pack_masks, unpack_masks
@@ -194,26 +195,40 @@ def random_targets(valid_sizes: Tensor, size: tuple[int, int], seed: int) -> Tar
 
 
 @pytest.mark.parametrize("size, seed", [((64, 96), 0), ((75, 101), 1), ((61, 190), 2)])
-def test_same_matching_and_final_losses(small_pair: Pair, size: tuple[int, int], seed: int) -> None:
+def test_same_matching_losses_and_gradients(small_pair: Pair, size: tuple[int, int], seed: int) -> None:
+    """Of the final layer; their losses of earlier layers are of other predictions, see `assert_same_logits`."""
+    theirs, model = small_pair.theirs, small_pair.ours
     images, valid_sizes = batch(*size, seed=10 + seed)
-    got, expected = run(small_pair, images, valid_sizes)
+    got = model(images, valid_sizes)
+    expected = theirs(pixel_values=model.normalize(images, valid_sizes))
     targets = random_targets(valid_sizes, size, seed)
     counts = targets.counts.tolist()
     masks = [m[:n].float() for m, n in zip(unpack_masks(targets.masks, size[1]), counts, strict=True)]
     labels = [row[:n] for row, n in zip(targets.labels, counts, strict=True)]
     loss = LossConfig(padding="include")  # they count padding, too
 
-    mask_logits, class_logits = expected.masks_queries_logits, expected.class_queries_logits
+    logits = expected.masks_queries_logits, expected.class_queries_logits
     query = match(got, targets, loss).query[-1]
-    for image, (rows, columns) in enumerate(small_pair.theirs.matcher(mask_logits, class_logits, masks, labels)):
+    for image, (rows, columns) in enumerate(theirs.matcher(*logits, masks, labels)):
         assert torch.equal(query[image, columns], rows) and len(rows) == counts[image]
 
-    theirs = small_pair.theirs.get_loss_dict(mask_logits, class_logits, masks, labels, None)
-    ours = Criterion(NUM_CLASSES, loss)(got, targets).terms
-    for name, peer in (("ce", "cross_entropy"), ("mask", "mask"), ("dice", "dice")):
-        assert ours[f"loss_{name}"].item() == pytest.approx(theirs[f"loss_{peer}"].item(), rel=1e-4)
-    final = sum(ours[f"loss_{name}"].item() for name in ("ce", "mask", "dice"))
-    assert final == pytest.approx(sum(value.item() for value in theirs.values()), rel=1e-4)
+    peer = theirs.get_loss_dict(*logits, masks, labels, None)
+    losses = Criterion(NUM_CLASSES, loss)(got, targets)
+    for name, peer_name in (("loss_ce", "loss_cross_entropy"), ("loss_mask", "loss_mask"), ("loss_dice", "loss_dice")):
+        assert losses.terms[name].item() == pytest.approx(peer[peer_name].item(), rel=1e-4)
+    total = sum(peer.values())
+    assert losses.total.item() == pytest.approx(total.item(), rel=1e-4)
+
+    for network, value in ((model, losses.total), (theirs, total)):
+        network.zero_grad()
+        value.backward()
+    # Their last Swin norm takes no part.
+    gradients = to_ours({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}, RULES)
+    assert gradients.problems == [] and gradients.weights.keys() == dict(model.named_parameters()).keys()
+    largest = max(gradient.norm() for gradient in gradients.weights.values())
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - gradients.weights[name]).norm()
+        assert error <= 1e-3 * gradients.weights[name].norm() + 1e-7 * largest, name
 
 
 def test_same_results(small_pair: Pair) -> None:
