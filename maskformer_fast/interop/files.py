@@ -56,7 +56,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise ConvertError("expected weights, got an empty file")
         if path.name.endswith(".index.json"):
             content: Any = _read_shards(path)
-        elif path.suffix == ".safetensors" or start[8:9] == b"{":
+        elif path.suffix == ".safetensors" or (start[8:9] == b"{" and start[:1] != b"\x80"):
             content = _read_safetensors(path)
         elif start.startswith(_ZIP) or start.startswith(_OLD_TORCH):
             content = _read_torch(path)

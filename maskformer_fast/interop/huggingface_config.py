@@ -276,12 +276,12 @@ def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
 
 def _read_test(processor: Section) -> TestConfig:
     """Sizes at inference; a fixed height and width, which ours has no form for, is left at the default."""
-    size = processor.values.get("size")
-    if not isinstance(size, dict):
-        size = {"shortest_edge": processor.get("size", 800), "longest_edge": processor.get("max_size", 1333)}
+    size = processor.values.get("size", 800)
     if processor.values.get("do_resize") is False:
         return TestConfig(short_edge=None)
-    if "shortest_edge" not in size:
+    if isinstance(size, int):
+        size = {"shortest_edge": size}
+    if isinstance(size, list) or (isinstance(size, dict) and "shortest_edge" not in size):
         return TestConfig()
     edges = Section(f"{processor.where}: size", size)
     return TestConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,6 +53,7 @@ def model_config(backbone: BackboneConfig, **changes: Any) -> ModelConfig:
     return ModelConfig(backbone=backbone, **(defaults | changes))
 
 
+@functools.cache
 def random_weights(model: ModelConfig) -> dict[str, Tensor]:
     """Every tensor random, so that no two are alike."""
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +125,7 @@ def test_there_and_back(backbone: BackboneConfig, hidden_dim: int, tmp_path: Pat
 @pytest.mark.parametrize("name", ["resnet50", "swin_tiny"])
 def test_full_size_there_and_back(name: str, tmp_path: Path) -> None:
     model = ModelConfig(num_classes=5, backbone=BackboneConfig(name), decoder=DecoderConfig(layers=2))
-    weights = write(tmp_path / "model", Config(model=model))
+    weights = write(tmp_path / "model", Config(model=model), random_weights.__wrapped__(model))
     got = read_folder(tmp_path / "model")
     assert got.config.model == model
     assert_equal(got.weights, weights)
@@ -326,6 +328,7 @@ def test_image_processor_prepares_our_input(tmp_path: Path) -> None:
         ({"size": {"shortest_edge": 640, "longest_edge": 2560}, "size_divisor": 0}, 640, 2560, 0),
         ({"size": {"shortest_edge": 384}, "_max_size": 1000}, 384, 1000, 32),
         ({"size": {"height": 384, "width": 384}}, 512, 2048, 32),  # no form here: our default
+        ({"size": [384, 384]}, 512, 2048, 32),
         ({"do_resize": False, "size_divisor": 16}, None, 2048, 16),
         ({}, 800, 1333, 32),  # theirs
     ],
@@ -384,7 +387,7 @@ def test_all_reasons_are_listed(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network_are_not_written(tmp_path: Path) -> None:
-    weights = random_weights(model_config(SWIN))
+    weights = dict(random_weights(model_config(SWIN)))
     weights["predictor.class_embed.bias"] = torch.zeros(7)
     del weights["backbone.norm0.weight"]
     weights["surplus"] = torch.zeros(1)
