@@ -44,28 +44,34 @@ def random_predictions(seed: int, batch: int, queries: int = 5, layers: int = 3,
 
 
 @pytest.mark.parametrize("counts", [[3, 1, 2], [2, 7], [0, 2]])
-def test_equals_hugging_face_on_the_final_layer(counts):
+@pytest.mark.parametrize("scale", [1.0, 5.0])  # as initialised, and peaky
+def test_equals_hugging_face_on_the_final_layer(counts, scale):
     from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher, MaskFormerLoss
 
+    weights = {"cross_entropy": 1.5, "mask": 20.0, "dice": 2.0}
+    loss = LossConfig(*weights.values(), no_object_weight=0.2, padding="include")
     targets = random_targets(1, counts)
     predictions = random_predictions(2, len(counts), layers=1)
-    masks = unpack_masks(targets.masks, 20).float()
-    peer = MaskFormerLoss(
-        num_labels=4,
-        matcher=MaskFormerHungarianMatcher(cost_class=1.0, cost_dice=1.0, cost_mask=20.0),
-        weight_dict={},
-        eos_coef=0.1,
-    )
-    expected = peer(
-        predictions.mask_logits(),
-        predictions.class_logits[-1],
-        [m[:n] for m, n in zip(masks, counts, strict=True)],
-        [labels[:n] for labels, n in zip(targets.labels, counts, strict=True)],
-    )
-    losses = Criterion(4, LossConfig(padding="include"))(predictions, targets)
-    assert losses.terms["loss_ce"].item() == pytest.approx(expected["loss_cross_entropy"].item(), rel=1e-5)
-    assert losses.terms["loss_mask"].item() == pytest.approx(20 * expected["loss_mask"].item(), rel=1e-5)
-    assert losses.terms["loss_dice"].item() == pytest.approx(expected["loss_dice"].item(), rel=1e-5)
+    factors = zip((scale, scale, 1.0), predictions[:3], strict=True)
+    leaves = [(factor * part.detach()).requires_grad_() for factor, part in factors]
+    predictions = Predictions(*leaves, *predictions[3:])
+    masks = [m[:n].float() for m, n in zip(unpack_masks(targets.masks, 20), counts, strict=True)]
+    labels = [labels[:n] for labels, n in zip(targets.labels, counts, strict=True)]
+    matcher = MaskFormerHungarianMatcher(cost_class=1.5, cost_dice=2.0, cost_mask=20.0)
+    peer = MaskFormerLoss(num_labels=4, matcher=matcher, weight_dict={}, eos_coef=0.2)
+    logits = predictions.mask_logits(), predictions.class_logits[-1]
+    expected = peer(*logits, masks, labels)
+    losses = Criterion(4, loss)(predictions, targets)
+    for (name, weight), term in zip(weights.items(), ("loss_ce", "loss_mask", "loss_dice"), strict=True):
+        assert losses.terms[term].item() == pytest.approx(weight * expected[f"loss_{name}"].item(), rel=1e-5)
+    query = match(predictions, targets, loss).query[-1]
+    for image, (rows, columns) in enumerate(matcher(*logits, masks, labels)):
+        assert torch.equal(query[image, columns], rows) and len(rows) == min(counts[image], 5)
+    total = sum(weight * expected[f"loss_{name}"] for name, weight in weights.items())
+    gradients = zip(torch.autograd.grad(losses.total, leaves), torch.autograd.grad(total, leaves), strict=True)
+    for got, wanted in gradients:
+        for row, wanted_row in zip(got.flatten(0, -2), wanted.flatten(0, -2), strict=True):
+            torch.testing.assert_close(row, wanted_row, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("no_object", [0.1, 0.7])

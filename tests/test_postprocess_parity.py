@@ -86,18 +86,23 @@ def huggingface_outputs(predictions: Predictions) -> SimpleNamespace:
     return SimpleNamespace(class_queries_logits=predictions.class_logits[-1], masks_queries_logits=masks)
 
 
-def test_semantic_equals_huggingface() -> None:
-    predictions = random_predictions(9, 4)
+@pytest.mark.parametrize("seed", [9, 11])
+def test_semantic_equals_huggingface(seed: int) -> None:
+    predictions = random_predictions(seed, 4)
     sizes = [(40, 56), (25, 91), (9, 9), (61, 43)]
     outputs = huggingface_outputs(predictions)
     expected = huggingface_processor().post_process_semantic_segmentation(outputs, sizes)
     results = postprocess.semantic(predictions, sizes, order="huggingface")
-    for result, labels in zip(results, expected, strict=True):
-        assert (result.labels.long() == labels).float().mean() > 0.999
+    scores = postprocess.semantic_scores(predictions, sizes, order="huggingface")
+    for result, score, labels in zip(results, scores, expected, strict=True):
+        best = score.topk(2, dim=0).values
+        sure = best[0] - best[1] > 1e-5
+        assert sure.float().mean() > 0.999 and (result.labels.long() == labels)[sure].all()
 
 
-def test_instances_equal_huggingface_at_mask_resolution() -> None:
-    predictions = random_predictions(10, 2)
+@pytest.mark.parametrize("seed", [10, 12, 13])
+def test_instances_equal_huggingface_at_mask_resolution(seed: int) -> None:
+    predictions = random_predictions(seed, 2)
     low = (10, 14)
     predictions.pixel_embeddings[0, :3] = -1.0  # empty masks
     outputs = huggingface_outputs(predictions)

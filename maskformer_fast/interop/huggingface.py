@@ -1,0 +1,256 @@
+"""Folders of Hugging Face's ``MaskFormerForInstanceSegmentation``: ``config.json``, weights, image processor.
+
+Every version of `transformers` so far (4.17 to 5.23) saves the same parameter names, and reads them; those of the
+decoder that version 5 has in memory stand below them in `RULES`. So both are read, and the first are written: folders
+written here were loaded by 4.27, 4.36, 4.57 and 5.23 with nothing missing or unexpected. Before 4.26 there are no
+ResNet backbones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from maskformer_fast.config import BackboneConfig, Config
+from maskformer_fast.formats import write_json
+from maskformer_fast.interop.architecture import check_fit, meta_model
+from maskformer_fast.interop.files import read_folder_weights
+from maskformer_fast.interop.huggingface_config import (
+    Section,
+    read_class_names,
+    read_config,
+    write_config,
+    write_processor,
+)
+from maskformer_fast.interop.names import ConvertError, Renamed, Rule, from_ours, to_ours
+from maskformer_fast.modeling.backbone import is_swin, resolve_backbone
+from maskformer_fast.modeling.swin import WindowAttention
+from maskformer_fast.structures import Metadata
+
+CONFIG_NAME = "config.json"
+PROCESSOR_NAME = "preprocessor_config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+_ENCODER = "model.pixel_level_module.encoder"
+_FPN = "model.pixel_level_module.decoder.fpn"
+_BLOCK = f"{_ENCODER}.model.encoder.layers.{{i}}.blocks.{{j}}"
+_OUR_BLOCK = "backbone.layers.{i}.blocks.{j}"
+_LAYER = "model.transformer_module.decoder.layers.{i}"
+_OUR_LAYER = "predictor.transformer.decoder.layers.{i}"
+_CONV_NORM = (("convolution.weight", "weight"), ("normalization.{leaf}", "norm.{leaf}"))
+_SEQUENCE = (("0.weight", "weight"), ("1.{leaf}", "norm.{leaf}"))
+_CRITERION = "criterion.empty_weight"
+_FINAL_NORM = f"{_ENCODER}.model.layernorm"
+_INDEX = f"{_BLOCK}.attention.self.relative_position_index"
+
+_RESNET = [
+    *(Rule(f"{_ENCODER}.embedder.embedder.{a}", f"backbone.stem.conv1.{b}") for a, b in _CONV_NORM),
+    *(
+        Rule(f"{_ENCODER}.encoder.stages.{stage}.layers.{{i}}.{theirs}.{a}", f"backbone.{res}.{{i}}.{ours}.{b}")
+        for stage, res in enumerate(("res2", "res3", "res4", "res5"))
+        for theirs, ours in (("layer.0", "conv1"), ("layer.1", "conv2"), ("layer.2", "conv3"), ("shortcut", "shortcut"))
+        for a, b in _CONV_NORM
+    ),
+]
+_SWIN = [
+    Rule(f"{_ENCODER}.model.embeddings.patch_embeddings.projection.{{leaf}}", "backbone.patch_embed.proj.{leaf}"),
+    Rule(f"{_ENCODER}.model.embeddings.norm.{{leaf}}", "backbone.patch_embed.norm.{leaf}"),
+    Rule(f"{_ENCODER}.hidden_states_norms.{{i}}.{{leaf}}", "backbone.norm{i}.{leaf}"),
+    Rule(f"{_ENCODER}.model.encoder.layers.{{i}}.downsample.{{rest*}}", "backbone.layers.{i}.downsample.{rest*}"),
+    *(
+        Rule(f"{_BLOCK}.attention.self.{name}.{{leaf}}", f"{_OUR_BLOCK}.attn.qkv.{{leaf}}", part=(index, 3))
+        for index, name in enumerate(("query", "key", "value"))
+    ),
+    Rule(f"{_BLOCK}.attention.self.relative_position_bias_table", f"{_OUR_BLOCK}.attn.relative_position_bias_table"),
+    *(
+        Rule(f"{_BLOCK}.{theirs}.{{leaf}}", f"{_OUR_BLOCK}.{ours}.{{leaf}}")
+        for theirs, ours in (
+            ("attention.output.dense", "attn.proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+            ("layernorm_before", "norm1"),
+            ("layernorm_after", "norm2"),
+        )
+    ),
+    Rule(_INDEX, None),  # follows from the window
+    Rule(f"{_FINAL_NORM}.{{leaf}}", None),  # of their pooled output; each stage has a norm of its own
+]
+_PIXEL_DECODER = [
+    *(Rule(f"{_FPN}.stem.{a}", f"pixel_decoder.layer_4.{b}") for a, b in _SEQUENCE),
+    *(
+        Rule(f"{_FPN}.layers.{index}.{theirs}.{a}", f"pixel_decoder.{ours}_{3 - index}.{b}")
+        for index in range(3)
+        for theirs, ours in (("proj", "adapter"), ("block", "layer"))
+        for a, b in _SEQUENCE
+    ),
+    Rule("model.pixel_level_module.decoder.mask_projection.{leaf}", "pixel_decoder.mask_features.{leaf}"),
+]
+_HEAD = [
+    Rule("model.transformer_module.queries_embedder.{leaf}", "predictor.query_embed.{leaf}"),
+    Rule("model.transformer_module.input_projection.{leaf}", "predictor.input_proj.{leaf}"),
+    *(
+        Rule(f"{_LAYER}.{theirs}.{part}_proj.{{leaf}}", f"{_OUR_LAYER}.{ours}.in_proj_{{leaf}}", part=(index, 3))
+        for theirs, ours in (("self_attn", "self_attn"), ("encoder_attn", "multihead_attn"))
+        for index, part in enumerate("qkv")
+    ),
+    *(
+        Rule(f"{_LAYER}.{theirs}.{{leaf}}", f"{_OUR_LAYER}.{ours}.{{leaf}}")
+        for theirs, ours in (
+            ("self_attn.out_proj", "self_attn.out_proj"),
+            ("encoder_attn.out_proj", "multihead_attn.out_proj"),
+            ("fc1", "linear1"),
+            ("fc2", "linear2"),
+            ("self_attn_layer_norm", "norm1"),
+            ("encoder_attn_layer_norm", "norm2"),
+            ("final_layer_norm", "norm3"),
+            # In the memory of version 5, for state dictionaries saved without `save_pretrained`.
+            ("self_attn.o_proj", "self_attn.out_proj"),
+            ("encoder_attn.o_proj", "multihead_attn.out_proj"),
+            ("mlp.fc1", "linear1"),
+            ("mlp.fc2", "linear2"),
+        )
+    ),
+    Rule("model.transformer_module.decoder.layernorm.{leaf}", "predictor.transformer.decoder.norm.{leaf}"),
+    Rule("class_predictor.{leaf}", "predictor.class_embed.{leaf}"),
+    Rule("mask_embedder.{i}.0.{leaf}", "predictor.mask_embed.layers.{i}.{leaf}"),
+    Rule(_CRITERION, None),  # made of the configuration's no_object_weight
+]
+RULES = [*_RESNET, *_SWIN, *_PIXEL_DECODER, *_HEAD]
+
+
+class HuggingFaceModel(NamedTuple):
+    """What a folder says."""
+
+    weights: dict[str, Tensor]
+    """In our names: all that the network of ``config.model`` has, and nothing else."""
+    config: Config
+    """Network, loss weights and inference; the rest is our default."""
+    class_names: tuple[str, ...] | None
+    """``None`` where the folder has none but made-up ones. Which classes are things it never says."""
+
+
+def read_folder(path: str | os.PathLike[str]) -> HuggingFaceModel:
+    """Read a model folder, of `transformers` 4 or 5.
+
+    Raises:
+        FileNotFoundError: no ``config.json``, or no weights beside it.
+        ConvertError: a file is damaged; tensors are unknown, missing or misshapen (all are listed); or the
+            configuration asks for what our network does not do.
+    """
+    folder = Path(path)
+    config = Section(str(folder / CONFIG_NAME), _read_json(folder / CONFIG_NAME))
+    processor = None
+    if (folder / PROCESSOR_NAME).exists():
+        processor = Section(str(folder / PROCESSOR_NAME), _read_json(folder / PROCESSOR_NAME))
+    theirs = read_folder_weights(folder)
+    classifier = theirs.get("class_predictor.bias")
+    if classifier is None or classifier.ndim != 1 or len(classifier) < 2:
+        raise ConvertError(f"{folder}: class_predictor.bias: expected one value a class and one for no-object, got "
+                           f"{'nothing' if classifier is None else tuple(classifier.shape)}")  # fmt: skip
+    class_names = read_class_names(config, len(classifier) - 1)
+    try:
+        ours = read_config(config, processor, len(classifier) - 1)
+        deepest = max(ours.model.decoder.layers, *(resolve_backbone(ours.model.backbone).depths or ()))
+        if deepest > len(theirs):  # before a network without end is built
+            raise ConvertError(f"{folder / CONFIG_NAME}: expected no more layers than tensors, got {deepest}")
+        network = meta_model(ours.model, folder)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, ConvertError):
+            raise
+        raise ConvertError(f"{folder}: {error}") from error
+    renamed = to_ours(theirs, RULES)
+    check_fit(network, renamed, RULES, folder)
+    return HuggingFaceModel(renamed.weights, ours, class_names)
+
+
+def write_folder(
+    path: str | os.PathLike[str], weights: Mapping[str, Tensor], config: Config, metadata: Metadata
+) -> None:
+    """Write a folder that `transformers` loads, whole or not at all.
+
+    Args:
+        path: the folder to make; there may be an empty one.
+        weights: of the network of ``config.model``, in our names.
+        config: network, loss weights and sizes at inference.
+        metadata: names the classes, and the data set for the values of its label images. Which classes are things is
+            lost: ``post_process_panoptic_segmentation`` asks for it as ``label_ids_to_fuse``.
+
+    Raises:
+        ConvertError: the model has no form there (a transformer encoder in the pixel decoder, ResNet-101c, per-pixel
+            baselines, unusual widths), or the weights are not the network's; nothing is written.
+        FileExistsError: there is something at ``path``.
+        OSError: the disk is full or cannot be written.
+    """
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: expected no file, or an empty folder")
+    config_json, processor_json = write_config(config, metadata), write_processor(config, metadata)
+    check_fit(meta_model(config.model, "model"), Renamed(dict(weights), {}, []), (), "weights")
+    renamed = from_ours(weights, RULES).weights
+    # Pieces of packed tensors share memory, which the format does not allow.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in renamed.items()}
+    tensors |= _constants(renamed, resolve_backbone(config.model.backbone), config)
+    with _whole_folder(folder) as temporary:
+        try:
+            save_file(tensors, str(temporary / WEIGHTS_NAME), metadata={"format": "pt"})
+        except SafetensorError as error:  # its own exception for a full disk
+            raise OSError(f"{folder}: the weights could not be written: {error}") from error
+        write_json(temporary / CONFIG_NAME, config_json)
+        write_json(temporary / PROCESSOR_NAME, processor_json)
+
+
+def _constants(theirs: Mapping[str, Tensor], backbone: BackboneConfig, config: Config) -> dict[str, Tensor]:
+    """What their network keeps beside parameters, so that none is reported missing."""
+    class_weights = torch.ones(theirs["class_predictor.bias"].shape)
+    class_weights[-1] = config.loss.no_object_weight
+    constants = {_CRITERION: class_weights}
+    if is_swin(backbone):
+        channels = theirs[f"{_ENCODER}.hidden_states_norms.3.weight"].shape
+        constants |= {f"{_FINAL_NORM}.weight": torch.ones(channels), f"{_FINAL_NORM}.bias": torch.zeros(channels)}
+        index = WindowAttention(1, backbone.window_size or 0, 1).relative_position_index
+        for stage, depth in enumerate(backbone.depths or ()):
+            constants |= {_INDEX.format(i=stage, j=block): index.clone() for block in range(depth)}
+    # Frozen norms count no batches.
+    for name in [name for name in theirs if name.endswith(".running_var")]:
+        counter = f"{name.removesuffix('running_var')}num_batches_tracked"
+        if counter not in theirs:
+            constants[counter] = torch.zeros((), dtype=torch.int64)
+    return constants
+
+
+@contextlib.contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder``, which takes its place when the block ends well and is gone otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{secrets.token_hex(8)}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: of the encoding, too
+        raise ConvertError(f"{path}: not readable JSON: {error}") from error
