@@ -138,7 +138,7 @@ def infer_backbone(weights: Mapping[str, Tensor], prefix: str = "", source: obje
     else:
         listed = ", ".join(list(shapes.shapes)[:3]) or "no tensor"
         raise ConvertError(f"{source}: backbone: expected tensors of a ResNet or a Swin Transformer, got {listed}")
-    return _nearest(found)
+    return nearest_preset(found)
 
 
 def meta_model(config: ModelConfig, source: object) -> nn.Module:
@@ -193,7 +193,7 @@ def check_fit(
         elif own[name].is_floating_point() != tensor.is_floating_point():
             problems.append(f"type: {theirs}: expected {own[name].dtype}, got {tensor.dtype}")
     if problems:
-        raise ConvertError(f"{source}: the weights do not fit the network that their shapes describe:\n  "
+        raise ConvertError(f"{source}: the weights do not fit the network that they or their configuration describe:\n  "
                            + "\n  ".join(problems))
 
 
@@ -269,7 +269,7 @@ def _swin(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _nearest(found: dict[str, Any]) -> BackboneConfig:
+def nearest_preset(found: dict[str, Any]) -> BackboneConfig:
     """The published preset that agrees in most fields, and the fields in which it does not."""
     family = [BACKBONES[name] for name in _PUBLISHED if (BACKBONES[name].embed_dim is None) == ("stem" in found)]
     told = {name: value for name, value in found.items() if name != "norm"}
