@@ -193,7 +193,7 @@ def check_fit(
         elif own[name].is_floating_point() != tensor.is_floating_point():
             problems.append(f"type: {theirs}: expected {own[name].dtype}, got {tensor.dtype}")
     if problems:
-        raise ConvertError(f"{source}: the weights do not fit the network that they or their configuration describe:\n  "
+        raise ConvertError(f"{source}: the weights do not fit the network that they or their config describe:\n  "
                            + "\n  ".join(problems))
 
 
