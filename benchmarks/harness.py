@@ -1,11 +1,12 @@
-"""Times an operation beside its peer, and measures the memory of both: one `Case`, one fresh process, one row.
+"""Times an operation beside its peer, and measures the memory of both: a `Case`, two fresh processes, a row.
 
-``python -m benchmarks.harness FILE NAME RESULT`` is that process: it runs the case NAME of FILE's ``cases()`` and writes
-the row to RESULT. `benchmarks.cpu` runs the cases of every file and writes the table.
+``python -m benchmarks.harness FILE NAME time|memory RESULT`` is such a process: it measures the case NAME of FILE's
+``cases()`` and writes its part of the row to RESULT. `benchmarks.cpu` runs the cases of all files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib.util
@@ -27,7 +28,7 @@ Operation = Callable[[], object]
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
-SAMPLE_SECONDS = 0.01  # what one sample takes at least, by repeating the operation: a clock and a call cost microseconds
+SAMPLE_SECONDS = 0.01  # at least, for one sample: short operations are repeated, as reading a clock takes time too
 ROUNDS_SECONDS = 2.0  # rounds go on up to this time, where `Case.repeats` ends sooner
 MAX_ROUNDS = 25
 TIMEOUT_SECONDS = 900.0
@@ -40,7 +41,7 @@ class Case:
     name: str  # operator, size, kind of data; unique
     peer: str  # what it is compared with
     goal: float  # peer's time / our time to reach
-    setup: Callable[[], tuple[Operation, Operation]]  # -> (ours, theirs); runs in a fresh process
+    setup: Callable[[], tuple[Operation, Operation]]  # -> (ours, theirs); each time in a fresh process
     threads: int = 2
     repeats: int = 5  # rounds, at least
 
@@ -75,65 +76,62 @@ def _load_module(path: Path) -> ModuleType:
 
 
 def run_fresh(path: Path, case: Case, timeout: float = TIMEOUT_SECONDS) -> Row:
-    """Measure one case in a process of its own; a failure is a row too, with its reason as ``error``."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "benchmarks.harness", str(path.resolve()), case.name, str(result)]
-        try:
-            process = subprocess.run(
-                command, cwd=ROOT, env=environment(case.threads), capture_output=True, text=True, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
-            return failure(case, f"not done after {timeout:g} s")
-        if process.returncode != 0:
-            lines = process.stderr.strip().splitlines()
-            return failure(case, lines[-1] if lines else f"ended with status {process.returncode}")
-        row: Row = json.loads(result.read_text())
-        return row
+    """Measure one case in processes of its own; a failure is a row too, with its reason as ``error``.
 
-
-def environment(threads: int) -> dict[str, str]:
-    """This process's environment, with every pool of threads that NumPy, SciPy and PyTorch may start at `threads`."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    return {**os.environ, **dict.fromkeys(names, str(threads))}
-
-
-def failure(case: Case, reason: str) -> Row:
-    """The row of a case that could not be measured."""
-    measured = ("ours_ms", "peer_ms", "ratio", "ours_peak_mib", "peer_peak_mib")
-    return {**_head(case), **dict.fromkeys(measured), "reached": False, "error": reason}
-
-
-def _head(case: Case) -> Row:
-    return {"name": case.name, "peer": case.peer, "goal": case.goal, "threads": case.threads}
-
-
-def measure(case: Case) -> Row:
-    """Measure a case in this process: times interleaved, then the memory of each side.
-
-    Times are medians in ms, ``ratio`` is the peer's over ours. Memory is the most that a call adds, its result
-    included, in MiB; None where the system does not tell.
+    Times are medians in ms, ``ratio`` is the peer's over ours. Memory is what `peak_memory` says of each side.
     """
-    import torch
+    row = {"name": case.name, "peer": case.peer, "goal": case.goal, "threads": case.threads, "reached": False}
+    row |= dict.fromkeys(("ours_ms", "peer_ms", "ratio", "ours_peak_mib", "peer_peak_mib"))
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "part.json"
+        for kind in MEASURES:
+            command = [sys.executable, "-m", "benchmarks.harness", str(path.resolve()), case.name, kind, str(result)]
+            try:
+                process = subprocess.run(
+                    command, cwd=ROOT, env=environment(kind, case.threads), capture_output=True, text=True,
+                    timeout=timeout,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return {**row, "error": f"{kind}: not done after {timeout:g} s"}
+            if process.returncode != 0:
+                lines = process.stderr.strip().splitlines() or [f"ended with status {process.returncode}"]
+                return {**row, "error": f"{kind}: {lines[-1]}"}
+            row |= json.loads(result.read_text())
+    return row
 
-    torch.set_num_threads(case.threads)
-    torch.manual_seed(0)
+
+def environment(kind: str, threads: int) -> dict[str, str]:
+    """This process's environment, with every pool of threads that NumPy, SciPy and PyTorch may start at `threads`."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    changed = dict.fromkeys(names, str(threads))
+    if kind == "memory":  # freed memory goes back to the system at once, so that reused memory is not missed
+        changed |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    return {**os.environ, **changed}
+
+
+def measure_time(case: Case) -> Row:
+    """The part of the row about time, measured in this process."""
     ours, peer = case.setup()
-    samples = time_interleaved(ours, peer, case.repeats)
-    ours_ms, peer_ms = (1e3 * statistics.median(times) for times in samples)
-    ratio = peer_ms / ours_ms
+    ours_seconds, peer_seconds = time_interleaved(ours, peer, case.repeats)
+    ours_ms, peer_ms = (1e3 * statistics.median(seconds) for seconds in (ours_seconds, peer_seconds))
     return {
-        **_head(case),
         "ours_ms": ours_ms,
         "peer_ms": peer_ms,
-        "ratio": ratio,
-        "reached": ratio >= case.goal,
-        "ours_peak_mib": peak_memory(ours),
-        "peer_peak_mib": peak_memory(peer),
-        "ours_min_ms": 1e3 * min(samples[0]),
-        "peer_min_ms": 1e3 * min(samples[1]),
-        "rounds": len(samples[0]),
+        "ratio": peer_ms / ours_ms,
+        "reached": peer_ms / ours_ms >= case.goal,
+        "ours_min_ms": 1e3 * min(ours_seconds),
+        "peer_min_ms": 1e3 * min(peer_seconds),
+        "rounds": len(ours_seconds),
     }
+
+
+def measure_memory(case: Case) -> Row:
+    """The part of the row about memory, measured in this process."""
+    ours, peer = case.setup()
+    return {"ours_peak_mib": peak_memory(ours), "peer_peak_mib": peak_memory(peer)}
+
+
+MEASURES: dict[str, Callable[[Case], Row]] = {"time": measure_time, "memory": measure_memory}
 
 
 def time_interleaved(first: Operation, second: Operation, repeats: int) -> tuple[list[float], list[float]]:
@@ -142,7 +140,10 @@ def time_interleaved(first: Operation, second: Operation, repeats: int) -> tuple
     inner = []
     for operation in operations:
         _seconds(operation, 1)  # warm-up: code is loaded, buffers are made
-        inner.append(max(1, math.ceil(SAMPLE_SECONDS / max(_seconds(operation, 1), 1e-7))))
+        seconds = _seconds(operation, 1)
+        if seconds < 10 * SAMPLE_SECONDS:  # one look may be disturbed
+            seconds = min(seconds, *(_seconds(operation, 1) for _ in range(3)))
+        inner.append(max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-7))))
     samples: tuple[list[float], list[float]] = ([], [])
     gc.collect()
     gc.disable()
@@ -170,7 +171,7 @@ def peak_memory(operation: Operation) -> float | None:
 
     The rise of the peak resident set (Linux resets it by ``/proc/self/clear_refs``) over the resident set before the
     call. The operation has run before, so that loaded code is not counted; nor is what it keeps from call to call.
-    Accurate to some 0.3 MiB. None where the system has no such peak.
+    Accurate to some 0.3 MiB in a process with `environment`'s settings for it. None where the system has no such peak.
     """
     operation()
     gc.collect()
@@ -190,16 +191,18 @@ def _status_kib(field: str) -> int:
 
 
 def _return_free_memory() -> None:
-    """Give freed memory back to the system: reused, it would not show in the resident set."""
-    try:
+    """Free memory that the allocator holds would be reused and not show; most but glibc hold little."""
+    with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:
-        return  # not glibc: most others give it back by themselves
 
 
-def main(path: str, name: str, result: str) -> None:
+def main(path: str, name: str, kind: str, result: str) -> None:
+    import torch
+
     (case,) = (case for case in load_cases(Path(path)) if case.name == name)
-    Path(result).write_text(json.dumps(measure(case)))
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    Path(result).write_text(json.dumps(MEASURES[kind](case)))
 
 
 if __name__ == "__main__":

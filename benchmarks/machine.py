@@ -51,20 +51,19 @@ def _version(package: str) -> str | None:
 def _fresh_peaks(threads: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.machine", str(threads)]
     process = subprocess.run(
-        command, cwd=ROOT, env=environment(threads), stdout=subprocess.PIPE, text=True, check=True
+        command, cwd=ROOT, env=environment("time", threads), stdout=subprocess.PIPE, text=True, check=True
     )
     found: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
     return found
 
 
-def measure_peaks(threads: int) -> dict[str, float]:
-    """The best of ten: a float32 matrix product of 2048 in GFLOP/s, a copy of 256 MiB in GB/s read and written."""
+def measure_peaks(threads: int, size: int = 2048, mebibytes: int = 256) -> dict[str, float]:
+    """The best of ten: a float32 matrix product of `size` in GFLOP/s, a copy in GB/s read and written."""
     import torch
 
     torch.set_num_threads(threads)
-    size = 2048
     a, b, product = (torch.rand(size, size) for _ in range(3))
-    source = torch.zeros(64 * 2**20)
+    source = torch.zeros(mebibytes * 2**18)
     target = torch.ones_like(source)
     return {
         "threads": threads,
