@@ -58,25 +58,29 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 def compile_all(compiler: list[str], commands: list[list[str]], folder: Path, output: str) -> dict[str, Path]:
     """Name of the source and the instruction set -> what the compiler made of it, with `output` -c or -S."""
     made: dict[str, Path] = {}
+    errors = []
     for command in commands:
         isa = next((word.partition("=")[2] for word in command if word.startswith("-DMF_ISA=")), "")
         name = f"{Path(command[-1]).name} {isa}".strip()
-        target = folder / f"{len(made)}{'.s' if output == '-S' else '.o'}"
+        made[name] = folder / f"{len(made)}{'.s' if output == '-S' else '.o'}"
         place = command.index("-o")
         options = [*command[:place], *command[place + 2 :]]
         options[options.index("-c")] = output
         # Zig adds debug information, and a -c to -S
-        compile_one([*compiler, *options, "-g0", "-Werror", "-Wno-unused-command-line-argument"], target, name)
-        made[name] = target
+        errors.append(
+            compile_one([*compiler, *options, "-g0", "-Werror", "-Wno-unused-command-line-argument"], made[name])
+        )
+    assert not any(errors), "\n".join(errors)
     return made
 
 
-def compile_one(command: list[str], target: Path, name: str) -> None:
+def compile_one(command: list[str], target: Path) -> str:
+    """What the compiler has against it, or nothing."""
     caches = dict.fromkeys(("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), str(target.parent / "cache"))
     result = subprocess.run(
         [*command, "-o", str(target)], env={**os.environ, **caches}, capture_output=True, text=True
     )
-    assert result.returncode == 0, f"{name}: {shlex.join(command)}\n{result.stderr}"
+    return f"{shlex.join(command)}\n{result.stderr}" if result.returncode != 0 else ""
 
 
 def machine(elf: Path) -> int:
@@ -107,7 +111,7 @@ def test_sources_compile_for_arm(commands: list[list[str]], tmp_path: Path) -> N
     assembly = compile_all(compiler, chosen, tmp_path, "-S")
     assert {"assignment_cpu.cpp", "cpu_isa.cpp"} <= set(assembly)
     for name, path in assembly.items():
-        compile_one([*compiler, "-c", str(path)], path.with_suffix(".o"), name)
+        assert not compile_one([*compiler, "-c", str(path)], path.with_suffix(".o"))
         assert machine(path.with_suffix(".o")) == EM_AARCH64, name
     vectors = {name: len(ARM_VECTOR.findall(path.read_text("latin-1"))) for name, path in assembly.items()}
     hot = [name for name in assembly if name.endswith(" baseline") or name == "assignment_cpu.cpp"]
