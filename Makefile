@@ -22,7 +22,7 @@ help:
 	@echo "make demo    install, train the demo recipe, evaluate it: runs/demo/metrics.json and pictures"
 	@echo "make test    install, lint, all tests with coverage"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   benchmarks on this machine's CPU -> benchmarks/results/"
+	@echo "make bench   operators beside their peers on this machine's CPU -> benchmarks/results/cpu.json"
 	@echo "make gpu     tests and benchmarks that need a CUDA device -> benchmarks/results/"
 	@echo "make clean   remove builds and caches (not $(VENV), not runs/)"
 
@@ -39,7 +39,8 @@ lint: $(TEST_READY)
 
 bench: $(TEST_READY)
 	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only --benchmark-json=benchmarks/results/pytest_cpu.json
+	$(BIN)/python -m benchmarks.cpu
 
 gpu: $(TEST_READY)
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch finds no CUDA device here')"
@@ -64,7 +65,7 @@ $(DEMO_READY): $(BUILD_FILES) | $(BIN)/python
 	touch $@
 
 $(TEST_READY): $(BUILD_FILES) | $(BIN)/python
-	$(PIP_INSTALL) -e ".[train,test]"
+	$(PIP_INSTALL) -e ".[train,test,cross]"
 	touch $(DEMO_READY) $@
 else
 # A path file and not --system-site-packages, which would miss the packages of a PYTHON that is itself an environment.
