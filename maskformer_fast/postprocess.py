@@ -35,6 +35,7 @@ from maskformer_fast.ops.semantic_inference import (
     semantic_inference,
 )
 from maskformer_fast.ops.semantic_inference import semantic_scores as query_semantic_scores
+from maskformer_fast.projection import mask_product
 from maskformer_fast.structures import (
     VOID,
     InstanceResult,
@@ -281,9 +282,9 @@ def _mask_logits(
     if slots is not None:
         embeddings = embeddings.gather(1, slots[..., None].expand(-1, -1, embeddings.shape[-1]))
     embeddings = group.take(embeddings).to(torch.float32)
-    pixels = group.take(predictions.pixel_embeddings).to(torch.float32)
+    pixels = group.take(predictions.pixel_features).to(torch.float32)
     with torch.autocast(pixels.device.type, enabled=False):
-        return torch.einsum("bnd,bdhw->bnhw", embeddings, pixels)
+        return mask_product(embeddings, pixels, predictions.projection)
 
 
 def _window(maps: Tensor, input_size: Size, group: _Group, resize_twice: bool) -> tuple[Tensor, tuple[float, float]]:

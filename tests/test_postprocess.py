@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskformer_fast import postprocess
+from maskformer_fast.projection import Projection
 from maskformer_fast.structures import VOID, PixelPredictions, Predictions, unpack_masks
 
 INPUT_SIZE = (40, 56)
@@ -277,6 +278,23 @@ def test_bfloat16_and_autocast_are_computed_in_float32() -> None:
     assert_same(all_results(half, OUTPUT_SIZES), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(all_results(half, OUTPUT_SIZES), expected)
+
+
+def test_results_are_equal_before_and_after_the_last_convolution() -> None:
+    plain = random_predictions(16)
+    weight, bias = torch.randn(16, 6, 3, 3) / 6, torch.randn(16)
+    waiting = plain._replace(pixel_features=torch.randn(4, 6, 10, 14), projection=Projection(weight, bias))
+    plain = plain._replace(pixel_features=waiting.pixel_embeddings)
+    for got, want in zip(all_results(waiting, OUTPUT_SIZES), all_results(plain, OUTPUT_SIZES), strict=True):
+        assert (got[0] == want[0]).float().mean() > 0.999 and (got[2] == want[2]).float().mean() > 0.999
+        torch.testing.assert_close(got[1], want[1], atol=1e-5, rtol=1e-5)
+        assert [segment.category for segment in got[3]] == [segment.category for segment in want[3]]
+        assert torch.equal(got[4], want[4])
+        torch.testing.assert_close(got[5], want[5], atol=1e-4, rtol=1e-4)
+    nothing = plain.class_logits.new_zeros(2, 4, 9, 8)
+    nothing[..., -1] = 9.0
+    for result in postprocess.panoptic(waiting._replace(class_logits=nothing), OUTPUT_SIZES, [True] * 7, 0.4, 0.3):
+        assert (result.id_map == VOID).all() and not result.segments
 
 
 def test_results_carry_no_gradient_and_leave_predictions_alone() -> None:
