@@ -44,8 +44,11 @@ def mask_product(
 ) -> Tensor:
     """Mask logits: embeddings times pixel embeddings, the latter given as such or by their projection -> [B, N, h, w].
 
-    With a projection, the order with fewer multiplications is taken; the results are equal but for rounding.
+    With a projection, the order with fewer multiplications is taken; the results are equal but for rounding. Factors of
+    different dtype, as autocast leaves them, are multiplied in the wider one.
     """
+    dtype = torch.promote_types(embeddings.dtype, pixels.dtype)
+    embeddings, pixels = embeddings.to(dtype), pixels.to(dtype)
     if embeddings.shape[0] * embeddings.shape[1] == 0:
         return pixels.new_empty((*embeddings.shape[:2], *pixels.shape[2:]))
     if projection is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskformer_fast import postprocess
+from maskformer_fast.ops import pruned_semantic
 from maskformer_fast.projection import Projection
 from maskformer_fast.structures import VOID, PixelPredictions, Predictions, unpack_masks
 
@@ -295,6 +297,37 @@ def test_results_are_equal_before_and_after_the_last_convolution() -> None:
     nothing[..., -1] = 9.0
     for result in postprocess.panoptic(waiting._replace(class_logits=nothing), OUTPUT_SIZES, [True] * 7, 0.4, 0.3):
         assert (result.id_map == VOID).all() and not result.segments
+
+
+def test_semantic_masks_are_pruned_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (96, 128)
+    generator = torch.Generator().manual_seed(17)
+    class_logits = torch.randn(2, 3, 40, 8, generator=generator)
+    class_logits[-1, ::2, range(7), range(7)] += 9.0  # the first and the last image have 7 live queries
+    class_logits[-1, ::2, 7:, 7] += 14.0
+    waiting = Predictions(
+        class_logits,
+        2 * torch.randn(2, 3, 40, 16, generator=generator),
+        F.interpolate(torch.randn(3, 6, 4, 5, generator=generator), size=(24, 32), mode="bilinear"),
+        torch.tensor([size] * 3),
+        size,
+        Projection(torch.randn(16, 6, 3, 3, generator=generator) / 6, torch.randn(16, generator=generator)),
+    )
+    done: list[bool] = []
+
+    def recording(*arguments: Any) -> torch.Tensor | None:
+        labels = pruned_semantic.pruned_semantic_inference(*arguments)
+        done.append(labels is not None)
+        return labels
+
+    monkeypatch.setattr(pruned_semantic, "MAX_TAPS", 1.0)  # edges take a larger share of small maps
+    monkeypatch.setattr(postprocess, "pruned_semantic_inference", recording)
+    results = postprocess.semantic(waiting, [size] * 3)
+    assert done == [True, False, True]
+    plain = waiting._replace(pixel_features=waiting.pixel_embeddings, projection=None)
+    scores = postprocess.semantic_scores(plain, [size] * 3)
+    for result, expected in zip(results, scores, strict=True):
+        assert_labels(result.labels, expected)
 
 
 def test_results_carry_no_gradient_and_leave_predictions_alone() -> None:

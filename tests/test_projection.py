@@ -90,9 +90,12 @@ def test_gradients_agree_with_the_plain_order(queries: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_half_features_are_projected_in_half_and_float32_ones_in_float32() -> None:
+def test_the_features_dtype_counts_not_the_weights() -> None:
     embeddings, features, projection = random_case(3, 1, 4, 16, 8, (5, 5))
     assert projection.embed(features.bfloat16()).dtype == torch.bfloat16
+    assert mask_product(embeddings.bfloat16(), features.bfloat16(), projection).dtype == torch.bfloat16
+    assert mask_product(embeddings.bfloat16(), features, projection).dtype == torch.float32
+    assert mask_product(embeddings.repeat(1, 9, 1), features.bfloat16(), projection).dtype == torch.float32
     half = Projection(*(t.bfloat16() for t in projection))
     got = mask_product(embeddings, features, half)  # weights of a model in half precision, masks in float32
     torch.testing.assert_close(

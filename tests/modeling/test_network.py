@@ -185,6 +185,8 @@ def test_channels_last_and_bfloat16_stay_close(backbone: str) -> None:
         assert c.dtype == torch.bfloat16
         assert torch.isfinite(c).all()
         assert (c - a).norm() < 0.1 * a.norm()
+    masks = half.mask_logits()
+    assert (masks - expected.mask_logits()).norm() < 0.1 * expected.mask_logits().norm()
 
 
 # One shifted block is enough, and one transformer encoder: tracing symbolic sizes takes its time.
