@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast.config import check, check_choice
+from maskformer_fast.ops.pruned_semantic import pruned_semantic_inference
 from maskformer_fast.ops.segment_inference import InstanceMasks, instance_inference, panoptic_inference
 from maskformer_fast.ops.semantic_inference import (
     label_dtype,
@@ -35,6 +36,7 @@ from maskformer_fast.ops.semantic_inference import (
     semantic_inference,
 )
 from maskformer_fast.ops.semantic_inference import semantic_scores as query_semantic_scores
+from maskformer_fast.projection import mask_product
 from maskformer_fast.structures import (
     VOID,
     InstanceResult,
@@ -92,13 +94,15 @@ def semantic(
         if order in ("official", "huggingface") and isinstance(predictions, Predictions):
             scores, labels = _resized_scores(predictions, group, order).max(1)
             labels = labels.to(label_dtype(predictions.class_logits.shape[-1] - 1))
+        elif order == "direct" and not with_scores and isinstance(predictions, Predictions):
+            labels, scores = _direct_labels(predictions, group), None
         else:
             maps, extent = _window(_maps(predictions, group), predictions.input_size, group, order != "direct")
             if isinstance(predictions, PixelPredictions):
                 labels, scores = pixel_semantic_inference(maps, extent, group.output_size, with_scores)
             else:
                 classes = group.take(predictions.class_logits[-1])
-                labels, scores = semantic_inference(maps, classes, extent, group.output_size, with_scores)
+                labels, scores, _ = semantic_inference(maps, classes, extent, group.output_size, with_scores)
         for row, image in enumerate(group.images):
             results[image] = SemanticResult(labels[row], scores[row] if with_scores and scores is not None else None)
     return [results[image] for image in range(len(results))]
@@ -277,13 +281,39 @@ def _mask_logits(
     slots: Tensor | None,  # [B, N] int64, the queries wanted; None for all
 ) -> Tensor:
     """Mask logits of the last layer for a group's images -> [b, N, h, w] float32."""
+    embeddings, features = _factors(predictions, group, slots)
+    with torch.autocast(features.device.type, enabled=False):
+        return mask_product(embeddings, features, predictions.projection)
+
+
+def _factors(predictions: Predictions, group: _Group, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `_mask_logits` multiplies: mask embeddings [b, N, D] and pixel features [b, C, h, w], float32."""
     embeddings = predictions.mask_embeddings[-1]
     if slots is not None:
         embeddings = embeddings.gather(1, slots[..., None].expand(-1, -1, embeddings.shape[-1]))
-    embeddings = group.take(embeddings).to(torch.float32)
-    pixels = group.take(predictions.pixel_embeddings).to(torch.float32)
-    with torch.autocast(pixels.device.type, enabled=False):
-        return torch.einsum("bnd,bdhw->bnhw", embeddings, pixels)
+    return group.take(embeddings).to(torch.float32), group.take(predictions.pixel_features).to(torch.float32)
+
+
+def _direct_labels(predictions: Predictions, group: _Group) -> Tensor:
+    """Semantic labels of a group's images; where it pays, masks of the queries that can matter alone -> [b, H, W]."""
+    classes = group.take(predictions.class_logits[-1])
+    extent = group.extent(predictions.pixel_features, predictions.input_size)
+    if predictions.projection is None or classes.device.type != "cpu":  # elsewhere, reading counts costs too much
+        maps = _mask_logits(predictions, group, None)
+        return semantic_inference(maps, classes, extent, group.output_size).labels
+    embeddings, features = _factors(predictions, group, None)
+    images = []
+    for row in range(len(group.images)):
+        one = slice(row, row + 1)
+        with torch.autocast("cpu", enabled=False):
+            labels = pruned_semantic_inference(
+                embeddings[row], features[one], predictions.projection, classes[row], extent, group.output_size
+            )
+            if labels is None:
+                maps = mask_product(embeddings[one], features[one], predictions.projection)
+                labels = semantic_inference(maps, classes[one], extent, group.output_size).labels[0]
+        images.append(labels)
+    return torch.stack(images)
 
 
 def _window(maps: Tensor, input_size: Size, group: _Group, resize_twice: bool) -> tuple[Tensor, tuple[float, float]]:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskformer_fast.projection import Projection, mask_product
+
 VOID = -1
 """Value of an unlabelled pixel in every id map and label map of this package."""
 
@@ -46,18 +48,26 @@ def unpack_masks(
 class Predictions(NamedTuple):
     """What the network says of a batch. Mask logits stay factored: ``mask_logits`` multiplies them out.
 
-    L is the number of decoder layers kept (all with deep supervision, else 1), the final one last.
+    L is the number of decoder layers kept (all with deep supervision, else 1), the final one last. Where only masks are
+    wanted, in inference, the convolution that ends the pixel decoder is left to do as ``projection``, so that it may
+    be done for the wanted masks alone; ``pixel_embeddings`` are the same either way.
     """
 
     class_logits: Tensor  # [L, B, Q, K+1], "no object" last
     mask_embeddings: Tensor  # [L, B, Q, D]
-    pixel_embeddings: Tensor  # [B, D, h, w], stride 4 of the padded input
+    pixel_features: Tensor  # [B, D, h, w], stride 4 of the padded input: pixel embeddings, or [B, C, h, w] to project
     valid_sizes: Tensor  # [B, 2] int64: height, width of each image inside the padded input
     input_size: tuple[int, int]  # height, width of the padded input
+    projection: Projection | None = None  # what makes pixel embeddings of the features; None: they are embeddings
+
+    @property
+    def pixel_embeddings(self) -> Tensor:
+        """[B, D, h, w]; computed at every call where there is a projection."""
+        return self.pixel_features if self.projection is None else self.projection.embed(self.pixel_features)
 
     def mask_logits(self, layer: int = -1) -> Tensor:
         """Mask logits of one decoder layer -> [B, Q, h, w]."""
-        return torch.einsum("bqd,bdhw->bqhw", self.mask_embeddings[layer], self.pixel_embeddings)
+        return mask_product(self.mask_embeddings[layer], self.pixel_features, self.projection)
 
 
 class PixelPredictions(NamedTuple):

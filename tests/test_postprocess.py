@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskformer_fast import postprocess
+from maskformer_fast.ops import pruned_semantic
+from maskformer_fast.projection import Projection
 from maskformer_fast.structures import VOID, PixelPredictions, Predictions, unpack_masks
 
 INPUT_SIZE = (40, 56)
@@ -278,6 +281,54 @@ def test_bfloat16_and_autocast_are_computed_in_float32() -> None:
     assert_same(all_results(half, OUTPUT_SIZES), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(all_results(half, OUTPUT_SIZES), expected)
+
+
+def test_results_are_equal_before_and_after_the_last_convolution() -> None:
+    plain = random_predictions(16)
+    weight, bias = torch.randn(16, 6, 3, 3) / 6, torch.randn(16)
+    waiting = plain._replace(pixel_features=torch.randn(4, 6, 10, 14), projection=Projection(weight, bias))
+    plain = plain._replace(pixel_features=waiting.pixel_embeddings)
+    for got, want in zip(all_results(waiting, OUTPUT_SIZES), all_results(plain, OUTPUT_SIZES), strict=True):
+        assert (got[0] == want[0]).float().mean() > 0.999 and (got[2] == want[2]).float().mean() > 0.999
+        torch.testing.assert_close(got[1], want[1], atol=1e-5, rtol=1e-5)
+        assert [segment.category for segment in got[3]] == [segment.category for segment in want[3]]
+        assert torch.equal(got[4], want[4])
+        torch.testing.assert_close(got[5], want[5], atol=1e-4, rtol=1e-4)
+    nothing = plain.class_logits.new_zeros(2, 4, 9, 8)
+    nothing[..., -1] = 9.0
+    for result in postprocess.panoptic(waiting._replace(class_logits=nothing), OUTPUT_SIZES, [True] * 7, 0.4, 0.3):
+        assert (result.id_map == VOID).all() and not result.segments
+
+
+def test_semantic_masks_are_pruned_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (96, 128)
+    generator = torch.Generator().manual_seed(17)
+    class_logits = torch.randn(2, 3, 40, 8, generator=generator)
+    class_logits[-1, ::2, range(7), range(7)] += 9.0  # the first and the last image have 7 live queries
+    class_logits[-1, ::2, 7:, 7] += 14.0
+    waiting = Predictions(
+        class_logits,
+        2 * torch.randn(2, 3, 40, 16, generator=generator),
+        F.interpolate(torch.randn(3, 6, 4, 5, generator=generator), size=(24, 32), mode="bilinear"),
+        torch.tensor([size] * 3),
+        size,
+        Projection(torch.randn(16, 6, 3, 3, generator=generator) / 6, torch.randn(16, generator=generator)),
+    )
+    done: list[bool] = []
+
+    def recording(*arguments: Any) -> torch.Tensor | None:
+        labels = pruned_semantic.pruned_semantic_inference(*arguments)
+        done.append(labels is not None)
+        return labels
+
+    monkeypatch.setattr(pruned_semantic, "MAX_TAPS", 1.0)  # edges take a larger share of small maps
+    monkeypatch.setattr(postprocess, "pruned_semantic_inference", recording)
+    results = postprocess.semantic(waiting, [size] * 3)
+    assert done == [True, False, True]
+    plain = waiting._replace(pixel_features=waiting.pixel_embeddings, projection=None)
+    scores = postprocess.semantic_scores(plain, [size] * 3)
+    for result, expected in zip(results, scores, strict=True):
+        assert_labels(result.labels, expected)
 
 
 def test_results_carry_no_gradient_and_leave_predictions_alone() -> None:

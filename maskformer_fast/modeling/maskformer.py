@@ -25,14 +25,26 @@ class MaskFormer(SegmentationNetwork):
         valid_sizes: Tensor | None = None,  # [B, 2] int64: height, width of each image inside its padding
         *,
         all_layers: bool | None = None,
+        project: bool | None = None,
     ) -> Predictions:
         """Predict a batch; any size of image will do.
 
         ``all_layers`` keeps the predictions of every decoder layer (deep supervision); ``None`` does so in training.
+        ``project`` computes the pixel embeddings themselves, which losses read; otherwise the last convolution of the
+        pixel decoder is left to do for the wanted masks alone (`Predictions`). ``None`` computes them in training and
+        with all layers. Predictions that are projected are plain tensors, none of them a parameter.
+
         Pixels outside ``valid_sizes`` count as the mean colour. Raises ``TypeError`` for images that are not uint8.
         """
         sizes = checked_sizes(images, valid_sizes)
-        pixel_embeddings, memory = self.embed(images, sizes)
-        class_logits, mask_embeddings = self.predictor(memory, self.training if all_layers is None else all_layers)
+        all_layers = self.training if all_layers is None else all_layers
+        project = (self.training or all_layers) if project is None else project
+        if project:
+            projection = None
+            pixel_features, memory = self.embed(images, sizes)
+        else:
+            projection = self.pixel_decoder.projection
+            pixel_features, memory = self.pixel_decoder.fuse(self.backbone(self.normalize(images, sizes)))
+        class_logits, mask_embeddings = self.predictor(memory, all_layers)
         height, width = images.shape[-2:]
-        return Predictions(class_logits, mask_embeddings, pixel_embeddings, sizes, (height, width))
+        return Predictions(class_logits, mask_embeddings, pixel_features, sizes, (height, width), projection)

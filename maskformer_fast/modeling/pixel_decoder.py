@@ -11,6 +11,7 @@ from maskformer_fast.config import PixelDecoderConfig, check
 from maskformer_fast.modeling.conv import ConvNorm, xavier_fill
 from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.transformer import TransformerEncoder
+from maskformer_fast.projection import Projection
 
 
 class PixelDecoder(nn.Module):
@@ -53,14 +54,27 @@ class PixelDecoder(nn.Module):
         features: Sequence[Tensor],  # res2 ... res5, [B, in_channels[i], H/2^(i+2), W/2^(i+2)]
     ) -> tuple[Tensor, Tensor]:
         """-> pixel embeddings [B, mask_dim, H/4, W/4], memory [B, memory_channels, H/32, W/32]."""
+        x, memory = self.fuse(features)
+        return self.mask_features(x), memory
+
+    @property
+    def projection(self) -> Projection:
+        """The last convolution, as `Predictions` carries it."""
+        assert self.mask_features.bias is not None
+        return Projection(self.mask_features.weight, self.mask_features.bias)
+
+    def fuse(
+        self,
+        features: Sequence[Tensor],  # as for `forward`
+    ) -> tuple[Tensor, Tensor]:
+        """All but the last convolution -> its input [B, conv_dim, H/4, W/4], memory as from `forward`."""
         res2, res3, res4, memory = features
         if self.has_encoder:
             memory = self.encode(memory)
         x = self.layer_4(memory)
         x = self.layer_3(merge(self.adapter_3(res4), x))
         x = self.layer_2(merge(self.adapter_2(res3), x))
-        x = self.layer_1(merge(self.adapter_1(res2), x))
-        return self.mask_features(x), memory
+        return self.layer_1(merge(self.adapter_1(res2), x)), memory
 
     def encode(
         self,

@@ -8,6 +8,7 @@ within `resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ CLASS_CHUNK = 256
 """Classes scored at once: hundreds or thousands of them must not make even one row of scores too large."""
 
 
+class SemanticMap(NamedTuple):
+    """Result of `semantic_inference`."""
+
+    labels: Tensor  # [B, H, W] uint8 or int16
+    scores: Tensor | None  # [B, H, W] float32
+    margins: Tensor | None  # [B, H, W] float32
+
+
 @torch.no_grad()
 def semantic_inference(
     mask_logits: Tensor,  # [B, Q, h, w] floating
@@ -26,7 +35,8 @@ def semantic_inference(
     extent: tuple[float, float],
     output_size: tuple[int, int],
     with_scores: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    with_margins: bool = False,
+) -> SemanticMap:
     """Most likely class of every output pixel.
 
     ``label(y, x) = argmax_c sum_q P[q, c] * M[q, y, x]`` with P = softmax(class_logits) less its last column and
@@ -37,9 +47,11 @@ def semantic_inference(
         extent: height and width of the images in mask pixels, common to the batch.
         output_size: height H and width W of the result.
         with_scores: also return the winner's score.
+        with_margins: also return by how much the winner's score exceeds the runner-up's (+inf with one class).
 
     Returns:
-        labels [B, H, W], uint8 if K <= 255 (255 stays free for "ignore") else int16; scores [B, H, W] float32 or None.
+        labels [B, H, W], uint8 if K <= 255 (255 stays free for "ignore") else int16; scores and margins [B, H, W]
+        float32, or None.
 
     Raises:
         ValueError: shapes that do not fit, K < 1 or K > 32767.
@@ -49,7 +61,9 @@ def semantic_inference(
     def score(image: int, masks: Tensor, classes: slice) -> Tensor:
         return probabilities[image, :, classes].T @ masks
 
-    return _argmax(mask_logits, probabilities.shape[2], torch.sigmoid_, score, extent, output_size, with_scores)
+    return _argmax(
+        mask_logits, probabilities.shape[2], torch.sigmoid_, score, extent, output_size, with_scores, with_margins
+    )
 
 
 @torch.no_grad()
@@ -95,7 +109,7 @@ def pixel_semantic_inference(
     def score(image: int, tile: Tensor, classes: slice) -> Tensor:
         return tile[classes]
 
-    return _argmax(logits, logits.shape[1], activation, score, extent, output_size, with_scores)
+    return _argmax(logits, logits.shape[1], activation, score, extent, output_size, with_scores)[:2]
 
 
 @torch.no_grad()
@@ -140,26 +154,39 @@ def _argmax(
     extent: tuple[float, float],
     output_size: tuple[int, int],
     with_scores: bool,
-) -> tuple[Tensor, Tensor | None]:
+    with_margins: bool = False,
+) -> SemanticMap:
     """Running argmax over chunks of classes, for every tile of every image.
 
     ``score(image, activated tile [N, pixels], classes)`` gives the scores [classes, pixels] of some of the classes.
     """
     labels = maps.new_empty((len(maps), *output_size), dtype=label_dtype(num_classes))
     scores = maps.new_empty(labels.shape, dtype=torch.float32) if with_scores else None
+    margins = maps.new_empty(labels.shape, dtype=torch.float32) if with_margins else None
     chunks = [slice(start, min(start + CLASS_CHUNK, num_classes)) for start in range(0, num_classes, CLASS_CHUNK)]
     channels = maps.shape[1] + min(num_classes, CLASS_CHUNK)
     for image in range(len(maps)):
         for rows in row_tiles(output_size, channels, maps.device):
             tile = activation(resample_rows(maps[image], extent, output_size, rows)).flatten(1)
+            second: Tensor | None = None
             with torch.autocast(maps.device.type, enabled=False):  # a matrix product in bfloat16 would change labels
-                best, label = score(image, tile, chunks[0]).max(0)
-                for classes in chunks[1:]:
-                    value, index = score(image, tile, classes).max(0)
+                for classes in chunks:
+                    chunk = score(image, tile, classes)
+                    value, index = chunk.max(0)
+                    if with_margins:
+                        runner_up = chunk.scatter_(0, index[None], -torch.inf).amax(0)
+                    if classes.start == 0:
+                        best, label = value, index
+                        second = runner_up if with_margins else None
+                        continue
+                    if second is not None:
+                        second = torch.maximum(torch.minimum(best, value), torch.maximum(second, runner_up))
                     better = value > best  # strictly: of equal scores the lower class stays
                     best = torch.where(better, value, best)
                     label = torch.where(better, index + classes.start, label)
             labels[image, rows] = label.view(-1, output_size[1]).to(labels.dtype)
             if scores is not None:
                 scores[image, rows] = best.view(-1, output_size[1])
-    return labels, scores
+            if margins is not None and second is not None:
+                margins[image, rows] = (best - second).view(-1, output_size[1])
+    return SemanticMap(labels, scores, margins)

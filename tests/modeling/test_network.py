@@ -15,7 +15,7 @@ from maskformer_fast.structures import PixelPredictions, Predictions
 
 BACKBONES = ("resnet_micro", "swin_micro")
 TYPES = ("maskformer", "per_pixel", "per_pixel_plus")
-QUERIES, CLASSES, LAYERS, MASK_DIM = 7, 5, 3, 16
+QUERIES, CLASSES, LAYERS, CONV_DIM, MASK_DIM = 7, 5, 3, 32, 16
 
 
 def config(
@@ -26,7 +26,7 @@ def config(
         num_classes=CLASSES,
         backbone=BackboneConfig(backbone) if isinstance(backbone, str) else backbone,
         pixel_decoder=PixelDecoderConfig(
-            conv_dim=32, mask_dim=MASK_DIM, norm_groups=8, encoder_heads=4, encoder_ffn_dim=48, **encoder
+            conv_dim=CONV_DIM, mask_dim=MASK_DIM, norm_groups=8, encoder_heads=4, encoder_ffn_dim=48, **encoder
         ),
         decoder=DecoderConfig(layers=layers, hidden_dim=32, num_heads=4, ffn_dim=48, num_queries=QUERIES),
     )
@@ -51,6 +51,7 @@ def test_any_size_gives_predictions_at_a_quarter(backbone: str, size: tuple[int,
     assert isinstance(predictions, Predictions)
     assert predictions.class_logits.shape == (1, 2, QUERIES, CLASSES + 1)
     assert predictions.mask_embeddings.shape == (1, 2, QUERIES, MASK_DIM)
+    assert predictions.pixel_features.shape == (2, CONV_DIM, -(-height // 4), -(-width // 4))
     assert predictions.pixel_embeddings.shape == (2, MASK_DIM, -(-height // 4), -(-width // 4))
     assert predictions.valid_sizes.tolist() == [[height, width]] * 2
     assert predictions.input_size == size
@@ -79,6 +80,39 @@ def test_layers_kept_follow_the_mode_and_the_argument(kind: str) -> None:
     model.train()
     assert model(images)[0].shape[0] == LAYERS
     assert model(images, all_layers=False)[0].shape[0] == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_last_convolution_may_wait(batch: int) -> None:
+    model = build(config(encoder_layers=1))
+    with torch.no_grad():
+        model.pixel_decoder.mask_features.bias.normal_()
+    images, sizes = random_images(batch, 70, 96), torch.tensor([[70, 90]] * batch)
+    waiting, projected = model(images, sizes), model(images, sizes, project=True)
+    assert waiting.projection is not None and projected.projection is None
+    assert waiting.pixel_features.shape[1] == CONV_DIM and projected.pixel_features.shape[1] == MASK_DIM
+    torch.testing.assert_close(waiting.pixel_embeddings, projected.pixel_embeddings, rtol=0, atol=0)
+    for a, b in zip(waiting[:2], projected[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(waiting.mask_logits(), projected.mask_logits(), rtol=1e-4, atol=1e-5)
+
+    every = model(images, sizes, all_layers=True)
+    assert every.projection is None
+    torch.testing.assert_close(every.mask_logits(), projected.mask_logits(), rtol=1e-5, atol=1e-5)
+    model.train()
+    assert model(images, sizes).projection is None
+    assert model(images, sizes, project=False).projection is not None
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_exports_whole(project: bool) -> None:
+    model = build(config(layers=1))
+    images, other = random_images(2, 64, 64), random_images(2, 64, 64, seed=1)
+    exported = torch.export.export(model, (images,), {"project": project})
+    got, expected = exported.module()(other, project=project), model(other, project=project)
+    assert isinstance(got, Predictions)
+    torch.testing.assert_close(got.class_logits, expected.class_logits)
+    torch.testing.assert_close(got.mask_logits(), expected.mask_logits())
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -151,6 +185,8 @@ def test_channels_last_and_bfloat16_stay_close(backbone: str) -> None:
         assert c.dtype == torch.bfloat16
         assert torch.isfinite(c).all()
         assert (c - a).norm() < 0.1 * a.norm()
+    masks = half.mask_logits()
+    assert (masks - expected.mask_logits()).norm() < 0.1 * expected.mask_logits().norm()
 
 
 # One shifted block is enough, and one transformer encoder: tracing symbolic sizes takes its time.
@@ -173,5 +209,6 @@ def test_compiles_whole_and_once_for_all_sizes(model_config: ModelConfig) -> Non
             got, expected = compiled(images, valid_sizes), model(images, valid_sizes)
         for a, b in zip(got[:3], expected[:3], strict=True):
             torch.testing.assert_close(a, b)
+        torch.testing.assert_close(got.mask_logits(), expected.mask_logits())
         assert got.input_size == (height, width)
     assert counter.frame_count == 1

@@ -124,7 +124,7 @@ def test_gradient_by_finite_differences(padding, kind, alpha, gamma):
     assert (query >= 0).any()
 
     def losses(embeddings: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        given = predictions._replace(mask_embeddings=embeddings, pixel_embeddings=pixels)
+        given = predictions._replace(mask_embeddings=embeddings, pixel_features=pixels)
         return mask_loss(given, targets, query, loss)
 
     assert torch.autograd.gradcheck(losses, (predictions.mask_embeddings, predictions.pixel_embeddings))
@@ -175,7 +175,7 @@ def test_more_padding_changes_nothing_when_excluded(seed, below, beside, kind):
     # Upsampling reads one cell past the last pixel, so the cells added repeat the border, as upsampling itself does.
     pixels = F.pad(predictions.pixel_embeddings, (0, beside, 0, below), mode="replicate")
     masks = F.pad(unpack_masks(targets.masks, 24), (0, 4 * beside, 0, 4 * below), value=True)
-    wider = predictions._replace(pixel_embeddings=pixels, input_size=size)
+    wider = predictions._replace(pixel_features=pixels, input_size=size)
     padded = targets._replace(masks=pack_masks(masks), input_size=size)
     torch.testing.assert_close(
         mask_loss(wider, padded, query, loss), mask_loss(predictions, targets, query, loss)

@@ -48,7 +48,7 @@ def pair_cost(predictions: Predictions, targets: Targets, loss: LossConfig, plac
     """Cost of one (layer, image, query, target) in float64, straight from the definitions."""
     layer, image, query, target = place
     x = predictions._replace(
-        mask_embeddings=predictions.mask_embeddings.double(), pixel_embeddings=predictions.pixel_embeddings.double()
+        mask_embeddings=predictions.mask_embeddings.double(), pixel_features=predictions.pixel_embeddings.double()
     ).mask_logits(layer)[image, query]
     mask = unpack_masks(targets.masks, targets.input_size[1])[image, target].double()
     counted = torch.zeros_like(mask)
@@ -126,7 +126,7 @@ def test_more_padding_changes_nothing_when_excluded(seed, below, beside, mask_lo
     pixels = F.pad(predictions.pixel_embeddings, (0, beside, 0, below), value=3.7)
     masks = unpack_masks(targets.masks, 24)
     masks = F.pad(masks, (0, 4 * beside, 0, 4 * below), value=True)  # rubbish in the padding is not looked at
-    wider = predictions._replace(pixel_embeddings=pixels, input_size=size)
+    wider = predictions._replace(pixel_features=pixels, input_size=size)
     padded = targets._replace(masks=pack_masks(masks), input_size=size)
     torch.testing.assert_close(matching_cost(wider, padded, loss), matching_cost(predictions, targets, loss))
 
@@ -162,10 +162,10 @@ def test_extreme_logits_stay_finite():
 def test_half_precision_is_computed_in_float32_under_autocast():
     predictions, targets = random_batch(6, (32, 48), [3, 2])
     half = predictions._replace(**{
-        name: getattr(predictions, name).bfloat16() for name in ("class_logits", "mask_embeddings", "pixel_embeddings")
+        name: getattr(predictions, name).bfloat16() for name in ("class_logits", "mask_embeddings", "pixel_features")
     })
     rounded = predictions._replace(**{
-        name: getattr(half, name).float() for name in ("class_logits", "mask_embeddings", "pixel_embeddings")
+        name: getattr(half, name).float() for name in ("class_logits", "mask_embeddings", "pixel_features")
     })
     with torch.autocast("cpu", torch.bfloat16):
         cost = matching_cost(half, targets, LossConfig())
