@@ -357,7 +357,7 @@ def _targets(recorded: Sequence[Mapping[str, Tensor]], predictions: Predictions)
 
 def _detached(predictions: Predictions) -> Predictions:
     classes, embeddings, pixels = (tensor.detach() for tensor in predictions[:3])
-    return predictions._replace(class_logits=classes, mask_embeddings=embeddings, pixel_embeddings=pixels)
+    return predictions._replace(class_logits=classes, mask_embeddings=embeddings, pixel_features=pixels)
 
 
 def _our_name(official: str) -> str:
