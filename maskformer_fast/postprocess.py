@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast.config import check, check_choice
-from maskformer_fast.ops.segment_inference import InstanceMasks, instance_inference, panoptic_inference
+from maskformer_fast.ops.segment_inference import InstanceMasks, PanopticRule, instance_inference, panoptic_inference
 from maskformer_fast.ops.semantic_inference import (
     label_dtype,
     pixel_semantic_inference,
@@ -140,8 +140,9 @@ def panoptic(
     object_mask_threshold: float,
     overlap_threshold: float,
     order: PanopticOrder = "direct",
+    rule: PanopticRule = "maskformer",
 ) -> list[PanopticResult]:
-    """Non-overlapping segments, as the official code defines them (`panoptic_inference`).
+    """Non-overlapping segments (`panoptic_inference`); the defaults but for `order` are the official MaskFormer's.
 
     Queries whose best class is an object and whose probability of it is above `object_mask_threshold` take part; only
     their masks are computed. A segment's score is that probability (the highest, where stuff merged).
@@ -151,6 +152,7 @@ def panoptic(
         is_thing: one flag a class; stuff segments of one class are merged.
         overlap_threshold: least share of its own mask (sigmoid >= 0.5) that a segment must win.
         order: where resampling happens, see the module.
+        rule: whose segments, see `panoptic_inference`: what Hugging Face or Mask2Former would give of these masks.
 
     Raises:
         TypeError: predictions of a per-pixel model.
@@ -175,7 +177,7 @@ def panoptic(
         logits, extent = _window(logits, predictions.input_size, group, order == "official")
         group_scores, group_categories = group.take(scores), group.take(categories)
         found = panoptic_inference(
-            logits, group_scores, group_categories, things, extent, group.output_size, overlap_threshold
+            logits, group_scores, group_categories, things, extent, group.output_size, overlap_threshold, rule
         )
         columns = [found.ids, group_categories, found.areas, group_scores]
         table = torch.stack([column.to(torch.float64) for column in columns], -1)  # exact: all below 2**53

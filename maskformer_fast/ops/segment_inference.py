@@ -7,14 +7,18 @@ and what runs where there is no faster backend. No function has a gradient. Work
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from maskformer_fast.config import check
+from maskformer_fast.config import check, check_choice
 from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
 from maskformer_fast.structures import VOID, pack_masks
+
+PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
+"""Which pixels make a segment and which queries become one, see `panoptic_inference`."""
 
 
 class PanopticSegments(NamedTuple):
@@ -22,7 +26,7 @@ class PanopticSegments(NamedTuple):
 
     id_map: Tensor  # [B, H, W] int32, VOID where no segment is
     ids: Tensor  # [B, N] int32: segment that the query's pixels went to, VOID if it was dropped
-    areas: Tensor  # [B, N] int64: pixels that the query won
+    areas: Tensor  # [B, N] int64: pixels of the query's segment, or that it would have had
 
 
 class InstanceMasks(NamedTuple):
@@ -43,23 +47,36 @@ def panoptic_inference(
     extent: tuple[float, float],
     output_size: tuple[int, int],
     overlap_threshold: float,
+    rule: PanopticRule = "maskformer",
 ) -> PanopticSegments:
     """Non-overlapping segments: each pixel goes to one query, and queries that keep too little are dropped.
 
     With M = sigmoid(mask logits resampled to the output, `resample`): query q wins the pixels where
-    ``scores[q] * M[q]`` is largest (the first of equals). It becomes a segment, with all the pixels it won, if it won
-    any, if M[q] >= 0.5 somewhere, and if won pixels / pixels with M[q] >= 0.5 is at least `overlap_threshold`. Pixels
-    won by a dropped query stay void. Segments are numbered from 1 in the order of queries; stuff of a class that has
-    a segment already joins it.
+    ``scores[q] * M[q]`` is largest (the first of equals), and owns those of its mask. By `rule`:
+
+    - ``maskformer``, the official MaskFormer: q owns M[q] >= 0.5. The segment is all that q won; it stays if q won and
+      owns at least a pixel each, and won / owned pixels >= `overlap_threshold`.
+    - ``mask2former``, the official Mask2Former: as before, but the segment is what q won and owns, and must not be
+      empty. The ratio still counts all that was won.
+    - ``huggingface``, transformers' image processors: the segment is all that q won, but q owns only
+      ``scores[q] * M[q]`` >= 0.5, and the ratio must be above the threshold, not equal to it. Its segment numbers are
+      not followed: they start again from a merged segment's, so that two segments can share one.
+
+    ``maskformer`` is the default because the published weights of this model were measured by it and it leaves the
+    fewest pixels void.
+
+    Pixels of no segment are void. Segments are numbered from 1 in the order of queries; stuff of a class that has a
+    segment already joins it.
 
     Args:
         extent: height and width of the images in mask pixels, common to the batch.
         output_size: height H and width W of the result.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or an unknown rule.
         TypeError: `categories` not int64 or `is_thing` not bool.
     """
+    check_choice("rule", rule, get_args(PanopticRule))
     check(mask_logits.ndim == 4, "mask_logits", "[B, N, h, w]", tuple(mask_logits.shape))
     for name, value in (("scores", scores), ("categories", categories)):
         check(value.shape == mask_logits.shape[:2], name, f"{list(mask_logits.shape[:2])}", list(value.shape))
@@ -72,26 +89,33 @@ def panoptic_inference(
     device = mask_logits.device
     id_map = torch.full((batch, *output_size), VOID, dtype=torch.int32, device=device)
     won = torch.zeros((batch, num_queries), dtype=torch.int64, device=device)
-    claimed = torch.zeros_like(won)
+    owned, areas = torch.zeros_like(won), torch.zeros_like(won)
     if num_queries == 0:
         return PanopticSegments(id_map, won.to(torch.int32), won)
     absent = (categories < 0)[:, :, None, None]
     scores = scores.to(torch.float32)[:, :, None, None]
-    one = torch.ones((), dtype=torch.int64, device=device)
     for image in range(batch):
         for rows in row_tiles(output_size, 3 * num_queries, device):
             masks = resample_rows(mask_logits[image], extent, output_size, rows).sigmoid_()
-            claimed[image] += (masks >= 0.5).sum((1, 2))
-            winner = (masks * scores[image]).masked_fill_(absent[image], -1.0).max(0).indices
-            won[image].scatter_add_(0, winner.flatten(), one.expand(winner.numel()))
-            id_map[image, rows] = winner.to(torch.int32)
+            values = masks * scores[image]
+            own = (values if rule == "huggingface" else masks) >= 0.5
+            winner = values.masked_fill_(absent[image], -1.0).max(0).indices
+            inside = torch.ones_like(winner)
+            if rule == "mask2former":
+                inside = own.gather(0, winner[None])[0].to(torch.int64)
+            owned[image] += own.sum((1, 2))
+            won[image].scatter_add_(0, winner.flatten(), torch.ones_like(winner).flatten())
+            areas[image].scatter_add_(0, winner.flatten(), inside.flatten())
+            id_map[image, rows] = torch.where(inside > 0, winner, num_queries).to(torch.int32)
     won.masked_fill_(categories < 0, 0)  # with none present, "the first" won
-    ratio = won.to(torch.float64) / claimed  # in double, so that a ratio equal to the threshold is equal
-    kept = (categories >= 0) & (won > 0) & (claimed > 0) & (ratio >= overlap_threshold)
-    ids = _segment_ids(categories, kept, is_thing)
+    areas.masked_fill_(categories < 0, 0)
+    ratio = won.to(torch.float64) / owned  # in double, so that a ratio equal to the threshold is equal
+    enough = ratio > overlap_threshold if rule == "huggingface" else ratio >= overlap_threshold
+    ids = _segment_ids(categories, (areas > 0) & (owned > 0) & enough, is_thing)
+    table = F.pad(ids, (0, 1), value=VOID)
     for image in range(batch):
-        id_map[image] = ids[image].index_select(0, id_map[image].flatten()).view(output_size)
-    return PanopticSegments(id_map, ids, won)
+        id_map[image] = table[image].index_select(0, id_map[image].flatten()).view(output_size)
+    return PanopticSegments(id_map, ids, areas)
 
 
 def _segment_ids(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 
 from maskformer_fast.ops import resample as resample_module
 from maskformer_fast.ops.resample import resample
-from maskformer_fast.ops.segment_inference import instance_inference, panoptic_inference
+from maskformer_fast.ops.segment_inference import PanopticRule, instance_inference, panoptic_inference
 from maskformer_fast.structures import VOID
 
 ORACLE = Path(__file__).parents[2] / "../shared/oracles/official/r50_coco_panoptic_tiny"
+RULES = get_args(PanopticRule)
 
 
-def naive_panoptic(masks, scores, categories, is_thing, threshold):
+def naive_panoptic(masks, scores, categories, is_thing, threshold, rule="maskformer"):
     """One image, one query after the other: masks [N, H, W] probabilities -> id map, [(id, category, area)]."""
     id_map = np.full(masks.shape[1:], VOID)
     present = [q for q in range(len(masks)) if categories[q] != VOID]
@@ -28,17 +30,22 @@ def naive_panoptic(masks, scores, categories, is_thing, threshold):
     winner = np.array(present)[(np.float32(scores[present])[:, None, None] * masks[present]).argmax(0)]
     segments, merged = [], {}
     for query in present:
-        won, half = winner == query, masks[query] >= 0.5
-        if won.sum() == 0 or half.sum() == 0 or won.sum() / half.sum() < threshold:
+        won = winner == query
+        own = (masks[query] * np.float32(scores[query]) if rule == "huggingface" else masks[query]) >= 0.5
+        segment = won & own if rule == "mask2former" else won
+        if segment.sum() == 0 or own.sum() == 0:
+            continue
+        ratio = won.sum() / own.sum()
+        if not (ratio > threshold if rule == "huggingface" else ratio >= threshold):
             continue
         category = int(categories[query])
         if not is_thing[category] and category in merged:
             number = merged[category]
-            segments[number - 1][2] += won.sum()
+            segments[number - 1][2] += segment.sum()
         else:
             number = merged[category] = len(segments) + 1
-            segments.append([number, category, won.sum()])
-        id_map[won] = number
+            segments.append([number, category, segment.sum()])
+        id_map[segment] = number
     return id_map, segments
 
 
@@ -63,15 +70,17 @@ def test_panoptic_equals_loops(data: st.DataObject) -> None:
     scores = torch.rand(1, queries, generator=generator)
     categories = torch.randint(-1, classes, (1, queries), generator=generator)
     is_thing = torch.rand(classes, generator=generator) < 0.5
-    threshold = data.draw(st.sampled_from([0.0, 0.25, 0.8, 1.0]))
+    threshold, rule = data.draw(st.sampled_from([0.0, 0.25, 0.8, 1.0])), data.draw(st.sampled_from(RULES))
     extent = (h * data.draw(st.floats(0.3, 1.0)), float(w))
-    found = panoptic_inference(logits, scores, categories, is_thing, extent, size, threshold)
+    found = panoptic_inference(logits, scores, categories, is_thing, extent, size, threshold, rule)
     masks = resample(logits[0], extent, size).sigmoid().numpy()
-    id_map, segments = naive_panoptic(masks, scores[0].numpy(), categories[0].numpy(), is_thing.numpy(), threshold)
+    table = (scores[0].numpy(), categories[0].numpy(), is_thing.numpy())
+    id_map, segments = naive_panoptic(masks, *table, threshold, rule)
     np.testing.assert_array_equal(found.id_map[0].numpy(), id_map)
     assert segments_of(found, categories) == segments
     assert found.id_map.dtype == torch.int32
-    assert found.areas.sum() == (size[0] * size[1] if (categories >= 0).any() else 0)
+    if rule != "mask2former":
+        assert found.areas.sum() == (size[0] * size[1] if (categories >= 0).any() else 0)
 
 
 @pytest.mark.skipif(not ORACLE.exists(), reason="official outputs are not here")
@@ -103,6 +112,38 @@ def test_ratio_equal_to_the_threshold_keeps_the_segment() -> None:
     assert panoptic_inference(*arguments, 0.8).ids.tolist() == [[1, 2]]
     assert panoptic_inference(*arguments, 0.81).ids.tolist() == [[VOID, 1]]
     assert panoptic_inference(*arguments, 0.81).id_map[0, 0].tolist() == [1, 1] + [VOID] * 8
+
+
+@pytest.mark.parametrize(
+    "rule, threshold, expected",
+    [
+        # the first query wins 6 pixels: 4 of the 5 that it owns, and the last 2, which nobody owns; the second 4 of 4
+        ("maskformer", 1.0, [1, 1, 1, 1, 2, 2, 2, 2, 1, 1]),
+        ("mask2former", 1.0, [1, 1, 1, 1, 2, 2, 2, 2, VOID, VOID]),
+        # 0.6 x sigmoid reaches 0.5 on 2 pixels, so 6 / 2; and 4 / 4 is not above 1
+        ("huggingface", 1.0, [1, 1, 1, 1, VOID, VOID, VOID, VOID, 1, 1]),
+        ("huggingface", 0.99, [1, 1, 1, 1, 2, 2, 2, 2, 1, 1]),
+        ("maskformer", 1.25, [VOID] * 10),
+    ],
+)
+def test_rules_by_hand(rule: PanopticRule, threshold: float, expected: list[int]) -> None:
+    """Rules as in the behaviour of both papers' published inference and of transformers' `compute_segments`."""
+    logits = torch.tensor([[4.0, 4.0, 0.5, 0.5, 0.5, -9, -9, -9, -1, -1], [-9.0] * 4 + [5.0] * 4 + [-9.0] * 2])
+    found = panoptic_inference(
+        logits[None, :, None], torch.tensor([[0.6, 0.9]]), torch.tensor([[0, 1]]), torch.tensor([True, True]),
+        (1, 10), (1, 10), threshold, rule,
+    )  # fmt: skip
+    assert found.id_map[0, 0].tolist() == expected
+    for number in set(expected) - {VOID}:
+        assert found.areas[found.ids == number].tolist() == [expected.count(number)]
+
+
+def test_mask2former_drops_a_segment_that_owns_nothing_of_what_it_won() -> None:
+    logits = torch.tensor([[[[-1.0, 1.0]], [[-9.0, 9.0]]]])  # the first wins where it has no mask, owns what it lost
+    arguments = (logits, torch.ones(1, 2), torch.tensor([[0, 1]]), torch.tensor([True, True]), (1, 2), (1, 2), 0.8)
+    assert panoptic_inference(*arguments, "maskformer").id_map.tolist() == [[[1, 2]]]
+    found = panoptic_inference(*arguments, "mask2former")
+    assert found.id_map.tolist() == [[[VOID, 1]]] and found.ids.tolist() == [[VOID, 1]]
 
 
 def test_stuff_merges_into_the_first_segment_and_things_do_not() -> None:
@@ -188,6 +229,7 @@ def test_half_precision_masks_are_resampled_in_float32() -> None:
         ({"is_thing": torch.zeros(3)}, TypeError, "is_thing"),
         ({"extent": (9, 4)}, ValueError, "extent"),
         ({"output_size": (0, 4)}, ValueError, "output_size"),
+        ({"rule": "detectron2"}, ValueError, "rule"),
     ],
 )
 def test_bad_input_is_named(change, error, name) -> None:
