@@ -1,18 +1,23 @@
 """Panoptic and instance inference: segments from the masks of the kept queries (paper section 3.4).
 
-Plain PyTorch, with no loop over queries and no transfer to the host: oracle of the tests, baseline of the benchmarks,
-and what runs where there is no faster backend. No function has a gradient. Work goes by tiles of rows, as in
-`semantic_inference`.
+On the CPU one pass over pixels in C++ (csrc/segments.h), in which bounds settle most tiles. The eager twins are plain
+PyTorch by tiles of rows, with no loop over queries and no transfer to the host: oracle of the tests, baseline of the
+benchmarks, and what CUDA runs. No function has a gradient.
+
+Logits should be finite. On the CPU, NaN counts as -1e30 (no mask covers it), and what is beyond +-1e30, infinities too,
+as that; the eager twins let NaN and infinities spread to the pixels around.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskformer_fast._extension import load_extension
 from maskformer_fast.config import check, check_choice
 from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
 from maskformer_fast.structures import VOID, pack_masks
@@ -36,6 +41,19 @@ class InstanceMasks(NamedTuple):
     areas: Tensor  # [B, N] int64
     boxes: Tensor  # [B, N, 4] float32: x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask
     scores: Tensor  # [B, N] float32: mean sigmoid over the mask's pixels, 0 for an empty mask
+
+
+_WINDOW = "float[2] extent, SymInt[2] output_size"
+_library = torch.library.Library("maskformer_fast", "FRAGMENT")
+_library.define(
+    f"panoptic_inference(Tensor mask_logits, Tensor scores, Tensor categories, Tensor is_thing, {_WINDOW}, "
+    "float overlap_threshold, str rule) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"instance_inference(Tensor mask_logits, {_WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 @torch.no_grad()
@@ -73,18 +91,30 @@ def panoptic_inference(
         output_size: height H and width W of the result.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown rule.
+        ValueError: shapes that do not fit, an unknown rule, or a category that `is_thing` has no flag for.
         TypeError: `categories` not int64 or `is_thing` not bool.
     """
-    check_choice("rule", rule, get_args(PanopticRule))
-    check(mask_logits.ndim == 4, "mask_logits", "[B, N, h, w]", tuple(mask_logits.shape))
-    for name, value in (("scores", scores), ("categories", categories)):
-        check(value.shape == mask_logits.shape[:2], name, f"{list(mask_logits.shape[:2])}", list(value.shape))
-    for name, value, dtype in (("categories", categories, torch.int64), ("is_thing", is_thing, torch.bool)):
-        if value.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
-    check_geometry(mask_logits, extent, output_size)
+    _check_panoptic(mask_logits, scores, categories, is_thing, extent, output_size, rule)
+    return PanopticSegments(
+        *torch.ops.maskformer_fast.panoptic_inference(
+            mask_logits, scores, categories, is_thing, extent, output_size, overlap_threshold, rule
+        )
+    )
 
+
+@torch.no_grad()
+def panoptic_inference_eager(
+    mask_logits: Tensor,  # [B, N, h, w] floating
+    scores: Tensor,  # [B, N] floating
+    categories: Tensor,  # [B, N] int64
+    is_thing: Tensor,  # [K] bool
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    overlap_threshold: float,
+    rule: PanopticRule = "maskformer",
+) -> PanopticSegments:
+    """`panoptic_inference` in plain PyTorch."""
+    _check_panoptic(mask_logits, scores, categories, is_thing, extent, output_size, rule)
     batch, num_queries = scores.shape
     device = mask_logits.device
     id_map = torch.full((batch, *output_size), VOID, dtype=torch.int32, device=device)
@@ -116,6 +146,71 @@ def panoptic_inference(
     for image in range(batch):
         id_map[image] = table[image].index_select(0, id_map[image].flatten()).view(output_size)
     return PanopticSegments(id_map, ids, areas)
+
+
+def _panoptic_inference_cpu(
+    mask_logits: Tensor,
+    scores: Tensor,
+    categories: Tensor,
+    is_thing: Tensor,
+    extent: Sequence[float],
+    output_size: Sequence[int],
+    overlap_threshold: float,
+    rule: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = _with_adjacent_columns(mask_logits)
+    scores = scores.to(torch.float32).contiguous()
+    categories, is_thing = categories.contiguous(), is_thing.contiguous()
+    id_map, ids, areas = _panoptic_inference_fake(
+        logits, scores, categories, is_thing, extent, output_size, overlap_threshold, rule
+    )
+    load_extension().panoptic_inference(
+        *_window_arguments(logits, extent, output_size),
+        scores.data_ptr(),
+        categories.data_ptr(),
+        is_thing.data_ptr(),
+        len(is_thing),
+        overlap_threshold,
+        rule,
+        id_map.data_ptr(),
+        ids.data_ptr(),
+        areas.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return id_map, ids, areas
+
+
+def _panoptic_inference_fake(
+    mask_logits: Tensor,
+    scores: Tensor,
+    categories: Tensor,
+    is_thing: Tensor,
+    extent: Sequence[float],
+    output_size: Sequence[int],
+    overlap_threshold: float,
+    rule: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, queries = mask_logits.shape[:2]
+    id_map = mask_logits.new_empty((batch, *output_size), dtype=torch.int32)
+    return id_map, id_map.new_empty((batch, queries)), id_map.new_empty((batch, queries), dtype=torch.int64)
+
+
+def _check_panoptic(
+    mask_logits: Tensor,
+    scores: Tensor,
+    categories: Tensor,
+    is_thing: Tensor,
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    rule: PanopticRule,
+) -> None:
+    check_choice("rule", rule, get_args(PanopticRule))
+    _check_logits(mask_logits, extent, output_size)
+    for name, value in (("scores", scores), ("categories", categories)):
+        check(value.shape == mask_logits.shape[:2], name, f"{list(mask_logits.shape[:2])}", list(value.shape))
+    for name, value, dtype in (("categories", categories, torch.int64), ("is_thing", is_thing, torch.bool)):
+        if value.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
 
 
 def _segment_ids(
@@ -150,8 +245,18 @@ def instance_inference(
     Raises:
         ValueError: shapes that do not fit.
     """
-    check(mask_logits.ndim == 4, "mask_logits", "[B, N, h, w]", tuple(mask_logits.shape))
-    check_geometry(mask_logits, extent, output_size)
+    _check_logits(mask_logits, extent, output_size)
+    return InstanceMasks(*torch.ops.maskformer_fast.instance_inference(mask_logits, extent, output_size))
+
+
+@torch.no_grad()
+def instance_inference_eager(
+    mask_logits: Tensor,  # [B, N, h, w] floating
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+) -> InstanceMasks:
+    """`instance_inference` in plain PyTorch."""
+    _check_logits(mask_logits, extent, output_size)
     batch, num_queries = mask_logits.shape[:2]
     height, width = output_size
     device = mask_logits.device
@@ -182,3 +287,52 @@ def _span(
     """First True and one past the last -> two [B, N] int64; any values where there is none."""
     flags = hit.to(torch.int8)
     return flags.argmax(-1), hit.shape[-1] - flags.flip(-1).argmax(-1)
+
+
+def _instance_inference_cpu(
+    mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = _with_adjacent_columns(mask_logits)
+    masks, areas, boxes, scores = _instance_inference_fake(logits, extent, output_size)
+    load_extension().instance_inference(
+        *_window_arguments(logits, extent, output_size),
+        masks.data_ptr(),
+        areas.data_ptr(),
+        boxes.data_ptr(),
+        scores.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return masks, areas, boxes, scores
+
+
+def _instance_inference_fake(
+    mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, queries), (height, width) = mask_logits.shape[:2], output_size
+    masks = mask_logits.new_empty((batch, queries, height, (width + 7) // 8), dtype=torch.uint8)
+    areas = masks.new_empty((batch, queries), dtype=torch.int64)
+    scores = masks.new_empty((batch, queries), dtype=torch.float32)
+    return masks, areas, scores.new_empty((batch, queries, 4)), scores
+
+
+_library.impl("panoptic_inference", _panoptic_inference_cpu, "CPU")
+_library.impl("panoptic_inference", panoptic_inference_eager, "CUDA")
+torch.library.register_fake("maskformer_fast::panoptic_inference", _panoptic_inference_fake, lib=_library)
+_library.impl("instance_inference", _instance_inference_cpu, "CPU")
+_library.impl("instance_inference", instance_inference_eager, "CUDA")
+torch.library.register_fake("maskformer_fast::instance_inference", _instance_inference_fake, lib=_library)
+
+
+def _check_logits(mask_logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> None:
+    check(mask_logits.ndim == 4, "mask_logits", "[B, N, h, w]", tuple(mask_logits.shape))
+    check_geometry(mask_logits, extent, output_size)
+
+
+def _with_adjacent_columns(mask_logits: Tensor) -> Tensor:
+    """In float32, copied only if its rows are not dense."""
+    logits = mask_logits.to(torch.float32)
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _window_arguments(logits: Tensor, extent: Sequence[float], output_size: Sequence[int]) -> tuple[object, ...]:
+    return logits.data_ptr(), tuple(logits.shape), logits.stride()[:3], tuple(extent), tuple(output_size)

@@ -1,0 +1,391 @@
+// The work on tiles of segments.h, compiled for each instruction set.
+#include "segments.h"
+#include "simd.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace maskformer_fast {
+namespace MF_ISA {
+namespace {
+
+constexpr int kVectors = kTileColumns / kLanes;
+static_assert(kTapSlack >= 2 * kLanes, "expanding reads past the taps");
+
+struct Bounds {
+  float low, high;
+};
+
+MF_INLINE Floats clamp_logit(Floats x) {  // NaN becomes the least
+  return min(max(x, broadcast(-kLargestLogit)), broadcast(kLargestLogit));
+}
+MF_INLINE float clamp_logit(float x) {
+  const float raised = x > -kLargestLogit ? x : -kLargestLogit;
+  return raised < kLargestLogit ? raised : kLargestLogit;
+}
+MF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+MF_INLINE Ints lane_numbers() {
+  Ints x{};
+  for (int l = 0; l < kLanes; ++l) x[l] = l;
+  return x;
+}
+MF_INLINE Ints load_ints(const int32_t* p) {
+  Ints x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// One bit a lane of a comparison's result.
+MF_INLINE uint64_t lane_bits(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint64_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint64_t>(mask[l] & 1) << l;
+  return bits;
+#endif
+}
+
+MF_INLINE float sum(Floats x) {
+  float total = 0;
+  for (int l = 0; l < kLanes; ++l) total += x[l];
+  return total;
+}
+MF_INLINE int64_t sum(Ints x) {
+  int64_t total = 0;
+  for (int l = 0; l < kLanes; ++l) total += x[l];
+  return total;
+}
+MF_INLINE Bounds extremes(Floats low, Floats high) {
+  Bounds b{low[0], high[0]};
+  for (int l = 1; l < kLanes; ++l) {
+    b.low = low[l] < b.low ? low[l] : b.low;
+    b.high = high[l] > b.high ? high[l] : b.high;
+  }
+  return b;
+}
+
+// table[lane] for each lane number in 0..kLanes-1
+MF_INLINE Floats permute(Floats table, Ints lanes) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)lanes, (__m512)table);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)lanes);
+#else
+  Floats x{};
+  for (int l = 0; l < kLanes; ++l) x[l] = table[lanes[l]];
+  return x;
+#endif
+}
+
+// What a tile reads of one query's map -> scratch.taps, clamped; returns bounds of all of it.
+Bounds read_taps(const MaskLogits& logits, const float* map, int64_t tile_row, int64_t tile_column,
+                 TileScratch& scratch) {
+  const Axis& y = logits.vertical;
+  const Axis& x = logits.horizontal;
+  const int32_t* rows = y.taps + tile_row * 2 * kTileRows;
+  const int32_t* columns = x.taps + tile_column * 2 * kTileColumns;
+  const int count = x.counts[tile_column], run = x.runs[tile_column];
+  Floats lows = broadcast(kLargestLogit), highs = broadcast(-kLargestLogit);
+  float low = kLargestLogit, high = -kLargestLogit;
+  for (int r = 0; r < y.counts[tile_row]; ++r) {
+    const float* source = map + rows[r] * logits.row_stride;
+    float* taps = scratch.taps[r];
+    int done = 0;
+    if (run >= kLanes) {
+      for (; done < run; done += kLanes) {
+        const int at = done + kLanes <= run ? done : run - kLanes;  // the last vector may overlap the one before
+        const Floats value = clamp_logit(load(source + columns[0] + at));
+        lows = min(lows, value);
+        highs = max(highs, value);
+        store(taps + at, value);
+      }
+      done = run;
+    }
+    for (; done < count; ++done) {
+      const float value = clamp_logit(source[columns[done]]);
+      low = value < low ? value : low;
+      high = value > high ? value : high;
+      taps[done] = value;
+    }
+  }
+  const Bounds vectors = extremes(lows, highs);
+  return {vectors.low < low ? vectors.low : low, vectors.high > high ? vectors.high : high};
+}
+
+// scratch.taps resampled along the columns -> scratch.rows
+void expand_rows(const MaskLogits& logits, int64_t tile_row, int64_t tile_column, TileScratch& scratch) {
+  const int32_t* left = logits.horizontal.left + tile_column * kTileColumns;
+  const float* weight = logits.horizontal.weight + tile_column * kTileColumns;
+  const int count = logits.vertical.counts[tile_row];
+  for (int v = 0; v < kTileColumns; v += kLanes) {
+    const Floats weights = load(weight + v);
+    const int first = left[v];
+    if (left[v + kLanes - 1] - first < kLanes) {  // one vector of taps holds them all, as where maps are enlarged
+      const Ints lanes = load_ints(left + v) - first;
+      for (int r = 0; r < count; ++r) {
+        const Floats a = permute(load(scratch.taps[r] + first), lanes);
+        const Floats b = permute(load(scratch.taps[r] + first + 1), lanes);
+        store(scratch.rows[r] + v, a + weights * (b - a));
+      }
+    } else {
+      for (int r = 0; r < count; ++r) {
+        for (int l = v; l < v + kLanes; ++l) {
+          const float a = scratch.taps[r][left[l]], b = scratch.taps[r][left[l] + 1];
+          scratch.rows[r][l] = a + weight[l] * (b - a);
+        }
+      }
+    }
+  }
+}
+
+// The pixels of one tile of the output and, once its query's rows are expanded, their logits.
+struct Tile {
+  int64_t top, left;
+  int rows, columns;
+  const int32_t* upper;  // [rows] first of the two expanded rows that a row of pixels lies between
+  const float* weight;   // [rows] share of the second
+
+  Tile(const MaskLogits& logits, int64_t tile_row, int64_t tile_column)
+      : top(tile_row * kTileRows),
+        left(tile_column * kTileColumns),
+        rows(static_cast<int>(least(kTileRows, logits.vertical.size - top))),
+        columns(static_cast<int>(least(kTileColumns, logits.horizontal.size - left))),
+        upper(logits.vertical.left + top),
+        weight(logits.vertical.weight + top) {}
+
+  int64_t pixels() const { return static_cast<int64_t>(rows) * columns; }
+  int vectors() const { return (columns + kLanes - 1) / kLanes; }
+};
+
+MF_INLINE Floats logit_at(const TileScratch& scratch, const Tile& tile, int row, int column) {
+  const Floats a = load(scratch.rows[tile.upper[row]] + column);
+  const Floats b = load(scratch.rows[tile.upper[row] + 1] + column);
+  return a + tile.weight[row] * (b - a);
+}
+
+// Lanes of a vector that are pixels of the tile.
+MF_INLINE Ints inside(const Tile& tile, int column) { return lane_numbers() < tile.columns - column; }
+
+MF_INLINE Floats cost_of(Floats logit, float inverse_score) {
+  return exp(-logit) * inverse_score + inverse_score;
+}
+
+int64_t count_owned(const TileScratch& scratch, const Tile& tile, float own_logit) {
+  Ints count{};
+  for (int v = 0; v < tile.vectors(); ++v) {
+    const Ints real = inside(tile, v * kLanes);
+    for (int r = 0; r < tile.rows; ++r) count -= (logit_at(scratch, tile, r, v * kLanes) >= own_logit) & real;
+  }
+  return sum(count);
+}
+
+// Lets one candidate take the pixels where its cost is below that of those before it; returns the pixels it owns.
+template <bool kFirst>
+int64_t contend(PanopticScratch& scratch, const Tile& tile, const Candidate& candidate, int32_t slot) {
+  Ints owned{};
+  const Ints slots = broadcast(slot);
+  for (int v = 0; v < tile.vectors(); ++v) {
+    const Ints real = inside(tile, v * kLanes);
+    for (int r = 0; r < tile.rows; ++r) {
+      const int at = r * kTileColumns + v * kLanes;
+      const Floats logit = logit_at(scratch.tile, tile, r, v * kLanes);
+      const Floats margin = logit - candidate.own_logit;
+      const Floats cost = cost_of(logit, candidate.inverse_score);
+      owned -= (logit >= candidate.own_logit) & real;
+      if (kFirst) {
+        store(scratch.cost + at, cost);
+        store(scratch.margin + at, margin);
+        store(scratch.slot + at, slots);
+      } else {
+        const Floats least_cost = load(scratch.cost + at);
+        const Ints wins = cost < least_cost;
+        store(scratch.cost + at, select(wins, cost, least_cost));
+        store(scratch.margin + at, select(wins, margin, load(scratch.margin + at)));
+        store(scratch.slot + at, select(wins, slots, load_ints(scratch.slot + at)));
+      }
+    }
+  }
+  return sum(owned);
+}
+
+int64_t count_slot(const PanopticScratch& scratch, const Tile& tile, int32_t slot) {
+  Ints count{};
+  for (int v = 0; v < tile.vectors(); ++v) {
+    const Ints real = inside(tile, v * kLanes);
+    for (int r = 0; r < tile.rows; ++r) {
+      count -= (load_ints(scratch.slot + r * kTileColumns + v * kLanes) == slot) & real;
+    }
+  }
+  return sum(count);
+}
+
+// Bounds of all candidates in a tile -> the candidates that may win somewhere in it, in order; returns their number.
+int64_t find_alive(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t tile_column,
+                   PanopticScratch& scratch) {
+  const MaskLogits& logits = job.logits;
+  const int64_t slots = job.slot_counts[image];
+  const Candidate* candidates = job.candidates + image * job.slots;
+  const float* maps = logits.data + image * logits.batch_stride;
+  for (int64_t s = 0; s < slots; ++s) {
+    const float* map = maps + candidates[s].query * logits.query_stride;
+    const Bounds b = read_taps(logits, map, tile_row, tile_column, scratch.tile);
+    scratch.low[s] = b.low;
+    scratch.high[s] = b.high;
+    scratch.worst[s] = candidates[s].inverse_score;
+  }
+  float threshold = __builtin_huge_valf();  // the least of the costs that each candidate is sure not to exceed
+  for (int64_t s = 0; s < slots; s += kLanes) {
+    const Floats inverse_score = load(scratch.worst + s);
+    store(scratch.best + s, exp(-load(scratch.high + s)) * inverse_score + inverse_score);
+    store(scratch.worst + s, exp(-load(scratch.low + s)) * inverse_score + inverse_score);
+  }
+  for (int64_t s = 0; s < slots; ++s) threshold = scratch.worst[s] < threshold ? scratch.worst[s] : threshold;
+  threshold *= 1 + 4e-6f;  // beyond all rounding
+  int64_t alive = 0;
+  for (int64_t s = 0; s < slots; ++s) {
+    if (scratch.best[s] <= threshold) scratch.alive[alive++] = static_cast<int32_t>(s);
+  }
+  return alive;
+}
+
+void claim_tile(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t tile_column,
+                PanopticScratch& scratch) {
+  const MaskLogits& logits = job.logits;
+  const Tile tile(logits, tile_row, tile_column);
+  const int64_t slots = job.slot_counts[image];
+  const int32_t nobody = static_cast<int32_t>(job.slots);
+  const Candidate* candidates = job.candidates + image * job.slots;
+  SlotCounts* counts = scratch.counts + image * job.slots;
+  const auto expand = [&](int64_t slot) {
+    const float* map = logits.data + image * logits.batch_stride + candidates[slot].query * logits.query_stride;
+    read_taps(logits, map, tile_row, tile_column, scratch.tile);
+    expand_rows(logits, tile_row, tile_column, scratch.tile);
+  };
+
+  const int64_t alive = find_alive(job, image, tile_row, tile_column, scratch);
+  const int32_t leader = scratch.alive[0];
+  const bool leader_owns = scratch.low[leader] >= candidates[leader].own_logit;
+  const bool leader_owns_nothing = scratch.high[leader] < candidates[leader].own_logit;
+  const bool uniform = alive == 1 && (!job.intersect || leader_owns || leader_owns_nothing);
+  for (int64_t s = 0, next = 0; s < slots; ++s) {
+    const bool contends = !uniform && next < alive && scratch.alive[next] == s;
+    if (contends) {
+      expand(s);
+      const auto take = next == 0 ? contend<true> : contend<false>;
+      counts[s].owned += take(scratch, tile, candidates[s], static_cast<int32_t>(s));
+      ++next;
+    } else if (scratch.low[s] >= candidates[s].own_logit) {
+      counts[s].owned += tile.pixels();
+    } else if (scratch.high[s] >= candidates[s].own_logit) {
+      expand(s);
+      counts[s].owned += count_owned(scratch.tile, tile, candidates[s].own_logit);
+    }
+  }
+
+  int32_t& tile_slot = job.tile_slot[(image * logits.vertical.tiles + tile_row) * logits.horizontal.tiles + tile_column];
+  if (uniform) {
+    counts[leader].won += tile.pixels();
+    if (!job.intersect || leader_owns) counts[leader].both += tile.pixels();
+    tile_slot = job.intersect && leader_owns_nothing ? nobody : leader;
+    return;
+  }
+  tile_slot = kMixedTile;
+  for (int64_t k = 0; k < alive; ++k) {
+    counts[scratch.alive[k]].won += count_slot(scratch, tile, scratch.alive[k]);
+  }
+  if (job.intersect) {
+    for (int at = 0; at < tile.rows * kTileColumns; at += kLanes) {
+      const Ints owns = load(scratch.margin + at) >= 0.0f;
+      store(scratch.slot + at, select(owns, load_ints(scratch.slot + at), broadcast(nobody)));
+    }
+  }
+  for (int64_t k = 0; k < alive; ++k) {
+    counts[scratch.alive[k]].both += count_slot(scratch, tile, scratch.alive[k]);
+  }
+  for (int r = 0; r < tile.rows; ++r) {
+    int32_t* out = job.id_map + (image * logits.vertical.size + tile.top + r) * logits.horizontal.size + tile.left;
+    __builtin_memcpy(out, scratch.slot + r * kTileColumns, sizeof(int32_t) * tile.columns);
+  }
+}
+
+}  // namespace
+
+void claim_pixels(const PanopticJob& job, int64_t image, int64_t tile_row, PanopticScratch& scratch) {
+  for (int64_t t = 0; t < job.logits.horizontal.tiles; ++t) claim_tile(job, image, tile_row, t, scratch);
+}
+
+void number_segments(const PanopticJob& job, int64_t image, int64_t tile_row) {
+  const MaskLogits& logits = job.logits;
+  const int32_t* ids = job.ids + image * (job.slots + 1);
+  const int32_t* tile_slots = job.tile_slot + (image * logits.vertical.tiles + tile_row) * logits.horizontal.tiles;
+  for (int64_t t = 0; t < logits.horizontal.tiles; ++t) {
+    const Tile tile(logits, tile_row, t);
+    for (int r = 0; r < tile.rows; ++r) {
+      int32_t* out = job.id_map + (image * logits.vertical.size + tile.top + r) * logits.horizontal.size + tile.left;
+      if (tile_slots[t] == kMixedTile) {
+        for (int c = 0; c < tile.columns; ++c) out[c] = ids[out[c]];
+      } else {
+        const int32_t id = ids[tile_slots[t]];
+        for (int c = 0; c < tile.columns; ++c) out[c] = id;
+      }
+    }
+  }
+}
+
+void extract_mask(const InstanceJob& job, int64_t image, int64_t query, TileScratch& scratch) {
+  const MaskLogits& logits = job.logits;
+  const int64_t index = image * logits.queries + query, height = logits.vertical.size, width = logits.horizontal.size;
+  const int64_t row_bytes = (width + 7) / 8;
+  const float* map = logits.data + image * logits.batch_stride + query * logits.query_stride;
+  uint8_t* mask = job.masks + index * height * row_bytes;
+  __builtin_memset(mask, 0, height * row_bytes);
+  int64_t area = 0, x0 = width, y0 = height, x1 = 0, y1 = 0;
+  double total = 0;
+  for (int64_t tile_row = 0; tile_row < logits.vertical.tiles; ++tile_row) {
+    for (int64_t tile_column = 0; tile_column < logits.horizontal.tiles; ++tile_column) {
+      const Bounds bounds = read_taps(logits, map, tile_row, tile_column, scratch);
+      if (!(bounds.high > 0)) continue;
+      expand_rows(logits, tile_row, tile_column, scratch);
+      const Tile tile(logits, tile_row, tile_column);
+      const int64_t first_byte = tile.left / 8, bytes = least(kTileColumns / 8, row_bytes - first_byte);
+      Floats sums{};
+      uint64_t columns = 0;
+      for (int r = 0; r < tile.rows; ++r) {
+        uint64_t word = 0;
+        for (int v = 0; v < tile.vectors(); ++v) {
+          const Floats logit = logit_at(scratch, tile, r, v * kLanes);
+          const Ints in = (logit > 0.0f) & inside(tile, v * kLanes);
+          const uint64_t bits = lane_bits(in);
+          if (bits == 0) continue;
+          word |= bits << (v * kLanes);
+          sums += select(in, sigmoid(logit), Floats{});
+        }
+        if (word == 0) continue;
+        columns |= word;
+        area += __builtin_popcountll(word);
+        y0 = least(y0, tile.top + r);
+        y1 = tile.top + r + 1 > y1 ? tile.top + r + 1 : y1;
+        for (int64_t b = 0; b < bytes; ++b) {  // whatever the order of bytes in a word
+          mask[(tile.top + r) * row_bytes + first_byte + b] = static_cast<uint8_t>(word >> (8 * b));
+        }
+      }
+      if (columns == 0) continue;
+      x0 = least(x0, tile.left + __builtin_ctzll(columns));
+      const int64_t end = tile.left + 64 - __builtin_clzll(columns);
+      x1 = end > x1 ? end : x1;
+      total += sum(sums);
+    }
+  }
+  job.areas[index] = area;
+  job.scores[index] = static_cast<float>(total / (static_cast<double>(area) + 1e-6));
+  const int64_t box[4] = {x0, y0, x1, y1};
+  for (int k = 0; k < 4; ++k) job.boxes[4 * index + k] = area > 0 ? static_cast<float>(box[k]) : 0.0f;
+}
+
+}  // namespace MF_ISA
+}  // namespace maskformer_fast
