@@ -50,25 +50,6 @@ MF_INLINE uint64_t lane_bits(Ints mask) {
 #endif
 }
 
-MF_INLINE float sum(Floats x) {
-  float total = 0;
-  for (int l = 0; l < kLanes; ++l) total += x[l];
-  return total;
-}
-MF_INLINE int64_t sum(Ints x) {
-  int64_t total = 0;
-  for (int l = 0; l < kLanes; ++l) total += x[l];
-  return total;
-}
-MF_INLINE Bounds extremes(Floats low, Floats high) {
-  Bounds b{low[0], high[0]};
-  for (int l = 1; l < kLanes; ++l) {
-    b.low = low[l] < b.low ? low[l] : b.low;
-    b.high = high[l] > b.high ? high[l] : b.high;
-  }
-  return b;
-}
-
 // table[lane] for each lane number in 0..kLanes-1
 MF_INLINE Floats permute(Floats table, Ints lanes) {
 #if defined(__AVX512F__)
@@ -80,6 +61,24 @@ MF_INLINE Floats permute(Floats table, Ints lanes) {
   for (int l = 0; l < kLanes; ++l) x[l] = table[lanes[l]];
   return x;
 #endif
+}
+
+// The least and the largest lane.
+MF_INLINE Bounds extremes(Floats low, Floats high) {
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const Ints partners = lane_numbers() ^ step;
+    low = min(low, permute(low, partners));
+    high = max(high, permute(high, partners));
+  }
+  return {low[0], high[0]};
+}
+MF_INLINE float sum(Floats x) {
+  for (int step = kLanes / 2; step > 0; step /= 2) x += permute(x, lane_numbers() ^ step);
+  return x[0];
+}
+MF_INLINE int64_t sum(Ints x) {
+  for (int step = kLanes / 2; step > 0; step /= 2) x += (Ints)permute((Floats)x, lane_numbers() ^ step);
+  return x[0];
 }
 
 // What a tile reads of one query's map -> scratch.taps, clamped; returns bounds of all of it.
@@ -357,15 +356,17 @@ void extract_mask(const InstanceJob& job, int64_t image, int64_t query, TileScra
       uint64_t columns = 0;
       for (int r = 0; r < tile.rows; ++r) {
         uint64_t word = 0;
+        Floats row_sums{};  // apart, as rounding errors grow with the number of terms
         for (int v = 0; v < tile.vectors(); ++v) {
           const Floats logit = logit_at(scratch, tile, r, v * kLanes);
           const Ints in = (logit > 0.0f) & inside(tile, v * kLanes);
           const uint64_t bits = lane_bits(in);
           if (bits == 0) continue;
           word |= bits << (v * kLanes);
-          sums += select(in, sigmoid(logit), Floats{});
+          row_sums += select(in, sigmoid(logit), Floats{});
         }
         if (word == 0) continue;
+        sums += row_sums;
         columns |= word;
         area += __builtin_popcountll(word);
         y0 = least(y0, tile.top + r);

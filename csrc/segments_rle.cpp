@@ -1,6 +1,7 @@
 #include "segments_rle.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "threads.h"
 
@@ -51,6 +52,12 @@ struct RleScratch {
 uint64_t load_word(const uint8_t* row, int64_t row_bytes, int64_t word) {
   uint64_t bits = 0;
   const int64_t first = 8 * word, bytes = std::min<int64_t>(8, row_bytes - first);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  if (bytes == 8) {
+    std::memcpy(&bits, row + first, 8);
+    return bits;
+  }
+#endif
   for (int64_t b = 0; b < bytes; ++b) bits |= static_cast<uint64_t>(row[first + b]) << (8 * b);
   return bits;
 }

@@ -1,7 +1,11 @@
-"""Panoptic and instance inference against loops over queries, and panoptic against the official outputs."""
+"""Eager panoptic and instance inference against loops over queries; rules by hand and official outputs for both ways.
+
+The compiled operators are held against a float64 oracle in test_segment_inference_cpu.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -14,11 +18,24 @@ from hypothesis import strategies as st
 
 from maskformer_fast.ops import resample as resample_module
 from maskformer_fast.ops.resample import resample
-from maskformer_fast.ops.segment_inference import PanopticRule, instance_inference, panoptic_inference
+from maskformer_fast.ops.segment_inference import (
+    PanopticRule,
+    PanopticSegments,
+    instance_inference,
+    instance_inference_eager,
+    panoptic_inference,
+    panoptic_inference_eager,
+)
 from maskformer_fast.structures import VOID
 
 ORACLE = Path(__file__).parents[2] / "../shared/oracles/official/r50_coco_panoptic_tiny"
 RULES = get_args(PanopticRule)
+Panoptic = Callable[..., PanopticSegments]
+
+
+@pytest.fixture(params=[panoptic_inference, panoptic_inference_eager])
+def panoptic(request: pytest.FixtureRequest) -> Panoptic:
+    return request.param
 
 
 def naive_panoptic(masks, scores, categories, is_thing, threshold, rule="maskformer"):
@@ -72,7 +89,7 @@ def test_panoptic_equals_loops(data: st.DataObject) -> None:
     is_thing = torch.rand(classes, generator=generator) < 0.5
     threshold, rule = data.draw(st.sampled_from([0.0, 0.25, 0.8, 1.0])), data.draw(st.sampled_from(RULES))
     extent = (h * data.draw(st.floats(0.3, 1.0)), float(w))
-    found = panoptic_inference(logits, scores, categories, is_thing, extent, size, threshold, rule)
+    found = panoptic_inference_eager(logits, scores, categories, is_thing, extent, size, threshold, rule)
     masks = resample(logits[0], extent, size).sigmoid().numpy()
     table = (scores[0].numpy(), categories[0].numpy(), is_thing.numpy())
     id_map, segments = naive_panoptic(masks, *table, threshold, rule)
@@ -86,7 +103,7 @@ def test_panoptic_equals_loops(data: st.DataObject) -> None:
 @pytest.mark.skipif(not ORACLE.exists(), reason="official outputs are not here")
 @pytest.mark.parametrize("case", range(3))
 @pytest.mark.parametrize("thresholds", [(0.8, 0.8), (0.5, 0.8), (0.3, 0.0), (0.999999, 0.8)])
-def test_panoptic_equals_official(case: int, thresholds: tuple[float, float]) -> None:
+def test_panoptic_equals_official(panoptic: Panoptic, case: int, thresholds: tuple[float, float]) -> None:
     post = torch.load(ORACLE / "synth.pt", weights_only=True)["post"][case]
     things = torch.load(ORACLE / "case.pt", weights_only=True)["thing_ids"]
     is_thing = torch.zeros(post["mask_cls"].shape[1] - 1, dtype=torch.bool)
@@ -95,7 +112,7 @@ def test_panoptic_equals_official(case: int, thresholds: tuple[float, float]) ->
     kept = (categories < len(is_thing)) & (scores > thresholds[0])
     categories = categories.masked_fill(~kept, VOID)[None]
     extent = tuple(float(side) for side in post["mask_pred"].shape[1:])
-    found = panoptic_inference(
+    found = panoptic(
         post["mask_pred"][None], scores[None], categories, is_thing, extent, tuple(post["size"]), thresholds[1]
     )
     official, info = post[f"panoptic@{thresholds[0]},{thresholds[1]}"]
@@ -105,13 +122,13 @@ def test_panoptic_equals_official(case: int, thresholds: tuple[float, float]) ->
     assert [s["isthing"] for s in info] == [bool(is_thing[s[1]]) for s in expected]
 
 
-def test_ratio_equal_to_the_threshold_keeps_the_segment() -> None:
+def test_ratio_equal_to_the_threshold_keeps_the_segment(panoptic: Panoptic) -> None:
     logits = torch.full((1, 2, 1, 10), -9.0)
     logits[0, 0, 0, :10], logits[0, 1, 0, :2] = 2.0, 8.0  # the first keeps 8 of 10 pixels
     arguments = (logits, torch.ones(1, 2), torch.tensor([[0, 1]]), torch.tensor([True, True]), (1, 10), (1, 10))
-    assert panoptic_inference(*arguments, 0.8).ids.tolist() == [[1, 2]]
-    assert panoptic_inference(*arguments, 0.81).ids.tolist() == [[VOID, 1]]
-    assert panoptic_inference(*arguments, 0.81).id_map[0, 0].tolist() == [1, 1] + [VOID] * 8
+    assert panoptic(*arguments, 0.8).ids.tolist() == [[1, 2]]
+    assert panoptic(*arguments, 0.81).ids.tolist() == [[VOID, 1]]
+    assert panoptic(*arguments, 0.81).id_map[0, 0].tolist() == [1, 1] + [VOID] * 8
 
 
 @pytest.mark.parametrize(
@@ -126,10 +143,10 @@ def test_ratio_equal_to_the_threshold_keeps_the_segment() -> None:
         ("maskformer", 1.25, [VOID] * 10),
     ],
 )
-def test_rules_by_hand(rule: PanopticRule, threshold: float, expected: list[int]) -> None:
+def test_rules_by_hand(panoptic: Panoptic, rule: PanopticRule, threshold: float, expected: list[int]) -> None:
     """Rules as in the behaviour of both papers' published inference and of transformers' `compute_segments`."""
     logits = torch.tensor([[4.0, 4.0, 0.5, 0.5, 0.5, -9, -9, -9, -1, -1], [-9.0] * 4 + [5.0] * 4 + [-9.0] * 2])
-    found = panoptic_inference(
+    found = panoptic(
         logits[None, :, None], torch.tensor([[0.6, 0.9]]), torch.tensor([[0, 1]]), torch.tensor([True, True]),
         (1, 10), (1, 10), threshold, rule,
     )  # fmt: skip
@@ -138,25 +155,25 @@ def test_rules_by_hand(rule: PanopticRule, threshold: float, expected: list[int]
         assert found.areas[found.ids == number].tolist() == [expected.count(number)]
 
 
-def test_mask2former_drops_a_segment_that_owns_nothing_of_what_it_won() -> None:
+def test_mask2former_drops_a_segment_that_owns_nothing_of_what_it_won(panoptic: Panoptic) -> None:
     logits = torch.tensor([[[[-1.0, 1.0]], [[-9.0, 9.0]]]])  # the first wins where it has no mask, owns what it lost
     arguments = (logits, torch.ones(1, 2), torch.tensor([[0, 1]]), torch.tensor([True, True]), (1, 2), (1, 2), 0.8)
-    assert panoptic_inference(*arguments, "maskformer").id_map.tolist() == [[[1, 2]]]
-    found = panoptic_inference(*arguments, "mask2former")
+    assert panoptic(*arguments, "maskformer").id_map.tolist() == [[[1, 2]]]
+    found = panoptic(*arguments, "mask2former")
     assert found.id_map.tolist() == [[[VOID, 1]]] and found.ids.tolist() == [[VOID, 1]]
 
 
-def test_stuff_merges_into_the_first_segment_and_things_do_not() -> None:
+def test_stuff_merges_into_the_first_segment_and_things_do_not(panoptic: Panoptic) -> None:
     logits = torch.full((1, 4, 1, 4), -9.0)
     logits[0, range(4), 0, range(4)] = 9.0
     categories, is_thing = torch.tensor([[1, 0, 1, 0]]), torch.tensor([True, False])
-    found = panoptic_inference(logits, torch.ones(1, 4), categories, is_thing, (1, 4), (1, 4), 0.5)
+    found = panoptic(logits, torch.ones(1, 4), categories, is_thing, (1, 4), (1, 4), 0.5)
     assert found.id_map.tolist() == [[[1, 2, 1, 3]]] and found.ids.tolist() == [[1, 2, 1, 3]]
 
 
 @pytest.mark.parametrize("queries", [0, 3])
-def test_no_query_kept_is_all_void(queries: int) -> None:
-    found = panoptic_inference(
+def test_no_query_kept_is_all_void(panoptic: Panoptic, queries: int) -> None:
+    found = panoptic(
         torch.randn(2, queries, 4, 5), torch.rand(2, queries), torch.full((2, queries), VOID), torch.tensor([True]),
         (4, 5), (9, 7), 0.8,
     )  # fmt: skip
@@ -186,7 +203,7 @@ def test_instances_equal_loops(data: st.DataObject) -> None:
     batch, queries = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 6))
     logits = 3 * torch.randn(batch, queries, h, w, generator=generator) - data.draw(st.sampled_from([0.0, 5.0]))
     extent = (h * 0.77, float(w))
-    found = instance_inference(logits, extent, size)
+    found = instance_inference_eager(logits, extent, size)
     assert found.masks.shape == (batch, queries, size[0], (size[1] + 7) // 8)
     for image in range(batch):
         for query, (packed, area, box, score) in enumerate(naive_instance(logits[image], extent, size)):
@@ -203,8 +220,8 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     things = torch.tensor([True, False, True])
 
     def run():
-        yield from panoptic_inference(logits, scores, categories, things, (8.2, 7.9), (31, 29), 0.3)
-        yield from instance_inference(logits, (8.2, 7.9), (31, 29))
+        yield from panoptic_inference_eager(logits, scores, categories, things, (8.2, 7.9), (31, 29), 0.3)
+        yield from instance_inference_eager(logits, (8.2, 7.9), (31, 29))
 
     whole = list(run())
     monkeypatch.setattr(resample_module, "CPU_TILE_BYTES", 1)
@@ -232,10 +249,10 @@ def test_half_precision_masks_are_resampled_in_float32() -> None:
         ({"rule": "detectron2"}, ValueError, "rule"),
     ],
 )
-def test_bad_input_is_named(change, error, name) -> None:
+def test_bad_input_is_named(panoptic: Panoptic, change, error, name) -> None:
     arguments = {
         "mask_logits": torch.zeros(1, 2, 4, 4), "scores": torch.ones(1, 2), "extent": (4, 4), "output_size": (8, 8),
         "categories": torch.zeros(1, 2, dtype=torch.int64), "is_thing": torch.ones(3, dtype=torch.bool),
     }  # fmt: skip
     with pytest.raises(error, match=rf"{name}: expected .*, got "):
-        panoptic_inference(**{**arguments, **change}, overlap_threshold=0.8)
+        panoptic(**{**arguments, **change}, overlap_threshold=0.8)
