@@ -33,6 +33,7 @@ struct Axis {
 struct MaskLogits {
   const float* data;  // [batch, queries, rows, columns], columns adjacent
   int64_t batch, queries;
+  int64_t columns;                                 // of a map
   int64_t batch_stride, query_stride, row_stride;  // in floats
   Axis vertical, horizontal;
 };
@@ -54,17 +55,20 @@ struct SlotCounts {
   int64_t won, owned, both;
 };
 
-// Scratch of one worker; tables are padded to a multiple of 16 slots.
+// Scratch of one worker.
 struct PanopticScratch {
   TileScratch tile;
   alignas(64) float cost[kTileRows * kTileColumns];      // least (1 + e^-logit) / score so far at each pixel
   alignas(64) float margin[kTileRows * kTileColumns];    // the winner's logit less its own_logit
   alignas(64) int32_t slot[kTileRows * kTileColumns];    // the winner
-  float* low;   // [slots] bounds of each candidate's logits in the tile
+  float* column_low;   // [columns of a map] bounds of one candidate's logits in a row of tiles
+  float* column_high;
+  int64_t padded_slots;  // the kept queries of any image, to a multiple of the widest vector
+  float* low;            // [tiles across, padded_slots] bounds of each candidate's logits in a tile
   float* high;
-  float* best;  // [slots] bounds of its cost
+  float* best;     // [padded_slots] bounds of its cost
   float* worst;
-  int32_t* alive;  // [slots] candidates that may win somewhere in the tile
+  int32_t* alive;  // [padded_slots] candidates that may win somewhere in the tile
   SlotCounts* counts;  // [batch, slots] sums over this worker's tiles
 };
 
@@ -80,6 +84,12 @@ struct PanopticJob {
 };
 
 constexpr int32_t kMixedTile = -1;
+
+struct InstanceScratch {
+  TileScratch tile;
+  float* column_low;  // [columns of a map] bounds of the query's logits in a row of tiles
+  float* column_high;
+};
 
 struct InstanceJob {
   MaskLogits logits;
@@ -97,7 +107,7 @@ struct InstanceJob {
   /* Replaces slots by segment numbers in one row of tiles. */                                                   \
   void number_segments(const PanopticJob& job, int64_t image, int64_t tile_row);                                 \
   /* One query's mask with its area, box and score. */                                                           \
-  void extract_mask(const InstanceJob& job, int64_t image, int64_t query, TileScratch& scratch);                 \
+  void extract_mask(const InstanceJob& job, int64_t image, int64_t query, InstanceScratch& scratch);             \
   }
 MF_DECLARE_SEGMENT_KERNELS(baseline)
 #if defined(__x86_64__)

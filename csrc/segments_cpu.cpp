@@ -67,7 +67,7 @@ class Geometry {
   explicit Geometry(const MaskWindow& window)
       : vertical_(window.output[0], window.extent[0], checked(window.sizes[2]), kTileRows),
         horizontal_(window.output[1], window.extent[1], checked(window.sizes[3]), kTileColumns),
-        logits_{window.logits,      window.sizes[0],   window.sizes[1],   window.strides[0],
+        logits_{window.logits,      window.sizes[0],   window.sizes[1],  window.sizes[3],   window.strides[0],
                 window.strides[1],  window.strides[2], vertical_.view(), horizontal_.view()} {}
 
   const MaskLogits& logits() const { return logits_; }
@@ -136,18 +136,21 @@ Candidates find_candidates(int64_t batch, int64_t queries, const PanopticQuery& 
 // Memory of the workers, allocated before they start.
 class PanopticWorkers {
  public:
-  PanopticWorkers(int workers, int64_t batch, int64_t slots)
+  PanopticWorkers(int workers, const MaskLogits& logits, int64_t slots)
       : scratch_(workers), floats_(workers), alive_(workers), counts_(workers) {
-    const int64_t padded = (slots + 15) / 16 * 16;
+    const int64_t padded = (slots + 15) / 16 * 16, tiles = logits.horizontal.tiles;
     for (int w = 0; w < workers; ++w) {
-      floats_[w].resize(4 * padded);
+      floats_[w].resize((2 * tiles + 2) * padded + 2 * logits.columns);
       alive_[w].resize(padded);
-      counts_[w].resize(batch * slots);
+      counts_[w].resize(logits.batch * slots);
       float* f = floats_[w].data();
+      scratch_[w].padded_slots = padded;
       scratch_[w].low = f;
-      scratch_[w].high = f + padded;
-      scratch_[w].best = f + 2 * padded;
-      scratch_[w].worst = f + 3 * padded;
+      scratch_[w].high = f + tiles * padded;
+      scratch_[w].best = f + 2 * tiles * padded;
+      scratch_[w].worst = scratch_[w].best + padded;
+      scratch_[w].column_low = scratch_[w].worst + padded;
+      scratch_[w].column_high = scratch_[w].column_low + logits.columns;
       scratch_[w].alive = alive_[w].data();
       scratch_[w].counts = counts_[w].data();
     }
@@ -209,7 +212,7 @@ void infer_panoptic(const MaskWindow& window, const PanopticQuery& query, const 
   std::vector<int32_t> tile_slots(tasks * logits.horizontal.tiles, static_cast<int32_t>(slots));
   std::vector<int32_t> ids(batch * (slots + 1), kVoid);
   threads = useful_threads(logits, tasks, threads);
-  PanopticWorkers workers(threads, batch, slots);
+  PanopticWorkers workers(threads, logits, slots);
   const PanopticJob job{logits,        found.candidates.data(), found.slot_counts.data(), slots,
                         query.rule == "mask2former", output.id_map, tile_slots.data(), ids.data()};
 
@@ -233,7 +236,12 @@ void infer_instances(const MaskWindow& window, const InstanceOutput& output, int
   const MaskLogits& logits = geometry.logits();
   const int64_t tasks = logits.batch * logits.queries;
   threads = useful_threads(logits, tasks, threads);
-  std::vector<TileScratch> scratch(threads);
+  std::vector<InstanceScratch> scratch(threads);
+  std::vector<float> columns(2 * logits.columns * threads);
+  for (int t = 0; t < threads; ++t) {
+    scratch[t].column_low = columns.data() + 2 * logits.columns * t;
+    scratch[t].column_high = scratch[t].column_low + logits.columns;
+  }
   const InstanceJob job{logits, output.masks, output.areas, output.boxes, output.scores};
   parallel_for(tasks, threads, [&](int worker, int64_t task) {
     MF_DISPATCH(extract_mask, job, task / logits.queries, task % logits.queries, scratch[worker]);

@@ -10,7 +10,6 @@ namespace maskformer_fast {
 namespace MF_ISA {
 namespace {
 
-constexpr int kVectors = kTileColumns / kLanes;
 static_assert(kTapSlack >= 2 * kLanes, "expanding reads past the taps");
 
 struct Bounds {
@@ -81,39 +80,79 @@ MF_INLINE int64_t sum(Ints x) {
   return x[0];
 }
 
-// What a tile reads of one query's map -> scratch.taps, clamped; returns bounds of all of it.
-Bounds read_taps(const MaskLogits& logits, const float* map, int64_t tile_row, int64_t tile_column,
-                 TileScratch& scratch) {
-  const Axis& y = logits.vertical;
-  const Axis& x = logits.horizontal;
-  const int32_t* rows = y.taps + tile_row * 2 * kTileRows;
-  const int32_t* columns = x.taps + tile_column * 2 * kTileColumns;
-  const int count = x.counts[tile_column], run = x.runs[tile_column];
+// Calls vector(at) for vectors that cover 0..count-1, the last of which may overlap the one before, and element(at)
+// for single positions where count is below one vector.
+template <class Vector, class Element>
+MF_INLINE void cover(int64_t count, const Vector& vector, const Element& element) {
+  if (count < kLanes) {
+    for (int64_t at = 0; at < count; ++at) element(at);
+    return;
+  }
+  for (int64_t at = 0; at < count; at += kLanes) vector(at + kLanes <= count ? at : count - kLanes);
+}
+
+// Bounds, at each map column, of the rows that a row of tiles reads -> low and high [columns].
+void bound_columns(const MaskLogits& logits, const float* map, int64_t tile_row, float* low, float* high) {
+  const int32_t* rows = logits.vertical.taps + tile_row * 2 * kTileRows;
+  const int count = logits.vertical.counts[tile_row];
+  cover(
+      logits.columns,
+      [&](int64_t at) {
+        Floats lows = clamp_logit(load(map + rows[0] * logits.row_stride + at)), highs = lows;
+        for (int r = 1; r < count; ++r) {
+          const Floats value = clamp_logit(load(map + rows[r] * logits.row_stride + at));
+          lows = min(lows, value);
+          highs = max(highs, value);
+        }
+        store(low + at, lows);
+        store(high + at, highs);
+      },
+      [&](int64_t at) {
+        low[at] = high[at] = clamp_logit(map[rows[0] * logits.row_stride + at]);
+        for (int r = 1; r < count; ++r) {
+          const float value = clamp_logit(map[rows[r] * logits.row_stride + at]);
+          low[at] = value < low[at] ? value : low[at];
+          high[at] = value > high[at] ? value : high[at];
+        }
+      });
+}
+
+// Bounds of one tile of such a row.
+MF_INLINE Bounds bound_tile(const MaskLogits& logits, int64_t tile_column, const float* low, const float* high) {
+  const int32_t* columns = logits.horizontal.taps + tile_column * 2 * kTileColumns;
+  const int count = logits.horizontal.counts[tile_column], run = logits.horizontal.runs[tile_column];
   Floats lows = broadcast(kLargestLogit), highs = broadcast(-kLargestLogit);
-  float low = kLargestLogit, high = -kLargestLogit;
-  for (int r = 0; r < y.counts[tile_row]; ++r) {
+  Bounds others{kLargestLogit, -kLargestLogit};
+  const auto include = [&](int64_t at) {
+    const float l = low[columns[at]], h = high[columns[at]];
+    others = {l < others.low ? l : others.low, h > others.high ? h : others.high};
+  };
+  cover(
+      run,
+      [&](int64_t at) {
+        lows = min(lows, load(low + columns[0] + at));
+        highs = max(highs, load(high + columns[0] + at));
+      },
+      include);
+  for (int at = run; at < count; ++at) include(at);
+  if (run < kLanes) return others;
+  const Bounds b = extremes(lows, highs);
+  return {b.low < others.low ? b.low : others.low, b.high > others.high ? b.high : others.high};
+}
+
+// What a tile reads of one query's map -> scratch.taps, clamped.
+void read_taps(const MaskLogits& logits, const float* map, int64_t tile_row, int64_t tile_column,
+               TileScratch& scratch) {
+  const int32_t* rows = logits.vertical.taps + tile_row * 2 * kTileRows;
+  const int32_t* columns = logits.horizontal.taps + tile_column * 2 * kTileColumns;
+  const int count = logits.horizontal.counts[tile_column], run = logits.horizontal.runs[tile_column];
+  for (int r = 0; r < logits.vertical.counts[tile_row]; ++r) {
     const float* source = map + rows[r] * logits.row_stride;
     float* taps = scratch.taps[r];
-    int done = 0;
-    if (run >= kLanes) {
-      for (; done < run; done += kLanes) {
-        const int at = done + kLanes <= run ? done : run - kLanes;  // the last vector may overlap the one before
-        const Floats value = clamp_logit(load(source + columns[0] + at));
-        lows = min(lows, value);
-        highs = max(highs, value);
-        store(taps + at, value);
-      }
-      done = run;
-    }
-    for (; done < count; ++done) {
-      const float value = clamp_logit(source[columns[done]]);
-      low = value < low ? value : low;
-      high = value > high ? value : high;
-      taps[done] = value;
-    }
+    const auto copy = [&](int64_t at) { taps[at] = clamp_logit(source[columns[at]]); };
+    cover(run, [&](int64_t at) { store(taps + at, clamp_logit(load(source + columns[0] + at))); }, copy);
+    for (int at = run; at < count; ++at) copy(at);
   }
-  const Bounds vectors = extremes(lows, highs);
-  return {vectors.low < low ? vectors.low : low, vectors.high > high ? vectors.high : high};
 }
 
 // scratch.taps resampled along the columns -> scratch.rows
@@ -170,7 +209,7 @@ MF_INLINE Floats logit_at(const TileScratch& scratch, const Tile& tile, int row,
 // Lanes of a vector that are pixels of the tile.
 MF_INLINE Ints inside(const Tile& tile, int column) { return lane_numbers() < tile.columns - column; }
 
-MF_INLINE Floats cost_of(Floats logit, float inverse_score) {
+MF_INLINE Floats cost_of(Floats logit, Floats inverse_score) {
   return exp(-logit) * inverse_score + inverse_score;
 }
 
@@ -194,7 +233,7 @@ int64_t contend(PanopticScratch& scratch, const Tile& tile, const Candidate& can
       const int at = r * kTileColumns + v * kLanes;
       const Floats logit = logit_at(scratch.tile, tile, r, v * kLanes);
       const Floats margin = logit - candidate.own_logit;
-      const Floats cost = cost_of(logit, candidate.inverse_score);
+      const Floats cost = cost_of(logit, broadcast(candidate.inverse_score));
       owned -= (logit >= candidate.own_logit) & real;
       if (kFirst) {
         store(scratch.cost + at, cost);
@@ -223,25 +262,30 @@ int64_t count_slot(const PanopticScratch& scratch, const Tile& tile, int32_t slo
   return sum(count);
 }
 
-// Bounds of all candidates in a tile -> the candidates that may win somewhere in it, in order; returns their number.
-int64_t find_alive(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t tile_column,
-                   PanopticScratch& scratch) {
+// Bounds of all candidates in a row of tiles -> scratch.low and scratch.high.
+void bound_candidates(const PanopticJob& job, int64_t image, int64_t tile_row, PanopticScratch& scratch) {
   const MaskLogits& logits = job.logits;
-  const int64_t slots = job.slot_counts[image];
-  const Candidate* candidates = job.candidates + image * job.slots;
-  const float* maps = logits.data + image * logits.batch_stride;
-  for (int64_t s = 0; s < slots; ++s) {
-    const float* map = maps + candidates[s].query * logits.query_stride;
-    const Bounds b = read_taps(logits, map, tile_row, tile_column, scratch.tile);
-    scratch.low[s] = b.low;
-    scratch.high[s] = b.high;
-    scratch.worst[s] = candidates[s].inverse_score;
+  for (int64_t s = 0; s < job.slot_counts[image]; ++s) {
+    const int64_t query = job.candidates[image * job.slots + s].query;
+    const float* map = logits.data + image * logits.batch_stride + query * logits.query_stride;
+    bound_columns(logits, map, tile_row, scratch.column_low, scratch.column_high);
+    for (int64_t t = 0; t < logits.horizontal.tiles; ++t) {
+      const Bounds b = bound_tile(logits, t, scratch.column_low, scratch.column_high);
+      scratch.low[t * scratch.padded_slots + s] = b.low;
+      scratch.high[t * scratch.padded_slots + s] = b.high;
+    }
   }
+}
+
+// The candidates that may win somewhere in a tile, in order -> scratch.alive; returns their number.
+int64_t find_alive(const Candidate* candidates, int64_t slots, const float* low, const float* high,
+                   PanopticScratch& scratch) {
   float threshold = __builtin_huge_valf();  // the least of the costs that each candidate is sure not to exceed
+  for (int64_t s = 0; s < slots; ++s) scratch.worst[s] = candidates[s].inverse_score;
   for (int64_t s = 0; s < slots; s += kLanes) {
     const Floats inverse_score = load(scratch.worst + s);
-    store(scratch.best + s, exp(-load(scratch.high + s)) * inverse_score + inverse_score);
-    store(scratch.worst + s, exp(-load(scratch.low + s)) * inverse_score + inverse_score);
+    store(scratch.best + s, cost_of(load(high + s), inverse_score));
+    store(scratch.worst + s, cost_of(load(low + s), inverse_score));
   }
   for (int64_t s = 0; s < slots; ++s) threshold = scratch.worst[s] < threshold ? scratch.worst[s] : threshold;
   threshold *= 1 + 4e-6f;  // beyond all rounding
@@ -266,10 +310,12 @@ void claim_tile(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t
     expand_rows(logits, tile_row, tile_column, scratch.tile);
   };
 
-  const int64_t alive = find_alive(job, image, tile_row, tile_column, scratch);
+  const float* low = scratch.low + tile_column * scratch.padded_slots;
+  const float* high = scratch.high + tile_column * scratch.padded_slots;
+  const int64_t alive = find_alive(candidates, slots, low, high, scratch);
   const int32_t leader = scratch.alive[0];
-  const bool leader_owns = scratch.low[leader] >= candidates[leader].own_logit;
-  const bool leader_owns_nothing = scratch.high[leader] < candidates[leader].own_logit;
+  const bool leader_owns = low[leader] >= candidates[leader].own_logit;
+  const bool leader_owns_nothing = high[leader] < candidates[leader].own_logit;
   const bool uniform = alive == 1 && (!job.intersect || leader_owns || leader_owns_nothing);
   for (int64_t s = 0, next = 0; s < slots; ++s) {
     const bool contends = !uniform && next < alive && scratch.alive[next] == s;
@@ -278,9 +324,9 @@ void claim_tile(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t
       const auto take = next == 0 ? contend<true> : contend<false>;
       counts[s].owned += take(scratch, tile, candidates[s], static_cast<int32_t>(s));
       ++next;
-    } else if (scratch.low[s] >= candidates[s].own_logit) {
+    } else if (low[s] >= candidates[s].own_logit) {
       counts[s].owned += tile.pixels();
-    } else if (scratch.high[s] >= candidates[s].own_logit) {
+    } else if (high[s] >= candidates[s].own_logit) {
       expand(s);
       counts[s].owned += count_owned(scratch.tile, tile, candidates[s].own_logit);
     }
@@ -315,6 +361,7 @@ void claim_tile(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t
 }  // namespace
 
 void claim_pixels(const PanopticJob& job, int64_t image, int64_t tile_row, PanopticScratch& scratch) {
+  bound_candidates(job, image, tile_row, scratch);
   for (int64_t t = 0; t < job.logits.horizontal.tiles; ++t) claim_tile(job, image, tile_row, t, scratch);
 }
 
@@ -336,7 +383,7 @@ void number_segments(const PanopticJob& job, int64_t image, int64_t tile_row) {
   }
 }
 
-void extract_mask(const InstanceJob& job, int64_t image, int64_t query, TileScratch& scratch) {
+void extract_mask(const InstanceJob& job, int64_t image, int64_t query, InstanceScratch& scratch) {
   const MaskLogits& logits = job.logits;
   const int64_t index = image * logits.queries + query, height = logits.vertical.size, width = logits.horizontal.size;
   const int64_t row_bytes = (width + 7) / 8;
@@ -346,10 +393,11 @@ void extract_mask(const InstanceJob& job, int64_t image, int64_t query, TileScra
   int64_t area = 0, x0 = width, y0 = height, x1 = 0, y1 = 0;
   double total = 0;
   for (int64_t tile_row = 0; tile_row < logits.vertical.tiles; ++tile_row) {
+    bound_columns(logits, map, tile_row, scratch.column_low, scratch.column_high);
     for (int64_t tile_column = 0; tile_column < logits.horizontal.tiles; ++tile_column) {
-      const Bounds bounds = read_taps(logits, map, tile_row, tile_column, scratch);
-      if (!(bounds.high > 0)) continue;
-      expand_rows(logits, tile_row, tile_column, scratch);
+      if (!(bound_tile(logits, tile_column, scratch.column_low, scratch.column_high).high > 0)) continue;
+      read_taps(logits, map, tile_row, tile_column, scratch.tile);
+      expand_rows(logits, tile_row, tile_column, scratch.tile);
       const Tile tile(logits, tile_row, tile_column);
       const int64_t first_byte = tile.left / 8, bytes = least(kTileColumns / 8, row_bytes - first_byte);
       Floats sums{};
@@ -358,7 +406,7 @@ void extract_mask(const InstanceJob& job, int64_t image, int64_t query, TileScra
         uint64_t word = 0;
         Floats row_sums{};  // apart, as rounding errors grow with the number of terms
         for (int v = 0; v < tile.vectors(); ++v) {
-          const Floats logit = logit_at(scratch, tile, r, v * kLanes);
+          const Floats logit = logit_at(scratch.tile, tile, r, v * kLanes);
           const Ints in = (logit > 0.0f) & inside(tile, v * kLanes);
           const uint64_t bits = lane_bits(in);
           if (bits == 0) continue;
