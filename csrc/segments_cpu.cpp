@@ -87,7 +87,8 @@ class Geometry {
 
 int useful_threads(const MaskLogits& logits, int64_t tasks, int threads) {
   constexpr double kWorkPerThread = 300000;  // pixels x queries: some 50 us, which a new thread is worth
-  const double work = static_cast<double>(logits.batch) * logits.queries * logits.vertical.size * logits.horizontal.size;
+  const double pixels = static_cast<double>(logits.vertical.size) * static_cast<double>(logits.horizontal.size);
+  const double work = static_cast<double>(logits.batch * logits.queries) * pixels;
   const auto useful = static_cast<int64_t>(std::min(1.0 + work / kWorkPerThread, 1e9));
   return static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, std::min(tasks, useful))));
 }
