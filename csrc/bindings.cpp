@@ -7,6 +7,8 @@
 
 #include "assignment_cpu.h"
 #include "cpu_isa.h"
+#include "segments_cpu.h"
+#include "segments_rle.h"
 
 namespace py = pybind11;
 
@@ -37,12 +39,88 @@ void define_linear_sum_assignment(py::module_& module, const char* name) {
              "result [batch, columns].");
 }
 
+using maskformer_fast::MaskWindow;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check_threads(int threads) {
+  if (threads < 1) throw std::invalid_argument("threads: expected >= 1, got " + std::to_string(threads));
+}
+
+MaskWindow mask_window(uintptr_t logits, const std::array<int64_t, 4>& sizes, const Shape& strides,
+                       const std::array<double, 2>& extent, const std::array<int64_t, 2>& output) {
+  for (const int64_t size : sizes) {
+    if (size < 0) throw std::invalid_argument("sizes: expected >= 0, got " + std::to_string(size));
+  }
+  for (const int64_t side : output) {
+    if (side < 1) throw std::invalid_argument("output: expected positive sides, got " + std::to_string(side));
+  }
+  for (const double side : extent) {
+    if (!(side > 0)) throw std::invalid_argument("extent: expected positive sides, got " + std::to_string(side));
+  }
+  return {pointer<const float>(logits), sizes, strides, extent, output};
+}
+
+void panoptic_inference(uintptr_t logits, const std::array<int64_t, 4>& sizes, const Shape& strides,
+                        const std::array<double, 2>& extent, const std::array<int64_t, 2>& output, uintptr_t scores,
+                        uintptr_t categories, uintptr_t is_thing, int64_t classes, double overlap_threshold,
+                        const std::string& rule, uintptr_t id_map, uintptr_t ids, uintptr_t areas, int threads) {
+  check_threads(threads);
+  maskformer_fast::infer_panoptic(mask_window(logits, sizes, strides, extent, output),
+                                  {pointer<const float>(scores), pointer<const int64_t>(categories),
+                                   pointer<const bool>(is_thing), classes, overlap_threshold, rule},
+                                  {pointer<int32_t>(id_map), pointer<int32_t>(ids), pointer<int64_t>(areas)}, threads);
+}
+
+void instance_inference(uintptr_t logits, const std::array<int64_t, 4>& sizes, const Shape& strides,
+                        const std::array<double, 2>& extent, const std::array<int64_t, 2>& output, uintptr_t masks,
+                        uintptr_t areas, uintptr_t boxes, uintptr_t scores, int threads) {
+  check_threads(threads);
+  maskformer_fast::infer_instances(
+      mask_window(logits, sizes, strides, extent, output),
+      {pointer<uint8_t>(masks), pointer<int64_t>(areas), pointer<float>(boxes), pointer<float>(scores)}, threads);
+}
+
+py::list encode_packed_masks(uintptr_t masks, const Shape& sizes, int threads) {
+  check_threads(threads);
+  const auto [count, height, width] = sizes;
+  if (count < 0 || height < 1 || width < 1) throw std::invalid_argument("sizes: expected masks that have pixels");
+  std::vector<std::string> encoded;
+  {
+    py::gil_scoped_release release;
+    encoded = maskformer_fast::encode_masks(pointer<const uint8_t>(masks), count, height, width, threads);
+  }
+  py::list result;
+  for (const std::string& counts : encoded) result.append(py::bytes(counts));
+  return result;
+}
+
+void define_segments(py::module_& module) {
+  module.def("panoptic_inference", &panoptic_inference, py::arg("logits"), py::arg("sizes"), py::arg("strides"),
+             py::arg("extent"), py::arg("output"), py::arg("scores"), py::arg("categories"), py::arg("is_thing"),
+             py::arg("classes"), py::arg("overlap_threshold"), py::arg("rule"), py::arg("id_map"), py::arg("ids"),
+             py::arg("areas"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+             "Addresses of float32 logits [batch, queries, rows, columns] (strides in floats, columns adjacent), of "
+             "contiguous scores, categories, is_thing, and of the results.");
+  module.def("instance_inference", &instance_inference, py::arg("logits"), py::arg("sizes"), py::arg("strides"),
+             py::arg("extent"), py::arg("output"), py::arg("masks"), py::arg("areas"), py::arg("boxes"),
+             py::arg("scores"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+             "Addresses of float32 logits [batch, queries, rows, columns] (strides in floats, columns adjacent) and "
+             "of the results.");
+  module.def("encode_packed_masks", &encode_packed_masks, py::arg("masks"), py::arg("sizes"), py::arg("threads"),
+             "Address of contiguous packed masks, their count, height and width in pixels -> compressed COCO counts.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled operators of maskformer_fast; call them through maskformer_fast.ops.";
   define_linear_sum_assignment<float>(module, "linear_sum_assignment_f32");
   define_linear_sum_assignment<double>(module, "linear_sum_assignment_f64");
+  define_segments(module);
   module.def("available_isas", &maskformer_fast::available_isas, "Instruction sets that this processor runs.");
   module.def("use_isa", &maskformer_fast::use_isa, py::arg("name"),
              "For tests: force the kernels' instruction set; 'auto' takes the widest.");

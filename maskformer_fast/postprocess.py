@@ -28,7 +28,7 @@ from torch import Tensor
 
 from maskformer_fast.config import check, check_choice
 from maskformer_fast.ops.pruned_semantic import pruned_semantic_inference
-from maskformer_fast.ops.segment_inference import InstanceMasks, instance_inference, panoptic_inference
+from maskformer_fast.ops.segment_inference import InstanceMasks, PanopticRule, instance_inference, panoptic_inference
 from maskformer_fast.ops.semantic_inference import (
     label_dtype,
     pixel_semantic_inference,
@@ -144,8 +144,9 @@ def panoptic(
     object_mask_threshold: float,
     overlap_threshold: float,
     order: PanopticOrder = "direct",
+    rule: PanopticRule = "maskformer",
 ) -> list[PanopticResult]:
-    """Non-overlapping segments, as the official code defines them (`panoptic_inference`).
+    """Non-overlapping segments (`panoptic_inference`); the defaults but for `order` are the official MaskFormer's.
 
     Queries whose best class is an object and whose probability of it is above `object_mask_threshold` take part; only
     their masks are computed. A segment's score is that probability (the highest, where stuff merged).
@@ -155,6 +156,7 @@ def panoptic(
         is_thing: one flag a class; stuff segments of one class are merged.
         overlap_threshold: least share of its own mask (sigmoid >= 0.5) that a segment must win.
         order: where resampling happens, see the module.
+        rule: whose segments, see `panoptic_inference`: what Hugging Face or Mask2Former would give of these masks.
 
     Raises:
         TypeError: predictions of a per-pixel model.
@@ -179,7 +181,7 @@ def panoptic(
         logits, extent = _window(logits, predictions.input_size, group, order == "official")
         group_scores, group_categories = group.take(scores), group.take(categories)
         found = panoptic_inference(
-            logits, group_scores, group_categories, things, extent, group.output_size, overlap_threshold
+            logits, group_scores, group_categories, things, extent, group.output_size, overlap_threshold, rule
         )
         columns = [found.ids, group_categories, found.areas, group_scores]
         table = torch.stack([column.to(torch.float64) for column in columns], -1)  # exact: all below 2**53
@@ -237,7 +239,8 @@ def instances(
         found, row, scores, order, size = ranked[image]
         chosen = order[:count]
         slot = slot_of_pair[image, chosen]
-        masks, boxes = found.masks[row, slot], found.boxes[row, slot]
+        # index_select copies whole masks: five times faster here than masks[row, slot]
+        masks, boxes = (tensor[row].index_select(0, slot) for tensor in (found.masks, found.boxes))
         results.append(InstanceResult(labels[image, chosen], scores[:count], masks, boxes, size))
     return results
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+
+from maskformer_fast._extension import load_extension
 
 __all__ = ["coco_tools", "encode_masks", "encode_packed_masks"]
 
@@ -52,23 +55,24 @@ def encode_packed_masks(
     packed: np.ndarray,  # [N, H, ceil(W/8)] uint8, as `structures.pack_masks`
     width: int,
 ) -> list[dict[str, Any]]:
-    """Compressed COCO RLE of bit-packed masks, unpacked a few at a time.
+    """Compressed COCO RLE of bit-packed masks, straight from the bits in C++; equal to pycocotools'.
+
+    Padding bits are ignored. Runs on ``torch.get_num_threads()`` threads.
 
     Raises:
         TypeError: packed is not uint8.
-        ValueError: packed has another rank, or another width than `width` packs to.
-        ModuleNotFoundError: pycocotools is missing.
+        ValueError: packed has another rank, no pixels, or another width than `width` packs to.
+        ImportError: the extension is not built.
     """
     if packed.dtype != np.uint8:
         raise TypeError(f"packed: expected uint8, got {packed.dtype}")
-    if packed.ndim != 3 or packed.shape[-1] != (width + 7) // 8:
+    if packed.ndim != 3 or packed.shape[-1] != (width + 7) // 8 or 0 in packed.shape[1:]:
         raise ValueError(f"packed: expected [N, H, {(width + 7) // 8}] for width {width}, got shape {packed.shape}")
-    step = max(1, _CHUNK_PIXELS // max(1, packed.shape[1] * width))
-    rles: list[dict[str, Any]] = []
-    for start in range(0, len(packed), step):
-        bits = np.unpackbits(packed[start : start + step], axis=-1, count=width, bitorder="little")
-        rles += _encode(bits.view(np.bool_))
-    return rles
+    packed = np.ascontiguousarray(packed)
+    count, height = packed.shape[:2]
+    address = packed.__array_interface__["data"][0]
+    counts = load_extension().encode_packed_masks(address, (count, height, width), torch.get_num_threads())
+    return [{"size": [height, width], "counts": run_lengths} for run_lengths in counts]
 
 
 def _encode(masks: np.ndarray) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -122,11 +122,18 @@ def test_pixel_models(order: postprocess.SemanticOrder) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 999), st.sampled_from([0.0, 0.4]), st.sampled_from([0.0, 0.5, 0.8]))
-def test_panoptic_results_are_consistent(seed: int, object_threshold: float, overlap_threshold: float) -> None:
+@given(
+    st.integers(0, 999), st.sampled_from([0.0, 0.4]), st.sampled_from([0.0, 0.5, 0.8]),
+    st.sampled_from(get_args(postprocess.PanopticRule)),
+)  # fmt: skip
+def test_panoptic_results_are_consistent(
+    seed: int, object_threshold: float, overlap_threshold: float, rule: postprocess.PanopticRule
+) -> None:
     predictions = random_predictions(seed, classes=4, queries=12)
     is_thing = [True, False, True, False]
-    results = postprocess.panoptic(predictions, OUTPUT_SIZES, is_thing, object_threshold, overlap_threshold)
+    results = postprocess.panoptic(
+        predictions, OUTPUT_SIZES, is_thing, object_threshold, overlap_threshold, rule=rule
+    )
     for image, result in enumerate(results):
         assert result.id_map.shape == OUTPUT_SIZES[image] and result.id_map.dtype == torch.int32
         assert [segment.id for segment in result.segments] == list(range(1, len(result.segments) + 1))

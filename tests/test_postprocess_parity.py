@@ -115,3 +115,53 @@ def test_instances_equal_huggingface_at_mask_resolution(seed: int) -> None:
         torch.testing.assert_close(result.scores, scores, atol=2e-6, rtol=0)  # they round to 6 digits
         masks = torch.stack([theirs["segmentation"][i] for i in order]).bool()
         assert torch.equal(unpack_masks(result.masks, low[1]), masks)
+
+
+def huggingface_panoptic(predictions: Predictions, image: int, stuff: set[int], thresholds: tuple[float, float]):
+    """Id map (theirs: 0 is void) and segments that transformers gives of one image at mask resolution."""
+    one = SimpleNamespace(
+        class_queries_logits=predictions.class_logits[-1, image, None],
+        masks_queries_logits=predictions.mask_logits()[image, None],
+    )
+    found = huggingface_processor().post_process_panoptic_segmentation(
+        one, threshold=thresholds[0], overlap_mask_area_threshold=thresholds[1], label_ids_to_fuse=stuff
+    )[0]
+    return found["segmentation"].masked_fill(found["segmentation"] == 0, VOID), found["segments_info"]
+
+
+@pytest.mark.parametrize("thresholds", [(0.4, 0.41), (0.6, 0.33), (0.05, 0.0)])
+@pytest.mark.parametrize("stuff", [set(), {0, 3}])
+def test_panoptic_equals_huggingface(thresholds: tuple[float, float], stuff: set[int]) -> None:
+    """Compared where its ids are distinct; thresholds are no quotients of areas, as it divides in float32."""
+    size, compared = (10, 14), 0
+    for seed in range(30):
+        predictions = random_predictions(seed, 1)
+        predictions.class_logits.mul_(2)
+        is_thing = [category not in stuff for category in range(7)]
+        id_map, segments = huggingface_panoptic(predictions, 0, stuff, thresholds)
+        by_id: dict[int, set] = {}
+        for segment in segments:
+            by_id.setdefault(segment["id"], set()).add(segment["label_id"])
+        merges = len(segments) > len(by_id)
+        if any(len(labels) > 1 for labels in by_id.values()) or (merges and segments[-1]["id"] < max(by_id)):
+            continue  # its counter went back
+        result = postprocess.panoptic(predictions, [size], is_thing, *thresholds, rule="huggingface")[0]
+        assert torch.equal(result.id_map.long(), id_map.long())
+        assert {s.id: {s.category} for s in result.segments} == by_id
+        compared += len(segments) > 1
+    assert compared >= 5
+
+
+def test_panoptic_ids_stay_distinct_where_huggingface_lets_them_collide() -> None:
+    """Stuff, thing, the same stuff again, thing: transformers counts on from the merged segment's id (seen in
+    `compute_segments` of the installed version, which this runs)."""
+    masks = torch.full((1, 4, 1, 4), -9.0)
+    masks[0, range(4), 0, range(4)] = 9.0
+    classes = torch.full((1, 4, 4), -9.0)
+    classes[0, range(4), [0, 1, 0, 2]] = 9.0
+    predictions = from_masks(classes, masks, [(1, 4)], (1, 4))
+    id_map, segments = huggingface_panoptic(predictions, 0, {0}, (0.5, 0.5))
+    assert id_map.tolist() == [[1, 2, 1, 2]] and [s["label_id"] for s in segments] == [0, 1, 0, 2]
+    result = postprocess.panoptic(predictions, [(1, 4)], [False, True, True], 0.5, 0.5, rule="huggingface")[0]
+    assert result.id_map.tolist() == [[1, 2, 1, 3]]
+    assert [(s.id, s.category) for s in result.segments] == [(1, 0), (2, 1), (3, 2)]

@@ -1,6 +1,13 @@
-"""Panoptic and instance inference against loops over queries; official outputs: tests/interop."""
+"""Eager panoptic and instance inference against loops over queries; rules by hand and official outputs for both ways.
+
+The compiled operators are held against a float64 oracle in test_segment_inference_cpu.py.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,11 +18,27 @@ from hypothesis import strategies as st
 
 from maskformer_fast.ops import resample as resample_module
 from maskformer_fast.ops.resample import resample
-from maskformer_fast.ops.segment_inference import instance_inference, panoptic_inference
+from maskformer_fast.ops.segment_inference import (
+    PanopticRule,
+    PanopticSegments,
+    instance_inference,
+    instance_inference_eager,
+    panoptic_inference,
+    panoptic_inference_eager,
+)
 from maskformer_fast.structures import VOID
 
+ORACLE = Path(__file__).parents[2] / "../shared/oracles/official/r50_coco_panoptic_tiny"
+RULES = get_args(PanopticRule)
+Panoptic = Callable[..., PanopticSegments]
 
-def naive_panoptic(masks, scores, categories, is_thing, threshold):
+
+@pytest.fixture(params=[panoptic_inference, panoptic_inference_eager])
+def panoptic(request: pytest.FixtureRequest) -> Panoptic:
+    return request.param
+
+
+def naive_panoptic(masks, scores, categories, is_thing, threshold, rule="maskformer"):
     """One image, one query after the other: masks [N, H, W] probabilities -> id map, [(id, category, area)]."""
     id_map = np.full(masks.shape[1:], VOID)
     present = [q for q in range(len(masks)) if categories[q] != VOID]
@@ -24,17 +47,22 @@ def naive_panoptic(masks, scores, categories, is_thing, threshold):
     winner = np.array(present)[(np.float32(scores[present])[:, None, None] * masks[present]).argmax(0)]
     segments, merged = [], {}
     for query in present:
-        won, half = winner == query, masks[query] >= 0.5
-        if won.sum() == 0 or half.sum() == 0 or won.sum() / half.sum() < threshold:
+        won = winner == query
+        own = (masks[query] * np.float32(scores[query]) if rule == "huggingface" else masks[query]) >= 0.5
+        segment = won & own if rule == "mask2former" else won
+        if segment.sum() == 0 or own.sum() == 0:
+            continue
+        ratio = won.sum() / own.sum()
+        if not (ratio > threshold if rule == "huggingface" else ratio >= threshold):
             continue
         category = int(categories[query])
         if not is_thing[category] and category in merged:
             number = merged[category]
-            segments[number - 1][2] += won.sum()
+            segments[number - 1][2] += segment.sum()
         else:
             number = merged[category] = len(segments) + 1
-            segments.append([number, category, won.sum()])
-        id_map[won] = number
+            segments.append([number, category, segment.sum()])
+        id_map[segment] = number
     return id_map, segments
 
 
@@ -59,37 +87,93 @@ def test_panoptic_equals_loops(data: st.DataObject) -> None:
     scores = torch.rand(1, queries, generator=generator)
     categories = torch.randint(-1, classes, (1, queries), generator=generator)
     is_thing = torch.rand(classes, generator=generator) < 0.5
-    threshold = data.draw(st.sampled_from([0.0, 0.25, 0.8, 1.0]))
+    threshold, rule = data.draw(st.sampled_from([0.0, 0.25, 0.8, 1.0])), data.draw(st.sampled_from(RULES))
     extent = (h * data.draw(st.floats(0.3, 1.0)), float(w))
-    found = panoptic_inference(logits, scores, categories, is_thing, extent, size, threshold)
+    found = panoptic_inference_eager(logits, scores, categories, is_thing, extent, size, threshold, rule)
     masks = resample(logits[0], extent, size).sigmoid().numpy()
-    id_map, segments = naive_panoptic(masks, scores[0].numpy(), categories[0].numpy(), is_thing.numpy(), threshold)
+    table = (scores[0].numpy(), categories[0].numpy(), is_thing.numpy())
+    id_map, segments = naive_panoptic(masks, *table, threshold, rule)
     np.testing.assert_array_equal(found.id_map[0].numpy(), id_map)
     assert segments_of(found, categories) == segments
     assert found.id_map.dtype == torch.int32
-    assert found.areas.sum() == (size[0] * size[1] if (categories >= 0).any() else 0)
+    if rule != "mask2former":
+        assert found.areas.sum() == (size[0] * size[1] if (categories >= 0).any() else 0)
 
 
-def test_ratio_equal_to_the_threshold_keeps_the_segment() -> None:
+@pytest.mark.skipif(not ORACLE.exists(), reason="official outputs are not here")
+@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("thresholds", [(0.8, 0.8), (0.5, 0.8), (0.3, 0.0), (0.999999, 0.8)])
+def test_panoptic_equals_official(panoptic: Panoptic, case: int, thresholds: tuple[float, float]) -> None:
+    post = torch.load(ORACLE / "synth.pt", weights_only=True)["post"][case]
+    things = torch.load(ORACLE / "case.pt", weights_only=True)["thing_ids"]
+    is_thing = torch.zeros(post["mask_cls"].shape[1] - 1, dtype=torch.bool)
+    is_thing[things] = True
+    scores, categories = post["mask_cls"].softmax(-1).max(-1)
+    kept = (categories < len(is_thing)) & (scores > thresholds[0])
+    categories = categories.masked_fill(~kept, VOID)[None]
+    extent = tuple(float(side) for side in post["mask_pred"].shape[1:])
+    found = panoptic(
+        post["mask_pred"][None], scores[None], categories, is_thing, extent, tuple(post["size"]), thresholds[1]
+    )
+    official, info = post[f"panoptic@{thresholds[0]},{thresholds[1]}"]
+    torch.testing.assert_close(found.id_map[0], official.masked_fill(official == 0, VOID), rtol=0, atol=0)
+    expected = [[s["id"], s["category_id"], int((official == s["id"]).sum())] for s in info]
+    assert segments_of(found, categories) == expected
+    assert [s["isthing"] for s in info] == [bool(is_thing[s[1]]) for s in expected]
+
+
+def test_ratio_equal_to_the_threshold_keeps_the_segment(panoptic: Panoptic) -> None:
     logits = torch.full((1, 2, 1, 10), -9.0)
     logits[0, 0, 0, :10], logits[0, 1, 0, :2] = 2.0, 8.0  # the first keeps 8 of 10 pixels
     arguments = (logits, torch.ones(1, 2), torch.tensor([[0, 1]]), torch.tensor([True, True]), (1, 10), (1, 10))
-    assert panoptic_inference(*arguments, 0.8).ids.tolist() == [[1, 2]]
-    assert panoptic_inference(*arguments, 0.81).ids.tolist() == [[VOID, 1]]
-    assert panoptic_inference(*arguments, 0.81).id_map[0, 0].tolist() == [1, 1] + [VOID] * 8
+    assert panoptic(*arguments, 0.8).ids.tolist() == [[1, 2]]
+    assert panoptic(*arguments, 0.81).ids.tolist() == [[VOID, 1]]
+    assert panoptic(*arguments, 0.81).id_map[0, 0].tolist() == [1, 1] + [VOID] * 8
 
 
-def test_stuff_merges_into_the_first_segment_and_things_do_not() -> None:
+@pytest.mark.parametrize(
+    "rule, threshold, expected",
+    [
+        # the first query wins 6 pixels: 4 of the 5 that it owns, and the last 2, which nobody owns; the second 4 of 4
+        ("maskformer", 1.0, [1, 1, 1, 1, 2, 2, 2, 2, 1, 1]),
+        ("mask2former", 1.0, [1, 1, 1, 1, 2, 2, 2, 2, VOID, VOID]),
+        # 0.6 x sigmoid reaches 0.5 on 2 pixels, so 6 / 2; and 4 / 4 is not above 1
+        ("huggingface", 1.0, [1, 1, 1, 1, VOID, VOID, VOID, VOID, 1, 1]),
+        ("huggingface", 0.99, [1, 1, 1, 1, 2, 2, 2, 2, 1, 1]),
+        ("maskformer", 1.25, [VOID] * 10),
+    ],
+)
+def test_rules_by_hand(panoptic: Panoptic, rule: PanopticRule, threshold: float, expected: list[int]) -> None:
+    """Rules as in the behaviour of both papers' published inference and of transformers' `compute_segments`."""
+    logits = torch.tensor([[4.0, 4.0, 0.5, 0.5, 0.5, -9, -9, -9, -1, -1], [-9.0] * 4 + [5.0] * 4 + [-9.0] * 2])
+    found = panoptic(
+        logits[None, :, None], torch.tensor([[0.6, 0.9]]), torch.tensor([[0, 1]]), torch.tensor([True, True]),
+        (1, 10), (1, 10), threshold, rule,
+    )  # fmt: skip
+    assert found.id_map[0, 0].tolist() == expected
+    for number in set(expected) - {VOID}:
+        assert found.areas[found.ids == number].tolist() == [expected.count(number)]
+
+
+def test_mask2former_drops_a_segment_that_owns_nothing_of_what_it_won(panoptic: Panoptic) -> None:
+    logits = torch.tensor([[[[-1.0, 1.0]], [[-9.0, 9.0]]]])  # the first wins where it has no mask, owns what it lost
+    arguments = (logits, torch.ones(1, 2), torch.tensor([[0, 1]]), torch.tensor([True, True]), (1, 2), (1, 2), 0.8)
+    assert panoptic(*arguments, "maskformer").id_map.tolist() == [[[1, 2]]]
+    found = panoptic(*arguments, "mask2former")
+    assert found.id_map.tolist() == [[[VOID, 1]]] and found.ids.tolist() == [[VOID, 1]]
+
+
+def test_stuff_merges_into_the_first_segment_and_things_do_not(panoptic: Panoptic) -> None:
     logits = torch.full((1, 4, 1, 4), -9.0)
     logits[0, range(4), 0, range(4)] = 9.0
     categories, is_thing = torch.tensor([[1, 0, 1, 0]]), torch.tensor([True, False])
-    found = panoptic_inference(logits, torch.ones(1, 4), categories, is_thing, (1, 4), (1, 4), 0.5)
+    found = panoptic(logits, torch.ones(1, 4), categories, is_thing, (1, 4), (1, 4), 0.5)
     assert found.id_map.tolist() == [[[1, 2, 1, 3]]] and found.ids.tolist() == [[1, 2, 1, 3]]
 
 
 @pytest.mark.parametrize("queries", [0, 3])
-def test_no_query_kept_is_all_void(queries: int) -> None:
-    found = panoptic_inference(
+def test_no_query_kept_is_all_void(panoptic: Panoptic, queries: int) -> None:
+    found = panoptic(
         torch.randn(2, queries, 4, 5), torch.rand(2, queries), torch.full((2, queries), VOID), torch.tensor([True]),
         (4, 5), (9, 7), 0.8,
     )  # fmt: skip
@@ -119,7 +203,7 @@ def test_instances_equal_loops(data: st.DataObject) -> None:
     batch, queries = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 6))
     logits = 3 * torch.randn(batch, queries, h, w, generator=generator) - data.draw(st.sampled_from([0.0, 5.0]))
     extent = (h * 0.77, float(w))
-    found = instance_inference(logits, extent, size)
+    found = instance_inference_eager(logits, extent, size)
     assert found.masks.shape == (batch, queries, size[0], (size[1] + 7) // 8)
     for image in range(batch):
         for query, (packed, area, box, score) in enumerate(naive_instance(logits[image], extent, size)):
@@ -136,8 +220,8 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     things = torch.tensor([True, False, True])
 
     def run():
-        yield from panoptic_inference(logits, scores, categories, things, (8.2, 7.9), (31, 29), 0.3)
-        yield from instance_inference(logits, (8.2, 7.9), (31, 29))
+        yield from panoptic_inference_eager(logits, scores, categories, things, (8.2, 7.9), (31, 29), 0.3)
+        yield from instance_inference_eager(logits, (8.2, 7.9), (31, 29))
 
     whole = list(run())
     monkeypatch.setattr(resample_module, "CPU_TILE_BYTES", 1)
@@ -162,12 +246,13 @@ def test_half_precision_masks_are_resampled_in_float32() -> None:
         ({"is_thing": torch.zeros(3)}, TypeError, "is_thing"),
         ({"extent": (9, 4)}, ValueError, "extent"),
         ({"output_size": (0, 4)}, ValueError, "output_size"),
+        ({"rule": "detectron2"}, ValueError, "rule"),
     ],
 )
-def test_bad_input_is_named(change, error, name) -> None:
+def test_bad_input_is_named(panoptic: Panoptic, change, error, name) -> None:
     arguments = {
         "mask_logits": torch.zeros(1, 2, 4, 4), "scores": torch.ones(1, 2), "extent": (4, 4), "output_size": (8, 8),
         "categories": torch.zeros(1, 2, dtype=torch.int64), "is_thing": torch.ones(3, dtype=torch.bool),
     }  # fmt: skip
     with pytest.raises(error, match=rf"{name}: expected .*, got "):
-        panoptic_inference(**{**arguments, **change}, overlap_threshold=0.8)
+        panoptic(**{**arguments, **change}, overlap_threshold=0.8)
