@@ -260,7 +260,7 @@ void assign_batch(const AssignmentBatch<T>& batch, int threads) {
   const auto [problems, rows, columns] = batch.sizes;
   if (problems == 0 || columns == 0) return;
 
-  constexpr int64_t kCostsPerThread = 32768;  // some 50 us of work, which a new thread is worth
+  constexpr int64_t kCostsPerThread = 8192;  // some 10 us of work, which a helping thread is worth
   const int64_t useful = 1 + problems * rows * columns / kCostsPerThread;
   threads = static_cast<int>(std::clamp<int64_t>(threads, 1, std::min(problems, useful)));
 
