@@ -5,11 +5,11 @@
 // rectangular assignment algorithms", 2016). Potentials are double whatever the cost's type.
 //
 // The core is written once for host and device. A `Team` is whoever works on one problem together (a thread, a warp, a
-// block) and gives it: lane(), size(), sync(), two_smallest(...), relax(...). Scalars of the core are uniform over
-// the team; tables in `Workspace` are written by one lane, or by lanes strided, and read after a sync().
+// block) and gives it: lane(), size(), sync(), all_valid(...), two_smallest(...), relax(...). Scalars of the core are
+// uniform over the team; tables in `Workspace` are written by one lane, or by lanes strided, and read after a sync().
 //
-// +inf forbids a pair. The costs hold no NaN and no -inf (see `is_invalid`). Every loop is bounded by the problem's
-// size, whatever the numbers: sums that overflow end in "no assignment", never in an endless loop.
+// +inf forbids a pair; a problem that holds NaN or -inf (see `is_invalid`) has no assignment. Every loop is bounded by
+// the problem's size, whatever the numbers: sums that overflow end in "no assignment", never in an endless loop.
 #pragma once
 
 #include <cstddef>
@@ -62,11 +62,12 @@ MF_HD bool is_invalid(T cost) {
 }
 
 // Gives each row its cheapest column where that is still free. Returns the number of rows left free, or -1 where a
-// row has no finite cost.
+// row has no finite cost, or an invalid one.
 template <class Team, class T>
 MF_HD int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
   int free_count = 0;
   for (int row = 0; row < rows; ++row) {
+    if (!team.all_valid(cost + row * stride, columns)) return -1;
     const TwoSmallest m = team.two_smallest(cost + row * stride, w.column_potential, columns);
     if (!(m.first < kInfinity)) return -1;
     const bool taken = w.row_of[m.first_column] != kUnassigned;

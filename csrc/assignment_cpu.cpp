@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -73,6 +74,15 @@ struct VectorTeam : Vectors<Lanes> {
   MF_HD int lane() const { return 0; }
   MF_HD int size() const { return 1; }
   MF_HD void sync() const {}
+
+  template <class T>
+  MF_HD bool all_valid(const T* cost, int columns) const {
+    Integers valid = Integers{} - 1;
+    for (int j = 0; j < columns; j += Lanes) valid &= load(cost + j) > -kInfinity;
+    bool all = true;
+    for (int l = 0; l < Lanes; ++l) all &= valid[l] != 0;
+    return all;
+  }
 
   // The two smallest of cost - potential, ties to the lower column.
   template <class T>
@@ -173,7 +183,7 @@ template <class T>
 class Scratch {
  public:
   Scratch(int64_t rows, int64_t columns)
-      : matrix_(rows * padded(columns)),
+      : matrix_(new T[rows * padded(columns)]),  // not cleared: memory that stays unused costs nothing
         doubles_(4 * padded(columns) + rows),
         previous_(padded(columns)),
         integers_(2 * padded(columns) + 2 * rows) {
@@ -184,32 +194,57 @@ class Scratch {
                   i,     i + n, d + 4 * n, i + 2 * n,     i + 2 * n + rows};
   }
 
-  T* matrix() { return matrix_.data(); }
+  T* matrix() { return matrix_.get(); }
   const Workspace& workspace() const { return workspace_; }
 
  private:
-  std::vector<T> matrix_;
+  std::unique_ptr<T[]> matrix_;
   std::vector<double> doubles_;
   std::vector<int64_t> previous_;
   std::vector<int> integers_;
   Workspace workspace_;
 };
 
-// Copies [rows, columns] with any strides to row-major with `stride`, padding each row with +inf.
-// False where a value is NaN or -inf.
+// Copies [rows, columns] with any strides to row-major with `stride`, padding each row with +inf to `width`.
 template <class T>
-bool gather(const T* source, int64_t row_stride, int64_t column_stride, int rows, int columns, T* out,
-            int64_t stride) {
-  bool valid = true;
+void gather(const T* source, int64_t row_stride, int64_t column_stride, int rows, int columns, T* out, int64_t stride,
+            int64_t width) {
   for (int i = 0; i < rows; ++i) {
     T* row = out + i * stride;
-    for (int j = 0; j < columns; ++j) {
-      row[j] = source[i * row_stride + j * column_stride];
-      valid &= !is_invalid(row[j]);
-    }
-    std::fill(row + columns, row + stride, static_cast<T>(kInfinity));
+    for (int j = 0; j < columns; ++j) row[j] = source[i * row_stride + j * column_stride];
+    std::fill(row + columns, row + width, static_cast<T>(kInfinity));
   }
-  return valid;
+}
+
+// The same where rows lie side by side in the source: four rows and columns at a time, in registers.
+template <class T>
+void gather_transposed(const T* source, int64_t column_stride, int rows, int columns, T* out, int64_t stride) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  const int whole_rows = rows & ~3, whole_columns = columns & ~3;
+  for (int j = 0; j < whole_columns; j += 4) {
+    const T* from = source + j * column_stride;
+    for (int i = 0; i < whole_rows; i += 4) {
+      Four a, b, c, d;
+      std::memcpy(&a, from + i, sizeof a);
+      std::memcpy(&b, from + i + column_stride, sizeof b);
+      std::memcpy(&c, from + i + 2 * column_stride, sizeof c);
+      std::memcpy(&d, from + i + 3 * column_stride, sizeof d);
+      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+      b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+      c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+      d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+      T* to = out + i * stride + j;
+      std::memcpy(to, &a, sizeof a);
+      std::memcpy(to + stride, &b, sizeof b);
+      std::memcpy(to + 2 * stride, &c, sizeof c);
+      std::memcpy(to + 3 * stride, &d, sizeof d);
+    }
+  }
+  gather(source + whole_columns * column_stride, 1, column_stride, whole_rows, columns - whole_columns,
+         out + whole_columns, stride, stride - whole_columns);
+  gather(source + whole_rows, 1, column_stride, rows - whole_rows, columns, out + whole_rows * stride, stride, stride);
 }
 
 template <class T>
@@ -225,11 +260,21 @@ void assign_one(const AssignmentBatch<T>& batch, int64_t problem, Solver<T> solv
   const T* cost = batch.cost + problem * batch.strides[0];
   const bool swap = rows > columns;
   const int short_side = swap ? columns : rows, long_side = swap ? rows : columns;
-  const int64_t stride = padded(long_side);
+  const int64_t width = padded(long_side);
   const int64_t short_stride = batch.strides[swap ? 2 : 1], long_stride = batch.strides[swap ? 1 : 2];
-  if (!gather(cost, short_stride, long_stride, short_side, long_side, scratch.matrix(), stride)) return;
+  int64_t stride = width;
+  if (long_stride == 1 && long_side == width) {
+    stride = short_stride;  // taken as it lies: for large problems fresh memory costs more than the solution
+  } else {
+    if (short_stride == 1) {
+      gather_transposed(cost, long_stride, short_side, long_side, scratch.matrix(), stride);
+    } else {
+      gather(cost, short_stride, long_stride, short_side, long_side, scratch.matrix(), stride, width);
+    }
+    cost = scratch.matrix();
+  }
   const Workspace& w = scratch.workspace();
-  if (!solver(short_side, static_cast<int>(stride), scratch.matrix(), stride, w)) return;
+  if (!solver(short_side, static_cast<int>(width), cost, stride, w)) return;
   for (int i = 0; i < short_side; ++i) {
     if (swap) {
       row_of[i] = w.column_of[i];
