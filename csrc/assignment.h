@@ -5,8 +5,8 @@
 // rectangular assignment algorithms", 2016). Potentials are double whatever the cost's type.
 //
 // The core is written once for host and device. A `Team` is whoever works on one problem together (a thread, a warp, a
-// block) and gives it: lane(), size(), sync(), all_valid(...), two_smallest(...), relax(...). Scalars of the core are
-// uniform over the team; tables in `Workspace` are written by one lane, or by lanes strided, and read after a sync().
+// block) and gives it: lane(), size(), sync(), smallest(...), free_tie(...), two_smallest(...), relax(...). Scalars of the
+// core are uniform over the team; tables in `Workspace` are written by one lane, or by lanes strided, and read after a sync().
 //
 // +inf forbids a pair; a problem that holds NaN or -inf (see `is_invalid`) has no assignment. Every loop is bounded by
 // the problem's size, whatever the numbers: sums that overflow end in "no assignment", never in an endless loop.
@@ -35,6 +35,14 @@ struct Nearest {
   int column;  // any value where distance is not finite
 };
 
+// Of the costs of a row.
+struct Smallest {
+  double cost;
+  int column;  // the lowest; any value where cost is not finite
+  bool tied;   // perhaps other columns cost as little
+  bool valid;  // no cost is_invalid
+};
+
 struct TwoSmallest {
   double first;
   int first_column;
@@ -61,25 +69,28 @@ MF_HD bool is_invalid(T cost) {
   return cost != cost || cost == -static_cast<T>(kInfinity);
 }
 
-// Gives each row its cheapest column where that is still free. Returns the number of rows left free, or -1 where a
-// row has no finite cost, or an invalid one.
+// Gives each row its cheapest column, or one that costs as little, where it is still free; all column potentials are 0.
+// Returns the number of rows left free, or -1 where a row has no finite cost, or an invalid one.
 template <class Team, class T>
 MF_HD int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
   int free_count = 0;
   for (int row = 0; row < rows; ++row) {
-    if (!team.all_valid(cost + row * stride, columns)) return -1;
-    const TwoSmallest m = team.two_smallest(cost + row * stride, w.column_potential, columns);
-    if (!(m.first < kInfinity)) return -1;
-    const bool taken = w.row_of[m.first_column] != kUnassigned;
+    const Smallest m = team.smallest(cost + row * stride, columns);
+    if (!m.valid || !(m.cost < kInfinity)) return -1;
+    int column = m.column;
+    if (w.row_of[column] != kUnassigned) {
+      column = m.tied ? team.free_tie(cost + row * stride, m.cost, w, columns) : kUnassigned;
+    }
+    const bool taken = column == kUnassigned;
     team.sync();
     if (team.lane() == 0) {
-      w.row_potential[row] = m.first;
-      w.column_of[row] = taken ? kUnassigned : m.first_column;
+      w.row_potential[row] = m.cost;
+      w.column_of[row] = column;
       if (taken) {
         w.free_rows[free_count] = row;
       } else {
-        w.row_of[m.first_column] = row;
-        w.rank[m.first_column] = m.first_column;
+        w.row_of[column] = row;
+        w.rank[column] = column;
       }
     }
     free_count += taken;

@@ -25,10 +25,26 @@ struct VectorTypes;
     typedef double Doubles __attribute__((vector_size(8 * LANES)));    \
     typedef int64_t Integers __attribute__((vector_size(8 * LANES)));  \
     typedef float Floats __attribute__((vector_size(4 * LANES)));      \
+    typedef float WideFloats __attribute__((vector_size(8 * LANES)));  \
+    typedef int32_t WideInts __attribute__((vector_size(8 * LANES)));   \
   };
 MF_VECTOR_TYPES(2)
 MF_VECTOR_TYPES(4)
 #undef MF_VECTOR_TYPES
+
+// A register full of costs, and as many integers of their size.
+template <class T, int Lanes>
+struct Register;
+template <int Lanes>
+struct Register<double, Lanes> {
+  using Costs = typename VectorTypes<Lanes>::Doubles;
+  using Numbers = typename VectorTypes<Lanes>::Integers;
+};
+template <int Lanes>
+struct Register<float, Lanes> {
+  using Costs = typename VectorTypes<Lanes>::WideFloats;
+  using Numbers = typename VectorTypes<Lanes>::WideInts;
+};
 
 template <int Lanes>
 struct Vectors {
@@ -76,12 +92,50 @@ struct VectorTeam : Vectors<Lanes> {
   MF_HD void sync() const {}
 
   template <class T>
-  MF_HD bool all_valid(const T* cost, int columns) const {
-    Integers valid = Integers{} - 1;
-    for (int j = 0; j < columns; j += Lanes) valid &= load(cost + j) > -kInfinity;
-    bool all = true;
-    for (int l = 0; l < Lanes; ++l) all &= valid[l] != 0;
-    return all;
+  MF_HD Smallest smallest(const T* cost, int columns) const {
+    using Costs = typename Register<T, Lanes>::Costs;
+    using Numbers = typename Register<T, Lanes>::Numbers;
+    constexpr int lanes = sizeof(Costs) / sizeof(T);
+    Costs first = Costs{} + static_cast<T>(kInfinity);
+    Numbers column{}, number, tied{}, invalid{};
+    for (int l = 0; l < lanes; ++l) number[l] = l;
+    int j = 0;
+    for (; j + lanes <= columns; j += lanes, number += lanes) {
+      const Costs x = Vectors<Lanes>::template read<Costs>(cost + j);
+      const Numbers less = x < first;
+      tied |= x == first;
+      invalid |= x != x;
+      first = less ? x : first;
+      column = less ? number : column;
+    }
+    Smallest best{kInfinity, 0, false, true};
+    const auto take = [&](double x, int at) {
+      best.tied |= x == best.cost;
+      if (x < best.cost || (x == best.cost && at < best.column)) {
+        best.cost = x;
+        best.column = at;
+      }
+    };
+    for (int l = 0; l < lanes; ++l) {
+      best.tied |= tied[l] != 0;
+      best.valid &= invalid[l] == 0;
+      take(first[l], static_cast<int>(column[l]));
+    }
+    for (; j < columns; ++j) {
+      best.valid &= cost[j] == cost[j];
+      take(cost[j], j);
+    }
+    best.valid &= best.cost > -kInfinity;
+    return best;
+  }
+
+  // The lowest free column of this cost, or kUnassigned.
+  template <class T>
+  MF_HD int free_tie(const T* row, double cost, const Workspace& w, int columns) const {
+    for (int j = 0; j < columns; ++j) {
+      if (row[j] == cost && w.row_of[j] == kUnassigned) return j;
+    }
+    return kUnassigned;
   }
 
   // The two smallest of cost - potential, ties to the lower column.
