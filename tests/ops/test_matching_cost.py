@@ -393,6 +393,27 @@ def test_bad_input(changes, message):
         matching_cost(predictions, targets, LossConfig())
 
 
+def test_bindings_refuse_nonsense():
+    compute = _extension.load_extension().matching_cost
+    held = torch.zeros(64)
+    address = held.data_ptr()
+    sizes = [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
+    pointers = [address] * 3
+    good = [*pointers, (1, 1, 1, 1), *pointers, 0, sizes, (1, 1, 1), (1, 1, 0), address, 1]
+    for index, value, message in (
+        (0, 0, "class_logits: expected a pointer"),
+        (6, 0, "masks: expected a pointer"),
+        (8, [-1, *sizes[1:]], "sizes: expected >= 0, got -1"),
+        (8, [*sizes[:5], 0, *sizes[6:]], "sizes: expected pixels and classes"),
+        (11, 0, "cost: expected a pointer"),
+        (12, 0, "threads: expected >= 1, got 0"),
+    ):
+        bad = good.copy()
+        bad[index] = value
+        with pytest.raises(ValueError, match=message):
+            compute(*bad)
+
+
 def official_batch(case: dict) -> tuple[Predictions, Targets]:
     """A recorded criterion case; identity embeddings turn its mask logits [B, Q, h, w] into factors."""
     masks: list[Tensor] = [t["masks"] for t in case["targets"]]
