@@ -52,13 +52,14 @@ struct TwoSmallest {
 
 // Tables of one problem, `columns` and `rows` long; the caller owns them.
 struct Workspace {
-  double* column_potential;
-  double* distance;   // of the shortest path to each column
-  double* blocked;    // +inf for columns already scanned in this search, else 0
-  double* rank;       // see kUnassignedRank
-  int64_t* previous;  // row from which the shortest path enters each column
-  int* row_of;        // row of each column, or kUnassigned
-  int* scanned;       // columns in the order in which this search scanned them
+  double* column_potential;  // -inf during a search that scanned the column, so that no path enters it again
+  double* distance;          // of the shortest path to each column; +inf once scanned
+  double* rank;              // see kUnassignedRank
+  int64_t* previous;         // row from which the shortest path enters each column
+  int* row_of;               // row of each column, or kUnassigned
+  int* scanned;              // columns in the order in which this search scanned them
+  double* scanned_distance;  // of those, what the two tables above held
+  double* scanned_potential;
   double* row_potential;
   int* column_of;  // column of each row, or kUnassigned: the result
   int* free_rows;
@@ -148,7 +149,6 @@ template <class Team, class T>
 MF_HD bool augment_path(Team& team, int columns, const T* cost, int64_t stride, const Workspace& w, int start) {
   for (int j = team.lane(); j < columns; j += team.size()) {
     w.distance[j] = kInfinity;
-    w.blocked[j] = 0;
   }
   team.sync();
   double shortest = 0;
@@ -163,8 +163,11 @@ MF_HD bool augment_path(Team& team, int columns, const T* cost, int64_t stride, 
       sink = m.column;
     } else {
       if (team.lane() == 0) {
-        w.blocked[m.column] = kInfinity;
         w.scanned[scanned_count] = m.column;
+        w.scanned_distance[scanned_count] = shortest;
+        w.scanned_potential[scanned_count] = w.column_potential[m.column];
+        w.distance[m.column] = kInfinity;
+        w.column_potential[m.column] = -kInfinity;
       }
       ++scanned_count;
       row = owner;
@@ -174,9 +177,9 @@ MF_HD bool augment_path(Team& team, int columns, const T* cost, int64_t stride, 
   if (team.lane() == 0) w.row_potential[start] += shortest;
   for (int k = team.lane(); k < scanned_count; k += team.size()) {
     const int column = w.scanned[k];
-    const double slack = shortest - w.distance[column];
+    const double slack = shortest - w.scanned_distance[k];
     w.row_potential[w.row_of[column]] += slack;
-    w.column_potential[column] -= slack;
+    w.column_potential[column] = w.scanned_potential[k] - slack;
   }
   team.sync();
   if (team.lane() == 0) {

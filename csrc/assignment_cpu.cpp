@@ -175,16 +175,15 @@ struct VectorTeam : Vectors<Lanes> {
     const Doubles bases = Doubles{} + base;
     const Integers rows = Integers{} + static_cast<int64_t>(row);
     for (int j = 0; j < columns; j += Lanes) {
-      const Doubles blocked = load(w.blocked + j);
       const Doubles path = bases + load(cost + j) - load(w.column_potential + j);
       const Doubles known = load(w.distance + j);
-      const Integers shorter = (path < known) & (blocked == 0.0);
+      const Integers shorter = path < known;
       const Doubles distance = select(shorter, path, known);
       store(w.distance + j, distance);
       store(w.previous + j, select(shorter, rows, load(w.previous + j)));
-      const Doubles open = distance + blocked, rank = load(w.rank + j);
-      const Integers nearer = (open < nearest) | ((open == nearest) & (rank < nearest_rank));
-      nearest = select(nearer, open, nearest);
+      const Doubles rank = load(w.rank + j);
+      const Integers nearer = (distance < nearest) | ((distance == nearest) & (rank < nearest_rank));
+      nearest = select(nearer, distance, nearest);
       nearest_rank = select(nearer, rank, nearest_rank);
     }
     Nearest best{kInfinity, 0};
@@ -238,14 +237,23 @@ class Scratch {
  public:
   Scratch(int64_t rows, int64_t columns)
       : matrix_(new T[rows * padded(columns)]),  // not cleared: memory that stays unused costs nothing
-        doubles_(4 * padded(columns) + rows),
+        doubles_(5 * padded(columns) + rows),
         previous_(padded(columns)),
         integers_(2 * padded(columns) + 2 * rows) {
     const int64_t n = padded(columns);
     double* d = doubles_.data();
     int* i = integers_.data();
-    workspace_ = {d,     d + n, d + 2 * n, d + 3 * n,     previous_.data(),
-                  i,     i + n, d + 4 * n, i + 2 * n,     i + 2 * n + rows};
+    workspace_.column_potential = d;
+    workspace_.distance = d + n;
+    workspace_.rank = d + 2 * n;
+    workspace_.scanned_distance = d + 3 * n;
+    workspace_.scanned_potential = d + 4 * n;
+    workspace_.row_potential = d + 5 * n;
+    workspace_.previous = previous_.data();
+    workspace_.row_of = i;
+    workspace_.scanned = i + n;
+    workspace_.column_of = i + 2 * n;
+    workspace_.free_rows = i + 2 * n + rows;
   }
 
   T* matrix() { return matrix_.get(); }
