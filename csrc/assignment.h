@@ -105,7 +105,7 @@ MF_HD int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t 
 template <class Team, class T>
 MF_HD int augment_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w,
                        int free_count) {
-  int64_t evictions_left = 4 * static_cast<int64_t>(rows) + 64;  // gains may be tiny: bound the bidding
+  int evictions_left = rows;  // longer bidding for tiny gains costs more than the paths that it saves
   int still_free = 0;
   for (int k = 0; k < free_count;) {
     const int row = w.free_rows[k++];
