@@ -20,7 +20,8 @@ _library.define(
 def _linear_sum_assignment_cpu(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     # few tensor operations: each costs as much as a small problem
     problems = cost.flatten(0, -3) if cost.dim() > 3 else cost  # a copy only where the strides allow no view
-    sizes, strides = problems.shape, problems.stride()
+    sizes: tuple[int, ...] = problems.shape
+    strides: tuple[int, ...] = problems.stride()
     if cost.dim() == 2:
         sizes, strides = (1, *sizes), (0, *strides)
     counts = None if counts is None else counts.contiguous()
