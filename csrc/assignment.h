@@ -5,11 +5,11 @@
 // rectangular assignment algorithms", 2016). Potentials are double whatever the cost's type.
 //
 // The core is written once for host and device. A `Team` is whoever works on one problem together (a thread, a warp, a
-// block) and gives it: lane(), size(), sync(), two_smallest(...), relax(...). Scalars of the core are uniform over
-// the team; tables in `Workspace` are written by one lane, or by lanes strided, and read after a sync().
+// block) and gives it: lane(), size(), sync(), smallest(...), free_tie(...), two_smallest(...), relax(...). Scalars of the
+// core are uniform over the team; tables in `Workspace` are written by one lane, or by lanes strided, and read after a sync().
 //
-// +inf forbids a pair. The costs hold no NaN and no -inf (see `is_invalid`). Every loop is bounded by the problem's
-// size, whatever the numbers: sums that overflow end in "no assignment", never in an endless loop.
+// +inf forbids a pair; a problem that holds NaN or -inf (see `is_invalid`) has no assignment. Every loop is bounded by
+// the problem's size, whatever the numbers: sums that overflow end in "no assignment", never in an endless loop.
 #pragma once
 
 #include <cstddef>
@@ -35,6 +35,14 @@ struct Nearest {
   int column;  // any value where distance is not finite
 };
 
+// Of the costs of a row.
+struct Smallest {
+  double cost;
+  int column;  // the lowest; any value where cost is not finite
+  bool tied;   // perhaps other columns cost as little
+  bool valid;  // no cost is_invalid
+};
+
 struct TwoSmallest {
   double first;
   int first_column;
@@ -44,13 +52,14 @@ struct TwoSmallest {
 
 // Tables of one problem, `columns` and `rows` long; the caller owns them.
 struct Workspace {
-  double* column_potential;
-  double* distance;   // of the shortest path to each column
-  double* blocked;    // +inf for columns already scanned in this search, else 0
-  double* rank;       // see kUnassignedRank
-  int64_t* previous;  // row from which the shortest path enters each column
-  int* row_of;        // row of each column, or kUnassigned
-  int* scanned;       // columns in the order in which this search scanned them
+  double* column_potential;  // -inf during a search that scanned the column, so that no path enters it again
+  double* distance;          // of the shortest path to each column; +inf once scanned
+  double* rank;              // see kUnassignedRank
+  int64_t* previous;         // row from which the shortest path enters each column
+  int* row_of;               // row of each column, or kUnassigned
+  int* scanned;              // columns in the order in which this search scanned them
+  double* scanned_distance;  // of those, what the two tables above held
+  double* scanned_potential;
   double* row_potential;
   int* column_of;  // column of each row, or kUnassigned: the result
   int* free_rows;
@@ -61,24 +70,28 @@ MF_HD bool is_invalid(T cost) {
   return cost != cost || cost == -static_cast<T>(kInfinity);
 }
 
-// Gives each row its cheapest column where that is still free. Returns the number of rows left free, or -1 where a
-// row has no finite cost.
+// Gives each row its cheapest column, or one that costs as little, where it is still free; all column potentials are 0.
+// Returns the number of rows left free, or -1 where a row has no finite cost, or an invalid one.
 template <class Team, class T>
 MF_HD int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
   int free_count = 0;
   for (int row = 0; row < rows; ++row) {
-    const TwoSmallest m = team.two_smallest(cost + row * stride, w.column_potential, columns);
-    if (!(m.first < kInfinity)) return -1;
-    const bool taken = w.row_of[m.first_column] != kUnassigned;
+    const Smallest m = team.smallest(cost + row * stride, columns);
+    if (!m.valid || !(m.cost < kInfinity)) return -1;
+    int column = m.column;
+    if (w.row_of[column] != kUnassigned) {
+      column = m.tied ? team.free_tie(cost + row * stride, m.cost, w, columns) : kUnassigned;
+    }
+    const bool taken = column == kUnassigned;
     team.sync();
     if (team.lane() == 0) {
-      w.row_potential[row] = m.first;
-      w.column_of[row] = taken ? kUnassigned : m.first_column;
+      w.row_potential[row] = m.cost;
+      w.column_of[row] = column;
       if (taken) {
         w.free_rows[free_count] = row;
       } else {
-        w.row_of[m.first_column] = row;
-        w.rank[m.first_column] = m.first_column;
+        w.row_of[column] = row;
+        w.rank[column] = column;
       }
     }
     free_count += taken;
@@ -92,7 +105,7 @@ MF_HD int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t 
 template <class Team, class T>
 MF_HD int augment_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w,
                        int free_count) {
-  int64_t evictions_left = 4 * static_cast<int64_t>(rows) + 64;  // gains may be tiny: bound the bidding
+  int evictions_left = rows;  // longer bidding for tiny gains costs more than the paths that it saves
   int still_free = 0;
   for (int k = 0; k < free_count;) {
     const int row = w.free_rows[k++];
@@ -136,7 +149,6 @@ template <class Team, class T>
 MF_HD bool augment_path(Team& team, int columns, const T* cost, int64_t stride, const Workspace& w, int start) {
   for (int j = team.lane(); j < columns; j += team.size()) {
     w.distance[j] = kInfinity;
-    w.blocked[j] = 0;
   }
   team.sync();
   double shortest = 0;
@@ -151,8 +163,11 @@ MF_HD bool augment_path(Team& team, int columns, const T* cost, int64_t stride, 
       sink = m.column;
     } else {
       if (team.lane() == 0) {
-        w.blocked[m.column] = kInfinity;
         w.scanned[scanned_count] = m.column;
+        w.scanned_distance[scanned_count] = shortest;
+        w.scanned_potential[scanned_count] = w.column_potential[m.column];
+        w.distance[m.column] = kInfinity;
+        w.column_potential[m.column] = -kInfinity;
       }
       ++scanned_count;
       row = owner;
@@ -162,9 +177,9 @@ MF_HD bool augment_path(Team& team, int columns, const T* cost, int64_t stride, 
   if (team.lane() == 0) w.row_potential[start] += shortest;
   for (int k = team.lane(); k < scanned_count; k += team.size()) {
     const int column = w.scanned[k];
-    const double slack = shortest - w.distance[column];
+    const double slack = shortest - w.scanned_distance[k];
     w.row_potential[w.row_of[column]] += slack;
-    w.column_potential[column] -= slack;
+    w.column_potential[column] = w.scanned_potential[k] - slack;
   }
   team.sync();
   if (team.lane() == 0) {

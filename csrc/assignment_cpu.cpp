@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,10 +25,26 @@ struct VectorTypes;
     typedef double Doubles __attribute__((vector_size(8 * LANES)));    \
     typedef int64_t Integers __attribute__((vector_size(8 * LANES)));  \
     typedef float Floats __attribute__((vector_size(4 * LANES)));      \
+    typedef float WideFloats __attribute__((vector_size(8 * LANES)));  \
+    typedef int32_t WideInts __attribute__((vector_size(8 * LANES)));   \
   };
 MF_VECTOR_TYPES(2)
 MF_VECTOR_TYPES(4)
 #undef MF_VECTOR_TYPES
+
+// A register full of costs, and as many integers of their size.
+template <class T, int Lanes>
+struct Register;
+template <int Lanes>
+struct Register<double, Lanes> {
+  using Costs = typename VectorTypes<Lanes>::Doubles;
+  using Numbers = typename VectorTypes<Lanes>::Integers;
+};
+template <int Lanes>
+struct Register<float, Lanes> {
+  using Costs = typename VectorTypes<Lanes>::WideFloats;
+  using Numbers = typename VectorTypes<Lanes>::WideInts;
+};
 
 template <int Lanes>
 struct Vectors {
@@ -74,6 +91,53 @@ struct VectorTeam : Vectors<Lanes> {
   MF_HD int size() const { return 1; }
   MF_HD void sync() const {}
 
+  template <class T>
+  MF_HD Smallest smallest(const T* cost, int columns) const {
+    using Costs = typename Register<T, Lanes>::Costs;
+    using Numbers = typename Register<T, Lanes>::Numbers;
+    constexpr int lanes = sizeof(Costs) / sizeof(T);
+    Costs first = Costs{} + static_cast<T>(kInfinity);
+    Numbers column{}, number, tied{}, invalid{};
+    for (int l = 0; l < lanes; ++l) number[l] = l;
+    int j = 0;
+    for (; j + lanes <= columns; j += lanes, number += lanes) {
+      const Costs x = Vectors<Lanes>::template read<Costs>(cost + j);
+      const Numbers less = x < first;
+      tied |= x == first;
+      invalid |= x != x;
+      first = less ? x : first;
+      column = less ? number : column;
+    }
+    Smallest best{kInfinity, 0, false, true};
+    const auto take = [&](double x, int at) {
+      best.tied |= x == best.cost;
+      if (x < best.cost || (x == best.cost && at < best.column)) {
+        best.cost = x;
+        best.column = at;
+      }
+    };
+    for (int l = 0; l < lanes; ++l) {
+      best.tied |= tied[l] != 0;
+      best.valid &= invalid[l] == 0;
+      take(first[l], static_cast<int>(column[l]));
+    }
+    for (; j < columns; ++j) {
+      best.valid &= cost[j] == cost[j];
+      take(cost[j], j);
+    }
+    best.valid &= best.cost > -kInfinity;
+    return best;
+  }
+
+  // The lowest free column of this cost, or kUnassigned.
+  template <class T>
+  MF_HD int free_tie(const T* row, double cost, const Workspace& w, int columns) const {
+    for (int j = 0; j < columns; ++j) {
+      if (row[j] == cost && w.row_of[j] == kUnassigned) return j;
+    }
+    return kUnassigned;
+  }
+
   // The two smallest of cost - potential, ties to the lower column.
   template <class T>
   MF_HD TwoSmallest two_smallest(const T* cost, const double* potential, int columns) const {
@@ -111,16 +175,15 @@ struct VectorTeam : Vectors<Lanes> {
     const Doubles bases = Doubles{} + base;
     const Integers rows = Integers{} + static_cast<int64_t>(row);
     for (int j = 0; j < columns; j += Lanes) {
-      const Doubles blocked = load(w.blocked + j);
       const Doubles path = bases + load(cost + j) - load(w.column_potential + j);
       const Doubles known = load(w.distance + j);
-      const Integers shorter = (path < known) & (blocked == 0.0);
+      const Integers shorter = path < known;
       const Doubles distance = select(shorter, path, known);
       store(w.distance + j, distance);
       store(w.previous + j, select(shorter, rows, load(w.previous + j)));
-      const Doubles open = distance + blocked, rank = load(w.rank + j);
-      const Integers nearer = (open < nearest) | ((open == nearest) & (rank < nearest_rank));
-      nearest = select(nearer, open, nearest);
+      const Doubles rank = load(w.rank + j);
+      const Integers nearer = (distance < nearest) | ((distance == nearest) & (rank < nearest_rank));
+      nearest = select(nearer, distance, nearest);
       nearest_rank = select(nearer, rank, nearest_rank);
     }
     Nearest best{kInfinity, 0};
@@ -173,43 +236,77 @@ template <class T>
 class Scratch {
  public:
   Scratch(int64_t rows, int64_t columns)
-      : matrix_(rows * padded(columns)),
-        doubles_(4 * padded(columns) + rows),
+      : matrix_(new T[rows * padded(columns)]),  // not cleared: memory that stays unused costs nothing
+        doubles_(5 * padded(columns) + rows),
         previous_(padded(columns)),
         integers_(2 * padded(columns) + 2 * rows) {
     const int64_t n = padded(columns);
     double* d = doubles_.data();
     int* i = integers_.data();
-    workspace_ = {d,     d + n, d + 2 * n, d + 3 * n,     previous_.data(),
-                  i,     i + n, d + 4 * n, i + 2 * n,     i + 2 * n + rows};
+    workspace_.column_potential = d;
+    workspace_.distance = d + n;
+    workspace_.rank = d + 2 * n;
+    workspace_.scanned_distance = d + 3 * n;
+    workspace_.scanned_potential = d + 4 * n;
+    workspace_.row_potential = d + 5 * n;
+    workspace_.previous = previous_.data();
+    workspace_.row_of = i;
+    workspace_.scanned = i + n;
+    workspace_.column_of = i + 2 * n;
+    workspace_.free_rows = i + 2 * n + rows;
   }
 
-  T* matrix() { return matrix_.data(); }
+  T* matrix() { return matrix_.get(); }
   const Workspace& workspace() const { return workspace_; }
 
  private:
-  std::vector<T> matrix_;
+  std::unique_ptr<T[]> matrix_;
   std::vector<double> doubles_;
   std::vector<int64_t> previous_;
   std::vector<int> integers_;
   Workspace workspace_;
 };
 
-// Copies [rows, columns] with any strides to row-major with `stride`, padding each row with +inf.
-// False where a value is NaN or -inf.
+// Copies [rows, columns] with any strides to row-major with `stride`, padding each row with +inf to `width`.
 template <class T>
-bool gather(const T* source, int64_t row_stride, int64_t column_stride, int rows, int columns, T* out,
-            int64_t stride) {
-  bool valid = true;
+void gather(const T* source, int64_t row_stride, int64_t column_stride, int rows, int columns, T* out, int64_t stride,
+            int64_t width) {
   for (int i = 0; i < rows; ++i) {
     T* row = out + i * stride;
-    for (int j = 0; j < columns; ++j) {
-      row[j] = source[i * row_stride + j * column_stride];
-      valid &= !is_invalid(row[j]);
-    }
-    std::fill(row + columns, row + stride, static_cast<T>(kInfinity));
+    for (int j = 0; j < columns; ++j) row[j] = source[i * row_stride + j * column_stride];
+    std::fill(row + columns, row + width, static_cast<T>(kInfinity));
   }
-  return valid;
+}
+
+// The same where rows lie side by side in the source: four rows and columns at a time, in registers.
+template <class T>
+void gather_transposed(const T* source, int64_t column_stride, int rows, int columns, T* out, int64_t stride) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  const int whole_rows = rows & ~3, whole_columns = columns & ~3;
+  for (int j = 0; j < whole_columns; j += 4) {
+    const T* from = source + j * column_stride;
+    for (int i = 0; i < whole_rows; i += 4) {
+      Four a, b, c, d;
+      std::memcpy(&a, from + i, sizeof a);
+      std::memcpy(&b, from + i + column_stride, sizeof b);
+      std::memcpy(&c, from + i + 2 * column_stride, sizeof c);
+      std::memcpy(&d, from + i + 3 * column_stride, sizeof d);
+      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+      b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+      c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+      d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+      T* to = out + i * stride + j;
+      std::memcpy(to, &a, sizeof a);
+      std::memcpy(to + stride, &b, sizeof b);
+      std::memcpy(to + 2 * stride, &c, sizeof c);
+      std::memcpy(to + 3 * stride, &d, sizeof d);
+    }
+  }
+  gather(source + whole_columns * column_stride, 1, column_stride, whole_rows, columns - whole_columns,
+         out + whole_columns, stride, stride - whole_columns);
+  gather(source + whole_rows, 1, column_stride, rows - whole_rows, columns, out + whole_rows * stride, stride, stride);
 }
 
 template <class T>
@@ -225,11 +322,21 @@ void assign_one(const AssignmentBatch<T>& batch, int64_t problem, Solver<T> solv
   const T* cost = batch.cost + problem * batch.strides[0];
   const bool swap = rows > columns;
   const int short_side = swap ? columns : rows, long_side = swap ? rows : columns;
-  const int64_t stride = padded(long_side);
+  const int64_t width = padded(long_side);
   const int64_t short_stride = batch.strides[swap ? 2 : 1], long_stride = batch.strides[swap ? 1 : 2];
-  if (!gather(cost, short_stride, long_stride, short_side, long_side, scratch.matrix(), stride)) return;
+  int64_t stride = width;
+  if (long_stride == 1 && long_side == width) {
+    stride = short_stride;  // taken as it lies: for large problems fresh memory costs more than the solution
+  } else {
+    if (short_stride == 1) {
+      gather_transposed(cost, long_stride, short_side, long_side, scratch.matrix(), stride);
+    } else {
+      gather(cost, short_stride, long_stride, short_side, long_side, scratch.matrix(), stride, width);
+    }
+    cost = scratch.matrix();
+  }
   const Workspace& w = scratch.workspace();
-  if (!solver(short_side, static_cast<int>(stride), scratch.matrix(), stride, w)) return;
+  if (!solver(short_side, static_cast<int>(width), cost, stride, w)) return;
   for (int i = 0; i < short_side; ++i) {
     if (swap) {
       row_of[i] = w.column_of[i];
@@ -260,7 +367,7 @@ void assign_batch(const AssignmentBatch<T>& batch, int threads) {
   const auto [problems, rows, columns] = batch.sizes;
   if (problems == 0 || columns == 0) return;
 
-  constexpr int64_t kCostsPerThread = 32768;  // some 50 us of work, which a new thread is worth
+  constexpr int64_t kCostsPerThread = 8192;  // some 10 us of work, which a helping thread is worth
   const int64_t useful = 1 + problems * rows * columns / kCostsPerThread;
   threads = static_cast<int>(std::clamp<int64_t>(threads, 1, std::min(problems, useful)));
 

@@ -1,14 +1,19 @@
 // Work over threads of the host.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace maskformer_fast {
+
+// Calls run(context, 0) on the calling thread and run(context, worker) on as many of `helpers` further threads as are
+// at hand, each with its own worker in 1..helpers; returns when all calls have. A helper that has not begun by the time
+// the calling thread is done is left out, so `run` must take its work from a common counter, as parallel_for does.
+//
+// The helpers are kept, asleep, for the next call. While they work for one caller, calls from elsewhere (another
+// thread, or from inside `run`) get the calling thread only. A forked process starts its own. Nothing has to be shut
+// down at exit.
+void run_on_threads(int helpers, void (*run)(const void* context, int worker), const void* context);
 
 // Calls work(worker, task) once for every task in 0..tasks-1, on at most `threads` threads, the calling one included
 // (worker 0). `worker` is in 0..threads-1 and no two calls with one worker overlap, so it may index scratch memory.
@@ -19,17 +24,13 @@ void parallel_for(int64_t tasks, int threads, const Work& work) {
   const auto run = [&](int worker) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(worker, task);
   };
-  std::vector<std::thread> helpers;
-  helpers.reserve(std::max(0, threads - 1));
-  for (int worker = 1; worker < threads && worker < tasks; ++worker) {
-    try {
-      helpers.emplace_back(run, worker);
-    } catch (const std::system_error&) {
-      break;  // no more threads to be had: those that run do all of it
-    }
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads <= 1) {
+    run(0);
+    return;
   }
-  run(0);
-  for (std::thread& helper : helpers) helper.join();
+  run_on_threads(
+      threads - 1, [](const void* context, int worker) { (*static_cast<decltype(run)*>(context))(worker); }, &run);
 }
 
 }  // namespace maskformer_fast

@@ -16,7 +16,7 @@ class Matching(NamedTuple):
     """Which query answers for which target."""
 
     query: Tensor  # [L, B, T] int64, -1 for padding and for targets that got none
-    nonfinite: Tensor  # [L, B] bool, costs held NaN or infinity: nothing is matched there
+    nonfinite: Tensor  # [L, B] bool, costs that are not finite or have no finite assignment: nothing is matched
 
 
 @torch.no_grad()
@@ -28,9 +28,11 @@ def match(
     """Match every layer and image in one batched assignment, without a host synchronisation.
 
     Where an image has more targets than there are queries, every query gets one and the rest stay unassigned. A
-    layer and image with a cost that is not finite is reported and left unmatched; it does not raise.
+    layer and image with a cost that is not finite, or so large that sums of costs overflow, is reported and left
+    unmatched; it does not raise.
     """
     cost = matching_cost(predictions, targets, loss)
-    nonfinite = ~cost.isfinite().all(3).all(2)
     query = linear_sum_assignment(cost, targets.counts.expand(cost.shape[:2]))
+    unsolved = (query >= 0).sum(2) < targets.counts.clamp(max=cost.shape[2])
+    nonfinite = unsolved | ~cost.isfinite().all(3).all(2)
     return Matching(query.masked_fill(nonfinite.unsqueeze(2), -1), nonfinite)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from maskformer_fast.config import LossConfig
 from maskformer_fast.matcher import match
+from maskformer_fast.ops import linear_sum_assignment
 from maskformer_fast.ops.matching_cost import matching_cost
 from maskformer_fast.structures import Predictions, Targets, pack_masks
 
@@ -78,6 +79,25 @@ def test_a_broken_layer_and_image_is_reported_and_left_out(value):
     assert matching.nonfinite.tolist() == [[False, True, False], [False] * 3]
     assert (matching.query[0, 1] == -1).all()
     assert torch.equal(matching.query[~matching.nonfinite], clean.query[~matching.nonfinite])
+
+
+@pytest.mark.parametrize("counts", [[2, 3, 1], [7, 9]])  # fewer and more targets than the five queries
+def test_an_image_without_a_finite_assignment_is_reported(monkeypatch, counts):
+    predictions, targets = random_batch(1, counts)
+    clean = match(predictions, targets, LossConfig())
+
+    def without_one(cost, counts):
+        query = linear_sum_assignment(cost, counts)
+        query[1, 0] = -1
+        return query
+
+    monkeypatch.setattr("maskformer_fast.matcher.linear_sum_assignment", without_one)
+    matching = match(predictions, targets, LossConfig())
+    expected = torch.zeros(2, len(counts), dtype=torch.bool)
+    expected[1, 0] = True
+    assert torch.equal(matching.nonfinite, expected)
+    assert (matching.query[1, 0] == -1).all()
+    assert torch.equal(matching.query[~expected], clean.query[~expected])
 
 
 def test_no_target_in_the_batch():

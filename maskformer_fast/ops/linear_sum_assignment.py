@@ -18,22 +18,27 @@ _library.define(
 
 
 def _linear_sum_assignment_cpu(cost: Tensor, counts: Tensor | None = None) -> Tensor:
-    problems = _as_batch(cost)
-    counts = None if counts is None else counts.reshape(-1).contiguous()
-    rows = torch.empty(problems.shape[0], problems.shape[2], dtype=torch.int64)
+    # few tensor operations: each costs as much as a small problem
+    problems = cost.flatten(0, -3) if cost.dim() > 3 else cost  # a copy only where the strides allow no view
+    sizes: tuple[int, ...] = problems.shape
+    strides: tuple[int, ...] = problems.stride()
+    if cost.dim() == 2:
+        sizes, strides = (1, *sizes), (0, *strides)
+    counts = None if counts is None else counts.contiguous()
+    rows = torch.empty(_result_shape(cost), dtype=torch.int64)
     extension = load_extension()
     assign = (
         extension.linear_sum_assignment_f32 if cost.dtype == torch.float32 else extension.linear_sum_assignment_f64
     )
     assign(
         problems.data_ptr(),
-        tuple(problems.shape),
-        problems.stride(),
+        sizes,
+        strides,
         0 if counts is None else counts.data_ptr(),
         rows.data_ptr(),
         torch.get_num_threads(),
     )
-    return rows.view(_result_shape(cost))
+    return rows
 
 
 def _linear_sum_assignment_cuda(cost: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -49,11 +54,6 @@ def _linear_sum_assignment_fake(cost: Tensor, counts: Tensor | None = None) -> T
 _library.impl("linear_sum_assignment", _linear_sum_assignment_cpu, "CPU")
 _library.impl("linear_sum_assignment", _linear_sum_assignment_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::linear_sum_assignment", _linear_sum_assignment_fake, lib=_library)
-
-
-def _as_batch(cost: Tensor) -> Tensor:
-    """[..., N, M] -> [B, N, M], without gradient and without a copy where the strides allow it."""
-    return cost.detach().flatten(0, -3) if cost.dim() > 2 else cost.detach().unsqueeze(0)
 
 
 def _result_shape(cost: Tensor) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ def linear_sum_assignment_eager(
 
     _check(cost, counts)
     total = cost.shape[-1]
-    problems = _as_batch(cost).cpu().numpy()
+    problems = (cost.detach().flatten(0, -3) if cost.dim() > 2 else cost.detach()[None]).cpu().numpy()
     limits = [total] * len(problems) if counts is None else counts.reshape(-1).tolist()
     result = torch.full((len(problems), total), -1, dtype=torch.int64)
     for problem, limit, out in zip(problems, limits, result, strict=True):

@@ -1,4 +1,4 @@
-"""The assignment against SciPy, against its own duals in effect (exchange optimality), and at its edges."""
+"""The assignment against SciPy, with certificates of optimality (dual potentials, exchanges), and at its edges."""
 
 from __future__ import annotations
 
@@ -125,6 +125,68 @@ def test_no_exchange_improves(rows: int, columns: int, levels: int, forbid: floa
     for k in range(n + m + 1):
         distance = np.minimum(distance, distance[:, k : k + 1] + distance[k : k + 1])
     assert (np.diag(distance) >= 0).all()
+
+
+def check_dual_certificate(cost: np.ndarray, row_of: np.ndarray) -> None:
+    """Prove the result optimal by potentials u, v found from it alone: shortest paths in its residual graph.
+
+    u[i] + v[j] <= cost[i, j] everywhere, with equality on the chosen pairs; v <= 0, and 0 on the columns left out. Then
+    any other assignment costs at least sum(u) + sum(v), which is what this one costs.
+    """
+    if cost.shape[0] > cost.shape[1]:
+        column_of, cost = row_of, cost.T
+    else:
+        column_of = np.full(len(cost), -1)
+        column_of[row_of[row_of >= 0]] = np.flatnonzero(row_of >= 0)
+    assert (column_of >= 0).all()
+    chosen = cost[np.arange(len(cost)), column_of]
+    assert np.isfinite(chosen).all()
+    v = np.zeros(cost.shape[1])
+    for _ in range(len(cost) + 1):  # Bellman-Ford: settled by then, or there is a negative cycle
+        before = v
+        v = np.minimum(v, (cost - chosen[:, None] + v[column_of][:, None]).min(0))
+    np.testing.assert_allclose(v, before, atol=1e-9, err_msg="an exchange improves the assignment")
+    u = chosen - v[column_of]
+    scale = max(1.0, np.abs(chosen).max())
+    assert (u[:, None] + v <= cost + 1e-9 * scale).all()
+    left_out = np.setdiff1d(np.arange(cost.shape[1]), column_of)
+    assert (np.abs(v[left_out]) <= 1e-9 * scale).all()
+    assert math.isclose(u.sum() + v.sum(), chosen.sum(), rel_tol=1e-9, abs_tol=1e-8 * scale)
+
+
+@pytest.mark.parametrize("make", [uniform, tied, forbidden, structured])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(100, 20), (20, 100), (70, 70), (131, 9), (9, 131), (1, 50), (50, 1), (96, 95)])
+def test_dual_certificate(shape: tuple[int, int], dtype: torch.dtype, make) -> None:
+    rng = np.random.default_rng(shape[0])
+    cost = torch.from_numpy(make(rng, (4, *shape)))
+    cost[:, torch.arange(min(shape)), torch.arange(min(shape))] = 2.0  # an assignment exists with forbidden pairs too
+    cost = cost.to(dtype)
+    for problem, result in zip(cost, linear_sum_assignment(cost), strict=True):
+        check_dual_certificate(problem.double().numpy(), result.numpy())
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    levels=st.sampled_from([1, 2, 7, 10**6]),
+    strange=st.lists(st.sampled_from([math.inf, math.inf, math.inf, -math.inf, math.nan]), max_size=3),
+    forbid=st.sampled_from([0.0, 0.1, 0.5, 0.95]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_costs(rows, columns, scale, levels, strange, forbid, seed) -> None:
+    """Forbidden pairs, NaN and -inf anywhere: SciPy's cost with a certificate, or nothing where SciPy refuses."""
+    rng = np.random.default_rng(seed)
+    cost = rng.integers(0, levels, (rows, columns)) * scale
+    cost[rng.random(cost.shape) < forbid] = np.inf
+    for value in strange:
+        cost[rng.integers(rows), rng.integers(columns)] = value
+    result = linear_sum_assignment(torch.from_numpy(cost)).numpy()
+    check_assignment(cost, result)
+    if (result >= 0).any():
+        check_dual_certificate(cost / scale, result)
 
 
 @settings(deadline=None, max_examples=50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,11 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from maskformer_fast import _extension
 from maskformer_fast.config import LossConfig
-from maskformer_fast.ops.matching_cost import matching_cost
+from maskformer_fast.ops.matching_cost import matching_cost, matching_cost_eager, matching_cost_from_logits
 from maskformer_fast.structures import Predictions, Targets, pack_masks, unpack_masks
 
 KINDS = [("focal", 0.25, 2.0), ("focal", 0.6, 1.5), ("focal", 0.3, 0.0), ("bce", 0.25, 2.0)]
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    extension = _extension.load_extension()
+    if request.param not in extension.available_isas():
+        pytest.skip(f"this processor has no {request.param}")
+    extension.use_isa(request.param)
+    yield request.param
+    extension.use_isa("auto")
 
 
 def random_batch(
@@ -74,6 +86,7 @@ def test_equals_the_definition(padding, mask_loss, alpha, gamma, size, counts):
     loss = LossConfig(1.5, 7.0, 2.5, mask_loss=mask_loss, focal_alpha=alpha, focal_gamma=gamma, padding=padding)
     predictions, targets = random_batch(len(counts), size, counts)
     cost = matching_cost(predictions, targets, loss)
+    torch.testing.assert_close(matching_cost_eager(predictions, targets, loss), cost, rtol=1e-5, atol=1e-5)
     assert cost.shape == (2, len(counts), 5, max(counts)) and cost.dtype == torch.float32
     assert cost.isfinite().all()
     compared = 0
@@ -83,6 +96,107 @@ def test_equals_the_definition(padding, mask_loss, alpha, gamma, size, counts):
             assert float(cost[place]) == pytest.approx(pair_cost(predictions, targets, loss, place), rel=1e-5, abs=1e-5)
             compared += 1
     assert compared == 10 * sum(counts)
+
+
+def assert_equals_oracle(cost: Tensor, predictions: Predictions, targets: Targets, loss: LossConfig) -> None:
+    """Equal to the eager twin in float64, which other tests compare with the definition."""
+    names = ("class_logits", "mask_embeddings", "pixel_features")
+    exact = predictions._replace(**{name: getattr(predictions, name).double() for name in names})
+    expected = matching_cost(exact, targets, loss)
+    assert expected.dtype == torch.float64 and cost.dtype == torch.float32 and cost.shape == expected.shape
+    absent = torch.arange(cost.shape[3]) >= targets.counts[:, None]
+    assert (cost.masked_select(absent[None, :, None]) == 0).all()
+    torch.testing.assert_close(cost.double(), expected, rtol=0, atol=2e-6 * max(1.0, float(expected.abs().amax())))
+
+
+# Tiles hold 96 pixels and 32 queries, words of a pixel's targets 64: below, at and beyond each.
+@pytest.mark.parametrize(
+    ("size", "counts", "layers", "queries"),
+    [((32, 48), [3, 0], 1, 32), ((33, 49), [66, 1, 64], 2, 17), ((76, 80), [1], 3, 11), ((4, 4), [2], 1, 1),
+     ((130, 200), [9, 20], 1, 100)],
+)
+@pytest.mark.parametrize(("mask_loss", "gamma"), [("focal", 2.0), ("focal", 0.7), ("bce", 2.0)])
+def test_every_instruction_set_equals_float64(isa, size, counts, layers, queries, mask_loss, gamma):
+    loss = LossConfig(mask_loss=mask_loss, focal_gamma=gamma)
+    predictions, targets = random_batch(11, size, counts, layers, queries, classes=37)
+    assert_equals_oracle(matching_cost(predictions, targets, loss), predictions, targets, loss)
+
+
+@given(
+    st.integers(0, 10_000), st.integers(1, 60), st.integers(1, 60), st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    st.integers(1, 3), st.integers(1, 40), st.sampled_from([1, 2, 4, 7]), st.sampled_from(["exclude", "include"]),
+    st.floats(0.1, 30),
+)
+@settings(max_examples=50, deadline=None)
+def test_random_shapes_equal_float64(seed, height, width, counts, layers, queries, stride, padding, steepness):
+    loss = LossConfig(padding=padding)
+    predictions, targets = random_batch(seed, (height, width), [*counts, 1], layers, queries, stride=stride)
+    predictions = predictions._replace(mask_embeddings=predictions.mask_embeddings * steepness)
+    assert_equals_oracle(matching_cost(predictions, targets, loss), predictions, targets, loss)
+
+
+@pytest.mark.parametrize("padding", ["exclude", "include"])
+def test_from_logits_equals_from_embeddings(isa, padding):
+    predictions, targets = random_batch(9, (50, 90), [4, 0, 7], queries=41)
+    logits = torch.stack([predictions.mask_logits(layer) for layer in range(2)])
+    loss = LossConfig(padding=padding)
+    cost = matching_cost_from_logits(predictions.class_logits, logits, targets, loss)
+    assert_equals_oracle(cost, predictions, targets, loss)
+    strided = logits.transpose(3, 4).contiguous().transpose(3, 4)
+    assert torch.equal(matching_cost_from_logits(predictions.class_logits, strided, targets, loss), cost)
+    exact = matching_cost_from_logits(predictions.class_logits, logits.double(), targets, loss)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact.float(), cost, rtol=1e-5, atol=1e-5)
+
+
+def test_any_strides_and_threads_give_the_same_costs():
+    predictions, targets = random_batch(10, (61, 83), [5, 2], queries=19)
+    cost = matching_cost(predictions, targets, LossConfig())
+    strided = predictions._replace(
+        class_logits=predictions.class_logits.transpose(0, 1).contiguous().transpose(0, 1),
+        mask_embeddings=predictions.mask_embeddings.mT.contiguous().mT,
+        pixel_features=predictions.pixel_features.contiguous(memory_format=torch.channels_last),
+    )
+    assert not strided.pixel_embeddings.is_contiguous()
+    wide = targets._replace(masks=targets.masks.mT.contiguous().mT, labels=targets.labels.mT.contiguous().mT)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(matching_cost(strided, wide, LossConfig()), cost)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gradients_are_ignored():
+    predictions, targets = random_batch(10, (16, 16), [2])
+    predictions.mask_embeddings.requires_grad_()
+    assert not matching_cost(predictions, targets, LossConfig()).requires_grad
+
+
+@pytest.mark.parametrize(("layers", "counts", "queries"), [(0, [2], 5), (2, [0, 0], 5), (2, [2, 1], 0), (1, [], 3)])
+def test_empty(layers, counts, queries):
+    predictions, targets = random_batch(1, (16, 16), counts or [0], layers, queries)
+    if not counts:
+        predictions = predictions._replace(
+            class_logits=predictions.class_logits[:, :0],
+            mask_embeddings=predictions.mask_embeddings[:, :0],
+            pixel_features=predictions.pixel_features[:0],
+        )
+        targets = targets._replace(**{
+            name: getattr(targets, name)[:0] for name in ("labels", "counts", "masks", "valid_sizes")
+        })
+    for function in (matching_cost, matching_cost_eager):
+        cost = function(predictions, targets, LossConfig())
+        assert cost.shape == (layers, len(counts), queries, max(counts, default=0))
+
+
+def test_an_image_of_padding_only():
+    predictions, targets = random_batch(2, (16, 16), [2, 2])
+    targets.valid_sizes[1] = 0
+    for function in (matching_cost, matching_cost_eager):
+        cost = function(predictions, targets, LossConfig(class_weight=0.0))
+        assert (cost[:, 1] == 0).all() and cost.isfinite().all()
 
 
 def test_worked_out_by_hand():
@@ -152,6 +266,26 @@ def test_a_nan_stays_in_its_layer_and_image():
     assert torch.equal(cost[~broken], clean[~broken])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("field", ["class_logits", "mask_embeddings", "pixel_features"])
+def test_broken_predictions_have_no_finite_cost(isa, field, value):
+    predictions, targets = random_batch(4, (16, 16), [2, 0, 3], queries=35)
+    clean = matching_cost(predictions, targets, LossConfig())
+    assert clean.isfinite().all()
+    place = (2, 1, 0, 1) if field == "pixel_features" else (1, 2, 33, 3)
+    getattr(predictions, field)[place] = value
+    cost = matching_cost(predictions, targets, LossConfig())
+    broken = torch.zeros(2, 3, 35, dtype=torch.bool)
+    if field == "pixel_features":
+        broken[:, 2] = True
+    elif value != -torch.inf or field != "class_logits":  # a class logit of -inf is a probability of 0
+        broken[1, 2, 33] = True
+    assert not cost[broken].isfinite().any()
+    assert torch.equal(cost[~broken][:, :2], clean[~broken][:, :2]) or field == "class_logits"
+    assert cost[~broken].isfinite().all()
+    assert torch.equal(matching_cost_eager(predictions, targets, LossConfig()).isfinite(), cost.isfinite())
+
+
 def test_extreme_logits_stay_finite():
     predictions, targets = random_batch(5, (16, 16), [3, 1])
     steep = predictions._replace(mask_embeddings=predictions.mask_embeddings * 1e4)
@@ -184,3 +318,93 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(
         compiled(predictions, targets, LossConfig()), matching_cost(predictions, targets, LossConfig())
     )
+
+
+def operator_arguments(dtype: torch.dtype, padding: str, factored: bool) -> tuple:
+    predictions, targets = random_batch(12, (16, 24), [3, 0, 2])
+    floats = [predictions.class_logits, predictions.mask_embeddings, predictions.pixel_embeddings]
+    if not factored:
+        floats[1:] = [torch.stack([predictions.mask_logits(layer) for layer in range(2)])]
+    valid = targets.valid_sizes if padding == "exclude" else None
+    converted = [tensor.to(dtype) for tensor in floats] + ([] if factored else [None])
+    return *converted, *targets[:3], valid, [16, 24], [1.0, 20.0, 1.0], [0.25, 0.75, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("padding", ["exclude", "include"])
+@pytest.mark.parametrize("factored", [True, False])
+def test_opcheck(dtype, padding, factored):
+    operator = torch.ops.maskformer_fast.matching_cost.default
+    torch.library.opcheck(operator, operator_arguments(dtype, padding, factored))
+
+
+def test_other_devices_have_the_eager_twin():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("maskformer_fast::matching_cost", "CUDA")
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu():
+    predictions, targets = random_batch(13, (40, 56), [3, 5])
+    names = ("class_logits", "mask_embeddings", "pixel_features")
+    moved = predictions._replace(**{name: getattr(predictions, name).cuda() for name in names})
+    cost = matching_cost(moved, targets.to("cuda"), LossConfig())
+    torch.testing.assert_close(cost.cpu(), matching_cost(predictions, targets, LossConfig()), rtol=1e-4, atol=1e-4)
+
+
+def test_missing_extension_says_how_to_build(monkeypatch):
+    predictions, targets = random_batch(14, (16, 16), [1])
+    _extension.load_extension.cache_clear()
+    monkeypatch.setitem(sys.modules, "maskformer_fast._C", None)
+    with pytest.raises(ImportError, match=r"cannot be loaded: .*Build it .* pip install -e \."):
+        matching_cost(predictions, targets, LossConfig())
+    monkeypatch.undo()
+    assert matching_cost(predictions, targets, LossConfig()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_logits": torch.zeros(2, 5, 5)}, r"predictions\.class_logits.*\[L, B, Q, K\+1\].*\(2, 5, 5\)"),
+        ({"class_logits": torch.zeros(2, 1, 5, 5, dtype=torch.int64)}, r"predictions\.class_logits.*torch\.int64"),
+        ({"mask_embeddings": torch.zeros(2, 1, 4, 6)}, r"mask_embeddings.*\[2, 1, 5, D\].*\(2, 1, 4, 6\)"),
+        ({"pixel_features": torch.zeros(1, 7, 4, 4)}, r"pixel_embeddings.*\[1, 6, h, w\].*\(1, 7, 4, 4\)"),
+        ({"pixel_features": torch.zeros(1, 6, 4, 4, device="meta")}, r"pixel_embeddings.*on cpu.*meta"),
+        ({"labels": torch.zeros(2, 2, dtype=torch.int64)}, r"targets\.labels.*\(1, 2\).*\(2, 2\)"),
+        ({"labels": torch.tensor([[5, 0]])}, r"labels: expected 0\.\.4 .*got 5 at image 0"),
+        ({"labels": torch.tensor([[-1, 0]])}, r"labels: expected 0\.\.4 .*got -1 at image 0"),
+        ({"counts": torch.tensor([3])}, r"counts: expected 0\.\.2 .*got 3 at image 0"),
+        ({"counts": torch.tensor([-1])}, r"counts: expected 0\.\.2 .*got -1 at image 0"),
+        ({"counts": torch.tensor([1.0])}, r"targets\.counts.*torch\.int64.*torch\.float32"),
+        ({"masks": torch.zeros(1, 2, 16, 3, dtype=torch.uint8)}, r"targets\.masks.*\(1, 2, 16, 2\)"),
+        ({"valid_sizes": torch.zeros(2, 2, dtype=torch.int64)}, r"targets\.valid_sizes.*\(1, 2\)"),
+    ],
+)
+def test_bad_input(changes, message):
+    predictions, targets = random_batch(15, (16, 16), [2])
+    if set(changes) <= {"class_logits", "mask_embeddings", "pixel_features"}:
+        predictions = predictions._replace(**changes)
+    else:
+        targets = targets._replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        matching_cost(predictions, targets, LossConfig())
+
+
+def test_bindings_refuse_nonsense():
+    compute = _extension.load_extension().matching_cost
+    held = torch.zeros(64)
+    address = held.data_ptr()
+    sizes = [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
+    pointers = [address] * 3
+    good = [*pointers, (1, 1, 1, 1), *pointers, 0, sizes, (1, 1, 1), (1, 1, 0), address, 1]
+    for index, value, message in (
+        (0, 0, "class_logits: expected a pointer"),
+        (6, 0, "masks: expected a pointer"),
+        (8, [-1, *sizes[1:]], "sizes: expected >= 0, got -1"),
+        (8, [*sizes[:5], 0, *sizes[6:]], "sizes: expected pixels and classes"),
+        (11, 0, "cost: expected a pointer"),
+        (12, 0, "threads: expected >= 1, got 0"),
+    ):
+        bad = good.copy()
+        bad[index] = value
+        with pytest.raises(ValueError, match=message):
+            compute(*bad)

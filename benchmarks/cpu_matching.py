@@ -1,0 +1,120 @@
+"""Matching on the CPU: batched assignment beside SciPy in a loop, cost and assignment beside Hugging Face's matcher."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Operation
+from maskformer_fast.config import LossConfig
+from maskformer_fast.matcher import match
+from maskformer_fast.ops import linear_sum_assignment
+from maskformer_fast.ops.linear_sum_assignment import linear_sum_assignment_eager
+from maskformer_fast.ops.matching_cost import matching_cost_from_logits
+from maskformer_fast.structures import Predictions, Targets, pack_masks
+
+LAYERS, BATCH, QUERIES, TARGETS, CLASSES, DEPTH = 6, 16, 100, 20, 150, 256
+MASK_SIZE, INPUT_SIZE = (128, 128), (512, 512)
+SHAPES = {(100, 20): (16, 256), (100, 100): (16,), (300, 300): (4,), (1000, 1000): (1,)}  # rows, columns: batches
+
+
+def cases() -> list[Case]:
+    rows = []
+    for (queries, targets), batches in SHAPES.items():
+        small = (queries, targets) == (100, 20)
+        for batch in batches:
+            for kind in ("uniform", "matcher-like", "integer ties"):
+                for threads in (1, 2) if small else (1,):
+                    name = f"assignment {batch} x {queries}x{targets}, {kind}, {threads} thread{'s' * (threads > 1)}"
+                    setup = partial(assignment, kind, (batch, queries, targets))
+                    goal = 3.0 if not small else 4.0 if threads == 1 else 7.0
+                    rows.append(Case(name, "SciPy in a loop", goal, setup, threads=threads))
+    size = f"{LAYERS} layers, batch {BATCH}, Q={QUERIES}, {TARGETS} targets, 128x128"
+    rows.append(Case(f"matching cost and assignment, {size}, from mask logits", "Hugging Face's matcher", 4.0,
+                     from_logits))
+    rows.append(Case(f"matching cost and assignment, {size}, from embeddings",
+                     "einsum and Hugging Face's matcher, a layer at a time", 4.0, from_embeddings))
+    return rows
+
+
+def costs(kind: str, shape: tuple[int, int, int]) -> Tensor:
+    """Float32 costs [batch, queries, targets]."""
+    rng = np.random.default_rng(0)
+    if kind == "uniform":
+        return torch.from_numpy(rng.random(shape, dtype=np.float32))
+    if kind == "integer ties":
+        return torch.from_numpy(rng.integers(0, 20, shape).astype(np.float32))
+    # Like a matcher's: each target resembles some query, and queries have a level of their own.
+    batch, queries, targets = shape
+    query = rng.normal(size=(batch, queries, 16)).astype(np.float32)
+    alike = np.take_along_axis(query, rng.integers(0, queries, (batch, targets, 1)), 1)
+    target = 0.7 * alike + 0.7 * rng.normal(size=alike.shape).astype(np.float32)
+    level = 2 * rng.random((batch, queries, 1), dtype=np.float32)
+    return torch.from_numpy(level - query @ target.transpose(0, 2, 1) / 4).contiguous()
+
+
+def assignment(kind: str, shape: tuple[int, int, int]) -> tuple[Operation, Operation]:
+    cost = costs(kind, shape)
+    ours, theirs = (
+        solve(cost).clamp(min=0).unsqueeze(1) for solve in (linear_sum_assignment, linear_sum_assignment_eager)
+    )
+    total, expected = (cost.double().gather(1, rows).sum((1, 2)) for rows in (ours, theirs))
+    if min(shape[1:]) == shape[2] and not torch.allclose(total, expected, rtol=1e-9):
+        raise RuntimeError("the assignments differ in cost")
+    from scipy.optimize import linear_sum_assignment as solve_one
+
+    problems = list(cost.numpy())
+    return lambda: linear_sum_assignment(cost), lambda: [solve_one(problem) for problem in problems]
+
+
+def batch_of_targets() -> tuple[Targets, list[Tensor], list[Tensor]]:
+    """Targets that tile the image like a panoptic map's, for us and, as float masks and labels, for the peer."""
+    ids = torch.randint(TARGETS, (BATCH, 8, 8)).repeat_interleave(64, 1).repeat_interleave(64, 2)
+    masks = ids.unsqueeze(1) == torch.arange(TARGETS)[:, None, None]
+    labels = torch.randint(CLASSES, (BATCH, TARGETS))
+    valid = torch.tensor([INPUT_SIZE] * BATCH)
+    targets = Targets(labels, torch.full((BATCH,), TARGETS), pack_masks(masks), valid, INPUT_SIZE)
+    return targets, [mask.float() for mask in masks], list(labels)
+
+
+def from_logits() -> tuple[Operation, Operation]:
+    from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher
+
+    targets, masks, labels = batch_of_targets()
+    class_logits = torch.randn(LAYERS, BATCH, QUERIES, CLASSES + 1)
+    mask_logits = 2 * torch.randn(LAYERS, BATCH, QUERIES, *MASK_SIZE)
+    peer = MaskFormerHungarianMatcher(1.0, 20.0, 1.0)
+    loss = LossConfig()
+
+    def ours() -> Tensor:
+        cost = matching_cost_from_logits(class_logits, mask_logits, targets, loss)
+        return linear_sum_assignment(cost, targets.counts.expand(LAYERS, BATCH))
+
+    def theirs() -> list[object]:
+        return [peer(m, c, masks, labels) for m, c in zip(mask_logits, class_logits, strict=True)]
+
+    return ours, theirs
+
+
+def from_embeddings() -> tuple[Operation, Operation]:
+    from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher
+
+    targets, masks, labels = batch_of_targets()
+    predictions = Predictions(
+        torch.randn(LAYERS, BATCH, QUERIES, CLASSES + 1),
+        torch.randn(LAYERS, BATCH, QUERIES, DEPTH) / 8,
+        torch.randn(BATCH, DEPTH, *MASK_SIZE),
+        targets.valid_sizes,
+        INPUT_SIZE,
+    )
+    peer = MaskFormerHungarianMatcher(1.0, 20.0, 1.0)
+    loss = LossConfig()
+
+    def theirs() -> list[object]:
+        layers = range(LAYERS)
+        return [peer(predictions.mask_logits(k), predictions.class_logits[k], masks, labels) for k in layers]
+
+    return lambda: match(predictions, targets, loss), theirs
