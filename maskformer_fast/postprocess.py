@@ -98,7 +98,7 @@ def semantic(
                 labels, scores = pixel_semantic_inference(maps, extent, group.output_size, with_scores)
             else:
                 classes = group.take(predictions.class_logits[-1])
-                labels, scores = semantic_inference(maps, classes, extent, group.output_size, with_scores)
+                labels, scores, _ = semantic_inference(maps, classes, extent, group.output_size, with_scores)
         for row, image in enumerate(group.images):
             results[image] = SemanticResult(labels[row], scores[row] if with_scores and scores is not None else None)
     return [results[image] for image in range(len(results))]

@@ -19,6 +19,7 @@ from maskformer_fast.ops.semantic_inference import (
     pixel_semantic_inference,
     pixel_semantic_scores,
     semantic_inference,
+    semantic_inference_eager,
     semantic_scores,
 )
 
@@ -81,7 +82,7 @@ def test_equals_loops_on_ragged_sizes(data: st.DataObject) -> None:
     expected = naive_scores(masks[0], classes[0], extent, (height, width))
     scores = semantic_scores(masks, classes, extent, (height, width))
     np.testing.assert_allclose(scores[0].numpy(), expected, atol=2e-5)
-    labels, best = semantic_inference(masks, classes, extent, (height, width), with_scores=True)
+    labels, best, _ = semantic_inference(masks, classes, extent, (height, width), with_scores=True)
     assert labels.shape == (1, height, width) and labels.dtype == torch.uint8
     assert_labels(labels[0], expected)
     np.testing.assert_allclose(best[0].numpy(), expected.max(0), atol=2e-5)
@@ -112,7 +113,7 @@ def test_resampling_to_the_same_size_changes_no_bit() -> None:
 )
 def test_number_of_classes_sets_the_dtype(classes: int, dtype: torch.dtype) -> None:
     masks, logits = random_case(1, 40, classes, (6, 5))
-    labels, scores = semantic_inference(masks, logits, (6, 5), (11, 9))
+    labels, scores, _ = semantic_inference(masks, logits, (6, 5), (11, 9))
     assert labels.dtype == dtype and scores is None
     assert_labels(labels[0], naive_scores(masks[0], logits[0], (6, 5), (11, 9)))
 
@@ -120,20 +121,20 @@ def test_number_of_classes_sets_the_dtype(classes: int, dtype: torch.dtype) -> N
 def test_labels_above_127_keep_their_value() -> None:
     logits = torch.full((1, 1, 256), -9.0)
     logits[0, 0, 254] = 9.0
-    labels, _ = semantic_inference(torch.ones(1, 1, 2, 2), logits, (2, 2), (3, 3))
+    labels, _, _ = semantic_inference(torch.ones(1, 1, 2, 2), logits, (2, 2), (3, 3))
     assert (labels == 254).all()
 
 
 def test_one_query_labels_every_pixel_with_its_class() -> None:
     masks, logits = random_case(2, 1, 6, (4, 4))
-    labels, _ = semantic_inference(masks, logits, (4, 4), (9, 7))
+    labels, _, _ = semantic_inference(masks, logits, (4, 4), (9, 7))
     assert (labels == logits[0, 0, :-1].argmax()).all()
 
 
 def test_batch_equals_images_alone() -> None:
     masks = torch.randn(3, 8, 6, 7, generator=torch.Generator().manual_seed(3))
     logits = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(4))
-    labels, scores = semantic_inference(masks, logits, (5.5, 6.25), (19, 21), with_scores=True)
+    labels, scores, _ = semantic_inference(masks, logits, (5.5, 6.25), (19, 21), with_scores=True)
     for image in range(3):
         one = slice(image, image + 1)
         alone = semantic_inference(masks[one], logits[one], (5.5, 6.25), (19, 21), with_scores=True)
@@ -143,11 +144,11 @@ def test_batch_equals_images_alone() -> None:
 def test_tiles_and_class_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, logits = random_case(5, 12, 23, (9, 8))
     arguments = (masks, logits, (8.2, 7.9), (31, 29))
-    _, scores = semantic_inference(*arguments, with_scores=True)
+    _, scores, _ = semantic_inference_eager(*arguments, with_scores=True)
     pixel_labels, _ = pixel_semantic_inference(masks, *arguments[2:])
     monkeypatch.setattr(resample_module, "CPU_TILE_BYTES", 1)
     monkeypatch.setattr(semantic_module, "CLASS_CHUNK", 5)
-    tiled_labels, tiled_scores = semantic_inference(*arguments, with_scores=True)
+    tiled_labels, tiled_scores, _ = semantic_inference_eager(*arguments, with_scores=True)
     torch.testing.assert_close(tiled_scores, scores, atol=1e-6, rtol=1e-6)
     assert_labels(tiled_labels[0], naive_scores(masks[0], logits[0], *arguments[2:]))
     torch.testing.assert_close(semantic_scores(*arguments).amax(1), scores, atol=1e-6, rtol=1e-6)
@@ -158,8 +159,8 @@ def test_equal_scores_give_the_lowest_class(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(semantic_module, "CLASS_CHUNK", 2)
     logits = torch.zeros(1, 3, 8)
     logits[..., 0] = -5.0
-    labels, _ = semantic_inference(torch.randn(1, 3, 4, 4), logits, (4, 4), (8, 8))
-    assert (labels == 1).all()
+    for infer in (semantic_inference, semantic_inference_eager):
+        assert (infer(torch.randn(1, 3, 4, 4), logits, (4, 4), (8, 8)).labels == 1).all()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -180,7 +181,7 @@ class LargestTensor(TorchDispatchMode):
 def test_nothing_of_full_size_per_query_or_class_is_made() -> None:
     masks, logits = random_case(6, 50, 40, (32, 32))
     with LargestTensor() as largest:
-        semantic_inference(masks, logits, (32, 32), (256, 320), with_scores=True)
+        semantic_inference_eager(masks, logits, (32, 32), (256, 320), with_scores=True)
     assert largest.elements <= max(256 * 320, resample_module.CPU_TILE_BYTES // 4)
 
 
@@ -191,7 +192,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(semantic_scores(masks, logits, (8, 8), (21, 21)), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(semantic_scores(masks, logits, (8, 8), (21, 21)), expected)
-        _, best = semantic_inference(masks, logits, (8, 8), (21, 21), with_scores=True)
+        _, best, _ = semantic_inference(masks, logits, (8, 8), (21, 21), with_scores=True)
     torch.testing.assert_close(best, expected.amax(1), atol=1e-6, rtol=1e-6)
 
 
