@@ -18,6 +18,7 @@ constexpr int kTile = 16;          // pixels along a side of a tile
 constexpr int kPanelRows = 4;      // rows of a panel
 constexpr int kPanels = kTile / kPanelRows;
 constexpr int kPanelPixels = kPanelRows * kTile;
+constexpr int kStripTiles = 8;     // tiles side by side that are worked on in one go
 constexpr int kQueryBlock = 128;   // queries whose masks are held at once
 constexpr int kClassBlock = 96;    // classes scored at once, a multiple of every kernel's register block
 constexpr int kBlockStride = 112;  // floats from one query to the next in the block of probabilities
@@ -62,7 +63,7 @@ constexpr int64_t semantic_scratch_floats(int queries, int classes) {
   const int64_t block = queries < kQueryBlock ? queries : kQueryBlock;
   return block * (kPanels * kPanelPixels + kBlockStride)                             // masks, probabilities
          + (queries > kQueryBlock ? kPanels * kClassBlock * kPanelPixels : 0)         // partial sums
-         + 2 * semantic_probability_stride(classes) + 6 * round_up(queries + 1, 16)  // bounds and lists
+         + 2 * semantic_probability_stride(classes) + (6 + 2 * kStripTiles) * round_up(queries + 1, 16)  // bounds and lists
          + 3 * kPanels * kPanelPixels + 2 * kBlockStride + 64;                        // winners, one row, alignment
 }
 
@@ -70,8 +71,8 @@ constexpr int64_t semantic_scratch_floats(int queries, int classes) {
   namespace ISA {                                                                                     \
   /* Softmax of every query; false if a probability is NaN. `scratch`: semantic_scratch_floats. */    \
   bool semantic_prepare(const SemanticImage& image, float* scratch);                                  \
-  /* The tile whose first pixel is (top, left). */                                                    \
-  void semantic_tile(const SemanticImage& image, int top, int left, float* scratch);                  \
+  /* At most kStripTiles tiles side by side, the first of which has its first pixel at (top, left). */ \
+  void semantic_strip(const SemanticImage& image, int top, int left, int tiles, float* scratch);      \
   }
 MF_DECLARE_SEMANTIC(baseline)
 #if defined(__x86_64__)

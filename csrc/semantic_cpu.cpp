@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t kProbabilityFloats = 1 << 20;  // 4 MiB: with more, workers compute those that they need
 constexpr int64_t kScratchFloats = 11 << 18;     // 11 MiB for all workers; the rest is for threads and the allocator
-constexpr int kTilesPerTask = 8;
 
 struct AxisTable {
   std::vector<int32_t> low, high;
@@ -60,11 +59,11 @@ void semantic_inference(const SemanticBatch& batch, int threads) {
   const AxisTable columns(batch.mask_sizes[3], batch.extent[1], width);
 
   const int64_t tile_rows = (height + kTile - 1) / kTile, tile_columns = (width + kTile - 1) / kTile;
-  const int64_t tasks_per_row = (tile_columns + kTilesPerTask - 1) / kTilesPerTask;
-  const int64_t tasks = tile_rows * tasks_per_row;
+  const int64_t strips_per_row = (tile_columns + kStripTiles - 1) / kStripTiles;
+  const int64_t strips = tile_rows * strips_per_row;
   const int64_t worker_floats = round_up(semantic_scratch_floats(queries, classes), 32);
   const int workers = static_cast<int>(
-      std::max<int64_t>(1, std::min({int64_t(threads), tasks, kScratchFloats / worker_floats})));
+      std::max<int64_t>(1, std::min({int64_t(threads), strips, kScratchFloats / worker_floats})));
   const std::unique_ptr<float[]> scratch(new float[workers * worker_floats]);
   const int64_t padded_queries = round_up(queries + 1, 16);
   std::vector<float> softmax(3 * padded_queries);
@@ -100,13 +99,11 @@ void semantic_inference(const SemanticBatch& batch, int threads) {
     image.margins = batch.margins ? batch.margins + pixels : nullptr;
     // with NaN among the probabilities there are no bounds
     if (!MF_DISPATCH(semantic_prepare, image, scratch.get())) image.path = SemanticPath::dense;
-    parallel_for(tasks, workers, [&](int worker, int64_t task) {
-      const int64_t first = task % tasks_per_row * kTilesPerTask;
-      const int64_t last = std::min(first + kTilesPerTask, tile_columns);
-      for (int64_t tile = first; tile < last; ++tile) {
-        MF_DISPATCH(semantic_tile, image, static_cast<int>(task / tasks_per_row * kTile),
-                    static_cast<int>(tile * kTile), scratch.get() + worker * worker_floats);
-      }
+    parallel_for(strips, workers, [&](int worker, int64_t strip) {
+      const int64_t first = strip % strips_per_row * kStripTiles;
+      MF_DISPATCH(semantic_strip, image, static_cast<int>(strip / strips_per_row * kTile),
+                  static_cast<int>(first * kTile), static_cast<int>(std::min<int64_t>(kStripTiles, tile_columns - first)),
+                  scratch.get() + worker * worker_floats);
     });
   }
 }

@@ -1,4 +1,4 @@
-// Mask probabilities of a tile, and their range, from low-resolution logits; part of semantic_kernel.cpp.
+// Mask probabilities of a tile from low-resolution logits; part of semantic_kernel.cpp.
 //
 // Infinite logits (and finite ones beyond) count as +-1e30, so that interpolation never meets inf - inf: a tap at -inf
 // pulls every pixel that it reaches to 0, and between opposite infinities the nearer one wins.
@@ -94,6 +94,19 @@ MF_INLINE Floats permute(Floats x, Ints index) {
 #endif
 }
 
+// p[index[0]], p[index[1]], ...
+MF_INLINE Floats gather(const float* p, Ints index) {
+#if defined(__AVX512F__)
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)index, p, 4);
+#elif defined(__AVX2__)
+  return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, (__m256i)index, (__m256)broadcast(int32_t{-1}), 4);
+#else
+  Floats y;
+  for (int lane = 0; lane < kLanes; ++lane) y[lane] = p[index[lane]];
+  return y;
+#endif
+}
+
 MF_INLINE float highest(Floats x) {
   float y = x[0];
 #if defined(__AVX512F__)
@@ -106,6 +119,32 @@ MF_INLINE float highest(Floats x) {
   for (int lane = 1; lane < kLanes; ++lane) y = y > x[lane] ? y : x[lane];
 #endif
   return y;
+}
+
+MF_INLINE float total(Floats x) {
+  float sum = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];
+  return sum;
+}
+
+// Whether any lane of a comparison's result is set.
+MF_INLINE bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
+  return found != 0;
+#endif
+}
+
+// Lanes 0..count-1.
+MF_INLINE Ints first_lanes(int count) {
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < count;
 }
 
 // What the pixels of a tile read. Pixels beyond the output repeat its last row and column.
@@ -163,133 +202,104 @@ MF_INLINE Ints load_ints(const int32_t* p) {
   return x;
 }
 
-// One row of a map, interpolated to the columns of the v-th vector of pixels. The interpolation has the form
-// a * (1 - t) + b * t: each step rounds monotonically, and so the result is monotone in the taps.
+// The same for one vector of a row's pixels.
+struct Columns {
+  int start;
+  Ints lane_low, lane_high;
+  Floats low_share, high_share;
+  const int32_t *low, *high;
+};
+
+MF_INLINE Columns find_columns(const Window& window, int v) {
+  const int i = v * kLanes;
+  return {window.start[v],
+          load_ints(window.lane_low + i),
+          load_ints(window.lane_high + i),
+          load(window.column_low_share + i),
+          load(window.column_high_share + i),
+          window.column_low + i,
+          window.column_high + i};
+}
+
+// One row of a map, interpolated to a vector of pixels. The interpolation has the form a * (1 - t) + b * t: each step
+// rounds monotonically, and so the result is monotone in the taps.
 template <bool kNarrow, class T>
-MF_INLINE Floats interpolate(const T* row, int64_t stride, const Window& window, int v) {
+MF_INLINE Floats interpolate(const T* row, int64_t stride, const Columns& columns) {
   Floats low, high;
   if (kNarrow) {
-    const Floats taps = limit_logits(load_floats(row + window.start[v]));
-    low = permute(taps, load_ints(window.lane_low + v * kLanes));
-    high = permute(taps, load_ints(window.lane_high + v * kLanes));
+    const Floats taps = limit_logits(load_floats(row + columns.start));
+    low = permute(taps, columns.lane_low);
+    high = permute(taps, columns.lane_high);
   } else {
     float a[kLanes], b[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      a[lane] = load_float(row + window.column_low[v * kLanes + lane] * stride);
-      b[lane] = load_float(row + window.column_high[v * kLanes + lane] * stride);
+      a[lane] = load_float(row + columns.low[lane] * stride);
+      b[lane] = load_float(row + columns.high[lane] * stride);
     }
     low = limit_logits(load(a));
     high = limit_logits(load(b));
   }
-  return low * load(window.column_low_share + v * kLanes) + high * load(window.column_high_share + v * kLanes);
+  return low * columns.low_share + high * columns.high_share;
 }
 
 template <bool kNarrow, class T>
-void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned panels,
+void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned rows,
                 float* masks, int64_t panel_stride) {
   const int64_t row_stride = image.mask_strides[1], column_stride = image.mask_strides[2];
-  for (int i = 0; i < count; ++i) {
-    const T* map = static_cast<const T*>(image.masks) + queries[i] * image.mask_strides[0];
-    for (int v = 0; v < kRowVectors; ++v) {
-      Floats upper{}, lower{};
-      int top = -1, bottom = -1;  // rows that these hold
-      for (int y = 0; y < kTile; ++y) {
-        const int panel = y / kPanelRows;
-        if (!(panels >> panel & 1)) continue;
-        if (top != window.low[y]) {
-          top = window.low[y];
-          upper = top == bottom ? lower : interpolate<kNarrow>(map + top * row_stride, column_stride, window, v);
-        }
-        if (bottom != window.high[y]) {
-          bottom = window.high[y];
-          lower = top == bottom ? upper : interpolate<kNarrow>(map + bottom * row_stride, column_stride, window, v);
-        }
-        float* out = masks + panel * panel_stride + i * kPanelPixels + y % kPanelRows * kTile + v * kLanes;
-        store(out, mask_probability(upper * window.low_share[y] + lower * window.high_share[y]));
+  struct Row {
+    int64_t out;
+    int low, high;  // of `taps`
+    float low_share, high_share;
+  } wanted[kTile];
+  int64_t taps[2 * kTile];  // rows of the maps, each once, as elements from the map's first
+  int tap_count = 0, last_tap = -1, wanted_count = 0;
+  for (int y = 0; y < kTile; ++y) {
+    if (!(rows >> y & 1)) continue;
+    Row& row = wanted[wanted_count++];
+    row.out = y / kPanelRows * panel_stride + y % kPanelRows * kTile;
+    row.low_share = window.low_share[y];
+    row.high_share = window.high_share[y];
+    const int difference = last_tap - window.low[y];  // 1: the last but one
+    if (tap_count == 0 || difference < 0) taps[tap_count++] = window.low[y] * row_stride;
+    row.low = difference == 1 && tap_count > 1 ? tap_count - 2 : tap_count - 1;
+    if (window.high[y] != window.low[y] && !(difference == 1)) taps[tap_count++] = window.high[y] * row_stride;
+    row.high = tap_count - 1;
+    last_tap = window.high[y];
+  }
+  for (int v = 0; v < kRowVectors; ++v) {
+    const Columns columns = find_columns(window, v);
+    for (int i = 0; i < count; ++i) {
+      const T* map = static_cast<const T*>(image.masks) + queries[i] * image.mask_strides[0];
+      float* out = masks + int64_t(i) * kPanelPixels + v * kLanes;
+      Floats tap_rows[2 * kTile];
+      for (int k = 0; k < tap_count; ++k) tap_rows[k] = interpolate<kNarrow>(map + taps[k], column_stride, columns);
+      for (int k = 0; k < wanted_count; ++k) {
+        const Row& row = wanted[k];
+        store(out + row.out,
+              mask_probability(tap_rows[row.low] * row.low_share + tap_rows[row.high] * row.high_share));
       }
     }
   }
 }
 
-// Least and largest logit of every query among the taps of a window; false if there is a NaN.
 template <class T>
-bool find_ranges(const SemanticImage& image, const Window& window, float* least, float* largest) {
-  const int64_t row_stride = image.mask_strides[1], column_stride = image.mask_strides[2];
-  const int first = window.first_column, last = window.last_column;
-  const bool vectors = image.map_width >= kLanes && column_stride == 1;
-  const int last_start = vectors && last - first + 1 < kLanes
-                             ? (first < image.map_width - kLanes ? first : image.map_width - kLanes)
-                             : last - kLanes + 1;
-  Ints in_window;  // lanes of the last load
-  for (int lane = 0; lane < kLanes; ++lane) {
-    in_window[lane] = last_start + lane >= first && last_start + lane <= last ? -1 : 0;
-  }
-  Ints unordered{};
-  bool scalar_nan = false;
-  for (int query = 0; query < image.queries; ++query) {
-    const T* map = static_cast<const T*>(image.masks) + query * image.mask_strides[0];
-    Floats low = broadcast(kInfinity), high = broadcast(-kInfinity);
-    float scalar_low = kInfinity, scalar_high = -kInfinity;
-    int done = -1;
-    for (int i = 0; i < 2 * kTile; ++i) {
-      const int y = i % 2 ? window.high[i / 2] : window.low[i / 2];
-      if (y <= done) continue;
-      done = y;
-      const T* row = map + y * row_stride;
-      if (vectors) {
-        for (int x = first; x < last_start; x += kLanes) {
-          const Floats taps = load_floats(row + x);
-          unordered |= taps != taps;
-          low = min(low, taps);
-          high = max(high, taps);
-        }
-        const Floats taps = load_floats(row + last_start);
-        unordered |= (taps != taps) & in_window;
-        low = min(low, select(in_window, taps, low));
-        high = max(high, select(in_window, taps, high));
-      } else {
-        for (int x = first; x <= last; ++x) {
-          const float tap = load_float(row + x * column_stride);
-          scalar_nan |= tap != tap;
-          scalar_low = tap < scalar_low ? tap : scalar_low;
-          scalar_high = tap > scalar_high ? tap : scalar_high;
-        }
-      }
-    }
-    least[query] = vectors ? -highest(-low) : scalar_low;
-    largest[query] = vectors ? highest(high) : scalar_high;
-  }
-  for (int lane = 0; lane < kLanes; ++lane) scalar_nan |= unordered[lane] != 0;
-  return !scalar_nan;
-}
-
-template <class T>
-void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned panels,
+void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned rows,
                 float* masks, int64_t panel_stride) {
   if (window.narrow) {
-    fill_masks<true, T>(image, window, queries, count, panels, masks, panel_stride);
+    fill_masks<true, T>(image, window, queries, count, rows, masks, panel_stride);
   } else {
-    fill_masks<false, T>(image, window, queries, count, panels, masks, panel_stride);
+    fill_masks<false, T>(image, window, queries, count, rows, masks, panel_stride);
   }
 }
 
-// Mask probabilities of some queries, in some of the tile's panels (a bit each) -> masks [panel, query, pixel].
-void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned panels,
+// Mask probabilities of some queries, in some of the tile's rows (a bit each) -> masks [panel, query, pixel].
+void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned rows,
                 float* masks, int64_t panel_stride) {
   switch (image.mask_type) {
-    case FloatType::float32: return fill_masks<float>(image, window, queries, count, panels, masks, panel_stride);
-    case FloatType::bfloat16: return fill_masks<BFloat16>(image, window, queries, count, panels, masks, panel_stride);
-    case FloatType::float16: return fill_masks<Float16>(image, window, queries, count, panels, masks, panel_stride);
+    case FloatType::float32: return fill_masks<float>(image, window, queries, count, rows, masks, panel_stride);
+    case FloatType::bfloat16: return fill_masks<BFloat16>(image, window, queries, count, rows, masks, panel_stride);
+    case FloatType::float16: return fill_masks<Float16>(image, window, queries, count, rows, masks, panel_stride);
   }
-}
-
-bool find_ranges(const SemanticImage& image, const Window& window, float* least, float* largest) {
-  switch (image.mask_type) {
-    case FloatType::float32: return find_ranges<float>(image, window, least, largest);
-    case FloatType::bfloat16: return find_ranges<BFloat16>(image, window, least, largest);
-    case FloatType::float16: return find_ranges<Float16>(image, window, least, largest);
-  }
-  return false;
 }
 
 }  // namespace

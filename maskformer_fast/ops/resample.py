@@ -10,9 +10,9 @@ coordinates below 0 taken as 0 and taps beyond the last row or column taken from
 Taps may lie outside the window (in the padding), never outside the maps: where (H, W) is the image's size in the padded
 input, the result is ``F.interpolate`` to the padded size, cropped.
 
-Values beyond ±`VALUE_LIMIT`, infinities among them, count as ±`VALUE_LIMIT`, so that interpolation never meets inf - inf:
-a tap at -inf makes every pixel that it reaches hugely negative, and between opposite infinities the nearer one wins.
-NaN stays NaN.
+Values beyond ±`VALUE_LIMIT`, infinities among them, count as ±`VALUE_LIMIT`, so that interpolation never meets
+inf - inf: a tap at -inf makes every pixel that it reaches hugely negative, and between opposite infinities the nearer
+one wins. NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ DEVICE_TILE_BYTES = 64 << 20
 
 
 VALUE_LIMIT = 1e30
+"""Far beyond any logit, and far enough from the end of float32 that differences and products stay finite."""
 
 
 def check_geometry(maps: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> None:

@@ -1,9 +1,9 @@
 """Semantic inference: a class for every pixel of the output (paper section 3.4, "semantic inference").
 
-`semantic_inference` of a mask classifier is one fused operator in C++ on the CPU (csrc/semantic.h): tiles of pixels over
-threads, exact pruning of classes and queries, temporaries below 16 MiB. `semantic_inference_eager` and everything else
-here is plain PyTorch: oracle of the tests, baseline of the benchmarks, and what runs where there is no faster backend.
-No function has a gradient. Eager work goes by tiles of rows: beside inputs and results, temporaries stay within
+`semantic_inference` is one fused operator in C++ on the CPU (csrc/semantic.h): tiles of pixels over threads, exact
+pruning of classes and queries, temporaries below 16 MiB. `semantic_inference_eager` and everything else here is plain
+PyTorch: oracle of the tests, baseline of the benchmarks, and what runs where there is no faster backend. No function
+has a gradient. Eager work goes by tiles of rows: beside inputs and results, temporaries stay within
 `resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
 """
 
