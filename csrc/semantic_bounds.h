@@ -146,6 +146,9 @@ float find_threshold(const SemanticImage& image, const float* weights, int count
   return -1.0f;
 }
 
+// Rounding is relative only above the least normal number: what hundreds of sums below it may be off by.
+constexpr float kTiny = 1e-30f;
+
 struct ClassBounds {
   Floats first, second;  // the two largest lower bounds in each lane
   Floats top;            // the largest upper bounds
@@ -178,7 +181,7 @@ MF_INLINE void bound_class_vectors(const SemanticImage& image, const Scratch& s,
     }
   }
   for (int v = 0; v < kVectors; ++v) {
-    const Floats upper = (middle[v] + half[v]) * (1.0f + error) + slack;
+    const Floats upper = (middle[v] + half[v]) * (1.0f + error) + (slack + kTiny);
     const Floats lower = middle[v] * (1.0f - error) - half[v] * (1.0f + error);
     store(s.upper + c + v * kLanes, upper);
     bounds.top = max(bounds.top, upper);

@@ -172,11 +172,11 @@ void all_queries_and_classes(const SemanticImage& image, const Scratch& s) {
 // probability times the half width of their mask. Four sums round: two classes', here and over all queries.
 MF_INLINE unsigned find_proven(const SemanticImage& image, const Scratch& s, int dropped, float ignored, float change,
                                bool one_class) {
-  if (one_class) return kAllRows;
+  if (one_class || (ignored == 0.0f && dropped == 0)) return kAllRows;
   float drift = ignored;
   for (int i = 0; i < dropped; ++i) drift += image.largest[s.dropped[i]] * s.half[s.dropped[i]];
   const float error = 4.0f * rounding(image);
-  const float bar = (ignored + change) * (1.0f + 0x1p-20f) + 1.01f * error * drift;
+  const float bar = (ignored + change) * (1.0f + 0x1p-20f) + 1.01f * error * drift + kTiny;
   unsigned proven = 0;
   for (int y = 0; y < kTile; ++y) {
     Ints doubt{};
