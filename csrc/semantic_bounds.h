@@ -151,7 +151,6 @@ constexpr float kTiny = 1e-30f;
 
 struct ClassBounds {
   Floats first, second;  // the two largest lower bounds in each lane
-  Floats top;            // the largest upper bounds
 };
 
 // Bounds of kVectors vectors of classes from c on.
@@ -184,21 +183,18 @@ MF_INLINE void bound_class_vectors(const SemanticImage& image, const Scratch& s,
     const Floats upper = (middle[v] + half[v]) * (1.0f + error) + (slack + kTiny);
     const Floats lower = middle[v] * (1.0f - error) - half[v] * (1.0f + error);
     store(s.upper + c + v * kLanes, upper);
-    bounds.top = max(bounds.top, upper);
     bounds.second = max(bounds.second, min(bounds.first, lower));
     bounds.first = max(bounds.first, lower);
   }
 }
 
 // Classes that can win somewhere in the tile (with `runner_up`: or come second) -> scratch.classes. The live queries
-// count with their ranges, `slack` bounds what the others add to a score. Also the largest upper bound.
-MF_INLINE int bound_classes(const SemanticImage& image, const Scratch& s, int live, float slack, bool runner_up,
-                            float* largest) {
+// count with their ranges, `slack` bounds what the others add to a score.
+MF_INLINE int bound_classes(const SemanticImage& image, const Scratch& s, int live, float slack, bool runner_up) {
   ClassBounds bounds{};
   int c = 0;
   for (; c + 4 * kLanes <= image.classes; c += 4 * kLanes) bound_class_vectors<4>(image, s, c, live, slack, bounds);
   for (; c < image.classes; c += kLanes) bound_class_vectors<1>(image, s, c, live, slack, bounds);
-  *largest = highest(bounds.top);
   float bar = highest(bounds.first);
   if (runner_up) {  // the second largest over all lanes
     float one = 0.0f, two = 0.0f;

@@ -204,14 +204,14 @@ void solve(const SemanticImage& image, const Window& window, const Scratch& s, u
   int classes = 0;
   for (int attempt = 0; attempt < attempts; ++attempt) {
     const float budget = 0.5f * slacks[attempt] * (values ? 1.0f : unit);
-    float ignored, change, largest;
+    float ignored, change;
     const float threshold = find_threshold(image, s.bound, image.queries, budget, &ignored);
     int live = 0, dropped;
     for (int q = 0; q < image.queries; ++q) {
       s.live[live] = q;
       live += s.bound[q] > threshold;
     }
-    classes = bound_classes(image, s, live, ignored, second, &largest);
+    classes = bound_classes(image, s, live, ignored, second);
     if (classes == 1 && !values) {
       for (int i = 0; i < kTilePixels; i += kLanes) store(s.label + i, broadcast(s.classes[0]));
       return write(image, window, s, rows);
