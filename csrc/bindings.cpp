@@ -10,13 +10,16 @@
 #include "matching_cpu.h"
 #include "segments_cpu.h"
 #include "segments_rle.h"
+#include "semantic.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using Shape = std::array<int64_t, 3>;
+using maskformer_fast::FloatType;
 using maskformer_fast::MaskWindow;
+using maskformer_fast::SemanticPath;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -161,6 +164,42 @@ void matching_cost(uintptr_t class_logits, uintptr_t embeddings, uintptr_t pixel
   maskformer_fast::matching_cost(batch, threads);
 }
 
+template <class Enum>
+Enum choose(const std::string& value, const char* name, const std::initializer_list<std::pair<const char*, Enum>>& known) {
+  std::string names;
+  for (const auto& [text, result] : known) {
+    if (value == text) return result;
+    names += std::string(names.empty() ? "" : ", ") + text;
+  }
+  throw std::invalid_argument(std::string(name) + ": expected one of " + names + ", got " + value);
+}
+
+FloatType float_type(const std::string& value, const char* name) {
+  return choose<FloatType>(
+      value, name,
+      {{"float32", FloatType::float32}, {"bfloat16", FloatType::bfloat16}, {"float16", FloatType::float16}});
+}
+
+void semantic_inference(uintptr_t masks, const std::string& mask_type, const std::array<int64_t, 4>& mask_sizes,
+                        const std::array<int64_t, 4>& mask_strides, uintptr_t logits, const std::string& logit_type,
+                        int64_t classes, const std::array<int64_t, 3>& logit_strides,
+                        const std::array<double, 2>& extent, const std::array<int64_t, 2>& output_size,
+                        uintptr_t labels, uintptr_t scores, uintptr_t margins, const std::string& path, int threads) {
+  if (mask_sizes[0] > 0 && labels == 0) throw std::invalid_argument("labels: expected a pointer, got null");
+  if (mask_sizes[0] > 0 && mask_sizes[1] > 0 && (masks == 0 || logits == 0)) {
+    throw std::invalid_argument("masks, logits: expected pointers, got null");
+  }
+  const SemanticPath chosen = choose<SemanticPath>(
+      path, "path",
+      {{"auto", SemanticPath::automatic}, {"dense", SemanticPath::dense}, {"pruned", SemanticPath::pruned}});
+  maskformer_fast::semantic_inference(
+      {pointer<const void>(masks), float_type(mask_type, "mask_type"), mask_sizes, mask_strides,
+       pointer<const void>(logits), float_type(logit_type, "logit_type"), classes, logit_strides, extent,
+       output_size, pointer<void>(labels), pointer<float>(scores),
+       pointer<float>(margins), chosen},
+      threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -175,6 +214,13 @@ PYBIND11_MODULE(_C, module) {
              "Addresses of what csrc/matching_cpu.h names (pixels 0: embeddings are mask logits; valid_sizes 0: padding "
              "counts). sizes: layers, images, queries, classes, depth, height, width, slots, input height and width; "
              "weights: class, mask, dice; focal: weight on, weight off, exponent.");
+  module.def("semantic_inference", &semantic_inference, py::arg("masks"), py::arg("mask_type"), py::arg("mask_sizes"),
+             py::arg("mask_strides"), py::arg("logits"), py::arg("logit_type"), py::arg("classes"),
+             py::arg("logit_strides"), py::arg("extent"), py::arg("output_size"), py::arg("labels"), py::arg("scores"),
+             py::arg("margins"), py::arg("path"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+             "Addresses of mask logits [batch, queries, h, w] and class logits [batch, queries, classes + 1] (strides "
+             "in elements; float32, bfloat16 or float16), and of the results [batch, *output_size]: labels (uint8 up "
+             "to 255 classes, else int16), float32 scores and margins (0: not wanted). Path: auto, dense or pruned.");
   module.def("available_isas", &maskformer_fast::available_isas, "Instruction sets that this processor runs.");
   module.def("use_isa", &maskformer_fast::use_isa, py::arg("name"),
              "For tests: force the kernels' instruction set; 'auto' takes the widest.");

@@ -9,6 +9,10 @@ window reads the maps bilinearly at
 coordinates below 0 taken as 0 and taps beyond the last row or column taken from it, as ``align_corners=False`` does.
 Taps may lie outside the window (in the padding), never outside the maps: where (H, W) is the image's size in the padded
 input, the result is ``F.interpolate`` to the padded size, cropped.
+
+Values beyond ±`VALUE_LIMIT`, infinities among them, count as ±`VALUE_LIMIT`, so that interpolation never meets
+inf - inf: a tap at -inf makes every pixel that it reaches hugely negative, and between opposite infinities the nearer
+one wins. NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -24,6 +28,10 @@ CPU_TILE_BYTES = 4 << 20
 """Temporaries of one tile on the CPU: about one core's cache (1 to 16 MiB run alike, whole images 1.6 times slower)."""
 DEVICE_TILE_BYTES = 64 << 20
 """The same on an accelerator, where launches cost more than cache misses."""
+
+
+VALUE_LIMIT = 1e30
+"""Far beyond any logit, and far enough from the end of float32 that differences and products stay finite."""
 
 
 def check_geometry(maps: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> None:
@@ -57,8 +65,10 @@ def resample_rows(
     bottom = (top + 1).clamp(max=source_height - 1)
     weight = (y - top).to(torch.float32)[:, None]
     # Rows first: the intermediate is narrow. lerp keeps a weight of 0 exact, so an identity stays one.
-    upper = maps.index_select(-2, top).to(torch.float32)
-    tile = torch.lerp(upper, maps.index_select(-2, bottom).to(torch.float32), weight)
+    upper, lower = (
+        maps.index_select(-2, index).to(torch.float32).clamp_(-VALUE_LIMIT, VALUE_LIMIT) for index in (top, bottom)
+    )
+    tile = torch.lerp(upper, lower, weight)
     if (extent[1], source_width) == (width, width):
         return tile
     if source_width == width:  # the operator below copies equal sizes, whatever the scale; a repeated edge is no change

@@ -1,8 +1,10 @@
 """Semantic inference: a class for every pixel of the output (paper section 3.4, "semantic inference").
 
-Everything here is plain PyTorch: oracle of the tests, baseline of the benchmarks, and what runs where there is no
-faster backend. No function has a gradient. Work goes by tiles of rows: beside inputs and results, temporaries stay
-within `resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
+`semantic_inference` is one fused operator in C++ on the CPU (csrc/semantic.h): tiles of pixels over threads, exact
+pruning of classes and queries, temporaries below 16 MiB. `semantic_inference_eager` and everything else here is plain
+PyTorch: oracle of the tests, baseline of the benchmarks, and what runs where there is no faster backend. No function
+has a gradient. Eager work goes by tiles of rows: beside inputs and results, temporaries stay within
+`resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
 """
 
 from __future__ import annotations
@@ -13,11 +15,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maskformer_fast._extension import load_extension
 from maskformer_fast.config import check
 from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
 
 CLASS_CHUNK = 256
 """Classes scored at once: hundreds or thousands of them must not make even one row of scores too large."""
+PATHS = ("auto", "dense", "pruned")
+
+_library = torch.library.Library("maskformer_fast", "FRAGMENT")
+_library.define(
+    "semantic_inference(Tensor mask_logits, Tensor class_logits, float[] extent, SymInt[] output_size, "
+    "bool with_scores=False, bool with_margins=False, str path='auto') -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 class SemanticMap(NamedTuple):
@@ -28,6 +39,90 @@ class SemanticMap(NamedTuple):
     margins: Tensor | None  # [B, H, W] float32
 
 
+def _semantic_inference_cpu(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    extent: list[float],
+    output_size: list[int],
+    with_scores: bool = False,
+    with_margins: bool = False,
+    path: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask_logits, class_logits = (
+        logits.float() if logits.dtype == torch.float64 else logits for logits in (mask_logits, class_logits)
+    )
+    results = _empty_results(mask_logits, class_logits, output_size, with_scores, with_margins)
+    labels, scores, margins = results
+    load_extension().semantic_inference(
+        mask_logits.data_ptr(),
+        str(mask_logits.dtype).removeprefix("torch."),
+        tuple(mask_logits.shape),
+        mask_logits.stride(),
+        class_logits.data_ptr(),
+        str(class_logits.dtype).removeprefix("torch."),
+        class_logits.shape[2] - 1,
+        class_logits.stride(),
+        tuple(extent),
+        tuple(output_size),
+        labels.data_ptr(),
+        scores.data_ptr() if with_scores else 0,
+        margins.data_ptr() if with_margins else 0,
+        path,
+        torch.get_num_threads(),
+    )
+    return results
+
+
+def _semantic_inference_cuda(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    extent: list[float],
+    output_size: list[int],
+    with_scores: bool = False,
+    with_margins: bool = False,
+    path: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    height, width = output_size
+    result = semantic_inference_eager(
+        mask_logits, class_logits, (extent[0], extent[1]), (height, width), with_scores, with_margins
+    )
+    absent = mask_logits.new_empty(0, dtype=torch.float32)
+    return (
+        result.labels,
+        absent if result.scores is None else result.scores,
+        absent.clone() if result.margins is None else result.margins,
+    )
+
+
+def _semantic_inference_fake(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    extent: list[float],
+    output_size: list[int],
+    with_scores: bool = False,
+    with_margins: bool = False,
+    path: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_results(mask_logits, class_logits, output_size, with_scores, with_margins)
+
+
+def _empty_results(
+    mask_logits: Tensor, class_logits: Tensor, output_size: list[int], with_scores: bool, with_margins: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised labels, scores, margins; of no elements those that are not wanted."""
+    shape = (mask_logits.shape[0], *output_size)
+    labels = mask_logits.new_empty(shape, dtype=label_dtype(class_logits.shape[2] - 1))
+    scores, margins = (
+        mask_logits.new_empty(shape if wanted else (0,), dtype=torch.float32) for wanted in (with_scores, with_margins)
+    )
+    return labels, scores, margins
+
+
+_library.impl("semantic_inference", _semantic_inference_cpu, "CPU")
+_library.impl("semantic_inference", _semantic_inference_cuda, "CUDA")
+torch.library.register_fake("maskformer_fast::semantic_inference", _semantic_inference_fake, lib=_library)
+
+
 @torch.no_grad()
 def semantic_inference(
     mask_logits: Tensor,  # [B, Q, h, w] floating
@@ -36,18 +131,30 @@ def semantic_inference(
     output_size: tuple[int, int],
     with_scores: bool = False,
     with_margins: bool = False,
+    path: str = "auto",
 ) -> SemanticMap:
     """Most likely class of every output pixel.
 
     ``label(y, x) = argmax_c sum_q P[q, c] * M[q, y, x]`` with P = softmax(class_logits) less its last column and
-    M = sigmoid(mask logits resampled straight to the output, `resample`). Equal scores give the lower class. float16
-    and bfloat16 inputs are computed in float32.
+    M = sigmoid(mask logits resampled straight to the output, `resample`). Equal scores give the lower class. Everything
+    is computed in float32, whatever the inputs' dtype. Labels are right wherever the winner's score leads by more than
+    1e-5 x max(1, its score); scores and margins are within 1e-5 of the same.
+
+    Infinite mask logits count as ±1e30 (see `resample`): sigmoid gives 0 and 1. A NaN mask logit makes the pixels that
+    it is interpolated to NaN, a query with NaN among its class logits (or +inf, or all of them -inf) the whole image:
+    such pixels have label 0, and NaN as score and margin.
+
+    On the CPU: the C++ operator, over ``torch.get_num_threads()`` threads; results do not depend on their number.
+    Strides are taken as they are and half precision is converted on the fly, so beside the results less than 16 MiB are
+    allocated (float64 inputs are copied to float32 first). On CUDA: `semantic_inference_eager`.
 
     Args:
         extent: height and width of the images in mask pixels, common to the batch.
         output_size: height H and width W of the result.
         with_scores: also return the winner's score.
         with_margins: also return by how much the winner's score exceeds the runner-up's (+inf with one class).
+        path: of the C++ operator, for tests: ``dense`` computes every score, ``pruned`` leaves out what cannot matter,
+            ``auto`` decides in each tile. Labels are the same.
 
     Returns:
         labels [B, H, W], uint8 if K <= 255 (255 stays free for "ignore") else int16; scores and margins [B, H, W]
@@ -55,7 +162,26 @@ def semantic_inference(
 
     Raises:
         ValueError: shapes that do not fit, K < 1 or K > 32767.
+        ImportError: the extension is not built.
     """
+    _check(mask_logits, class_logits, extent, output_size)
+    check(path in PATHS, "path", f"one of {', '.join(PATHS)}", path)
+    labels, scores, margins = torch.ops.maskformer_fast.semantic_inference(
+        mask_logits, class_logits, extent, output_size, with_scores, with_margins, path
+    )
+    return SemanticMap(labels, scores if with_scores else None, margins if with_margins else None)
+
+
+@torch.no_grad()
+def semantic_inference_eager(
+    mask_logits: Tensor,  # [B, Q, h, w] floating
+    class_logits: Tensor,  # [B, Q, K+1] floating, "no object" last
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    with_scores: bool = False,
+    with_margins: bool = False,
+) -> SemanticMap:
+    """`semantic_inference` in plain PyTorch, on any device."""
     probabilities = _class_probabilities(mask_logits, class_logits, extent, output_size)
 
     def score(image: int, masks: Tensor, classes: slice) -> Tensor:
@@ -134,15 +260,22 @@ def label_dtype(num_classes: int) -> torch.dtype:
     return torch.uint8 if num_classes <= 255 else torch.int16
 
 
-def _class_probabilities(
+def _check(
     mask_logits: Tensor, class_logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]
-) -> Tensor:
-    """Check the arguments; softmax over classes and "no object", without the latter's column -> [B, Q, K] float32."""
+) -> None:
     check(mask_logits.ndim == 4, "mask_logits", "[B, Q, h, w]", tuple(mask_logits.shape))
     expected = mask_logits.shape[:2]
     fits = class_logits.ndim == 3 and class_logits.shape[:2] == expected and class_logits.shape[2] >= 2
     check(fits, "class_logits", f"[{expected[0]}, {expected[1]}, K+1] with K >= 1", tuple(class_logits.shape))
+    label_dtype(class_logits.shape[2] - 1)
     check_geometry(mask_logits, extent, output_size)
+
+
+def _class_probabilities(
+    mask_logits: Tensor, class_logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]
+) -> Tensor:
+    """Check the arguments; softmax over classes and "no object", without the latter's column -> [B, Q, K] float32."""
+    _check(mask_logits, class_logits, extent, output_size)
     return class_logits.to(torch.float32).softmax(-1)[..., :-1]
 
 

@@ -19,6 +19,7 @@ from maskformer_fast.ops.semantic_inference import (
     pixel_semantic_inference,
     pixel_semantic_scores,
     semantic_inference,
+    semantic_inference_eager,
     semantic_scores,
 )
 
@@ -143,11 +144,11 @@ def test_batch_equals_images_alone() -> None:
 def test_tiles_and_class_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, logits = random_case(5, 12, 23, (9, 8))
     arguments = (masks, logits, (8.2, 7.9), (31, 29))
-    _, scores, _ = semantic_inference(*arguments, with_scores=True)
+    _, scores, _ = semantic_inference_eager(*arguments, with_scores=True)
     pixel_labels, _ = pixel_semantic_inference(masks, *arguments[2:])
     monkeypatch.setattr(resample_module, "CPU_TILE_BYTES", 1)
     monkeypatch.setattr(semantic_module, "CLASS_CHUNK", 5)
-    tiled_labels, tiled_scores, _ = semantic_inference(*arguments, with_scores=True)
+    tiled_labels, tiled_scores, _ = semantic_inference_eager(*arguments, with_scores=True)
     torch.testing.assert_close(tiled_scores, scores, atol=1e-6, rtol=1e-6)
     assert_labels(tiled_labels[0], naive_scores(masks[0], logits[0], *arguments[2:]))
     torch.testing.assert_close(semantic_scores(*arguments).amax(1), scores, atol=1e-6, rtol=1e-6)
@@ -158,8 +159,8 @@ def test_equal_scores_give_the_lowest_class(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(semantic_module, "CLASS_CHUNK", 2)
     logits = torch.zeros(1, 3, 8)
     logits[..., 0] = -5.0
-    labels, _, _ = semantic_inference(torch.randn(1, 3, 4, 4), logits, (4, 4), (8, 8))
-    assert (labels == 1).all()
+    for infer in (semantic_inference, semantic_inference_eager):
+        assert (infer(torch.randn(1, 3, 4, 4), logits, (4, 4), (8, 8)).labels == 1).all()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -180,7 +181,7 @@ class LargestTensor(TorchDispatchMode):
 def test_nothing_of_full_size_per_query_or_class_is_made() -> None:
     masks, logits = random_case(6, 50, 40, (32, 32))
     with LargestTensor() as largest:
-        semantic_inference(masks, logits, (32, 32), (256, 320), with_scores=True)
+        semantic_inference_eager(masks, logits, (32, 32), (256, 320), with_scores=True)
     assert largest.elements <= max(256 * 320, resample_module.CPU_TILE_BYTES // 4)
 
 
