@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # the build tools, as packages
-OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1"}
+# Without detect_stack_use_after_return: GCC before 14 puts vectors of 64 bytes on its fake stack unaligned (PR 110027).
+OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=0"}
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:

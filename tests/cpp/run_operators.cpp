@@ -25,6 +25,9 @@ struct Operator {
 constexpr Operator kOperators[] = {
     {"threads", run_threads},
     {"assignment", run_assignment},
+    {"matching cost", run_matching},
+    {"segments", run_segments},
+    {"semantic", run_semantic},
 };
 constexpr int kRuns = 40;  // of each operator, instruction set and number of threads
 
