@@ -344,8 +344,9 @@ def test_files_that_are_not_there_or_hold_code_are_refused(tmp_path: Path) -> No
         verify(network, things(ADE), tmp_path)
     for content in (b"", b"no zip", pickle.dumps({"images": print}, 2)):
         (tmp_path / "case.pt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"case\.pt: not a recording of tensors and plain containers: "):
+        with pytest.raises(ValueError, match=r"case\.pt: not a recording of tensors and plain containers: ") as caught:
             verify(network, things(ADE), tmp_path)
+        assert "trust" not in str(caught.value), "no advice to switch the protection off"
 
 
 def test_differences_by_hand() -> None:
