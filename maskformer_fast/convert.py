@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(f"written:      {target}")
     if not options.verify or not isinstance(source, Converted):
         return 0
-    result = verify(read_back(target, options.to), source.metadata, options.verify)
+    result = verify(read_back(target, options.to), source.metadata, options.verify, source.config.loss)
     print(json.dumps(result.to_dict(), indent=2))
     return 0 if result.ok else 1
 
