@@ -166,7 +166,8 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
     else:
         listed = ", ".join(list(weights)[:5]) or "no tensor"
         raise ConvertError(f"{source}: expected the tensors of an official model (sem_seg_head...), of a ResNet "
-                           f"(stem..., layer1...) or of a Swin Transformer (patch_embed...), got {listed}")
+                           f"(stem..., layer1...) or of a Swin Transformer (patch_embed...), got {listed}; "
+                           "of a Hugging Face model, name the folder and not its file")
     renamed = to_ours(weights, rules)
     config = infer_backbone(renamed.weights, source=source)
     backbone = meta_backbone(config, source)
