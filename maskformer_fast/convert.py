@@ -26,6 +26,7 @@ from maskformer_fast.interop.huggingface import read_folder, write_folder
 from maskformer_fast.interop.names import Renamed
 from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours, no_object_weight
 from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
+from maskformer_fast.interop.recording import read_recordings
 from maskformer_fast.interop.verify import verify
 from maskformer_fast.modeling import build_model
 from maskformer_fast.predictor import load
@@ -83,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise FileNotFoundError(f"verify: expected recorded outputs, found nothing at {options.verify}")
     source = read_source(options)
     if isinstance(source, Converted):
+        if options.verify:  # one that does not fit is refused before anything is written
+            check_recordings(source, options.verify)
         write_model(source, target, options.to)
         summarize(source, report)
     else:
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(f"written:      {target}")
     if not options.verify or not isinstance(source, Converted):
         return 0
-    result = verify(read_back(target, options.to), source.metadata, options.verify)
+    result = verify(read_back(target, options.to), source.metadata, options.verify, source.config.loss)
     print(json.dumps(result.to_dict(), indent=2))
     return 0 if result.ok else 1
 
@@ -152,11 +155,24 @@ def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor],
         if (weight := no_object_weight(theirs)) is not None:
             config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, no_object_weight=weight))
         return _with_classes(options, "official", weights, config, None)
+    backbone = backbone_to_ours(theirs, path)
     _refuse("num_heads", heads, "a backbone alone")
     _refuse("things", options.things, "a backbone alone")
     _refuse("verify", options.verify, "a backbone alone")
     check(options.to == "ours", "to", "'ours' for a backbone alone", options.to)
-    return backbone_to_ours(theirs, path)
+    return backbone
+
+
+def check_recordings(source: Converted, path: str) -> None:
+    """Check that recorded outputs can be read and are of such a model.
+
+    Raises:
+        ValueError: a model without queries, or recordings that are damaged or of another number of classes.
+        FileNotFoundError: a folder without recordings.
+    """
+    model = source.config.model
+    check(model.type == "maskformer", "verify", "a MaskFormer, as recordings are of", model.type)
+    read_recordings(path, model.num_classes)
 
 
 def write_model(source: Converted, target: Path, to: str) -> None:

@@ -230,7 +230,7 @@ def test_refusals_leave_nothing_behind(case: str, tmp_path: Path) -> None:
     elif case == "absent":
         error = FileNotFoundError
     else:
-        path.write_text("" if case == "empty" else "version https://git-lfs.github.com/spec/v1\n")
+        path.write_text("" if case == "empty" else "<html>not found</html>\n")
     with pytest.raises(error, match=message):
         run(path, tmp_path / "dest/ours.safetensors")
     assert not (tmp_path / "dest").exists() and not (tmp_path / "trap").exists()
@@ -287,7 +287,27 @@ def test_verification_tells_right_from_wrong(tmp_path: Path, capsys: Any) -> Non
         assert dest.exists()
     with pytest.raises(FileNotFoundError, match="expected recorded outputs"):
         run(folder / "model.pkl", tmp_path / "x.safetensors", "--verify", tmp_path / "absent.pt")
+    # A recording that is none, of another model, or for a network without queries is seen before anything is written.
+    (tmp_path / "text.pt").write_text("none")
+    other = ORACLES / "r50_coco_panoptic_tiny/case.pt"
+    write_pickle(tmp_path / "plain.pkl", official(replace(SMALL, type="per_pixel")))
+    for source, case, message in (
+        (folder / "model.pkl", tmp_path / "text.pt", "not a recording"),
+        (folder / "model.pkl", other, "the network's 13 classes"),
+        (tmp_path / "plain.pkl", folder / "case.pt", "verify: expected a MaskFormer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(source, tmp_path / "x.safetensors", "--verify", case)
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_tensors_that_share_memory_convert(tmp_path: Path) -> None:
+    weights = official(SMALL)
+    one = weights["sem_seg_head.pixel_decoder.layer_1.norm.weight"]
+    weights["sem_seg_head.pixel_decoder.layer_2.norm.weight"] = one
+    torch.save({"model": weights}, tmp_path / "tied.pth")
+    assert run(tmp_path / "tied.pth", tmp_path / "ours") == 0
+    assert torch.equal(load_weights(tmp_path / "ours").weights["pixel_decoder.layer_2.norm.weight"], one)
 
 
 def test_there_and_back_through_hugging_face(tmp_path: Path) -> None:

@@ -193,8 +193,9 @@ def check_fit(
         elif own[name].is_floating_point() != tensor.is_floating_point():
             problems.append(f"type: {theirs}: expected {own[name].dtype}, got {tensor.dtype}")
     if problems:
-        raise ConvertError(f"{source}: the weights do not fit the network that they or their config describe:\n  "
-                           + "\n  ".join(problems))
+        raise ConvertError("\n  ".join(
+            [f"{source}: the weights do not fit the network that they or their configuration describe:", *problems]
+        ))  # fmt: skip
 
 
 def _model_type(shapes: Shapes, is_maskformer: bool, source: object) -> _ModelType:

@@ -29,7 +29,10 @@ FOLDER_FILES = (
 
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
+_GIT_LFS = b"version https://"  # a small text that stands for a large file in a clone without it
 _WRAPPERS = ("model", "state_dict")
+_SHARING = 4
+"""No honest file shows its bytes more often: tensors of a few bytes could otherwise fill the memory."""
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -55,16 +58,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             start = file.read(16)
         if not start:
             raise ConvertError("expected weights, got an empty file")
+        if start == _GIT_LFS:
+            raise ConvertError("expected weights, got a pointer of Git LFS: fetch the file itself with `git lfs pull`")
         if path.name.endswith(".index.json"):
-            content: Any = _read_shards(path)
-        elif path.suffix == ".safetensors" or (start[8:9] == b"{" and start[:1] != b"\x80"):
-            content = _read_safetensors(path)
+            return _read_shards(path)
+        if path.suffix == ".safetensors" or (start[8:9] == b"{" and start[:1] != b"\x80"):
+            content: Any = _read_safetensors(path)
         elif start.startswith(_ZIP) or start.startswith(_OLD_TORCH):
-            content = _read_torch(path)
+            content = load_torch(path)
         else:
             with path.open("rb") as file:
                 content = load_pickle(file)
-        return _tensors(content)
+        return _tensors(content, _SHARING * path.stat().st_size)
     except ConvertError as error:
         raise ConvertError(f"{path}: {error}") from error
 
@@ -112,8 +117,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _read_torch(path: Path) -> Any:
-    """`torch.load` of tensors and plain containers; no archive that unpacks to more than it is."""
+def load_torch(path: Path) -> Any:
+    """`torch.load` of tensors and plain containers, on the CPU; no archive that unpacks to more than it is.
+
+    Raises:
+        ConvertError: damaged, of another kind, or refused; without the path.
+    """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -133,7 +142,8 @@ def _read_torch(path: Path) -> Any:
         raise ConvertError(f"not a readable file of torch.save: {text[:300]}") from error
 
 
-def _tensors(content: Any) -> dict[str, Tensor]:
+def _tensors(content: Any, limit: int) -> dict[str, Tensor]:
+    """Named tensors, unwrapped; ``limit`` is how many bytes they may take as they are in the file."""
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -144,11 +154,17 @@ def _tensors(content: Any) -> dict[str, Tensor]:
         raise ConvertError("expected named tensors, got an empty dictionary")
     problems: list[str] = []
     weights: dict[str, Tensor] = {}
+    taken = 0
     for name, value in content.items():
         if not isinstance(name, str) or not name.isprintable():
             problems.append(f"{name!r}: expected a printable text as a name")
             continue
         try:
+            _check_plain(value)
+            taken += value.nbytes
+            if taken > limit:
+                raise ConvertError(f"{name}: expected tensors that take no more than the file, got the same memory "
+                                   "again and again")
             weights[name] = _tensor(value)
         except TypeError as error:
             problems.append(f"{name}: {error}")
@@ -157,18 +173,26 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     return weights
 
 
-def _tensor(value: Any) -> Tensor:
-    """An array or tensor of numbers as a tensor of its own memory, floating point as float32."""
+def _check_plain(value: Any) -> None:
+    """Raise a ``TypeError`` unless it is an array or a tensor of numbers in memory."""
     if isinstance(value, (np.ndarray, np.generic)):
-        array = np.asarray(value)
-        # torch knows little-endian numbers and few unsigned ones
-        wanted = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
-        return torch.from_numpy(np.array(array, dtype=wanted, order="C"))
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"an object of type {type(value).__name__}")
     if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu" or value.is_complex():
         raise TypeError(f"a tensor that is not a plain one of numbers ({value.layout}, {value.dtype}, {value.device})")
-    tensor = value.detach()
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise TypeError(f"a tensor of shape {tuple(tensor.shape)} that shows the same memory again and again")
-    return tensor.to(torch.float32).contiguous() if tensor.is_floating_point() else tensor.contiguous()
+
+
+def _tensor(value: np.ndarray | np.generic | Tensor) -> Tensor:
+    """As a tensor of its own memory, floating point as float32."""
+    if isinstance(value, Tensor):
+        tensor = value.detach().clone(memory_format=torch.contiguous_format)
+    else:
+        array = np.asarray(value)
+        tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    if not tensor.is_floating_point():
+        return tensor
+    single = tensor.to(torch.float32)
+    if tensor.dtype == torch.float64 and bool((single.isinf() & tensor.isfinite()).any()):
+        raise TypeError("numbers too large for float32")
+    return single

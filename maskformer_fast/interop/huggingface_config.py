@@ -146,8 +146,8 @@ def read_class_names(config: Section, num_classes: int) -> tuple[str, ...] | Non
             f"{num_classes} classes and no-object), got {_shown(keys)}"
         )
     names = tuple(labels[str(index)] for index in range(num_classes))
-    if not all(isinstance(name, str) for name in names):
-        raise ConvertError(f"{config.where}: id2label: expected texts, got {_shown(labels)}")
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise ConvertError(f"{config.where}: id2label: expected printable texts, got {_shown(labels)}")
     return None if names == tuple(f"LABEL_{index}" for index in range(num_classes)) else names
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,12 +64,6 @@ _CLASSIFIER_AND_COUNTERS = [
     Rule("fc.{leaf}", None),
     Rule("stem.fc.{leaf}", None),
 ]
-DETECTRON2_RULES = [
-    *_CLASSIFIER_AND_COUNTERS,
-    Rule("backbone.{rest*}", "{rest*}"),
-    Rule("{rest*}", "{rest*}"),
-]
-"""detectron2's ResNets."""
 
 TORCHVISION_RULES = [
     *_CLASSIFIER_AND_COUNTERS,
@@ -91,10 +86,8 @@ SWIN_RULES = [
     *_SWIN_CONSTANTS,
     Rule("norm.{leaf}", None),  # of the classifier, as the head is
     Rule("head.{leaf}", None),
-    Rule("backbone.{rest*}", "{rest*}"),
-    Rule("{rest*}", "{rest*}"),
 ]
-"""Swin Transformers of ImageNet, as their authors publish them."""
+"""What Swin Transformers of ImageNet, as their authors publish them, have beside our names."""
 
 
 def is_model(names: Iterable[str]) -> bool:
@@ -123,9 +116,9 @@ def model_to_ours(
     empty_weight = weights.get(EMPTY_WEIGHT)
     pixel = {name: weights[name] for name in ("pixel_mean", "pixel_std") if name in weights}
     wrong = [
-        f"shape: {name}: expected three numbers, got {tuple(value.shape)}"
+        f"{name}: expected three finite numbers, got {tuple(value.shape)}: {value.flatten()[:4].tolist()}"
         for name, value in pixel.items()
-        if value.numel() != 3
+        if value.numel() != 3 or not value.isfinite().all()
     ]
     config = infer_model(
         renamed.weights,
@@ -147,7 +140,7 @@ def no_object_weight(weights: Mapping[str, Tensor]) -> float | None:
     constant = weights.get(EMPTY_WEIGHT)
     if constant is None or constant.ndim != 1 or not constant[:-1].eq(1).all() or not 0 <= constant[-1] < math.inf:
         return None
-    return float(f"{float(constant[-1]):.6g}")  # 0.1 and not the float32 nearest to it
+    return _decimal(constant[-1])
 
 
 def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dict[str, Tensor], BackboneConfig]:
@@ -161,16 +154,20 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
         ConvertError: neither layout; or a list of every missing, unknown and misshapen tensor.
     """
     optional: list[str] = []
+    prefix = "backbone." if any(name.startswith("backbone.") for name in weights) else ""
+    same_names = Rule(f"{prefix}{{rest*}}", "{rest*}")
     if "conv1.weight" in weights or any(name.startswith("layer1.") for name in weights):
         rules = TORCHVISION_RULES
-    elif any(name.startswith(("stem.", "res2.", "backbone.stem.", "backbone.res2.")) for name in weights):
-        rules = [*_CLASSIFIER_AND_COUNTERS, *_deep_stem(weights, ""), *DETECTRON2_RULES]
-    elif any(name.removeprefix("backbone.").startswith("patch_embed.") for name in weights):
-        rules, optional = SWIN_RULES, [f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias")]
+    elif any(name.startswith((f"{prefix}stem.", f"{prefix}res2.")) for name in weights):
+        rules = [*_CLASSIFIER_AND_COUNTERS, *_deep_stem(weights, ""), same_names]
+    elif any(name.startswith(f"{prefix}patch_embed.") for name in weights):
+        rules = [*SWIN_RULES, same_names]
+        optional = [f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias")]
     else:
         listed = ", ".join(list(weights)[:5]) or "no tensor"
         raise ConvertError(f"{source}: expected the tensors of an official model (sem_seg_head...), of a ResNet "
-                           f"(stem..., layer1...) or of a Swin Transformer (patch_embed...), got {listed}")
+                           f"(stem..., layer1...) or of a Swin Transformer (patch_embed...), got {listed}; "
+                           "of a Hugging Face model, name the folder and not its file")
     renamed = to_ours(weights, rules)
     config = infer_backbone(renamed.weights, source=source)
     backbone = meta_backbone(config, source)
@@ -186,8 +183,13 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
 def _triple(value: Tensor | None) -> tuple[float, float, float] | None:
     if value is None or value.numel() != 3:
         return None
-    first, second, third = value.flatten().tolist()
+    first, second, third = map(_decimal, value.flatten())
     return first, second, third
+
+
+def _decimal(value: Tensor) -> float:
+    """The shortest decimal number that is this float32: 0.1, and not what lies nearest to it."""
+    return float(str(np.float32(float(value))))
 
 
 def _wrong_positions(weights: Mapping[str, Tensor]) -> list[str]:

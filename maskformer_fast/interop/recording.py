@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from maskformer_fast.interop.files import load_torch
+from maskformer_fast.interop.names import ConvertError
+
 CASE_NAME = "case.pt"
 SYNTH_NAME = "synth.pt"
 TRAINING_KEYS = ("match", "losses", "losses64", "grad_norm", "no_grad_params")
@@ -29,10 +32,7 @@ class Recordings(NamedTuple):
     synth: dict[str, Any] | None
 
 
-def read_recordings(
-    path: str | Path,
-    num_classes: int,
-) -> Recordings:
+def read_recordings(path: str | Path, num_classes: int) -> Recordings:
     """Read a recording, or a folder with a `case.pt`, a `synth.pt` or both; a file is told by its content.
 
     Raises:
@@ -139,12 +139,9 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recording")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load has no exception of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a recording of tensors and plain containers: {reason}") from error
+        content = load_torch(path)
+    except ConvertError as error:
+        raise ValueError(f"{path}: not a recording of tensors and plain containers: {error}") from error
     _Checker(path).keys(content, "", ())
     return content
 
@@ -258,9 +255,7 @@ def _check_synth(checker: _Checker, synth: dict[str, Any], num_classes: int) -> 
                 checker.tensor(case[name], f"{where}.{name}", None, tuple(case[name.replace("grad", "pred")].shape))
 
 
-def synth_thresholds(
-    name: str,
-) -> tuple[float, ...]:
+def synth_thresholds(name: str) -> tuple[float, ...]:
     """``panoptic@0.8,0.5`` -> object mask threshold, overlap threshold; nothing where they are no numbers."""
     try:
         return tuple(float(number) for number in name.partition("@")[2].split(","))

@@ -128,6 +128,8 @@ class _Machine:
         self.memo[len(self.memo) if index is None else index] = self.stack[-1]
 
     def get(self, index: int) -> None:
+        if index not in self.memo:
+            raise ValueError("a reference to something that was never kept")
         self.stack.append(self.memo[index])
 
     def pop(self, _: object) -> None:

@@ -12,8 +12,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,9 @@ class _Batch(NamedTuple):
     valid_sizes: Tensor  # [B, 2] int64
 
 
-def verify(network: torch.nn.Module, things: Metadata | Sequence[bool], path: str | Path) -> Report:
+def verify(
+    network: torch.nn.Module, things: Metadata | Sequence[bool], path: str | Path, loss: LossConfig | None = None
+) -> Report:
     """Compare a network with recorded outputs of the official implementation.
 
     Args:
@@ -76,6 +79,7 @@ def verify(network: torch.nn.Module, things: Metadata | Sequence[bool], path: st
         things: classes of the network, or whether each is a thing; panoptic results depend on it.
         path: a `case.pt` (network, post-processing, matching, losses, gradients), a `synth.pt` (post-processing and
             criterion alone), or a folder with either or both.
+        loss: weights of a `case.pt`'s losses; ``None`` has the published ones, which a `synth.pt` always has.
 
     Returns:
         One difference for each recorded quantity: that of intermediates, logits, costs and scores is relative to the
@@ -96,13 +100,15 @@ def verify(network: torch.nn.Module, things: Metadata | Sequence[bool], path: st
     quantities: dict[str, Difference] = {}
     if recordings.case is not None:
         with _evaluation(network):
-            quantities |= _case(network, is_thing, recordings.case)
+            quantities |= _case(network, is_thing, recordings.case, loss or LossConfig())
     if recordings.synth is not None:
         quantities |= _synth(is_thing, recordings.synth)
     return Report(quantities)
 
 
-def _case(network: MaskFormer, is_thing: Sequence[bool], case: Mapping[str, Any]) -> dict[str, Difference]:
+def _case(
+    network: MaskFormer, is_thing: Sequence[bool], case: Mapping[str, Any], loss: LossConfig
+) -> dict[str, Difference]:
     device = network.pixel_mean.device
     images = torch.zeros(len(case["images"]), 3, *case["padded_size"], dtype=torch.uint8)
     for padded, image in zip(images, case["images"], strict=True):
@@ -122,7 +128,7 @@ def _case(network: MaskFormer, is_thing: Sequence[bool], case: Mapping[str, Any]
     if "n_kept" in case:
         found["n_kept"] = _kept(predictions, case["n_kept"])
     if "targets" in case:
-        found |= _trained(network, predictions, case)
+        found |= _trained(network, predictions, case, loss)
     handled = DESCRIPTIONS | {"f32", "eval", "eval_loose", "thing_ids", "n_kept", "match", "losses", "losses64",
                               "grad_norm", "no_grad_params"}  # fmt: skip
     return found | not_compared(name for name in case if name not in handled)
@@ -225,13 +231,15 @@ def _kept(predictions: Predictions, recorded: Sequence[int]) -> Difference:
     return relative(torch.tensor(counts), torch.tensor(recorded), 0)
 
 
-def _trained(network: MaskFormer, predictions: Predictions, case: Mapping[str, Any]) -> dict[str, Difference]:
+def _trained(
+    network: MaskFormer, predictions: Predictions, case: Mapping[str, Any], loss: LossConfig
+) -> dict[str, Difference]:
     """Matching, weighted losses and gradients of the case's targets."""
     targets = _targets(case["targets"], predictions)
     found: dict[str, Difference] = {}
-    for padding in ("include", "exclude"):
-        loss = LossConfig(padding=padding)
-        total, trial = _compared_losses(predictions, targets, loss, case)
+    paddings: tuple[Literal["include", "exclude"], ...] = ("include", "exclude")
+    for padding in paddings:
+        total, trial = _compared_losses(predictions, targets, replace(loss, padding=padding), case)
         if not found or all(quantity.ok for quantity in trial.values()):
             found, chosen, chosen_total = trial, padding, total
         if all(quantity.ok for quantity in found.values()):

@@ -150,6 +150,12 @@ def test_memory_bombs_are_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "expanded.pth")
     with pytest.raises(ConvertError, match="same memory again and again"):
         read_weights(tmp_path / "expanded.pth")
+    one = torch.zeros(1000)
+    torch.save({str(index): one for index in range(1000)}, tmp_path / "shared.pth")
+    (tmp_path / "shared.pkl").write_bytes(pickle.dumps(dict.fromkeys(map(str, range(1000)), one.numpy())))
+    for name in ("shared.pth", "shared.pkl"):
+        with pytest.raises(ConvertError, match="same memory again and again"):
+            read_weights(tmp_path / name)
     torch.save({"w": torch.zeros(100)}, tmp_path / "plain.pth")
     plain = zipfile.ZipFile(tmp_path / "plain.pth")
     with plain as source, zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
@@ -183,6 +189,9 @@ def test_truncated_and_foreign_files(tmp_path: Path, kind: str) -> None:
     ("content", "message"),
     [
         (b"a text\n", "not a readable pickle"),
+        (b"hello\n", "not a readable pickle: a reference to something"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (pickle.dumps({"w": np.array([1.0, 1e300])}), "w: numbers too large for float32"),
         (b"PK\x03\x04 but no archive", "not a readable file of torch.save"),
         (pickle.dumps([1, 2]), "expected a dictionary of named tensors, got list"),
         (pickle.dumps({}), "empty dictionary"),

@@ -281,6 +281,7 @@ def test_made_up_class_names_are_none(tmp_path: Path) -> None:
         (None, "fpn_feature_size", 33),
         (None, "id2label", {"0": "road"}),
         (None, "id2label", {str(i): i for i in range(5)}),
+        (None, "id2label", {str(i): f"\x1b[3{i}m" for i in range(5)}),
     ],
 )
 def test_configurations_of_no_network_are_refused(section: str | None, key: str, value: Any, tmp_path: Path) -> None:

@@ -269,7 +269,8 @@ def test_other_backbones_and_behaviours_are_found_out(padding: Any, order: Any, 
     masks = torch.rand(2, 3, *padded) < 0.4
     labels = torch.tensor([[0, 4, 2], [1, 1, 3]])
     targets = Targets(labels, torch.tensor([3, 3]), pack_masks(masks), valid, padded)
-    losses = Criterion(5, LossConfig(padding=padding))(predictions, targets)
+    loss = LossConfig(padding=padding, no_object_weight=0.3)
+    losses = Criterion(5, loss)(predictions, targets)
     losses.total.backward()
     scores = postprocess.semantic_scores(predictions, asked, order)
     evaluation: dict[str, Any] = {}
@@ -290,7 +291,8 @@ def test_other_backbones_and_behaviours_are_found_out(padding: Any, order: Any, 
         },
     }  # fmt: skip
     torch.save(case, tmp_path / "case.pt")
-    report = verify(network.train(), [False] * 5, tmp_path)
+    assert failed(verify(network, [False] * 5, tmp_path)) >= {"losses.loss_ce", "losses.loss_ce_0", "grad_norm"}
+    report = verify(network.train(), [False] * 5, tmp_path, LossConfig(no_object_weight=0.3))
     assert report.ok and not failed(report) and len(report.quantities) == 2 + 4 + 6 + 2
     other = postprocess.semantic_scores(predictions, asked, "official" if order != "official" else "official_panoptic")
     assert relative(other[1], scores[1], 1e-2).ok is False, "a case that tells the orders apart"
@@ -344,8 +346,9 @@ def test_files_that_are_not_there_or_hold_code_are_refused(tmp_path: Path) -> No
         verify(network, things(ADE), tmp_path)
     for content in (b"", b"no zip", pickle.dumps({"images": print}, 2)):
         (tmp_path / "case.pt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"case\.pt: not a recording of tensors and plain containers: "):
+        with pytest.raises(ValueError, match=r"case\.pt: not a recording of tensors and plain containers: ") as caught:
             verify(network, things(ADE), tmp_path)
+        assert "trust" not in str(caught.value), "no advice to switch the protection off"
 
 
 def test_differences_by_hand() -> None:
