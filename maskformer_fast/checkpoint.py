@@ -35,6 +35,8 @@ FORMAT = "maskformer_fast/1"
 WEIGHTS_NAME = "model.safetensors"
 STATE_NAME = "trainer.pt"
 TEMPORARY_PREFIX = ".writing-"
+_COUNTER = "num_batches_tracked"
+_CLASS_ROWS = ("predictor.class_embed.", "predictor.weight", "predictor.bias")
 
 
 class CheckpointError(ValueError):
@@ -127,10 +129,30 @@ def load_backbone(network: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
     inner = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
     backbone = network.get_submodule("backbone")
-    # Counters of batches are no pretrained weights: a frozen norm has none, a trained one starts anew.
-    kept = {name: t for name, t in (inner or weights).items() if not name.endswith("num_batches_tracked")}
-    counters = {name: t for name, t in backbone.state_dict().items() if name.endswith("num_batches_tracked")}
-    load_into(backbone, kept | counters, file)
+    load_into(backbone, _with_own_counters(backbone, inner or weights), file)
+
+
+def load_initial(network: nn.Module, path: str | Path) -> list[str]:
+    """Load a whole checkpoint to start training from -> names of the tensors that keep their random values.
+
+    Those are the ones with a row for each class, where the checkpoint has another number of classes. Everything else
+    must fit, as in `load_into`. Raises `CheckpointError` and ``FileNotFoundError``.
+    """
+    weights = _with_own_counters(network, load_weights(path).weights)
+    own = network.state_dict()
+    fresh = [
+        name
+        for name in own
+        if name.startswith(_CLASS_ROWS) and name in weights and weights[name].shape != own[name].shape
+    ]
+    load_into(network, weights | {name: own[name] for name in fresh}, path)
+    return fresh
+
+
+def _with_own_counters(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Counters of batches are no pretrained weights: a frozen norm has none, a trained one starts anew."""
+    kept = {name: t for name, t in weights.items() if not name.endswith(_COUNTER)}
+    return kept | {name: t for name, t in module.state_dict().items() if name.endswith(_COUNTER)}
 
 
 def save_checkpoint(

@@ -7,10 +7,13 @@ costs a second and not an evening.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Task = Literal["semantic", "instance", "panoptic"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
+SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
+PanopticOrder = Literal["direct", "official"]
+PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
 
 
 def check(condition: bool, name: str, expected: str, got: object) -> None:
@@ -118,6 +121,9 @@ class ModelConfig:
 
     type: Literal["maskformer", "per_pixel", "per_pixel_plus"] = "maskformer"
     num_classes: int = 0
+    weights: str | None = None
+    """Checkpoint of ours (perhaps a converted one) that training starts from: its network, with a new classifier where
+    the number of classes is another."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -260,6 +266,13 @@ class TestConfig:
     """Panoptic: queries whose best class scores less are dropped."""
     overlap_threshold: float = 0.8
     """Panoptic: segments that keep less of their own mask than this are dropped."""
+    semantic_order: SemanticOrder = "direct"
+    """Semantic: where masks are resized, see `maskformer_fast.postprocess`. The default resizes once and takes the least
+    time and memory; ``official`` and ``huggingface`` give the numbers of those implementations."""
+    panoptic_order: PanopticOrder = "direct"
+    """Panoptic: the same; ``official`` gives the official numbers."""
+    panoptic_rule: PanopticRule = "maskformer"
+    """Panoptic: whose segments, see `maskformer_fast.ops.segment_inference.panoptic_inference`."""
     top_k: int = 100
     """Instance: results an image."""
     multi_scale: tuple[float, ...] = ()
@@ -273,6 +286,9 @@ class TestConfig:
         check(self.max_size > 0, "test.max_size", "> 0", self.max_size)
         for name in ("object_mask_threshold", "overlap_threshold"):
             check(0.0 <= getattr(self, name) <= 1.0, f"test.{name}", "0..1", getattr(self, name))
+        check_choice("test.semantic_order", self.semantic_order, get_args(SemanticOrder))
+        check_choice("test.panoptic_order", self.panoptic_order, get_args(PanopticOrder))
+        check_choice("test.panoptic_rule", self.panoptic_rule, get_args(PanopticRule))
         check(self.top_k > 0, "test.top_k", "> 0", self.top_k)
         check(all(s > 0 for s in self.multi_scale), "test.multi_scale", "positive factors", self.multi_scale)
         check(self.batch_size > 0, "test.batch_size", "> 0", self.batch_size)

@@ -20,15 +20,15 @@ labels:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskformer_fast.config import check, check_choice
+from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder, check, check_choice
 from maskformer_fast.ops.pruned_semantic import pruned_semantic_inference
-from maskformer_fast.ops.segment_inference import InstanceMasks, PanopticRule, instance_inference, panoptic_inference
+from maskformer_fast.ops.segment_inference import InstanceMasks, instance_inference, panoptic_inference
 from maskformer_fast.ops.semantic_inference import (
     label_dtype,
     pixel_semantic_inference,
@@ -48,8 +48,6 @@ from maskformer_fast.structures import (
 )
 
 Size = tuple[int, int]
-SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
-PanopticOrder = Literal["direct", "official"]
 
 
 class _Group(NamedTuple):

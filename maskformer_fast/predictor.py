@@ -90,7 +90,7 @@ class Predictor:
             predictions = self._forward(inputs)
             for task in remaining:
                 if task == "semantic":
-                    results[task] = list(postprocess.semantic(predictions, sizes))
+                    results[task] = list(postprocess.semantic(predictions, sizes, order=test.semantic_order))
                 elif task == "panoptic":
                     results[task] = list(
                         postprocess.panoptic(
@@ -99,6 +99,8 @@ class Predictor:
                             self.metadata.is_thing,
                             test.object_mask_threshold,
                             test.overlap_threshold,
+                            test.panoptic_order,
+                            test.panoptic_rule,
                         )
                     )
                 else:
@@ -120,7 +122,7 @@ class Predictor:
             short_edge = round((test.short_edge or min(size)) * scale)
             resized = resize_image(image, short_edge, round(test.max_size * scale))
             for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
-                scores = postprocess.semantic_scores(self._forward([view]), [size])[0]
+                scores = postprocess.semantic_scores(self._forward([view]), [size], test.semantic_order)[0]
                 scores = scores if view is resized else scores.flip(-1)
                 total = scores if total is None else total.add_(scores)
         assert total is not None  # at least one scale

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_command(TrainOptions, argv, prog="python -m maskformer_fast.train")
     config = options.config
     backbone = config.model.backbone
-    if backbone.norm == "frozen" and not backbone.weights:
+    if backbone.norm == "frozen" and not (backbone.weights or config.model.weights):
         logger.warning("the backbone's BatchNorm is frozen but it has no weights: set --model.backbone.weights, or "
                        "--model.backbone.norm batch to train from nothing")
     folder = Path(config.output)

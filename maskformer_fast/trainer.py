@@ -19,6 +19,7 @@ from maskformer_fast.checkpoint import (
     complete_checkpoints,
     config_differences,
     load_backbone,
+    load_initial,
     load_into,
     load_state,
     load_weights,
@@ -68,8 +69,8 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.network = build_model(config.model)
-        if config.model.backbone.weights:
-            load_backbone(self.network, config.model.backbone.weights)
+        if not (resume and complete_checkpoints(self.checkpoints)):
+            self._load_pretrained()
         layout = torch.channels_last if config.solver.channels_last else torch.contiguous_format
         self.network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.forward = torch.compile(self.network, fullgraph=True) if config.solver.compile else self.network
@@ -90,6 +91,14 @@ class Trainer:
         self.broken: dict[str, str] = {}
         if resume:
             self._restore()
+
+    def _load_pretrained(self) -> None:
+        """Weights that training starts from, where the configuration names some."""
+        model = self.config.model
+        if model.backbone.weights:
+            load_backbone(self.network, model.backbone.weights)
+        if model.weights and (fresh := load_initial(self.network, model.weights)):
+            logger.info("%s has another number of classes: %s start anew", model.weights, ", ".join(fresh))
 
     def run(self) -> dict[str, Any]:
         """Train to ``max_steps``; returns the last validation's metrics, which also stand in ``metrics.json``."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskformer_fast import postprocess
+from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.ops import pruned_semantic
 from maskformer_fast.projection import Projection
 from maskformer_fast.structures import VOID, PixelPredictions, Predictions, unpack_masks
@@ -75,7 +76,7 @@ def test_semantic_batch_with_padding() -> None:
 
 
 @pytest.mark.parametrize("order", ["official", "official_panoptic", "huggingface"])
-def test_semantic_orders(order: postprocess.SemanticOrder) -> None:
+def test_semantic_orders(order: SemanticOrder) -> None:
     predictions = random_predictions(1)
     results = postprocess.semantic(predictions, OUTPUT_SIZES, with_scores=True, order=order)
     scores = postprocess.semantic_scores(predictions, OUTPUT_SIZES, order=order)
@@ -105,7 +106,7 @@ def test_semantic_extreme_counts(queries: int, classes: int) -> None:
 
 
 @pytest.mark.parametrize("order", ["direct", "official"])
-def test_pixel_models(order: postprocess.SemanticOrder) -> None:
+def test_pixel_models(order: SemanticOrder) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = 3 * torch.randn(2, 4, 6, 10, 14, generator=generator)
     predictions = PixelPredictions(logits, torch.tensor(VALID_SIZES), INPUT_SIZE)
@@ -124,10 +125,10 @@ def test_pixel_models(order: postprocess.SemanticOrder) -> None:
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 999), st.sampled_from([0.0, 0.4]), st.sampled_from([0.0, 0.5, 0.8]),
-    st.sampled_from(get_args(postprocess.PanopticRule)),
+    st.sampled_from(get_args(PanopticRule)),
 )  # fmt: skip
 def test_panoptic_results_are_consistent(
-    seed: int, object_threshold: float, overlap_threshold: float, rule: postprocess.PanopticRule
+    seed: int, object_threshold: float, overlap_threshold: float, rule: PanopticRule
 ) -> None:
     predictions = random_predictions(seed, classes=4, queries=12)
     is_thing = [True, False, True, False]
@@ -182,7 +183,7 @@ def test_masks_are_computed_for_kept_queries_only(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("order", ["direct", "official"])
-def test_no_query_kept_gives_void_and_no_segments(order: postprocess.PanopticOrder) -> None:
+def test_no_query_kept_gives_void_and_no_segments(order: PanopticOrder) -> None:
     predictions = random_predictions(5)
     predictions.class_logits[..., -1] = 50.0
     results = postprocess.panoptic(predictions, OUTPUT_SIZES, [True] * 7, 0.8, 0.8, order)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskformer_fast.checkpoint import load_weights
+from maskformer_fast.checkpoint import CheckpointError, load_weights
 from maskformer_fast.config import BackboneConfig
 from maskformer_fast.data import build_dataset
 from maskformer_fast.recipes import load_recipe
@@ -102,6 +102,34 @@ def test_the_best_checkpoint_is_kept_over_a_resume(tmp_path, monkeypatch):
     assert load_weights(tmp_path / "checkpoints" / "best").step == 4
     assert load_weights(tmp_path / "checkpoints" / "last").step == 6
     assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 2
+
+
+def test_training_starts_from_a_whole_checkpoint_with_a_new_classifier(tmp_path, caplog):
+    first = Trainer(tiny(tmp_path / "first", solver={"max_steps": 1}))
+    first.run()
+    given = weights(tmp_path / "first")
+    model = {"weights": str(tmp_path / "first")}
+    assert_same_weights(Trainer(tiny(tmp_path / "same", model=model)).network.state_dict(), given)
+    assert "start anew" not in caplog.text
+
+    shapes = replace(TINY.data.shapes, num_things=3)
+    frozen = replace(TINY.model.backbone, norm="frozen")
+    with caplog.at_level("INFO"):
+        other = Trainer(tiny(tmp_path / "other", data={"shapes": shapes}, model=model | {"backbone": frozen}))
+    assert "predictor.class_embed.weight, predictor.class_embed.bias start anew" in caplog.text
+    for name, tensor in other.network.state_dict().items():
+        assert name.startswith("predictor.class_embed.") or torch.equal(tensor, given[name]), name
+
+    with pytest.raises(CheckpointError, match=r"shape: predictor\.query_embed\.weight: expected \(9, 16\)"):
+        Trainer(tiny(tmp_path / "misfit", model=model | {"decoder": replace(TINY.model.decoder, num_queries=9)}))
+
+
+def test_a_resumed_run_needs_no_initial_weights(tmp_path):
+    Trainer(tiny(tmp_path / "first", solver={"max_steps": 1})).run()
+    model = {"weights": str(tmp_path / "first/checkpoints/last")}
+    Trainer(tiny(tmp_path / "second", model=model, solver={"max_steps": 2})).run()
+    (tmp_path / "first").rename(tmp_path / "gone")
+    assert Trainer(tiny(tmp_path / "second", model=model), resume=True).step == 2
 
 
 def test_seed_changes_the_weights(tmp_path):

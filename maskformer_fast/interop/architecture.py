@@ -105,7 +105,6 @@ def infer_model(
     encoder_layers = shapes.count(_ENCODER + r"layers\.(\d{1,4})\.")
     if size_divisibility is None:
         size_divisibility = 0 if encoder_layers or kind != "maskformer" else 32
-    given = {"pixel_mean": pixel_mean, "pixel_std": pixel_std}
     try:
         return ModelConfig(
             type=kind,
@@ -114,7 +113,8 @@ def infer_model(
             pixel_decoder=_pixel_decoder(shapes, encoder_layers, num_heads),
             decoder=DecoderConfig() if kind == "per_pixel" else _decoder(shapes, kind, num_heads),
             size_divisibility=size_divisibility,
-            **{name: value for name, value in given.items() if value is not None},
+            pixel_mean=ModelConfig.pixel_mean if pixel_mean is None else pixel_mean,
+            pixel_std=ModelConfig.pixel_std if pixel_std is None else pixel_std,
         )
     except ValueError as error:
         hint = " (see --num-heads)" if "_heads" in str(error) else ""

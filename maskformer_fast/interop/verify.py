@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast import postprocess
-from maskformer_fast.config import LossConfig, check
+from maskformer_fast.config import LossConfig, SemanticOrder, check
 from maskformer_fast.criterion import Criterion
 from maskformer_fast.interop.difference import (
     Difference,
@@ -174,7 +174,7 @@ def _evaluated(
     parts = {part: f"{key}.{part}" for part in recorded}
     if any(re.match(r"(labels|sem_seg_small)\.", part) for part in parts):
         # Models with panoptic inference resize logits, the others scores; then the one whose numbers these are.
-        orders: list[postprocess.SemanticOrder] = ["official", "official_panoptic"]
+        orders: list[SemanticOrder] = ["official", "official_panoptic"]
         if any(part.startswith("panoptic.") for part in parts):
             orders.reverse()
         for order in orders:

@@ -11,19 +11,16 @@ as that, and a negative or NaN score as 0; the eager twins let NaN and infinitie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast._extension import load_extension
-from maskformer_fast.config import check, check_choice
+from maskformer_fast.config import PanopticRule, check, check_choice
 from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
 from maskformer_fast.structures import VOID, pack_masks
-
-PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
-"""Which pixels make a segment and which queries become one, see `panoptic_inference`."""
 
 
 class PanopticSegments(NamedTuple):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskformer_fast.config import PanopticRule
 from maskformer_fast.ops import resample as resample_module
 from maskformer_fast.ops.resample import resample
 from maskformer_fast.ops.segment_inference import (
-    PanopticRule,
     PanopticSegments,
     instance_inference,
     instance_inference_eager,

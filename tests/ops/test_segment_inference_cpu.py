@@ -15,8 +15,8 @@ from torch import Tensor
 
 from maskformer_fast import _extension
 from maskformer_fast._extension import load_extension
+from maskformer_fast.config import PanopticRule
 from maskformer_fast.ops.segment_inference import (
-    PanopticRule,
     PanopticSegments,
     instance_inference,
     instance_inference_eager,
