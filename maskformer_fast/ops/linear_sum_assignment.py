@@ -54,6 +54,7 @@ def _linear_sum_assignment_fake(cost: Tensor, counts: Tensor | None = None) -> T
 _library.impl("linear_sum_assignment", _linear_sum_assignment_cpu, "CPU")
 _library.impl("linear_sum_assignment", _linear_sum_assignment_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::linear_sum_assignment", _linear_sum_assignment_fake, lib=_library)
+_operator = torch.ops.maskformer_fast.linear_sum_assignment.default  # looked up once: a microsecond is a small problem
 
 
 def _result_shape(cost: Tensor) -> tuple[int, ...]:
@@ -99,7 +100,7 @@ def linear_sum_assignment(
     ImportError where the extension is not built.
     """
     _check(cost, counts)
-    return torch.ops.maskformer_fast.linear_sum_assignment(cost, counts)
+    return _operator(cost, counts)
 
 
 def linear_sum_assignment_eager(

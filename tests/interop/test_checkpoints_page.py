@@ -61,4 +61,5 @@ def test_evaluation_has_the_settings_of_the_recipe(more: str) -> None:
         options = parse(EvaluateOptions, [*arguments, *shlex.split(more)], prog="evaluate", default=default)
         assert options.data.root is not None and options.data.dataset == recipe.data.dataset
         scales = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) if more else ()
-        assert options.test == replace(recipe.test, multi_scale=scales, flip=bool(more))
+        order = "panoptic_order" if "panoptic" in " ".join(arguments) else "semantic_order"
+        assert options.test == replace(recipe.test, multi_scale=scales, flip=bool(more), **{order: "official"})
