@@ -5,8 +5,9 @@
 // rectangular assignment algorithms", 2016). Potentials are double whatever the cost's type.
 //
 // The core is written once for host and device. A `Team` is whoever works on one problem together (a thread, a warp, a
-// block) and gives it: lane(), size(), sync(), smallest(...), free_tie(...), two_smallest(...), relax(...). Scalars of the
-// core are uniform over the team; tables in `Workspace` are written by one lane, or by lanes strided, and read after a sync().
+// block) and gives it: lane(), size(), sync(), smallest(...), free_tie(...), two_smallest(...), relax(...). Scalars of
+// the core are uniform over the team; tables in `Workspace` are written by one lane, or by lanes strided, and read
+// after a sync().
 //
 // +inf forbids a pair; a problem that holds NaN or -inf (see `is_invalid`) has no assignment. Every loop is bounded by
 // the problem's size, whatever the numbers: sums that overflow end in "no assignment", never in an endless loop.

@@ -291,8 +291,10 @@ void gather_transposed(const T* source, int64_t column_stride, int rows, int col
       std::memcpy(&b, from + i + column_stride, sizeof b);
       std::memcpy(&c, from + i + 2 * column_stride, sizeof c);
       std::memcpy(&d, from + i + 3 * column_stride, sizeof d);
-      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+      const Four ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+      const Four cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
       a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
       b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
       c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);

@@ -165,7 +165,8 @@ void matching_cost(uintptr_t class_logits, uintptr_t embeddings, uintptr_t pixel
 }
 
 template <class Enum>
-Enum choose(const std::string& value, const char* name, const std::initializer_list<std::pair<const char*, Enum>>& known) {
+Enum choose(const std::string& value, const char* name,
+            const std::initializer_list<std::pair<const char*, Enum>>& known) {
   std::string names;
   for (const auto& [text, result] : known) {
     if (value == text) return result;
@@ -194,9 +195,8 @@ void semantic_inference(uintptr_t masks, const std::string& mask_type, const std
       {{"auto", SemanticPath::automatic}, {"dense", SemanticPath::dense}, {"pruned", SemanticPath::pruned}});
   maskformer_fast::semantic_inference(
       {pointer<const void>(masks), float_type(mask_type, "mask_type"), mask_sizes, mask_strides,
-       pointer<const void>(logits), float_type(logit_type, "logit_type"), classes, logit_strides, extent,
-       output_size, pointer<void>(labels), pointer<float>(scores),
-       pointer<float>(margins), chosen},
+       pointer<const void>(logits), float_type(logit_type, "logit_type"), classes, logit_strides, extent, output_size,
+       pointer<void>(labels), pointer<float>(scores), pointer<float>(margins), chosen},
       threads);
 }
 
@@ -211,9 +211,9 @@ PYBIND11_MODULE(_C, module) {
              py::arg("pixel_strides"), py::arg("labels"), py::arg("counts"), py::arg("masks"), py::arg("valid_sizes"),
              py::arg("sizes"), py::arg("weights"), py::arg("focal"), py::arg("cost"), py::arg("threads"),
              py::call_guard<py::gil_scoped_release>(),
-             "Addresses of what csrc/matching_cpu.h names (pixels 0: embeddings are mask logits; valid_sizes 0: padding "
-             "counts). sizes: layers, images, queries, classes, depth, height, width, slots, input height and width; "
-             "weights: class, mask, dice; focal: weight on, weight off, exponent.");
+             "Addresses of what csrc/matching_cpu.h names (pixels 0: embeddings are mask logits; valid_sizes 0: "
+             "padding counts). sizes: layers, images, queries, classes, depth, height, width, slots, input height and "
+             "width; weights: class, mask, dice; focal: weight on, weight off, exponent.");
   module.def("semantic_inference", &semantic_inference, py::arg("masks"), py::arg("mask_type"), py::arg("mask_sizes"),
              py::arg("mask_strides"), py::arg("logits"), py::arg("logit_type"), py::arg("classes"),
              py::arg("logit_strides"), py::arg("extent"), py::arg("output_size"), py::arg("labels"), py::arg("scores"),

@@ -1,5 +1,5 @@
-// Mask logits are made and used up a tile at a time (matching_kernels.h). A task is a stretch of the pixels of one image;
-// it leaves the sums of every query and pair, which a second pass turns into costs.
+// Mask logits are made and used up a tile at a time (matching_kernels.h). A task is a stretch of the pixels of one
+// image; it leaves the sums of every query and pair, which a second pass turns into costs.
 //
 // The sums over a target's pixels are cheap as neighbours mostly lie in the same targets: a tile's pixels are cut into
 // runs, and each run is summed once, whatever the number of targets.
@@ -100,8 +100,9 @@ void check(const MatchingBatch& batch) {
   for (int64_t image = 0; image < batch.images; ++image) {
     const int64_t count = batch.counts[image];
     if (count < 0 || count > batch.slots) {
-      throw std::invalid_argument("counts: expected 0.." + std::to_string(batch.slots) + " (slots of the targets), got " +
-                                  std::to_string(count) + " at image " + std::to_string(image));
+      throw std::invalid_argument("counts: expected 0.." + std::to_string(batch.slots) +
+                                  " (slots of the targets), got " + std::to_string(count) + " at image " +
+                                  std::to_string(image));
     }
     for (int64_t t = 0; t < count; ++t) {
       const int64_t label = batch.labels[image * batch.slots + t];

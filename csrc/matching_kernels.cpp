@@ -122,10 +122,9 @@ void chosen_probabilities(const float* logits, int64_t classes, const int64_t* c
   Floats sums{};
   int64_t c = 0;
   for (; c + kLanes <= classes; c += kLanes) sums += exp(load(logits + c) - largest);
-  float sum = 0.0f;
-  for (int l = 0; l < kLanes; ++l) sum += sums[l];
-  for (; c < classes; ++c) sum += exp(broadcast(logits[c] - largest))[0];
-  for (int64_t i = 0; i < count; ++i) out[i] = exp(broadcast(logits[chosen[i]] - largest))[0] / sum + broken;
+  float total = sum(sums);
+  for (; c < classes; ++c) total += exp(broadcast(logits[c] - largest))[0];
+  for (int64_t i = 0; i < count; ++i) out[i] = exp(broadcast(logits[chosen[i]] - largest))[0] / total + broken;
 }
 
 }  // namespace MF_ISA

@@ -49,8 +49,10 @@ struct PairSums {  // over the pixels that the target covers
   void chosen_probabilities(const float* logits, int64_t classes, const int64_t* chosen, int64_t count, float* out);  \
   }
 MF_DECLARE(baseline)
+#if defined(__x86_64__)
 MF_DECLARE(avx2)
 MF_DECLARE(avx512)
+#endif
 #undef MF_DECLARE
 
 }  // namespace maskformer_fast

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "cpu_isa.h"
+#include "resample.h"
 #include "segments.h"
 #include "threads.h"
 
@@ -24,23 +25,19 @@ class AxisTables {
     taps_.resize(tiles * 2 * tile);
     counts_.resize(tiles);
     runs_.resize(tiles);
-    const double scale = extent / static_cast<double>(size);
     for (int64_t t = 0; t < tiles; ++t) {
       int32_t* taps = taps_.data() + t * 2 * tile;
       int32_t count = 0;
       for (int64_t i = t * tile; i < (t + 1) * tile; ++i) {
-        const double position = static_cast<double>(std::min(i, size - 1)) + 0.5;
-        const double at = std::clamp(position * scale - 0.5, 0.0, static_cast<double>(source - 1));
-        const auto first = static_cast<int32_t>(at);
-        const int32_t second = static_cast<int32_t>(std::min<int64_t>(first + int64_t{1}, source - 1));
-        if (count >= 2 && taps[count - 2] == first) {  // the pair of the position before
+        const AxisPosition position = read_position(std::min(i, size - 1), size, extent, source);
+        if (count >= 2 && taps[count - 2] == position.low) {  // the pair of the position before
           left_[i] = count - 2;
         } else {
-          if (count == 0 || taps[count - 1] != first) taps[count++] = first;
+          if (count == 0 || taps[count - 1] != position.low) taps[count++] = position.low;
           left_[i] = count - 1;
-          taps[count++] = second;
+          taps[count++] = position.high;
         }
-        weight_[i] = static_cast<float>(at - first);
+        weight_[i] = position.share;
       }
       counts_[t] = count;
       int32_t run = 1;

@@ -1,7 +1,9 @@
 #include "segments_rle.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <new>
 
 #include "threads.h"
 
@@ -111,9 +113,15 @@ std::vector<std::string> encode_masks(const uint8_t* masks, int64_t count, int64
   threads = static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, useful)));
   std::vector<std::string> encoded(count);
   std::vector<RleScratch> scratch(threads);
+  std::atomic<bool> out_of_memory{false};  // results grow as they are written, and no exception may leave a thread
   parallel_for(count, threads, [&](int worker, int64_t i) {
-    encode_mask(masks + i * stride, height, width, scratch[worker], encoded[i]);
+    try {
+      encode_mask(masks + i * stride, height, width, scratch[worker], encoded[i]);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
   });
+  if (out_of_memory) throw std::bad_alloc();
   return encoded;
 }
 

@@ -5,10 +5,6 @@
 #include "segments.h"
 #include "simd.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace maskformer_fast {
 namespace MF_ISA {
 namespace {
@@ -28,17 +24,6 @@ MF_INLINE float clamp_logit(float x) {
 }
 MF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-MF_INLINE Ints lane_numbers() {
-  Ints x{};
-  for (int l = 0; l < kLanes; ++l) x[l] = l;
-  return x;
-}
-MF_INLINE Ints load_ints(const int32_t* p) {
-  Ints x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-
 // One bit a lane of a comparison's result.
 MF_INLINE uint64_t lane_bits(Ints mask) {
 #if defined(__AVX512F__)
@@ -50,37 +35,6 @@ MF_INLINE uint64_t lane_bits(Ints mask) {
   for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint64_t>(mask[l] & 1) << l;
   return bits;
 #endif
-}
-
-// table[lane] for each lane number in 0..kLanes-1
-MF_INLINE Floats permute(Floats table, Ints lanes) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)lanes, (__m512)table);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)lanes);
-#else
-  Floats x{};
-  for (int l = 0; l < kLanes; ++l) x[l] = table[lanes[l]];
-  return x;
-#endif
-}
-
-// The least and the largest lane.
-MF_INLINE Bounds extremes(Floats low, Floats high) {
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    const Ints partners = lane_numbers() ^ step;
-    low = min(low, permute(low, partners));
-    high = max(high, permute(high, partners));
-  }
-  return {low[0], high[0]};
-}
-MF_INLINE float sum(Floats x) {
-  for (int step = kLanes / 2; step > 0; step /= 2) x += permute(x, lane_numbers() ^ step);
-  return x[0];
-}
-MF_INLINE int64_t sum(Ints x) {
-  for (int step = kLanes / 2; step > 0; step /= 2) x += (Ints)permute((Floats)x, lane_numbers() ^ step);
-  return x[0];
 }
 
 // Calls vector(at) for vectors that cover 0..count-1, the last of which may overlap the one before, and element(at)
@@ -139,8 +93,8 @@ MF_INLINE Bounds bound_tile(const MaskLogits& logits, int64_t tile_column, const
       include);
   for (int at = run; at < count; ++at) include(at);
   if (run < kLanes) return others;
-  const Bounds b = extremes(lows, highs);
-  return {b.low < others.low ? b.low : others.low, b.high > others.high ? b.high : others.high};
+  const float low_run = -highest(-lows), high_run = highest(highs);
+  return {low_run < others.low ? low_run : others.low, high_run > others.high ? high_run : others.high};
 }
 
 // What a tile reads of one query's map -> scratch.taps, clamped.

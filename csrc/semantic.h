@@ -61,10 +61,11 @@ constexpr int64_t semantic_probability_stride(int classes) { return round_up(cla
 // Floats of scratch memory that one worker needs.
 constexpr int64_t semantic_scratch_floats(int queries, int classes) {
   const int64_t block = queries < kQueryBlock ? queries : kQueryBlock;
-  return block * (kPanels * kPanelPixels + kBlockStride)                             // masks, probabilities
-         + (queries > kQueryBlock ? kPanels * kClassBlock * kPanelPixels : 0)         // partial sums
-         + 2 * semantic_probability_stride(classes) + (6 + 2 * kStripTiles) * round_up(queries + 1, 16)  // bounds and lists
-         + 3 * kPanels * kPanelPixels + 2 * kBlockStride + 64;                        // winners, one row, alignment
+  return block * (kPanels * kPanelPixels + kBlockStride)                         // masks, probabilities
+         + (queries > kQueryBlock ? kPanels * kClassBlock * kPanelPixels : 0)    // partial sums
+         + 2 * semantic_probability_stride(classes)                              // bounds and list of classes
+         + (6 + 2 * kStripTiles) * round_up(queries + 1, 16)                     // the same of queries
+         + 3 * kPanels * kPanelPixels + 2 * kBlockStride + 64;                   // winners, one row, alignment
 }
 
 #define MF_DECLARE_SEMANTIC(ISA)                                                                      \

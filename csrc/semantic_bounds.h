@@ -92,8 +92,9 @@ bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, c
   return false;
 }
 
-// What a sum of at most all queries' terms may be off by, relative to itself: no term is negative, and adding one rounds
-// by at most 2^-24 of the sum so far, twice where there is no fused multiply-add (the second time of the term alone).
+// What a sum of at most all queries' terms may be off by, relative to itself: no term is negative, and adding one
+// rounds by at most 2^-24 of the sum so far, twice where there is no fused multiply-add (the second time of the term
+// alone).
 MF_INLINE float rounding(const SemanticImage& image) { return (image.queries + 16) * 0x1p-24f; }
 
 // Middle, half width and bound of every query's part in a tile, from the range of its logits; the largest bound.

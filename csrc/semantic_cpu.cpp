@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu_isa.h"
+#include "resample.h"
 #include "semantic.h"
 #include "threads.h"
 
@@ -19,13 +20,12 @@ struct AxisTable {
   std::vector<int32_t> low, high;
   std::vector<float> share;
 
-  // As ops/resample.py says: double coordinates, below 0 taken as 0, taps beyond the last one taken from it.
   AxisTable(int64_t source, double extent, int64_t output) : low(output), high(output), share(output) {
     for (int64_t i = 0; i < output; ++i) {
-      const double coordinate = std::clamp((i + 0.5) * extent / output - 0.5, 0.0, double(source - 1));
-      low[i] = static_cast<int32_t>(coordinate);
-      high[i] = static_cast<int32_t>(std::min<int64_t>(low[i] + 1, source - 1));
-      share[i] = static_cast<float>(coordinate - low[i]);
+      const AxisPosition position = read_position(i, output, extent, source);
+      low[i] = position.low;
+      high[i] = position.high;
+      share[i] = position.share;
     }
   }
   AxisTaps view() const { return {low.data(), high.data(), share.data()}; }
@@ -34,7 +34,8 @@ struct AxisTable {
 int64_t bytes_of(FloatType type) { return type == FloatType::float32 ? 4 : 2; }
 
 void check(bool correct, const char* name, const char* expected, double got) {
-  if (!correct) throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
+  if (correct) return;
+  throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
 }
 
 void check(const SemanticBatch& batch) {
@@ -101,9 +102,9 @@ void semantic_inference(const SemanticBatch& batch, int threads) {
     if (!MF_DISPATCH(semantic_prepare, image, scratch.get())) image.path = SemanticPath::dense;
     parallel_for(strips, workers, [&](int worker, int64_t strip) {
       const int64_t first = strip % strips_per_row * kStripTiles;
+      const int64_t tiles = std::min<int64_t>(kStripTiles, tile_columns - first);
       MF_DISPATCH(semantic_strip, image, static_cast<int>(strip / strips_per_row * kTile),
-                  static_cast<int>(first * kTile), static_cast<int>(std::min<int64_t>(kStripTiles, tile_columns - first)),
-                  scratch.get() + worker * worker_floats);
+                  static_cast<int>(first * kTile), static_cast<int>(tiles), scratch.get() + worker * worker_floats);
     });
   }
 }

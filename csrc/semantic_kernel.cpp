@@ -92,8 +92,8 @@ void score_panel(const float* masks, const float* block, int queries, const int3
   }
 }
 
-// Winner and runner-up among `count` classes in some rows of pixels (others get what must not be used), by the masks of the live queries and the middle of the
-// range of the dropped ones.
+// Winner and runner-up among `count` classes in some rows of pixels, by the masks of the live queries and the middle of
+// the range of the dropped ones. What other rows get must not be used.
 void score_tile(const SemanticImage& image, const Window& window, const Scratch& s, int count, int live, int dropped,
                 unsigned rows, bool second) {
   for (int i = 0; i < kTilePixels; i += kLanes) {
@@ -167,8 +167,8 @@ void all_queries_and_classes(const SemanticImage& image, const Scratch& s) {
   for (int c = 0; c < image.classes; ++c) s.classes[c] = c;
 }
 
-// Rows of pixels whose labels are those that all queries would give. `ignored` queries add at most that much to a score;
-// the dropped ones move the difference of two scores by at most `change`, and any score by at most their largest
+// Rows of pixels whose labels are those that all queries would give. `ignored` queries add at most that much to a
+// score; the dropped ones move the difference of two scores by at most `change`, and any score by at most their largest
 // probability times the half width of their mask. Four sums round: two classes', here and over all queries.
 MF_INLINE unsigned find_proven(const SemanticImage& image, const Scratch& s, int dropped, float ignored, float change,
                                bool one_class) {
@@ -247,8 +247,8 @@ bool semantic_prepare(const SemanticImage& image, float* memory) {
       store(row + c, x);
       sums += x;
     }
-    const float sum = total(sums);
-    const float scale = 1.0f / sum;
+    const float total = sum(sums);
+    const float scale = 1.0f / total;
     for (int64_t c = image.classes; c < (image.probabilities ? image.probability_stride : whole); ++c) row[c] = 0.0f;
     for (int c = 0; c < whole; c += kLanes) {
       const Floats p = load(row + c) * scale;
@@ -258,7 +258,7 @@ bool semantic_prepare(const SemanticImage& image, float* memory) {
     image.peak[q] = peak;
     image.scale[q] = scale;
     image.largest[q] = highest(tops);
-    valid = valid && sum == sum && sum > 0.0f;
+    valid = valid && total == total && total > 0.0f;
   }
   for (int q = image.queries; q < round_up(image.queries, kLanes); ++q) image.largest[q] = 0.0f;
   return valid;

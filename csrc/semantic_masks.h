@@ -4,17 +4,6 @@
 // pulls every pixel that it reaches to 0, and between opposite infinities the nearer one wins.
 #pragma once
 
-#if defined(__AVX2__)
-#if !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header starts vectors from themselves
-#endif
-#include <immintrin.h>
-#if !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-#endif
-
 #include "semantic.h"
 #include "simd.h"
 
@@ -85,19 +74,6 @@ MF_INLINE Floats mask_probability(Floats x) {
 #endif
 }
 
-// x[index[0]], x[index[1]], ...
-MF_INLINE Floats permute(Floats x, Ints index) {
-#if defined(__AVX512F__)
-  return _mm512_permutexvar_ps((__m512i)index, x);
-#elif defined(__AVX2__)
-  return _mm256_permutevar8x32_ps(x, (__m256i)index);
-#else
-  Floats y;
-  for (int lane = 0; lane < kLanes; ++lane) y[lane] = x[index[lane]];
-  return y;
-#endif
-}
-
 // p[index[0]], p[index[1]], ...
 MF_INLINE Floats gather(const float* p, Ints index) {
 #if defined(__AVX512F__)
@@ -109,26 +85,6 @@ MF_INLINE Floats gather(const float* p, Ints index) {
   for (int lane = 0; lane < kLanes; ++lane) y[lane] = p[index[lane]];
   return y;
 #endif
-}
-
-MF_INLINE float highest(Floats x) {
-  float y = x[0];
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(x);
-#elif defined(__AVX2__)
-  __m128 z = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  z = _mm_max_ps(z, _mm_movehl_ps(z, z));
-  return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
-#else
-  for (int lane = 1; lane < kLanes; ++lane) y = y > x[lane] ? y : x[lane];
-#endif
-  return y;
-}
-
-MF_INLINE float total(Floats x) {
-  float sum = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];
-  return sum;
 }
 
 // Whether any lane of a comparison's result is set.
@@ -145,11 +101,7 @@ MF_INLINE bool any(Ints mask) {
 }
 
 // Lanes 0..count-1.
-MF_INLINE Ints first_lanes(int count) {
-  Ints lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < count;
-}
+MF_INLINE Ints first_lanes(int count) { return lane_numbers() < count; }
 
 // What the pixels of a tile read. Pixels beyond the output repeat its last row and column.
 struct Window {
@@ -198,12 +150,6 @@ MF_INLINE Window find_window(const SemanticImage& image, int top, int left) {
     }
   }
   return window;
-}
-
-MF_INLINE Ints load_ints(const int32_t* p) {
-  Ints x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
 }
 
 // The same for one vector of a row's pixels.

@@ -4,6 +4,17 @@
 
 #include <cstdint>
 
+#if defined(__AVX2__)
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header starts vectors from themselves
+#endif
+#include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+
 #define MF_INLINE static inline __attribute__((always_inline))
 
 namespace maskformer_fast {
@@ -25,6 +36,11 @@ MF_INLINE Floats load(const float* p) {
   __builtin_memcpy(&x, p, sizeof x);
   return x;
 }
+MF_INLINE Ints load_ints(const int32_t* p) {
+  Ints x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
 MF_INLINE void store(float* p, Floats x) { __builtin_memcpy(p, &x, sizeof x); }
 MF_INLINE void store(int32_t* p, Ints x) { __builtin_memcpy(p, &x, sizeof x); }
 MF_INLINE Floats broadcast(float x) { return Floats{} + x; }
@@ -35,6 +51,49 @@ MF_INLINE Ints select(Ints mask, Ints a, Ints b) { return mask ? a : b; }
 // b where a is NaN, as the processors' instructions have it
 MF_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 MF_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+
+// 0, 1, 2, ...
+MF_INLINE Ints lane_numbers() {
+  Ints x{};
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = lane;
+  return x;
+}
+
+// x[lanes[0]], x[lanes[1]], ..., each number in 0..kLanes-1
+MF_INLINE Floats permute(Floats x, Ints lanes) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)lanes, x);  // the plain one starts from what GCC warns of
+#elif defined(__AVX2__)
+  return _mm256_permutevar8x32_ps(x, (__m256i)lanes);
+#else
+  Floats y{};
+  for (int lane = 0; lane < kLanes; ++lane) y[lane] = x[lanes[lane]];
+  return y;
+#endif
+}
+
+// Of all lanes.
+MF_INLINE float highest(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#elif defined(__AVX2__)
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+#else
+  float y = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) y = y > x[lane] ? y : x[lane];
+  return y;
+#endif
+}
+MF_INLINE float sum(Floats x) {
+  for (int step = kLanes / 2; step > 0; step /= 2) x += permute(x, lane_numbers() ^ step);
+  return x[0];
+}
+MF_INLINE int64_t sum(Ints x) {
+  for (int step = kLanes / 2; step > 0; step /= 2) x += (Ints)permute((Floats)x, lane_numbers() ^ step);
+  return x[0];
+}
 
 // e^x within 2 units in the last place for |x| <= 87; clamped to that range.
 MF_INLINE Floats exp(Floats x) {

@@ -185,6 +185,8 @@ def panoptic(
         table = torch.stack([column.to(torch.float64) for column in columns], -1)  # exact: all below 2**53
         for row, image in enumerate(group.images):
             maps[image], tables[image] = found.id_map[row], table[row]
+    if not tables:
+        return []
     rows = torch.stack([tables[image] for image in range(len(tables))]).tolist()  # the only transfer of results
     return [PanopticResult(maps[image], _segments(rows[image], is_thing)) for image in range(len(rows))]
 
@@ -199,7 +201,8 @@ def instances(
     """Scored instances, best first: the `top_k` best pairs of query and thing class, less those with an empty mask.
 
     A query may give several results of different classes; its mask is computed once. The score is the class
-    probability (softmax with "no object") times the mean sigmoid over the mask, as in Mask2Former and Hugging Face.
+    probability (softmax with "no object") times the mean sigmoid over the mask, as in Mask2Former and Hugging Face. A
+    query with NaN among its class logits gives none.
 
     Args:
         output_sizes: height, width of each image's result.
@@ -213,8 +216,8 @@ def instances(
     check(top_k > 0, "top_k", "> 0", top_k)
     class_logits = predictions.class_logits[-1]
     things = _thing_flags(is_thing, class_logits).nonzero().flatten()
-    probabilities = class_logits.to(torch.float32).softmax(-1).index_select(-1, things)
-    best, pairs = probabilities.flatten(1).topk(min(top_k, probabilities[0].numel()))
+    probabilities = class_logits.to(torch.float32).softmax(-1).index_select(-1, things).nan_to_num(-1.0)  # NaN last
+    best, pairs = probabilities.flatten(1).topk(min(top_k, probabilities.shape[1:].numel()))
     queries, labels = pairs // max(1, len(things)), things[pairs % max(1, len(things))]
     used = torch.zeros(class_logits.shape[:2], dtype=torch.bool, device=best.device).scatter_(1, queries, True)
     slots = _compact(used)
@@ -230,6 +233,8 @@ def instances(
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         for row, image in enumerate(group.images):
             ranked[image] = (found, row, scores[row], order[row], group.output_size)
+    if not ranked:
+        return []
     counts = torch.stack([(ranked[image][2] >= 0).sum() for image in range(len(ranked))]).tolist()
 
     results = []
@@ -352,7 +357,7 @@ def _compact(
 
     Reads N from the device: the one transfer before masks are computed, so that only these are.
     """
-    most = int(used.sum(1).max())
+    most = max(used.sum(1).tolist(), default=0)
     return used.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
 
 

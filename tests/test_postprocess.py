@@ -248,6 +248,33 @@ def test_instances_may_be_none(is_thing: list[bool]) -> None:
         assert len(result.labels) == len(result.scores) == 0
 
 
+def test_a_query_with_nan_classes_gives_nothing_and_leaves_the_others() -> None:
+    predictions, is_thing, sizes = random_predictions(9), [True] * 7, OUTPUT_SIZES
+    predictions.class_logits[-1, :, 3] = torch.nan
+    others = [query for query in range(9) if query != 3]
+    without = predictions._replace(
+        class_logits=predictions.class_logits[:, :, others], mask_embeddings=predictions.mask_embeddings[:, :, others]
+    )
+    for top_k in (5, 500):
+        got, expected = (postprocess.instances(p, sizes, is_thing, top_k) for p in (predictions, without))
+        for one, other in zip(got, expected, strict=True):
+            assert len(one.labels) and torch.equal(one.labels, other.labels) and torch.equal(one.masks, other.masks)
+            torch.testing.assert_close(one.scores, other.scores)
+    got, expected = (postprocess.panoptic(p, sizes, is_thing, 0.4, 0.3) for p in (predictions, without))
+    assert any(result.segments for result in expected)
+    assert all(torch.equal(one.id_map, other.id_map) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("projection", [None, Projection(torch.ones(16, 16, 3, 3), torch.ones(16))])
+def test_a_batch_of_no_images_has_no_results(projection: Projection | None) -> None:
+    empty = random_predictions(valid_sizes=[])._replace(
+        valid_sizes=torch.empty(0, 2, dtype=torch.int64), projection=projection
+    )
+    assert postprocess.semantic(empty, []) == postprocess.semantic_scores(empty, []) == []
+    assert postprocess.panoptic(empty, [], [True] * 7, 0.5, 0.5) == []
+    assert postprocess.instances(empty, [], [True] * 7, 10) == []
+
+
 def all_results(predictions: Predictions, sizes: list[tuple[int, int]]) -> list[list[object]]:
     is_thing = [True, False, True, False, True, False, True]
     semantic = postprocess.semantic(predictions, sizes, with_scores=True)

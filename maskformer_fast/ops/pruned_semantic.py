@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskformer_fast.ops.resample import CPU_TILE_BYTES
+from maskformer_fast.ops.resample import CPU_TILE_BYTES, VALUE_LIMIT
 from maskformer_fast.ops.semantic_inference import semantic_inference
 from maskformer_fast.projection import Projection, mask_product
 
@@ -22,6 +22,8 @@ MAX_MISSING = 0.02
 """R may be as large: more of it leaves too many pixels unproven."""
 MAX_KEPT = 0.5
 """Share of the queries that may be kept: masks of more cost about as much as all."""
+MAX_PIXELS = 1.0
+"""Output pixels for each value of the masks left out: with more, the margins take more memory than these masks."""
 MAX_TAPS = 0.1
 """Share of the taps that may be done again: gathering them takes as long as a convolution of all at about 0.25."""
 ROUNDING = 1e-4
@@ -49,6 +51,8 @@ def pruned_semantic_inference(
     dropped = int((missing <= MAX_MISSING).sum())
     if not 0 < len(order) - dropped <= MAX_KEPT * len(order):
         return None
+    if output_size[0] * output_size[1] > MAX_PIXELS * dropped * features[0, 0].numel():
+        return None
     kept, order = order[dropped:], order.roll(-dropped)  # kept first
     masks = mask_product(embeddings[kept][None], features, projection)
     found = semantic_inference(masks, class_logits[kept][None], extent, output_size, with_margins=True)
@@ -63,7 +67,7 @@ def pruned_semantic_inference(
 
     labels = found.labels.flatten()
     rest = _logits_at(cells, features[0], projection.fold(embeddings[order[len(kept) :]]))
-    logits = torch.cat([masks[0].flatten(1).T[cells], rest], 1)  # [cells, Q]
+    logits = torch.cat([masks[0].flatten(1).T[cells], rest], 1).clamp_(-VALUE_LIMIT, VALUE_LIMIT)  # [cells, Q]
     chances = probabilities[order]
     tile = max(1, CPU_TILE_BYTES // (4 * (4 * len(order) + chances.shape[1])))  # pixels
     for some, corner, weight in zip(unproven.split(tile), places.split(tile), weights.split(tile), strict=True):

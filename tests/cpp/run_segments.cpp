@@ -32,7 +32,7 @@ void run_instances(const MaskWindow& window, int threads) {
   std::vector<float> boxes(4 * count), scores(count);
   infer_instances(window, {masks.data(), areas.data(), boxes.data(), scores.data()}, threads);
   for (const int64_t area : areas) MF_EXPECT(area >= 0 && area <= pixels);
-  const std::vector<std::string> encoded = encode_masks(masks.data(), count, window.output[0], window.output[1], threads);
+  const auto encoded = encode_masks(masks.data(), count, window.output[0], window.output[1], threads);
   MF_EXPECT(static_cast<int64_t>(encoded.size()) == count);
 }
 

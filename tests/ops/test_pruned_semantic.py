@@ -66,7 +66,7 @@ def assert_right(labels: Tensor, scores: Tensor) -> None:
 
 def lift_limits(patch: pytest.MonkeyPatch) -> None:
     """So that many pixels are not proven by the kept queries."""
-    for name, value in (("MAX_MISSING", 0.5), ("MAX_KEPT", 0.9), ("MAX_TAPS", 1.0)):
+    for name, value in (("MAX_MISSING", 0.5), ("MAX_KEPT", 0.9), ("MAX_PIXELS", 1e9), ("MAX_TAPS", 1.0)):
         patch.setattr(pruned_semantic, name, value)
 
 
@@ -127,9 +127,29 @@ def test_nothing_is_pruned_where_it_does_not_pay() -> None:
     assert pruned_semantic_inference(*random_scene(4, live=30, dead=14.0), *arguments) is None  # too many kept
     assert pruned_semantic_inference(*random_scene(4, live=8, dead=0.0), *arguments) is None  # too much mass left out
     assert pruned_semantic_inference(*random_scene(4, live=0, dead=14.0), *arguments) is None  # nothing to prove with
+    small = random_scene(4, live=8, dead=14.0)
+    assert pruned_semantic_inference(*small, (24.0, 32.0), (192, 256)) is None  # 64 output pixels a map's, 32 masks less
     tied = random_scene(4, live=2, dead=14.0, classes=2)
     tied.class_logits[:, 1] = tied.class_logits[:, 0]
     assert pruned_semantic_inference(*tied, *arguments) is None  # nothing proven
+
+
+def test_infinite_logits_count_as_finite_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the output reads an infinite neighbour with weight 0."""
+    lift_limits(monkeypatch)
+    scene = random_scene(6, dead=3.0)
+    live = scene.class_logits[:, :-1].amax(1) > 5
+    scene.features[0, 1, 10:12, 10:12] = torch.inf
+    scene = scene._replace(
+        embeddings=scene.embeddings.abs(), projection=Projection(scene.projection.weight.abs(), scene.projection.bias)
+    )
+    assert live.any() and not live.all()
+    labels = pruned_semantic_inference(*scene, (24.0, 32.0), (72, 96))  # every third pixel reads one tap
+    masks = mask_product(scene.embeddings[None], scene.features, scene.projection)
+    assert masks.isinf().any() and not masks.isnan().any()
+    expected = semantic_inference(masks, scene.class_logits[None], (24.0, 32.0), (72, 96), with_margins=True)
+    assert labels is not None and expected.margins is not None
+    assert torch.equal(labels[expected.margins[0] > 1e-3], expected.labels[0][expected.margins[0] > 1e-3])
 
 
 def test_nan_is_never_proven(monkeypatch: pytest.MonkeyPatch) -> None:
