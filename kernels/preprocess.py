@@ -77,8 +77,10 @@ def _resize_kernel(
     row_end = tl.load(y_table + tl.minimum(top + BLOCK_H, out_height) - 1) + y_taps
     row_end = tl.where((top < out_height) & (left < out_width), tl.minimum(row_end, height), row_begin)
 
-    line = image + index * image_stride + row_begin.to(tl.int64) * pitch
+    # addresses only ever advance; those of masked lanes may leave the image
+    line = image + index * image_stride + row_begin.to(tl.int64) * pitch + x_first.to(tl.int64) * pixel_stride
     plane = channel_stride.to(tl.int64)
+    y_place = (1 + row_begin - y_first) * out_height + y
     acc0 = tl.full((BLOCK_H, BLOCK_W), _HALF, tl.int32)
     acc1 = tl.full((BLOCK_H, BLOCK_W), _HALF, tl.int32)
     acc2 = tl.full((BLOCK_H, BLOCK_W), _HALF, tl.int32)
@@ -86,22 +88,25 @@ def _resize_kernel(
         row0 = tl.full((1, BLOCK_W), _HALF, tl.int32)
         row1 = tl.full((1, BLOCK_W), _HALF, tl.int32)
         row2 = tl.full((1, BLOCK_W), _HALF, tl.int32)
+        pixel = line
+        x_place = out_width + x
         for tap in range(x_taps):
-            source = x_first + tap
-            inside = in_x & (source < width)
-            weight = tl.load(x_table + (1 + tap) * out_width + x, mask=in_x, other=0)
-            pixel = line + source.to(tl.int64) * pixel_stride
+            inside = in_x & (x_first + tap < width)
+            weight = tl.load(x_table + x_place, mask=inside, other=0)
             row0 += weight * tl.load(pixel, mask=inside, other=0).to(tl.int32)
             row1 += weight * tl.load(pixel + plane, mask=inside, other=0).to(tl.int32)
             row2 += weight * tl.load(pixel + 2 * plane, mask=inside, other=0).to(tl.int32)
+            pixel += pixel_stride
+            x_place += out_width
         tap_y = row - y_first
         reached = in_y & (tap_y >= 0) & (tap_y < y_taps)
-        weight_y = tl.load(y_table + (1 + tap_y) * out_height + y, mask=reached, other=0)
+        weight_y = tl.load(y_table + y_place, mask=reached, other=0)
         # rounded coefficients can add up to a little more than one
         acc0 += weight_y * tl.minimum(row0 >> _SHIFT, 255)
         acc1 += weight_y * tl.minimum(row1 >> _SHIFT, 255)
         acc2 += weight_y * tl.minimum(row2 >> _SHIFT, 255)
         line += pitch
+        y_place += out_height
 
     area = canvas_height.to(tl.int64) * canvas_width
     place = out + index * 3 * area + y.to(tl.int64) * out_pitch + x.to(tl.int64) * out_pixel_stride

@@ -35,7 +35,7 @@ def resize_table(size: int, out_size: int) -> np.ndarray:
     weights[source >= end] = 0.0
     total = np.cumsum(weights, axis=0)[-1]  # one after another, as Pillow adds; np.sum would add in pairs
     coefficients = (0.5 + weights / total * (1 << PRECISION_BITS)).astype(np.int32)
-    taps = 1 + int(coefficients.any(axis=1).nonzero()[0][-1])
+    taps = 1 + int(np.max(coefficients.any(axis=1).nonzero()[0], initial=0))  # millions to one: all round to zero
     return np.concatenate([first[None].astype(np.int32), coefficients[:taps]])
 
 
