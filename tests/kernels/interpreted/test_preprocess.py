@@ -1,7 +1,4 @@
-"""The resize kernel in Triton's interpreter against Pillow, bit for bit; test_preprocess.py runs it in its own process.
-
-The interpreter must be chosen before Triton is imported, hence the process.
-"""
+"""The resize kernel against Pillow, bit for bit, on ragged sizes."""
 
 from __future__ import annotations
 
