@@ -19,8 +19,9 @@ from maskformer_fast.config import TASKS, Config, Task, TestConfig, check, check
 from maskformer_fast.data import dataset_metadata
 from maskformer_fast.data.images import read_image, rgb_array
 from maskformer_fast.data.loader import pad_images
-from maskformer_fast.data.transforms import resize_image
+from maskformer_fast.data.transforms import resize_image, short_edge_size
 from maskformer_fast.modeling import build_model
+from maskformer_fast.ops import resize_images
 from maskformer_fast.recipes import load_recipe, recipe_names
 from maskformer_fast.structures import Metadata, Result, SemanticResult
 
@@ -68,8 +69,14 @@ class Predictor:
         check(task in self.tasks, "task", f"one that a {self.config.model.type} network can do {self.tasks}", task)
 
     def resize(self, image: np.ndarray) -> Tensor:
-        """Image [H, W, 3] uint8 -> network input [3, h, w] uint8, by ``config.test``."""
-        return resize_image(image, self.config.test.short_edge, self.config.test.max_size)
+        """Image [H, W, 3] uint8 -> network input [3, h, w] uint8, by ``config.test``; on a GPU by the GPU."""
+        test = self.config.test
+        if self.device.type != "cuda" or test.short_edge is None:
+            return resize_image(image, test.short_edge, test.max_size)
+        check(image.size > 0, "image", "shape [H, W, 3]", image.shape)
+        size = short_edge_size(image.shape[0], image.shape[1], test.short_edge, test.max_size)
+        frames = torch.tensor(np.ascontiguousarray(image), device=self.device).unsqueeze(0)
+        return resize_images(frames, [size])[0][0]
 
     def infer(
         self,

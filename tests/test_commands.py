@@ -17,6 +17,7 @@ from PIL import Image
 import maskformer_fast
 from maskformer_fast import evaluate, predict, train
 from maskformer_fast.checkpoint import load_weights
+from maskformer_fast.config import TestConfig
 from maskformer_fast.data import build_dataset
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.structures import VOID, InstanceResult, PanopticResult, SegmentInfo, SemanticResult
@@ -270,3 +271,14 @@ def test_kill_9_ten_times_at_random_points_then_resume_ends_with_the_same_weight
     assert whole.step == cut.step == 40
     for name in whole.weights:
         assert torch.equal(whole.weights[name], cut.weights[name]), name
+
+
+@pytest.mark.gpu
+def test_a_gpu_resizes_to_the_same_pixels():
+    test = TestConfig(short_edge=48)
+    on_cpu, on_gpu = (maskformer_fast.load("demo", device, test=test) for device in ("cpu", "cuda"))
+    rng = np.random.default_rng(0)
+    for height, width in ((37, 50), (300, 90), (64, 64), (1, 5)):
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        resized = on_gpu.resize(image)
+        assert resized.is_cuda and torch.equal(resized.cpu(), on_cpu.resize(image))

@@ -3,6 +3,7 @@
 from maskformer_fast.ops.linear_sum_assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import mask_loss
 from maskformer_fast.ops.matching_cost import matching_cost
+from maskformer_fast.ops.resize import resize_images
 from maskformer_fast.ops.segment_inference import instance_inference, panoptic_inference
 from maskformer_fast.ops.semantic_inference import (
     pixel_semantic_inference,
@@ -19,6 +20,7 @@ __all__ = [
     "panoptic_inference",
     "pixel_semantic_inference",
     "pixel_semantic_scores",
+    "resize_images",
     "semantic_inference",
     "semantic_scores",
 ]

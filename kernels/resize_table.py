@@ -1,0 +1,49 @@
+"""Coefficients of Pillow's antialiased bilinear resize, and its order of passes; numpy alone, for runtimes too."""
+
+from __future__ import annotations
+
+import numpy as np
+
+PRECISION_BITS = 22
+"""Binary places of a coefficient: of 32 bits, 8 are the result's and 2 spare for filters with negative lobes."""
+MAX_SIDE = (1 << 24) - 1
+"""Longest side in pixels: Pillow holds the image's box in float32."""
+
+
+def resize_table(size: int, out_size: int) -> np.ndarray:
+    """Where each output pixel's filter begins and its fixed-point coefficients -> int32 [1 + taps, out_size].
+
+    Row 0 is the first source pixel, row 1 + t the coefficient of source pixel ``first + t`` times 2**PRECISION_BITS.
+    Filters shorter than the longest end in zeros, which may lie beyond the last source pixel; ``taps`` is as small
+    as the filters allow, 1 where nothing is to be resized. Both passes of ``Image.resize(..., BILINEAR)`` use these
+    numbers: triangles of half-width max(1, size / out_size), clipped at the border and normalised in float64 in
+    Pillow's order of operations (src/libImaging/Resample.c), hence equal to the last bit.
+
+    Raises:
+        ValueError: a size outside 1..MAX_SIDE.
+    """
+    for name, value in (("size", size), ("out_size", out_size)):
+        if not 1 <= value <= MAX_SIDE:
+            raise ValueError(f"{name}: expected 1..{MAX_SIDE}, got {value}")
+    scale = size / out_size
+    half_width = max(scale, 1.0)
+    center = (np.arange(out_size) + 0.5) * scale
+    first = np.maximum((center - half_width + 0.5).astype(np.int64), 0)
+    end = np.minimum((center + half_width + 0.5).astype(np.int64), size)
+    source = first + np.arange(int((end - first).max()))[:, None]
+    weights = np.maximum(1.0 - np.abs((source - center + 0.5) * (1.0 / half_width)), 0.0)
+    weights[source >= end] = 0.0
+    total = np.cumsum(weights, axis=0)[-1]  # one after another, as Pillow adds; np.sum would add in pairs
+    coefficients = (0.5 + weights / total * (1 << PRECISION_BITS)).astype(np.int32)
+    taps = 1 + int(np.max(coefficients.any(axis=1).nonzero()[0], initial=0))  # millions to one: all round to zero
+    return np.concatenate([first[None].astype(np.int32), coefficients[:taps]])
+
+
+def columns_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
+    """Whether Pillow filters the columns of an image of ``shape`` before its rows on the way to ``size``.
+
+    The order shows: between the passes pixels are rounded to 8 bits. Pillow 13 begins with the columns where the height
+    loses more than twice the pixels that the width does (#9549); earlier versions always begin with the rows.
+    """
+    loss = shape[0] - size[0]
+    return loss > 0 and loss > 2 * (shape[1] - size[1])
