@@ -6,9 +6,14 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from maskformer_fast.kernels.resample import _place, axis_tiles
 from maskformer_fast.kernels.semantic import semantic_from_embeddings, semantic_from_logits
-from maskformer_fast.ops.semantic_inference import SemanticMap, semantic_inference_eager
+from maskformer_fast.ops.semantic_inference import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 
@@ -52,16 +57,16 @@ def random_case(seed: int, batch: int, queries: int, classes: int, size: tuple[i
 
 GRID = [
     # batch, queries, classes, map, extent, output
-    (2, 100, 19, (5, 7), (5.0, 7.0), (20, 28)),  # scale 4: one round of taps
+    (2, 40, 19, (5, 4), (5.0, 4.0), (20, 16)),  # scale 4: one round of taps
     (1, 7, 1, (6, 5), (6.0, 5.0), (12, 10)),
     (1, 129, 33, (4, 5), (3.3, 4.7), (13, 17)),  # a third group of queries
-    (1, 256, 40, (3, 3), (3.0, 3.0), (9, 11)),
+    (1, 256, 40, (3, 3), (3.0, 3.0), (6, 11)),
     (1, 20, 300, (5, 4), (4.9, 3.1), (11, 9)),  # labels of 16 bits
     (1, 5, 1100, (3, 4), (3.0, 4.0), (6, 5)),  # more classes than softmax takes at once
     (1, 9, 12, (30, 41), (28.7, 40.2), (9, 13)),  # downwards
     (1, 9, 12, (9, 17), (9.0, 17.0), (9, 17)),  # the same size
     (1, 3, 5, (1, 1), (0.4, 1.0), (3, 40)),
-    (1, 4, 6, (3, 2), (3.0, 2.0), (75, 39)),  # scale 25
+    (1, 4, 6, (2, 2), (2.0, 2.0), (50, 38)),  # scale 25
 ]
 
 
@@ -73,16 +78,27 @@ def test_logits(dtype, batch, queries, classes, size, extent, output) -> None:
     result = empty_map(batch, output, classes)
     semantic_from_logits(masks, logits, extent, *result)
     check(result, naive_scores(masks, logits, extent, output), TOLERANCES[dtype])
-    alone = empty_map(batch, output, classes).labels
-    semantic_from_logits(masks, logits, extent, alone)
-    disputed = alone != result.labels  # the last class, repeated, may win its own ties; nothing else may differ
-    assert not disputed.any() or (result.margins[disputed] == 0).all()
 
 
-@pytest.mark.parametrize("fused", [True, False, None])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_results_do_not_depend_on_which_are_wanted(dtype) -> None:
+    masks, logits = random_case(4, 1, 9, 45, (4, 5))
+    expected = empty_map(1, (15, 17), 45)
+    semantic_from_logits(masks.to(dtype), logits, (4.0, 5.0), *expected)
+    for scores, margins in ((False, False), (True, False), (False, True)):
+        labels, score, margin = empty_map(1, (15, 17), 45)
+        semantic_from_logits(
+            masks.to(dtype), logits, (4.0, 5.0), labels, score if scores else None, margin if margins else None
+        )
+        assert torch.equal(labels, expected.labels)
+        assert torch.equal(score, expected.scores) if scores else (score == -7).all()
+        assert torch.equal(margin, expected.margins) if margins else (margin == -7).all()
+
+
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("depth, batch, queries, classes, size, extent, output", [
-    (24, *GRID[0]), (65, *GRID[2]), (16, *GRID[6]), (1, *GRID[9]),
+    (24, *GRID[0]), (65, *GRID[2]), (7, *GRID[6]), (1, *GRID[8]),
 ])  # fmt: skip
 def test_embeddings(fused, dtype, depth, batch, queries, classes, size, extent, output) -> None:
     generator = torch.Generator().manual_seed(depth)
@@ -108,31 +124,67 @@ def test_strides_and_half_class_logits() -> None:
         check(result, expected, 1e-5)
 
 
-def test_coordinates_of_a_long_axis_are_exact() -> None:
-    """A steep ramp shows a shift by 1e-5 of a tap: float32 coordinates have an error of 1e-4 here."""
-    masks = (60.0 * (torch.arange(1500) % 2 * 2.0 - 1.0)).expand(1, 1, 1, 1500).contiguous()
-    logits = torch.tensor([[[5.0, 1.0, 0.0]]])
-    extent, output = (1.0, 1498.7), (1, 2311)
-    result = empty_map(1, output, 2)
-    semantic_from_logits(masks, logits, extent, *result)
-    check(result, naive_scores(masks, logits, extent, output), 1e-5)
+@triton.jit
+def _place_kernel(low, share, scale, rest, size, first, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tap, weight = _place(first + index, scale, rest, size)
+    tl.store(low + index, tap)
+    tl.store(share + index, weight)
+
+
+@pytest.mark.parametrize("source, extent, output", [(1500, 1498.7, 2311), (4000, 4000.0, 16000), (3000, 2999.3, 331)])
+def test_coordinates_of_a_long_axis_are_exact(source: int, extent: float, output: int) -> None:
+    """In float32 they would be off by up to 2e-4 of a tap."""
+    axis = axis_tiles(source, extent, output, 16)
+    low, share = torch.zeros(64, dtype=torch.int32), torch.zeros(64)
+    _place_kernel[(1,)](low, share, axis.scale, axis.rest, source, output - 64, BLOCK=64)
+    expected = (torch.arange(output - 64, output, dtype=torch.float64) + 0.5) * extent / output - 0.5
+    torch.testing.assert_close(low + share.double(), expected.clamp(max=source - 1), atol=1e-7, rtol=0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_tile_reads_no_tap_beyond_those_it_multiplies(data: st.DataObject) -> None:
+    source, output = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 300))
+    extent, tile = source * data.draw(st.sampled_from([1.0, 0.93, 0.2])), data.draw(st.sampled_from([8, 16]))
+    axis = axis_tiles(source, extent, output, tile)
+    assert axis.tiles * tile >= output + axis.offset > (axis.tiles - 1) * tile
+    for top in range(-axis.offset, output, tile):
+        reads = [
+            min(max((y + 0.5) * extent / output - 0.5, 0.0), source - 1.0)
+            for y in range(max(top, 0), min(top + tile, output))
+        ]
+        assert math.ceil(reads[-1]) - math.floor(reads[0]) < axis.taps
+    if source == extent and output == 4 * source:
+        assert axis.taps <= tile // 4 + 1
 
 
 @pytest.mark.parametrize("value, name", [(math.nan, "pixel"), (math.nan, "class"), (math.inf, "class")])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_nan_is_label_0_and_nan_score(dtype, value, name) -> None:
-    masks, logits = random_case(3, 1, 9, 7, (6, 10))
+    masks, logits = random_case(3, 1, 9, 7, (6, 7))
     masks = masks.to(dtype)
-    clean = empty_map(1, (24, 40), 7)
-    semantic_from_logits(masks, logits, (6.0, 10.0), *clean)
-    (masks[0, 3] if name == "pixel" else logits[0, 3]).view(-1)[-1 if name == "class" else 34] = value
-    result = empty_map(1, (24, 40), 7)
-    semantic_from_logits(masks, logits, (6.0, 10.0), *result)
-    bad = semantic_inference_eager(masks, logits, (6.0, 10.0), (24, 40), True, True).scores.isnan()
+    clean = empty_map(1, (24, 28), 7)
+    semantic_from_logits(masks, logits, (6.0, 7.0), *clean)
+    (masks[0, 3] if name == "pixel" else logits[0, 3]).view(-1)[-1 if name == "class" else 24] = value
+    result = empty_map(1, (24, 28), 7)
+    semantic_from_logits(masks, logits, (6.0, 7.0), *result)
+    bad = semantic_inference_eager(masks, logits, (6.0, 7.0), (24, 28), True, True).scores.isnan()
     assert bad.any() and torch.equal(bad, result.scores.isnan()) and torch.equal(bad, result.margins.isnan())
     assert (result.labels[bad] == 0).all() and torch.equal(result.labels[~bad], clean.labels[~bad])
     if name == "class":
         assert bad.all()
+
+
+@pytest.mark.parametrize("queries, dtype", [(5, torch.float64), (5, torch.float32), (257, torch.float16)])
+def test_operator_calls_the_kernel(queries: int, dtype: torch.dtype) -> None:
+    """What the operator does on CUDA; more queries than the kernel takes go to the eager twin."""
+    masks, logits = (t.to(dtype) for t in random_case(6, 1, queries, 8, (3, 4)))
+    for scores, margins in ((True, True), (False, False), (False, True)):
+        result = _semantic_inference_cuda(masks, logits, [2.5, 4.0], [7, 9], scores, margins)
+        assert [tuple(t.shape) for t in result[1:]] == [(1, 7, 9) if wanted else (0,) for wanted in (scores, margins)]
+        if scores:
+            check(SemanticMap(*result), naive_scores(masks, logits, (2.5, 4.0), (7, 9)), 1e-5)
 
 
 def test_infinite_masks() -> None:
