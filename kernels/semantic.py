@@ -38,8 +38,8 @@ CLASS_BLOCK = 32
 """Classes scored at once."""
 DEPTH_BLOCKS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 16}
 """Channels of embeddings multiplied at once."""
-NUM_WARPS = 8
-"""With the sizes above no target spills."""
+LAUNCH = {"num_warps": 8, "num_stages": 2}
+"""With these and the sizes above no target spills, nor lacks shared memory."""
 FUSED_REPEATS = 4
 """Logits are computed inside the kernel where tiles compute each at most as often as this. A guess: a GPU must tell."""
 
@@ -252,7 +252,7 @@ def semantic_from_logits(
             chances := _chances(class_logits, constants),
             mask_logits, *mask_logits.stride(),
             mask_logits.shape[1], class_logits.shape[2] - 1, chances.shape[3], *mask_logits.shape[2:],
-            *tiling.arguments, **constants, num_warps=NUM_WARPS,
+            *tiling.arguments, **constants, **LAUNCH,
         )  # fmt: skip
 
 
@@ -292,7 +292,7 @@ def semantic_from_embeddings(
             embeddings, *embeddings.stride(),
             pixels, *pixels.stride(),
             embeddings.shape[1], class_logits.shape[2] - 1, chances.shape[3], *pixels.shape[1:],
-            *tiling.arguments, **constants, DEPTH=DEPTH_BLOCKS[pixels.dtype], num_warps=NUM_WARPS,
+            *tiling.arguments, **constants, DEPTH=DEPTH_BLOCKS[pixels.dtype], **LAUNCH,
         )  # fmt: skip
 
 
@@ -369,4 +369,4 @@ def semantic_variant(
     arguments = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     rows = constants["GROUPS"] * constants["QUERIES"]
     name = f"semantic_{form}_{_ELEMENTS[dtype]}_q{rows}{'_scores' * scores}{'_margins' * margins}"
-    return KernelVariant(name, kernel, arguments, constants, NUM_WARPS, aligned=aligned)
+    return KernelVariant(name, kernel, arguments, constants, **LAUNCH, aligned=aligned)
