@@ -95,8 +95,7 @@ def test_results_do_not_depend_on_which_are_wanted(dtype) -> None:
         assert torch.equal(margin, expected.margins) if margins else (margin == -7).all()
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("fused, dtype", [(True, torch.float32), (True, torch.float16), (False, torch.float16)])
 @pytest.mark.parametrize("depth, batch, queries, classes, size, extent, output", [
     (24, *GRID[0]), (65, 1, 70, 9, (3, 4), (2.6, 4.0), (9, 15)), (7, *GRID[6]), (1, *GRID[8]),
 ])  # fmt: skip
