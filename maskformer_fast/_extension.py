@@ -1,4 +1,4 @@
-"""Loads the compiled module ``maskformer_fast._C`` when an operator first needs it."""
+"""Loads the compiled module ``maskformer_fast._C`` and the Triton kernels when an operator first needs them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ def load_extension() -> ModuleType:
         raise ImportError(
             f"maskformer_fast._C, the compiled part of maskformer_fast, cannot be loaded: {_reason(error)}. "
             f"Build it from the repository with: {BUILD_COMMAND}"
+        ) from error
+
+
+@functools.cache
+def load_kernels(name: str) -> ModuleType:
+    """Import ``maskformer_fast.kernels.NAME``, once.
+
+    Raises ImportError saying what to install where Triton is missing; there is no silent fallback.
+    """
+    try:
+        return importlib.import_module(f"maskformer_fast.kernels.{name}")
+    except ImportError as error:
+        raise ImportError(
+            f"maskformer_fast.kernels.{name} cannot be loaded: {error}. On CUDA devices maskformer_fast needs Triton, "
+            "which comes with PyTorch's CUDA builds for Linux; install it with: pip install triton"
         ) from error
 
 

@@ -1,10 +1,10 @@
 """Semantic inference: a class for every pixel of the output (paper section 3.4, "semantic inference").
 
-`semantic_inference` is one fused operator in C++ on the CPU (csrc/semantic.h): tiles of pixels over threads, exact
-pruning of classes and queries, temporaries below 16 MiB. `semantic_inference_eager` and everything else here is plain
-PyTorch: oracle of the tests, baseline of the benchmarks, and what runs where there is no faster backend. No function
-has a gradient. Eager work goes by tiles of rows: beside inputs and results, temporaries stay within
-`resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
+`semantic_inference` is one fused operator: in C++ on the CPU (csrc/semantic.h; tiles of pixels over threads, exact
+pruning of classes and queries, temporaries below 16 MiB), in Triton on CUDA (kernels/semantic.py).
+`semantic_inference_eager` and everything else here is plain PyTorch: oracle of the tests, baseline of the benchmarks,
+and what runs where there is no faster backend. No function has a gradient. Eager work goes by tiles of rows: beside
+inputs and results, temporaries stay within `resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskformer_fast._extension import load_extension
+from maskformer_fast._extension import load_extension, load_kernels
 from maskformer_fast.config import check
 from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
 
@@ -82,16 +82,26 @@ def _semantic_inference_cuda(
     with_margins: bool = False,
     path: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    height, width = output_size
-    result = semantic_inference_eager(
-        mask_logits, class_logits, (extent[0], extent[1]), (height, width), with_scores, with_margins
+    kernels = load_kernels("semantic")
+    results = _empty_results(mask_logits, class_logits, output_size, with_scores, with_margins)
+    if mask_logits.shape[1] <= kernels.MAX_QUERIES:
+        labels, scores, margins = results
+        kernels.semantic_from_logits(
+            mask_logits.float() if mask_logits.dtype == torch.float64 else mask_logits,
+            class_logits,
+            (extent[0], extent[1]),
+            labels,
+            scores if with_scores else None,
+            margins if with_margins else None,
+        )
+        return results
+    eager = semantic_inference_eager(
+        mask_logits, class_logits, (extent[0], extent[1]), (output_size[0], output_size[1]), with_scores, with_margins
     )
-    absent = mask_logits.new_empty(0, dtype=torch.float32)
-    return (
-        result.labels,
-        absent if result.scores is None else result.scores,
-        absent.clone() if result.margins is None else result.margins,
-    )
+    for result, value in zip(results, eager, strict=True):
+        if value is not None:
+            result.copy_(value)
+    return results
 
 
 def _semantic_inference_fake(
@@ -146,7 +156,10 @@ def semantic_inference(
 
     On the CPU: the C++ operator, over ``torch.get_num_threads()`` threads; results do not depend on their number.
     Strides are taken as they are and half precision is converted on the fly, so beside the results less than 16 MiB are
-    allocated (float64 inputs are copied to float32 first). On CUDA: `semantic_inference_eager`.
+    allocated (float64 inputs are copied to float32 first).
+
+    On CUDA: a Triton kernel for up to 256 queries, `semantic_inference_eager` for more. Where mask logits are float16
+    or bfloat16 the kernel's tolerance is 2e-3 instead of 1e-5.
 
     Args:
         extent: height and width of the images in mask pixels, common to the batch.
@@ -162,7 +175,7 @@ def semantic_inference(
 
     Raises:
         ValueError: shapes that do not fit, K < 1 or K > 32767.
-        ImportError: the extension is not built.
+        ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     _check(mask_logits, class_logits, extent, output_size)
     check(path in PATHS, "path", f"one of {', '.join(PATHS)}", path)

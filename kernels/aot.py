@@ -1,0 +1,210 @@
+"""Compiles Triton kernels for GPUs that are not here: no driver and no device is needed.
+
+    python -m maskformer_fast.kernels.aot --check [--targets sm_80,sm_90] [--kernels semantic]
+
+compiles every variant that the kernel modules list, prints registers, spilled bytes, shared memory and time of each,
+and exits with 1 if one spills, needs more shared memory than its target has, or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from maskformer_fast.kernels.variant import KernelVariant
+
+KERNEL_MODULES = ("semantic",)
+"""Modules of this folder with a function ``variants() -> list[KernelVariant]``. A new kernel is one name here."""
+
+SHARED_MEMORY_LIMITS = {
+    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10,
+    "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
+}  # fmt: skip
+"""Targets -> bytes of shared memory that one block may have (CUDA C++ programming guide, "compute capabilities")."""
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel's machine code and all that launching it takes (``cuModuleLoadData``, ``cuLaunchKernel``)."""
+
+    variant: str
+    target: str
+    symbol: str
+    """Name of the function in the cubin."""
+    cubin: bytes
+    arguments: tuple[tuple[str, str], ...]
+    """(name, Triton type) in the order of launching; `null_pointers` null pointers follow."""
+    null_pointers: int
+    """Parameters after the arguments, for scratch memory that no kernel here uses."""
+    num_warps: int
+    """A block has 32 times as many threads."""
+    shared_bytes: int
+    """Dynamic shared memory; above 48 KiB the function's attribute for it must be raised first."""
+    registers: int
+    spilled_bytes: int
+    seconds: float
+
+    @property
+    def failure(self) -> str:
+        """Why this kernel must not be shipped, or nothing."""
+        limit = SHARED_MEMORY_LIMITS[self.target]
+        if self.spilled_bytes:
+            return f"spills {self.spilled_bytes} bytes a thread"
+        if self.shared_bytes > limit:
+            return f"needs {self.shared_bytes} bytes of shared memory, {self.target} has {limit}"
+        return ""
+
+
+def compile_kernel(variant: KernelVariant, target: str) -> CompiledKernel:
+    """Compile one variant for one target such as ``sm_87``.
+
+    Raises ValueError for an unknown target, RuntimeError where Triton was imported as interpreter or the kernel asks
+    for scratch memory; what the compiler itself raises passes through.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if target not in SHARED_MEMORY_LIMITS:
+        raise ValueError(f"target: expected one of {', '.join(SHARED_MEMORY_LIMITS)}, got {target!r}")
+    if not isinstance(variant.kernel, triton.JITFunction):
+        raise RuntimeError("kernels cannot be compiled where TRITON_INTERPRET is set: start Python without it")
+    names = variant.kernel.arg_names
+    source = ASTSource(
+        variant.kernel,
+        {name: variant.arguments.get(name, "constexpr") for name in names},
+        variant.constants,
+        {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+    )
+    start = time.perf_counter()
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    seconds = time.perf_counter() - start
+    metadata = compiled.metadata
+    if metadata.global_scratch_size:
+        raise RuntimeError(f"{variant.name} asks for {metadata.global_scratch_size} bytes of scratch memory a block")
+    arguments = tuple((name, variant.arguments[name]) for name in names if name in variant.arguments)
+    registers, spilled = _resources(compiled.asm["cubin"])
+    return CompiledKernel(
+        variant.name,
+        target,
+        metadata.name,
+        compiled.asm["cubin"],
+        arguments,
+        _parameter_count(compiled.asm["ptx"]) - len(arguments),
+        metadata.num_warps,
+        metadata.shared,
+        registers,
+        spilled,
+        seconds,
+    )
+
+
+def _parameter_count(ptx: str) -> int:
+    entry = re.search(r"\.entry\s+\w+\((.*?)\)", ptx, re.DOTALL)
+    if entry is None:
+        raise RuntimeError("the compiler's assembly has no entry point")
+    return entry[1].count(".param")
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread. The kernels have no arrays and no calls: stack is spilled registers."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing of registers: {report[-300:]}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def all_variants(modules: tuple[str, ...] = KERNEL_MODULES) -> dict[str, KernelVariant]:
+    """What is compiled, by name."""
+    listed = [
+        variant
+        for module in modules
+        for variant in importlib.import_module(f"maskformer_fast.kernels.{module}").variants()
+    ]
+    named = {variant.name: variant for variant in listed}
+    if len(named) != len(listed):
+        raise ValueError("names of kernel variants: expected no name twice")
+    return named
+
+
+def _compile_named(job: tuple[str, str, str]) -> CompiledKernel | str:
+    """The kernel, or what went wrong: not every exception can be sent between processes."""
+    module, name, target = job
+    try:
+        return compile_kernel(all_variants((module,))[name], target)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {reason[-1]}"
+
+
+def check(modules: tuple[str, ...], targets: tuple[str, ...]) -> int:
+    """Compile all variants for all targets in other processes, print the table -> number of failures."""
+    jobs = [(module, name, target) for module in modules for name in all_variants((module,)) for target in targets]
+    print(f"{'kernel':42s} {'target':7s} {'registers':>9s} {'spilled':>8s} {'shared':>8s} {'seconds':>8s}")
+    failures = 0
+    with tempfile.TemporaryDirectory() as cache:
+        # a cache of its own, so that times are times; and no interpreter, in which nothing can be compiled
+        prepare = partial(_prepare_worker, cache)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=prepare) as pool:
+            for (_, name, target), result in zip(jobs, pool.map(_compile_named, jobs), strict=True):
+                reason = result if isinstance(result, str) else result.failure
+                failures += bool(reason)
+                figures = ""
+                if isinstance(result, CompiledKernel):
+                    figures = (
+                        f"{result.registers:9d} {result.spilled_bytes:8d} {result.shared_bytes:8d} "
+                        f"{result.seconds:8.2f}"
+                    )
+                print(f"{name:42s} {target:7s} {figures}{'  FAILED: ' + reason if reason else ''}", flush=True)
+    print(f"{len(jobs)} compiled, {failures} failed")
+    return failures
+
+
+def _prepare_worker(cache: str) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = cache
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m maskformer_fast.kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", required=True, help="compile, print a table, exit 1 on failure")
+    parser.add_argument("--targets", default=",".join(SHARED_MEMORY_LIMITS), help="of %(default)s")
+    parser.add_argument("--kernels", default=",".join(KERNEL_MODULES), help="of %(default)s")
+    arguments = parser.parse_args()
+    chosen = []
+    for name, known in (("targets", tuple(SHARED_MEMORY_LIMITS)), ("kernels", KERNEL_MODULES)):
+        values = tuple(getattr(arguments, name).split(","))
+        if unknown := sorted(set(values) - set(known)):
+            parser.error(f"--{name}: expected some of {','.join(known)}, got {','.join(unknown)}")
+        chosen.append(values)
+    targets, modules = chosen
+    return 1 if check(modules, targets) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

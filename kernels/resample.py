@@ -1,0 +1,113 @@
+"""Bilinear resampling of low-resolution maps inside a kernel, by tiles of output pixels.
+
+A tile reads few taps, so resampling is a product of matrices: weights [pixels, taps] @ maps [taps, channels]. The grid
+of tiles is shifted by half the distance of taps, if that makes them fewer: at scale 4, 8 x 16 pixels read 3 x 5.
+Coordinates are those of ``F.interpolate(align_corners=False)`` over a window of the maps: output pixel y of H reads
+(y + 0.5) * extent / H - 0.5, not below 0; taps beyond the last one are taken from it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+_LIMIT = tl.constexpr(1e30)
+"""Values beyond it, infinities among them, count as ±1e30, so that interpolation never meets inf - inf."""
+_NAN_INPUT = tl.constexpr(3e38)
+"""Stands for NaN in the product, where NaN times a weight of 0 would reach every pixel of the tile."""
+_NAN_OUTPUT = tl.constexpr(2e30)
+"""A resampled value above it has met `_NAN_INPUT`."""
+
+
+@triton.jit
+def _place(index, scale, scale_rest, size):
+    """Where output pixels read the maps along one axis -> tap before, share of the tap after it.
+
+    In float64, of which there is little to do: float32 would be off by 1e-4 of a tap at the far end of a large image.
+    """
+    middle = index.to(tl.float64) + 0.5
+    place = middle * scale + middle * scale_rest - 0.5
+    place = tl.minimum(tl.maximum(place, 0.0), (size - 1).to(tl.float64))
+    low = place.to(tl.int32)  # not negative, so this is the floor
+    return low, (place - low.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def tile_of_program(
+    map_height, map_width, scale_y, rest_y, scale_x, rest_x, offset_y, offset_x, tiles_y, tiles_x,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """This program's image, rows and columns of its pixels (some outside the output), the tile's first tap, and how the
+    pixels read the maps: tap before and share of the one after, along both axes."""
+    program = tl.program_id(0)
+    top = (program // tiles_x) % tiles_y * TILE_H - offset_y
+    left = program % tiles_x * TILE_W - offset_x
+    pixel = tl.arange(0, TILE_H * TILE_W)
+    y = top + pixel // TILE_W
+    x = left + pixel % TILE_W
+    low_y, share_y = _place(y, scale_y, rest_y, map_height)
+    low_x, share_x = _place(x, scale_x, rest_x, map_width)
+    first_y, _ = _place(tl.maximum(top, 0), scale_y, rest_y, map_height)
+    first_x, _ = _place(tl.maximum(left, 0), scale_x, rest_x, map_width)
+    image = (program // (tiles_x * tiles_y)).to(tl.int64)
+    return image, y, x, first_y, first_x, low_y, share_y, low_x, share_x
+
+
+@triton.jit
+def tap_weights(row, column, low_y, share_y, low_x, share_x):
+    """Bilinear weights of taps at row, column [taps] for pixels [pixels] -> [pixels, taps] float32."""
+    below = row[None, :] - low_y[:, None]
+    right = column[None, :] - low_x[:, None]
+    weight_y = tl.where(below == 0, 1.0 - share_y[:, None], tl.where(below == 1, share_y[:, None], 0.0))
+    weight_x = tl.where(right == 0, 1.0 - share_x[:, None], tl.where(right == 1, share_x[:, None], 0.0))
+    return weight_y * weight_x
+
+
+@triton.jit
+def add_taps(resampled, weights, values):
+    """``resampled`` [pixels, channels] plus weights [pixels, taps] @ values [taps, channels], in float32."""
+    values = tl.where(values == values, tl.minimum(tl.maximum(values, -_LIMIT), _LIMIT), _NAN_INPUT)
+    return tl.dot(weights, values, resampled, input_precision="tf32x3")
+
+
+@triton.jit
+def sigmoid(resampled):
+    """Of what `add_taps` summed; NaN where a tap was NaN."""
+    masks = 1.0 / (1.0 + tl.exp2(resampled * -1.4426950408889634))
+    return tl.where(resampled > _NAN_OUTPUT, float("nan"), masks)
+
+
+class AxisTiles(NamedTuple):
+    """How tiles lie along one axis of the output. The scale is float32 in two parts: Triton passes no float64."""
+
+    scale: float
+    rest: float
+    offset: int
+    taps: int  # that a tile reads, at most
+    tiles: int
+
+
+@functools.lru_cache(maxsize=4096)
+def axis_tiles(source: int, extent: float, output: int, tile: int) -> AxisTiles:
+    """Tiles of ``tile`` pixels over an axis of ``output`` pixels, which cover ``extent`` of the maps' ``source``."""
+    scale = ctypes.c_float(extent / output).value
+    rest = ctypes.c_float(extent / output - scale).value
+
+    def taps(offset: int) -> int:
+        most = 1
+        for top in range(-offset, output, tile):
+            first, last = (
+                min(max((y + 0.5) * extent / output - 0.5, 0.0), source - 1.0)
+                for y in (max(top, 0), min(top + tile, output) - 1)
+            )
+            # the device may round a coordinate at a tap to the other side of it
+            most = max(most, math.floor(last + 1e-6) + 2 - math.floor(first - 1e-6))
+        return most
+
+    offset = min(0, round(output / extent / 2) % tile, key=taps)
+    return AxisTiles(scale, rest, offset, taps(offset), -(-(output + offset) // tile))
