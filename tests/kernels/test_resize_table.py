@@ -7,9 +7,8 @@ import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-
 from maskformer_fast.kernels.resize_table import MAX_SIDE, PRECISION_BITS, columns_first, resize_table
+from PIL import Image
 
 SIDES = (1, 2, 3, 5, 8, 17, 31, 64, 100, 127, 255, 333)
 
