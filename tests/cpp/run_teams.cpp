@@ -1,6 +1,7 @@
 // The teams of the CUDA assignment on host threads, one for each lane: the same source but for the hardware, which is
 // barriers and shared arrays here. ThreadSanitizer sees what lanes share without a sync() between.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <memory>
@@ -41,14 +42,14 @@ struct Block {
   Block(int warps, int lanes) : warps(warps), lanes(lanes), everyone(warps * lanes), slots(2 * warps) {
     for (int k = 0; k < warps; ++k) {
       warp_barriers.emplace_back(new Barrier(lanes));
-      shuffled.emplace_back(2 * lanes);
+      exchanged.emplace_back(2 * lanes);
     }
   }
 
   const int warps, lanes;
   Barrier everyone;
   std::vector<std::unique_ptr<Barrier>> warp_barriers;
-  std::vector<std::vector<uint32_t>> shuffled;  // [warps][2 * lanes], halves used in turn
+  std::vector<std::vector<std::atomic<uint64_t>>> exchanged;  // [warps][2 * lanes], halves used in turn
   std::vector<Candidate> slots;
 };
 
@@ -62,18 +63,24 @@ class EmulatedHardware {
   int warps() const { return block_->warps; }
   void sync_warp() const { block_->warp_barriers[warp()]->wait(); }
   void sync_block() const { block_->everyone.wait(); }
+  // As on a device, lanes wait for one another but memory is not ordered by it: a table that is read after this and
+  // without a sync() is a race. A number of the call stands above each value.
   uint32_t warp_min(uint32_t x) {
-    uint32_t* shuffled = block_->shuffled[warp()].data() + turn_ * lanes();
-    turn_ ^= 1;
-    shuffled[lane()] = x;
-    sync_warp();
-    return *std::min_element(shuffled, shuffled + lanes());
+    ++call_;
+    std::atomic<uint64_t>* values = block_->exchanged[warp()].data() + call_ % 2 * lanes();
+    values[lane()].store(uint64_t{call_} << 32 | x, std::memory_order_relaxed);
+    for (int k = 0; k < lanes(); ++k) {
+      uint64_t value;
+      while ((value = values[k].load(std::memory_order_relaxed)) >> 32 != call_) std::this_thread::yield();
+      x = std::min(x, static_cast<uint32_t>(value));
+    }
+    return x;
   }
 
  private:
   Block* block_;
   int thread_;
-  int turn_ = 0;
+  uint32_t call_ = 0;
 };
 
 // Every problem of the batch by one block, a warp alone or several together, with memory of just the promised size.
@@ -125,13 +132,14 @@ double total(const TeamBatch<T>& batch, int64_t problem, int64_t valid, const st
 
 template <class T>
 void run(Random& random, int lanes) {
-  const int64_t batch = random.integer(1, 2), rows = random.integer(0, 14), columns = random.integer(0, 14);
+  const int64_t batch = random.integer(1, 2), rows = random.integer(0, 12), columns = random.integer(0, 12);
   const bool transposed = random.chance(0.3), ragged = random.chance(0.5);
   std::vector<T> cost = random.values<T>(batch * rows * columns, -3, 3);
   const int kind = static_cast<int>(random.integer(0, 3));
+  const double forbidden = random.one_of({0.3, 0.7});  // many: rows with one column left
   for (T& value : cost) {
-    if (kind == 1) value = std::floor(value);                                   // ties
-    if (kind == 2 && random.chance(0.3)) value = static_cast<T>(kInfinity);     // forbidden pairs
+    if (kind == 1) value = std::floor(value);  // ties
+    if (kind == 2 && random.chance(forbidden)) value = static_cast<T>(kInfinity);
     if (kind == 3 && random.chance(0.02)) value = random.one_of<T>({static_cast<T>(-kInfinity), T(std::nan(""))});
   }
   std::vector<int64_t> counts(batch);
@@ -167,8 +175,7 @@ void run_counts_outside() {
 }  // namespace
 
 void run_teams(Random& random, int threads) {
-  run<float>(random, threads);
-  run<double>(random, threads);
+  random.chance(0.5) ? run<float>(random, threads) : run<double>(random, threads);  // barriers of threads take long
   run_counts_outside();
 }
 
