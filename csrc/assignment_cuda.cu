@@ -19,7 +19,10 @@ constexpr int64_t kWarpColumns = 256;  // the longest side that one warp takes; 
 
 // Shared memory that a block has without asking. A warp's problems take no more, so that several fit a multiprocessor.
 constexpr int64_t kPlainSharedBytes = 48 * 1024;
-constexpr int kSlots = 2 * kBlockThreads / kWarpLanes;  // of a BlockGroup, in static shared memory
+
+// What a BlockGroup has in static shared memory, which counts against the same limits.
+constexpr int kSlots = 2 * kBlockThreads / kWarpLanes;
+constexpr int64_t kSlotBytes = kSlots * static_cast<int64_t>(sizeof(Candidate));
 
 // Problems that are copied to scratch are solved so many at a time on each multiprocessor.
 constexpr int kWarpsPerMultiprocessor = 8, kBlocksPerMultiprocessor = 1;
@@ -106,13 +109,13 @@ int64_t attribute(cudaDeviceAttr name, int device) {
 }
 
 int64_t largest_shared_bytes(int device) {
-  const int64_t slots = kSlots * static_cast<int64_t>(sizeof(Candidate));
-  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - slots;
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - kSlotBytes;
 }
 
 template <class T>
 TeamBatch<T> team_batch(const AssignmentBatch<T>& batch) {
-  constexpr int64_t limit = std::numeric_limits<int>::max() - kBlockThreads;  // a lane's column number must not overflow
+  // a lane's column number must not overflow where it passes the last one
+  constexpr int64_t limit = std::numeric_limits<int>::max() - kBlockThreads;
   if (batch.sizes[1] > limit || batch.sizes[2] > limit) {
     throw std::invalid_argument("cost: expected fewer than 2^31 - 512 rows and columns");
   }
@@ -151,7 +154,9 @@ using Kernel = void (*)(const TeamBatch<T>, char*, int64_t, bool);
 
 template <class T>
 Kernel<T> kernel_for(const Plan& plan) {
-  if (plan.one_warp) return plan.shared_matrix ? assign_kernel<T, true, true, true> : assign_kernel<T, true, true, false>;
+  if (plan.one_warp) {
+    return plan.shared_matrix ? assign_kernel<T, true, true, true> : assign_kernel<T, true, true, false>;
+  }
   return plan.shared_tables ? assign_kernel<T, false, true, false> : assign_kernel<T, false, false, false>;
 }
 
@@ -175,7 +180,7 @@ void assign_batch_cuda(const AssignmentBatch<T>& batch, void* scratch, int64_t s
                                 " bytes, got " + std::to_string(scratch_bytes));
   }
   const void* kernel = reinterpret_cast<const void*>(kernel_for<T>(plan));
-  if (plan.shared_bytes > kPlainSharedBytes) {
+  if (plan.shared_bytes + kSlotBytes > kPlainSharedBytes) {
     // all that there is, so that callers on several threads set the same
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(largest_shared_bytes(device))),
