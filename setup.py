@@ -49,6 +49,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=" + ("Debug" if self.debug else "Release"),
+            "-DMF_CUDA=" + os.environ.get("MF_CUDA", "AUTO"),
         ]
         ninja = find_program("ninja", "BIN_DIR")
         if ninja is not None:

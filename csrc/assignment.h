@@ -16,10 +16,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// MF_HD: for host and device. MF_TEAM: what a team runs; a device's team has no host side.
 #ifdef __CUDACC__
 #define MF_HD __host__ __device__ __forceinline__
+#define MF_TEAM __device__ __forceinline__
 #else
 #define MF_HD inline __attribute__((always_inline))
+#define MF_TEAM MF_HD
 #endif
 
 namespace maskformer_fast {
@@ -74,7 +77,7 @@ MF_HD bool is_invalid(T cost) {
 // Gives each row its cheapest column, or one that costs as little, where it is still free; all column potentials are 0.
 // Returns the number of rows left free, or -1 where a row has no finite cost, or an invalid one.
 template <class Team, class T>
-MF_HD int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
+MF_TEAM int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
   int free_count = 0;
   for (int row = 0; row < rows; ++row) {
     const Smallest m = team.smallest(cost + row * stride, columns);
@@ -104,8 +107,8 @@ MF_HD int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t 
 // One pass in which each free row takes its best column, lowering that column's potential, and evicts its owner, who
 // tries next. Returns the number of rows still free.
 template <class Team, class T>
-MF_HD int augment_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w,
-                       int free_count) {
+MF_TEAM int augment_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w,
+                         int free_count) {
   int evictions_left = rows;  // longer bidding for tiny gains costs more than the paths that it saves
   int still_free = 0;
   for (int k = 0; k < free_count;) {
@@ -147,7 +150,7 @@ MF_HD int augment_rows(Team& team, int rows, int columns, const T* cost, int64_t
 
 // Assigns one free row along the shortest augmenting path; false where no finite path is left.
 template <class Team, class T>
-MF_HD bool augment_path(Team& team, int columns, const T* cost, int64_t stride, const Workspace& w, int start) {
+MF_TEAM bool augment_path(Team& team, int columns, const T* cost, int64_t stride, const Workspace& w, int start) {
   for (int j = team.lane(); j < columns; j += team.size()) {
     w.distance[j] = kInfinity;
   }
@@ -201,7 +204,7 @@ MF_HD bool augment_path(Team& team, int columns, const T* cost, int64_t stride, 
 // Solves one problem into w.column_of; false where no assignment of finite cost exists.
 // cost: [rows, columns], row-major with `stride`; rows <= columns. `columns` may include a padding of +inf.
 template <class Team, class T>
-MF_HD bool solve_assignment(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
+MF_TEAM bool solve_assignment(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
   for (int j = team.lane(); j < columns; j += team.size()) {
     w.column_potential[j] = 0;
     w.row_of[j] = kUnassigned;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "assignment_cpu.h"
+#include "assignment_cuda.h"
 #include "cpu_isa.h"
 #include "matching_cpu.h"
 #include "segments_cpu.h"
@@ -17,6 +18,7 @@ namespace py = pybind11;
 namespace {
 
 using Shape = std::array<int64_t, 3>;
+using maskformer_fast::AssignmentBatch;
 using maskformer_fast::FloatType;
 using maskformer_fast::MaskWindow;
 using maskformer_fast::SemanticPath;
@@ -44,24 +46,58 @@ void check_threads(int threads) {
 }
 
 template <class T>
-void linear_sum_assignment(uintptr_t cost, const Shape& sizes, const Shape& strides, uintptr_t counts, uintptr_t row_of,
-                           int threads) {
+AssignmentBatch<T> assignment_batch(uintptr_t cost, const Shape& sizes, const Shape& strides, uintptr_t counts,
+                                    uintptr_t row_of) {
   check_sizes(sizes);
-  check_threads(threads);
   const bool has_result = sizes[0] > 0 && sizes[2] > 0;
   if (has_result && row_of == 0) throw std::invalid_argument("row_of: expected a pointer, got null");
   if (has_result && sizes[1] > 0 && cost == 0) throw std::invalid_argument("cost: expected a pointer, got null");
-  maskformer_fast::assign_batch<T>(
-      {pointer<const T>(cost), sizes, strides, pointer<const int64_t>(counts), pointer<int64_t>(row_of)}, threads);
+  return {pointer<const T>(cost), sizes, strides, pointer<const int64_t>(counts), pointer<int64_t>(row_of)};
 }
 
 template <class T>
-void define_linear_sum_assignment(py::module_& module, const char* name) {
-  module.def(name, &linear_sum_assignment<T>, py::arg("cost"), py::arg("sizes"), py::arg("strides"), py::arg("counts"),
-             py::arg("row_of"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+void linear_sum_assignment(uintptr_t cost, const Shape& sizes, const Shape& strides, uintptr_t counts, uintptr_t row_of,
+                           int threads) {
+  const AssignmentBatch<T> batch = assignment_batch<T>(cost, sizes, strides, counts, row_of);
+  check_threads(threads);
+  maskformer_fast::assign_batch(batch, threads);
+}
+
+template <class T>
+void define_linear_sum_assignment(py::module_& module, const std::string& type) {
+  module.def(("linear_sum_assignment_" + type).c_str(), &linear_sum_assignment<T>, py::arg("cost"), py::arg("sizes"),
+             py::arg("strides"), py::arg("counts"), py::arg("row_of"), py::arg("threads"),
+             py::call_guard<py::gil_scoped_release>(),
              "Addresses of cost [batch, rows, columns] (strides in elements), int64 counts [batch] or 0, and the int64 "
              "result [batch, columns].");
 }
+
+#ifdef MF_HAS_CUDA
+template <class T>
+int64_t assignment_scratch_bytes(uintptr_t cost, const Shape& sizes, const Shape& strides, uintptr_t counts,
+                                 uintptr_t row_of, int device) {
+  return maskformer_fast::assignment_scratch_bytes(assignment_batch<T>(cost, sizes, strides, counts, row_of), device);
+}
+
+template <class T>
+void linear_sum_assignment_cuda(uintptr_t cost, const Shape& sizes, const Shape& strides, uintptr_t counts,
+                                uintptr_t row_of, uintptr_t scratch, int64_t scratch_bytes, int device,
+                                uintptr_t stream) {
+  maskformer_fast::assign_batch_cuda(assignment_batch<T>(cost, sizes, strides, counts, row_of), pointer<void>(scratch),
+                                     scratch_bytes, device, pointer<void>(stream));
+}
+
+template <class T>
+void define_linear_sum_assignment_cuda(py::module_& module, const std::string& type) {
+  module.def(("assignment_scratch_bytes_" + type).c_str(), &assignment_scratch_bytes<T>, py::arg("cost"),
+             py::arg("sizes"), py::arg("strides"), py::arg("counts"), py::arg("row_of"), py::arg("device"),
+             "Bytes of scratch that linear_sum_assignment_cuda needs for the same arguments.");
+  module.def(("linear_sum_assignment_cuda_" + type).c_str(), &linear_sum_assignment_cuda<T>, py::arg("cost"),
+             py::arg("sizes"), py::arg("strides"), py::arg("counts"), py::arg("row_of"), py::arg("scratch"),
+             py::arg("scratch_bytes"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+             "As linear_sum_assignment, addresses on the device; starts it on the stream and does not wait.");
+}
+#endif
 
 MaskWindow mask_window(uintptr_t logits, const std::array<int64_t, 4>& sizes, const Shape& strides,
                        const std::array<double, 2>& extent, const std::array<int64_t, 2>& output) {
@@ -204,8 +240,15 @@ void semantic_inference(uintptr_t masks, const std::string& mask_type, const std
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled operators of maskformer_fast; call them through maskformer_fast.ops.";
-  define_linear_sum_assignment<float>(module, "linear_sum_assignment_f32");
-  define_linear_sum_assignment<double>(module, "linear_sum_assignment_f64");
+  define_linear_sum_assignment<float>(module, "f32");
+  define_linear_sum_assignment<double>(module, "f64");
+#ifdef MF_HAS_CUDA
+  module.attr("has_cuda") = true;
+  define_linear_sum_assignment_cuda<float>(module, "f32");
+  define_linear_sum_assignment_cuda<double>(module, "f64");
+#else
+  module.attr("has_cuda") = false;
+#endif
   define_segments(module);
   module.def("matching_cost", &matching_cost, py::arg("class_logits"), py::arg("embeddings"), py::arg("pixels"),
              py::arg("pixel_strides"), py::arg("labels"), py::arg("counts"), py::arg("masks"), py::arg("valid_sizes"),

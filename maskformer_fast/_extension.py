@@ -26,6 +26,17 @@ def load_extension() -> ModuleType:
         ) from error
 
 
+def load_cuda_extension() -> ModuleType:
+    """The same, where it was built with its CUDA operators; ImportError with the command that builds them otherwise."""
+    extension = load_extension()
+    if not extension.has_cuda:
+        raise ImportError(
+            "maskformer_fast._C, the compiled part of maskformer_fast, was built without its CUDA operators. With nvcc "
+            f"(CUDA 12 or newer) on the PATH, build them from the repository with: MF_CUDA=ON {BUILD_COMMAND}"
+        )
+    return extension
+
+
 @functools.cache
 def load_kernels(name: str) -> ModuleType:
     """Import ``maskformer_fast.kernels.NAME``, once.

@@ -48,7 +48,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     generator = ["-GNinja"] if shutil.which("ninja", path=PATH) else []
     subprocess.run(
         ["cmake", *generator, "-S", ROOT, "-B", build, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+         "-DMF_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
         env={**os.environ, "PATH": PATH}, check=True, capture_output=True,
     )  # fmt: skip
     entries = json.loads((build / "compile_commands.json").read_text())

@@ -1,7 +1,8 @@
 """Batched rectangular assignment: which query each target gets, at the least total cost (paper section 3.3).
 
-Jonker-Volgenant reductions and Crouse's shortest augmenting paths in C++, threads over the batch. The optimum is
-that of `scipy.optimize.linear_sum_assignment`; among several optima either may choose another.
+Jonker-Volgenant reductions and Crouse's shortest augmenting paths in C++: on the CPU with threads over the batch, on
+CUDA with a warp for each small problem and a block for each large one. The optimum is that of
+`scipy.optimize.linear_sum_assignment`; among several optima each may choose another.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskformer_fast._extension import load_extension
+from maskformer_fast._extension import load_cuda_extension, load_extension
 
 _library = torch.library.Library("maskformer_fast", "FRAGMENT")
 _library.define(
@@ -18,12 +19,7 @@ _library.define(
 
 
 def _linear_sum_assignment_cpu(cost: Tensor, counts: Tensor | None = None) -> Tensor:
-    # few tensor operations: each costs as much as a small problem
-    problems = cost.flatten(0, -3) if cost.dim() > 3 else cost  # a copy only where the strides allow no view
-    sizes: tuple[int, ...] = problems.shape
-    strides: tuple[int, ...] = problems.stride()
-    if cost.dim() == 2:
-        sizes, strides = (1, *sizes), (0, *strides)
+    problems, sizes, strides = _problems(cost)
     counts = None if counts is None else counts.contiguous()
     rows = torch.empty(_result_shape(cost), dtype=torch.int64)
     extension = load_extension()
@@ -42,9 +38,30 @@ def _linear_sum_assignment_cpu(cost: Tensor, counts: Tensor | None = None) -> Te
 
 
 def _linear_sum_assignment_cuda(cost: Tensor, counts: Tensor | None = None) -> Tensor:
-    # solved on the host: two copies and one synchronisation
-    rows = _linear_sum_assignment_cpu(cost.cpu(), None if counts is None else counts.cpu())
-    return rows.to(cost.device)
+    extension = load_cuda_extension()
+    problems, sizes, strides = _problems(cost)
+    counts = None if counts is None else counts.contiguous()
+    rows = torch.empty(_result_shape(cost), dtype=torch.int64, device=cost.device)
+    if cost.dtype == torch.float32:
+        assign, scratch_bytes = extension.linear_sum_assignment_cuda_f32, extension.assignment_scratch_bytes_f32
+    else:
+        assign, scratch_bytes = extension.linear_sum_assignment_cuda_f64, extension.assignment_scratch_bytes_f64
+    address = 0 if counts is None else counts.data_ptr()
+    arguments = (problems.data_ptr(), sizes, strides, address, rows.data_ptr())
+    device = cost.device.index
+    size = scratch_bytes(*arguments, device)
+    # freed on return, while the kernel may run: the allocator gives it only to what comes later on this stream
+    scratch = torch.empty(size, dtype=torch.uint8, device=cost.device)
+    assign(*arguments, scratch.data_ptr(), size, device, torch.cuda.current_stream(device).cuda_stream)
+    return rows
+
+
+def _problems(cost: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """[batch, N, M], its sizes and its strides; few tensor operations, as each costs as much as a small problem."""
+    problems = cost.flatten(0, -3) if cost.dim() > 3 else cost  # a copy only where the strides allow no view
+    if cost.dim() == 2:
+        return problems, (1, *problems.shape), (0, *problems.stride())
+    return problems, problems.shape, problems.stride()
 
 
 def _linear_sum_assignment_fake(cost: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -93,11 +110,13 @@ def linear_sum_assignment(
     A cost of +inf forbids the pair. A problem whose valid columns hold NaN or -inf, or which has no assignment of
     finite cost, comes back all -1; the other problems of the batch are not touched by it. Potentials are float64.
 
-    Runs on the CPU over ``torch.get_num_threads()`` threads. CUDA tensors are copied to the host and the result
-    back, which synchronises. The result is integer: no gradient flows through it.
+    Runs on the CPU over ``torch.get_num_threads()`` threads, and on a CUDA device (compute capability 8.0 or newer) on
+    torch's current stream, without a synchronisation, so that CUDA graphs can capture it. Of equal optima the two may
+    choose different ones, the same in every run. The result is integer: no gradient flows through it.
 
-    Raises TypeError or ValueError for a wrong type, shape or device, ValueError for a count outside 0..M,
-    ImportError where the extension is not built.
+    Raises TypeError or ValueError for a wrong type, shape or device, ImportError where the extension is not built, or
+    built without CUDA and given CUDA tensors. A count outside 0..M raises ValueError on the CPU; on CUDA, where raising
+    would take a synchronisation, its problem comes back all -1.
     """
     _check(cost, counts)
     return _operator(cost, counts)

@@ -25,6 +25,7 @@ struct Operator {
 constexpr Operator kOperators[] = {
     {"threads", run_threads},
     {"assignment", run_assignment},
+    {"assignment teams", run_teams},
     {"matching cost", run_matching},
     {"segments", run_segments},
     {"semantic", run_semantic},

@@ -56,6 +56,7 @@ void run_assignment(Random& random, int threads);
 void run_matching(Random& random, int threads);
 void run_segments(Random& random, int threads);
 void run_semantic(Random& random, int threads);
+void run_teams(Random& random, int threads);
 void run_threads(Random& random, int threads);
 
 }  // namespace maskformer_fast

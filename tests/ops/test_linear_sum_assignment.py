@@ -349,14 +349,6 @@ def test_compiles_without_graph_break() -> None:
         assert torch.equal(compiled(cost, counts), normalised(cost, counts))
 
 
-@pytest.mark.gpu
-def test_cuda_equals_cpu() -> None:
-    cost = torch.rand(3, 20, 11)
-    counts = torch.tensor([11, 0, 5])
-    result = linear_sum_assignment(cost.cuda(), counts.cuda())
-    assert result.is_cuda and torch.equal(result.cpu(), linear_sum_assignment(cost, counts))
-
-
 def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
     _extension.load_extension.cache_clear()
     monkeypatch.setitem(sys.modules, "maskformer_fast._C", None)

@@ -128,7 +128,7 @@ def test_nothing_is_pruned_where_it_does_not_pay() -> None:
     assert pruned_semantic_inference(*random_scene(4, live=8, dead=0.0), *arguments) is None  # too much mass left out
     assert pruned_semantic_inference(*random_scene(4, live=0, dead=14.0), *arguments) is None  # nothing to prove with
     small = random_scene(4, live=8, dead=14.0)
-    assert pruned_semantic_inference(*small, (24.0, 32.0), (192, 256)) is None  # 64 output pixels a map's, 32 masks less
+    assert pruned_semantic_inference(*small, (24.0, 32.0), (192, 256)) is None  # 64 output pixels to a map's
     tied = random_scene(4, live=2, dead=14.0, classes=2)
     tied.class_logits[:, 1] = tied.class_logits[:, 0]
     assert pruned_semantic_inference(*tied, *arguments) is None  # nothing proven
