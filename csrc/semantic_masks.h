@@ -60,15 +60,7 @@ MF_INLINE Floats mask_probability(Floats x) {
 #if defined(__AVX512F__)
   const Floats t = x * -1.44269504088896f;
   const Floats whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT);
-  const Floats f = t - whole;
-  Floats p = broadcast(1.535336188319500e-4f);  // as in exp()
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
-  return 1.0f / (1.0f + (Floats)_mm512_scalef_ps(p, whole));
+  return 1.0f / (1.0f + (Floats)_mm512_scalef_ps(exp2_fraction(t - whole), whole));
 #else
   return select(x >= -87.0f, sigmoid(x), x * 0.0f);
 #endif

@@ -95,12 +95,8 @@ MF_INLINE int64_t sum(Ints x) {
   return x[0];
 }
 
-// e^x within 2 units in the last place for |x| <= 87; clamped to that range.
-MF_INLINE Floats exp(Floats x) {
-  const Floats t = max(min(x, broadcast(87.0f)), broadcast(-87.0f)) * 1.44269504088896f;
-  const Floats whole = (t + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
-  const Floats f = t - whole;
-  // minimax polynomial of 2^f on [-0.5, 0.5]
+// 2^f on [-0.5, 0.5], a minimax polynomial.
+MF_INLINE Floats exp2_fraction(Floats f) {
   Floats p = broadcast(1.535336188319500e-4f);
   p = p * f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
@@ -108,7 +104,15 @@ MF_INLINE Floats exp(Floats x) {
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.0f;
-  return (Floats)((Ints)p + (__builtin_convertvector(whole, Ints) << 23));
+  return p;
+}
+
+// e^x within 2 units in the last place for |x| <= 87; clamped to that range.
+MF_INLINE Floats exp(Floats x) {
+  const Floats t = max(min(x, broadcast(87.0f)), broadcast(-87.0f)) * 1.44269504088896f;
+  const Floats whole = (t + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+  const Floats f = t - whole;
+  return (Floats)((Ints)exp2_fraction(f) + (__builtin_convertvector(whole, Ints) << 23));
 }
 
 MF_INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }

@@ -5,7 +5,7 @@ PyTorch by tiles of rows, with no loop over queries and no transfer to the host:
 benchmarks, and what CUDA runs. No function has a gradient.
 
 Logits should be finite. On the CPU, NaN counts as -1e30 (no mask covers it), and what is beyond +-1e30, infinities too,
-as that, and a negative or NaN score as 0; the eager twins let NaN and infinities spread to the pixels around.
+as that, and a negative or NaN score as 0; the eager twins let NaN spread to the pixels around.
 """
 
 from __future__ import annotations
