@@ -1,17 +1,17 @@
 """Mask losses of the matched pairs at the resolution of the padded input (paper section 3.3, equation 2; appendix A).
 
-A pair's low-resolution logits are upsampled, compared with its packed target and reduced to two numbers a few
-pairs at a time; the gradient of both with respect to the low-resolution logits is found in the same pass. So no
-tensor of full resolution outlives its chunk, in the forward or in the backward pass.
+A pair's low-resolution logits are upsampled, compared with its packed target and reduced to four sums, of which the
+losses are made: `mask_sums`. The backward pass upsamples again. In plain PyTorch both work on a few pairs at a time, so
+that no tensor of full resolution outlives its chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from maskformer_fast.config import LossConfig, check
@@ -54,20 +54,18 @@ def _upsampling(
     return F.interpolate(unit[None], out, mode="linear", align_corners=False)[0]
 
 
-def _pair_losses(
+def _scores_of_pixels(
     logits: Tensor,  # [p, h, w] float
     target: Tensor,  # [p, H, W] bool
     counted: Tensor | None,  # [p, H, W] bool, None counts every pixel
     focal: tuple[float, float, float],
-    upsampling: tuple[Tensor, Tensor] | None,  # [h, H] and [w, W], None for no gradients
 ) -> tuple[Tensor, ...]:
-    """Mask loss [p], dice loss [p] and, with ``upsampling``, the gradient of each by ``logits``, [p, h, w] each."""
+    """At full resolution, [p, H, W] each: truth, +1 or -1 where it is off or on, probability of the wrong side, its
+    weight in the loss, cross-entropy. A pixel that is not counted is off, and is wrong with probability 0."""
     mask_weight, other_weight, gamma = focal
     x = F.interpolate(logits[None], target.shape[1:], mode="bilinear", align_corners=False)[0]
-    pixels = x.new_full((len(x),), target[0].numel())
     if counted is not None:
         target = target & counted
-        pixels = counted.sum((1, 2)).clamp(min=1).to(x.dtype)
     truth = target.to(x.dtype)
     # One formula for both kinds of pixel: the probability given to the wrong side is sigmoid(z), the cross-entropy
     # softplus(z). At z = -inf both are zero, and so is every gradient: that takes a pixel out of the loss.
@@ -79,73 +77,106 @@ def _pair_losses(
     weight = torch.rsub(truth, other_weight, alpha=other_weight - mask_weight)
     if gamma != 0.0:
         weight = weight.mul_(wrong**gamma)
-    entropy = F.softplus(z).mul_(weight)
-    mask = entropy.sum((1, 2)) / pixels
-
-    area = truth.sum((1, 2))
-    missed = (wrong * truth).sum((1, 2))
-    overlap = 2 * (area - missed) + 1
-    union = 2 * (area - missed) + wrong.sum((1, 2)) + 1
-    dice = 1 - overlap / union
-    if upsampling is None:
-        return mask, dice
-
-    def downsample(gradient: Tensor) -> Tensor:
-        # The transpose of the interpolation as two matrix products: faster than torch's kernel, and deterministic.
-        return upsampling[0] @ (gradient @ upsampling[1].T)
-
-    right = 1 - wrong
-    slope = weight.mul_(wrong)
-    if gamma != 0.0:
-        slope = slope.addcmul_(entropy, right, value=gamma)
-    dice_slope = torch.addcmul((overlap / union**2)[:, None, None], truth, (-2 / union)[:, None, None])
-    return (
-        mask,
-        dice,
-        downsample(slope.mul_(sign)) / pixels[:, None, None],
-        downsample(dice_slope.mul_(wrong).mul_(right)),
-    )
+    return truth, sign, wrong, weight, F.softplus(z)
 
 
-class MaskLossFunction(torch.autograd.Function):
-    """Losses of P pairs of logits and packed targets; gradient for the logits, once differentiable."""
+class _Inputs(NamedTuple):
+    """Arguments of the operator, P pairs of low-resolution logits and a target."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,  # [P, h, w] float32/64
-        masks: Tensor,  # [N, H, ceil(W/8)] uint8, packed
-        rows: Tensor,  # [P] int64, target of each pair
-        valid_sizes: Tensor | None,  # [N, 2] int64, None counts every pixel
-        width: int,
-        focal: tuple[float, float, float],
-    ) -> tuple[Tensor, Tensor]:
-        height = masks.shape[1]
-        y, x = (torch.arange(n, device=logits.device) for n in (height, width))
-        mask, dice = logits.new_zeros(len(rows)), logits.new_zeros(len(rows))
-        gradients: list[Tensor] = []
-        upsampling = None
-        if ctx.needs_input_grad[0]:
-            gradients = [torch.empty_like(logits), torch.empty_like(logits)]
-            upsampling = (_upsampling(logits.shape[1], height, logits), _upsampling(logits.shape[2], width, logits))
-        step = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // (height * width))
-        for start in range(0, len(rows), step):
+    logits: Tensor  # [P, h, w] float32/64
+    masks: Tensor  # [N, H, ceil(W/8)] uint8, packed
+    rows: Tensor  # [P] int64, the pair's target, -1 for none
+    valid_sizes: Tensor | None  # [N, 2] int64, None counts every pixel
+    width: int  # W
+    focal: list[float]  # weight of mask pixels, of the others, exponent
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Pairs that are worked on together, their targets and counted pixels, [p, H, W] bool."""
+        height, device = self.masks.shape[1], self.logits.device
+        y, x = (torch.arange(n, device=device) for n in (height, self.width))
+        step = max(1, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // max(1, height * self.width))
+        for start in range(0, len(self.rows), step):
             chunk = slice(start, start + step)
-            row = rows[chunk]
-            counted = None if valid_sizes is None else inside(valid_sizes[row], y, x)
-            target = unpack_masks(masks[row], width)
-            mask[chunk], dice[chunk], *parts = _pair_losses(logits[chunk], target, counted, focal, upsampling)
-            for gradient, part in zip(gradients, parts, strict=False):
-                gradient[chunk] = part
-        ctx.save_for_backward(*gradients)
-        return mask, dice
+            row = self.rows[chunk].clamp(min=0)
+            counted = None if self.valid_sizes is None else inside(self.valid_sizes[row], y, x)
+            yield chunk, unpack_masks(self.masks[row], self.width), counted
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        mask_gradient, dice_gradient = ctx.saved_tensors
-        mask, dice = (g[:, None, None] for g in upstream)
-        return mask * mask_gradient + dice * dice_gradient, None, None, None, None, None
+
+_library = torch.library.Library("maskformer_fast", "FRAGMENT")
+_PAIRS = "Tensor logits, Tensor masks, Tensor rows, Tensor? valid_sizes, SymInt width, float[] focal"
+_library.define(f"mask_sums({_PAIRS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"mask_sums_backward(Tensor gradient, {_PAIRS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def mask_sums_eager(*arguments: Any) -> Tensor:
+    """What the losses of each pair are made of, in plain PyTorch -> [P, 4]; arguments as `_Inputs`.
+
+    Over the counted pixels of the upsampled logits x of a pair, with p = sigmoid(x) and truth t: the weighted focal
+    loss, p t, p, and t, each summed. Zeros for a pair without a target (row -1), whatever its logits.
+    """
+    inputs = _Inputs(*arguments)
+    sums = inputs.logits.new_empty(len(inputs.rows), 4)
+    for chunk, target, counted in inputs.chunks():
+        truth, _, wrong, weight, entropy = _scores_of_pixels(
+            inputs.logits[chunk], target, counted, (inputs.focal[0], inputs.focal[1], inputs.focal[2])
+        )
+        area = truth.sum((1, 2))
+        missed = (wrong * truth).sum((1, 2))
+        overlap = area - missed
+        total = overlap + wrong.sum((1, 2)) - missed
+        sums[chunk] = torch.stack([entropy.mul_(weight).sum((1, 2)), overlap, total, area], 1)
+    return sums.where((inputs.rows >= 0).unsqueeze(1), 0)
+
+
+def mask_sums_backward_eager(gradient: Tensor, *arguments: Any) -> Tensor:
+    """Gradient by the logits of `mask_sums`, given that by its result, [P, 4] -> [P, h, w]."""
+    inputs = _Inputs(*arguments)
+    logits, height = inputs.logits, inputs.masks.shape[1]
+    mask_weight, other_weight, gamma = inputs.focal
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    rows, columns = _upsampling(logits.shape[1], height, logits), _upsampling(logits.shape[2], inputs.width, logits)
+    upstream = gradient[:, :, None, None]  # the area has none
+    for chunk, target, counted in inputs.chunks():
+        truth, sign, wrong, weight, entropy = _scores_of_pixels(
+            logits[chunk], target, counted, (mask_weight, other_weight, gamma)
+        )
+        right = 1 - wrong
+        change = torch.addcmul(upstream[chunk, 2], truth, upstream[chunk, 1]).mul_(wrong).mul_(right)  # p (1 - p)
+        if gamma != 0.0:
+            wrong = wrong.addcmul_(entropy, right, value=gamma)
+        slope = wrong.mul_(weight).mul_(sign).mul_(upstream[chunk, 0])
+        # The transpose of the interpolation as two matrix products: faster than torch's kernel, and deterministic.
+        result[chunk] = rows @ (slope.add_(change) @ columns.T)
+    return result.where((inputs.rows >= 0)[:, None, None], 0)
+
+
+def _mask_sums_fake(*arguments: Any) -> Tensor:
+    inputs = _Inputs(*arguments)
+    return inputs.logits.new_empty(inputs.rows.shape[0], 4)
+
+
+def _mask_sums_backward_fake(gradient: Tensor, *arguments: Any) -> Tensor:
+    return arguments[0].new_empty(arguments[0].shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, masks, rows, valid_sizes, ctx.width, ctx.focal = inputs
+    ctx.save_for_backward(logits, masks, rows, valid_sizes)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    arguments = (gradient, *ctx.saved_tensors, ctx.width, ctx.focal)
+    return torch.ops.maskformer_fast.mask_sums_backward(*arguments), None, None, None, None, None
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("mask_sums", mask_sums_eager, _device)
+    _library.impl("mask_sums_backward", mask_sums_backward_eager, _device)
+torch.library.register_fake("maskformer_fast::mask_sums", _mask_sums_fake, lib=_library)
+torch.library.register_fake("maskformer_fast::mask_sums_backward", _mask_sums_backward_fake, lib=_library)
+torch.library.register_autograd(
+    "maskformer_fast::mask_sums", _differentiate, setup_context=_setup_context, lib=_library
+)
 
 
 def mask_loss(
@@ -172,21 +203,28 @@ def mask_loss(
         embeddings, pixels = (at_least_float32(e) for e in (predictions.mask_embeddings, predictions.pixel_embeddings))
         index = query.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, embeddings.shape[-1])
         matched = embeddings.gather(2, index).transpose(0, 1).flatten(1, 2)  # [B, L*T, D]
-        logits = torch.bmm(matched, pixels.flatten(2)).unflatten(2, pixels.shape[2:])  # [B, L*T, h, w]
-        logits = logits.unflatten(1, (layers, slots)).transpose(0, 1).flatten(0, 2)  # [L*B*T, h, w]
+        logits = torch.bmm(matched, pixels.flatten(2)).view(batch * layers * slots, *pixels.shape[2:])
+        order = query.transpose(0, 1)  # [B, L, T], as the logits
+        target = torch.arange(batch * slots, device=query.device).view(batch, 1, slots)
+        valid_sizes = targets.valid_sizes if loss.padding == "exclude" else None
+        sums = torch.ops.maskformer_fast.mask_sums(
+            logits, targets.masks.flatten(0, 1), target.where(order >= 0, -1).flatten(),
+            None if valid_sizes is None else valid_sizes.repeat_interleave(slots, 0),
+            targets.input_size[1], list(focal_parameters(loss)),
+        )  # fmt: skip
+        entropy, overlap, total, area = sums.view(batch, layers, slots, 4).unbind(3)
+        dice = 1 - (2 * overlap + 1) / (total + area + 1)  # 0 for a pair without a target
+        mask = entropy / _counted_pixels(valid_sizes, targets.input_size)
+    return mask.sum((0, 2)), dice.sum((0, 2))
 
-        assigned = query.flatten() >= 0
-        layer = torch.arange(layers, device=query.device).repeat_interleave(batch * slots)
-        rows = torch.arange(batch * slots, device=query.device).repeat(layers)
-        if query.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Leaving pairs out needs their number on the host: free here, a synchronisation on a GPU.
-            kept = assigned.nonzero().squeeze(1)
-            logits, layer, rows, assigned = logits[kept], layer[kept], rows[kept], assigned[kept]
-        valid_sizes = targets.valid_sizes.repeat_interleave(slots, 0) if loss.padding == "exclude" else None
-        pairs = MaskLossFunction.apply(
-            logits, targets.masks.flatten(0, 1), rows, valid_sizes, targets.input_size[1], focal_parameters(loss)
-        )
-        mask, dice = (
-            logits.new_zeros(layers).index_add(0, layer, torch.where(assigned, pair, 0.0)) for pair in pairs
-        )
-    return mask, dice
+
+def _counted_pixels(
+    valid_sizes: Tensor | None,  # [B, 2] int64
+    input_size: tuple[int, int],
+) -> Tensor | int:
+    """Pixels of each image that are in the mean, at least 1 -> [B, 1, 1] int64, or of any image."""
+    height, width = input_size
+    if valid_sizes is None:
+        return height * width
+    inner = valid_sizes[:, 0].clamp(0, height) * valid_sizes[:, 1].clamp(0, width)
+    return inner.clamp(min=1)[:, None, None]

@@ -166,6 +166,31 @@ def test_compiles_in_one_graph_with_padded_pairs():
     torch.testing.assert_close(gradients(predictions, ours), gradients(predictions, expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("padding", [True, False])
+def test_operators_are_registered_well(dtype, padding):
+    logits = torch.randn(5, 4, 3, dtype=dtype, requires_grad=True)
+    masks = torch.randint(0, 256, (3, 13, 2), dtype=torch.uint8)
+    sizes = torch.tensor([[13, 11], [9, 4], [0, 7]]) if padding else None
+    arguments = (masks, torch.tensor([2, -1, 0, 0, 1]), sizes, 11, [0.3, 0.7, 2.0])
+    torch.library.opcheck(torch.ops.maskformer_fast.mask_sums.default, (logits, *arguments))
+    gradient = torch.randn(5, 4, dtype=dtype)
+    torch.library.opcheck(
+        torch.ops.maskformer_fast.mask_sums_backward.default, (gradient, logits.detach(), *arguments)
+    )
+
+
+def test_pairs_without_target_are_left_alone_whatever_their_logits():
+    logits = torch.full((2, 2, 2), math.nan).index_fill(0, torch.tensor([1]), 0.5).requires_grad_()
+    rows = torch.tensor([-1, 0])
+    sums = torch.ops.maskformer_fast.mask_sums(
+        logits, torch.ones(1, 2, 1, dtype=torch.uint8), rows, None, 2, [1.0, 1.0, 0.0]
+    )
+    assert torch.equal(sums[0], torch.zeros(4)) and sums[1].isfinite().all()
+    (gradient,) = torch.autograd.grad(sums.sum(), logits)
+    assert torch.equal(gradient[0], torch.zeros(2, 2)) and (gradient[1] != 0).any()
+
+
 @given(st.integers(0, 10_000), st.integers(0, 3), st.integers(0, 3), st.sampled_from(["focal", "bce"]))
 @settings(max_examples=25, deadline=None)
 def test_more_padding_changes_nothing_when_excluded(seed, below, beside, kind):
