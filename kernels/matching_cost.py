@@ -26,19 +26,18 @@ from torch import Tensor
 WORD_BITS = 32
 BLOCK_TARGETS = WORD_BITS - 1
 """Targets of one word. Images with more of them take the logits' product once for each block."""
-ROWS = 128
-"""Queries of a program: 6 layers of 100 queries are 5 blocks with 40 rows to spare."""
-HALF_TILE = {"PIXELS": 64, "DEPTH": 64}
-"""Pixels of a tile of embeddings in half precision, and their channels multiplied at once: 128 bytes of a row."""
-FLOAT_TILE = {"PIXELS": 32, "DEPTH": 32}
-"""The same for float32, whose products take twice as many registers: 64 pixels spill on sm_80. Also of mask logits."""
-LAUNCH = {"num_warps": 8, "num_stages": 3}
-"""Of `_sums_kernel`. With these and the sizes above no target spills, nor lacks shared memory."""
-CHUNK_PIXELS = 64
-"""Chunks are multiples of it, and it one of every tile's pixels."""
+ROWS = 64
+"""Queries of a program: 6 layers of 100 queries are 10 blocks with 40 rows to spare."""
+PIXELS = 32
+"""Of a tile: with 64, products of float32 spill on sm_80, those of halves on sm_100."""
+DEPTH_BLOCKS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
+"""Channels of embeddings multiplied at once: 128 bytes of a row."""
+LAUNCH = {"num_warps": 4, "num_stages": 3}
+"""Of `_sums_kernel`. With these and the sizes above no target spills, nor lacks shared memory, and two blocks share a
+multiprocessor: one multiplies while the other takes logarithms. Which sizes are fastest is a guess: a GPU must tell."""
 PROGRAMS = 1024
 """Pixels are cut into chunks until there are about so many: a few for each multiprocessor. Also bounds the memory for
-their sums, to 32 MiB where the result is smaller than that. A guess: a GPU must tell."""
+their sums, to 16 MiB where the result is smaller than that. A guess: a GPU must tell."""
 SAMPLE_PIXELS = 128
 COST_ROWS = 16
 CLASSES = 64
@@ -104,8 +103,7 @@ def _pixel_losses(x, on_weight, off_weight, gamma, EXPONENT: tl.constexpr):
     """Of mask logits: probability, loss where the target is on, loss where it is off. EXPONENT is that of the focal
     loss if 0 or 2, else -1 for any.
 
-    Probabilities near 0 and 1 and losses near 0 keep their relative precision. NaN and infinities leave NaN or an
-    infinity in one of the losses, also where that is multiplied by zero.
+    Small probabilities and losses keep their relative precision. NaN and infinities leave such in one of the losses.
     """
     e = tl.exp2(tl.abs(x) * -1.4426950408889634)
     # log(1 + e) / e for e in 0..1: minimax polynomial, relative error 3e-8
@@ -140,14 +138,14 @@ def _dot_truth(values, truth):
     return tl.dot((values - high.to(tl.float32)).to(tl.float16), truth, total)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_rows", "num_blocks", "num_chunks", "chunk_pixels"])
+@triton.jit(do_not_specialize=["num_queries", "num_rows", "num_blocks", "num_chunks", "chunk_tiles"])
 def _sums_kernel(
     sums,  # [B, num_blocks, num_chunks, row blocks, 2, ROWS, TARGETS] float32: mask loss; probability
     words,  # [B, num_blocks, num_pixels] int32
     counts,  # [B] int64
     queries, stride_l, stride_b, stride_q, stride_i,  # embeddings [L, B, Q, D], or mask logits [L, B, Q, num_pixels]
     pixels, stride_pb, stride_pd, stride_pp,  # [B, D, num_pixels], read with FACTORED
-    num_queries, num_rows, depth, num_pixels, num_blocks, num_chunks, chunk_pixels, on_weight, off_weight, gamma,
+    num_queries, num_rows, depth, num_pixels, num_blocks, num_chunks, chunk_tiles, on_weight, off_weight, gamma,
     FACTORED: tl.constexpr, EXPONENT: tl.constexpr,
     ROWS: tl.constexpr, PIXELS: tl.constexpr, TARGETS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -167,8 +165,8 @@ def _sums_kernel(
     off_sum = tl.zeros((ROWS,), tl.float32)
     rise_sum = tl.zeros((ROWS, TARGETS), tl.float32)
     probability_sum = tl.zeros((ROWS, TARGETS), tl.float32)
-    begin = chunk * chunk_pixels
-    for start in tl.range(begin, tl.minimum(begin + chunk_pixels, num_pixels), PIXELS):
+    begin = chunk * chunk_tiles * PIXELS
+    for start in tl.range(begin, tl.minimum(begin + chunk_tiles * PIXELS, num_pixels), PIXELS):
         pixel = start + tl.arange(0, PIXELS)
         here = pixel < num_pixels
         if FACTORED:
@@ -277,19 +275,19 @@ class _Cut(NamedTuple):
 
     row_blocks: int
     chunks: int
-    chunk_pixels: int
+    chunk_tiles: int
 
 
 def _cut(images: int, blocks: int, rows: int, pixels: int) -> _Cut:
     row_blocks = triton.cdiv(rows, ROWS)
-    parts = triton.cdiv(pixels, CHUNK_PIXELS)
-    chunk_parts = triton.cdiv(parts, triton.cdiv(PROGRAMS, images * blocks * row_blocks))
-    return _Cut(row_blocks, triton.cdiv(parts, chunk_parts), chunk_parts * CHUNK_PIXELS)
+    tiles = triton.cdiv(pixels, PIXELS)
+    chunk_tiles = triton.cdiv(tiles, triton.cdiv(PROGRAMS, images * blocks * row_blocks))
+    return _Cut(row_blocks, triton.cdiv(tiles, chunk_tiles), chunk_tiles)
 
 
 def matching_cost_forward(
     class_logits: Tensor,  # [L, B, Q, K+1] floating
-    embeddings: Tensor,  # [L, B, Q, D] float16, bfloat16 or float32, or where pixels is None mask logits [L, B, Q, h, w]
+    embeddings: Tensor,  # [L, B, Q, D] float16, bfloat16 or float32; where pixels is None mask logits [L, B, Q, h, w]
     pixels: Tensor | None,  # [B, D, h, w] of the same dtype
     labels: Tensor,  # [B, T] int64
     counts: Tensor,  # [B] int64
@@ -336,7 +334,7 @@ def matching_cost_forward(
         )  # fmt: skip
         _sums_kernel[(len(sums),)](
             sums, words, counts, rows, *rows.stride(), columns, *columns.stride()[-3:],
-            num_queries, num_rows, columns.shape[-2], num_pixels, blocks, cut.chunks, cut.chunk_pixels, *focal,
+            num_queries, num_rows, columns.shape[-2], num_pixels, blocks, cut.chunks, cut.chunk_tiles, *focal,
             **_constants(embeddings.dtype, pixels is not None, focal[2]), **LAUNCH,
         )  # fmt: skip
         _cost_kernel[(batch * blocks * triton.cdiv(num_rows, COST_ROWS),)](
@@ -352,15 +350,15 @@ def _constants(dtype: torch.dtype, factored: bool, gamma: float) -> dict[str, An
         "FACTORED": factored,
         "EXPONENT": int(gamma) if gamma in (0.0, 2.0) else -1,
         "ROWS": ROWS,
+        "PIXELS": PIXELS,
         "TARGETS": WORD_BITS,
-        **(HALF_TILE if factored and dtype != torch.float32 else FLOAT_TILE),
+        "DEPTH": DEPTH_BLOCKS[dtype],
     }
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time. The exponent of any value needs most registers, 2 is the usual one."""
+    """What is compiled ahead of time: the usual exponent, 2, and any, with which float32 needs most registers."""
     found = [
-        _sums_variant("embeddings", torch.float32, 2.0),
         _sums_variant("embeddings", torch.float32, 1.5),
         _sums_variant("embeddings", torch.bfloat16, 2.0),
         _sums_variant("logits", torch.float32, 2.0),
@@ -370,8 +368,7 @@ def variants() -> list[KernelVariant]:
              "scale_y": "fp32", "scale_x": "fp32"}  # fmt: skip
     found.append(_variant("matching_cost_sample", _sample_kernel, types, blocks | {"stride_x": 1}))
     blocks = {"SUM_ROWS": ROWS, "ROWS": COST_ROWS, "TARGETS": WORD_BITS, "CLASSES": CLASSES}
-    types = {"cost": "*fp32", "sums": "*fp32", "areas": "*i32", "class_logits": "*fp32", "labels": "*i64",
-             "counts": "*i64"}  # fmt: skip
+    types = {"cost": "*fp32", "sums": "*fp32", "class_logits": "*fp32", "areas": "*i32", "labels": "*i64", "counts": "*i64"}
     types |= dict.fromkeys(("class_weight", "mask_weight", "dice_weight"), "fp32")
     found.append(_variant("matching_cost", _cost_kernel, types, blocks | {"stride_k": 1, "stride_lt": 1}))
     return found
