@@ -32,8 +32,8 @@ PIXELS = 32
 """Of a tile: with 64, products of float32 spill on sm_80, those of halves on sm_100."""
 DEPTH_BLOCKS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
 """Channels of embeddings multiplied at once: 128 bytes of a row."""
-LAUNCH = {"num_warps": 4, "num_stages": 3}
-"""Of `_sums_kernel`. With these and the sizes above no target spills, nor lacks shared memory, and two blocks share a
+LAUNCH = {"num_warps": 4, "num_stages": 2}
+"""Of every kernel. With these and the sizes above no target spills, nor lacks shared memory, and two blocks fit a
 multiprocessor: one multiplies while the other takes logarithms. Which sizes are fastest is a guess: a GPU must tell."""
 PROGRAMS = 1024
 """Pixels are cut into chunks until there are about so many: a few for each multiprocessor. Also bounds the memory for
@@ -330,7 +330,7 @@ def matching_cost_forward(
         _sample_kernel[(batch * blocks * tiles,)](
             words, areas, masks, *masks.stride(), counts, counts if valid_sizes is None else valid_sizes,
             slots, blocks, tiles, num_pixels, width, *input_size, input_size[0] / height, input_size[1] / width,
-            EXCLUDE=valid_sizes is not None, TARGETS=WORD_BITS, PIXELS=SAMPLE_PIXELS,
+            EXCLUDE=valid_sizes is not None, TARGETS=WORD_BITS, PIXELS=SAMPLE_PIXELS, **LAUNCH,
         )  # fmt: skip
         _sums_kernel[(len(sums),)](
             sums, words, counts, rows, *rows.stride(), columns, *columns.stride()[-3:],
@@ -340,7 +340,7 @@ def matching_cost_forward(
         _cost_kernel[(batch * blocks * triton.cdiv(num_rows, COST_ROWS),)](
             cost, sums, areas, class_logits, *class_logits.stride(), labels, *labels.stride(), counts,
             batch, num_queries, num_rows, slots, class_logits.shape[3], blocks, cut.chunks, tiles, *weights,
-            SUM_ROWS=ROWS, ROWS=COST_ROWS, TARGETS=WORD_BITS, CLASSES=CLASSES,
+            SUM_ROWS=ROWS, ROWS=COST_ROWS, TARGETS=WORD_BITS, CLASSES=CLASSES, **LAUNCH,
         )  # fmt: skip
 
 
@@ -368,7 +368,8 @@ def variants() -> list[KernelVariant]:
              "scale_y": "fp32", "scale_x": "fp32"}  # fmt: skip
     found.append(_variant("matching_cost_sample", _sample_kernel, types, blocks | {"stride_x": 1}))
     blocks = {"SUM_ROWS": ROWS, "ROWS": COST_ROWS, "TARGETS": WORD_BITS, "CLASSES": CLASSES}
-    types = {"cost": "*fp32", "sums": "*fp32", "class_logits": "*fp32", "areas": "*i32", "labels": "*i64", "counts": "*i64"}
+    types = {"cost": "*fp32", "sums": "*fp32", "class_logits": "*fp32", "areas": "*i32", "labels": "*i64"}
+    types["counts"] = "*i64"
     types |= dict.fromkeys(("class_weight", "mask_weight", "dice_weight"), "fp32")
     found.append(_variant("matching_cost", _cost_kernel, types, blocks | {"stride_k": 1, "stride_lt": 1}))
     return found
@@ -383,8 +384,7 @@ def _sums_variant(form: str, dtype: torch.dtype, gamma: float) -> KernelVariant:
     exponent = "any" if constants["EXPONENT"] == -1 else constants["EXPONENT"]
     aligned = ("stride_l", "stride_b", "stride_q", "stride_pb", "stride_pd", "depth", "num_pixels")
     ones = {"stride_i": 1, "stride_pp": 1}
-    name = f"matching_cost_sums_{form}_{element}_{exponent}"
-    return _variant(name, _sums_kernel, types, constants | ones, aligned, **LAUNCH)
+    return _variant(f"matching_cost_sums_{form}_{element}_{exponent}", _sums_kernel, types, constants | ones, aligned)
 
 
 def _variant(
@@ -393,8 +393,7 @@ def _variant(
     types: dict[str, str],  # of arguments that are not i32
     constants: dict[str, Any],
     aligned: tuple[str, ...] = (),  # beside the pointers
-    **launch: int,
 ) -> KernelVariant:
     arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
     pointers = tuple(argument for argument, kind in arguments.items() if kind.startswith("*"))
-    return KernelVariant(name, kernel, arguments, constants, **launch, aligned=(*pointers, *aligned))
+    return KernelVariant(name, kernel, arguments, constants, **LAUNCH, aligned=(*pointers, *aligned))
