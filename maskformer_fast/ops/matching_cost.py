@@ -1,8 +1,8 @@
 """Cost of giving a target to a query, for every decoder layer, image, query and target (paper section 3.3).
 
-In C++ on the CPU: a tile of mask logits is multiplied out of the embeddings, compared with the packed targets and
-forgotten, so the masks of a layer never exist. The eager twin, which also serves float64 and other devices, holds those
-of one layer at a time.
+In C++ on the CPU and in Triton on CUDA (kernels/matching_cost.py): a tile of mask logits is multiplied out of the
+embeddings, compared with the packed targets and forgotten, so the masks of a layer never exist. The eager twin, which
+also serves float64, holds those of one layer at a time.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskformer_fast._extension import load_extension
+from maskformer_fast._extension import load_extension, load_kernels
 from maskformer_fast.config import LossConfig, check
 from maskformer_fast.ops.mask_loss import focal_parameters, inside
 from maskformer_fast.structures import Predictions, Targets
 
 
 class _Inputs(NamedTuple):
-    """Arguments of the operator. Its floats are all float32 or all float64."""
+    """Arguments of the operator. Its floats are all float32 or all float64, but on CUDA float32 class logits may come
+    with embeddings and pixels of one half precision."""
 
     class_logits: Tensor  # [L, B, Q, K+1]
     embeddings: Tensor  # [L, B, Q, D], or where pixels is None the mask logits [L, B, Q, h, w]
@@ -76,6 +77,15 @@ def _matching_cost_cpu(*arguments: Any) -> Tensor:
     return cost
 
 
+def _matching_cost_cuda(*arguments: Any) -> Tensor:
+    inputs = _Inputs(*arguments)
+    if inputs.class_logits.dtype == torch.float64:
+        return _matching_cost_torch(*arguments)
+    cost = _matching_cost_fake(*arguments)
+    load_kernels("matching_cost").matching_cost_forward(*inputs, cost)
+    return cost
+
+
 def _nearest(out: int, size: int, device: torch.device) -> Tensor:
     """Pixel (of ``size``) that each of ``out`` samples of ``F.interpolate(mode="nearest")`` reads -> int64 [out]."""
     # float32, like torch's own: exact integer arithmetic would choose another pixel where the scale rounds down.
@@ -100,8 +110,9 @@ def _matching_cost_torch(*arguments: Any) -> Tensor:
         layers, batch, queries = inputs.class_logits.shape[:3]
         cost = inputs.class_logits.new_empty(layers, batch, queries, inputs.labels.shape[1])
         for layer in range(layers):  # one at a time: all masks of one layer exist at once, not those of every layer
-            logits = inputs.embeddings[layer]
-            logits = logits.flatten(2) if inputs.pixels is None else torch.bmm(logits, inputs.pixels.flatten(2))
+            logits = inputs.embeddings[layer].to(dtype).flatten(2)
+            if inputs.pixels is not None:
+                logits = torch.bmm(logits, inputs.pixels.to(dtype).flatten(2))
             cost[layer] = _layer_cost(inputs, layer, logits, truth, counted)
         present = torch.arange(inputs.labels.shape[1], device=masks.device) < inputs.counts.unsqueeze(1)
         return cost.where(present.unsqueeze(1), 0)
@@ -145,7 +156,7 @@ def _matching_cost_fake(*arguments: Any) -> Tensor:
 
 
 _library.impl("matching_cost", _matching_cost_cpu, "CPU")
-_library.impl("matching_cost", _matching_cost_torch, "CUDA")
+_library.impl("matching_cost", _matching_cost_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::matching_cost", _matching_cost_fake, lib=_library)
 
 
@@ -179,11 +190,14 @@ def _inputs(
         check(tensor.device == class_logits.device, float_name, f"on {class_logits.device} as {class_name}",
               tensor.device)
         dtype = torch.promote_types(dtype, tensor.dtype)
-    converted = [tensor.detach().to(dtype) for tensor in floats.values()]
+    maps = [embeddings, *(pixels for _, pixels in rest)]
+    kernel = class_logits.is_cuda and dtype == torch.float32
+    if not kernel or any(tensor.dtype != embeddings.dtype for tensor in maps):
+        maps = [tensor.to(dtype) for tensor in maps]
     return _Inputs(
-        converted[0],
-        converted[1],
-        converted[2] if rest else None,
+        class_logits.detach().to(dtype),
+        maps[0].detach(),
+        maps[1].detach() if rest else None,
         targets.labels,
         targets.counts,
         targets.masks,
@@ -218,13 +232,15 @@ def matching_cost(
     layer and image; the costs of the others are not touched. An image without targets has no costs to be broken.
 
     Half precision is computed in float32, also under autocast; there is no gradient. Float32 on the CPU runs over
-    ``torch.get_num_threads()`` threads, holds no masks, and gives the same costs for any number of threads; float64
-    predictions and other devices take `matching_cost_eager`.
+    ``torch.get_num_threads()`` threads, holds no masks, and gives the same costs for any number of threads. On CUDA a
+    Triton kernel holds no masks either, reads nothing back to the host and gives the same costs in every run; it takes
+    embeddings in half precision as they are, and products of them are exact. Float64 predictions take
+    `matching_cost_eager`.
 
     Raises:
         ValueError: a shape, type or device that does not fit, predictions and targets not of one padded input size;
-            on the CPU also a count or label out of range.
-        ImportError: the extension is not built.
+            on the CPU also a count or label out of range (on CUDA such a label costs NaN).
+        ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     return torch.ops.maskformer_fast.matching_cost(*_prediction_inputs(predictions, targets, loss))
 
@@ -245,7 +261,7 @@ def matching_cost_eager(
     targets: Targets,
     loss: LossConfig,
 ) -> Tensor:
-    """`matching_cost` in plain PyTorch: oracle of the tests, and what runs in float64 and on other devices.
+    """`matching_cost` in plain PyTorch: oracle of the tests, and what runs in float64.
 
     A class logit of +inf or a label out of range do what ``softmax`` and ``gather`` do with them.
     """

@@ -339,7 +339,7 @@ def test_opcheck(dtype, padding, factored):
     torch.library.opcheck(operator, operator_arguments(dtype, padding, factored))
 
 
-def test_other_devices_have_the_eager_twin():
+def test_cuda_has_an_implementation():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("maskformer_fast::matching_cost", "CUDA")
 
 

@@ -1,0 +1,399 @@
+"""Matching cost of every layer, image, query and target, nothing of size Q*h*w in memory (paper section 3.3).
+
+Three kernels, and no floating-point atomics: the same inputs give the same costs to the last bit.
+
+1. `_sample_kernel` samples the packed targets at the resolution of the mask logits: for each pixel a word with a bit
+   for each of `BLOCK_TARGETS` targets, and a last bit that says whether the pixel is counted at all.
+2. `_sums_kernel` takes a chunk of an image's pixels and a block of its queries, those of all layers in one row, tile
+   by tile: mask logits, from memory or multiplied out of embeddings, then probabilities and losses of their pixels,
+   then the product of these with the unpacked words. The last bit's column holds the sum over all counted pixels.
+3. `_cost_kernel` adds the chunks' sums, divides, and adds the class cost.
+
+Precision: embeddings are multiplied with 22 bits or more (products of halves are exact); what is multiplied with the
+targets is a sum of two float16, scaled by its row's largest value; everything is summed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from maskformer_fast.kernels.variant import KernelVariant
+from torch import Tensor
+
+WORD_BITS = 32
+BLOCK_TARGETS = WORD_BITS - 1
+"""Targets of one word. Images with more of them take the logits' product once for each block."""
+ROWS = 64
+"""Queries of a program: 6 layers of 100 queries are 10 blocks with 40 rows to spare."""
+PIXELS = 32
+"""Of a tile: with 64, products of float32 spill on sm_80, those of halves on sm_100."""
+DEPTH_BLOCKS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
+"""Channels of embeddings multiplied at once: 128 bytes of a row."""
+LAUNCH = {"num_warps": 4, "num_stages": 2}
+"""Of every kernel. With these and the sizes above no target spills, nor lacks shared memory, and two blocks fit a
+multiprocessor: one multiplies while the other takes logarithms. Which sizes are fastest is a guess: a GPU must tell."""
+PROGRAMS = 1024
+"""Pixels are cut into chunks until there are about so many: a few for each multiprocessor. Also bounds the memory for
+their sums, to 16 MiB where the result is smaller than that. A guess: a GPU must tell."""
+SAMPLE_PIXELS = 128
+COST_ROWS = 16
+CLASSES = 64
+"""Classes of which `_cost_kernel` takes the softmax at once."""
+
+_SCALE = tl.constexpr(32768.0)
+"""Largest value that is split into two float16."""
+_TINY = tl.constexpr(1e-30)
+_ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@triton.jit
+def _block_of_program(num_blocks, rest, counts, TARGETS: tl.constexpr):
+    """Image, first target and whether the image has that many, of the program's index less what varies faster."""
+    image = rest // num_blocks
+    first = rest % num_blocks * (TARGETS - 1)
+    return image.to(tl.int64), first, first < tl.load(counts + image)
+
+
+@triton.jit
+def _source_index(index, scale, size):
+    """Pixel that ``F.interpolate(mode="nearest")`` reads. In float32, as torch does: exact arithmetic would differ."""
+    return tl.minimum((index.to(tl.float32) * scale).to(tl.int32), size - 1)
+
+
+@triton.jit(do_not_specialize=["num_targets", "num_blocks", "num_tiles", "width", "input_height", "input_width"])
+def _sample_kernel(
+    words,  # [B, num_blocks, num_pixels] int32
+    areas,  # [B, num_blocks, num_tiles, TARGETS] int32: of each bit, how many pixels of the tile have it
+    masks, stride_b, stride_t, stride_y, stride_x,  # [B, T, H, ceil(W/8)] uint8
+    counts,  # [B] int64
+    valid_sizes,  # [B, 2] int64, read with EXCLUDE
+    num_targets, num_blocks, num_tiles, num_pixels, width, input_height, input_width, scale_y, scale_x,
+    EXCLUDE: tl.constexpr, TARGETS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0) % num_tiles
+    block = tl.program_id(0) // num_tiles
+    image, first, present = _block_of_program(num_blocks, block, counts, TARGETS)
+    if not present:
+        return
+    pixel = tile * PIXELS + tl.arange(0, PIXELS)
+    counted = pixel < num_pixels
+    row = _source_index(pixel // width, scale_y, input_height)
+    column = _source_index(pixel % width, scale_x, input_width)
+    if EXCLUDE:
+        counted = counted & (row < tl.load(valid_sizes + 2 * image))
+        counted = counted & (column < tl.load(valid_sizes + 2 * image + 1))
+    bit = tl.arange(0, TARGETS)
+    target = first + bit
+    source = masks + image * stride_b + target.to(tl.int64)[:, None] * stride_t
+    source += (row.to(tl.int64) * stride_y + column // 8 * stride_x)[None, :]
+    wanted = (bit < TARGETS - 1) & (target < num_targets)
+    packed = tl.load(source, mask=wanted[:, None] & counted[None, :], other=0).to(tl.int32)
+    sampled = (packed >> (column % 8)[None, :]) & 1
+    sampled = tl.where((bit == TARGETS - 1)[:, None], counted.to(tl.int32)[None, :], sampled)
+    word = tl.sum(sampled << bit[:, None], 0)  # different bits: nothing is carried
+    tl.store(words + block.to(tl.int64) * num_pixels + pixel, word, mask=pixel < num_pixels)
+    tl.store(areas + tl.program_id(0).to(tl.int64) * TARGETS + bit, tl.sum(sampled, 1))
+
+
+@triton.jit
+def _pixel_losses(x, on_weight, off_weight, gamma, EXPONENT: tl.constexpr):
+    """Of mask logits: probability, loss where the target is on, loss where it is off. EXPONENT is that of the focal
+    loss if 0 or 2, else -1 for any.
+
+    Small probabilities and losses keep their relative precision. NaN and infinities leave such in one of the losses.
+    """
+    e = tl.exp2(tl.abs(x) * -1.4426950408889634)
+    # log(1 + e) / e for e in 0..1: minimax polynomial, relative error 3e-8
+    small = 5.232694303e-03 * e - 2.950523893e-02
+    small = small * e + 7.822595212e-02
+    small = small * e - 1.366324582e-01
+    small = small * e + 1.910600677e-01
+    small = small * e - 2.484298222e-01
+    small = small * e + 3.331909681e-01
+    small = small * e - 4.999949314e-01
+    small = (small * e + 9.999999699e-01) * e
+    on = tl.maximum(-x, 0.0) + small  # softplus(-x), and softplus(x)
+    off = tl.maximum(x, 0.0) + small
+    likely = 1.0 / (1.0 + e)
+    unlikely = e * likely
+    probability = tl.where(x > 0.0, likely, unlikely)
+    if EXPONENT == 2:
+        rest = tl.where(x > 0.0, unlikely, likely)
+        return probability, on_weight * (rest * rest) * on, off_weight * (probability * probability) * off
+    if EXPONENT == -1:  # sigmoid(x) = exp(-softplus(-x))
+        power = gamma * -1.4426950408889634
+        return probability, on_weight * tl.exp2(power * off) * on, off_weight * tl.exp2(power * on) * off
+    return probability, on_weight * on, off_weight * off
+
+
+@triton.jit
+def _dot_truth(values, truth):
+    """``values`` [rows, pixels] float32, at most `_SCALE`, @ ``truth`` [pixels, TARGETS] float16, zeros and ones."""
+    high = values.to(tl.float16)
+    # a product of its own for each tile, which is then added to the others': tensor cores round sums towards zero
+    total = tl.dot(high, truth)
+    return tl.dot((values - high.to(tl.float32)).to(tl.float16), truth, total)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_rows", "num_blocks", "num_chunks", "chunk_tiles"])
+def _sums_kernel(
+    sums,  # [B, num_blocks, num_chunks, row blocks, 2, ROWS, TARGETS] float32: mask loss; probability
+    words,  # [B, num_blocks, num_pixels] int32
+    counts,  # [B] int64
+    queries, stride_l, stride_b, stride_q, stride_i,  # embeddings [L, B, Q, D], or mask logits [L, B, Q, num_pixels]
+    pixels, stride_pb, stride_pd, stride_pp,  # [B, D, num_pixels], read with FACTORED
+    num_queries, num_rows, depth, num_pixels, num_blocks, num_chunks, chunk_tiles, on_weight, off_weight, gamma,
+    FACTORED: tl.constexpr, EXPONENT: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, TARGETS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    row_blocks = tl.cdiv(num_rows, ROWS)
+    program = tl.program_id(0)
+    chunk = program // row_blocks % num_chunks  # programs that run together read the same pixels
+    block = program // (row_blocks * num_chunks)
+    image, _, present = _block_of_program(num_blocks, block, counts, TARGETS)
+    if not present:
+        return
+    row = tl.minimum(program % row_blocks * ROWS + tl.arange(0, ROWS), num_rows - 1)
+    layer, query = (row // num_queries).to(tl.int64), (row % num_queries).to(tl.int64)
+    source = queries + image * stride_b + layer * stride_l + query * stride_q
+    words += block.to(tl.int64) * num_pixels
+    pixels += image * stride_pb
+    column = tl.arange(0, TARGETS)
+    off_sum = tl.zeros((ROWS,), tl.float32)
+    rise_sum = tl.zeros((ROWS, TARGETS), tl.float32)
+    probability_sum = tl.zeros((ROWS, TARGETS), tl.float32)
+    begin = chunk * chunk_tiles * PIXELS
+    for start in tl.range(begin, tl.minimum(begin + chunk_tiles * PIXELS, num_pixels), PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        here = pixel < num_pixels
+        if FACTORED:
+            logits = tl.zeros((ROWS, PIXELS), tl.float32)
+            for first in tl.range(0, depth, DEPTH):
+                channel = first + tl.arange(0, DEPTH)
+                exists = channel < depth
+                channel = channel.to(tl.int64)
+                embedding = tl.load(source[:, None] + channel[None, :] * stride_i, mask=exists[None, :], other=0.0)
+                place = channel[:, None] * stride_pd + pixel.to(tl.int64)[None, :] * stride_pp
+                values = tl.load(pixels + place, mask=exists[:, None] & here[None, :], other=0.0)
+                logits = tl.dot(embedding, values, logits, input_precision="tf32x3")
+        else:
+            place = pixel.to(tl.int64)[None, :] * stride_i
+            logits = tl.load(source[:, None] + place, mask=here[None, :], other=0.0).to(tl.float32)
+        probability, on, off = _pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
+        word = tl.load(words + pixel, mask=here, other=0)
+        truth = ((word[:, None] >> column[None, :]) & 1).to(tl.float16)
+        probability_sum += _dot_truth(probability * _SCALE, truth)
+        counted = ((word >> (TARGETS - 1)) & 1).to(tl.float32)
+        off_sum += tl.sum(off * counted[None, :], 1)
+        rise = on - off
+        # what is not finite stays so, in all columns: 0 times it is NaN
+        unit = tl.maximum(tl.max(tl.abs(rise), 1), _TINY) / _SCALE
+        rise_sum += _dot_truth(rise * (1.0 / unit)[:, None], truth) * unit[:, None]
+    target = sums + program.to(tl.int64) * (2 * ROWS * TARGETS)
+    target += tl.arange(0, ROWS)[:, None] * TARGETS + column[None, :]
+    tl.store(target, off_sum[:, None] + rise_sum)
+    tl.store(target + ROWS * TARGETS, probability_sum / _SCALE)
+
+
+@triton.jit
+def _class_probability(source, stride, label, num_columns, CLASSES: tl.constexpr):
+    """softmax of the logits at ``source`` [rows], at ``label`` [TARGETS] -> [rows, TARGETS]; NaN for no such label."""
+    column = tl.arange(0, CLASSES)
+    peak = tl.full((source.shape[0],), float("-inf"), tl.float32)
+    for start in tl.range(0, num_columns, CLASSES):
+        here = (start + column < num_columns)[None, :]
+        values = tl.load(source[:, None] + (start + column)[None, :] * stride, mask=here, other=float("-inf"))
+        peak = tl.maximum(peak, tl.max(values.to(tl.float32), 1))
+    total = tl.zeros((source.shape[0],), tl.float32)
+    for start in tl.range(0, num_columns, CLASSES):
+        here = (start + column < num_columns)[None, :]
+        values = tl.load(source[:, None] + (start + column)[None, :] * stride, mask=here, other=float("-inf"))
+        total += tl.sum(tl.exp(values.to(tl.float32) - peak[:, None]), 1)  # NaN where a logit is NaN or +inf
+    exists = (label >= 0) & (label < num_columns)
+    chosen = tl.load(source[:, None] + label[None, :] * stride, mask=exists[None, :], other=float("nan"))
+    return tl.exp(chosen.to(tl.float32) - peak[:, None]) / total[:, None]
+
+
+@triton.jit(do_not_specialize=[
+    "num_images", "num_queries", "num_rows", "num_targets", "num_columns", "num_blocks", "num_chunks", "num_tiles",
+])  # fmt: skip
+def _cost_kernel(
+    cost,  # [L, B, Q, T] float32
+    sums, areas,  # see the other kernels
+    class_logits, stride_l, stride_b, stride_q, stride_k,  # [L, B, Q, K+1]
+    labels, stride_lb, stride_lt,  # [B, T] int64
+    counts,  # [B] int64
+    num_images, num_queries, num_rows, num_targets, num_columns, num_blocks, num_chunks, num_tiles,
+    class_weight, mask_weight, dice_weight,
+    SUM_ROWS: tl.constexpr, ROWS: tl.constexpr, TARGETS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(num_rows, ROWS)
+    block = tl.program_id(0) // parts
+    image, first, present = _block_of_program(num_blocks, block, counts, TARGETS)
+    row = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
+    layer, query = (row // num_queries).to(tl.int64), (row % num_queries).to(tl.int64)
+    bit = tl.arange(0, TARGETS)
+    target = first + bit
+    exists = (bit < TARGETS - 1) & (target < num_targets)
+    place = cost + ((layer * num_images + image) * num_queries + query)[:, None] * num_targets + target[None, :]
+    inside = (row < num_rows)[:, None] & exists[None, :]
+    if not present:
+        tl.store(place, tl.zeros((ROWS, TARGETS), tl.float32), mask=inside)
+        return
+    row_blocks = tl.cdiv(num_rows, SUM_ROWS)
+    source = sums + (block.to(tl.int64) * num_chunks * row_blocks + row // SUM_ROWS)[:, None] * (2 * SUM_ROWS * TARGETS)
+    source += (row % SUM_ROWS)[:, None] * TARGETS + bit[None, :]
+    mask = tl.zeros((ROWS, TARGETS), tl.float32)
+    overlap = tl.zeros((ROWS, TARGETS), tl.float32)
+    for _ in tl.range(num_chunks):  # rows past the last are in the last block of sums: it is whole
+        mask += tl.load(source)
+        overlap += tl.load(source + SUM_ROWS * TARGETS)
+        source += row_blocks * (2 * SUM_ROWS * TARGETS)
+    areas += block.to(tl.int64) * num_tiles * TARGETS
+    area = tl.zeros((TARGETS,), tl.int32)
+    for start in tl.range(0, num_tiles, ROWS):
+        tile = start + tl.arange(0, ROWS)
+        counted = tl.load(areas + tile[:, None] * TARGETS + bit[None, :], mask=(tile < num_tiles)[:, None], other=0)
+        area += tl.sum(counted, 0)
+    last = bit == TARGETS - 1
+    samples = tl.maximum(tl.sum(tl.where(last, area, 0), 0), 1).to(tl.float32)
+    probability = tl.sum(tl.where(last[None, :], overlap, 0.0), 1)
+    dice = 1.0 - (2.0 * overlap + 1.0) / (probability[:, None] + area.to(tl.float32)[None, :] + 1.0)
+    label = tl.load(labels + image * stride_lb + target * stride_lt, mask=exists, other=0)
+    logits = class_logits + image * stride_b + layer * stride_l + query * stride_q
+    logits = tl.where(row < num_rows, logits, class_logits)
+    chosen = _class_probability(logits, stride_k, label, num_columns, CLASSES)
+    value = mask_weight * mask / samples + dice_weight * dice - class_weight * chosen
+    tl.store(place, tl.where((target < tl.load(counts + image))[None, :], value, 0.0), mask=inside)
+
+
+class _Cut(NamedTuple):
+    """How the pixels of a batch are shared by programs."""
+
+    row_blocks: int
+    chunks: int
+    chunk_tiles: int
+
+
+def _cut(images: int, blocks: int, rows: int, pixels: int) -> _Cut:
+    row_blocks = triton.cdiv(rows, ROWS)
+    tiles = triton.cdiv(pixels, PIXELS)
+    chunk_tiles = triton.cdiv(tiles, triton.cdiv(PROGRAMS, images * blocks * row_blocks))
+    return _Cut(row_blocks, triton.cdiv(tiles, chunk_tiles), chunk_tiles)
+
+
+def matching_cost_forward(
+    class_logits: Tensor,  # [L, B, Q, K+1] floating
+    embeddings: Tensor,  # [L, B, Q, D] float16, bfloat16 or float32; where pixels is None mask logits [L, B, Q, h, w]
+    pixels: Tensor | None,  # [B, D, h, w] of the same dtype
+    labels: Tensor,  # [B, T] int64
+    counts: Tensor,  # [B] int64
+    masks: Tensor,  # [B, T, H, ceil(W/8)] uint8, packed
+    valid_sizes: Tensor | None,  # [B, 2] int64, None counts every pixel
+    input_size: tuple[int, int],
+    weights: tuple[float, float, float],  # class, mask, dice
+    focal: tuple[float, float, float],  # weight of mask pixels, of the others, exponent
+    cost: Tensor,  # [L, B, Q, T] float32, contiguous, written
+) -> None:
+    """Costs as ``matching_cost_eager`` defines them, of inputs with any strides.
+
+    A label out of range costs NaN. The chunks that sums are made of depend on the number of images, layers and queries,
+    and so do the last bits of the costs.
+
+    Raises ValueError for other dtypes.
+    """
+    maps = embeddings if pixels is None else pixels
+    if embeddings.dtype not in _ELEMENTS:
+        raise ValueError(f"embeddings: expected one of {', '.join(map(str, _ELEMENTS))}, got {embeddings.dtype}")
+    if maps.dtype != embeddings.dtype:
+        raise ValueError(f"pixels: expected the embeddings' dtype {embeddings.dtype}, got {maps.dtype}")
+    if not cost.is_contiguous():
+        raise ValueError(f"cost: expected contiguous memory, got strides {cost.stride()}")
+    if cost.numel() == 0:
+        return
+    layers, batch, num_queries, slots = cost.shape
+    height, width = maps.shape[-2:]
+    num_pixels, num_rows = height * width, layers * num_queries
+    blocks, tiles = triton.cdiv(slots, BLOCK_TARGETS), triton.cdiv(num_pixels, SAMPLE_PIXELS)
+    cut = _cut(batch, blocks, num_rows, num_pixels)
+    words = masks.new_empty((batch, blocks, num_pixels), dtype=torch.int32)
+    areas = masks.new_empty((batch, blocks, tiles, WORD_BITS), dtype=torch.int32)
+    sums = cost.new_empty((batch * blocks * cut.chunks * cut.row_blocks, 2, ROWS, WORD_BITS))
+    counts = counts.contiguous()
+    valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
+    rows = embeddings.flatten(3)
+    columns = rows if pixels is None else pixels.flatten(2)
+    with torch.cuda.device_of(cost):
+        _sample_kernel[(batch * blocks * tiles,)](
+            words, areas, masks, *masks.stride(), counts, counts if valid_sizes is None else valid_sizes,
+            slots, blocks, tiles, num_pixels, width, *input_size, input_size[0] / height, input_size[1] / width,
+            EXCLUDE=valid_sizes is not None, TARGETS=WORD_BITS, PIXELS=SAMPLE_PIXELS, **LAUNCH,
+        )  # fmt: skip
+        _sums_kernel[(len(sums),)](
+            sums, words, counts, rows, *rows.stride(), columns, *columns.stride()[-3:],
+            num_queries, num_rows, columns.shape[-2], num_pixels, blocks, cut.chunks, cut.chunk_tiles, *focal,
+            **_constants(embeddings.dtype, pixels is not None, focal[2]), **LAUNCH,
+        )  # fmt: skip
+        _cost_kernel[(batch * blocks * triton.cdiv(num_rows, COST_ROWS),)](
+            cost, sums, areas, class_logits, *class_logits.stride(), labels, *labels.stride(), counts,
+            batch, num_queries, num_rows, slots, class_logits.shape[3], blocks, cut.chunks, tiles, *weights,
+            SUM_ROWS=ROWS, ROWS=COST_ROWS, TARGETS=WORD_BITS, CLASSES=CLASSES, **LAUNCH,
+        )  # fmt: skip
+
+
+def _constants(dtype: torch.dtype, factored: bool, gamma: float) -> dict[str, Any]:
+    """Compile-time constants of `_sums_kernel`."""
+    return {
+        "FACTORED": factored,
+        "EXPONENT": int(gamma) if gamma in (0.0, 2.0) else -1,
+        "ROWS": ROWS,
+        "PIXELS": PIXELS,
+        "TARGETS": WORD_BITS,
+        "DEPTH": DEPTH_BLOCKS[dtype],
+    }
+
+
+def variants() -> list[KernelVariant]:
+    """What is compiled ahead of time: the usual exponent, 2, and any, with which float32 needs most registers."""
+    found = [
+        _sums_variant("embeddings", torch.float32, 1.5),
+        _sums_variant("embeddings", torch.bfloat16, 2.0),
+        _sums_variant("logits", torch.float32, 2.0),
+    ]
+    blocks: dict[str, Any] = {"EXCLUDE": True, "TARGETS": WORD_BITS, "PIXELS": SAMPLE_PIXELS}
+    types = {"words": "*i32", "areas": "*i32", "masks": "*u8", "counts": "*i64", "valid_sizes": "*i64",
+             "scale_y": "fp32", "scale_x": "fp32"}  # fmt: skip
+    found.append(_variant("matching_cost_sample", _sample_kernel, types, blocks | {"stride_x": 1}))
+    blocks = {"SUM_ROWS": ROWS, "ROWS": COST_ROWS, "TARGETS": WORD_BITS, "CLASSES": CLASSES}
+    types = {"cost": "*fp32", "sums": "*fp32", "class_logits": "*fp32", "areas": "*i32", "labels": "*i64"}
+    types["counts"] = "*i64"
+    types |= dict.fromkeys(("class_weight", "mask_weight", "dice_weight"), "fp32")
+    found.append(_variant("matching_cost", _cost_kernel, types, blocks | {"stride_k": 1, "stride_lt": 1}))
+    return found
+
+
+def _sums_variant(form: str, dtype: torch.dtype, gamma: float) -> KernelVariant:
+    """For contiguous inputs. `form` is "logits" or "embeddings"."""
+    constants = _constants(dtype, form == "embeddings", gamma)
+    element = _ELEMENTS[dtype]
+    types = {"sums": "*fp32", "words": "*i32", "counts": "*i64", "queries": f"*{element}", "pixels": f"*{element}"}
+    types |= dict.fromkeys(("on_weight", "off_weight", "gamma"), "fp32")
+    exponent = "any" if constants["EXPONENT"] == -1 else constants["EXPONENT"]
+    aligned = ("stride_l", "stride_b", "stride_q", "stride_pb", "stride_pd", "depth", "num_pixels")
+    ones = {"stride_i": 1, "stride_pp": 1}
+    return _variant(f"matching_cost_sums_{form}_{element}_{exponent}", _sums_kernel, types, constants | ones, aligned)
+
+
+def _variant(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],  # of arguments that are not i32
+    constants: dict[str, Any],
+    aligned: tuple[str, ...] = (),  # beside the pointers
+) -> KernelVariant:
+    arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
+    pointers = tuple(argument for argument, kind in arguments.items() if kind.startswith("*"))
+    return KernelVariant(name, kernel, arguments, constants, **LAUNCH, aligned=(*pointers, *aligned))
