@@ -2,7 +2,8 @@
 
 A pair's low-resolution logits are upsampled, compared with its packed target and reduced to four sums, of which the
 losses are made: `mask_sums`. The backward pass upsamples again. In plain PyTorch both work on a few pairs at a time, so
-that no tensor of full resolution outlives its chunk.
+that no tensor of full resolution outlives its chunk. On CUDA devices Triton kernels do both (float64 apart), in which
+nothing of full resolution is ever in memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskformer_fast._extension import load_kernels
 from maskformer_fast.config import LossConfig, check
 from maskformer_fast.structures import Predictions, Targets, unpack_masks
 
@@ -150,6 +152,20 @@ def mask_sums_backward_eager(gradient: Tensor, *arguments: Any) -> Tensor:
     return result.where((inputs.rows >= 0)[:, None, None], 0)
 
 
+def _mask_sums_cuda(*arguments: Any) -> Tensor:
+    if arguments[0].dtype == torch.float64:
+        return mask_sums_eager(*arguments)
+    result: Tensor = load_kernels("mask_loss").mask_sums_forward(*arguments)
+    return result
+
+
+def _mask_sums_backward_cuda(gradient: Tensor, *arguments: Any) -> Tensor:
+    if arguments[0].dtype == torch.float64:
+        return mask_sums_backward_eager(gradient, *arguments)
+    result: Tensor = load_kernels("mask_loss").mask_sums_backward(gradient, *arguments)
+    return result
+
+
 def _mask_sums_fake(*arguments: Any) -> Tensor:
     inputs = _Inputs(*arguments)
     return inputs.logits.new_empty(inputs.rows.shape[0], 4)
@@ -169,9 +185,10 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.maskformer_fast.mask_sums_backward(*arguments), None, None, None, None, None
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("mask_sums", mask_sums_eager, _device)
-    _library.impl("mask_sums_backward", mask_sums_backward_eager, _device)
+_library.impl("mask_sums", mask_sums_eager, "CPU")
+_library.impl("mask_sums", _mask_sums_cuda, "CUDA")
+_library.impl("mask_sums_backward", mask_sums_backward_eager, "CPU")
+_library.impl("mask_sums_backward", _mask_sums_backward_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::mask_sums", _mask_sums_fake, lib=_library)
 torch.library.register_fake("maskformer_fast::mask_sums_backward", _mask_sums_backward_fake, lib=_library)
 torch.library.register_autograd(

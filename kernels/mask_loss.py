@@ -1,0 +1,378 @@
+"""Focal (or binary cross-entropy) and dice sums of matched pairs at full resolution, and their gradient.
+
+A pair is a map of low-resolution logits and a target, one bit a pixel. Of the full resolution nothing but registers is
+ever made. Programs walk down the map's rows, one after another: each is interpolated along x once, and the few rows of
+pixels between two of them take their logits from both.
+
+- `mask_sums_forward` reduces the pixels of a band to four sums; a second reduction adds up the bands.
+- `mask_sums_backward` gathers: a program owns a tile of cells of the map. Slopes of pixels are added to the row above
+  and the row below by their shares, in registers, then the rows are multiplied by the transpose of the interpolation
+  along x. Only where tiles meet are pixels worked on twice.
+
+Each number is summed in one order, so results are the same from run to run. Pixels lie where
+``F.interpolate(align_corners=False)`` puts them, exactly: coordinates are fractions of integers. All is summed in
+float32, sums within 2e-5 of the exact ones, relatively. A NaN logit makes the sums of its pair NaN if a counted pixel
+reads it, and the gradient NaN in at least the cells that share such a pixel with it; an infinite one may do as much.
+Other pairs never notice.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .variant import KernelVariant
+
+PIXELS = 128
+"""Columns of pixels that the forward pass works on at once. These constants are guesses where they give no reason: a
+GPU must tell."""
+BACKWARD_PIXELS = 64
+"""Those of the backward pass, which needs more registers: with 128 half as many programs fit."""
+ROWS = 4
+"""Rows of pixels worked on at once: as many as lie between two rows of a map at scale 4."""
+CELLS = 16
+"""Rows of a map that a program works on, and most of its columns that a program of the backward pass owns: the least
+that products of matrices are made for. At scale 4 it owns 15 columns, which `BACKWARD_PIXELS` pixels read."""
+LAUNCH = {"num_warps": 2, "num_stages": 1}
+"""4 to 8 pixels a thread: no target spills."""
+
+_SIZES = ["map_height", "map_width", "height", "width", "cells", "tiles_y", "tiles_x"]
+"""Arguments of any value: a kernel of its own for a size of 1 would be compiled for nothing."""
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _taps(index, size, out):
+    """Where pixels of ``out`` read a map's axis of ``size`` -> tap before, share of the tap after it.
+
+    That is (index + 1/2) size / out - 1/2, from 0 to size - 1. `_check` keeps the products within 32 bits.
+    """
+    doubled = (2 * index + 1) * size + out  # coordinate plus 1, times 2 out: never negative, so division is the floor
+    whole = doubled // (2 * out)
+    share = (doubled - whole * (2 * out)).to(tl.float32) / (2 * out).to(tl.float32)
+    return tl.minimum(tl.maximum(whole - 1, 0), size - 1), tl.where((whole > 0) & (whole < size), share, 0.0)
+
+
+@triton.jit
+def _first_reader(cell, size, out):
+    """First pixel of ``out`` whose coordinate on an axis of ``size`` cells is not below this cell."""
+    first = ((2 * cell + 1) * out + size - 1) // (2 * size)
+    return tl.where(cell <= 0, 0, tl.where(cell >= size, out, first))
+
+
+@triton.jit
+def _counted_part(valid_sizes, row, height, width):
+    """Ends of the counted rows and columns of a pair with this target; 0 without one."""
+    bottom = tl.where(row >= 0, height, 0)
+    right = width
+    if valid_sizes is not None:
+        valid_height = tl.load(valid_sizes + 2 * row, mask=row >= 0, other=0)
+        valid_width = tl.load(valid_sizes + 2 * row + 1, mask=row >= 0, other=0)
+        bottom = tl.minimum(tl.maximum(valid_height, 0), bottom).to(tl.int32)
+        right = tl.minimum(tl.maximum(valid_width, 0), right).to(tl.int32)
+    return bottom, right
+
+
+@triton.jit
+def _line(logits, cell, map_height, map_width, low, share):
+    """A row of the map, the last one for those after it, interpolated along x -> [1, pixels]."""
+    line = logits + tl.minimum(cell, map_height - 1).to(tl.int64) * map_width
+    high = tl.minimum(low + 1, map_width - 1)
+    before, after = tl.load(line + low[None, :]), tl.load(line + high[None, :])
+    return (1.0 - share)[None, :] * before + share[None, :] * after
+
+
+@triton.jit
+def _shares(y, cell, size, out):
+    """Of rows of pixels that lie after a row of cells, the share of the row of cells after it."""
+    beyond = (2 * y + 1) * size - (2 * cell + 1) * out
+    return tl.maximum(beyond, 0).to(tl.float32) / (2 * out).to(tl.float32)
+
+
+@triton.jit
+def _weights(x, cell, size, out):
+    """Of cells in pixels, as by `_taps` -> [pixels, cells]; no division, as every lane makes many."""
+    place = tl.minimum(tl.maximum((2 * x + 1) * size - out, 0), (size - 1) * (2 * out))  # coordinate times 2 out
+    distance = tl.abs(place[:, None] - (cell * (2 * out))[None, :]).to(tl.float32)
+    return tl.maximum(1.0 - distance * (1.0 / (2 * out).to(tl.float32)), 0.0)
+
+
+@triton.jit
+def _scores_of_pixels(
+    above, below,  # [1, pixels]
+    share,  # [rows], of the latter
+    target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER: tl.constexpr,
+):  # fmt: skip
+    """Of pixels y, x: truth, the probabilities of the wrong and of the right side, cross-entropy, its weight.
+
+    A pixel that is not counted, from row end or column right on, is off, and is wrong with probability 0.
+    """
+    counted = (y < end)[:, None] & (x < right)[None, :]
+    byte = tl.load(target + y.to(tl.int64)[:, None] * pitch + (x >> 3)[None, :], mask=counted, other=0).to(tl.int32)
+    truth = ((byte >> (x & 7)[None, :]) & 1) != 0
+    logit = (1.0 - share)[:, None] * above + share[:, None] * below
+    # One formula for both kinds of pixel: the probability given to the wrong side is sigmoid(z), the cross-entropy
+    # softplus(z). At z = -inf both are zero, and so is every gradient: that takes a pixel out of the loss.
+    z = tl.where(counted, tl.where(truth, -logit, logit), float("-inf"))
+    small = tl.exp2(tl.abs(z) * -_LOG2_E)
+    # log(1 + small) / small: minimax polynomial, relative error 2e-7, as the logarithm has not where small is small
+    log1p = 0.0782259106636 - small * (0.0295052135 - small * 0.00523268804)
+    log1p = 0.1910600513219 - small * (0.1366324275 - small * log1p)
+    log1p = 0.3331909775734 - small * (0.2484298199 - small * log1p)
+    log1p = small * (0.9999999403954 - small * (0.4999949336 - small * log1p))
+    likely = 1.0 / (1.0 + small)
+    unlikely = small * likely
+    wrong = tl.where(z >= 0, likely, unlikely)
+    weight = tl.where(truth, mask_weight, other_weight)
+    if POWER == 1:
+        weight *= wrong
+    elif POWER == 2:
+        weight *= wrong * wrong
+    elif POWER != 0:  # wrong = exp(-softplus(-z))
+        weight *= tl.exp2((tl.maximum(-z, 0.0) + log1p) * -_LOG2_E * gamma)
+    return truth, wrong, tl.where(z >= 0, unlikely, likely), tl.maximum(z, 0.0) + log1p, weight
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _mask_sums_kernel(
+    sums,  # [P, tiles, 4], zeros
+    logits,  # [P, h, w]
+    masks,  # [N, H, ceil(W/8)]
+    rows,  # [P] int64
+    valid_sizes,  # [N, 2] int64, or None
+    map_height, map_width, height, width, tiles_y, tiles_x, mask_weight, other_weight, gamma,
+    POWER: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    pair = (program // (tiles_y * tiles_x)).to(tl.int64)
+    first = program // tiles_x % tiles_y * CELLS
+    left = program % tiles_x * PIXELS
+    row = tl.load(rows + pair)
+    bottom, right = _counted_part(valid_sizes, row, height, width)
+    begin = _first_reader(first, map_height, height)
+    if (begin < bottom) & (left < right):
+        x = left + tl.arange(0, PIXELS)
+        low, share_x = _taps(x, map_width, width)
+        maps = logits + pair * map_height * map_width
+        pitch = (width + 7) // 8
+        target = masks + row * height * pitch
+        focal = tl.zeros((1, PIXELS), tl.float32)
+        overlap = tl.zeros((1, PIXELS), tl.float32)
+        total = tl.zeros((1, PIXELS), tl.float32)
+        area = tl.zeros((1, PIXELS), tl.float32)
+        below = _line(maps, first, map_height, map_width, low, share_x)
+        for cell in range(first, tl.minimum(first + CELLS, map_height)):
+            above = below
+            below = _line(maps, cell + 1, map_height, map_width, low, share_x)
+            following = _first_reader(cell + 1, map_height, height)
+            end = tl.minimum(following, bottom)
+            for top in range(begin, end, ROWS):
+                y = top + tl.arange(0, ROWS)
+                truth, wrong, right_side, entropy, weight = _scores_of_pixels(
+                    above, below, _shares(y, cell, map_height, height), target, y, x, end, right, pitch,
+                    mask_weight, other_weight, gamma, POWER,
+                )  # fmt: skip
+                focal += tl.sum(entropy * weight, 0, keep_dims=True)
+                overlap += tl.sum(tl.where(truth, right_side, 0.0), 0, keep_dims=True)
+                total += tl.sum(tl.where(truth, right_side, wrong), 0, keep_dims=True)
+                area += tl.sum(truth.to(tl.float32), 0, keep_dims=True)
+            begin = following
+        place = sums + program.to(tl.int64) * 4
+        tl.store(place, tl.sum(focal))
+        tl.store(place + 1, tl.sum(overlap))
+        tl.store(place + 2, tl.sum(total))
+        tl.store(place + 3, tl.sum(area))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _mask_sums_backward_kernel(
+    result,  # [P, h, w]
+    gradient,  # [P, 4]
+    logits,  # [P, h, w]
+    masks,  # [N, H, ceil(W/8)]
+    rows,  # [P] int64
+    valid_sizes,  # [N, 2] int64, or None
+    map_height, map_width, height, width,
+    cells,  # of a row that a program owns, at most CELLS
+    tiles_y, tiles_x, mask_weight, other_weight, gamma,
+    POWER: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    pair = (program // (tiles_y * tiles_x)).to(tl.int64)
+    first_y = program // tiles_x % tiles_y * CELLS
+    first_x = program % tiles_x * cells
+    cell_y = first_y + tl.arange(0, CELLS)
+    cell_x = first_x + tl.arange(0, CELLS)
+    row = tl.load(rows + pair)
+    bottom, right = _counted_part(valid_sizes, row, height, width)
+    for_entropy = tl.load(gradient + pair * 4)
+    for_overlap = tl.load(gradient + pair * 4 + 1)
+    for_total = tl.load(gradient + pair * 4 + 2)  # the area has none
+    maps = logits + pair * map_height * map_width
+    pitch = (width + 7) // 8
+    target = masks + row * height * pitch
+    # pixels that read one of the cells lie after the cell before the first
+    before = tl.maximum(first_y - 1, 0)
+    top = _first_reader(before, map_height, height)
+    first_pixel = _first_reader(first_x - 1, map_width, width)
+    end_pixel = tl.minimum(_first_reader(first_x + cells, map_width, width), right)
+    values = tl.zeros((CELLS, CELLS), tl.float32)
+    for left in range(first_pixel, tl.where(top < bottom, end_pixel, 0), PIXELS):
+        x = left + tl.arange(0, PIXELS)
+        low, share_x = _taps(x, map_width, width)
+        lines = tl.zeros((CELLS, PIXELS), tl.float32)
+        rest = tl.zeros((1, PIXELS), tl.float32)  # what the cells before gave to the row of cells after them
+        begin = top
+        below = _line(maps, before, map_height, map_width, low, share_x)
+        for cell in range(before, tl.minimum(first_y + CELLS, map_height)):
+            above = below
+            below = _line(maps, cell + 1, map_height, map_width, low, share_x)
+            following = _first_reader(cell + 1, map_height, height)
+            end = tl.minimum(following, bottom)
+            line = rest
+            rest = tl.zeros((1, PIXELS), tl.float32)
+            for start in range(begin, end, ROWS):
+                y = start + tl.arange(0, ROWS)
+                share = _shares(y, cell, map_height, height)
+                truth, wrong, right_side, entropy, weight = _scores_of_pixels(
+                    above, below, share, target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER
+                )
+                change = tl.where(truth, for_total + for_overlap, for_total) * (wrong * right_side)
+                if POWER != 0:
+                    wrong += gamma * entropy * right_side
+                slope = for_entropy * weight * wrong
+                slope = tl.where(truth, -slope, slope) + change
+                line += tl.sum((1.0 - share)[:, None] * slope, 0, keep_dims=True)
+                rest += tl.sum(share[:, None] * slope, 0, keep_dims=True)
+            if cell == map_height - 1:  # there is none after it
+                line += rest
+            lines = tl.where((cell_y == cell)[:, None], line, lines)
+            begin = following
+        weights = _weights(x, cell_x, map_width, width)
+        values = tl.dot(lines, weights, values, input_precision="tf32x3")
+    own = (cell_y < map_height)[:, None] & ((cell_x < first_x + cells) & (cell_x < map_width))[None, :]
+    place = result + pair * map_height * map_width + cell_y.to(tl.int64)[:, None] * map_width + cell_x[None, :]
+    tl.store(place, values, mask=own)
+
+
+def mask_sums_forward(
+    logits: Tensor,  # [P, h, w] float32
+    masks: Tensor,  # [N, H, ceil(W/8)] uint8, packed
+    rows: Tensor,  # [P] int64, the pair's target, below N, -1 for none
+    valid_sizes: Tensor | None,  # [N, 2] int64, None counts every pixel
+    width: int,  # W
+    focal: list[float],  # weight of mask pixels, of the others, exponent
+) -> Tensor:
+    """What the losses of each pair are made of -> [P, 4] float32.
+
+    Over the counted pixels of the upsampled logits x of a pair, with p = sigmoid(x) and truth t: the weighted focal
+    loss, p t, p, and t, each summed. Zeros for a pair without a target, whatever its logits.
+
+    Raises ValueError for other dtypes and shapes, and for sides of which the product of map and output passes 2^30.
+    """
+    _check(logits, masks, rows, valid_sizes, width)
+    pairs, *cells = logits.shape
+    size = (masks.shape[1], width)
+    tiles = (triton.cdiv(cells[0], CELLS), triton.cdiv(width, PIXELS))
+    sums = logits.new_zeros(pairs, tiles[0] * tiles[1], 4)
+    if sums.numel() and logits.numel() and size[0]:
+        with torch.cuda.device_of(logits):
+            _mask_sums_kernel[(pairs * tiles[0] * tiles[1],)](
+                sums, *_contiguous(logits, masks, rows, valid_sizes), *cells, *size, *tiles, *focal,
+                POWER=_power(focal[2]), PIXELS=PIXELS, ROWS=ROWS, CELLS=CELLS, **LAUNCH,
+            )  # fmt: skip
+    return sums.sum(1)
+
+
+def mask_sums_backward(
+    gradient: Tensor,  # [P, 4] float32, by the result of `mask_sums_forward`
+    logits: Tensor,  # [P, h, w] float32
+    masks: Tensor,  # [N, H, ceil(W/8)] uint8, packed
+    rows: Tensor,  # [P] int64, the pair's target, below N, -1 for none
+    valid_sizes: Tensor | None,  # [N, 2] int64, None counts every pixel
+    width: int,  # W
+    focal: list[float],  # weight of mask pixels, of the others, exponent
+) -> Tensor:
+    """Gradient by the logits -> [P, h, w] float32. Errors as `mask_sums_forward`."""
+    _check(logits, masks, rows, valid_sizes, width)
+    if gradient.shape != (len(logits), 4) or gradient.dtype != torch.float32:
+        raise ValueError(f"gradient: expected [{len(logits)}, 4] float32, got {_described(gradient)}")
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    size = (masks.shape[1], width)
+    if result.numel() == 0 or 0 in size:
+        return result.zero_()
+    cells = cells_of_program(logits.shape[2], width)
+    tiles = (triton.cdiv(logits.shape[1], CELLS), triton.cdiv(logits.shape[2], cells))
+    with torch.cuda.device_of(logits):
+        _mask_sums_backward_kernel[(len(logits) * tiles[0] * tiles[1],)](
+            result, gradient.contiguous(), *_contiguous(logits, masks, rows, valid_sizes),
+            *logits.shape[1:], *size, cells, *tiles, *focal,
+            POWER=_power(focal[2]), PIXELS=BACKWARD_PIXELS, ROWS=ROWS, CELLS=CELLS, **LAUNCH,
+        )  # fmt: skip
+    return result
+
+
+@functools.lru_cache(maxsize=4096)
+def cells_of_program(size: int, out: int) -> int:
+    """So many cells of an axis of ``size`` that blocks of pixels are filled best by those who read them."""
+
+    def cells_a_block(cells: int) -> float:
+        return cells / triton.cdiv((cells + 1) * out, BACKWARD_PIXELS * size)
+
+    return max(range(CELLS, 0, -1), key=cells_a_block)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _power(gamma: float) -> int:
+    """Exponents that need no exponential; -1 for the others."""
+    return int(gamma) if gamma in (0.0, 1.0, 2.0) else -1
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _check(logits: Tensor, masks: Tensor, rows: Tensor, valid_sizes: Tensor | None, width: int) -> None:
+    """What would otherwise be read out of bounds or wrongly."""
+    if logits.dim() != 3 or logits.dtype != torch.float32:
+        raise ValueError(f"logits: expected [P, h, w] float32, got {_described(logits)}")
+    if masks.dim() != 3 or masks.shape[2] != (width + 7) // 8 or masks.dtype != torch.uint8:
+        raise ValueError(f"masks: expected [N, H, {(width + 7) // 8}] uint8, got {_described(masks)}")
+    if rows.shape != logits.shape[:1] or rows.dtype != torch.int64:
+        raise ValueError(f"rows: expected [{len(logits)}] int64, got {_described(rows)}")
+    if valid_sizes is not None and (valid_sizes.shape != (len(masks), 2) or valid_sizes.dtype != torch.int64):
+        raise ValueError(f"valid_sizes: expected [{len(masks)}, 2] int64, got {_described(valid_sizes)}")
+    for size, out in zip(logits.shape[1:], (masks.shape[1], width), strict=True):
+        if (size + PIXELS) * (out + PIXELS) >= 1 << 30:
+            raise ValueError(f"sides of maps and output: expected a product below 2^30, got {size} times {out}")
+
+
+def variants() -> list[KernelVariant]:
+    """What is compiled ahead of time: the paper's exponent, and any, which takes the most registers; the others, and
+    those without padding, are the same less some instructions."""
+    return [
+        mask_loss_variant(kernel, power)
+        for kernel in (_mask_sums_kernel, _mask_sums_backward_kernel)
+        for power in (2, -1)
+    ]
+
+
+def mask_loss_variant(kernel: triton.JITFunction, power: int) -> KernelVariant:
+    """One of the kernels with valid sizes; ``power`` is one of `_power`."""
+    backward = kernel is _mask_sums_backward_kernel
+    pixels = BACKWARD_PIXELS if backward else PIXELS
+    constants = {"POWER": power, "PIXELS": pixels, "ROWS": ROWS, "CELLS": CELLS}
+    types = dict.fromkeys(("sums", "result", "gradient", "logits"), "*fp32")
+    types |= {"masks": "*u8", "rows": "*i64", "valid_sizes": "*i64"}
+    aligned = tuple(name for name in types if name in kernel.arg_names)
+    types |= dict.fromkeys(("mask_weight", "other_weight", "gamma"), "fp32")
+    arguments = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    name = f"mask_sums{'_backward' * backward}_gamma_{'any' if power < 0 else power}"
+    return KernelVariant(name, kernel, arguments, constants, **LAUNCH, aligned=aligned)
