@@ -57,6 +57,9 @@ class BackboneConfig:
     """Swin: window side in tokens."""
     drop_path_rate: float | None = None
     """Swin: stochastic depth of the last block; earlier blocks scale linearly from 0."""
+    checkpointing: bool | None = None
+    """Swin: keep each block's input alone and compute the block again in the backward pass: far less memory for about a
+    third more time in the backbone. Activation checkpointing; results are the same."""
 
     def __post_init__(self) -> None:
         for name in ("stem_channels", "bottleneck_channels", "res2_channels", "embed_dim", "window_size"):
@@ -321,6 +324,7 @@ class SolverConfig:
     """Largest gradient norm of the full model; 0 turns clipping off."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     compile: bool = False
+    """Compile network and criterion by `torch.compile`. Batches are then padded to a few sizes, each compiled once."""
     channels_last: bool = False
 
     def __post_init__(self) -> None:
