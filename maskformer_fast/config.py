@@ -245,6 +245,8 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     skip_broken: bool = False
     """Leave out images or annotations that cannot be read, and list them, instead of stopping."""
+    cache: bool = False
+    """Hold the data set decoded in memory: for sets that fit, and are read or decoded slowly. Validation's too."""
     workers: int = 2
     """Loader processes; 0 loads in the training process."""
 
