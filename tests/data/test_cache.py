@@ -67,7 +67,8 @@ def test_batches_are_those_of_the_data_set_itself(workers: int) -> None:
         list(islice(train_loader(dataset, config, "panoptic"), 4)) for dataset in (Counted(), CachedDataset(Counted()))
     )
     for a, b in zip(left, right, strict=True):
-        assert torch.equal(a.images, b.images) and torch.equal(a.targets.masks, b.targets.masks) and a.broken == b.broken
+        assert torch.equal(a.images, b.images) and torch.equal(a.targets.masks, b.targets.masks)
+        assert a.broken == b.broken
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
