@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from maskformer_fast.kernels.variant import KernelVariant
 from torch import Tensor
+
+from maskformer_fast.kernels.variant import KernelVariant
 
 SCALE = tl.constexpr(4096.0)
 """Of probabilities before they become float16, which has few bits for numbers below 6e-5."""

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from maskformer_fast.kernels.class_probabilities import SCALE, class_probabilities, class_probabilities_variant
 from maskformer_fast.kernels.resample import add_taps, axis_tiles, sigmoid, tap_weights, tile_of_program
 from maskformer_fast.kernels.variant import KernelVariant
-from torch import Tensor
 
 MAX_QUERIES = 256
 """A tile's masks of all queries are held in registers at once."""

@@ -57,6 +57,9 @@ class BackboneConfig:
     """Swin: window side in tokens."""
     drop_path_rate: float | None = None
     """Swin: stochastic depth of the last block; earlier blocks scale linearly from 0."""
+    checkpointing: bool | None = None
+    """Swin: keep each block's input alone and compute the block again in the backward pass: far less memory for about a
+    third more time in the backbone. Activation checkpointing; results are the same."""
 
     def __post_init__(self) -> None:
         for name in ("stem_channels", "bottleneck_channels", "res2_channels", "embed_dim", "window_size"):
@@ -242,6 +245,8 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     skip_broken: bool = False
     """Leave out images or annotations that cannot be read, and list them, instead of stopping."""
+    cache: bool = False
+    """Hold the data set decoded in memory: for sets that fit, and are read or decoded slowly. Validation's too."""
     workers: int = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -321,6 +326,7 @@ class SolverConfig:
     """Largest gradient norm of the full model; 0 turns clipping off."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     compile: bool = False
+    """Compile network and criterion by `torch.compile`. Batches are then padded to a few sizes, each compiled once."""
     channels_last: bool = False
 
     def __post_init__(self) -> None:

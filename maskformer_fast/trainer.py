@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 HEADLINES: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": "ap"}
 
 
+COMPILED_SHAPES = 64
+"""Nine sizes of images, seven numbers of targets; PyTorch's own limit, 8, is there to stop code that never settles."""
 GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay")
 """What the configuration says of a parameter group."""
 
@@ -73,10 +75,12 @@ class Trainer:
             self._load_pretrained()
         layout = torch.channels_last if config.solver.channels_last else torch.contiguous_format
         self.network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.forward = torch.compile(self.network, fullgraph=True) if config.solver.compile else self.network
+        self.forward = compile_whole(self.network) if config.solver.compile else self.network
         pixelwise = config.model.type != "maskformer"
         criterion = PixelCriterion if pixelwise else Criterion
         self.criterion = criterion(config.model.num_classes, config.loss).to(self.device)
+        if config.solver.compile:
+            self.criterion = compile_whole(self.criterion)
         self.optimizer = build_optimizer(self.network, config.solver)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.solver.amp == "fp16")
         self.predictor = Predictor(self.network, config, self.metadata, self.device)
@@ -299,6 +303,12 @@ class _Window:
             "data_share": self.waited / seconds,
             "eta_seconds": per_step * remaining_steps,
         }
+
+
+def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> Any:
+    """A module as one graph for each shape of its input (`data.buckets` keeps these few), never in pieces."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+    return torch.compile(module, fullgraph=True, dynamic=False, backend=backend)
 
 
 def measured_step(folder: Path) -> int | None:

@@ -166,3 +166,24 @@ def test_peaks_are_measured() -> None:
     finally:
         torch.set_num_threads(threads)
     assert peaks["threads"] == 1 and peaks["matmul_gflop_per_s"] > 1 and peaks["copy_gb_per_s"] > 0.5
+
+
+def test_class_count_gives_every_run_the_same_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    from benchmarks import class_count
+
+    runs: list[tuple[str, int, int]] = []
+
+    def train(folder: Path, model: str, classes: int, steps: int) -> tuple[float, float]:
+        runs.append((model, classes, steps))
+        return (0.5 + classes / 1000 if model == "maskformer" else 0.5), 3.0 + 0.1 * steps
+
+    monkeypatch.setattr(class_count, "train", train)
+    output = tmp_path / "out.json"
+    assert class_count.main(["--minutes", "2", "--classes", "5", "20", "--output", str(output)]) == 0
+    steps = {number for *_, number in runs if number not in (1, class_count.TRIAL_STEPS)}
+    assert len(steps) == 1 and 250 <= steps.pop() <= 270  # (120 s - 4 x 3.1 s) / 0.4 s, less what the call itself took
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["classes"], round(row["gain"], 3)) for row in rows] == [(5, 0.005), (20, 0.02)]
+    assert "+0.0200" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"minutes: expected more than 20 steps take, got 0\.1"):
+        class_count.main(["--minutes", "0.1"])

@@ -8,6 +8,7 @@ from typing import Literal
 
 from maskformer_fast.config import DataConfig, check, check_choice
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
+from maskformer_fast.data.cache import CachedDataset
 from maskformer_fast.data.coco_instances import coco_instances_dataset
 from maskformer_fast.data.coco_panoptic import coco_panoptic_dataset
 from maskformer_fast.data.folder import folder_dataset
@@ -26,11 +27,19 @@ _COLLECTION = "DETECTRON2_DATASETS"  # where users of detectron2 say that their 
 def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> SegmentationDataset:
     """Open the training or the validation part of the configured data set; pixels are read later, one by one.
 
+    With ``data.cache`` all of them are read at once.
+
     Raises:
         FileNotFoundError: folders or files are not where the layout has them; the message lists the paths.
-        ValueError: an unknown data set, a task its truth does not allow, no root, or malformed annotations.
+        ValueError: an unknown data set, a task its truth does not allow, no root, or malformed annotations; a data set
+            that is to be held in memory and does not fit.
         ModuleNotFoundError: COCO instances without pycocotools.
     """
+    dataset = _open_dataset(config, split)
+    return CachedDataset(dataset) if config.cache else dataset
+
+
+def _open_dataset(config: DataConfig, split: Literal["train", "val"]) -> SegmentationDataset:
     check_choice("split", split, ("train", "val"))
     name = config.dataset
     check_choice("data.dataset", name, DATASETS)
@@ -60,7 +69,7 @@ def dataset_metadata(config: DataConfig) -> Metadata:
     """
     if config.dataset in PRESETS and config.root is None:
         return preset_metadata(config.dataset)
-    return build_dataset(config, "val").metadata
+    return _open_dataset(config, "val").metadata
 
 
 def _root(config: DataConfig) -> Path:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskformer_fast.config import Config, Task, TestConfig, check
+from maskformer_fast.config import AugmentConfig, Config, Task, TestConfig, check
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
+from maskformer_fast.data.buckets import bucket_side, bucket_targets
 from maskformer_fast.data.transforms import Sample, TrainTransform, resize_image
 from maskformer_fast.structures import Example, Targets
 
@@ -70,13 +71,18 @@ def pad_images(
 
 
 def collate(
-    samples: Sequence[Sample], divisor: int, broken: Sequence[Broken] = (), canvas: tuple[int, int] = (0, 0)
+    samples: Sequence[Sample],
+    divisor: int,
+    broken: Sequence[Broken] = (),
+    canvas: tuple[int, int] = (0, 0),
+    slots: int = 1,
 ) -> Batch:
-    """Pad images and targets to one size, at least ``canvas``; T is the largest number of targets, at least 1."""
+    """Pad images and targets to one size, at least ``canvas``; T is the largest number of targets, at least ``slots``.
+    """
     images, valid_sizes = pad_images([sample.image for sample in samples], divisor, canvas)
     height, width = images.shape[2:]
     counts = torch.tensor([len(sample.labels) for sample in samples], dtype=torch.int64)
-    most = max(1, int(counts.max()))
+    most = max(slots, int(counts.max()))
     labels = torch.zeros((len(samples), most), dtype=torch.int64)
     masks = torch.zeros((len(samples), most, height, (width + 7) // 8), dtype=torch.uint8)
     for row, sample in enumerate(samples):
@@ -170,6 +176,7 @@ def train_loader(
                 _collate_read,
                 divisor=config.model.size_divisibility,
                 canvas=config.data.augment.crop_size or (0, 0),  # so that every batch of a run has one shape
+                buckets=config.data.augment if config.solver.compile else None,
             ),
             worker_init_fn=_set_up_worker,
             pin_memory=on_gpu,
@@ -271,7 +278,10 @@ class _EvalSamples(Dataset[Any]):
 
 
 def _collate_read(
-    items: list[tuple[Sample, list[Broken]] | BrokenExampleError], divisor: int, canvas: tuple[int, int]
+    items: list[tuple[Sample, list[Broken]] | BrokenExampleError],
+    divisor: int,
+    canvas: tuple[int, int],
+    buckets: AugmentConfig | None,  # whose levels sizes are padded to, None for no such levels
 ) -> Batch | BrokenExampleError:
     samples: list[Sample] = []
     broken: list[Broken] = []
@@ -280,7 +290,13 @@ def _collate_read(
             return item
         samples.append(item[0])
         broken += item[1]
-    return collate(samples, divisor, broken, canvas)
+    slots = 1
+    if buckets is not None:
+        slots = bucket_targets(max(len(sample.labels) for sample in samples))
+        if buckets.crop_size is None:
+            height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
+            canvas = bucket_side(height, buckets, divisor), bucket_side(width, buckets, divisor)
+    return collate(samples, divisor, broken, canvas, slots)
 
 
 def _raise_broken(item: Any) -> Any:

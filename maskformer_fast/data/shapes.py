@@ -41,20 +41,21 @@ _GROUND_HUES = (4, 8, 1, 0, 7, 2, 9, 5)  # where each ground starts: green grass
 
 @dataclass(frozen=True)
 class ThingClass:
-    """A thing is a shape, a hue and a pattern, each by index into its tuple of `scene`."""
+    """A thing is a shape, a hue and a pattern, each by index into its tuple of `scene`, and whether it is pale."""
 
     kind: int
     hue: int
     pattern: int
+    pale: bool = False
 
     @property
     def name(self) -> str:
-        return f"{HUES[self.hue]} {PATTERNS[self.pattern]} {KINDS[self.kind]}"
+        return f"{'pale ' if self.pale else ''}{HUES[self.hue]} {PATTERNS[self.pattern]} {KINDS[self.kind]}"
 
     @property
     def color(self) -> tuple[float, float, float]:
         """Hue, saturation, value of 0..1 before jitter."""
-        return self.hue / len(HUES), 0.75, 0.88
+        return (self.hue / len(HUES), 0.35, 0.96) if self.pale else (self.hue / len(HUES), 0.75, 0.88)
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,16 @@ class StuffClass:
         return (self.hue / len(HUES), 0.22, 0.80) if self.pale else (self.hue / len(HUES), 0.42, 0.55)
 
 
-MAX_THINGS = len(KINDS) * len(HUES) * len(PATTERNS)
+MAX_THINGS = len(KINDS) * len(HUES) * len(PATTERNS) * 2
 MAX_STUFF = len(GROUNDS) * len(HUES) * 2
 
 
 def thing_class(index: int) -> ThingClass:
-    """Enumerate shape x hue x pattern without repetition; neighbours differ in shape and in hue."""
+    """Enumerate tone x shape x hue x pattern without repetition; neighbours differ in shape and in hue."""
     block, kind = divmod(index, len(KINDS))
     lap, shift = divmod(block, len(HUES))
-    return ThingClass(kind, (5 * kind + shift) % len(HUES), (kind + lap) % len(PATTERNS))
+    pale, lap = divmod(lap, len(PATTERNS))
+    return ThingClass(kind, (5 * kind + shift) % len(HUES), (kind + lap) % len(PATTERNS), bool(pale))
 
 
 def stuff_class(index: int) -> StuffClass:

@@ -9,14 +9,15 @@ from maskformer_fast.modeling.resnet import ResNet
 from maskformer_fast.modeling.swin import SwinTransformer
 
 RESNET_FIELDS = ("stem", "stem_channels", "bottleneck_channels", "res2_channels", "multi_grid", "norm")
-SWIN_FIELDS = ("embed_dim", "num_heads", "window_size", "drop_path_rate")
+SWIN_FIELDS = ("embed_dim", "num_heads", "window_size", "drop_path_rate", "checkpointing")
 
 _RESNET50 = BackboneConfig(
     "resnet50", depths=(3, 4, 6, 3), stem="basic", stem_channels=64, bottleneck_channels=64, res2_channels=256,
     multi_grid=False, norm="batch",
 )
 _SWIN_TINY = BackboneConfig(
-    "swin_tiny", depths=(2, 2, 6, 2), embed_dim=96, num_heads=(3, 6, 12, 24), window_size=7, drop_path_rate=0.3
+    "swin_tiny", depths=(2, 2, 6, 2), embed_dim=96, num_heads=(3, 6, 12, 24), window_size=7, drop_path_rate=0.3,
+    checkpointing=False,
 )
 _PRESETS = (
     _RESNET50,

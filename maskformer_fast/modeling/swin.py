@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 MLP_RATIO = 4
 PATCH = 4
@@ -170,11 +171,18 @@ class SwinStage(nn.Module):
     """Blocks of one resolution, every second one with shifted windows, and the way down to the next."""
 
     def __init__(
-        self, dim: int, num_heads: int, window: int, drop_path: Sequence[float], downsample: PatchMerging | None
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        drop_path: Sequence[float],
+        downsample: PatchMerging | None,
+        checkpointing: bool,
     ) -> None:
         """One block for each entry of ``drop_path``, its stochastic depth."""
         super().__init__()
         self.window = window
+        self.checkpointing = checkpointing
         self.blocks = nn.ModuleList(
             SwinBlock(dim, num_heads, window, window // 2 if index % 2 else 0, rate)
             for index, rate in enumerate(drop_path)
@@ -190,7 +198,10 @@ class SwinStage(nn.Module):
         """-> output [B, H, W, C], input of the next stage [B, next_height, next_width, 2C] (unused after the last)."""
         mask = shifted_window_mask(x, self.window)
         for block in self.blocks:
-            x = block(x, mask)
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask)
         return x, x if self.downsample is None else self.downsample(x, next_height, next_width)
 
 
@@ -204,6 +215,7 @@ class SwinTransformer(nn.Module):
         num_heads: Sequence[int],
         window_size: int,
         drop_path_rate: float,
+        checkpointing: bool = False,
     ) -> None:
         """The arguments are fields of `maskformer_fast.config.BackboneConfig`."""
         super().__init__()
@@ -214,7 +226,7 @@ class SwinTransformer(nn.Module):
         self.layers = nn.ModuleList(
             SwinStage(
                 dim, num_heads[stage], window_size, list(islice(rates, depths[stage])),
-                PatchMerging(dim) if stage < 3 else None,
+                PatchMerging(dim) if stage < 3 else None, checkpointing,
             )
             for stage, dim in enumerate(self.channels)
         )

@@ -120,8 +120,8 @@ def test_shapes_have_about_the_same_area_and_stay_in_their_extent(kind: str) -> 
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="split: expected one of 'train', 'val', got 'test'"):
         ShapesDataset(ShapesConfig(), "test")
-    with pytest.raises(ValueError, match=r"data\.shapes\.num_things: expected at most 600"):
-        ShapesDataset(ShapesConfig(num_things=601), "train")
+    with pytest.raises(ValueError, match=r"data\.shapes\.num_things: expected at most 1200"):
+        ShapesDataset(ShapesConfig(num_things=1201), "train")
     with pytest.raises(ValueError, match=r"data\.shapes\.num_stuff: expected at most 192"):
         ShapesDataset(ShapesConfig(num_stuff=193), "train")
     with pytest.raises(IndexError, match=r"expected 0\.\.127, got 128"):

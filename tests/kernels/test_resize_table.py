@@ -7,8 +7,9 @@ import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maskformer_fast.kernels.resize_table import MAX_SIDE, PRECISION_BITS, columns_first, resize_table
 from PIL import Image
+
+from maskformer_fast.kernels.resize_table import MAX_SIDE, PRECISION_BITS, columns_first, resize_table
 
 SIDES = (1, 2, 3, 5, 8, 17, 31, 64, 100, 127, 255, 333)
 

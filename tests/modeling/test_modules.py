@@ -22,6 +22,7 @@ from maskformer_fast.modeling.swin import (
     DropPath,
     PatchMerging,
     SwinBlock,
+    SwinTransformer,
     from_windows,
     shifted_window_mask,
     to_windows,
@@ -218,3 +219,29 @@ def test_the_asked_norm_is_everywhere(norm: Any, kind: type[nn.Module]) -> None:
 def test_backbones_that_cannot_be_built_say_why(config: BackboneConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_backbone(config)
+
+
+def test_checkpointed_swin_equals_swin_and_keeps_less() -> None:
+    torch.manual_seed(0)
+    arguments = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 4, 8), "window_size": 4}
+    plain = SwinTransformer(**arguments, drop_path_rate=0.3).train()
+    thrifty = SwinTransformer(**arguments, drop_path_rate=0.3, checkpointing=True).train()
+    thrifty.load_state_dict(plain.state_dict())
+    image = torch.randn(2, 3, 90, 70)
+    kept, gradients = [], []
+    for network in (plain, thrifty):
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(1)  # of stochastic depth
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total = sum((feature**2).sum() for feature in network(image))
+        total.backward()
+        kept.append(sum(sizes.values()))
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert kept[1] < 0.5 * kept[0]
+    assert torch.equal(thrifty.eval()(image)[3], plain.eval()(image)[3])

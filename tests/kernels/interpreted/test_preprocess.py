@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from maskformer_fast.kernels.preprocess import resize_forward
 from PIL import Image
 from torch import Tensor
 
+from maskformer_fast.kernels.preprocess import resize_forward
 from maskformer_fast.ops.resize import _columns_first
 
 # input height, width -> height, width on a canvas; tiles are 8 x 32

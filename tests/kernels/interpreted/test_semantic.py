@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskformer_fast.kernels.resample import _place, axis_tiles
 from maskformer_fast.kernels.semantic import semantic_from_embeddings, semantic_from_logits
-
 from maskformer_fast.ops.semantic_inference import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
