@@ -20,7 +20,7 @@ SAMPLE_MS = 4.0
 """At least, for one sample: short operations are repeated."""
 SAMPLES = (7, 25)
 """At least, and at most."""
-SECONDS = 0.8
+SECONDS = 0.6
 """Samples are taken up to this time, between these numbers."""
 WARM_UP_CALLS = 3
 

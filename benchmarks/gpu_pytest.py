@@ -1,4 +1,4 @@
-"""Plugin of pytest: one line of JSON for each test that ends, in the file that GPU_TEST_RESULTS names.
+"""Plugin of pytest: runs a part of the tests, and writes a line of JSON for each that ends into GPU_TEST_RESULTS.
 
 So that what is known survives a process that crashes or is ended. After a failure that broke the GPU's context, in
 which every later test would fail too, the process ends itself; `benchmarks.gpu_tests` starts another for the rest.
@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 RESULTS_VARIABLE = "GPU_TEST_RESULTS"
+PART_VARIABLE = "GPU_TEST_PART"
+"""``k/n``: the k-th (from 0) of n equal parts of what is collected."""
 BROKEN_STATUS = 77
 OWN = {"maskformer_fast", "benchmarks", "tests"}
 
@@ -58,11 +60,13 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out the tests that a process before has ended."""
+    """Keep the tests of this part that no process before has ended."""
+    part, parts = map(int, os.environ[PART_VARIABLE].split("/"))
+    mine = items[part * len(items) // parts : (part + 1) * len(items) // parts]  # neighbours share compiled kernels
     results = Path(os.environ[RESULTS_VARIABLE])
     lines = results.read_text().splitlines() if results.exists() else []
     ended = {entry["name"] for entry in map(json.loads, lines) if "name" in entry}
-    items[:] = [item for item in items if item.nodeid not in ended]
+    items[:] = [item for item in mine if item.nodeid not in ended]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

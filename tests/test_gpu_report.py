@@ -274,6 +274,7 @@ def test_whole_command(tmp_path: Path, scripted, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu, "FOLDER", tmp_path)
     monkeypatch.setattr(gpu, "FILES", [path.name for path in write(tmp_path, gpu_a=SCRIPTED)])
     monkeypatch.setattr(gpu, "TESTS", tests)
+    monkeypatch.setattr(gpu_tests, "PARTS", 1)
     monkeypatch.setattr(gpu, "describe_machine", lambda device: MACHINE)
     assert gpu.main(["--device", "cpu", "--started", str(time.time() - 10)]) == 1
     report = json.loads((tmp_path / "results" / "NVIDIA-Fake-9-GPU.json").read_text())

@@ -46,7 +46,6 @@ def test_skips():
 LACKING = "import no_such_package\nimport pytest\n@pytest.mark.gpu\ndef test_nothing(): pass\n"
 BROKEN = LACKING.replace("no_such_package", "benchmarks.no_such_module")
 ENDLESS = "import pytest, time\n@pytest.mark.gpu\ndef test_endless(): time.sleep(60)\n"
-FAILING = "import pytest\n@pytest.mark.gpu\ndef test_fails(): assert 1 == 2, 'one is not two'\n"
 OTHER = "def test_other(): assert False\n"
 
 
@@ -59,21 +58,22 @@ def write(folder: Path, **files: str) -> None:
 def test_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "tests"
     (folder / "deep").mkdir(parents=True)
-    write(folder, test_a=TESTS, test_lacking=LACKING, test_broken=BROKEN, test_other=OTHER)
-    write(folder / "deep", test_endless=ENDLESS)
+    write(folder, test_lacking=LACKING, test_broken=BROKEN, test_other=OTHER)
+    write(folder / "deep", test_a=TESTS)
     return folder
 
 
 def test_tests_are_found_by_their_marker() -> None:
     names = [path.name for path in gpu_tests.find_files(ROOT / "tests")]
-    assert names[0] == "test_compute_sanitizer.py" and set(gpu_tests.LONGEST) <= set(names)
+    assert names[0] == "test_compute_sanitizer.py" and set(gpu_tests.WHOLE) <= set(names)
     assert {"test_semantic_gpu.py", "test_linear_sum_assignment_cuda.py"} <= set(names)
     assert "test_build.py" not in names
 
 
-def test_outcomes_of_tests(test_folder: Path) -> None:
+def test_outcomes_of_tests(test_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tests, "PARTS", 2)
     states = []
-    found = gpu_tests.run_tests(test_folder, time.monotonic() + 15, states.append)
+    found = gpu_tests.run_tests(test_folder, time.monotonic() + 200, states.append)
     short = {kind: {entry["name"].split("/")[-1]: entry["reason"] for entry in found[kind]}
              for kind in ("failures", "skips", "missing")}  # fmt: skip
     assert found["passed"] == 3
@@ -88,10 +88,20 @@ def test_outcomes_of_tests(test_folder: Path) -> None:
             "test_a.py::test_skips": "for a reason",
             "test_lacking.py": "no_such_package is not installed",
         },
-        "missing": {"test_endless.py::test_endless": "not run: time"},
+        "missing": {},
     }
-    assert (found["failed"], found["skipped"], found["not_run"]) == (3, 3, 1)
-    assert len(states) == 4 and found["seconds"] < 20
+    assert (found["failed"], found["skipped"], found["not_run"]) == (3, 3, 0)
+    assert len(states) == 2 * 3
+
+
+def test_what_finds_no_time_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tests, "PARTS", 1)
+    write(tmp_path, test_endless=ENDLESS)
+    for seconds in (-1, 6):
+        found = gpu_tests.run_tests(tmp_path, time.monotonic() + seconds, lambda state: None)
+        assert (found["passed"], found["failed"], found["not_run"]) == (0, 0, 1) and found["seconds"] < seconds + 10
+        (entry,) = found["missing"]
+        assert entry["reason"] == "not run: time" and "test_endless.py" in entry["name"]
 
 
 def test_a_broken_context_costs_one_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +113,7 @@ def test_a_broken_context_costs_one_test(tmp_path: Path, monkeypatch: pytest.Mon
     code += "@pytest.mark.gpu\ndef test_breaks():\n    global broken\n    broken = True\n    sync()\n"
     code += "@pytest.mark.gpu\ndef test_after():\n    sync()\n"
     write(tmp_path, test_context=code)
+    monkeypatch.setattr(gpu_tests, "PARTS", 1)
     found = gpu_tests.run_tests(tmp_path, time.monotonic() + 60, lambda state: None)
     assert found["passed"] == 1
     assert [entry["reason"] for entry in found["failures"]] == ["RuntimeError: illegal access"]
