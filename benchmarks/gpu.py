@@ -102,7 +102,8 @@ def main(argv: Sequence[str]) -> int:
         report.update(rows=build_rows(todo, results, machine))
 
     run(todo, options.device, min(time.monotonic() + BENCHMARKS_SECONDS, end), changed)
-    print(report.path.with_suffix(".md").read_text())
+    print(report.path.with_suffix(".md").read_text().partition("## Figures")[0])
+    print(f"All figures: {report.path.with_suffix('.md')}")
     return status(report.content)
 
 

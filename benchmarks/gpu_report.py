@@ -67,7 +67,8 @@ def _goals(case: Case, row: Row) -> Iterable[Row]:
     if case.max_us is not None:
         yield _goal(f"<= {case.max_us:g} µs", 1e3 * time if time else None, case.max_us, broken, at_most=True)
     if case.bound_share is not None:
-        yield _goal(f">= {100 * case.bound_share:g} % of the bound", row["bound_share"], case.bound_share, broken)
+        share = None if row["bound_share"] is None else 100 * row["bound_share"]
+        yield _goal(f">= {100 * case.bound_share:g} % of the bound", share, 100 * case.bound_share, broken)
     for peer in case.peers:
         found = peers[peer.name]
         failed = broken or "error" in found

@@ -190,6 +190,7 @@ def test_rows_ratios_and_goals(measured) -> None:
     slow = plain["peers"][0]
     assert slow["ratio"] == slow["graph"]["ms"] / plain["ours"]["graph"]["ms"] > 3
     assert slow["call_ratio"] == slow["call"]["ms"] / plain["ours"]["call"]["ms"]
+    assert plain["goals"][1]["value"] == 100 * plain["bound_share"]
     goals = {goal["text"]: goal["reached"] for goal in plain["goals"]}
     memory = goals.pop("peak memory <= 1/2 of slow")
     assert goals == {"<= 150 µs": False, ">= 1 % of the bound": False, ">= 3x slow": True, ">= 1x absent": None,
@@ -282,7 +283,8 @@ def test_whole_command(tmp_path: Path, scripted, monkeypatch: pytest.MonkeyPatch
     assert (report["tests"]["failed"], report["tests"]["skipped"]) == (1, 1)
     assert [row["name"] for row in report["rows"]] == ["first", "second"]
     page = (tmp_path / "results" / "NVIDIA-Fake-9-GPU.md").read_text()
-    assert page in capsys.readouterr().out and "one is not two" in page
+    out = capsys.readouterr().out
+    assert page.partition("## Figures")[0] in out and "one is not two" in out and "NVIDIA-Fake-9-GPU.md" in out
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "NVIDIA-Fake-9-GPU.json", "NVIDIA-Fake-9-GPU.md"]  # fmt: skip
 
