@@ -14,6 +14,8 @@ BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard
 KIND := $(if $(SYSTEM_TORCH),system,own)
 DEMO_READY := $(VENV)/.ready-$(KIND)-train
 TEST_READY := $(VENV)/.ready-$(KIND)-test
+# with the system's packages the GPU's tests and benchmarks do without what is missing, and say so
+GPU_READY := $(if $(SYSTEM_TORCH),$(VENV)/.ready-system,$(TEST_READY))
 
 .PHONY: help demo test lint bench gpu clean
 .DELETE_ON_ERROR:
@@ -23,7 +25,7 @@ help:
 	@echo "make test    install, lint, all tests with coverage"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   operators beside their peers on this machine's CPU -> benchmarks/results/cpu.json"
-	@echo "make gpu     tests and benchmarks that need a CUDA device -> benchmarks/results/"
+	@echo "make gpu     tests and benchmarks that need a CUDA device, in nine minutes -> benchmarks/results/GPU-NAME.json, .md"
 	@echo "make clean   remove builds and caches (not $(VENV), not runs/)"
 
 demo: $(DEMO_READY)
@@ -42,11 +44,12 @@ bench: $(TEST_READY)
 	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only --benchmark-json=benchmarks/results/pytest_cpu.json
 	$(BIN)/python -m benchmarks.cpu
 
-gpu: $(TEST_READY)
-	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch finds no CUDA device here')"
-	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest tests -m gpu
-	$(BIN)/python -m pytest benchmarks -m gpu --benchmark-only --benchmark-json=benchmarks/results/gpu.json
+# Nine minutes at most, of which the build is a part. Built for this machine's GPU alone, which is quickest.
+GPU_STARTED := $(shell date +%s)
+gpu: export CUDAARCHS ?= native
+gpu: $(GPU_READY)
+	@$(if $(SYSTEM_TORCH),$(BIN)/python .ci/missing_packages.py --tell train test)
+	$(BIN)/python -m benchmarks.gpu --started $(GPU_STARTED)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
@@ -57,7 +60,7 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "maskformer_fast needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--without-pip) $(VENV)
 
 ifeq ($(SYSTEM_TORCH),)
 $(DEMO_READY): $(BUILD_FILES) | $(BIN)/python
@@ -70,9 +73,9 @@ $(TEST_READY): $(BUILD_FILES) | $(BIN)/python
 else
 # A path file and not --system-site-packages, which would miss the packages of a PYTHON that is itself an environment.
 $(VENV)/.ready-system: $(BUILD_FILES) | $(BIN)/python
-	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "SYSTEM_TORCH=1: $(PYTHON) has no torch that can be imported" >&2; exit 1; }
-	@# a new environment's own setuptools may be too old and would hide that of PYTHON
-	$(BIN)/python -m pip uninstall -q -y setuptools
+	@$(PYTHON) -c "import torch, pip" || { echo "SYSTEM_TORCH=1: $(PYTHON) must have torch and pip" >&2; exit 1; }
+	@# an environment made with pip has a setuptools of its own, which may be too old and would hide that of PYTHON
+	test ! -e $(BIN)/pip || $(BIN)/python -m pip uninstall -q -y setuptools
 	$(PYTHON) -c "import sys; print('\n'.join(f'import site; site.addsitedir({p!r})' for p in sys.path \
 	  if p.endswith(('site-packages', 'dist-packages'))))" \
 	  > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system_packages.pth"

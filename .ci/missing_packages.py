@@ -1,6 +1,7 @@
 """Lists packages that this environment lacks, and exits with 1 if there are any.
 
 ``--build``: what building needs (pyproject.toml); else what the installed maskformer_fast needs, extras as arguments.
+``--tell`` before the extras: exits with 0, for what works in part without them.
 """
 
 from __future__ import annotations
@@ -44,10 +45,13 @@ def main(arguments: list[str]) -> None:
         pyproject = Path(__file__).parents[1] / "pyproject.toml"
         found = missing(tomllib.loads(pyproject.read_text())["build-system"]["requires"], set())
     else:
-        found = missing(metadata.requires(PACKAGE) or [], set(arguments))
+        found = missing(metadata.requires(PACKAGE) or [], set(arguments) - {"--tell"})
     if found:
         purpose = "building maskformer_fast" if arguments == ["--build"] else "maskformer_fast"
-        sys.exit(f"This Python lacks packages that {purpose} needs:\n  " + "\n  ".join(sorted(found)))
+        text = f"This Python lacks packages that {purpose} needs:\n  " + "\n  ".join(sorted(found))
+        if "--tell" not in arguments:
+            sys.exit(text)
+        print(text)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from maskformer_fast.ops import instance_inference, panoptic_inference
 from maskformer_fast.rle import encode_packed_masks
 from maskformer_fast.structures import VOID, Predictions
 
+Size = tuple[int, int]
+
 QUERIES, KEPT, CHANNELS = 100, 25, 256
 THINGS, STUFF = 80, 53  # COCO's
 LOW, HIGH = (160, 240), (640, 960)
@@ -31,33 +33,33 @@ IS_THING = [True] * THINGS + [False] * STUFF
 OBJECT_THRESHOLD, OVERLAP_THRESHOLD = 0.8, 0.8
 
 
-def smooth_fields(count: int, cells: tuple[int, int], generator: torch.Generator) -> Tensor:
+def smooth_fields(count: int, cells: Size, generator: torch.Generator, low: Size = LOW) -> Tensor:
     """Random fields of about unit size that vary over some 1 / cells of the map -> [count, h, w]."""
     coarse = torch.randn(1, count, *cells, generator=generator)
-    return F.interpolate(coarse, LOW, mode="bicubic", align_corners=False)[0]
+    return F.interpolate(coarse, low, mode="bicubic", align_corners=False)[0]
 
 
-def as_predictions(classes: Tensor, masks: Tensor, generator: torch.Generator) -> Predictions:
+def as_predictions(classes: Tensor, masks: Tensor, generator: torch.Generator, high: Size = HIGH) -> Predictions:
     """Predictions whose class logits [Q, K+1] and mask logits [Q, h, w] are the given ones."""
     basis = torch.linalg.qr(torch.randn(CHANNELS, QUERIES, generator=generator)).Q  # orthonormal columns
     pixels = torch.einsum("dq,qhw->dhw", basis, masks)[None]
-    return Predictions(classes[None, None], basis.T[None, None].contiguous(), pixels, torch.tensor([HIGH]), HIGH)
+    return Predictions(classes[None, None], basis.T[None, None].contiguous(), pixels, torch.tensor([high]), high)
 
 
-def panoptic_predictions() -> Predictions:
-    """25 confident queries that share the image among them; the others repeat parts of it and are no objects."""
+def panoptic_predictions(kept: int = KEPT, low: Size = LOW, high: Size = HIGH) -> Predictions:
+    """Some confident queries that share the image among them; the others repeat parts of it and are no objects."""
     generator = torch.Generator().manual_seed(0)
     classes = torch.randn(QUERIES, THINGS + STUFF + 1, generator=generator)
-    objects = torch.randperm(QUERIES, generator=generator)[:KEPT]
+    objects = torch.randperm(QUERIES, generator=generator)[:kept]
     classes[:, -1] += 9
-    classes[objects, torch.randint(0, THINGS + STUFF, (KEPT,), generator=generator)] += 20
-    fields = smooth_fields(KEPT, (6, 9), generator)
+    classes[objects, torch.randint(0, THINGS + STUFF, (kept,), generator=generator)] += 20
+    fields = smooth_fields(kept, (6, 9), generator, low)
     best = fields.topk(2, 0).values
     lead = fields - torch.where(fields == best[0], best[1], best[0])  # above 0 where a query is ahead of all others
-    owner = torch.randint(0, KEPT, (QUERIES,), generator=generator)
-    owner[objects] = torch.arange(KEPT)
-    masks = (8 * lead[owner]).clamp(-8, 8) + 0.3 * smooth_fields(QUERIES, (40, 60), generator)
-    return as_predictions(classes, masks, generator)
+    owner = torch.randint(0, kept, (QUERIES,), generator=generator)
+    owner[objects] = torch.arange(kept)
+    masks = (8 * lead[owner]).clamp(-8, 8) + 0.3 * smooth_fields(QUERIES, (40, 60), generator, low)
+    return as_predictions(classes, masks, generator, high)
 
 
 def instance_predictions() -> Predictions:
@@ -100,13 +102,13 @@ def our_instances(classes: Tensor, masks: Tensor) -> object:
     return labels[order], scores, [rles[slot] for slot in slots[order].tolist()]
 
 
-def official_panoptic(classes: Tensor, masks: Tensor) -> object:
+def official_panoptic(classes: Tensor, masks: Tensor, high: Size = HIGH) -> tuple[Tensor, list[tuple[int, int]]]:
     """The paper's inference as its code does it: everything at full size, then query after query."""
-    masks = F.interpolate(masks[None], size=HIGH, mode="bilinear", align_corners=False)[0].sigmoid()
+    masks = F.interpolate(masks[None], size=high, mode="bilinear", align_corners=False)[0].sigmoid()
     scores, categories, kept = kept_queries(classes)
     masks = masks[kept]
     winner = (scores[:, None, None] * masks).argmax(0)
-    id_map = torch.full(HIGH, VOID, dtype=torch.int32)
+    id_map = torch.full(high, VOID, dtype=torch.int32, device=masks.device)
     segments: list[tuple[int, int]] = []
     stuff: dict[int, int] = {}
     for query, category in enumerate(categories.tolist()):

@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
         "isa": load_extension().available_isas()[-1],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
         "peaks": [_fresh_peaks(threads) for threads in (1, 2)],
     }
 
@@ -41,7 +41,8 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
