@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from maskformer_fast.kernels.variant import KernelVariant
 from torch import Tensor
+
+from maskformer_fast.kernels.variant import KernelVariant
 
 WORD_BITS = 32
 BLOCK_TARGETS = WORD_BITS - 1

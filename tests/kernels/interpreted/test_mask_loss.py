@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskformer_fast.kernels.mask_loss import BACKWARD_PIXELS, CELLS, cells_of_program
 from maskformer_fast.kernels.mask_loss import mask_sums_backward as backward
 from maskformer_fast.kernels.mask_loss import mask_sums_forward as forward
-
 from maskformer_fast.ops.mask_loss import (
     _mask_sums_backward_cuda,
     _mask_sums_cuda,

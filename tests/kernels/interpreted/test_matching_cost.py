@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maskformer_fast.kernels import matching_cost as kernels
 from torch import Tensor
 
+from maskformer_fast.kernels import matching_cost as kernels
 from maskformer_fast.ops.matching_cost import _matching_cost_cuda, _matching_cost_torch
 
 FOCAL = (0.25, 0.75, 2.0)
