@@ -93,6 +93,7 @@ def _semantic_inference_cuda(
             labels,
             scores if with_scores else None,
             margins if with_margins else None,
+            path,
         )
         return results
     eager = semantic_inference_eager(
