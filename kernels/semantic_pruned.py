@@ -60,6 +60,8 @@ _TINY = tl.constexpr(1e-8)
 """The same of numbers below the normal halves, in all."""
 UNPROVEN_PROGRAMS = 256
 """That share the unproven tiles: two for each multiprocessor of the largest target. A guess: a GPU must tell."""
+_CLASS_BLOCK = 16
+"""Of `LIVE` queries. With 32 a multiprocessor of sm_90 has registers for one tile at a time, with 16 for two."""
 
 MASK_COST = 300
 """A mask's resampling and sigmoid cost about as much as its product with so many classes, by counting instructions."""
@@ -138,7 +140,7 @@ def _pruned_kernel(
         num_queries, map_height, map_width, tap_rows, tap_columns, TAPS, QUERIES,
     )  # fmt: skip
     doubts = 1
-    if missing <= _MOST_MISSING * top:
+    if missing <= top * _MOST_MISSING:
         masks = masks_of_logits(
             logits + image * stride_b, query, tl.arange(0, LIVE) < count, tile,
             stride_q, stride_y, stride_x, map_height, map_width, tap_rows, tap_columns, TAPS,
@@ -191,7 +193,7 @@ def semantic_pruned(
     with torch.cuda.device_of(labels):
         unproven = torch.zeros(1 + tiling.tiles, dtype=torch.int32, device=labels.device)
         largest = torch.empty(len(labels), pruned["ROWS"], device=labels.device)
-        chances = class_probabilities(class_logits, pruned["ROWS"], pruned["CLASSES"], pruned["SPLIT"], largest)
+        chances = class_probabilities(class_logits, pruned["ROWS"], dense["CLASSES"], dense["SPLIT"], largest)
         arguments = (
             mask_logits, *mask_logits.stride(),
             mask_logits.shape[1], class_logits.shape[2] - 1, chances.shape[3], *mask_logits.shape[2:],
@@ -207,15 +209,15 @@ def _constants(maps: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """Compile-time constants of the kernel of all queries and of the pruning one."""
     dense = constants_of(maps)
     rows = dense["GROUPS"] * dense["QUERIES"]
-    pruned = {**dense, "ROWS": rows, "QUERIES": triton.next_power_of_2(rows)}
+    pruned = {**dense, "ROWS": rows, "QUERIES": triton.next_power_of_2(rows), "CLASSES": _CLASS_BLOCK}
     del pruned["GROUPS"]
     return dense, pruned
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time: queries innermost, as a matrix product writes them."""
+    """What is compiled ahead of time: queries innermost, as a matrix product writes them; usual and most registers."""
     found = []
-    for dtype, queries in ((torch.float16, 128), (torch.bfloat16, MAX_QUERIES), (torch.float32, MAX_QUERIES)):
+    for dtype, queries in ((torch.float16, 128), (torch.float32, MAX_QUERIES)):
         dense, pruned = _constants(torch.empty(0, queries, dtype=dtype))
         for name, kernel, constants in (("pruned", _pruned_kernel, pruned), ("unproven", _unproven_kernel, dense)):
             name = f"semantic_{name}_{ELEMENTS[dtype]}_q{pruned['ROWS']}"
