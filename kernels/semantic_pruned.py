@@ -9,7 +9,7 @@ give it: live queries are multiplied as the same halves. A tile with another pix
     probabilities and each query's largest -> one program per tile: bounds, live queries, labels, proof
     -> programs that share the list of unproven tiles -> labels of all queries
 
-The kernels of all queries need twice the registers, so in one kernel each tile would pay for the unproven ones. Nothing
+Scoring all queries needs so many registers that in one kernel half as many tiles would be under way at a time. Nothing
 is read by the host; the order of the list is that of chance, the labels are not.
 
 Simulated on the CPU with the predictions of benchmarks/cpu_semantic.py (128x128 -> 512x512, Q=100): unproven are 17 %
@@ -61,7 +61,7 @@ _TINY = tl.constexpr(1e-8)
 UNPROVEN_PROGRAMS = 256
 """That share the unproven tiles: two for each multiprocessor of the largest target. A guess: a GPU must tell."""
 _CLASS_BLOCK = 16
-"""Of `LIVE` queries. With 32 a multiprocessor of sm_90 has registers for one tile at a time, with 16 for two."""
+"""Scored at once. With 32 a multiprocessor of sm_90 has registers for one tile at a time, with 16 (Q <= 128) for two."""
 
 MASK_COST = 300
 """A mask's resampling and sigmoid cost about as much as its product with so many classes, by counting instructions."""
