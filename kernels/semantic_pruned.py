@@ -7,7 +7,7 @@ A pixel whose winner leads the runner-up by more than R, and what float32 rounds
 give it: live queries are multiplied as the same halves. A tile with another pixel in it is done again with all queries:
 
     probabilities and each query's largest -> one program per tile: bounds, live queries, labels, proof
-    -> programs that share the list of unproven tiles -> labels of all queries
+    -> one program for each place in the list of unproven tiles, most of which end at once: labels of all queries
 
 Scoring all queries needs so many registers that in one kernel half as many tiles would be under way at a time. Nothing
 is read by the host; the order of the list is that of chance, the labels are not.
@@ -28,6 +28,7 @@ from maskformer_fast.kernels.class_probabilities import (
 )
 from maskformer_fast.kernels.resample import limit_taps, sigmoid, tile_at
 from maskformer_fast.kernels.semantic_tile import (
+    CLASS_BLOCK,
     ELEMENTS,
     LAUNCH,
     MAX_QUERIES,
@@ -58,10 +59,9 @@ _HALF_ROUNDING = tl.constexpr(1.002)
 """What is missing was to be multiplied as halves, which may be larger than the mask and the probability by 2^-11."""
 _TINY = tl.constexpr(1e-8)
 """The same of numbers below the normal halves, in all."""
-UNPROVEN_PROGRAMS = 256
-"""That share the unproven tiles: two for each multiprocessor of the largest target. A guess: a GPU must tell."""
 _CLASS_BLOCK = 16
-"""Scored at once. With 32 a multiprocessor of sm_90 has registers for one tile at a time, with 16 (Q <= 128) for two."""
+"""Scored at once. With 32 a multiprocessor of sm_90 has registers for one tile at a time, with 16 for two;
+and all queries spill on sm_120."""
 
 MASK_COST = 300
 """A mask's resampling and sigmoid cost about as much as its product with so many classes, by counting instructions."""
@@ -168,10 +168,10 @@ def _unproven_kernel(
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, TAPS: tl.constexpr,
     QUERIES: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """All queries in the tiles of the list."""
-    for place in tl.range(tl.program_id(0), tl.load(unproven), tl.num_programs(0), num_stages=1):
+    """All queries in one tile of the list; a loop over several would not fit the registers of every target."""
+    if tl.program_id(0) < tl.load(unproven):
         classify_tile(
-            tl.load(unproven + 1 + place), labels, labels, labels, probabilities,
+            tl.load(unproven + 1 + tl.program_id(0)), labels, labels, labels, probabilities,
             logits, stride_b, stride_q, stride_y, stride_x,
             num_queries, num_classes, padded_classes, map_height, map_width, height, width,
             scale_y, rest_y, scale_x, rest_x, offset_y, offset_x, tap_rows, tap_columns, tiles_y, tiles_x,
@@ -193,23 +193,22 @@ def semantic_pruned(
     with torch.cuda.device_of(labels):
         unproven = torch.zeros(1 + tiling.tiles, dtype=torch.int32, device=labels.device)
         largest = torch.empty(len(labels), pruned["ROWS"], device=labels.device)
-        chances = class_probabilities(class_logits, pruned["ROWS"], dense["CLASSES"], dense["SPLIT"], largest)
+        chances = class_probabilities(class_logits, pruned["ROWS"], CLASS_BLOCK, dense["SPLIT"], largest)
         arguments = (
             mask_logits, *mask_logits.stride(),
             mask_logits.shape[1], class_logits.shape[2] - 1, chances.shape[3], *mask_logits.shape[2:],
             *tiling.arguments,
         )  # fmt: skip
         _pruned_kernel[(tiling.tiles,)](labels, unproven, chances, largest, *arguments, **pruned, **LAUNCH)
-        programs = min(tiling.tiles, UNPROVEN_PROGRAMS)
-        _unproven_kernel[(programs,)](labels, unproven, chances, *arguments, **dense, **LAUNCH)
+        _unproven_kernel[(tiling.tiles,)](labels, unproven, chances, *arguments, **dense, **LAUNCH)
     return unproven
 
 
 def _constants(maps: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """Compile-time constants of the kernel of all queries and of the pruning one."""
-    dense = constants_of(maps)
+    dense = constants_of(maps) | {"CLASSES": _CLASS_BLOCK}
     rows = dense["GROUPS"] * dense["QUERIES"]
-    pruned = {**dense, "ROWS": rows, "QUERIES": triton.next_power_of_2(rows), "CLASSES": _CLASS_BLOCK}
+    pruned = {**dense, "ROWS": rows, "QUERIES": triton.next_power_of_2(rows)}
     del pruned["GROUPS"]
     return dense, pruned
 
