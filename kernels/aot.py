@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from maskformer_fast.kernels.variant import KernelVariant
 
-KERNEL_MODULES = ("mask_loss", "matching_cost", "preprocess", "semantic")
+KERNEL_MODULES = ("mask_loss", "matching_cost", "preprocess", "semantic", "semantic_pruned")
 """Modules of this folder with a function ``variants() -> list[KernelVariant]``. A new kernel is one name here."""
 
 SHARED_MEMORY_LIMITS = {

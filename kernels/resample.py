@@ -42,11 +42,22 @@ def tile_of_program(
     map_height, map_width, scale_y, rest_y, scale_x, rest_x, offset_y, offset_x, tiles_y, tiles_x,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """This program's image, rows and columns of its pixels (some outside the output), the tile's first tap, and how the
-    pixels read the maps: tap before and share of the one after, along both axes."""
-    program = tl.program_id(0)
-    top = (program // tiles_x) % tiles_y * TILE_H - offset_y
-    left = program % tiles_x * TILE_W - offset_x
+    """`tile_at` where each program makes one tile."""
+    return tile_at(
+        tl.program_id(0), map_height, map_width, scale_y, rest_y, scale_x, rest_x, offset_y, offset_x,
+        tiles_y, tiles_x, TILE_H, TILE_W,
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_at(
+    index, map_height, map_width, scale_y, rest_y, scale_x, rest_x, offset_y, offset_x, tiles_y, tiles_x,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """The image of tile `index`, rows and columns of its pixels (some outside the output), the tile's first tap, and
+    how the pixels read the maps: tap before and share of the one after, along both axes."""
+    top = (index // tiles_x) % tiles_y * TILE_H - offset_y
+    left = index % tiles_x * TILE_W - offset_x
     pixel = tl.arange(0, TILE_H * TILE_W)
     y = top + pixel // TILE_W
     x = left + pixel % TILE_W
@@ -54,7 +65,7 @@ def tile_of_program(
     low_x, share_x = _place(x, scale_x, rest_x, map_width)
     first_y, _ = _place(tl.maximum(top, 0), scale_y, rest_y, map_height)
     first_x, _ = _place(tl.maximum(left, 0), scale_x, rest_x, map_width)
-    image = (program // (tiles_x * tiles_y)).to(tl.int64)
+    image = (index // (tiles_x * tiles_y)).to(tl.int64)
     return image, y, x, first_y, first_x, low_y, share_y, low_x, share_x
 
 
@@ -71,13 +82,18 @@ def tap_weights(row, column, low_y, share_y, low_x, share_x):
 @triton.jit
 def add_taps(resampled, weights, values):
     """``resampled`` [pixels, channels] plus weights [pixels, taps] @ values [taps, channels], in float32."""
-    values = tl.where(values == values, tl.minimum(tl.maximum(values, -_LIMIT), _LIMIT), _NAN_INPUT)
-    return tl.dot(weights, values, resampled, input_precision="tf32x3")
+    return tl.dot(weights, limit_taps(values), resampled, input_precision="tf32x3")
+
+
+@triton.jit
+def limit_taps(values):
+    """What `add_taps` makes of float32 logits; `sigmoid` of it is NaN where they are."""
+    return tl.where(values == values, tl.minimum(tl.maximum(values, -_LIMIT), _LIMIT), _NAN_INPUT)
 
 
 @triton.jit
 def sigmoid(resampled):
-    """Of what `add_taps` summed; NaN where a tap was NaN."""
+    """Of what `add_taps` summed; NaN where a tap was NaN. Monotone otherwise."""
     masks = 1.0 / (1.0 + tl.exp2(resampled * -1.4426950408889634))
     return tl.where(resampled > _NAN_OUTPUT, float("nan"), masks)
 

@@ -1,7 +1,7 @@
 """Semantic inference: a class for every pixel of the output (paper section 3.4, "semantic inference").
 
 `semantic_inference` is one fused operator: in C++ on the CPU (csrc/semantic.h; tiles of pixels over threads, exact
-pruning of classes and queries, temporaries below 16 MiB), in Triton on CUDA (kernels/semantic.py).
+pruning of classes and queries, temporaries below 16 MiB), in Triton on CUDA (kernels/semantic.py, semantic_pruned.py).
 `semantic_inference_eager` and everything else here is plain PyTorch: oracle of the tests, baseline of the benchmarks,
 and what runs where there is no faster backend. No function has a gradient. Eager work goes by tiles of rows: beside
 inputs and results, temporaries stay within `resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
@@ -93,6 +93,7 @@ def _semantic_inference_cuda(
             labels,
             scores if with_scores else None,
             margins if with_margins else None,
+            path,
         )
         return results
     eager = semantic_inference_eager(
@@ -166,8 +167,9 @@ def semantic_inference(
         output_size: height H and width W of the result.
         with_scores: also return the winner's score.
         with_margins: also return by how much the winner's score exceeds the runner-up's (+inf with one class).
-        path: of the C++ operator, for tests: ``dense`` computes every score, ``pruned`` leaves out what cannot matter,
-            ``auto`` decides in each tile. Labels are the same.
+        path: of the C++ operator and the Triton kernels, for tests: ``dense`` computes every score, ``pruned`` leaves
+            out what cannot matter, ``auto`` decides: on the CPU in each tile, on CUDA by shapes alone, as nothing is
+            read back. Labels are the same. On CUDA scores and margins always take every score.
 
     Returns:
         labels [B, H, W], uint8 if K <= 255 (255 stays free for "ignore") else int16; scores and margins [B, H, W]
