@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from maskformer_fast.kernels.variant import KernelVariant
 
-KERNEL_MODULES = ("preprocess", "semantic")
+KERNEL_MODULES = ("instances", "panoptic", "preprocess", "rle", "semantic")
 """Modules of this folder with a function ``variants() -> list[KernelVariant]``. A new kernel is one name here."""
 
 SHARED_MEMORY_LIMITS = {
