@@ -60,9 +60,13 @@ def test_opcheck_and_compile() -> None:
 
 @pytest.mark.parametrize(
     "change, name",
-    [({"mask_logits": torch.zeros(2, 4, 4)}, "mask_logits"), ({"extent": (9, 4)}, "extent"), ({"capacity": -1}, "capacity"),
-     ({"output_size": (46341, 46341)}, "output_size")],
-)  # fmt: skip
+    [
+        ({"mask_logits": torch.zeros(2, 4, 4)}, "mask_logits"),
+        ({"extent": (9, 4)}, "extent"),
+        ({"output_size": (46341, 46341)}, "output_size"),
+        ({"capacity": -1}, "capacity"),
+    ],
+)
 def test_bad_input_is_named(change, name) -> None:
     arguments = {"mask_logits": torch.zeros(1, 2, 4, 4), "extent": (4, 4), "output_size": (8, 8), "capacity": 9}
     with pytest.raises(ValueError, match=rf"{name}: expected .*, got "):

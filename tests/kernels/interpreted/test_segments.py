@@ -118,8 +118,9 @@ def assert_same(found, expected) -> None:
         assert got.dtype == want.dtype and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("grid", GRID)
+@pytest.mark.parametrize(
+    "grid, rule", [*((grid, rule) for grid in GRID[:4] for rule in RULES), *((grid, RULES[0]) for grid in GRID[4:])]
+)
 def test_panoptic(grid, rule) -> None:
     dtype = torch.float16 if rule == "mask2former" else torch.float32
     arguments, expected = clear_scene(0, 1, 3, grid, dtype, rule)
@@ -281,14 +282,14 @@ def test_run_lengths_equal_pycocotools(grid, dtype) -> None:
 
 def test_runs_from_column_to_column() -> None:
     """At the foot of a column, at the head of the next, and over both; a first and a last pixel; a chessboard."""
-    masks = torch.zeros(5, 17, 35, dtype=torch.bool)
+    masks = torch.zeros(5, 9, 34, dtype=torch.bool)
     masks[0, -1, 3], masks[0, 0, 9] = True, True
     masks[1, -2:, 4], masks[1, :3, 5] = True, True
     masks[2, 0, 0], masks[2, -1, -1] = True, True
-    masks[3] = (torch.arange(17)[:, None] + torch.arange(35)) % 2 == 0
+    masks[3] = (torch.arange(9)[:, None] + torch.arange(34)) % 2 == 0
     masks[4, :, 31:33] = True  # from one block of columns to the next
     logits = torch.where(masks, 1.0, -1.0)[None]
-    found = _instance_rle_cuda(logits, (17, 35), (17, 35), 2000)
+    found = _instance_rle_cuda(logits, (9, 34), (9, 34), 2000)
     assert counts_of(*found) == coco_counts(masks)
 
 
@@ -336,7 +337,7 @@ def test_numbers_of_all_lengths_are_written_as_by_pycocotools() -> None:
     tools = pytest.importorskip("pycocotools.mask")
     side = 46000  # nearly 2^31 pixels
     ends = [2**power + shift for power in range(2, 31) for shift in (-1, 0, 1)]
-    masks = [[5, side**2], [0, 1, side**2], [side**2], ends[3::2] + [side**2], [*range(1, RUN_BLOCK + 2), side**2]]
+    masks = [[5, side**2], [0, 1, side**2], [side**2], [*ends[3::2], side**2], [*range(1, RUN_BLOCK + 2), side**2]]
     masks += [[10, 20, 20 + 2**30, 30 + 2**30, 31 + 2**30, 32 + 2**30, side**2 - 1, side**2]]
     expected = [
         tools.frPyObjects({"size": [side, side], "counts": np.diff([0, *mask]).tolist()}, side, side)["counts"]
