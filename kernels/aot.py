@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from maskformer_fast.kernels.variant import KernelVariant
 
-KERNEL_MODULES = ("mask_loss", "matching_cost", "preprocess", "semantic", "semantic_pruned")
+KERNEL_MODULES = (
+    "instances", "mask_loss", "matching_cost", "panoptic", "preprocess", "rle", "semantic", "semantic_pruned"
+)  # fmt: skip
 """Modules of this folder with a function ``variants() -> list[KernelVariant]``. A new kernel is one name here."""
 
 SHARED_MEMORY_LIMITS = {

@@ -108,11 +108,15 @@ class AxisTiles(NamedTuple):
     tiles: int
 
 
+def scale_parts(extent: float, output: int) -> tuple[float, float]:
+    """Distance of output pixels in taps, as the sum of two float32."""
+    scale = ctypes.c_float(extent / output).value
+    return scale, ctypes.c_float(extent / output - scale).value
+
+
 @functools.lru_cache(maxsize=4096)
 def axis_tiles(source: int, extent: float, output: int, tile: int) -> AxisTiles:
     """Tiles of ``tile`` pixels over an axis of ``output`` pixels, which cover ``extent`` of the maps' ``source``."""
-    scale = ctypes.c_float(extent / output).value
-    rest = ctypes.c_float(extent / output - scale).value
 
     def taps(offset: int) -> int:
         most = 1
@@ -126,4 +130,4 @@ def axis_tiles(source: int, extent: float, output: int, tile: int) -> AxisTiles:
         return most
 
     offset = min(0, round(output / extent / 2) % tile, key=taps)
-    return AxisTiles(scale, rest, offset, taps(offset), -(-(output + offset) // tile))
+    return AxisTiles(*scale_parts(extent, output), offset, taps(offset), -(-(output + offset) // tile))

@@ -1,5 +1,6 @@
 """Operators: one file each, holding schema, fake, eager twin and backends."""
 
+from maskformer_fast.ops.instance_rle import encode_instances, instance_rle
 from maskformer_fast.ops.linear_sum_assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import mask_loss
 from maskformer_fast.ops.matching_cost import matching_cost
@@ -13,7 +14,9 @@ from maskformer_fast.ops.semantic_inference import (
 )
 
 __all__ = [
+    "encode_instances",
     "instance_inference",
+    "instance_rle",
     "linear_sum_assignment",
     "mask_loss",
     "matching_cost",

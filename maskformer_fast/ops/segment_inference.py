@@ -1,23 +1,23 @@
 """Panoptic and instance inference: segments from the masks of the kept queries (paper section 3.4).
 
-On the CPU one pass over pixels in C++ (csrc/segments.h), in which bounds settle most tiles. The eager twins are plain
-PyTorch by tiles of rows, with no loop over queries and no transfer to the host: oracle of the tests, baseline of the
-benchmarks, and what CUDA runs. No function has a gradient.
+On the CPU one pass over pixels in C++ (csrc/segments.h), on CUDA one in Triton (kernels/panoptic.py, instances.py); in
+both, bounds settle most tiles. The eager twins are plain PyTorch by tiles of rows, with no loop over queries and no
+transfer to the host: oracle of the tests and baseline of the benchmarks. No function has a gradient.
 
-Logits should be finite. On the CPU, NaN counts as -1e30 (no mask covers it), and what is beyond +-1e30, infinities too,
-as that, and a negative or NaN score as 0; the eager twins let NaN spread to the pixels around.
+Logits should be finite. In the operators NaN counts as -1e30 (no mask covers it), and what is beyond +-1e30, infinities
+too, as that, and a negative or NaN score as 0; the eager twins let NaN spread to the pixels around.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskformer_fast._extension import load_extension
+from maskformer_fast._extension import load_extension, load_kernels
 from maskformer_fast.config import PanopticRule, check, check_choice
 from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
 from maskformer_fast.structures import VOID, pack_masks
@@ -83,13 +83,17 @@ def panoptic_inference(
     Pixels of no segment are void. Segments are numbered from 1 in the order of queries; stuff of a class that has a
     segment already joins it.
 
+    On CUDA: Triton kernels for up to 256 queries, `panoptic_inference_eager` for more.
+
     Args:
         extent: height and width of the images in mask pixels, common to the batch.
         output_size: height H and width W of the result.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown rule, or a category that `is_thing` has no flag for.
+        ValueError: shapes that do not fit, an unknown rule, or a category that `is_thing` has no flag for (on CUDA,
+            where looking would mean to wait for the device, such a category is a thing's).
         TypeError: `categories` not int64 or `is_thing` not bool.
+        ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     _check_panoptic(mask_logits, scores, categories, is_thing, extent, output_size, rule)
     return PanopticSegments(
@@ -177,6 +181,39 @@ def _panoptic_inference_cpu(
     return id_map, ids, areas
 
 
+def _panoptic_inference_cuda(
+    mask_logits: Tensor,
+    scores: Tensor,
+    categories: Tensor,
+    is_thing: Tensor,
+    extent: Sequence[float],
+    output_size: Sequence[int],
+    overlap_threshold: float,
+    rule: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = load_kernels("panoptic")
+    window = (extent[0], extent[1]), (output_size[0], output_size[1])
+    if mask_logits.shape[1] > kernels.MAX_QUERIES:
+        arguments = (mask_logits, scores, categories, is_thing, *window, overlap_threshold)
+        return panoptic_inference_eager(*arguments, cast(PanopticRule, rule))
+    id_map, ids, areas = _panoptic_inference_fake(
+        mask_logits, scores, categories, is_thing, *window, overlap_threshold, rule
+    )
+    kernels.panoptic_segments(
+        narrowed(mask_logits),
+        scores.to(torch.float32).contiguous(),
+        categories.contiguous(),
+        is_thing.contiguous(),
+        window[0],
+        overlap_threshold,
+        rule,
+        id_map,
+        ids,
+        areas,
+    )
+    return id_map, ids, areas
+
+
 def _panoptic_inference_fake(
     mask_logits: Tensor,
     scores: Tensor,
@@ -202,7 +239,7 @@ def _check_panoptic(
     rule: PanopticRule,
 ) -> None:
     check_choice("rule", rule, get_args(PanopticRule))
-    _check_logits(mask_logits, extent, output_size)
+    check_logits(mask_logits, extent, output_size)
     for name, value in (("scores", scores), ("categories", categories)):
         check(value.shape == mask_logits.shape[:2], name, f"{list(mask_logits.shape[:2])}", list(value.shape))
     for name, value, dtype in (("categories", categories, torch.int64), ("is_thing", is_thing, torch.bool)):
@@ -241,8 +278,9 @@ def instance_inference(
 
     Raises:
         ValueError: shapes that do not fit.
+        ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
-    _check_logits(mask_logits, extent, output_size)
+    check_logits(mask_logits, extent, output_size)
     return InstanceMasks(*torch.ops.maskformer_fast.instance_inference(mask_logits, extent, output_size))
 
 
@@ -253,7 +291,7 @@ def instance_inference_eager(
     output_size: tuple[int, int],
 ) -> InstanceMasks:
     """`instance_inference` in plain PyTorch."""
-    _check_logits(mask_logits, extent, output_size)
+    check_logits(mask_logits, extent, output_size)
     batch, num_queries = mask_logits.shape[:2]
     height, width = output_size
     device = mask_logits.device
@@ -302,6 +340,16 @@ def _instance_inference_cpu(
     return masks, areas, boxes, scores
 
 
+def _instance_inference_cuda(
+    mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = load_kernels("instances")
+    masks, areas, boxes, scores = _instance_inference_fake(mask_logits, extent, output_size)
+    window = (extent[0], extent[1]), (output_size[0], output_size[1])
+    kernels.instance_masks(narrowed(mask_logits), *window, masks, areas, boxes, scores)
+    return masks, areas, boxes, scores
+
+
 def _instance_inference_fake(
     mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -313,16 +361,21 @@ def _instance_inference_fake(
 
 
 _library.impl("panoptic_inference", _panoptic_inference_cpu, "CPU")
-_library.impl("panoptic_inference", panoptic_inference_eager, "CUDA")
+_library.impl("panoptic_inference", _panoptic_inference_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::panoptic_inference", _panoptic_inference_fake, lib=_library)
 _library.impl("instance_inference", _instance_inference_cpu, "CPU")
-_library.impl("instance_inference", instance_inference_eager, "CUDA")
+_library.impl("instance_inference", _instance_inference_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::instance_inference", _instance_inference_fake, lib=_library)
 
 
-def _check_logits(mask_logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> None:
+def check_logits(mask_logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> None:
     check(mask_logits.ndim == 4, "mask_logits", "[B, N, h, w]", tuple(mask_logits.shape))
     check_geometry(mask_logits, extent, output_size)
+
+
+def narrowed(mask_logits: Tensor) -> Tensor:
+    """As kernels take them: float64 in float32, other types as they are."""
+    return mask_logits.float() if mask_logits.dtype == torch.float64 else mask_logits
 
 
 def _with_adjacent_columns(mask_logits: Tensor) -> Tensor:
