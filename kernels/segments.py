@@ -1,8 +1,9 @@
 """Resampled logits of one query's mask, tile by tile: four taps gathered for each pixel, and bounds of whole tiles.
 
-Pixels lie where `resample` says. What is shared by the kernels of segments (`panoptic`, `instances`, `rle`), which look at
-queries one after the other and skip most: bilinear values lie between the least and the largest tap of a tile, so taps settle most tiles before any pixel is
-interpolated. NaN counts as the least logit, -1e30, and what is beyond ±1e30, infinities too, as that.
+Pixels lie where `resample` says. What is shared by the kernels of segments (`panoptic`, `instances`, `rle`), which look
+at queries one after the other and skip most: bilinear values lie between the least and the largest tap of a tile, so
+taps settle most tiles before any pixel is interpolated. NaN counts as the least logit, -1e30, and what is beyond ±1e30,
+infinities too, as that.
 
 A logit is interpolated by the same operations in every kernel, down columns first: two kernels that ask for a pixel
 agree on its sign, and between taps that are not positive no pixel is.
