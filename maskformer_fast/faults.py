@@ -144,8 +144,8 @@ def worker_lost(error: BaseException, saved: str) -> WorkerLost:
     else:
         why = ("Most likely the system ran out of memory and its OOM killer chose that process (dmesg would say so): "
                "use fewer --data.workers, or free memory")
-    first = text.splitlines()[0]
-    return WorkerLost(f"a data loader process died: {first} {why}. {saved}")
+    said = text.splitlines()[0].rstrip(". ")
+    return WorkerLost(f"a data loader process died: {said}. {why}. {saved}")
 
 
 def _next_divisor(number: int, after: int) -> int:

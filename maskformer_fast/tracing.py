@@ -33,7 +33,7 @@ def step_trace(folder: Path, device: torch.device) -> Iterator[Callable[[], None
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
         written = True
-        logger.info("trace of %d steps: %s (open it in https://ui.perfetto.dev)", TRACED, path)
+        logger.info("trace of a few steps: %s (open it in https://ui.perfetto.dev)", path)
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     plan = schedule(wait=WARM_UP - 1, warmup=1, active=TRACED, repeat=1)
