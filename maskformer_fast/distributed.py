@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, distributed
 
 
@@ -39,9 +40,9 @@ def gather_ranks(
     """Concatenate the values of all processes in the order of their ranks -> [ranks * N], without a synchronisation."""
     if world_size() == 1:
         return values
-    result = values.new_empty(world_size() * len(values))
-    distributed.all_gather_into_tensor(result, values.contiguous())
-    return result
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
 
 
 def max_over_ranks(
