@@ -31,7 +31,7 @@ class StepRecord(NamedTuple):
     """What the log says of a step. Tensors stay on their device."""
 
     names: tuple[str, ...]
-    values: Tensor  # [len(names)] float32: loss, its terms, grad_norm; num_matched of all layers, micro-batches, ranks
+    values: Tensor  # [len(names)] float32: loss, its terms, grad_norm, num_matched; to be averaged over ranks
     updated: Tensor  # scalar bool: the weights were changed
     lr: float
     waited: float  # seconds in which the data were not there yet
@@ -112,6 +112,7 @@ class TrainStep:
         with record_function("step: update"):
             verdict, updated = self._update(results)
         terms = tuple(results[0].terms)
+        # of all layers and micro-batches; times the ranks, so that their mean counts those of the whole step
         matched = torch.stack([result.num_matched for result in results]).sum() * world_size()
         values = torch.cat([verdict.losses.mean(0), verdict.grad_norm[None].float(), matched[None].float()])
         done, self.step = self.step, self.step + 1
