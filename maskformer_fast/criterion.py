@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskformer_fast.config import LossConfig, check
+from maskformer_fast.distributed import gather_ranks
 from maskformer_fast.matcher import match
 from maskformer_fast.ops import mask_loss
 from maskformer_fast.ops.mask_loss import at_least_float32
@@ -33,24 +34,16 @@ def term_names(
     return [tuple(f"{name}_{layer}" for name in names) for layer in range(layers - 1)] + [names]
 
 
-def mean_over_ranks(
-    value: Tensor,  # scalar float
-) -> Tensor:
-    """Mean over the ranks of the default process group; the value itself without one."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    total = value.clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
-
-
 class Criterion(nn.Module):
     """Match predictions with targets and compare them.
 
     Class loss: cross-entropy over all queries, where an unmatched query should say "no object", whose weight is
     ``loss.no_object_weight``; weighted mean over queries. Mask and dice losses: see `ops.mask_loss`; divided by the
-    number of targets, averaged over ranks and at least 1. With ``loss.deep_supervision`` every decoder layer is matched
-    and compared, otherwise the final one alone.
+    number of targets, at least 1. With ``loss.deep_supervision`` every decoder layer is matched and compared, otherwise
+    the final one alone.
+
+    Both divisors are means over the whole step, all its micro-batches and ranks: so the mean of their losses, and of
+    the gradients, is that of one batch which holds all the step's images.
     """
 
     class_weights: Tensor
@@ -64,8 +57,17 @@ class Criterion(nn.Module):
         weights[-1] = loss.no_object_weight
         self.register_buffer("class_weights", weights, persistent=False)
 
-    def forward(self, predictions: Predictions, targets: Targets) -> Losses:
-        """Weighted losses of a batch, all in float32.
+    def amounts(self, targets: Targets) -> Tensor:
+        """What each image adds to the divisors of its step: its number of targets -> [B] int64."""
+        return targets.counts
+
+    def forward(
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        whole: Tensor | None = None,  # [N] int64, `amounts` of all images of the step
+    ) -> Losses:
+        """Weighted losses of a batch, all in float32. Without ``whole`` the step is this batch of every rank.
 
         Raises:
             ValueError: class logits of another number of classes, or targets of another padded input size.
@@ -78,10 +80,11 @@ class Criterion(nn.Module):
                 class_logits=predictions.class_logits[-1:], mask_embeddings=predictions.mask_embeddings[-1:]
             )
         matching = match(predictions, targets, loss)
-        num_masks = mean_over_ranks(targets.counts.sum().to(torch.float32)).clamp(min=1)
+        whole = gather_ranks(self.amounts(targets)) if whole is None else whole
+        num_masks = whole.sum().clamp(min=1) * (len(targets.counts) / len(whole))
         mask, dice = mask_loss(predictions, targets, matching.query, loss)
         weighted = torch.stack([
-            loss.class_weight * self.class_loss(predictions.class_logits, targets.labels, matching.query),
+            loss.class_weight * self.class_loss(predictions.class_logits, targets.labels, matching.query, whole),
             loss.mask_weight * mask / num_masks,
             loss.dice_weight * dice / num_masks,
         ], 1)  # [L, 3]
@@ -98,8 +101,9 @@ class Criterion(nn.Module):
         class_logits: Tensor,  # [L, B, Q, K+1]
         labels: Tensor,  # [B, T]
         query: Tensor,  # [L, B, T], -1 for none
+        whole: Tensor,  # [N] int64, targets of every image of the step
     ) -> Tensor:
-        """Weighted mean cross-entropy of each layer -> [L]."""
+        """Weighted mean cross-entropy of each layer -> [L]; the mean's total weight is that of the whole step."""
         layers, batch, queries = class_logits.shape[:3]
         # Unassigned targets write to one query too many, which is then dropped.
         truth = labels.new_full((layers, batch, queries + 1), self.num_classes)
@@ -107,4 +111,8 @@ class Criterion(nn.Module):
         logits = at_least_float32(class_logits)
         weights = self.class_weights.to(logits.dtype)
         losses = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), weights, reduction="none")
-        return losses.view(layers, -1).sum(1) / weights[truth].sum((1, 2)).clamp(min=torch.finfo(weights.dtype).tiny)
+        # As many queries answer for a target as there are targets, but for images that make their step be skipped.
+        matched = whole.clamp(max=queries).sum()
+        total = matched + (queries * len(whole) - matched) * weights[-1]
+        mean = (total * (batch / len(whole))).clamp(min=torch.finfo(weights.dtype).tiny)
+        return losses.view(layers, -1).sum(1) / mean

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from maskformer_fast.config import LossConfig, check
 from maskformer_fast.criterion import Losses, term_names
+from maskformer_fast.distributed import gather_ranks
 from maskformer_fast.ops.mask_loss import at_least_float32, inside
 from maskformer_fast.structures import VOID, PixelPredictions, Targets, unpack_masks
 
@@ -28,7 +29,7 @@ def semantic_truth(targets: Targets) -> Tensor:
 
 
 class PixelCriterion(nn.Module):
-    """Mean cross-entropy over the labelled pixels of the batch, zero where there are none.
+    """Mean cross-entropy over the labelled pixels of the step, zero where there are none (see `Criterion`).
 
     Logits are upsampled bilinearly (``align_corners=False``) to the padded input size. Padding never counts. Of
     ``loss``, ``class_weight`` and ``deep_supervision`` apply; the terms are ``loss_sem_seg`` and, for the earlier
@@ -41,8 +42,17 @@ class PixelCriterion(nn.Module):
         self.num_classes = num_classes
         self.loss = loss
 
-    def forward(self, predictions: PixelPredictions, targets: Targets) -> Losses:
-        """Weighted losses of a batch, all in float32.
+    def amounts(self, targets: Targets) -> Tensor:
+        """What each image adds to the divisor of its step: its number of labelled pixels -> [B] int64."""
+        return (semantic_truth(targets) != VOID).sum((1, 2))
+
+    def forward(
+        self,
+        predictions: PixelPredictions,
+        targets: Targets,
+        whole: Tensor | None = None,  # [N] int64, `amounts` of all images of the step
+    ) -> Losses:
+        """Weighted losses of a batch, all in float32. Without ``whole`` the step is this batch of every rank.
 
         Raises:
             ValueError: logits of another number of classes, or targets of another padded input size.
@@ -53,16 +63,18 @@ class PixelCriterion(nn.Module):
               f"that of the predictions {predictions.input_size}", targets.input_size)
         layers = predictions.logits if self.loss.deep_supervision else predictions.logits[-1:]
         truth = semantic_truth(targets)
-        labelled = (truth != VOID).sum()
+        own = (truth != VOID).sum((1, 2))
+        whole = gather_ranks(own) if whole is None else whole
+        labelled = whole.sum().clamp(min=1) * (len(own) / len(whole))
         names = term_names(("loss_sem_seg",), len(layers))
         with torch.autocast(layers.device.type, enabled=False):
             terms = {
-                name: self.loss.class_weight * self.layer_loss(logits, truth) / labelled.clamp(min=1)
+                name: self.loss.class_weight * self.layer_loss(logits, truth) / labelled
                 for (name,), logits in zip(names, layers, strict=True)
             }
         nonfinite = ~layers.detach().isfinite().flatten(2).all(2)
         total = torch.stack(list(terms.values())).sum()
-        return Losses(total, terms, nonfinite, labelled.to(total.dtype), labelled)
+        return Losses(total, terms, nonfinite, labelled, own.sum())
 
     def layer_loss(
         self,

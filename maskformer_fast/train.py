@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from maskformer_fast.cli import run_command
+from maskformer_fast.cli import INTERRUPTED_STATUS, run_command
 from maskformer_fast.evaluation import format_table
+from maskformer_fast.faults import OutOfMemory, WorkerLost
+from maskformer_fast.nonfinite import TrainingDiverged
 from maskformer_fast.recipes import Recipe, load_recipe, parse_command, save_config
-from maskformer_fast.trainer import Trainer, TrainingDiverged
+from maskformer_fast.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,8 @@ class TrainOptions:
     config: Recipe
     resume: bool = False
     """Continue the run in ``output`` exactly where its last checkpoint stands, by default with its own recipe."""
+    profile: bool = False
+    """Write a trace of a few steps by PyTorch's profiler to ``profile/`` in the run's folder, and go on."""
 
 
 @contextmanager
@@ -86,11 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                        "--model.backbone.norm batch to train from nothing")
     folder = Path(config.output)
     with run_lock(folder):
-        trainer = Trainer(config, options.resume)  # touches nothing, so bad input leaves a former run in its place
+        # touches nothing, so bad input leaves a former run in its place
+        trainer = Trainer(config, options.resume, options.profile)
         if not options.resume:
             move_aside(folder)
         save_config(config, folder / "config.yaml")
         metrics = trainer.run()
+    if trainer.stopped:  # status 0 after SIGTERM: to a scheduler this job has not failed
+        return INTERRUPTED_STATUS if trainer.signals.received == signal.SIGINT else 0
     for task in trainer.tasks:
         print(format_table(task, metrics[task]))
     print(f"metrics: {folder / 'metrics.json'}   pictures: {folder / 'predictions.png'}")
@@ -98,4 +106,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, TrainingDiverged)
+    run_command(main, TrainingDiverged, OutOfMemory, WorkerLost)

@@ -1,17 +1,18 @@
-"""The training loop: a step is a pure function of (weights, optimiser state, seed, step), so a resumed run is exact."""
+"""The training loop: steps, lines of the log, checkpoints and validations, and how a run ends before its time."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from maskformer_fast.checkpoint import (
@@ -27,39 +28,55 @@ from maskformer_fast.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
+from maskformer_fast.compilation import compile_whole
 from maskformer_fast.config import Config, Task
-from maskformer_fast.criterion import Criterion, Losses
+from maskformer_fast.criterion import Criterion
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import Batch, train_loader
+from maskformer_fast.distributed import any_rank, world_size
 from maskformer_fast.evaluation import build_evaluator
+from maskformer_fast.faults import (
+    OutOfMemory,
+    Stopped,
+    StopSignals,
+    WorkerLost,
+    is_lost_worker,
+    is_out_of_memory,
+    out_of_memory,
+    training_advice,
+    validation_advice,
+    worker_lost,
+)
 from maskformer_fast.files import atomic_write
 from maskformer_fast.formats import write_json
+from maskformer_fast.meter import Meter
 from maskformer_fast.modeling import build_model
+from maskformer_fast.nonfinite import TrainingDiverged
 from maskformer_fast.pixel_criterion import PixelCriterion
-from maskformer_fast.predictor import AMP_DTYPES, Predictor, resolve_device, with_classes
+from maskformer_fast.predictor import Predictor, resolve_device, with_classes
 from maskformer_fast.runlog import RunLog
-from maskformer_fast.solver import build_optimizer, set_learning_rate
+from maskformer_fast.solver import build_optimizer
+from maskformer_fast.step import TrainStep
+from maskformer_fast.tracing import step_trace
 from maskformer_fast.validation import check_classes, measure
 
 logger = logging.getLogger(__name__)
 
 HEADLINES: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": "ap"}
 
-
-COMPILED_SHAPES = 64
-"""Nine sizes of images, seven numbers of targets; PyTorch's own limit, 8, is there to stop code that never settles."""
 GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay")
 """What the configuration says of a parameter group."""
 
-
-class TrainingDiverged(RuntimeError):
-    """Too many consecutive steps had a non-finite cost, loss or gradient."""
+STOP_EVERY = 10
+"""Steps after which several ranks agree whether to stop: they wait for each other then."""
 
 
 class Trainer:
     """One run in ``config.output``. The caller holds the folder's lock and decides whether it continues a run."""
 
-    def __init__(self, config: Config, resume: bool = False) -> None:
+    def __init__(self, config: Config, resume: bool = False, profile: bool = False) -> None:
+        """``profile`` writes a trace of a few steps into the run's folder, see `tracing.step_trace`."""
+        self.profile = profile
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         self.device = resolve_device(config.device)
@@ -75,24 +92,21 @@ class Trainer:
             self._load_pretrained()
         layout = torch.channels_last if config.solver.channels_last else torch.contiguous_format
         self.network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.forward = compile_whole(self.network) if config.solver.compile else self.network
         pixelwise = config.model.type != "maskformer"
-        criterion = PixelCriterion if pixelwise else Criterion
-        self.criterion = criterion(config.model.num_classes, config.loss).to(self.device)
-        if config.solver.compile:
-            self.criterion = compile_whole(self.criterion)
+        criterion = (PixelCriterion if pixelwise else Criterion)(config.model.num_classes, config.loss).to(self.device)
         self.optimizer = build_optimizer(self.network, config.solver)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.solver.amp == "fp16")
+        forward: Any = self.network
+        if config.solver.compile:
+            forward, criterion = compile_whole(forward), compile_whole(criterion)
+        self.train_step = TrainStep(self.network, criterion, self.optimizer, config, self.device, forward)
         self.predictor = Predictor(self.network, config, self.metadata, self.device)
         self.tasks: Sequence[Task] = config.metrics or (self.val_set.task,)
         for task in self.tasks:
             self.predictor.check_task(task)
             build_evaluator(task, self.val_set.metadata)  # what it lacks is said now, not at the first validation
 
-        self.step = 0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
-        self.broken: dict[str, str] = {}
+        self.signals = StopSignals()
+        self.stopped = False
         if resume:
             self._restore()
 
@@ -104,20 +118,36 @@ class Trainer:
         if model.weights and (fresh := load_initial(self.network, model.weights)):
             logger.info("%s has another number of classes: %s start anew", model.weights, ", ".join(fresh))
 
+    @property
+    def step(self) -> int:
+        """Number of the next step: how many were done."""
+        return self.train_step.step
+
     def run(self) -> dict[str, Any]:
-        """Train to ``max_steps``; returns the last validation's metrics, which also stand in ``metrics.json``."""
+        """Train to ``max_steps``; returns the last validation's metrics, which also stand in ``metrics.json``.
+
+        SIGTERM or SIGINT ends it early, after the current step and with a checkpoint: then ``stopped`` is true.
+
+        Raises:
+            TrainingDiverged, OutOfMemory, WorkerLost, OSError: what stands in the way; ``--resume`` continues the run.
+        """
         remove_leftovers(self.checkpoints)
         self.log = RunLog(self.folder, self.step, self.config.log.tensorboard)
         try:
-            # A run killed between saving a checkpoint and measuring it resumes here.
-            owed = self.step > 0 and self._validation_due() and measured_step(self.folder) != self.step
-            metrics = self._validate_checkpoint(complete_checkpoints(self.checkpoints)[-1]) if owed else {}
-            return self._train() or metrics or self.validate()
+            with self.signals, self._explained():
+                # A run killed between saving a checkpoint and measuring it resumes here.
+                owed = self.step > 0 and self._validation_due() and measured_step(self.folder) != self.step
+                metrics = self._validate_checkpoint(complete_checkpoints(self.checkpoints)[-1]) if owed else {}
+                metrics = self._train() or metrics
+                return metrics if metrics or self.stopped else self.validate()
+        except Stopped:  # out of a validation, which --resume makes up for
+            self.stopped = True
+            return {}
         finally:
             self.log.close()
-            if self.broken:
-                listing = "\n  ".join(f"{path}: {reason}" for path, reason in self.broken.items())
-                logger.warning("%d files were skipped as broken:\n  %s", len(self.broken), listing)
+            if broken := self.train_step.broken:
+                listing = "\n  ".join(f"{path}: {reason}" for path, reason in broken.items())
+                logger.warning("%d files were skipped as broken:\n  %s", len(broken), listing)
 
     def _train(self) -> dict[str, Any]:
         """The steps that are left -> metrics of the last validation among them."""
@@ -125,84 +155,81 @@ class Trainer:
         metrics: dict[str, Any] = {}
         if self.step >= config.solver.max_steps:
             return metrics
-        batches: Iterator[Batch] = iter(
-            train_loader(self.train_set, config, self.train_set.task, start_step=self.step)
-        )
-        window = _Window()
+        loader = train_loader(self.train_set, config, self.train_set.task, start_step=self.step)
+        batches: Iterator[Batch] = iter(loader)
+        meter = Meter(config.solver.batch_size, self.device)
         self.network.train()
-        with tqdm(total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True) as progress:
-            while self.step < config.solver.max_steps:
-                window.add(self._step(batches, window))
-                self.step += 1
+        tracing = step_trace(self.folder / "profile", self.device) if self.profile else nullcontext(lambda: None)
+        bar = tqdm(total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True)
+        with tracing as traced, bar as progress:
+            while self.step < config.solver.max_steps and not self._stop():
+                meter.add(self.train_step.run(batches))
+                traced()
                 progress.update()
                 if self.step % config.log.every == 0 or self.step == config.solver.max_steps:
-                    remaining = config.solver.max_steps - self.step
-                    line = window.summary(config.solver.batch_size, remaining)
-                    self.log.scalars(self.step, line)
-                    progress.set_postfix(loss=f"{line['loss']:.3f}", data=f"{line['data_share']:.0%}")
-                    window = _Window()
+                    progress.set_postfix(self._log_line(meter))
                 paused = time.perf_counter()
                 metrics = self._milestone() or metrics
-                window.started += time.perf_counter() - paused
+                meter.pause(time.perf_counter() - paused)
+        if self.stopped:
+            logger.info("stopped at step %d: --resume continues from %s", self.step, self._save())
         return metrics
 
-    def _step(self, batches: Iterator[Batch], window: _Window) -> dict[str, Tensor | float]:
-        """One optimiser step; it is skipped, and buffers restored, where anything was not finite."""
-        solver = self.config.solver
-        rate = set_learning_rate(self.optimizer, self.step, solver)
-        buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
-        kept = [buffer.clone() for buffer in buffers]
-        autocast = torch.autocast(
-            self.device.type, AMP_DTYPES.get(solver.amp, torch.bfloat16), enabled=solver.amp != "off"
-        )
-        terms: dict[str, Tensor] = {}
-        problems: list[str] = []
-        for micro in range(solver.accumulate):
-            started = time.perf_counter()
-            batch = next(batches)
-            window.waited += time.perf_counter() - started
-            self.broken.update(batch.broken)
-            # Dropout depends on the step alone, so a resumed run draws the same masks.
-            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 4099 + micro) % 2**63)
-            images = batch.images.to(self.device, non_blocking=True)
-            if solver.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            targets = batch.targets.to(self.device, non_blocking=True)
-            with autocast:
-                predictions = self.forward(images, targets.valid_sizes)
-                losses: Losses = self.criterion(predictions, targets)
-            self.scaler.scale(losses.total / solver.accumulate).backward()
-            for name, value in {"loss": losses.total, **losses.terms}.items():
-                terms[name] = terms.get(name, 0.0) + value.detach() / solver.accumulate
-            problems += _describe_nonfinite(losses, batch, self.config)
-        self.scaler.unscale_(self.optimizer)
-        limit = solver.clip_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        finite = bool(torch.isfinite(norm))
-        # An overflow of scaled fp16 gradients is the scaler's business; at scale 1 there is nothing left to lower.
-        overflow = not finite and self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
-        if not problems and not (finite or overflow):
-            problems = [f"gradient norm {float(norm)}"]
-        if problems:
-            torch._foreach_copy_(buffers, kept)
-            self._skip(problems)
-        else:
-            self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {**terms, "grad_norm": norm, "lr": rate, "skipped": float(bool(problems))}
+    def _stop(self) -> bool:
+        """Whether a signal asked for it; the ranks, which must agree, ask each other now and then."""
+        asked = self.signals.received is not None
+        self.stopped = asked if world_size() == 1 else self.step % STOP_EVERY == 0 and any_rank(asked)
+        return self.stopped
 
-    def _skip(self, problems: list[str]) -> None:
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        logger.warning("step %d skipped (%d so far): %s", self.step, self.skipped, "; ".join(problems))
-        if self.skipped_in_a_row >= self.config.loss.max_nonfinite_steps:
-            raise TrainingDiverged(
-                f"{self.skipped_in_a_row} steps in a row were not finite, the last at step {self.step}: "
-                f"{'; '.join(problems)}. Lower solver.lr, use bf16 instead of fp16, or look at the images named above; "
-                f"--resume continues from the last checkpoint. loss.max_nonfinite_steps sets the limit."
-            )
+    def _log_line(self, meter: Meter) -> dict[str, str]:
+        """Write a line of the log -> what the progress bar shows of it. The host waits for the device here."""
+        self.train_step.settle()
+        line = meter.line(self.config.solver.max_steps - self.step)
+        line["skipped"] = self.skipped
+        self.log.scalars(self.step, line)
+        shown = {
+            "loss": f"{line['loss']:.3f}",
+            "img/s": f"{line['images_per_second']:.3g}",
+            "data": f"{line['data_share']:.0%}",
+            "mem": f"{line['memory_gib']:.1f}G",
+        }
+        return shown | ({"skipped": str(self.skipped)} if self.skipped else {})
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out so far because something was not finite."""
+        return self.train_step.skipped
+
+    @contextmanager
+    def _explained(self, validating: bool = False) -> Iterator[None]:
+        """Say of faults of the machine what to do about them, and save what the run has reached."""
+        try:
+            yield
+        except (OutOfMemory, WorkerLost):
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) or is_lost_worker(error)):
+                raise
+            traceback.clear_frames(error.__traceback__)  # frees what the step held
+            saved = self._save_state()
+            if is_lost_worker(error):
+                raise worker_lost(error, saved) from error
+            if validating:
+                advice = validation_advice(self.config, self.device)
+            else:
+                advice = training_advice(self.config, self.device, self.train_step.input_size)
+            raise out_of_memory(error, advice, saved) from error
+
+    def _save_state(self) -> str:
+        """After a fault: save what the run has reached, if it is whole -> where ``--resume`` continues."""
+        try:
+            # A rank that fails alone cannot save: the others wait for it elsewhere.
+            if world_size() == 1 and self.train_step.undo() and self.step > 0:
+                self._save()
+        except (OSError, TrainingDiverged) as error:
+            logger.warning("the state at step %d could not be saved: %s", self.step, error)
+        found = complete_checkpoints(self.checkpoints)
+        return f"--resume continues from {found[-1]}" if found else "There is no checkpoint yet"
 
     def _validation_due(self) -> bool:
         every = self.config.log.validate_every
@@ -213,15 +240,13 @@ class Trainer:
         validate = self._validation_due()
         if not validate and self.step % self.config.log.checkpoint_every != 0:
             return {}
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
-        path = save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state)
+        path = self._save()
         return self._validate_checkpoint(path) if validate else {}
+
+    def _save(self) -> Path:
+        self.train_step.settle()
+        state = {"optimizer": self.optimizer.state_dict(), **self.train_step.state_dict()}
+        return save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state)
 
     def _validate_checkpoint(self, path: Path) -> dict[str, Any]:
         """Measure the network, whose weights ``path`` holds, and make that the best checkpoint if it is."""
@@ -236,14 +261,15 @@ class Trainer:
         """Measure on the validation split; writes a picture grid and the log."""
         data, log = self.config.data, self.config.log
         started = time.perf_counter()
-        metrics, grid = measure(
-            self.predictor,
-            self.val_set,
-            self.tasks,
-            workers=data.workers,
-            skip_broken=data.skip_broken,
-            pictures=log.pictures,
-        )
+        with self.signals.at_once(), self._explained(validating=True):
+            metrics, grid = measure(
+                self.predictor,
+                self.val_set,
+                self.tasks,
+                workers=data.workers,
+                skip_broken=data.skip_broken,
+                pictures=log.pictures,
+            )
         metrics = {"step": self.step, "seconds": round(time.perf_counter() - started, 2), **metrics}
         self.log.scalars(self.step, {f"val/{key}": v for key, v in metrics.items() if isinstance(v, float)})
         if grid is not None:
@@ -271,62 +297,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # a changed rate or decay counts, not the saved one
-        self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.train_step.load_state_dict(state)
         logger.info("resuming from %s", found[-1])
-
-
-class _Window:
-    """What happened since the last line of the log."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.waited = 0.0
-        self.steps = 0
-        self.sums: dict[str, Tensor | float] = {}
-
-    def add(self, record: dict[str, Tensor | float]) -> None:
-        """Count a step; its numbers stay on their device."""
-        self.steps += 1
-        for name, value in record.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def summary(self, batch_size: int, remaining_steps: int) -> dict[str, float]:
-        """Means over the window's steps, and its speed."""
-        seconds = time.perf_counter() - self.started
-        per_step = seconds / self.steps
-        return {
-            **{name: float(value) / self.steps for name, value in self.sums.items()},
-            "images_per_second": batch_size / per_step,
-            "step_seconds": per_step,
-            "data_share": self.waited / seconds,
-            "eta_seconds": per_step * remaining_steps,
-        }
-
-
-def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> Any:
-    """A module as one graph for each shape of its input (`data.buckets` keeps these few), never in pieces."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
-    return torch.compile(module, fullgraph=True, dynamic=False, backend=backend)
 
 
 def measured_step(folder: Path) -> int | None:
     """Step of the run's last finished validation; ``None`` if there was none."""
     path = folder / "metrics.json"
     return json.loads(path.read_text())["step"] if path.exists() else None
-
-
-def _describe_nonfinite(losses: Losses, batch: Batch, config: Config) -> list[str]:
-    """Which image and decoder layer had a non-finite cost (per pixel: logit); empty in the usual, finite case."""
-    finite = torch.isfinite(losses.total) & ~losses.nonfinite.any()
-    if bool(finite):
-        return []
-    what = "matching cost" if config.model.type == "maskformer" else "logits"
-    first = 0 if config.loss.deep_supervision else config.model.decoder.layers - 1
-    where = [
-        f"non-finite {what} in decoder layer {first + layer}, image {batch.image_ids[image]} ({batch.paths[image]})"
-        for layer, image in losses.nonfinite.nonzero().tolist()
-    ]
-    terms = [f"{name}={float(value)}" for name, value in losses.terms.items() if not bool(torch.isfinite(value))]
-    return where or [f"non-finite loss ({', '.join(terms)}) on images {', '.join(map(str, batch.image_ids))}"]

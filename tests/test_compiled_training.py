@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from maskformer_fast.compilation import compile_whole
 from maskformer_fast.config import BackboneConfig, DecoderConfig, LossConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.criterion import Criterion
 from maskformer_fast.modeling import build_model
 from maskformer_fast.structures import Targets, pack_masks
-from maskformer_fast.trainer import compile_whole
 
 BACKBONES = [
     BackboneConfig("resnet_micro"),

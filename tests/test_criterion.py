@@ -160,19 +160,57 @@ def test_bfloat16_under_autocast_is_float32_inside():
     torch.testing.assert_close(losses.terms, expected.terms, rtol=1e-6, atol=0)
 
 
+COUNTS = [0, 3, 7, 1]  # of 5 queries: one image has more targets
+
+
+def part_of_a_batch(which: slice) -> tuple[Predictions, Targets]:
+    targets, predictions = random_targets(21, COUNTS), random_predictions(20, 4)
+    layers = [getattr(predictions, name)[:, which] for name in ("class_logits", "mask_embeddings")]
+    part = Predictions(*layers, predictions.pixel_features[which], predictions.valid_sizes[which], SIZE)
+    return part, Targets(*(tensor[which] for tensor in targets[:4]), SIZE)
+
+
+def pixel_part_of_a_batch(which: slice) -> tuple[PixelPredictions, Targets]:
+    targets = random_targets(21, COUNTS)
+    predictions = pixel_predictions(22, 2, targets)
+    part = PixelPredictions(predictions.logits[:, which], predictions.valid_sizes[which], SIZE)
+    return part, Targets(*(tensor[which] for tensor in targets[:4]), SIZE)
+
+
 def _rank_losses(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    losses = Criterion(4, LossConfig())(random_predictions(20, 1), random_targets(21, [3 if rank else 0]))
-    torch.save((losses.num_masks.item(), losses.terms["loss_dice"].item()), f"{folder}/{rank}.pt")
+    own = slice(2 * rank, 2 * rank + 2)
+    terms = Criterion(4, LossConfig())(*part_of_a_batch(own)).terms
+    terms |= PixelCriterion(4, LossConfig())(*pixel_part_of_a_batch(own)).terms
+    torch.save({name: term.detach() for name, term in terms.items()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_number_of_masks_is_averaged_over_ranks(tmp_path):
+def test_losses_of_ranks_average_to_those_of_the_whole_batch(tmp_path):
     multiprocessing.spawn(_rank_losses, (str(tmp_path),), nprocs=2)
-    (first, nothing), (second, dice) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second == 1.5 and nothing == 0
-    alone = Criterion(4, LossConfig())(random_predictions(20, 1), random_targets(21, [3]))
-    assert dice == pytest.approx(2 * alone.terms["loss_dice"].item())
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    terms = Criterion(4, LossConfig())(*part_of_a_batch(slice(4))).terms
+    terms |= PixelCriterion(4, LossConfig())(*pixel_part_of_a_batch(slice(4))).terms
+    assert first.keys() == terms.keys()
+    for name, term in terms.items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, term.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_losses_of_micro_batches_average_to_those_of_the_whole_batch(parts):
+    for criterion, part in (
+        (Criterion(4, LossConfig(no_object_weight=0.3)), part_of_a_batch),
+        (PixelCriterion(4, LossConfig()), pixel_part_of_a_batch),
+    ):
+        expected = criterion(*part(slice(4)))
+        size = 4 // parts
+        batches = [part(slice(start, start + size)) for start in range(0, 4, size)]
+        whole = torch.cat([criterion.amounts(targets) for _, targets in batches])
+        losses = [criterion(*batch, whole) for batch in batches]
+        for name, term in expected.terms.items():
+            torch.testing.assert_close(torch.stack([own.terms[name] for own in losses]).mean(), term)
+        torch.testing.assert_close(torch.stack([own.total for own in losses]).mean(), expected.total)
+        assert sum(own.num_matched for own in losses) == expected.num_matched
 
 
 def test_wrong_shapes_are_refused():

@@ -8,8 +8,10 @@ import torch
 from maskformer_fast.checkpoint import CheckpointError, load_weights
 from maskformer_fast.config import BackboneConfig
 from maskformer_fast.data import build_dataset
+from maskformer_fast.nonfinite import TrainingDiverged
 from maskformer_fast.recipes import load_recipe
-from maskformer_fast.trainer import Trainer, TrainingDiverged
+from maskformer_fast.step import TrainStep
+from maskformer_fast.trainer import Trainer
 
 TINY = load_recipe(Path(__file__).parent / "tiny.yaml")
 
@@ -40,7 +42,8 @@ def test_a_run_leaves_metrics_pictures_logs_and_checkpoints(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
-    expected = {"loss_ce", "loss_mask", "loss_dice", "loss_ce_0", "lr", "grad_norm", "images_per_second", "data_share"}
+    expected = {"loss_ce", "loss_mask", "loss_dice", "loss_ce_0", "lr", "grad_norm", "images_per_second", "data_share",
+                "num_matched", "memory_gib", "eta_seconds", "skipped"}
     assert expected <= training[0].keys()
     assert load_weights(tmp_path).step == 6
 
@@ -51,14 +54,14 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, workers, monkey
 
     config = tiny(tmp_path / "cut", data={"workers": workers})
     trainer = Trainer(config)
-    step = Trainer._step
+    step = TrainStep.run
 
     def stop_at_five(self, *arguments):
         if self.step == 5:
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_step", stop_at_five)
+    monkeypatch.setattr(TrainStep, "run", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     monkeypatch.undo()
@@ -145,7 +148,7 @@ def test_seed_changes_the_weights(tmp_path):
 
 def poison(trainer, steps):
     """Make the loss of the given steps non-finite, after a forward pass that spoils BatchNorm statistics as well."""
-    forward = trainer.forward
+    forward = trainer.train_step.forward
 
     def poisoned(images, sizes):
         predictions = forward(images, sizes)
@@ -156,14 +159,14 @@ def poison(trainer, steps):
             return predictions._replace(mask_embeddings=predictions.mask_embeddings * float("nan"))
         return predictions
 
-    trainer.forward = poisoned
+    trainer.train_step.forward = poisoned
 
 
 def test_a_non_finite_step_is_skipped_counted_and_named(tmp_path, caplog):
     trainer = Trainer(tiny(tmp_path))
     poison(trainer, {2, 4})
     trainer.run()
-    assert trainer.skipped == 2 and trainer.skipped_in_a_row == 0
+    assert trainer.skipped == 2 and trainer.train_step.skipped_in_a_row == 0
     assert "step 2 skipped" in caplog.text
     assert "decoder layer 0, image" in caplog.text and "decoder layer 1, image" in caplog.text
     for name, tensor in weights(tmp_path).items():
@@ -186,7 +189,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     poison(trainer, {1, 2, 3, 4, 5})
     with pytest.raises(TrainingDiverged, match="3 steps in a row.*step 3"):
         trainer.run()
-    assert trainer.step == 3
+    assert trainer.step == 4 and trainer.skipped == 3
 
 
 def test_fp16_gradients_that_stay_infinite_stop_the_run(tmp_path, monkeypatch):

@@ -225,8 +225,11 @@ def eval_loader(dataset: SegmentationDataset, test: TestConfig, workers: int, sk
 
 def _set_up_worker(_: int) -> None:
     """Keep NumPy's matrix products to one thread (more would fight the training process for its cores), and on Linux
-    die with that process: a full result pipe would keep an orphan forever."""
+    die with that process: a full result pipe would keep an orphan forever. Signals that ask a whole process group to
+    stop are for that process to answer, which needs its batches until then."""
     threadpoolctl.threadpool_limits(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
