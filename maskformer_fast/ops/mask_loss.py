@@ -1,8 +1,8 @@
 """Mask losses of the matched pairs at the resolution of the padded input (paper section 3.3, equation 2; appendix A).
 
 A pair's low-resolution logits are upsampled, compared with its packed target and reduced to four sums, of which the
-losses are made: `mask_sums`. The backward pass upsamples again. In plain PyTorch both work on a few pairs at a time, so
-that no tensor of full resolution outlives its chunk.
+losses are made: `mask_sums`. The backward pass upsamples again. In C++ on the CPU both hold no more than rows of pixels.
+The eager twins, in plain PyTorch, work on a few pairs at a time, so that no tensor of full resolution outlives its chunk.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskformer_fast._extension import load_extension
 from maskformer_fast.config import LossConfig, check
 from maskformer_fast.structures import Predictions, Targets, unpack_masks
 
@@ -150,6 +151,54 @@ def mask_sums_backward_eager(gradient: Tensor, *arguments: Any) -> Tensor:
     return result.where((inputs.rows >= 0)[:, None, None], 0)
 
 
+class _Addresses:
+    """The operator's arguments as the extension takes them; holds the tensors while their addresses are in use.
+
+    Raises ValueError for a shape or type that does not fit, as the extension sees addresses only.
+    """
+
+    def __init__(self, inputs: _Inputs) -> None:
+        self.check(inputs.logits, "logits", torch.float32, (len(inputs.rows), *inputs.logits.shape[1:]))
+        pairs, height, width = inputs.logits.shape
+        targets, input_height = inputs.masks.shape[:2]
+        self.check(inputs.rows, "rows", torch.int64, (pairs,))
+        self.check(inputs.masks, "masks", torch.uint8, (targets, input_height, (inputs.width + 7) // 8))
+        if inputs.valid_sizes is not None:
+            self.check(inputs.valid_sizes, "valid_sizes", torch.int64, (targets, 2))
+        self.held = [None if t is None else t.contiguous() for t in inputs[:4]]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in self.held]
+        self.arguments = (addresses, (pairs, height, width, targets, input_height, inputs.width), inputs.focal)
+
+    @staticmethod
+    def check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        check(tensor.dtype == dtype and tensor.shape == shape, name, f"{dtype} {shape}",
+              f"{tensor.dtype} {tuple(tensor.shape)}")
+
+
+def _mask_sums_cpu(*arguments: Any) -> Tensor:
+    inputs = _Inputs(*arguments)
+    if inputs.logits.dtype == torch.float64:
+        return mask_sums_eager(*arguments)
+    given = _Addresses(inputs)
+    sums = inputs.logits.new_empty(len(inputs.rows), 4)
+    load_extension().mask_sums(*given.arguments, sums.data_ptr(), torch.get_num_threads())
+    return sums
+
+
+def _mask_sums_backward_cpu(gradient: Tensor, *arguments: Any) -> Tensor:
+    inputs = _Inputs(*arguments)
+    if inputs.logits.dtype == torch.float64:
+        return mask_sums_backward_eager(gradient, *arguments)
+    given = _Addresses(inputs)
+    given.check(gradient, "gradient", torch.float32, (len(inputs.rows), 4))
+    upstream = gradient.contiguous()
+    result = torch.empty_like(inputs.logits, memory_format=torch.contiguous_format)
+    load_extension().mask_sums_backward(
+        upstream.data_ptr(), *given.arguments, result.data_ptr(), torch.get_num_threads()
+    )
+    return result
+
+
 def _mask_sums_fake(*arguments: Any) -> Tensor:
     inputs = _Inputs(*arguments)
     return inputs.logits.new_empty(inputs.rows.shape[0], 4)
@@ -169,9 +218,10 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.maskformer_fast.mask_sums_backward(*arguments), None, None, None, None, None
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("mask_sums", mask_sums_eager, _device)
-    _library.impl("mask_sums_backward", mask_sums_backward_eager, _device)
+_library.impl("mask_sums", _mask_sums_cpu, "CPU")
+_library.impl("mask_sums_backward", _mask_sums_backward_cpu, "CPU")
+_library.impl("mask_sums", mask_sums_eager, "CUDA")
+_library.impl("mask_sums_backward", mask_sums_backward_eager, "CUDA")
 torch.library.register_fake("maskformer_fast::mask_sums", _mask_sums_fake, lib=_library)
 torch.library.register_fake("maskformer_fast::mask_sums_backward", _mask_sums_backward_fake, lib=_library)
 torch.library.register_autograd(
