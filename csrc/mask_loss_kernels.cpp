@@ -129,7 +129,9 @@ void add_slopes(const MaskPair& pair, const MaskGradient& upstream, int64_t y, c
     const Ints on = mask_at(mask, x, pair.counted_columns);
     const Floats logit = upsample(scratch.cells, pair.columns, x);
     const Pixel pixel = look_at<exponent>(against(logit, on), gamma);
-    const Floats loss = pixel.focus * (pixel.wrong + gamma * pixel.entropy * pixel.right);
+    // the other side's probability ends at e^-87: an entropy beyond all bounds must not outweigh it
+    const Floats entropy = min(pixel.entropy, broadcast(1e20f));
+    const Floats loss = pixel.focus * (pixel.wrong + gamma * entropy * pixel.right);
     const Floats probability = pixel.wrong * pixel.right;
     const Floats slope = select(on, on_loss, off_loss) * loss +
                          (select(on, on_probability, off_probability) * probability + logit * 0.0f);

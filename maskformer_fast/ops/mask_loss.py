@@ -158,8 +158,10 @@ class _Addresses:
     """
 
     def __init__(self, inputs: _Inputs) -> None:
-        self.check(inputs.logits, "logits", torch.float32, (len(inputs.rows), *inputs.logits.shape[1:]))
-        pairs, height, width = inputs.logits.shape
+        check(inputs.logits.dim() == 3, "logits", "shape [P, h, w]", tuple(inputs.logits.shape))
+        check(inputs.masks.dim() == 3, "masks", "shape [N, H, ceil(W/8)]", tuple(inputs.masks.shape))
+        pairs, height, width = (len(inputs.rows), *inputs.logits.shape[1:])
+        self.check(inputs.logits, "logits", torch.float32, (pairs, height, width))
         targets, input_height = inputs.masks.shape[:2]
         self.check(inputs.rows, "rows", torch.int64, (pairs,))
         self.check(inputs.masks, "masks", torch.uint8, (targets, input_height, (inputs.width + 7) // 8))
