@@ -244,9 +244,9 @@ void mask_sums_backward(uintptr_t upstream, const MaskAddresses& addresses, cons
 void define_mask_sums(py::module_& module) {
   module.def("mask_sums", &mask_sums, py::arg("addresses"), py::arg("sizes"), py::arg("focal"), py::arg("sums"),
              py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-             "Addresses of what csrc/mask_loss_cpu.h names: logits, masks, rows and valid_sizes (0: padding counts), all "
-             "contiguous, and of the float32 sums. sizes: pairs, height, width, targets, input height and width; focal: "
-             "weight on, weight off, exponent.");
+             "Addresses of what csrc/mask_loss_cpu.h names: logits, masks, rows and valid_sizes (0: padding counts), "
+             "all contiguous, and of the float32 sums. sizes: pairs, height, width, targets, input height and width; "
+             "focal: weight on, weight off, exponent.");
   module.def("mask_sums_backward", &mask_sums_backward, py::arg("upstream"), py::arg("addresses"), py::arg("sizes"),
              py::arg("focal"), py::arg("gradient"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
              "Address of the gradient by the sums, then as mask_sums, and of the gradient by the logits.");

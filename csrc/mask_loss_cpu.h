@@ -20,8 +20,8 @@ struct MaskPairs {
   FocalLoss loss;
 };
 
-// Weighted focal loss, p t, p and t, each summed over the counted pixels -> [pairs, 4]; zeros for a pair without target.
-// The first three are NaN where an upsampled logit of a counted pixel is not finite.
+// Weighted focal loss, p t, p and t, each summed over the counted pixels -> [pairs, 4]; zeros for a pair without a
+// target, whatever its logits. The first three are NaN where an upsampled logit of a counted pixel is not finite.
 // At most `threads` threads, the calling one included; the same results for any number.
 // Throws std::invalid_argument where a row is none of the targets, std::bad_alloc.
 void mask_sums(const MaskPairs& batch, float* sums, int threads);

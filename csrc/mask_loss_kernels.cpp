@@ -34,7 +34,7 @@ MF_INLINE Floats upsample(const float* cells, const Axis& columns, int64_t x) {
   return (1.0f - share) * low + share * high;
 }
 
-// Where the mask is on, of pixels x, x + 1, ...; x is a multiple of kLanes. Reads no byte beyond that of pixel last - 1.
+// Where the mask is on, of pixels x, x + 1, ...; x is a multiple of kLanes. Reads no byte beyond pixel last - 1's.
 MF_INLINE Ints mask_at(const uint8_t* mask, int64_t x, int64_t last) {
   int32_t bits = mask[x / 8] >> x % 8;
   if (kLanes > 8 && x + 8 < last) bits |= mask[x / 8 + 1] << 8;

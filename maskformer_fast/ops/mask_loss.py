@@ -1,8 +1,9 @@
 """Mask losses of the matched pairs at the resolution of the padded input (paper section 3.3, equation 2; appendix A).
 
 A pair's low-resolution logits are upsampled, compared with its packed target and reduced to four sums, of which the
-losses are made: `mask_sums`. The backward pass upsamples again. In C++ on the CPU both hold no more than rows of pixels.
-The eager twins, in plain PyTorch, work on a few pairs at a time, so that no tensor of full resolution outlives its chunk.
+losses are made: `mask_sums`. The backward pass upsamples again. In C++ on the CPU both hold no more than rows of
+pixels. The eager twins, in plain PyTorch, work on a few pairs at a time, so that no tensor of full resolution outlives
+its chunk.
 """
 
 from __future__ import annotations
