@@ -114,7 +114,8 @@ def mask_sums_eager(*arguments: Any) -> Tensor:
     """What the losses of each pair are made of, in plain PyTorch -> [P, 4]; arguments as `_Inputs`.
 
     Over the counted pixels of the upsampled logits x of a pair, with p = sigmoid(x) and truth t: the weighted focal
-    loss, p t, p, and t, each summed. Zeros for a pair without a target (row -1), whatever its logits.
+    loss, p t, p, and t, each summed. Zeros for a pair without a target (row -1), whatever its logits. In C++ the first
+    three are NaN where an upsampled logit is NaN or infinite.
     """
     inputs = _Inputs(*arguments)
     sums = inputs.logits.new_empty(len(inputs.rows), 4)
@@ -246,8 +247,14 @@ def mask_loss(
     Nothing is weighted or divided by the number of masks here. Embeddings of unmatched queries get zero gradients.
     Half precision is computed in float32, also under autocast. Source: paper section 3.3, official behaviour.
 
+    Float32 on the CPU runs over ``torch.get_num_threads()`` threads; the sums of a pair are the same for any number of
+    them, and no mask of full resolution exists. Where a counted pixel's upsampled logit is NaN or infinite, the losses
+    of its layer are NaN, and so is the gradient by the cells that the pixel reads; other pairs keep theirs.
+
     Raises:
-        ValueError: predictions and targets are not of one padded input size.
+        ValueError: predictions and targets are not of one padded input size; on the CPU also where targets are not of
+            the types and shapes that `Targets` says.
+        ImportError: the extension is not built.
     """
     check(targets.input_size == predictions.input_size, "targets.input_size",
           f"that of the predictions {predictions.input_size}", targets.input_size)
