@@ -8,6 +8,7 @@
 #include "assignment_cpu.h"
 #include "assignment_cuda.h"
 #include "cpu_isa.h"
+#include "mask_loss_cpu.h"
 #include "matching_cpu.h"
 #include "segments_cpu.h"
 #include "segments_rle.h"
@@ -200,6 +201,57 @@ void matching_cost(uintptr_t class_logits, uintptr_t embeddings, uintptr_t pixel
   maskformer_fast::matching_cost(batch, threads);
 }
 
+using MaskAddresses = std::array<uintptr_t, 4>;  // logits, masks, rows, valid_sizes
+
+maskformer_fast::MaskPairs mask_pairs(const MaskAddresses& addresses, const std::array<int64_t, 6>& sizes,
+                                      const std::array<double, 3>& focal) {
+  check_sizes(sizes);
+  const auto [pairs, height, width, targets, input_height, input_width] = sizes;
+  if (pairs > 0 && (height == 0 || width == 0 || input_height == 0 || input_width == 0)) {
+    throw std::invalid_argument("sizes: expected pixels, got none");
+  }
+  if (pairs > 0 && (addresses[0] == 0 || addresses[2] == 0)) {
+    throw std::invalid_argument("logits, rows: expected pointers, got null");
+  }
+  maskformer_fast::MaskPairs batch{};
+  batch.pairs = pairs;
+  batch.height = height;
+  batch.width = width;
+  batch.targets = targets;
+  batch.input_height = input_height;
+  batch.input_width = input_width;
+  batch.logits = pointer<const float>(addresses[0]);
+  batch.masks = pointer<const uint8_t>(addresses[1]);
+  batch.rows = pointer<const int64_t>(addresses[2]);
+  batch.valid_sizes = pointer<const int64_t>(addresses[3]);
+  batch.loss = {static_cast<float>(focal[0]), static_cast<float>(focal[1]), static_cast<float>(focal[2])};
+  return batch;
+}
+
+void mask_sums(const MaskAddresses& addresses, const std::array<int64_t, 6>& sizes,
+               const std::array<double, 3>& focal, uintptr_t sums, int threads) {
+  check_threads(threads);
+  maskformer_fast::mask_sums(mask_pairs(addresses, sizes, focal), pointer<float>(sums), threads);
+}
+
+void mask_sums_backward(uintptr_t upstream, const MaskAddresses& addresses, const std::array<int64_t, 6>& sizes,
+                        const std::array<double, 3>& focal, uintptr_t gradient, int threads) {
+  check_threads(threads);
+  maskformer_fast::mask_sums_backward(mask_pairs(addresses, sizes, focal), pointer<const float>(upstream),
+                                      pointer<float>(gradient), threads);
+}
+
+void define_mask_sums(py::module_& module) {
+  module.def("mask_sums", &mask_sums, py::arg("addresses"), py::arg("sizes"), py::arg("focal"), py::arg("sums"),
+             py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+             "Addresses of what csrc/mask_loss_cpu.h names: logits, masks, rows and valid_sizes (0: padding counts), "
+             "all contiguous, and of the float32 sums. sizes: pairs, height, width, targets, input height and width; "
+             "focal: weight on, weight off, exponent.");
+  module.def("mask_sums_backward", &mask_sums_backward, py::arg("upstream"), py::arg("addresses"), py::arg("sizes"),
+             py::arg("focal"), py::arg("gradient"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+             "Address of the gradient by the sums, then as mask_sums, and of the gradient by the logits.");
+}
+
 template <class Enum>
 Enum choose(const std::string& value, const char* name,
             const std::initializer_list<std::pair<const char*, Enum>>& known) {
@@ -250,6 +302,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("has_cuda") = false;
 #endif
   define_segments(module);
+  define_mask_sums(module);
   module.def("matching_cost", &matching_cost, py::arg("class_logits"), py::arg("embeddings"), py::arg("pixels"),
              py::arg("pixel_strides"), py::arg("labels"), py::arg("counts"), py::arg("masks"), py::arg("valid_sizes"),
              py::arg("sizes"), py::arg("weights"), py::arg("focal"), py::arg("cost"), py::arg("threads"),

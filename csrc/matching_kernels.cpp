@@ -15,20 +15,6 @@ constexpr int kPixels = 6;
 constexpr int kVectors = 2;
 static_assert(kTilePixels % kPixels == 0 && kTileQueries % (kVectors * kLanes) == 0, "whole tiles only");
 
-// log(1 + e) / e for e in [0, 1]: minimax polynomial, relative error 3e-8
-MF_INLINE Floats log1p_unit(Floats e) {
-  Floats p = broadcast(5.232694303e-03f);
-  p = p * e - 2.950523893e-02f;
-  p = p * e + 7.822595212e-02f;
-  p = p * e - 1.366324582e-01f;
-  p = p * e + 1.910600677e-01f;
-  p = p * e - 2.484298222e-01f;
-  p = p * e + 3.331909681e-01f;
-  p = p * e - 4.999949314e-01f;
-  p = p * e + 9.999999699e-01f;
-  return p * e;
-}
-
 enum class Exponent { zero, two, other };
 
 struct PixelLoss {

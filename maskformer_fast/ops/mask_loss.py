@@ -1,9 +1,9 @@
 """Mask losses of the matched pairs at the resolution of the padded input (paper section 3.3, equation 2; appendix A).
 
 A pair's low-resolution logits are upsampled, compared with its packed target and reduced to four sums, of which the
-losses are made: `mask_sums`. The backward pass upsamples again. In plain PyTorch both work on a few pairs at a time, so
-that no tensor of full resolution outlives its chunk. On CUDA devices Triton kernels do both (float64 apart), in which
-nothing of full resolution is ever in memory.
+losses are made: `mask_sums`. The backward pass upsamples again. In C++ on the CPU both hold no more than rows of
+pixels; in Triton on CUDA devices nothing of full resolution is ever in memory. The eager twins, in plain PyTorch, which
+also serve float64, work on a few pairs at a time, so that no tensor of full resolution outlives its chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskformer_fast._extension import load_kernels
+from maskformer_fast._extension import load_extension, load_kernels
 from maskformer_fast.config import LossConfig, check
 from maskformer_fast.structures import Predictions, Targets, unpack_masks
 
@@ -114,7 +114,8 @@ def mask_sums_eager(*arguments: Any) -> Tensor:
     """What the losses of each pair are made of, in plain PyTorch -> [P, 4]; arguments as `_Inputs`.
 
     Over the counted pixels of the upsampled logits x of a pair, with p = sigmoid(x) and truth t: the weighted focal
-    loss, p t, p, and t, each summed. Zeros for a pair without a target (row -1), whatever its logits.
+    loss, p t, p, and t, each summed. Zeros for a pair without a target (row -1), whatever its logits. In C++ the first
+    three are NaN where an upsampled logit is NaN or infinite.
     """
     inputs = _Inputs(*arguments)
     sums = inputs.logits.new_empty(len(inputs.rows), 4)
@@ -152,6 +153,56 @@ def mask_sums_backward_eager(gradient: Tensor, *arguments: Any) -> Tensor:
     return result.where((inputs.rows >= 0)[:, None, None], 0)
 
 
+class _Addresses:
+    """The operator's arguments as the extension takes them; holds the tensors while their addresses are in use.
+
+    Raises ValueError for a shape or type that does not fit, as the extension sees addresses only.
+    """
+
+    def __init__(self, inputs: _Inputs) -> None:
+        check(inputs.logits.dim() == 3, "logits", "shape [P, h, w]", tuple(inputs.logits.shape))
+        check(inputs.masks.dim() == 3, "masks", "shape [N, H, ceil(W/8)]", tuple(inputs.masks.shape))
+        pairs, height, width = (len(inputs.rows), *inputs.logits.shape[1:])
+        self.check(inputs.logits, "logits", torch.float32, (pairs, height, width))
+        targets, input_height = inputs.masks.shape[:2]
+        self.check(inputs.rows, "rows", torch.int64, (pairs,))
+        self.check(inputs.masks, "masks", torch.uint8, (targets, input_height, (inputs.width + 7) // 8))
+        if inputs.valid_sizes is not None:
+            self.check(inputs.valid_sizes, "valid_sizes", torch.int64, (targets, 2))
+        self.held = [None if t is None else t.contiguous() for t in inputs[:4]]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in self.held]
+        self.arguments = (addresses, (pairs, height, width, targets, input_height, inputs.width), inputs.focal)
+
+    @staticmethod
+    def check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        check(tensor.dtype == dtype and tensor.shape == shape, name, f"{dtype} {shape}",
+              f"{tensor.dtype} {tuple(tensor.shape)}")
+
+
+def _mask_sums_cpu(*arguments: Any) -> Tensor:
+    inputs = _Inputs(*arguments)
+    if inputs.logits.dtype == torch.float64:
+        return mask_sums_eager(*arguments)
+    given = _Addresses(inputs)
+    sums = inputs.logits.new_empty(len(inputs.rows), 4)
+    load_extension().mask_sums(*given.arguments, sums.data_ptr(), torch.get_num_threads())
+    return sums
+
+
+def _mask_sums_backward_cpu(gradient: Tensor, *arguments: Any) -> Tensor:
+    inputs = _Inputs(*arguments)
+    if inputs.logits.dtype == torch.float64:
+        return mask_sums_backward_eager(gradient, *arguments)
+    given = _Addresses(inputs)
+    given.check(gradient, "gradient", torch.float32, (len(inputs.rows), 4))
+    upstream = gradient.contiguous()
+    result = torch.empty_like(inputs.logits, memory_format=torch.contiguous_format)
+    load_extension().mask_sums_backward(
+        upstream.data_ptr(), *given.arguments, result.data_ptr(), torch.get_num_threads()
+    )
+    return result
+
+
 def _mask_sums_cuda(*arguments: Any) -> Tensor:
     if arguments[0].dtype == torch.float64:
         return mask_sums_eager(*arguments)
@@ -185,9 +236,9 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.maskformer_fast.mask_sums_backward(*arguments), None, None, None, None, None
 
 
-_library.impl("mask_sums", mask_sums_eager, "CPU")
+_library.impl("mask_sums", _mask_sums_cpu, "CPU")
 _library.impl("mask_sums", _mask_sums_cuda, "CUDA")
-_library.impl("mask_sums_backward", mask_sums_backward_eager, "CPU")
+_library.impl("mask_sums_backward", _mask_sums_backward_cpu, "CPU")
 _library.impl("mask_sums_backward", _mask_sums_backward_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::mask_sums", _mask_sums_fake, lib=_library)
 torch.library.register_fake("maskformer_fast::mask_sums_backward", _mask_sums_backward_fake, lib=_library)
@@ -210,8 +261,14 @@ def mask_loss(
     Nothing is weighted or divided by the number of masks here. Embeddings of unmatched queries get zero gradients.
     Half precision is computed in float32, also under autocast. Source: paper section 3.3, official behaviour.
 
+    Float32 on the CPU runs over ``torch.get_num_threads()`` threads; the sums of a pair are the same for any number of
+    them, and no mask of full resolution exists. Where a counted pixel's upsampled logit is NaN or infinite, the losses
+    of its layer are NaN, and so is the gradient by the cells that the pixel reads; other pairs keep theirs.
+
     Raises:
-        ValueError: predictions and targets are not of one padded input size.
+        ValueError: predictions and targets are not of one padded input size; on the CPU also where targets are not of
+            the types and shapes that `Targets` says.
+        ImportError: the extension is not built.
     """
     check(targets.input_size == predictions.input_size, "targets.input_size",
           f"that of the predictions {predictions.input_size}", targets.input_size)

@@ -27,6 +27,7 @@ constexpr Operator kOperators[] = {
     {"assignment", run_assignment},
     {"assignment teams", run_teams},
     {"matching cost", run_matching},
+    {"mask loss", run_mask_loss},
     {"segments", run_segments},
     {"semantic", run_semantic},
 };
