@@ -3,12 +3,17 @@
     python -m benchmarks.train_step [--only TEXT] [--output FILE]
 
 Forward, six supervised decoder layers matched and compared, backward, clipping, fused AdamW. Both networks train their
-BatchNorm and have no dropout; the peer reads images that are normalised already, and float masks.
+BatchNorm and have no dropout; the peer reads images that are normalised already, and float masks. This runs the CPU's
+rows and writes benchmarks/results/train_step.json; those of a GPU are in `benchmarks.gpu_train_step`.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,69 +21,97 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Operation
+from benchmarks.cpu import format_table
+from benchmarks.harness import Case, Operation, run_fresh
+from benchmarks.machine import describe_machine
+from maskformer_fast.cli import parse, run_command
+from maskformer_fast.compilation import compile_whole
 from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, LossConfig, ModelConfig
 from maskformer_fast.criterion import Criterion
+from maskformer_fast.files import atomic_write
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
 from maskformer_fast.structures import Metadata, Targets, pack_masks
 
-CLASSES, TARGETS = 150, 14
-CLIP = 0.01
+RESULTS = Path(__file__).parent / "results" / "train_step.json"
+CLASSES, TARGETS, CLIP = 150, 14, 0.01
+MAX_MEMORY = 0.65
+"""Goal for our peak memory over the peer's."""
+
+Step = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class TrainStepOptions:
+    """Time a training step on this machine's CPU beside Hugging Face's."""
+
+    only: str = ""
+    """Run the cases with this in their name. Writes no file unless --output names one."""
+    output: Path | None = None
+    """JSON file; by default benchmarks/results/train_step.json."""
 
 
 def cases() -> list[Case]:
     """The CPU's."""
     return [
         Case(f"training step {name}, 2x3x512x512, 6 layers, float32", "Hugging Face MaskFormer", 1.35,
-             partial(training_steps, name, 2, (512, 512)))
+             partial(cpu_steps, name, 2, (512, 512)))
         for name in ("resnet50", "swin_tiny")
     ]
 
 
-def training_steps(
-    name: str,
-    batch: int,
-    size: tuple[int, int],
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
-) -> tuple[Operation, Operation]:
-    """Our step and the peer's, each with a network and an optimiser of its own; checks that they start alike."""
+def cpu_steps(name: str, batch: int, size: tuple[int, int]) -> tuple[Operation, Operation]:
+    network, peer = networks(name)
+    images, targets, masks, labels = random_batch(batch, size)
+    normalized = network.normalize(images, targets.valid_sizes)
+    return partial(our_step(network), images, targets), partial(their_step(peer), normalized, masks, labels)
+
+
+def networks(name: str) -> tuple[Any, Any]:
+    """Our network and theirs, with the same weights, in training mode."""
     backbone = BackboneConfig(name, norm="batch") if "resnet" in name else BackboneConfig(name, drop_path_rate=0.0)
     model = ModelConfig(num_classes=CLASSES, backbone=backbone, decoder=DecoderConfig(dropout=0.0))
     network = build_model(model).train()
-    peer = huggingface_model(network, model)
-    images, targets, masks, labels = random_batch(batch, size)
-    normalized = network.normalize(images, targets.valid_sizes).to(device)
-    network, peer = network.to(device), peer.to(device)
-    images, targets = images.to(device), targets.to(device)
-    masks, labels = [m.to(device) for m in masks], [c.to(device) for c in labels]
-    loss = LossConfig(padding="include")
-    criterion = Criterion(CLASSES, loss).to(device)
-    autocast = partial(torch.autocast, device, dtype, enabled=dtype != torch.float32)
-
-    def our_loss() -> Tensor:
-        with autocast():
-            return criterion(network(images, targets.valid_sizes), targets).total
-
-    def their_loss() -> Tensor:
-        with autocast():
-            found = peer(
-                normalized, mask_labels=masks, class_labels=labels, output_hidden_states=True,
-                output_auxiliary_logits=True,
-            )
-        return found.loss
-
-    return optimizer_step(network, our_loss, compiled), optimizer_step(peer, their_loss, compiled)
+    return network, huggingface_model(network, model)
 
 
-def optimizer_step(network: nn.Module, loss: Any, compiled: bool) -> Operation:
+def our_step(network: nn.Module, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Step:
+    """Of images and targets."""
+    device = next(network.parameters()).device
+    forward: Any = network
+    criterion: Any = Criterion(CLASSES, LossConfig(padding="include")).to(device)  # padding counts, as for the peer
+    if compiled:
+        forward, criterion = compile_whole(forward), compile_whole(criterion)
+
+    def loss(images: Tensor, targets: Targets) -> Tensor:
+        total: Tensor = criterion(forward(images, targets.valid_sizes), targets).total
+        return total
+
+    return optimizer_step(network, loss, device, dtype)
+
+
+def their_step(peer: Any, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Step:
+    """Of normalised images, float masks and labels."""
+    forward = torch.compile(peer) if compiled else peer
+
+    def loss(images: Tensor, masks: list[Tensor], labels: list[Tensor]) -> Tensor:
+        found = forward(
+            images, mask_labels=masks, class_labels=labels, output_hidden_states=True, output_auxiliary_logits=True
+        )
+        total: Tensor = found.loss
+        return total
+
+    return optimizer_step(peer, loss, next(peer.parameters()).device, dtype)
+
+
+def optimizer_step(
+    network: nn.Module, loss: Callable[..., Tensor], device: torch.device, dtype: torch.dtype
+) -> Step:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
-    loss = torch.compile(loss) if compiled else loss
 
-    def step() -> Tensor:
-        value: Tensor = loss()
+    def step(*batch: Any) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss(*batch)
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), CLIP)
         optimizer.step()
@@ -114,3 +147,25 @@ def random_batch(batch: int, size: tuple[int, int]) -> tuple[Tensor, Targets, li
     sizes = torch.tensor([size] * batch)
     targets = Targets(labels, torch.full((batch,), TARGETS), pack_masks(masks), sizes, size)
     return images, targets, [mask.float() for mask in masks], list(labels)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(TrainStepOptions, sys.argv[1:] if argv is None else argv, prog="python -m benchmarks.train_step")
+    chosen = [case for case in cases() if options.only in case.name]
+    if not chosen:
+        raise ValueError(f"only: expected a part of a case's name, got {options.only!r}")
+    rows = [run_fresh(Path(__file__), case) for case in chosen]
+    for row in rows:
+        if not row.get("error") and row["ours_peak_mib"] is not None:
+            row["memory_ratio"] = row["ours_peak_mib"] / row["peer_peak_mib"]
+            row["memory_goal"] = MAX_MEMORY
+    output = options.output or (None if options.only else RESULTS)
+    if output is not None:
+        with atomic_write(output) as file:
+            file.write((json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n").encode())
+    print(format_table(rows))
+    return 1 if any(row.get("error") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -21,6 +21,7 @@ from benchmarks import (
     gpu_schedule,
     gpu_segments,
     gpu_semantic,
+    gpu_train_step,
 )
 from benchmarks.gpu_harness import OURS
 
@@ -47,6 +48,7 @@ def setups():
         "panoptic kept": partial(gpu_segments.kept_setup, low=low, high=high),
         "panoptic predictions": partial(gpu_segments.predictions_setup, low=low, high=high),
         "instances": partial(gpu_segments.instances_setup, low=low, high=high),
+        "training step": partial(gpu_train_step.setup, name="resnet50", size=(64, 64), compiled=False, batch=1),
         "resize": partial(gpu_resize.setup, batch=2, frame=(54, 96), size=(33, 57)),
     }  # fmt: skip
 
