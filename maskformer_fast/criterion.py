@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskformer_fast.config import LossConfig, check
+from maskformer_fast.distributed import mean_over_ranks
 from maskformer_fast.matcher import match
 from maskformer_fast.ops import mask_loss
 from maskformer_fast.ops.mask_loss import at_least_float32
@@ -33,24 +34,14 @@ def term_names(
     return [tuple(f"{name}_{layer}" for name in names) for layer in range(layers - 1)] + [names]
 
 
-def mean_over_ranks(
-    value: Tensor,  # scalar float
-) -> Tensor:
-    """Mean over the ranks of the default process group; the value itself without one."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    total = value.clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
-
-
 class Criterion(nn.Module):
     """Match predictions with targets and compare them.
 
     Class loss: cross-entropy over all queries, where an unmatched query should say "no object", whose weight is
     ``loss.no_object_weight``; weighted mean over queries. Mask and dice losses: see `ops.mask_loss`; divided by the
-    number of targets, averaged over ranks and at least 1. With ``loss.deep_supervision`` every decoder layer is matched
-    and compared, otherwise the final one alone.
+    number of targets, at least 1. What they are divided by is averaged over ranks, so that the mean of the ranks'
+    losses is that of the whole batch. With ``loss.deep_supervision`` every decoder layer is matched and compared,
+    otherwise the final one alone.
     """
 
     class_weights: Tensor
@@ -78,7 +69,7 @@ class Criterion(nn.Module):
                 class_logits=predictions.class_logits[-1:], mask_embeddings=predictions.mask_embeddings[-1:]
             )
         matching = match(predictions, targets, loss)
-        num_masks = mean_over_ranks(targets.counts.sum().to(torch.float32)).clamp(min=1)
+        num_masks = mean_over_ranks(targets.counts.sum().to(torch.float32), least=1)
         mask, dice = mask_loss(predictions, targets, matching.query, loss)
         weighted = torch.stack([
             loss.class_weight * self.class_loss(predictions.class_logits, targets.labels, matching.query),
@@ -107,4 +98,5 @@ class Criterion(nn.Module):
         logits = at_least_float32(class_logits)
         weights = self.class_weights.to(logits.dtype)
         losses = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), weights, reduction="none")
-        return losses.view(layers, -1).sum(1) / weights[truth].sum((1, 2)).clamp(min=torch.finfo(weights.dtype).tiny)
+        total = mean_over_ranks(weights[truth].sum((1, 2)), least=torch.finfo(weights.dtype).tiny)
+        return losses.view(layers, -1).sum(1) / total

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from maskformer_fast.config import LossConfig, check
 from maskformer_fast.criterion import Losses, term_names
+from maskformer_fast.distributed import mean_over_ranks
 from maskformer_fast.ops.mask_loss import at_least_float32, inside
 from maskformer_fast.structures import VOID, PixelPredictions, Targets, unpack_masks
 
@@ -28,7 +29,7 @@ def semantic_truth(targets: Targets) -> Tensor:
 
 
 class PixelCriterion(nn.Module):
-    """Mean cross-entropy over the labelled pixels of the batch, zero where there are none.
+    """Mean cross-entropy over the labelled pixels of the batch (of all ranks), zero where there are none.
 
     Logits are upsampled bilinearly (``align_corners=False``) to the padded input size. Padding never counts. Of
     ``loss``, ``class_weight`` and ``deep_supervision`` apply; the terms are ``loss_sem_seg`` and, for the earlier
@@ -54,15 +55,16 @@ class PixelCriterion(nn.Module):
         layers = predictions.logits if self.loss.deep_supervision else predictions.logits[-1:]
         truth = semantic_truth(targets)
         labelled = (truth != VOID).sum()
+        counted = mean_over_ranks(labelled.to(torch.float32), least=1)
         names = term_names(("loss_sem_seg",), len(layers))
         with torch.autocast(layers.device.type, enabled=False):
             terms = {
-                name: self.loss.class_weight * self.layer_loss(logits, truth) / labelled.clamp(min=1)
+                name: self.loss.class_weight * self.layer_loss(logits, truth) / counted
                 for (name,), logits in zip(names, layers, strict=True)
             }
         nonfinite = ~layers.detach().isfinite().flatten(2).all(2)
         total = torch.stack(list(terms.values())).sum()
-        return Losses(total, terms, nonfinite, labelled.to(total.dtype), labelled)
+        return Losses(total, terms, nonfinite, counted, labelled)
 
     def layer_loss(
         self,

@@ -24,20 +24,36 @@ from maskformer_fast.checkpoint import (
     load_state,
     load_weights,
     mark_best,
+    newest_whole,
     remove_leftovers,
     save_checkpoint,
+    set_aside,
 )
 from maskformer_fast.config import Config, Task
 from maskformer_fast.criterion import Criterion, Losses
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import Batch, train_loader
+from maskformer_fast.distributed import (
+    any_rank,
+    average_buffers,
+    gather_objects,
+    gradient_sync,
+    is_main,
+    load_optimizer,
+    mean_over_ranks,
+    on_main,
+    rank,
+    unsharded,
+    world_size,
+    wrap,
+)
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.files import atomic_write
 from maskformer_fast.formats import write_json
 from maskformer_fast.modeling import build_model
 from maskformer_fast.pixel_criterion import PixelCriterion
 from maskformer_fast.predictor import AMP_DTYPES, Predictor, resolve_device, with_classes
-from maskformer_fast.runlog import RunLog
+from maskformer_fast.runlog import NoLog, RunLog
 from maskformer_fast.solver import build_optimizer, set_learning_rate
 from maskformer_fast.validation import check_classes, measure
 
@@ -55,7 +71,10 @@ class TrainingDiverged(RuntimeError):
 
 
 class Trainer:
-    """One run in ``config.output``. The caller holds the folder's lock and decides whether it continues a run."""
+    """One run in ``config.output``. The caller holds the folder's lock and decides whether it continues a run.
+
+    In a process group every rank makes one; rank 0 writes the files and every rank reads them.
+    """
 
     def __init__(self, config: Config, resume: bool = False) -> None:
         self.folder = Path(config.output)
@@ -69,11 +88,12 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.network = build_model(config.model)
-        if not (resume and complete_checkpoints(self.checkpoints)):
+        if not (resume and on_main(lambda: bool(complete_checkpoints(self.checkpoints)))):
             self._load_pretrained()
         layout = torch.channels_last if config.solver.channels_last else torch.contiguous_format
         self.network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.forward = torch.compile(self.network, fullgraph=True) if config.solver.compile else self.network
+        compiled: Any = torch.compile(self.network, fullgraph=True) if config.solver.compile else self.network
+        self.forward = wrap(compiled, config)
         pixelwise = config.model.type != "maskformer"
         criterion = PixelCriterion if pixelwise else Criterion
         self.criterion = criterion(config.model.num_classes, config.loss).to(self.device)
@@ -89,6 +109,8 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.broken: dict[str, str] = {}
+        self.resumed: Path | None = None
+        self.damaged: list[Path] = []
         if resume:
             self._restore()
 
@@ -102,13 +124,21 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to ``max_steps``; returns the last validation's metrics, which also stand in ``metrics.json``."""
-        remove_leftovers(self.checkpoints)
-        self.log = RunLog(self.folder, self.step, self.config.log.tensorboard)
+        self.log: RunLog | NoLog = NoLog()
+        if is_main():
+            remove_leftovers(self.checkpoints)
+            if self.resumed is not None:
+                set_aside(self.damaged, self.resumed)
+            self.log = RunLog(self.folder, self.step, self.config.log.tensorboard)
         try:
             # A run killed between saving a checkpoint and measuring it resumes here.
-            owed = self.step > 0 and self._validation_due() and measured_step(self.folder) != self.step
-            metrics = self._validate_checkpoint(complete_checkpoints(self.checkpoints)[-1]) if owed else {}
-            return self._train() or metrics or self.validate()
+            measured = on_main(lambda: measured_step(self.folder))
+            owed = self.resumed is not None and self._validation_due() and measured != self.step
+            metrics = self._validate_checkpoint(self.resumed) if owed else {}
+            metrics = self._train() or metrics or self.validate()
+            for broken in gather_objects(self.broken):
+                self.broken.update(broken)
+            return metrics
         finally:
             self.log.close()
             if self.broken:
@@ -122,11 +152,15 @@ class Trainer:
         if self.step >= config.solver.max_steps:
             return metrics
         batches: Iterator[Batch] = iter(
-            train_loader(self.train_set, config, self.train_set.task, start_step=self.step)
+            train_loader(
+                self.train_set, config, self.train_set.task, start_step=self.step, rank=rank(), world_size=world_size()
+            )
         )
         window = _Window()
         self.network.train()
-        with tqdm(total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True) as progress:
+        with tqdm(
+            total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not is_main()
+        ) as progress:
             while self.step < config.solver.max_steps:
                 window.add(self._step(batches, window))
                 self.step += 1
@@ -158,28 +192,31 @@ class Trainer:
             batch = next(batches)
             window.waited += time.perf_counter() - started
             self.broken.update(batch.broken)
-            # Dropout depends on the step alone, so a resumed run draws the same masks.
-            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 4099 + micro) % 2**63)
+            # Dropout depends on the step and rank alone, so a resumed run draws the same masks.
+            stream = micro + rank() * solver.accumulate
+            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 4099 + stream) % 2**63)
             images = batch.images.to(self.device, non_blocking=True)
             if solver.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             targets = batch.targets.to(self.device, non_blocking=True)
-            with autocast:
-                predictions = self.forward(images, targets.valid_sizes)
-                losses: Losses = self.criterion(predictions, targets)
-            self.scaler.scale(losses.total / solver.accumulate).backward()
+            with gradient_sync(self.forward, micro == solver.accumulate - 1):
+                with autocast:
+                    predictions = self.forward(images, targets.valid_sizes)
+                    losses: Losses = self.criterion(predictions, targets)
+                self.scaler.scale(losses.total / solver.accumulate).backward()
             for name, value in {"loss": losses.total, **losses.terms}.items():
                 terms[name] = terms.get(name, 0.0) + value.detach() / solver.accumulate
             problems += _describe_nonfinite(losses, batch, self.config)
         self.scaler.unscale_(self.optimizer)
         limit = solver.clip_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        norm = unsharded(nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         finite = bool(torch.isfinite(norm))
         # An overflow of scaled fp16 gradients is the scaler's business; at scale 1 there is nothing left to lower.
         overflow = not finite and self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
         if not problems and not (finite or overflow):
             problems = [f"gradient norm {float(norm)}"]
-        if problems:
+        if any_rank(bool(problems)):
+            problems = [problem for found in gather_objects(problems) for problem in found]
             torch._foreach_copy_(buffers, kept)
             self._skip(problems)
         else:
@@ -209,6 +246,7 @@ class Trainer:
         validate = self._validation_due()
         if not validate and self.step % self.config.log.checkpoint_every != 0:
             return {}
+        average_buffers(self.network)
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -216,16 +254,25 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
-        path = save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state)
-        return self._validate_checkpoint(path) if validate else {}
+        path, failure = None, None
+        try:
+            path = save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state)
+        except OSError as error:
+            failure = error
+            logger.error("%s\ntraining goes on; the next checkpoint is tried at its step", error)
+        metrics = self._validate_checkpoint(path) if validate else {}
+        if failure is not None and self.step == self.config.solver.max_steps:
+            raise failure
+        return metrics
 
-    def _validate_checkpoint(self, path: Path) -> dict[str, Any]:
-        """Measure the network, whose weights ``path`` holds, and make that the best checkpoint if it is."""
+    def _validate_checkpoint(self, path: Path | None) -> dict[str, Any]:
+        """Measure the network, whose weights ``path`` holds if they could be saved; that may be the best checkpoint."""
         metrics = self.validate()
-        score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
-        if score is not None and (best is None or score > best):
-            mark_best(self.checkpoints, path, score)
-        write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
+        if is_main():
+            score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
+            if path is not None and score is not None and (best is None or score > best):
+                mark_best(self.checkpoints, path, score)
+            write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
         return metrics
 
     def validate(self) -> dict[str, Any]:
@@ -252,25 +299,26 @@ class Trainer:
         return metrics
 
     def _restore(self) -> None:
-        """Continue from the newest whole checkpoint; without one, start at step 0."""
-        found = complete_checkpoints(self.checkpoints)
-        if not found:
+        """Continue from the newest undamaged checkpoint; without one, start at step 0."""
+        found, self.damaged = on_main(lambda: newest_whole(self.checkpoints))
+        if found is None:
             logger.warning("%s has no checkpoint: starting at step 0", self.folder)
             return
-        saved = load_weights(found[-1])
+        saved = load_weights(found)
         changed = config_differences(saved.config, self.config, ("model", "loss", "data", "solver"))
         if changed:
             logger.warning("resuming with another configuration:\n  %s", "\n  ".join(changed))
-        load_into(self.network, saved.weights, found[-1])
-        state = load_state(found[-1])
+        load_into(self.network, saved.weights, found)
+        state = load_state(found)
         settings = [{key: group[key] for key in GROUP_SETTINGS} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # a changed rate or decay counts, not the saved one
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        logger.info("resuming from %s", found[-1])
+        self.resumed = found
+        logger.info("resuming from %s", found)
 
 
 class _Window:
@@ -292,8 +340,9 @@ class _Window:
         """Means over the window's steps, and its speed."""
         seconds = time.perf_counter() - self.started
         per_step = seconds / self.steps
+        means = mean_over_ranks(torch.tensor([float(value) / self.steps for value in self.sums.values()]))
         return {
-            **{name: float(value) / self.steps for name, value in self.sums.items()},
+            **dict(zip(self.sums, means.tolist(), strict=True)),
             "images_per_second": batch_size / per_step,
             "step_seconds": per_step,
             "data_share": self.waited / seconds,
