@@ -54,8 +54,8 @@ def process_group(device: str) -> Iterator[None]:
     """Join the processes that torchrun started; without its environment, nothing happens.
 
     On GPUs each process takes the one of its ``LOCAL_RANK`` and tensors go through NCCL; on the CPU, and for objects
-    and flags everywhere, through gloo. Ranks other than 0 log errors only. A block that raises leaves the group as it is: the process is about to end, and
-    leaving in order would wait for ranks that may be gone.
+    and flags everywhere, through gloo. Ranks other than 0 log errors only. A block that raises leaves the group as it
+    is: the process is about to end, and leaving in order would wait for ranks that may be gone.
 
     Args:
         device: ``config.device``.
@@ -152,8 +152,8 @@ def wrap(network: nn.Module, config: Config) -> nn.Module:
 
     ``ddp`` keeps the whole network on every rank. ``fsdp`` (FSDP2, `torch.distributed.fsdp.fully_shard`) gives each
     rank its share of every parameter, gradient and optimiser state, in place: build the optimiser afterwards. Both
-    average gradients over the ranks. Buffers, which are the statistics of BatchNorm, stay each rank's own in training:
-    see `average_buffers`. In one process the network itself comes back.
+    average gradients over the ranks. Running statistics of BatchNorm stay each rank's own in training: see
+    `average_statistics`. In one process the network itself comes back.
 
     Raises:
         ValueError: ``backbone.norm: sync`` on the CPU, for which PyTorch has no such layer.
@@ -203,18 +203,19 @@ def whole_parameters(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def average_buffers(network: nn.Module) -> None:
+def average_statistics(network: nn.Module) -> None:
     """Give every rank the mean of all ranks' running statistics.
 
     Done before a checkpoint, so that the statistics saved and measured are of all images, equal on all ranks, and what
     a resumed run starts with.
     """
-    if world_size() == 1:
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    own = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]  # whose statistics are equal already
+    statistics = [buffer for norm in own for buffer in norm.buffers() if buffer.is_floating_point()]
+    if world_size() == 1 or not statistics:
         return
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= world_size()
+    mean = mean_over_ranks(torch.cat(statistics))
+    torch._foreach_copy_(statistics, list(mean.split([len(buffer) for buffer in statistics])))
 
 
 def whole(state: Any) -> Any:

@@ -35,7 +35,7 @@ from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import Batch, train_loader
 from maskformer_fast.distributed import (
     any_rank,
-    average_buffers,
+    average_statistics,
     gather_objects,
     gradient_sync,
     is_main,
@@ -246,7 +246,7 @@ class Trainer:
         validate = self._validation_due()
         if not validate and self.step % self.config.log.checkpoint_every != 0:
             return {}
-        average_buffers(self.network)
+        average_statistics(self.network)
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
