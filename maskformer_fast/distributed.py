@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from maskformer_fast.config import Config, check
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for the others: at the start, and wherever rank 0 does something alone."""
+CONNECTION_TIMEOUT = timedelta(seconds=10)
+ATTEMPTS = 3
 
 
 class RankError(RuntimeError):
@@ -73,9 +82,9 @@ def process_group(device: str) -> Iterator[None]:
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         check(local < count, "nproc-per-node", f"at most the {count} GPUs of this machine", f"rank {local} on it")
         torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local))
+        _join("cpu:gloo,cuda:nccl", torch.device("cuda", local))
     else:
-        dist.init_process_group("gloo")
+        _join("gloo")
     if not is_main():
         logging.getLogger().setLevel(logging.ERROR)  # warnings are of the run, and rank 0 gives them
     yield
@@ -165,7 +174,9 @@ def wrap(network: nn.Module, config: Config) -> nn.Module:
     check(device.type == "cuda" or not synchronised, "model.backbone.norm",
           "batch or frozen where several processes train on the CPU", "sync")
     if config.solver.parallel == "ddp":
-        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, 2.11 only this one
+            return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (world_size(),))
     lists = [module for module in network.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     blocks = {block: None for blocks in lists for block in blocks if any(True for _ in block.children())}
@@ -262,6 +273,33 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for index, values in state["state"].items() if index < len(parameters)
     }  # fmt: skip
     optimizer.load_state_dict({**state, "state": own})
+
+
+def _join(backend: str, device: torch.device | None = None) -> None:
+    """Form the default group once all ranks are there.
+
+    Rarely one of gloo's connections gets lost while it is made, and both its ends wait five times the timeout (seen on
+    a busy machine, in torch 2.13): so the timeout is short until all are made, and they are tried again.
+
+    Raises:
+        RuntimeError: no attempt succeeded.
+    """
+    store, own, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if store.add("arrived", 1) == size:
+        store.set("complete", "")
+    store.wait(["complete"], PATIENCE)
+    for attempt in range(ATTEMPTS):
+        try:
+            dist.init_process_group(
+                backend, store=dist.PrefixStore(f"attempt_{attempt}", store), rank=own, world_size=size,
+                timeout=CONNECTION_TIMEOUT, device_id=device,
+            )  # fmt: skip
+            break
+        except RuntimeError as error:
+            logger.error("rank %d: attempt %d to connect with the other ranks: %s", own, attempt + 1, error)
+            if attempt == ATTEMPTS - 1:
+                raise
+    dist.distributed_c10d._set_pg_timeout(PATIENCE)
 
 
 def _grouped() -> bool:

@@ -83,7 +83,7 @@ def test_training_goes_on_over_a_full_disk_and_saves_at_the_next_chance(tmp_path
     assert metrics["step"] == 6 and load_weights(tmp_path / "checkpoints" / "best").step == 6
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_00000006"]
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if "val/" in line] == [2, 4, 6]  # the scores of weights that could not be kept are still worth knowing
+    assert [json.loads(line)["step"] for line in lines if "val/" in line] == [2, 4, 6]
 
 
 def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch):

@@ -25,6 +25,8 @@ from maskformer_fast.trainer import Trainer
 SCRIPT = Path(__file__).parent / "run_ranks.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
+LIMIT = 600  # seconds after which ranks that wait for each other are given up
+
 
 def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("run_ranks", SCRIPT)
@@ -54,7 +56,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
             subprocess.Popen([sys.executable, str(SCRIPT), str(folder)], env={**ENVIRONMENT, **group},
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         )  # fmt: skip
-    errors = [process.communicate()[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=LIMIT)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     return folder, [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -178,7 +184,7 @@ def test_a_killed_rank_costs_nothing_but_time(runs, tmp_path):
     run = tmp_path / "elastic"
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
             "--max-restarts", "1", str(SCRIPT), str(run), "elastic"]  # fmt: skip
-    result = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
+    result = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("mIoU") == 1 and result.stdout.count("metrics: ") == 1
     got, expected = (load_weights(path / "checkpoints" / "last") for path in (run, folder / "uninterrupted"))
