@@ -294,12 +294,12 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
     return None, []
 
 
-def set_aside(damaged: Iterable[Path], whole: Path) -> None:
-    """Rename damaged checkpoints, so that the steps they stood for can be saved anew, and point ``last`` to ``whole``.
+def set_aside(damaged: Iterable[Path], newest: Path) -> None:
+    """Rename damaged checkpoints, so that the steps they stood for can be saved anew, and point ``last`` to ``newest``.
 
     Where the best one is among them, there is no best one until the next validation.
     """
-    folder = whole.parent
+    folder = newest.parent
     for path in damaged:
         number, aside = 0, folder / f"damaged_{path.name}"
         while aside.exists():
@@ -307,7 +307,7 @@ def set_aside(damaged: Iterable[Path], whole: Path) -> None:
             aside = folder / f"damaged_{path.name}.{number}"
         path.rename(aside)
         logger.warning("%s is damaged: moved to %s", path, aside)
-    _point(folder / "last", whole)
+    _point(folder / "last", newest)
     if not (folder / "best").exists():
         for name in ("best", "best.json"):
             (folder / name).unlink(missing_ok=True)
