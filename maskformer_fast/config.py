@@ -328,8 +328,13 @@ class SolverConfig:
     compile: bool = False
     """Compile network and criterion by `torch.compile`. Batches are then padded to a few sizes, each compiled once."""
     channels_last: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes (torchrun): each holds the whole network, or its share of weights and optimiser state."""
 
     def __post_init__(self) -> None:
+        check_choice("solver.parallel", self.parallel, ("ddp", "fsdp"))
+        for name in ("compile", "channels_last"):
+            check(self.parallel == "ddp" or not getattr(self, name), f"solver.{name}", "False with parallel=fsdp", True)
         for name in ("max_steps", "batch_size", "accumulate"):
             check(getattr(self, name) > 0, f"solver.{name}", "a positive integer", getattr(self, name))
         check(self.batch_size % self.accumulate == 0, "solver.accumulate",

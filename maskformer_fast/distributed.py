@@ -1,67 +1,335 @@
-"""The processes of a run, as `torch.distributed` has them; without it, one process of rank 0."""
+"""Several processes as one run: their group, their agreement, wrapped networks, and states that know nothing of ranks.
+
+Everything here also works in a single process, where it does nothing. `torchrun` starts the processes, names the rank
+of each in its environment, ends all when one fails, and starts them again as often as ``--max-restarts`` says.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
 import torch
-from torch import Tensor, distributed
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from maskformer_fast.config import Config, check
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for the others: at the start, and wherever rank 0 does something alone."""
 
 
-def _initialised() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+class RankError(RuntimeError):
+    """Rank 0 failed where the others wait for it; its own message says why."""
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
-    return distributed.get_rank() if _initialised() else 0
+    """This process's number in the run, 0 where there is but one."""
+    return dist.get_rank() if _grouped() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
-    return distributed.get_world_size() if _initialised() else 1
+    """Number of processes of the run."""
+    return dist.get_world_size() if _grouped() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this is rank 0, the one that writes files and talks to the user."""
     return rank() == 0
 
 
+def restarted() -> bool:
+    """Whether torchrun started this group of processes again after one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that torchrun started; without its environment, nothing happens.
+
+    On GPUs each process takes the one of its ``LOCAL_RANK`` and tensors go through NCCL; on the CPU, and for objects
+    and flags everywhere, through gloo. Ranks other than 0 log errors only. A block that raises leaves the group as it
+    is: the process is about to end, and leaving in order would wait for ranks that may be gone.
+
+    Args:
+        device: ``config.device``.
+
+    Raises:
+        ValueError: half of torchrun's environment, a device of one rank's own, or fewer GPUs than processes.
+    """
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" not in os.environ:
+        check(ranks == "1", "WORLD_SIZE", "to be set by torchrun, together with RANK", ranks)
+        yield
+        return
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        check(device in ("auto", "cuda"), "device", "auto or cuda, each process takes a GPU of its own", device)
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        check(local < count, "nproc-per-node", f"at most the {count} GPUs of this machine", f"rank {local} on it")
+        torch.cuda.set_device(local)
+        _join("cpu:gloo,cuda:nccl", torch.device("cuda", local))
+    else:
+        _join("gloo")
+    if not is_main():
+        logging.getLogger().setLevel(logging.ERROR)  # warnings are of the run, and rank 0 gives them
+    yield
+    dist.destroy_process_group()
+
+
 def any_rank(flag: bool) -> bool:
-    """Whether any process says so. All of them must ask; they wait for each other."""
+    """Whether the flag is set on any rank. A wait for all of them, through the host: for rare moments."""
     if world_size() == 1:
         return flag
-    said: list[bool] = [False] * world_size()
-    distributed.all_gather_object(said, flag)
-    return any(said)
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The value (anything that can be pickled) of every rank, in their order, on every rank."""
+    found: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def gather_on_main(value: T) -> list[T]:
+    """The value of every rank, in their order, on rank 0; an empty list on the others."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size() if is_main() else []
+    dist.gather_object(value, found if is_main() else None)
+    return found
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call on rank 0 alone and give its result to every rank.
+
+    Raises:
+        RankError: on the other ranks, where the function raised on rank 0, which gets the exception itself.
+    """
+    if world_size() == 1:
+        return function()
+    failure: Exception | None = None
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = function()
+        except Exception as error:
+            failure, box[1] = error, f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(box)
+    if failure is not None:
+        raise failure
+    if box[1] is not None:
+        raise RankError(f"rank 0 failed: {box[1]}")
+    return box[0]
 
 
 def gather_ranks(
-    values: Tensor,  # [N], of the same length in every process
+    values: Tensor,  # [N], of the same length on every rank
 ) -> Tensor:
-    """Concatenate the values of all processes in the order of their ranks -> [ranks * N], without a synchronisation."""
+    """The values of all ranks in their order -> [ranks * N], without waiting for the device."""
     if world_size() == 1:
         return values
     parts = [torch.empty_like(values) for _ in range(world_size())]
-    distributed.all_gather(parts, values.contiguous())
+    dist.all_gather(parts, values.contiguous())
     return torch.cat(parts)
 
 
 def max_over_ranks(
-    value: Tensor,  # [...] finite
+    value: Tensor,  # [...] without NaN
 ) -> Tensor:
-    """Largest value of any process -> [...], without a synchronisation."""
+    """Largest value of any rank -> [...], without waiting for the device."""
     if world_size() == 1:
         return value
-    result = value.clone()
-    distributed.all_reduce(result, distributed.ReduceOp.MAX)
-    return result
+    largest = value.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
 
 
 def mean_over_ranks(
     value: Tensor,  # [...] float
 ) -> Tensor:
-    """Mean over the processes -> [...], without a synchronisation."""
+    """Mean over the ranks -> [...], without waiting for the device."""
     if world_size() == 1:
         return value
-    result = value.clone()
-    distributed.all_reduce(result)
-    return result / world_size()
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def wrap(network: nn.Module, config: Config) -> nn.Module:
+    """The network as several ranks train it, by ``config.solver.parallel``: call the result in place of the network.
+
+    ``ddp`` keeps the whole network on every rank. ``fsdp`` (FSDP2, `torch.distributed.fsdp.fully_shard`) gives each
+    rank its share of every parameter, gradient and optimiser state, in place: build the optimiser afterwards. Both
+    average gradients over the ranks. Running statistics of BatchNorm stay each rank's own in training: see
+    `average_statistics`. In one process the network itself comes back.
+
+    Raises:
+        ValueError: ``backbone.norm: sync`` on the CPU, for which PyTorch has no such layer.
+    """
+    if world_size() == 1:
+        return network
+    device = next(network.parameters()).device
+    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    check(device.type == "cuda" or not synchronised, "model.backbone.norm",
+          "batch or frozen where several processes train on the CPU", "sync")
+    if config.solver.parallel == "ddp":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, 2.11 only this one
+            return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    lists = [module for module in network.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    blocks = {block: None for blocks in lists for block in blocks if any(True for _ in block.children())}
+    for block in reversed(blocks):  # inner ones first: what they hold is no longer the outer ones'
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh, reshard_after_forward=False)  # type: ignore[call-overload]
+    return network
+
+
+@contextmanager
+def gradient_sync(network: nn.Module, enabled: bool) -> Iterator[None]:
+    """Forward and backward inside average gradients over ranks if ``enabled``: at the last micro-batch of a step."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(enabled)
+    if enabled or not isinstance(network, DistributedDataParallel):
+        yield
+    else:
+        with network.no_sync():
+            yield
+
+
+@contextmanager
+def whole_parameters(network: nn.Module) -> Iterator[None]:
+    """Keep all parameters of a sharded network on every rank, so that each may run it as often as it needs to."""
+    shards = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.reshard()
+            shard.set_reshard_after_forward(shard is not network, recurse=False)
+
+
+@torch.no_grad()
+def average_statistics(network: nn.Module) -> None:
+    """Give every rank the mean of all ranks' running statistics.
+
+    Done before a checkpoint, so that the statistics saved and measured are of all images, equal on all ranks, and what
+    a resumed run starts with.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    own = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]  # whose statistics are equal already
+    statistics = [buffer for norm in own for buffer in norm.buffers() if buffer.is_floating_point()]
+    if world_size() == 1 or not statistics:
+        return
+    mean = mean_over_ranks(torch.cat(statistics))
+    torch._foreach_copy_(statistics, list(mean.split([len(buffer) for buffer in statistics])))
+
+
+def whole(state: Any) -> Any:
+    """A copy of a state with every sharded tensor put together, on the CPU; to be called by all ranks.
+
+    Dictionaries, lists and tuples are walked through. Ranks other than 0, which write nothing, keep empty tensors.
+    """
+    if isinstance(state, Mapping):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(whole(value) for value in state)
+    if not isinstance(state, Tensor):
+        return state
+    state = state.detach()
+    full = unsharded(state)
+    return full.cpu() if is_main() else full.new_empty(0, device="cpu")
+
+
+def unsharded(value: Tensor) -> Tensor:
+    """A plain tensor of what may be sharded, on every rank."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shared_out(
+    value: Tensor,  # any shape, whole, the same on all ranks
+    like: Tensor,
+) -> Tensor:
+    """The value as ``like`` holds its own: this rank's share where that is sharded and of the same shape."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load an optimiser's whole state (`whole` of its ``state_dict()``, however many ranks had it).
+
+    Raises:
+        ValueError: the state is of other parameter groups.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = {
+        index: {name: shared_out(value, parameters[index]) if isinstance(value, Tensor) else value
+                for name, value in values.items()}
+        for index, values in state["state"].items() if index < len(parameters)
+    }  # fmt: skip
+    optimizer.load_state_dict({**state, "state": own})
+
+
+def _join(backend: str, device: torch.device | None = None) -> None:
+    """Form the default group once all ranks are there. Raises RuntimeError if they do not come."""
+    store, own, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    meeting = dist.PrefixStore(_meet(store, own, size), store)
+    dist.init_process_group(backend, store=meeting, rank=own, world_size=size, timeout=PATIENCE, device_id=device)
+
+
+def _meet(store: dist.Store, own: int, size: int, patience: timedelta = PATIENCE) -> str:
+    """Wait until all ranks are there -> a name of this meeting, like none before.
+
+    torchrun's store outlives the processes (torch 2.13): a group that was started again would read addresses that dead
+    ranks left there. So each rank says hello by a token of its own, rank 0 proposes the tokens that it sees, again when
+    one changes, and the meeting is on when every rank has agreed to a proposal that has its own token.
+    """
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    token, agreed = secrets.token_hex(8), ""
+    store.set(f"hello_{own}", token)
+    deadline = time.monotonic() + patience.total_seconds()
+    while time.monotonic() < deadline:
+        if own == 0:
+            seen = [read(f"hello_{other}") for other in range(size)]
+            if all(seen) and agreed != ",".join(seen):
+                store.set("proposal", ",".join(seen))
+        proposal = read("proposal")
+        if proposal != agreed and token in proposal.split(","):
+            store.set(f"agreed_{own}", agreed := proposal)
+        if own == 0 and agreed and all(read(f"agreed_{other}") == agreed for other in range(size)):
+            store.set("meeting", agreed)
+        if agreed and read("meeting") == agreed:
+            return hashlib.sha256(agreed.encode()).hexdigest()
+        time.sleep(0.02)
+    missing = [str(other) for other in range(size) if read(f"agreed_{other}") != read("proposal")]
+    raise RuntimeError(f"rank {own}: expected {size} ranks within {patience}, no word of {', '.join(missing)}")
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -16,6 +16,7 @@ from maskformer_fast.checkpoint import load_weights
 from maskformer_fast.cli import leading_path, parse, run_command
 from maskformer_fast.config import DataConfig, Task, TestConfig, check
 from maskformer_fast.data import build_dataset
+from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.files import atomic_write
 from maskformer_fast.formats import write_json
@@ -59,6 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m maskformer_fast.evaluate",
         default=EvaluateOptions(tyro.MISSING, data=config.data, test=config.test) if config else None,
     )
+    with process_group(options.device):
+        evaluate(options)
+    return 0
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Measure, print and write; the ranks of a process group share out the images, and rank 0 reports."""
     check(options.limit is None or options.limit > 0, "limit", "a positive number of images", options.limit)
     for name in ("output", "picture"):
         target = getattr(options, name)
@@ -86,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if writer is not None:
         writer.close()
+    if not is_main():
+        return
     for task in tasks:
         print(format_table(task, metrics[task]))
     if options.output:
@@ -93,8 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.picture and grid is not None:
         with atomic_write(options.picture) as file:
             Image.fromarray(grid).save(file, format="PNG")
-    return 0
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, RankError)

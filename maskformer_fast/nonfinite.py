@@ -96,7 +96,8 @@ class SkippedSteps:
         problems = self._problems(report, rest)
         if problems or is_main():
             reasons = "; ".join(problems or ["for what another rank says"])
-            logger.warning("step %d skipped (%d so far): %s", report.step, self.total, reasons)
+            say = logger.warning if is_main() else logger.error  # of the other ranks, errors alone are shown
+            say("step %d skipped (%d so far): %s", report.step, self.total, reasons)
         if self.in_a_row >= self._limit:
             raise TrainingDiverged(
                 f"{self.in_a_row} steps in a row were not finite, the last at step {report.step}: "

@@ -53,6 +53,19 @@ class RunLog:
             self._writer.close()
 
 
+class NoLog:
+    """In the place of a `RunLog` on the ranks that write none."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _whole_lines(path: Path) -> list[str]:
     """Lines that are complete JSON: a killed run can leave half a line at the end."""
     lines = []

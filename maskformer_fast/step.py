@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,14 @@ from torch.profiler import record_function
 from maskformer_fast.config import Config
 from maskformer_fast.criterion import Criterion, Losses
 from maskformer_fast.data.loader import Batch
-from maskformer_fast.distributed import gather_ranks, max_over_ranks, rank, world_size
+from maskformer_fast.distributed import (
+    gather_ranks,
+    gradient_sync,
+    max_over_ranks,
+    rank,
+    unsharded,
+    world_size,
+)
 from maskformer_fast.nonfinite import SkippedSteps, Verdict
 from maskformer_fast.pixel_criterion import PixelCriterion
 from maskformer_fast.predictor import AMP_DTYPES
@@ -58,7 +64,7 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         config: Config,
         device: torch.device,
-        forward: Callable[..., object] | None = None,
+        forward: nn.Module | None = None,
     ) -> None:
         """``forward`` is the network as it is called: compiled or wrapped. ``optimizer`` must be fused."""
         self.network = network
@@ -173,7 +179,7 @@ class TrainStep:
         autocast = torch.autocast(
             self.device.type, AMP_DTYPES.get(solver.amp, torch.bfloat16), enabled=solver.amp != "off"
         )
-        with self._reduced_later(micro):
+        with gradient_sync(self.forward, micro == solver.accumulate - 1):
             with autocast:
                 with record_function("step: forward"):
                     predictions = self.forward(images, targets.valid_sizes)
@@ -184,20 +190,13 @@ class TrainStep:
         terms = {name: value.detach() for name, value in losses.terms.items()}
         return losses._replace(total=losses.total.detach(), terms=terms)
 
-    def _reduced_later(self, micro: int) -> AbstractContextManager[None]:
-        """Where gradients are averaged over ranks, the last micro-batch's backward pass does it for all of them."""
-        no_sync = getattr(self.forward, "no_sync", None)
-        last = micro == self.config.solver.accumulate - 1
-        return nullcontext() if last or no_sync is None else no_sync()
-
     def _update(self, results: list[Losses]) -> tuple[Verdict, Tensor]:
         """Judge the gradients and apply them, or else undo what the step did -> verdict, whether it was an update."""
         losses = torch.stack([torch.stack([result.total, *result.terms.values()]) for result in results])
         nonfinite = torch.stack([result.nonfinite for result in results])
         self.scaler.unscale_(self.optimizer)
         limit = self.config.solver.clip_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded parameters
+        norm = unsharded(nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         bad = max_over_ranks((nonfinite.any() | ~losses[:, 0].isfinite().all()).float()) > 0
         overflow = ~norm.isfinite() & (self.scaler.scale(self._one) > 1)  # at scale 1 there is nothing left to lower
         skipped = bad | ~(norm.isfinite() | overflow)

@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from maskformer_fast.cli import INTERRUPTED_STATUS, run_command
+from maskformer_fast.config import Config
+from maskformer_fast.distributed import RankError, is_main, on_main, process_group, restarted
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.faults import OutOfMemory, WorkerLost
 from maskformer_fast.nonfinite import TrainingDiverged
@@ -36,8 +38,8 @@ class TrainOptions:
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold a run's folder against other processes.
+def run_lock(folder: Path) -> Iterator[str]:
+    """Hold a run's folder against other processes -> the launch that held it last (`launch_id`), if any.
 
     The lock is a file beside the folder and belongs to this process alone (`lockf`, unlike `flock`, is not inherited by
     loader processes), so the kernel frees it however the process ends.
@@ -46,14 +48,28 @@ def run_lock(folder: Path) -> Iterator[None]:
         ValueError: another process is training there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+    with folder.with_name(f".{folder.name}.lock").open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise ValueError(f"output: expected a folder no other run is using, got {folder}") from None
-        yield
+        file.seek(0)
+        former = file.read()
+        file.truncate(0)
+        file.write(launch_id())
+        file.flush()
+        yield former
+
+
+def launch_id() -> str:
+    """What torchrun's ``--rdzv-id`` calls this launch; empty without one.
+
+    Processes that are started again keep it, also where torchrun does not count that as a restart: when a node joins.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
 
 
 def move_aside(folder: Path) -> None:
@@ -81,29 +97,35 @@ def with_own_recipe(argv: list[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = with_own_recipe(list(sys.argv[1:] if argv is None else argv))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE: expected 1, training runs in one process so far, got {os.environ['WORLD_SIZE']}")
     options = parse_command(TrainOptions, argv, prog="python -m maskformer_fast.train")
-    config = options.config
+    with process_group(options.config.device):
+        return train(options.config, options.resume, options.profile)
+
+
+def train(config: Config, resume: bool, profile: bool) -> int:
+    """Train and measure; in a process group, every rank calls it. Returns the exit status."""
     backbone = config.model.backbone
     if backbone.norm == "frozen" and not (backbone.weights or config.model.weights):
         logger.warning("the backbone's BatchNorm is frozen but it has no weights: set --model.backbone.weights, or "
                        "--model.backbone.norm batch to train from nothing")
     folder = Path(config.output)
-    with run_lock(folder):
-        # touches nothing, so bad input leaves a former run in its place
-        trainer = Trainer(config, options.resume, options.profile)
-        if not options.resume:
-            move_aside(folder)
-        save_config(config, folder / "config.yaml")
+    with ExitStack() as held:
+        former = on_main(lambda: held.enter_context(run_lock(folder)))
+        resume = resume or restarted() or former == launch_id() != ""
+        trainer = Trainer(config, resume, profile)  # touches nothing, so bad input leaves a former run in its place
+        if is_main():
+            if not resume:
+                move_aside(folder)
+            save_config(config, folder / "config.yaml")
         metrics = trainer.run()
     if trainer.stopped:  # status 0 after SIGTERM: to a scheduler this job has not failed
         return INTERRUPTED_STATUS if trainer.signals.received == signal.SIGINT else 0
-    for task in trainer.tasks:
-        print(format_table(task, metrics[task]))
-    print(f"metrics: {folder / 'metrics.json'}   pictures: {folder / 'predictions.png'}")
+    if is_main():
+        for task in trainer.tasks:
+            print(format_table(task, metrics[task]))
+        print(f"metrics: {folder / 'metrics.json'}   pictures: {folder / 'predictions.png'}")
     return 0
 
 
 if __name__ == "__main__":
-    run_command(main, TrainingDiverged, OutOfMemory, WorkerLost)
+    run_command(main, TrainingDiverged, OutOfMemory, WorkerLost, RankError)

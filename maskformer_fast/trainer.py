@@ -25,15 +25,27 @@ from maskformer_fast.checkpoint import (
     load_state,
     load_weights,
     mark_best,
+    newest_whole,
     remove_leftovers,
     save_checkpoint,
+    set_aside,
 )
 from maskformer_fast.compilation import compile_whole
 from maskformer_fast.config import Config, Task
 from maskformer_fast.criterion import Criterion
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import Batch, train_loader
-from maskformer_fast.distributed import any_rank, world_size
+from maskformer_fast.distributed import (
+    any_rank,
+    average_statistics,
+    gather_objects,
+    is_main,
+    load_optimizer,
+    on_main,
+    rank,
+    world_size,
+    wrap,
+)
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.faults import (
     OutOfMemory,
@@ -54,7 +66,7 @@ from maskformer_fast.modeling import build_model
 from maskformer_fast.nonfinite import TrainingDiverged
 from maskformer_fast.pixel_criterion import PixelCriterion
 from maskformer_fast.predictor import Predictor, resolve_device, with_classes
-from maskformer_fast.runlog import RunLog
+from maskformer_fast.runlog import NoLog, RunLog
 from maskformer_fast.solver import build_optimizer
 from maskformer_fast.step import TrainStep
 from maskformer_fast.tracing import step_trace
@@ -72,7 +84,10 @@ STOP_EVERY = 10
 
 
 class Trainer:
-    """One run in ``config.output``. The caller holds the folder's lock and decides whether it continues a run."""
+    """One run in ``config.output``. The caller holds the folder's lock and decides whether it continues a run.
+
+    In a process group every rank makes one; rank 0 writes the files and every rank reads them.
+    """
 
     def __init__(self, config: Config, resume: bool = False, profile: bool = False) -> None:
         """``profile`` writes a trace of a few steps into the run's folder, see `tracing.step_trace`."""
@@ -88,16 +103,17 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.network = build_model(config.model)
-        if not (resume and complete_checkpoints(self.checkpoints)):
+        if not (resume and on_main(lambda: bool(complete_checkpoints(self.checkpoints)))):
             self._load_pretrained()
         layout = torch.channels_last if config.solver.channels_last else torch.contiguous_format
         self.network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         pixelwise = config.model.type != "maskformer"
         criterion = (PixelCriterion if pixelwise else Criterion)(config.model.num_classes, config.loss).to(self.device)
-        self.optimizer = build_optimizer(self.network, config.solver)
         forward: Any = self.network
         if config.solver.compile:
             forward, criterion = compile_whole(forward), compile_whole(criterion)
+        forward = wrap(forward, config)  # which may share parameters out: the optimiser comes after it
+        self.optimizer = build_optimizer(self.network, config.solver)
         self.train_step = TrainStep(self.network, criterion, self.optimizer, config, self.device, forward)
         self.predictor = Predictor(self.network, config, self.metadata, self.device)
         self.tasks: Sequence[Task] = config.metrics or (self.val_set.task,)
@@ -107,6 +123,8 @@ class Trainer:
 
         self.signals = StopSignals()
         self.stopped = False
+        self.resumed: Path | None = None
+        self.damaged: list[Path] = []
         if resume:
             self._restore()
 
@@ -131,15 +149,23 @@ class Trainer:
         Raises:
             TrainingDiverged, OutOfMemory, WorkerLost, OSError: what stands in the way; ``--resume`` continues the run.
         """
-        remove_leftovers(self.checkpoints)
-        self.log = RunLog(self.folder, self.step, self.config.log.tensorboard)
+        self.log: RunLog | NoLog = NoLog()
+        if is_main():
+            remove_leftovers(self.checkpoints)
+            if self.resumed is not None:
+                set_aside(self.damaged, self.resumed)
+            self.log = RunLog(self.folder, self.step, self.config.log.tensorboard)
         try:
             with self.signals, self._explained():
                 # A run killed between saving a checkpoint and measuring it resumes here.
-                owed = self.step > 0 and self._validation_due() and measured_step(self.folder) != self.step
-                metrics = self._validate_checkpoint(complete_checkpoints(self.checkpoints)[-1]) if owed else {}
+                measured = on_main(lambda: measured_step(self.folder))
+                owed = self.resumed is not None and self._validation_due() and measured != self.step
+                metrics = self._validate_checkpoint(self.resumed) if owed else {}
                 metrics = self._train() or metrics
-                return metrics if metrics or self.stopped else self.validate()
+                metrics = metrics if metrics or self.stopped else self.validate()
+                for broken in gather_objects(self.train_step.broken):
+                    self.train_step.broken.update(broken)
+                return metrics
         except Stopped:  # out of a validation, which --resume makes up for
             self.stopped = True
             return {}
@@ -155,12 +181,16 @@ class Trainer:
         metrics: dict[str, Any] = {}
         if self.step >= config.solver.max_steps:
             return metrics
-        loader = train_loader(self.train_set, config, self.train_set.task, start_step=self.step)
+        loader = train_loader(
+            self.train_set, config, self.train_set.task, start_step=self.step, rank=rank(), world_size=world_size()
+        )
         batches: Iterator[Batch] = iter(loader)
         meter = Meter(config.solver.batch_size, self.device)
         self.network.train()
         tracing = step_trace(self.folder / "profile", self.device) if self.profile else nullcontext(lambda: None)
-        bar = tqdm(total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True)
+        bar = tqdm(
+            total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not is_main()
+        )
         with tracing as traced, bar as progress:
             while self.step < config.solver.max_steps and not self._stop():
                 meter.add(self.train_step.run(batches))
@@ -240,21 +270,31 @@ class Trainer:
         validate = self._validation_due()
         if not validate and self.step % self.config.log.checkpoint_every != 0:
             return {}
-        path = self._save()
-        return self._validate_checkpoint(path) if validate else {}
+        path, failure = None, None
+        try:
+            path = self._save()
+        except OSError as error:
+            failure = error
+            logger.error("%s\ntraining goes on; the next checkpoint is tried at its step", error)
+        metrics = self._validate_checkpoint(path) if validate else {}
+        if failure is not None and self.step == self.config.solver.max_steps:
+            raise failure
+        return metrics
 
     def _save(self) -> Path:
         self.train_step.settle()
+        average_statistics(self.network)
         state = {"optimizer": self.optimizer.state_dict(), **self.train_step.state_dict()}
         return save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state)
 
-    def _validate_checkpoint(self, path: Path) -> dict[str, Any]:
-        """Measure the network, whose weights ``path`` holds, and make that the best checkpoint if it is."""
+    def _validate_checkpoint(self, path: Path | None) -> dict[str, Any]:
+        """Measure the network, whose weights ``path`` holds if they could be saved; that may be the best checkpoint."""
         metrics = self.validate()
-        score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
-        if score is not None and (best is None or score > best):
-            mark_best(self.checkpoints, path, score)
-        write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
+        if is_main():
+            score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
+            if path is not None and score is not None and (best is None or score > best):
+                mark_best(self.checkpoints, path, score)
+            write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
         return metrics
 
     def validate(self) -> dict[str, Any]:
@@ -282,23 +322,24 @@ class Trainer:
         return metrics
 
     def _restore(self) -> None:
-        """Continue from the newest whole checkpoint; without one, start at step 0."""
-        found = complete_checkpoints(self.checkpoints)
-        if not found:
+        """Continue from the newest undamaged checkpoint; without one, start at step 0."""
+        found, self.damaged = on_main(lambda: newest_whole(self.checkpoints))
+        if found is None:
             logger.warning("%s has no checkpoint: starting at step 0", self.folder)
             return
-        saved = load_weights(found[-1])
+        saved = load_weights(found)
         changed = config_differences(saved.config, self.config, ("model", "loss", "data", "solver"))
         if changed:
             logger.warning("resuming with another configuration:\n  %s", "\n  ".join(changed))
-        load_into(self.network, saved.weights, found[-1])
-        state = load_state(found[-1])
+        load_into(self.network, saved.weights, found)
+        state = load_state(found)
         settings = [{key: group[key] for key in GROUP_SETTINGS} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # a changed rate or decay counts, not the saved one
         self.train_step.load_state_dict(state)
-        logger.info("resuming from %s", found[-1])
+        self.resumed = found
+        logger.info("resuming from %s", found)
 
 
 def measured_step(folder: Path) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -15,8 +14,9 @@ from tqdm import tqdm
 from maskformer_fast import visualize
 from maskformer_fast.config import Task
 from maskformer_fast.data import SegmentationDataset
-from maskformer_fast.data.loader import eval_loader
-from maskformer_fast.evaluation import build_evaluator
+from maskformer_fast.data.loader import eval_loader, eval_shard
+from maskformer_fast.distributed import gather_on_main, is_main, on_main, rank, whole_parameters, world_size
+from maskformer_fast.evaluation import Evaluator, build_evaluator
 from maskformer_fast.predictor import Predictor
 from maskformer_fast.structures import Example, Metadata, Result
 from maskformer_fast.writer import ResultWriter
@@ -55,16 +55,26 @@ def measure(
     """Metrics of each task, and a picture grid (image, truth, results) of the first ``pictures`` images.
 
     ``writer`` is given every result. Headline numbers stand flat in the returned dictionary; each task's whole report
-    stands under its name.
+    stands under its name. Several ranks share the images out among them and all get the metrics, which equal those of
+    one process; rank 0 alone gets the pictures.
+
+    Args:
+        limit: measure the first so many examples only (broken ones count).
     """
     evaluators = {task: build_evaluator(task, dataset.metadata) for task in tasks}
     rows: list[list[np.ndarray]] = []
     batch_size = predictor.config.test.batch_size
-    loader = eval_loader(dataset, predictor.config.test, workers, skip_broken)
     total = len(dataset) if limit is None else min(limit, len(dataset))
-    with tqdm(total=total, desc="evaluate", unit="img", leave=False, dynamic_ncols=True) as progress:
-        samples = iter(itertools.islice(loader, limit))
-        while batch := list(itertools.islice(samples, batch_size)):
+    shard = eval_shard(total, batch_size, rank(), world_size())
+    loader = eval_loader(dataset, predictor.config.test, workers, skip_broken, shard)
+    with (
+        tqdm(total=len(shard), desc="evaluate", unit="img", leave=False, dynamic_ncols=True,
+             disable=not is_main()) as progress,
+        whole_parameters(predictor.network),  # ranks have not equally many images, so each runs on its own
+    ):
+        for batch in loader.batches(batch_size):
+            if not batch:
+                continue
             examples = [example for example, _ in batch]
             results = predictor.infer([image for _, image in batch], [e.image for e in examples], tasks)
             for index, example in enumerate(examples):
@@ -73,19 +83,30 @@ def measure(
                     evaluator.process(example, own[task])
                 if writer is not None:
                     writer.write(_file_name(example), example.image_id, example.image, own)
-                if len(rows) < pictures:
+                if shard.start + len(rows) < pictures:
                     rows.append(_row(example, list(own.values()), dataset))
             progress.update(len(batch))
-    if loader.broken:
-        listing = "\n  ".join(f"{path}: {reason}" for path, reason in loader.broken)
-        logger.warning("%d images were left out as broken:\n  %s", len(loader.broken), listing)
-    report = {task: evaluator.evaluate() for task, evaluator in evaluators.items()}
+    parts = gather_on_main((evaluators, rows, loader.broken))
+    report = on_main(lambda: _report([part[0] for part in parts]))
+    rows = [row for part in parts for row in part[1]][:pictures]
+    if broken := [entry for part in parts for entry in part[2]]:
+        listing = "\n  ".join(f"{path}: {reason}" for path, reason in broken)
+        logger.warning("%d images were left out as broken:\n  %s", len(broken), listing)
     metrics: dict[str, Any] = {}
     for values in report.values():
         metrics.update({key: value for key, value in values.items() if not isinstance(value, dict)})
     titles = ["image", "truth", *tasks]
     metrics.update({str(task): values for task, values in report.items()})
     return metrics, visualize.grid(rows, titles) if rows else None
+
+
+def _report(parts: Sequence[dict[Task, Evaluator]]) -> dict[Task, dict[str, Any]]:
+    """Every task's metrics over the images of all ranks."""
+    whole, *others = parts
+    for part in others:
+        for task, evaluator in part.items():
+            whole[task].merge(evaluator)
+    return {task: evaluator.evaluate() for task, evaluator in whole.items()}
 
 
 def _file_name(example: Example) -> Path:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from maskformer_fast import visualize
 from maskformer_fast.config import Task
+from maskformer_fast.distributed import gather_on_main
 from maskformer_fast.files import atomic_write
 from maskformer_fast.formats import (
     instances_to_coco,
@@ -65,11 +66,15 @@ class ResultWriter:
                     Image.fromarray(drawn).save(file, format="PNG")
 
     def close(self) -> None:
-        """Write ``panoptic.json`` and ``instances.json`` for the tasks that ran."""
-        if "panoptic" in self.tasks:
-            write_panoptic_json(self.folder / "panoptic.json", self.images, self.panoptic, self.metadata)
-        if "instance" in self.tasks:
-            write_json(self.folder / "instances.json", self.instances)
+        """Write ``panoptic.json`` and ``instances.json`` for the tasks that ran, with the images of all ranks."""
+        parts = gather_on_main((self.images, self.panoptic, self.instances, self.tasks))
+        tasks = {task for *_, own in parts for task in own}
+        if "panoptic" in tasks:
+            images = [entry for own, *_ in parts for entry in own]
+            panoptic = [entry for _, own, *_ in parts for entry in own]
+            write_panoptic_json(self.folder / "panoptic.json", images, panoptic, self.metadata)
+        if "instance" in tasks:
+            write_json(self.folder / "instances.json", [entry for _, _, own, _ in parts for entry in own])
 
     def _path(self, kind: str, name: Path, ending: str = "") -> Path:
         return self.folder / kind / name.with_name(f"{name.stem}{ending}.png")

@@ -56,12 +56,12 @@ def test_everything_comes_back(tmp_path):
     assert state["step"] == 7 and torch.equal(state["x"], torch.arange(3))
 
 
-def test_last_and_best_are_kept_and_the_rest_goes(tmp_path):
+def test_the_two_newest_and_the_best_are_kept_and_the_rest_goes(tmp_path):
     network = Toy()
-    for step, best in ((1, True), (2, False), (3, False)):
+    for step, best in ((1, True), (2, False), (3, False), (4, False)):
         save(tmp_path, network, step, best)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
-    assert (tmp_path / "last").resolve().name == "step_00000003"
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step_00000001", "step_00000003", "step_00000004"]
+    assert (tmp_path / "last").resolve().name == "step_00000004"
     assert (tmp_path / "best").resolve().name == "step_00000001"
     assert load_weights(tmp_path).step == 1  # a run folder means its best
     assert best_score(tmp_path) == 0.1

@@ -245,10 +245,17 @@ def test_resume_takes_the_recipe_of_the_run_itself(tmp_path):
     assert saved.step == 3 and saved.config.seed == 7 and saved.config.solver.lr == 1e-3
 
 
-def test_several_ranks_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE: expected 1"):
-        train.main([])
+def test_a_launch_with_the_same_name_continues_and_another_one_starts_anew(tmp_path, monkeypatch):
+    line = ["--config", str(TINY), "--output", str(tmp_path / "run"), "--solver.max-steps"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    train.main([*line, "2"])
+    train.main([*line, "3"])  # as torchrun does when a node joins
+    steps = [json.loads(text)["step"] for text in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2, 3, 3] and not (tmp_path / "run.1").exists()
+    for name in ("job 8", "none", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        train.main([*line, "1"])
+    assert (tmp_path / "run.3").exists()
 
 
 def test_kill_9_ten_times_at_random_points_then_resume_ends_with_the_same_weights(tmp_path):

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,16 +190,21 @@ class EvalLoader:
     """Examples in the order of their index, each with its image resized for the network.
 
     Iterating yields (Example, uint8 [3, h, w]). Broken examples are left out and listed in ``broken``, or raise
-    BrokenExampleError.
+    BrokenExampleError. ``indices`` names the examples, by default all.
     """
 
-    def __init__(self, dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool) -> None:
+    def __init__(
+        self, dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool,
+        indices: range | None = None,
+    ) -> None:
+        indices = range(len(dataset)) if indices is None else indices
         self.broken: list[Broken] = []
         self._skip_broken = skip_broken
-        self._length = len(dataset)
+        self._length = len(indices)
         self._loader: DataLoader[Any] = DataLoader(
             _EvalSamples(dataset, test),
             batch_size=None,
+            sampler=indices,
             num_workers=workers,
             collate_fn=_unchanged,
             worker_init_fn=_set_up_worker,
@@ -210,17 +216,39 @@ class EvalLoader:
         return self._length
 
     def __iter__(self) -> Iterator[tuple[Example, Tensor]]:
+        for batch in self.batches(1):
+            yield from batch
+
+    def batches(self, size: int) -> Iterator[list[tuple[Example, Tensor]]]:
+        """Consecutive ``size`` indices at a time, without the broken ones among them (perhaps none is left)."""
         self.broken.clear()
-        for item in self._loader:
-            if isinstance(item, BrokenExampleError) and self._skip_broken:
-                self.broken.append((item.path, item.reason))
-            else:
-                yield _raise_broken(item)
+        items = iter(self._loader)
+        while found := list(islice(items, size)):
+            batch = []
+            for item in found:
+                if isinstance(item, BrokenExampleError) and self._skip_broken:
+                    self.broken.append((item.path, item.reason))
+                else:
+                    batch.append(_raise_broken(item))
+            yield batch
 
 
-def eval_loader(dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool = False) -> EvalLoader:
+def eval_loader(
+    dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool = False,
+    indices: range | None = None,
+) -> EvalLoader:
     """Examples in index order with their images resized by ``test``, read by ``workers`` processes."""
-    return EvalLoader(dataset, test, workers, skip_broken)
+    return EvalLoader(dataset, test, workers, skip_broken, indices)
+
+
+def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> range:
+    """This rank's share of the first ``length`` examples, perhaps empty; the ranks' shares in order are the whole.
+
+    Cut between batches, so that an image meets the same others, and thus the same padding, in any number of ranks.
+    """
+    batches = -(-length // batch_size)
+    start, stop = (batches * n // world_size * batch_size for n in (rank, rank + 1))
+    return range(min(start, length), min(stop, length))
 
 
 def _set_up_worker(_: int) -> None:

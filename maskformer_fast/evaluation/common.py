@@ -29,7 +29,9 @@ class Evaluator(Protocol):
         """
 
     def merge(self, other: Evaluator) -> None:
-        """Add the images that another evaluator of the same kind and classes has seen.
+        """Add the images that another evaluator of the same kind and classes has seen, as if they had followed here.
+
+        Evaluators of consecutive shares of a data set, merged in order, give exactly the metrics of the whole.
 
         Raises:
             TypeError: other is another kind of evaluator.

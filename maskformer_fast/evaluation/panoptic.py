@@ -32,7 +32,9 @@ class PanopticEvaluator:
     def reset(self) -> None:
         """Forget every image."""
         k = self.metadata.num_classes
-        self.iou_sum = np.zeros(k, dtype=np.float64)
+        # Kept and not added up, so that the sum is one in the images' order however many evaluators shared them.
+        self.matched: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]  # class of each match
+        self.ious: list[np.ndarray] = [np.zeros(0)]
         self.tp, self.fp, self.fn = (np.zeros(k, dtype=np.int64) for _ in range(3))
 
     def process(self, example: Example, result: Result) -> None:
@@ -69,7 +71,8 @@ class PanopticEvaluator:
         match = same_class & ~crowd[:, None] & (2 * both > union)
 
         true_index, index = np.nonzero(match)
-        np.add.at(self.iou_sum, classes[index], both[true_index, index] / union[true_index, index])
+        self.matched.append(classes[index])
+        self.ious.append(both[true_index, index] / union[true_index, index])
         self.tp += np.bincount(classes[index], minlength=k)
         missed = ~match.any(1) & ~crowd & (true_area > 0)
         self.fn += np.bincount(true_classes[missed], minlength=k)
@@ -81,7 +84,8 @@ class PanopticEvaluator:
         """Add another evaluator's images (see `Evaluator.merge`)."""
         check_merge(self, other)
         other = cast(PanopticEvaluator, other)
-        self.iou_sum += other.iou_sum
+        self.matched += other.matched
+        self.ious += other.ious
         self.tp += other.tp
         self.fp += other.fp
         self.fn += other.fn
@@ -93,10 +97,11 @@ class PanopticEvaluator:
         """
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
         counted = weight > 0
+        iou_sum = np.bincount(np.concatenate(self.matched), np.concatenate(self.ious), minlength=len(weight))
         nan = np.full(len(weight), np.nan)
         values = {
-            "pq": np.divide(self.iou_sum, weight, out=nan.copy(), where=counted),
-            "sq": np.where(counted, self.iou_sum / np.maximum(self.tp, 1), nan),
+            "pq": np.divide(iou_sum, weight, out=nan.copy(), where=counted),
+            "sq": np.where(counted, iou_sum / np.maximum(self.tp, 1), nan),
             "rq": np.divide(self.tp, weight, out=nan.copy(), where=counted),
         }
         things = np.array(self.metadata.is_thing, dtype=bool)
