@@ -11,7 +11,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.kernels.resample import _place, axis_tiles
+from maskformer_fast.kernels.resample import axis_tiles, tap_place
 from maskformer_fast.kernels.semantic import semantic_from_embeddings, semantic_from_logits
 from maskformer_fast.ops.semantic_inference import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
 
@@ -126,7 +126,7 @@ def test_strides_and_half_class_logits() -> None:
 @triton.jit
 def _place_kernel(low, share, scale, rest, size, first, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
-    tap, weight = _place(first + index, scale, rest, size)
+    tap, weight = tap_place(first + index, scale, rest, size)
     tl.store(low + index, tap)
     tl.store(share + index, weight)
 
