@@ -15,6 +15,7 @@ from torch import Tensor
 from maskformer_fast.kernels.resample import sigmoid
 from maskformer_fast.kernels.segments import (
     ELEMENTS,
+    STRIDES,
     WINDOW,
     interpolate,
     pixel_taps,
@@ -38,7 +39,7 @@ _SUMS = 6
 _CONSTANTS = {"TILE_H": TILE_H, "TILE_W": TILE_W, "TAP_H": TAP_H, "TAP_W": TAP_W}
 
 
-@triton.jit(do_not_specialize=[*WINDOW, "num_masks", "tiles_y", "tiles_x"])
+@triton.jit(do_not_specialize=[*WINDOW, "num_masks", "tiles_y", "tiles_x"], do_not_specialize_on_alignment=STRIDES)
 def _masks_kernel(
     masks,  # [num_masks, H, ceil(W/8)] uint8
     sums,  # [6, num_masks] int64, zeros: area, score, largest of H - y, W - x, y + 1, x + 1

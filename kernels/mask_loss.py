@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variant import KernelVariant
+from maskformer_fast.kernels.activations import LOG2_E, logistic
+from maskformer_fast.kernels.variant import KernelVariant
 
 PIXELS = 128
 """Columns of pixels that the forward pass works on at once. These constants are guesses where they give no reason: a
@@ -42,7 +43,6 @@ LAUNCH = {"num_warps": 2, "num_stages": 1}
 
 _SIZES = ["map_height", "map_width", "height", "width", "cells", "tiles_y", "tiles_x"]
 """Arguments of any value: a kernel of its own for a size of 1 would be compiled for nothing."""
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -118,14 +118,7 @@ def _scores_of_pixels(
     # One formula for both kinds of pixel: the probability given to the wrong side is sigmoid(z), the cross-entropy
     # softplus(z). At z = -inf both are zero, and so is every gradient: that takes a pixel out of the loss.
     z = tl.where(counted, tl.where(truth, -logit, logit), float("-inf"))
-    small = tl.exp2(tl.abs(z) * -_LOG2_E)
-    # log(1 + small) / small: minimax polynomial, relative error 2e-7, as the logarithm has not where small is small
-    log1p = 0.0782259106636 - small * (0.0295052135 - small * 0.00523268804)
-    log1p = 0.1910600513219 - small * (0.1366324275 - small * log1p)
-    log1p = 0.3331909775734 - small * (0.2484298199 - small * log1p)
-    log1p = small * (0.9999999403954 - small * (0.4999949336 - small * log1p))
-    likely = 1.0 / (1.0 + small)
-    unlikely = small * likely
+    small, likely, unlikely = logistic(z)
     wrong = tl.where(z >= 0, likely, unlikely)
     weight = tl.where(truth, mask_weight, other_weight)
     if POWER == 1:
@@ -133,8 +126,8 @@ def _scores_of_pixels(
     elif POWER == 2:
         weight *= wrong * wrong
     elif POWER != 0:  # wrong = exp(-softplus(-z))
-        weight *= tl.exp2((tl.maximum(-z, 0.0) + log1p) * -_LOG2_E * gamma)
-    return truth, wrong, tl.where(z >= 0, unlikely, likely), tl.maximum(z, 0.0) + log1p, weight
+        weight *= tl.exp2((tl.maximum(-z, 0.0) + small) * -LOG2_E * gamma)
+    return truth, wrong, tl.where(z >= 0, unlikely, likely), tl.maximum(z, 0.0) + small, weight
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maskformer_fast.kernels.activations import LOG2_E, logistic
 from maskformer_fast.kernels.variant import KernelVariant
 
 WORD_BITS = 32
@@ -106,26 +107,15 @@ def _pixel_losses(x, on_weight, off_weight, gamma, EXPONENT: tl.constexpr):
 
     Small probabilities and losses keep their relative precision. NaN and infinities leave such in one of the losses.
     """
-    e = tl.exp2(tl.abs(x) * -1.4426950408889634)
-    # log(1 + e) / e for e in 0..1: minimax polynomial, relative error 3e-8
-    small = 5.232694303e-03 * e - 2.950523893e-02
-    small = small * e + 7.822595212e-02
-    small = small * e - 1.366324582e-01
-    small = small * e + 1.910600677e-01
-    small = small * e - 2.484298222e-01
-    small = small * e + 3.331909681e-01
-    small = small * e - 4.999949314e-01
-    small = (small * e + 9.999999699e-01) * e
+    small, likely, unlikely = logistic(x)
     on = tl.maximum(-x, 0.0) + small  # softplus(-x), and softplus(x)
     off = tl.maximum(x, 0.0) + small
-    likely = 1.0 / (1.0 + e)
-    unlikely = e * likely
     probability = tl.where(x > 0.0, likely, unlikely)
     if EXPONENT == 2:
         rest = tl.where(x > 0.0, unlikely, likely)
         return probability, on_weight * (rest * rest) * on, off_weight * (probability * probability) * off
     if EXPONENT == -1:  # sigmoid(x) = exp(-softplus(-x))
-        power = gamma * -1.4426950408889634
+        power = gamma * -LOG2_E
         return probability, on_weight * tl.exp2(power * off) * on, off_weight * tl.exp2(power * on) * off
     return probability, on_weight * on, off_weight * off
 

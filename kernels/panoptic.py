@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.resample import _LIMIT, sigmoid
+from maskformer_fast.kernels.resample import LIMIT, sigmoid
 from maskformer_fast.kernels.segments import (
     ELEMENTS,
+    STRIDES,
     WINDOW,
     interpolate,
     pixel_taps,
@@ -49,7 +50,7 @@ _RULES = {
 }
 
 
-@triton.jit(do_not_specialize=[*WINDOW, "tiles_y", "tiles_x"])
+@triton.jit(do_not_specialize=[*WINDOW, "tiles_y", "tiles_x"], do_not_specialize_on_alignment=STRIDES)
 def _claim_kernel(
     winners,  # [B, H, W] int32, num_queries where nobody's
     counts,  # [B, 3, num_queries] int64, zeros: pixels that each query won, owns, won and owns
@@ -85,7 +86,7 @@ def _claim_kernel(
         if tl.load(categories + image * num_queries + query) >= 0:
             score = tl.load(scores + image * num_queries + query)
             score = tl.where(score > 0.0, score, 0.0)  # NaN is 0 too
-            most = _LIMIT
+            most = LIMIT
             if worth_bounding:
                 _, most = tap_bounds(source, row_taps, column_taps, stride_y, stride_x, TAP_H, TAP_W)
             highest = score * sigmoid(most) * 1.000004  # beyond all rounding

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-_LIMIT = tl.constexpr(1e30)
+LIMIT = tl.constexpr(1e30)
 """Values beyond it, infinities among them, count as ±1e30, so that interpolation never meets inf - inf."""
 _NAN_INPUT = tl.constexpr(3e38)
 """Stands for NaN in the product, where NaN times a weight of 0 would reach every pixel of the tile."""
@@ -25,16 +26,17 @@ _NAN_OUTPUT = tl.constexpr(2e30)
 
 
 @triton.jit
-def _place(index, scale, scale_rest, size):
+def tap_place(index, scale, scale_rest, size):
     """Where output pixels read the maps along one axis -> tap before, share of the tap after it.
 
     In float64, of which there is little to do: float32 would be off by 1e-4 of a tap at the far end of a large image.
+    One product is fused by name: the compiler might choose another one in every kernel.
     """
     middle = index.to(tl.float64) + 0.5
-    place = middle * scale + middle * scale_rest - 0.5
-    place = tl.minimum(tl.maximum(place, 0.0), (size - 1).to(tl.float64))
-    low = place.to(tl.int32)  # not negative, so this is the floor
-    return low, (place - low.to(tl.float64)).to(tl.float32)
+    coordinate = tl.fma(middle, scale, middle * scale_rest) - 0.5
+    coordinate = tl.minimum(tl.maximum(coordinate, 0.0), (size - 1).to(tl.float64))
+    low = coordinate.to(tl.int32)  # not negative, so this is the floor
+    return low, (coordinate - low.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -61,10 +63,10 @@ def tile_at(
     pixel = tl.arange(0, TILE_H * TILE_W)
     y = top + pixel // TILE_W
     x = left + pixel % TILE_W
-    low_y, share_y = _place(y, scale_y, rest_y, map_height)
-    low_x, share_x = _place(x, scale_x, rest_x, map_width)
-    first_y, _ = _place(tl.maximum(top, 0), scale_y, rest_y, map_height)
-    first_x, _ = _place(tl.maximum(left, 0), scale_x, rest_x, map_width)
+    low_y, share_y = tap_place(y, scale_y, rest_y, map_height)
+    low_x, share_x = tap_place(x, scale_x, rest_x, map_width)
+    first_y, _ = tap_place(tl.maximum(top, 0), scale_y, rest_y, map_height)
+    first_x, _ = tap_place(tl.maximum(left, 0), scale_x, rest_x, map_width)
     image = (index // (tiles_x * tiles_y)).to(tl.int64)
     return image, y, x, first_y, first_x, low_y, share_y, low_x, share_x
 
@@ -88,7 +90,7 @@ def add_taps(resampled, weights, values):
 @triton.jit
 def limit_taps(values):
     """What `add_taps` makes of float32 logits; `sigmoid` of it is NaN where they are."""
-    return tl.where(values == values, tl.minimum(tl.maximum(values, -_LIMIT), _LIMIT), _NAN_INPUT)
+    return tl.where(values == values, tl.minimum(tl.maximum(values, -LIMIT), LIMIT), _NAN_INPUT)
 
 
 @triton.jit
@@ -96,6 +98,17 @@ def sigmoid(resampled):
     """Of what `add_taps` summed; NaN where a tap was NaN. Monotone otherwise."""
     masks = 1.0 / (1.0 + tl.exp2(resampled * -1.4426950408889634))
     return tl.where(resampled > _NAN_OUTPUT, float("nan"), masks)
+
+
+def narrow_maps(maps: Tensor) -> Tensor:
+    """Maps [B, N, h, w] in which a place within one map is counted with 32 bits: copied where strides are too wide.
+
+    Raises ValueError for maps with more elements than that.
+    """
+    rows, columns = maps.shape[2:]
+    if rows * columns >= 1 << 31:
+        raise ValueError(f"maps: expected fewer than 2^31 elements each, got {rows} x {columns}")
+    return maps if rows * maps.stride(2) + columns * maps.stride(3) < 1 << 31 else maps.contiguous()
 
 
 class AxisTiles(NamedTuple):

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.segments import (
+    STRIDES,
     WINDOW,
     interpolate,
     pixel_taps,
@@ -46,7 +47,7 @@ _CONSTANTS = {"TILE_H": TILE_H, "TILE_W": TILE_W, "TAP_H": TAP_H, "TAP_W": TAP_W
 _MAX_RUN_BYTES = tl.constexpr(MAX_RUN_BYTES)
 
 
-@triton.jit(do_not_specialize=[*WINDOW, "blocks", "capacity"])
+@triton.jit(do_not_specialize=[*WINDOW, "blocks", "capacity"], do_not_specialize_on_alignment=STRIDES)
 def _changes_kernel(
     changes,  # [masks, W]: written, int32; with WRITE read, int64, as sums up to and with each column, over all masks
     places,  # [capacity] int32, written with WRITE: mask after mask, changes and the end

@@ -16,24 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.resample import _LIMIT, _place, scale_parts
+from maskformer_fast.kernels.resample import LIMIT, narrow_maps, scale_parts, tap_place
 
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 """Types of logits -> Triton's names of them."""
 WINDOW = ["num_queries", "map_height", "map_width", "height", "width"]
 """Arguments of any value: a kernel of its own for a size of 1 would be compiled for nothing."""
+STRIDES = ["stride_b", "stride_q", "stride_y", "stride_x"]
+"""Arguments of which only 1 counts: taps are gathered one by one, so nothing is gained from a multiple of 16."""
 
 
 @triton.jit
 def _finite(values):
     values = values.to(tl.float32)
-    return tl.where(values == values, tl.minimum(tl.maximum(values, -_LIMIT), _LIMIT), -_LIMIT)
+    return tl.where(values == values, tl.minimum(tl.maximum(values, -LIMIT), LIMIT), -LIMIT)
 
 
 @triton.jit
 def pixel_taps(index, scale, rest, size, stride):
     """Of output pixels along one axis -> offsets of the taps before and after, share of the latter."""
-    low, share = _place(index, scale, rest, size)
+    low, share = tap_place(index, scale, rest, size)
     return low * stride, tl.minimum(low + 1, size - 1) * stride, share
 
 
@@ -55,8 +57,8 @@ def interpolate(source, rows, columns):
 @triton.jit
 def tap_range(first, last, scale, rest, size):
     """First and last tap that output pixels first..last along one axis read."""
-    low, _ = _place(first, scale, rest, size)
-    high, _ = _place(last, scale, rest, size)
+    low, _ = tap_place(first, scale, rest, size)
+    high, _ = tap_place(last, scale, rest, size)
     return low, tl.minimum(high + 1, size - 1)
 
 
@@ -65,8 +67,8 @@ def tap_bounds(source, rows, columns, stride_y, stride_x, TAP_H: tl.constexpr, T
     """Least and largest of the taps in two `tap_range`, TAP_H x TAP_W of them at a time."""
     first_row, last_row = rows
     first_column, last_column = columns
-    least = tl.full((TAP_H, TAP_W), _LIMIT, tl.float32)
-    most = tl.full((TAP_H, TAP_W), -_LIMIT, tl.float32)
+    least = tl.full((TAP_H, TAP_W), LIMIT, tl.float32)
+    most = tl.full((TAP_H, TAP_W), -LIMIT, tl.float32)
     for top in tl.range(first_row, last_row + 1, TAP_H):
         row = tl.minimum(top + tl.arange(0, TAP_H), last_row) * stride_y
         for left in tl.range(first_column, last_column + 1, TAP_W):
@@ -82,17 +84,13 @@ def window_arguments(
     extent: tuple[float, float],
     size: tuple[int, int],
 ) -> tuple[Tensor | int | float, ...]:
-    """What kernels take from ``logits`` to ``rest_x``. Places in a map are counted with 32 bits.
+    """What kernels take from ``logits`` to ``rest_x``.
 
-    Raises ValueError for maps with more elements than that, and for other dtypes.
+    Raises ValueError for maps of 2^31 elements and more, and for other dtypes.
     """
     if mask_logits.dtype not in ELEMENTS:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, ELEMENTS))}, got {mask_logits.dtype}")
-    rows, columns = mask_logits.shape[2:]
-    if rows * columns >= 1 << 31:
-        raise ValueError(f"mask_logits: expected maps of fewer than 2^31 elements, got {rows} x {columns}")
-    if rows * mask_logits.stride(2) + columns * mask_logits.stride(3) >= 1 << 31:
-        mask_logits = mask_logits.contiguous()
+    mask_logits = narrow_maps(mask_logits)
     scales = (*scale_parts(float(extent[0]), size[0]), *scale_parts(float(extent[1]), size[1]))
     return mask_logits, *mask_logits.stride(), *mask_logits.shape[1:], *size, *scales
 

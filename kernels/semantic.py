@@ -23,9 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.class_probabilities import class_probabilities, class_probabilities_variant
-from maskformer_fast.kernels.resample import add_taps, tap_weights, tile_at
+from maskformer_fast.kernels.resample import add_taps, narrow_maps, tap_weights, tile_at
 from maskformer_fast.kernels.semantic_pruned import pruning_pays, semantic_pruned
 from maskformer_fast.kernels.semantic_tile import (
+    CLASS_BLOCK,
     ELEMENTS,
     LAUNCH,
     MAX_QUERIES,
@@ -45,6 +46,8 @@ DEPTH_BLOCKS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 16}
 """Channels of embeddings multiplied at once."""
 FUSED_REPEATS = 4
 """Logits are computed inside the kernel where tiles compute each at most as often as this. A guess: a GPU must tell."""
+MARGIN_CLASS_BLOCK = 16
+"""`CLASS_BLOCK` where margins are wanted: runners-up of more classes spill on sm_120."""
 PATHS = ("auto", "dense", "pruned")
 
 
@@ -143,17 +146,18 @@ def semantic_from_logits(
     `path` is ``dense``, ``pruned`` (`semantic_pruned`: the same labels wherever they do not hang on float32 rounding)
     or ``auto``, which lets shapes decide (`pruning_pays`). Scores and margins take all queries, whatever it says.
 
-    Raises ValueError for more than `MAX_QUERIES` queries, for other dtypes and other paths.
+    Raises ValueError for more than `MAX_QUERIES` queries, for other dtypes and paths, and maps of 2^31 elements.
     """
     tiling = plan_tiles(mask_logits, mask_logits.shape[2:], extent, labels)
     pruned = _prunes(path, tiling, class_logits, scores, margins)
     if not tiling.tiles:
         return
+    mask_logits = narrow_maps(mask_logits)
     if pruned:
         semantic_pruned(mask_logits, class_logits, tiling, labels)
         return
     with torch.cuda.device_of(labels):
-        constants = constants_of(mask_logits) | _wanted(scores, margins)
+        constants = constants_of(mask_logits) | _wanted(scores is not None, margins is not None)
         _semantic_logits_kernel[(tiling.tiles,)](
             *_results(labels, scores, margins),
             chances := _chances(class_logits, constants),
@@ -197,8 +201,9 @@ def semantic_from_embeddings(
         logits = logits.unflatten(1, pixels.shape[2:]).permute(0, 3, 1, 2)
         semantic_from_logits(logits, class_logits, extent, labels, scores, margins, "pruned" if pruned else "dense")
         return
+    pixels = narrow_maps(pixels)
     with torch.cuda.device_of(labels):
-        constants = constants_of(embeddings) | _wanted(scores, margins)
+        constants = constants_of(embeddings) | _wanted(scores is not None, margins is not None)
         _semantic_embeddings_kernel[(tiling.tiles,)](
             *_results(labels, scores, margins),
             chances := _chances(class_logits, constants),
@@ -217,8 +222,8 @@ def _prunes(path: str, tiling: Tiling, class_logits: Tensor, scores: Tensor | No
     return path == "pruned" or pruning_pays(tiling.tiles, class_logits.shape[1], class_logits.shape[2] - 1)
 
 
-def _wanted(scores: Tensor | None, margins: Tensor | None) -> dict[str, int]:
-    return {"SCORES": scores is not None, "MARGINS": margins is not None}
+def _wanted(scores: bool, margins: bool) -> dict[str, int]:
+    return {"SCORES": scores, "MARGINS": margins, "CLASSES": MARGIN_CLASS_BLOCK if margins else CLASS_BLOCK}
 
 
 def _results(labels: Tensor, scores: Tensor | None, margins: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,7 +251,7 @@ def semantic_variant(
     Triton's type of them, ``*u8`` or ``*i16``."""
     constants = constants_of(torch.empty(0, queries, dtype=dtype))
     name = f"semantic_{form}_{ELEMENTS[dtype]}_q{constants['GROUPS'] * constants['QUERIES']}"
-    constants |= {"SCORES": scores, "MARGINS": margins, "stride_x": 1}
+    constants |= {**_wanted(scores, margins), "stride_x": 1}
     if form == "embeddings":
         constants |= {"DEPTH": DEPTH_BLOCKS[dtype], "stride_ed": 1}
     kernel = _semantic_embeddings_kernel if form == "embeddings" else _semantic_logits_kernel

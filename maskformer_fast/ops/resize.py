@@ -7,6 +7,7 @@ do not depend on the device, and frames that a decoder left in device memory nee
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from types import ModuleType
 
 import numpy as np
@@ -128,4 +129,17 @@ def resize_images(
     padded = [-(-side // divisor) * divisor for side in largest]
     flat = [side for size in sizes[:: count // len(stacks)] for side in size]
     batch = torch.ops.maskformer_fast.resize_images(stacks, flat, padded, bgr)
-    return batch, torch.tensor(sizes, dtype=torch.int64, device=batch.device)
+    return batch, _valid_sizes(sizes, batch.device)
+
+
+def _valid_sizes(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """int64 [B, 2]. Filled by the device: to copy it the host would wait for all work before, and a CUDA graph could
+    not capture that."""
+    result = torch.empty(len(sizes), 2, dtype=torch.int64, device=device)
+    start = 0
+    for size, equal in groupby(sizes):
+        end = start + len(list(equal))
+        for column, side in enumerate(size):
+            result[start:end, column].fill_(side)
+        start = end
+    return result

@@ -13,6 +13,7 @@ import torch
 from maskformer_fast.config import LossConfig
 from maskformer_fast.ops import (
     instance_inference,
+    instance_rle,
     linear_sum_assignment,
     mask_loss,
     matching_cost,
@@ -32,7 +33,8 @@ def semantic(device: str, path: str) -> None:
         classes = 3 * torch.randn(2, 37, 20, device=device)
         classes[:, 5:, -1] += 9  # most queries are no objects, which is what pruning looks for
         for view in (masks.to(dtype), masks.to(dtype, memory_format=torch.channels_last)):
-            semantic_inference(view, classes.to(dtype), (10.5, 13.0), (41, 50), True, True, path)
+            values = path == "dense"  # which take every score: asked for them, nothing would be pruned
+            semantic_inference(view, classes.to(dtype), (10.5, 13.0), (41, 50), values, values, path)
 
 
 def semantic_embeddings(device: str) -> None:
@@ -58,6 +60,12 @@ def panoptic(device: str) -> None:
 
 def instance(device: str) -> None:
     instance_inference(4 * torch.randn(2, 9, 11, 13, device=device), (10.5, 13.0), (41, 50))
+
+
+def run_lengths(device: str) -> None:
+    masks = 4 * torch.randn(2, 9, 11, 13, device=device)
+    for capacity in (20000, 301, 0):  # enough, and too little for the bytes and for the runs
+        instance_rle(masks, (10.5, 13.0), (41, 50), capacity)
 
 
 def batch(device: str, dtype: torch.dtype) -> tuple[Predictions, Targets]:
@@ -112,6 +120,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "semantic_embeddings": semantic_embeddings,
     "panoptic": panoptic,
     "instance": instance,
+    "instance_rle": run_lengths,
     "matching_cost": cost,
     "mask_loss": losses,
     "assignment": assignment,

@@ -123,7 +123,10 @@ def test_cuda_frame_with_a_pitch_and_graph() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         batch = OPERATOR(list(frames.split(1)), [640, 1138] * 2, [640, 1152], True)
+        together, valid_sizes = resize_images(frames, size, 32, bgr=True)
     frames.bitwise_not_()
     graph.replay()
-    expected, _ = resize_images(frames.cpu(), size, 32, bgr=True)
-    torch.testing.assert_close(batch.cpu(), expected, rtol=0, atol=0)
+    expected, expected_sizes = resize_images(frames.cpu(), size, 32, bgr=True)
+    for found in (batch, together):
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0)
+    assert torch.equal(valid_sizes.cpu(), expected_sizes)

@@ -11,7 +11,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.kernels.resample import _place, axis_tiles
+from maskformer_fast.kernels.resample import axis_tiles, narrow_maps, tap_place
 from maskformer_fast.kernels.semantic import semantic_from_embeddings, semantic_from_logits
 from maskformer_fast.ops.semantic_inference import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
 
@@ -123,10 +123,18 @@ def test_strides_and_half_class_logits() -> None:
         check(result, expected, 1e-5)
 
 
+def test_maps_of_wide_strides_are_copied() -> None:
+    wide = torch.empty(1 << 33, device="meta").as_strided((1, 2, 4, 5), (0, 1, 1 << 30, 2))
+    assert narrow_maps(wide).stride() == (40, 20, 5, 1)
+    assert narrow_maps(wide[:, :, :1]).stride() == (0, 1, 1 << 30, 2)
+    with pytest.raises(ValueError, match="maps: expected fewer than 2.31 elements each, got 65536 x 32768"):
+        narrow_maps(torch.empty(1, 1, 1 << 16, 1 << 15, device="meta"))
+
+
 @triton.jit
 def _place_kernel(low, share, scale, rest, size, first, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
-    tap, weight = _place(first + index, scale, rest, size)
+    tap, weight = tap_place(first + index, scale, rest, size)
     tl.store(low + index, tap)
     tl.store(share + index, weight)
 
