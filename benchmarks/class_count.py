@@ -53,8 +53,9 @@ def train(folder: Path, model: str, classes: int, steps: int) -> tuple[float, fl
     stuff = min(MAX_STUFF, max(1, classes * 2 // 5))
     command = [
         sys.executable, "-m", "maskformer_fast.train", "--config", "demo", "--output", str(folder),
-        "--metrics", "semantic", "--data.task", "semantic", "--model.type", model, "--data.shapes.num-things", str(classes - stuff),
-        "--data.shapes.num-stuff", str(stuff), "--data.shapes.val-images", "512", "--solver.max-steps", str(steps),
+        "--metrics", "semantic", "--data.task", "semantic", "--model.type", model,
+        "--data.shapes.num-things", str(classes - stuff), "--data.shapes.num-stuff", str(stuff),
+        "--data.shapes.val-images", "512", "--solver.max-steps", str(steps),
         "--log.pictures", "0", "--log.checkpoint-every", "1000000",
     ]  # fmt: skip
     start = time.perf_counter()
