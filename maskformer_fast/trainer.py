@@ -36,7 +36,7 @@ from maskformer_fast.criterion import Criterion
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import Batch, train_loader
 from maskformer_fast.distributed import (
-    any_rank,
+    LateFlag,
     average_statistics,
     gather_objects,
     is_main,
@@ -79,9 +79,6 @@ HEADLINES: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": 
 GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay")
 """What the configuration says of a parameter group."""
 
-STOP_EVERY = 10
-"""Steps after which several ranks agree whether to stop: they wait for each other then."""
-
 
 class Trainer:
     """One run in ``config.output``. The caller holds the folder's lock and decides whether it continues a run.
@@ -122,6 +119,7 @@ class Trainer:
             build_evaluator(task, self.val_set.metadata)  # what it lacks is said now, not at the first validation
 
         self.signals = StopSignals()
+        self._asked_to_stop = LateFlag()
         self.stopped = False
         self.resumed: Path | None = None
         self.damaged: list[Path] = []
@@ -206,9 +204,8 @@ class Trainer:
         return metrics
 
     def _stop(self) -> bool:
-        """Whether a signal asked for it; the ranks, which must agree, ask each other now and then."""
-        asked = self.signals.received is not None
-        self.stopped = asked if world_size() == 1 else self.step % STOP_EVERY == 0 and any_rank(asked)
+        """Whether a signal asked any rank for it; several ranks do one step more until they all know."""
+        self.stopped = self._asked_to_stop(self.signals.received is not None)
         return self.stopped
 
     def _log_line(self, meter: Meter) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from maskformer_fast import distributed, evaluate, train
 from maskformer_fast.config import BackboneConfig, Config, TestConfig
-from maskformer_fast.criterion import Criterion
+from maskformer_fast.criterion import Criterion, Losses
 from maskformer_fast.data import build_dataset
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.predictor import load
@@ -70,17 +70,25 @@ def measured(network: Path, images: int, batch_size: int) -> dict[str, Any]:
     return measure(predictor, dataset, ("semantic", "panoptic", "instance"), workers=0, pictures=2)[0]
 
 
+def make_nan(losses: Losses) -> Losses:
+    return losses._replace(total=losses.total * torch.nan)
+
+
+def send_sigterm(losses: Losses) -> Losses:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return losses
+
+
 @contextmanager
-def spoiled(step: int) -> Iterator[None]:
-    """Make one rank's loss of a step NaN."""
+def disturbed(step: int, disturb: Callable[[Losses], Losses]) -> Iterator[None]:
+    """Do something with one rank's losses of a step."""
     forward, calls = Criterion.forward, iter(range(100))
 
-    def spoil(self: Criterion, *arguments: Any) -> Any:
+    def disturbing(self: Criterion, *arguments: Any) -> Any:
         losses = forward(self, *arguments)
-        bad = next(calls) == step and distributed.rank() == 1
-        return losses._replace(total=losses.total * torch.nan) if bad else losses
+        return disturb(losses) if next(calls) == step and distributed.rank() == 1 else losses
 
-    Criterion.forward = spoil  # type: ignore[method-assign]
+    Criterion.forward = disturbing  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -107,7 +115,7 @@ def run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gathered": distributed.gather_objects({"rank": rank}),
         "gathered on main": distributed.gather_on_main(rank),
-        "any": (distributed.any_rank(rank == 1), distributed.any_rank(False)),
+        "late": [late(rank == 1 and call == 1) for late in [distributed.LateFlag()] for call in range(4)],
         "tensors": (
             distributed.mean_over_ranks(torch.tensor(float(rank))).item(),
             distributed.max_over_ranks(torch.tensor([rank, 2.0 - rank])).tolist(),
@@ -130,10 +138,13 @@ def run(folder: Path) -> dict[str, Any]:
         task=("panoptic", "instance"), device="cpu", data=TINY.data, test=TINY.test,
     )
     evaluate.evaluate(options)
-    with spoiled(1):
+    with disturbed(1, make_nan):
         trainer = Trainer(tiny(folder / "spoiled", solver={"max_steps": 3}))
         trainer.run()
     found["spoiled"] = trainer.skipped, {name: t.clone() for name, t in trainer.network.state_dict().items()}
+    with disturbed(1, send_sigterm):
+        stopped = Trainer(tiny(folder / "stopped", log={"checkpoint_every": 100}))
+        found["stopped"] = stopped.run(), stopped.stopped, stopped.step
     Trainer(forgetful(folder / "uninterrupted")).run()
     return found
 
