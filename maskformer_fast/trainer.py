@@ -272,11 +272,22 @@ class Trainer:
             path = self._save()
         except OSError as error:
             failure = error
-            logger.error("%s\ntraining goes on; the next checkpoint is tried at its step", error)
+            if is_main():
+                logger.error("%s\ntraining goes on; the next checkpoint is tried at its step", error)
         metrics = self._validate_checkpoint(path) if validate else {}
         if failure is not None and self.step == self.config.solver.max_steps:
             raise failure
         return metrics
+
+    @contextmanager
+    def _unless_at_the_end(self) -> Iterator[None]:
+        """Go on over what cannot be written, as on a full disk, while there are steps to do and to save."""
+        try:
+            yield
+        except OSError as error:
+            if self.step == self.config.solver.max_steps:
+                raise
+            logger.error("%s\ntraining goes on", error)
 
     def _save(self) -> Path:
         self.train_step.settle()
@@ -288,10 +299,11 @@ class Trainer:
         """Measure the network, whose weights ``path`` holds if they could be saved; that may be the best checkpoint."""
         metrics = self.validate()
         if is_main():
-            score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
-            if path is not None and score is not None and (best is None or score > best):
-                mark_best(self.checkpoints, path, score)
-            write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
+            with self._unless_at_the_end():
+                score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
+                if path is not None and score is not None and (best is None or score > best):
+                    mark_best(self.checkpoints, path, score)
+                write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
         return metrics
 
     def validate(self) -> dict[str, Any]:
@@ -310,12 +322,13 @@ class Trainer:
         metrics = {"step": self.step, "seconds": round(time.perf_counter() - started, 2), **metrics}
         self.log.scalars(self.step, {f"val/{key}": v for key, v in metrics.items() if isinstance(v, float)})
         if grid is not None:
-            pictures = self.folder / "pictures"
-            pictures.mkdir(exist_ok=True)
-            for target in (pictures / f"step_{self.step:08d}.png", self.folder / "predictions.png"):
-                with atomic_write(target) as file:
-                    Image.fromarray(grid).save(file, format="PNG")
-            self.log.picture(self.step, grid)
+            with self._unless_at_the_end():
+                pictures = self.folder / "pictures"
+                pictures.mkdir(exist_ok=True)
+                for target in (pictures / f"step_{self.step:08d}.png", self.folder / "predictions.png"):
+                    with atomic_write(target) as file:
+                        Image.fromarray(grid).save(file, format="PNG")
+                self.log.picture(self.step, grid)
         return metrics
 
     def _restore(self) -> None:
