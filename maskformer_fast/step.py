@@ -152,7 +152,8 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; other keys are ignored."""
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run that was saved had no fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.skips.total, self.skips.in_a_row = state["skipped"], state["skipped_in_a_row"]
         self._counters = torch.tensor([self.skipped, self.skipped_in_a_row], dtype=torch.float32, device=self.device)
