@@ -208,6 +208,8 @@ def wrap(network: nn.Module, config: Config) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, 2.11 only this one
             return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Of our outputs some are views, as it says; what it warns of, writing into them, nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
     lists = [module for module in network.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     blocks = {block: None for blocks in lists for block in blocks if any(True for _ in block.children())}
