@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskformer_fast import distributed, evaluate, train
+from maskformer_fast import distributed, evaluate, train, trainer
+from maskformer_fast.compilation import compile_whole
 from maskformer_fast.config import BackboneConfig, Config, TestConfig
 from maskformer_fast.criterion import Criterion, Losses
 from maskformer_fast.data import build_dataset
@@ -95,6 +97,16 @@ def disturbed(step: int, disturb: Callable[[Losses], Losses]) -> Iterator[None]:
         Criterion.forward = forward  # type: ignore[method-assign]
 
 
+@contextmanager
+def compiled_eagerly() -> Iterator[None]:
+    """Networks are traced as whole graphs and then run as they are: code generation would take minutes."""
+    trainer.compile_whole = partial(compile_whole, backend="eager")
+    try:
+        yield
+    finally:
+        trainer.compile_whole = compile_whole
+
+
 def attempt(function: Any, *arguments: Any) -> str:
     """The exception that a call raises, as text."""
     try:
@@ -131,6 +143,8 @@ def run(folder: Path) -> dict[str, Any]:
             found[f"{name} {parallel}"] = Trainer(exact(name, folder / f"{name}_{parallel}", parallel)).run()
     for parallel in ("ddp", "fsdp"):
         Trainer(exact("maskformer", folder / f"accumulated_{parallel}", parallel, accumulate=2)).run()
+    with compiled_eagerly():
+        Trainer(exact("maskformer", folder / "accumulated_compiled", accumulate=2, compile=True)).run()
     Trainer(exact("maskformer", folder / "from_single", "fsdp"), resume=True).run()
     found["metrics"] = [measured(folder / "single", *sizes) for sizes in ((7, 2), (1, 1), (4, 3))]
     options = evaluate.EvaluateOptions(
@@ -139,9 +153,9 @@ def run(folder: Path) -> dict[str, Any]:
     )
     evaluate.evaluate(options)
     with disturbed(1, make_nan):
-        trainer = Trainer(tiny(folder / "spoiled", solver={"max_steps": 3}))
-        trainer.run()
-    found["spoiled"] = trainer.skipped, {name: t.clone() for name, t in trainer.network.state_dict().items()}
+        spoiled = Trainer(tiny(folder / "spoiled", solver={"max_steps": 3}))
+        spoiled.run()
+    found["spoiled"] = spoiled.skipped, {name: t.clone() for name, t in spoiled.network.state_dict().items()}
     with disturbed(1, send_sigterm):
         stopped = Trainer(tiny(folder / "stopped", log={"checkpoint_every": 100}))
         found["stopped"] = stopped.run(), stopped.stopped, stopped.step

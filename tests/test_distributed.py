@@ -114,7 +114,7 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(runs, tmp_path, nam
 def test_accumulated_gradients_are_those_of_one_process_too(runs, tmp_path):
     folder, _ = runs
     Trainer(ranks.exact("maskformer", tmp_path, accumulate=2)).run()
-    for parallel in ("ddp", "fsdp"):
+    for parallel in ("ddp", "fsdp", "compiled"):
         assert_same_run(folder / f"accumulated_{parallel}", tmp_path, (4,))
 
 

@@ -123,7 +123,7 @@ def no_host_read(monkeypatch):
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["maskformer", "per_pixel_plus", "swin"])
 def test_the_host_reads_nothing_in_a_step(amp, kind, monkeypatch):
-    backbone = replace(SWIN, drop_path_rate=0.2) if kind == "swin" else TINY.model.backbone
+    backbone = replace(SWIN, drop_path_rate=0.2, checkpointing=True) if kind == "swin" else TINY.model.backbone
     config = config_of("maskformer" if kind == "swin" else kind, backbone, accumulate=2, amp=amp)
     step = step_of(config)
     step.run(batches(2))  # scaler and optimiser make their state
@@ -146,8 +146,12 @@ def test_a_host_read_is_noticed(read, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_a_gpu_step_never_synchronises(amp):
-    backbone = BackboneConfig("resnet50", depths=(1, 1, 1, 1))
+@pytest.mark.parametrize(
+    "backbone",
+    [BackboneConfig("resnet50", depths=(1, 1, 1, 1)), replace(SWIN, drop_path_rate=0.2, checkpointing=True)],
+    ids=["resnet", "swin"],
+)
+def test_a_gpu_step_never_synchronises(amp, backbone):
     step = step_of(config_of(backbone=backbone, accumulate=2, amp=amp), "cuda")
     iterator = batches(2, pin=True)
     for _ in range(3):
