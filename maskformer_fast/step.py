@@ -68,7 +68,7 @@ class TrainStep:
     ) -> None:
         """``forward`` is the network as it is called: compiled or wrapped. ``optimizer`` must be fused."""
         self.network = network
-        self.forward = forward or network
+        self.forward = network if forward is None else forward  # a compiled module has no truth value
         self.criterion = criterion
         self.optimizer = optimizer
         self.config = config
