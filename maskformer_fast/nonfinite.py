@@ -23,6 +23,10 @@ from maskformer_fast.distributed import is_main
 logger = logging.getLogger(__name__)
 
 
+SHOWN = 10
+"""Non-finite costs of a step that its message lists: a network that has diverged has one in each layer and image."""
+
+
 class TrainingDiverged(RuntimeError):
     """Too many consecutive steps had a non-finite cost, loss or gradient."""
 
@@ -94,7 +98,8 @@ class SkippedSteps:
         if not skipped:
             return
         problems = self._problems(report, rest)
-        reasons = "; ".join(problems or ["for what another rank says"])
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        reasons = "; ".join(problems[:SHOWN] + more or ["for what another rank says"])
         if problems or is_main():
             say = logger.warning if is_main() else logger.error  # of the other ranks, errors alone are shown
             say("step %d skipped (%d so far): %s", report.step, self.total, reasons)
