@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-COMPILED_SHAPES = 64
-"""Nine sizes of images, seven numbers of targets; PyTorch's own limit, 8, is there to stop code that never settles."""
+COMPILED_SHAPES = 256
+"""Nine sizes of images and a few numbers of targets as a rule, more where a recipe does not bound the sizes; PyTorch's own
+limit, 8, is there to stop code that never settles."""
 
 
 def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> Any:

@@ -251,8 +251,7 @@ class DataConfig:
     """Loader processes; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
-        if self.task is not None:
-            check_choice("data.task", self.task, TASKS)
+        check_choice("data.task", self.task, (None, *TASKS))
         check(self.workers >= 0, "data.workers", ">= 0", self.workers)
         ignore = self.ignore_index
         check(ignore is None or 0 <= ignore <= 65535, "data.ignore_index", "0..65535 or None", ignore)
@@ -342,7 +341,8 @@ class SolverConfig:
         check(self.lr > 0, "solver.lr", "> 0", self.lr)
         check_choice("solver.schedule", self.schedule, ("poly", "step"))
         check_choice("solver.amp", self.amp, ("off", "bf16", "fp16"))
-        for name in ("backbone_factor", "weight_decay", "norm_weight_decay", "warmup_steps", "clip_norm"):
+        for name in ("backbone_factor", "weight_decay", "norm_weight_decay", "poly_power", "gamma", "warmup_steps",
+                     "warmup_factor", "clip_norm"):
             check(getattr(self, name) >= 0, f"solver.{name}", ">= 0", getattr(self, name))
 
 

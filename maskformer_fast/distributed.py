@@ -92,13 +92,26 @@ def process_group(device: str) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank. A wait for all of them, through the host: for rare moments."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
+class LateFlag:
+    """A flag that ranks agree on without waiting for each other: each call tells what all had said at the call before.
+
+    All ranks make the same calls and get the same answers. Through the host's network, so no device is waited for.
+    """
+
+    def __init__(self) -> None:
+        self._value = torch.zeros((), dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Say the own flag -> whether any rank's was set at the call before; in one process, the flag itself."""
+        if world_size() == 1:
+            return flag
+        if self._work is not None:
+            self._work.wait()
+        agreed = bool(self._value)
+        self._value = torch.tensor(int(flag))
+        self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, async_op=True)
+        return agreed
 
 
 def gather_objects(value: T) -> list[T]:
@@ -195,6 +208,8 @@ def wrap(network: nn.Module, config: Config) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, 2.11 only this one
             return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Of our outputs some are views, as it says; what it warns of, writing into them, nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
     lists = [module for module in network.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     blocks = {block: None for blocks in lists for block in blocks if any(True for _ in block.children())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -17,6 +18,8 @@ from maskformer_fast.meter import GIB, peak_memory
 from maskformer_fast.modeling.backbone import is_swin, resolve_backbone
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 5.0
+"""Seconds in which another SIGTERM is the same one: schedulers send it to all processes, and torchrun passes it on."""
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator",  # "can't allocate memory", "not enough memory"
     "not enough memory",
@@ -42,14 +45,16 @@ class Stopped(BaseException):
 class StopSignals:
     """SIGTERM and SIGINT (Ctrl-C) ask a run to stop: after the current step, with its state saved.
 
-    A second signal of the same kind acts as it did before. Does nothing outside the main thread, where Python handles
-    no signals. Loader processes ignore both signals, whole process groups being sent them.
+    A second signal of the same kind acts as it did before, but for a SIGTERM within `ECHO`. Does nothing outside the
+    main thread, where Python handles no signals. Loader processes ignore both signals, whole process groups being sent
+    them.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._at_once = False
         self._former: dict[int, Any] = {}
+        self._since: dict[int, float] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -63,7 +68,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, self._former[number])
+        now = time.monotonic()
+        if number in self._since:
+            if number != signal.SIGTERM or now - self._since[number] > ECHO:
+                signal.signal(number, self._former[number])
+                signal.raise_signal(number)
+            return
+        self._since[number] = now
         self.received = signal.Signals(number)
         what = "stopping" if self._at_once else "finishing the step, saving it, and stopping"
         os.write(2, f"\n{self.received.name}: {what}\n".encode())  # a log handler may hold its lock just now

@@ -23,6 +23,10 @@ from maskformer_fast.distributed import is_main
 logger = logging.getLogger(__name__)
 
 
+SHOWN = 10
+"""Non-finite costs of a step that its message lists: a network that has diverged has one in each layer and image."""
+
+
 class TrainingDiverged(RuntimeError):
     """Too many consecutive steps had a non-finite cost, loss or gradient."""
 
@@ -94,14 +98,15 @@ class SkippedSteps:
         if not skipped:
             return
         problems = self._problems(report, rest)
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        reasons = "; ".join(problems[:SHOWN] + more or ["for what another rank says"])
         if problems or is_main():
-            reasons = "; ".join(problems or ["for what another rank says"])
             say = logger.warning if is_main() else logger.error  # of the other ranks, errors alone are shown
             say("step %d skipped (%d so far): %s", report.step, self.total, reasons)
         if self.in_a_row >= self._limit:
             raise TrainingDiverged(
                 f"{self.in_a_row} steps in a row were not finite, the last at step {report.step}: "
-                f"{'; '.join(problems)}. Lower solver.lr, use bf16 instead of fp16, or look at the images named above; "
+                f"{reasons}. Lower solver.lr, use bf16 instead of fp16, or look at the images named above; "
                 f"--resume continues from the last checkpoint. loss.max_nonfinite_steps sets the limit."
             )
 

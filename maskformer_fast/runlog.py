@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Appends one JSON object a line to ``log.jsonl``; a resumed run first drops what lies beyond its start."""
+    """Appends one JSON object a line to ``log.jsonl``; a resumed run first drops what lies beyond its start.
+
+    A line that cannot be written, as on a full disk, is kept for the next one's turn: a run is worth more than its log.
+    """
 
     def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,16 +30,29 @@ class RunLog:
         with atomic_write(path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._warned = False
         self._writer = _tensorboard(folder, start_step) if tensorboard else None
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s: not all of the log could be written: %s", self._path, error)
+            self._warned = True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log named numbers of a step."""
         written = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        self._file.write(json.dumps({"step": step, **written}) + "\n")
-        self._file.flush()
+        with self._tolerant():
+            self._file.write(json.dumps({"step": step, **written}) + "\n")
+            self._file.flush()
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+            with self._tolerant():
+                for name, value in values.items():
+                    self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
     def picture(
         self,
@@ -44,13 +61,16 @@ class RunLog:
     ) -> None:
         """Log a picture to TensorBoard (the file itself is the caller's)."""
         if self._writer is not None:
-            self._writer.add_image("val/predictions", image, step, dataformats="HWC")
+            with self._tolerant():
+                self._writer.add_image("val/predictions", image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close both logs."""
-        self._file.close()
+        with self._tolerant():
+            self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with self._tolerant():
+                self._writer.close()
 
 
 class NoLog:

@@ -68,7 +68,7 @@ class TrainStep:
     ) -> None:
         """``forward`` is the network as it is called: compiled or wrapped. ``optimizer`` must be fused."""
         self.network = network
-        self.forward = forward or network
+        self.forward = network if forward is None else forward  # a compiled module has no truth value
         self.criterion = criterion
         self.optimizer = optimizer
         self.config = config
@@ -152,7 +152,8 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; other keys are ignored."""
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run that was saved had no fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.skips.total, self.skips.in_a_row = state["skipped"], state["skipped_in_a_row"]
         self._counters = torch.tensor([self.skipped, self.skipped_in_a_row], dtype=torch.float32, device=self.device)

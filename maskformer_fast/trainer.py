@@ -36,7 +36,7 @@ from maskformer_fast.criterion import Criterion
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import Batch, train_loader
 from maskformer_fast.distributed import (
-    any_rank,
+    LateFlag,
     average_statistics,
     gather_objects,
     is_main,
@@ -79,9 +79,6 @@ HEADLINES: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": 
 GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay")
 """What the configuration says of a parameter group."""
 
-STOP_EVERY = 10
-"""Steps after which several ranks agree whether to stop: they wait for each other then."""
-
 
 class Trainer:
     """One run in ``config.output``. The caller holds the folder's lock and decides whether it continues a run.
@@ -122,6 +119,7 @@ class Trainer:
             build_evaluator(task, self.val_set.metadata)  # what it lacks is said now, not at the first validation
 
         self.signals = StopSignals()
+        self._asked_to_stop = LateFlag()
         self.stopped = False
         self.resumed: Path | None = None
         self.damaged: list[Path] = []
@@ -206,9 +204,8 @@ class Trainer:
         return metrics
 
     def _stop(self) -> bool:
-        """Whether a signal asked for it; the ranks, which must agree, ask each other now and then."""
-        asked = self.signals.received is not None
-        self.stopped = asked if world_size() == 1 else self.step % STOP_EVERY == 0 and any_rank(asked)
+        """Whether a signal asked any rank for it; several ranks do one step more until they all know."""
+        self.stopped = self._asked_to_stop(self.signals.received is not None)
         return self.stopped
 
     def _log_line(self, meter: Meter) -> dict[str, str]:
@@ -275,11 +272,22 @@ class Trainer:
             path = self._save()
         except OSError as error:
             failure = error
-            logger.error("%s\ntraining goes on; the next checkpoint is tried at its step", error)
+            if is_main():
+                logger.error("%s\ntraining goes on; the next checkpoint is tried at its step", error)
         metrics = self._validate_checkpoint(path) if validate else {}
         if failure is not None and self.step == self.config.solver.max_steps:
             raise failure
         return metrics
+
+    @contextmanager
+    def _unless_at_the_end(self) -> Iterator[None]:
+        """Go on over what cannot be written, as on a full disk, while there are steps to do and to save."""
+        try:
+            yield
+        except OSError as error:
+            if self.step == self.config.solver.max_steps:
+                raise
+            logger.error("%s\ntraining goes on", error)
 
     def _save(self) -> Path:
         self.train_step.settle()
@@ -291,10 +299,11 @@ class Trainer:
         """Measure the network, whose weights ``path`` holds if they could be saved; that may be the best checkpoint."""
         metrics = self.validate()
         if is_main():
-            score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
-            if path is not None and score is not None and (best is None or score > best):
-                mark_best(self.checkpoints, path, score)
-            write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
+            with self._unless_at_the_end():
+                score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
+                if path is not None and score is not None and (best is None or score > best):
+                    mark_best(self.checkpoints, path, score)
+                write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
         return metrics
 
     def validate(self) -> dict[str, Any]:
@@ -313,12 +322,13 @@ class Trainer:
         metrics = {"step": self.step, "seconds": round(time.perf_counter() - started, 2), **metrics}
         self.log.scalars(self.step, {f"val/{key}": v for key, v in metrics.items() if isinstance(v, float)})
         if grid is not None:
-            pictures = self.folder / "pictures"
-            pictures.mkdir(exist_ok=True)
-            for target in (pictures / f"step_{self.step:08d}.png", self.folder / "predictions.png"):
-                with atomic_write(target) as file:
-                    Image.fromarray(grid).save(file, format="PNG")
-            self.log.picture(self.step, grid)
+            with self._unless_at_the_end():
+                pictures = self.folder / "pictures"
+                pictures.mkdir(exist_ok=True)
+                for target in (pictures / f"step_{self.step:08d}.png", self.folder / "predictions.png"):
+                    with atomic_write(target) as file:
+                        Image.fromarray(grid).save(file, format="PNG")
+                self.log.picture(self.step, grid)
         return metrics
 
     def _restore(self) -> None:

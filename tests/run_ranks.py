@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskformer_fast import distributed, evaluate, train
+from maskformer_fast import distributed, evaluate, train, trainer
+from maskformer_fast.compilation import compile_whole
 from maskformer_fast.config import BackboneConfig, Config, TestConfig
-from maskformer_fast.criterion import Criterion
+from maskformer_fast.criterion import Criterion, Losses
 from maskformer_fast.data import build_dataset
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.predictor import load
@@ -70,21 +72,39 @@ def measured(network: Path, images: int, batch_size: int) -> dict[str, Any]:
     return measure(predictor, dataset, ("semantic", "panoptic", "instance"), workers=0, pictures=2)[0]
 
 
+def make_nan(losses: Losses) -> Losses:
+    return losses._replace(total=losses.total * torch.nan)
+
+
+def send_sigterm(losses: Losses) -> Losses:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return losses
+
+
 @contextmanager
-def spoiled(step: int) -> Iterator[None]:
-    """Make one rank's loss of a step NaN."""
+def disturbed(step: int, disturb: Callable[[Losses], Losses]) -> Iterator[None]:
+    """Do something with one rank's losses of a step."""
     forward, calls = Criterion.forward, iter(range(100))
 
-    def spoil(self: Criterion, *arguments: Any) -> Any:
+    def disturbing(self: Criterion, *arguments: Any) -> Any:
         losses = forward(self, *arguments)
-        bad = next(calls) == step and distributed.rank() == 1
-        return losses._replace(total=losses.total * torch.nan) if bad else losses
+        return disturb(losses) if next(calls) == step and distributed.rank() == 1 else losses
 
-    Criterion.forward = spoil  # type: ignore[method-assign]
+    Criterion.forward = disturbing  # type: ignore[method-assign]
     try:
         yield
     finally:
         Criterion.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def compiled_eagerly() -> Iterator[None]:
+    """Networks are traced as whole graphs and then run as they are: code generation would take minutes."""
+    trainer.compile_whole = partial(compile_whole, backend="eager")
+    try:
+        yield
+    finally:
+        trainer.compile_whole = compile_whole
 
 
 def attempt(function: Any, *arguments: Any) -> str:
@@ -107,7 +127,7 @@ def run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gathered": distributed.gather_objects({"rank": rank}),
         "gathered on main": distributed.gather_on_main(rank),
-        "any": (distributed.any_rank(rank == 1), distributed.any_rank(False)),
+        "late": [late(rank == 1 and call == 1) for late in [distributed.LateFlag()] for call in range(4)],
         "tensors": (
             distributed.mean_over_ranks(torch.tensor(float(rank))).item(),
             distributed.max_over_ranks(torch.tensor([rank, 2.0 - rank])).tolist(),
@@ -123,6 +143,8 @@ def run(folder: Path) -> dict[str, Any]:
             found[f"{name} {parallel}"] = Trainer(exact(name, folder / f"{name}_{parallel}", parallel)).run()
     for parallel in ("ddp", "fsdp"):
         Trainer(exact("maskformer", folder / f"accumulated_{parallel}", parallel, accumulate=2)).run()
+    with compiled_eagerly():
+        Trainer(exact("maskformer", folder / "accumulated_compiled", accumulate=2, compile=True)).run()
     Trainer(exact("maskformer", folder / "from_single", "fsdp"), resume=True).run()
     found["metrics"] = [measured(folder / "single", *sizes) for sizes in ((7, 2), (1, 1), (4, 3))]
     options = evaluate.EvaluateOptions(
@@ -130,10 +152,13 @@ def run(folder: Path) -> dict[str, Any]:
         task=("panoptic", "instance"), device="cpu", data=TINY.data, test=TINY.test,
     )
     evaluate.evaluate(options)
-    with spoiled(1):
-        trainer = Trainer(tiny(folder / "spoiled", solver={"max_steps": 3}))
-        trainer.run()
-    found["spoiled"] = trainer.skipped, {name: t.clone() for name, t in trainer.network.state_dict().items()}
+    with disturbed(1, make_nan):
+        spoiled = Trainer(tiny(folder / "spoiled", solver={"max_steps": 3}))
+        spoiled.run()
+    found["spoiled"] = spoiled.skipped, {name: t.clone() for name, t in spoiled.network.state_dict().items()}
+    with disturbed(1, send_sigterm):
+        stopped = Trainer(tiny(folder / "stopped", log={"checkpoint_every": 100}))
+        found["stopped"] = stopped.run(), stopped.stopped, stopped.step
     Trainer(forgetful(folder / "uninterrupted")).run()
     return found
 

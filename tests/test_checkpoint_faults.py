@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from maskformer_fast import checkpoint
+from maskformer_fast import trainer as trainer_module
 from maskformer_fast.checkpoint import (
     CheckpointError,
     complete_checkpoints,
@@ -25,6 +26,7 @@ from maskformer_fast.checkpoint import (
 )
 from maskformer_fast.config import Config, ModelConfig
 from maskformer_fast.recipes import load_recipe
+from maskformer_fast.runlog import RunLog
 from maskformer_fast.structures import Metadata
 from maskformer_fast.trainer import Trainer
 
@@ -84,6 +86,40 @@ def test_training_goes_on_over_a_full_disk_and_saves_at_the_next_chance(tmp_path
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_00000006"]
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "val/" in line] == [2, 4, 6]
+
+
+def test_a_line_of_the_log_that_a_full_disk_takes_half_of_is_made_whole(tmp_path, caplog):
+    log, path = RunLog(tmp_path, 0, tensorboard=False), tmp_path / "log.jsonl"
+    log.scalars(1, {"loss": 1.0})
+    with largest_file(path.stat().st_size + 5):
+        log.scalars(2, {"loss": 2.0})
+        log.scalars(3, {"loss": 3.0})
+    assert caplog.text.count("not all of the log could be written") == 1
+    log.scalars(4, {"loss": 4.0})
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)]
+
+
+def test_training_goes_on_where_a_validation_cannot_be_written(tmp_path, monkeypatch, caplog):
+    trainer = Trainer(tiny(tmp_path, validate_every=2))
+    for name in ("atomic_write", "mark_best"):
+        monkeypatch.setattr(trainer_module, name, full_until(trainer, 6, getattr(trainer_module, name)))
+    assert trainer.run()["step"] == 6 and caplog.text.count("No space left") == 4
+    folder = tmp_path / "checkpoints"
+    assert load_weights(folder / "best").step == load_weights(folder / "last").step == 6
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["step_00000006.png"]
+
+
+def full_until(trainer, step, write):
+    """A function that meets a full disk before a step."""
+
+    def attempt(*arguments):
+        if trainer.step < step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments)
+
+    return attempt
 
 
 def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from maskformer_fast import trainer
+from maskformer_fast.checkpoint import load_weights
 from maskformer_fast.compilation import compile_whole
 from maskformer_fast.config import BackboneConfig, DecoderConfig, LossConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.criterion import Criterion
 from maskformer_fast.modeling import build_model
+from maskformer_fast.recipes import load_recipe
 from maskformer_fast.structures import Targets, pack_masks
 
 BACKBONES = [
@@ -59,3 +66,15 @@ def test_no_shape_is_compiled_twice(backbone: BackboneConfig) -> None:
         torch.testing.assert_close(got, losses_and_gradients(network, criterion, *batch))
         graphs.append([counter.frame_count for counter in counters])
     assert graphs == [[1, 1], [2, 2], [2, 3], [2, 3], [2, 3], [2, 3]]
+
+
+def test_a_compiled_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "compile_whole", partial(compile_whole, backend="eager"))
+    tiny = load_recipe(Path(__file__).parent / "tiny.yaml")
+    weights = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        solver = replace(tiny.solver, max_steps=3, accumulate=2, compile=compiled)
+        trainer.Trainer(replace(tiny, output=str(folder), metrics=("semantic",), solver=solver)).run()
+        weights.append(load_weights(folder).weights)
+    torch.testing.assert_close(weights[1], weights[0])

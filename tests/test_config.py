@@ -76,6 +76,8 @@ def parse_config(argv):
         (SolverConfig, {"accumulate": 3}, "solver.accumulate"),
         (SolverConfig, {"schedule": "cosine"}, "solver.schedule"),
         (SolverConfig, {"clip_norm": -1.0}, "solver.clip_norm"),
+        (SolverConfig, {"warmup_factor": -0.1}, "solver.warmup_factor"),
+        (SolverConfig, {"poly_power": -1.0}, "solver.poly_power"),
         (LogConfig, {"every": 0}, "log.every"),
         (LogConfig, {"pictures": -1}, "log.pictures"),
         (Config, {"metrics": ("depth",)}, "metrics"),

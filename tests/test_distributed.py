@@ -114,7 +114,7 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(runs, tmp_path, nam
 def test_accumulated_gradients_are_those_of_one_process_too(runs, tmp_path):
     folder, _ = runs
     Trainer(ranks.exact("maskformer", tmp_path, accumulate=2)).run()
-    for parallel in ("ddp", "fsdp"):
+    for parallel in ("ddp", "fsdp", "compiled"):
         assert_same_run(folder / f"accumulated_{parallel}", tmp_path, (4,))
 
 
@@ -168,12 +168,18 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(runs):
         assert torch.isfinite(tensor).all() and torch.equal(tensor, other_weights[name]), name
 
 
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(runs):
+    folder, seen = runs
+    assert [found["stopped"] for found in seen] == [({}, True, 3)] * 2
+    assert load_weights(folder / "stopped" / "checkpoints" / "last").step == 3
+
+
 def test_ranks_agree(runs):
     _, seen = runs
     for rank, found in enumerate(seen):
         assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert found["gathered on main"] == ([] if rank else [0, 1])
-        assert found["any"] == (True, False) and found["on main"] == 7
+        assert found["late"] == [False, False, True, False] and found["on main"] == 7
         assert found["tensors"] == (0.5, [1.0, 2.0], [0, 7, 1, 8])
         assert found["sync"].startswith("ValueError: model.backbone.norm: expected batch or frozen")
         assert "accumulate x ranks = 1 x 2" in found["batch"]

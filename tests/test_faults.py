@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskformer_fast import train
+from maskformer_fast import faults, train
 from maskformer_fast.checkpoint import load_weights
 from maskformer_fast.faults import (
     OutOfMemory,
@@ -91,14 +91,16 @@ def in_step(monkeypatch, number, what):
 # Signals
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_current_step_and_ends_the_run(tmp_path, monkeypatch, whole, number, status, capfd):
-    in_step(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
+@pytest.mark.parametrize(
+    ("number", "times", "status"), [(signal.SIGTERM, 1, 0), (signal.SIGTERM, 2, 0), (signal.SIGINT, 1, 130)]
+)
+def test_a_signal_saves_the_current_step_and_ends_the_run(tmp_path, monkeypatch, whole, number, times, status, capfd):
+    in_step(monkeypatch, 2, lambda: [os.kill(os.getpid(), number) for _ in range(times)])
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     line = ["--config", str(RECIPE), "--output", str(tmp_path / "run"), "--metrics", "semantic", "--log.pictures", "0",
             "--log.checkpoint-every", "1000", "--solver.max-steps", str(STEPS), "--solver.accumulate", "2"]  # fmt: skip
     assert train.main(line) == status
-    assert f"{number.name}: finishing the step" in capfd.readouterr().err
+    assert capfd.readouterr().err.count(f"{number.name}: finishing the step") == 1
     assert last(tmp_path / "run").step == 3 and not (tmp_path / "run" / "metrics.json").exists()
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     monkeypatch.undo()
@@ -146,6 +148,21 @@ def test_a_second_signal_acts_as_it_used_to():
             pytest.fail("work that is not waited for was begun")
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_sigterm_counts_once_it_cannot_be_the_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(faults, "ECHO", 0.05)
+    former = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.06)
+            assert signals.received is signal.SIGTERM and not seen
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def test_signals_are_left_alone_outside_the_main_thread():

@@ -142,7 +142,9 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Raises BrokenExampleError where an example cannot be read and is not to be skipped."""
         for item in self._loader:
-            yield _raise_broken(item)
+            batch: Batch = _raise_broken(item)
+            height, width = batch.targets.input_size  # a list where PyTorch's way of pinning memory makes one
+            yield batch._replace(targets=batch.targets._replace(input_size=(height, width)))
 
 
 def train_loader(

@@ -24,7 +24,16 @@ from maskformer_fast.config import (
     TestConfig,
 )
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
-from maskformer_fast.data.loader import Batch, EvalLoader, TrainSampler, collate, eval_loader, pad_images, train_loader
+from maskformer_fast.data.loader import (
+    Batch,
+    EvalLoader,
+    TrainLoader,
+    TrainSampler,
+    collate,
+    eval_loader,
+    pad_images,
+    train_loader,
+)
 from maskformer_fast.data.shapes import ShapesDataset
 from maskformer_fast.data.transforms import Sample
 from maskformer_fast.structures import Example, pack_masks, unpack_masks
@@ -129,6 +138,12 @@ def test_epochs_see_other_augmentations_of_the_same_example() -> None:
 def test_data_set_smaller_than_a_batch() -> None:
     batch = take(train_loader(shapes(3), config(batch_size=8), "instance"), 1)[0]
     assert len(batch.paths) == 8 and set(batch.image_ids) == {0, 1, 2}
+
+
+def test_sizes_are_tuples_also_where_pinning_made_lists_of_them() -> None:
+    batch = next(iter(train_loader(shapes(), config(), "panoptic")))
+    pinned = batch._replace(targets=batch.targets._replace(input_size=list(batch.targets.input_size)))
+    assert next(iter(TrainLoader([pinned]))).targets.input_size == batch.targets.input_size
 
 
 def test_the_loader_leaves_the_global_generator_alone() -> None:
