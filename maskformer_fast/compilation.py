@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 COMPILED_SHAPES = 256
-"""Nine sizes of images and a few numbers of targets as a rule, more where a recipe does not bound the sizes; PyTorch's own
-limit, 8, is there to stop code that never settles."""
+"""Nine sizes of images and a few numbers of targets as a rule, more where a recipe does not bound the sizes. PyTorch's
+own limit, 8, is there to stop code that never settles."""
 
 
 def compile_whole(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> Any:
