@@ -31,9 +31,9 @@ help:
 demo: $(DEMO_READY)
 	$(BIN)/python -m maskformer_fast.train
 
-# two processes of one thread each fill two cores
+# two processes of one thread each fill two cores; a file stays in one, as its fixtures may be costly
 test: $(TEST_READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests --cov=maskformer_fast --cov-report=term --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests --cov=maskformer_fast --cov-report=term --cov-fail-under=85
 
 lint: $(TEST_READY)
 	$(BIN)/python -m ruff check .
