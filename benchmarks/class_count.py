@@ -52,7 +52,8 @@ class ClassCountOptions:
 def train(folder: Path, model: str, classes: int, steps: int, images: int = 512) -> tuple[float, float]:
     """One run of the demo's recipe at 64x64 with one supervised layer -> mIoU, seconds.
 
-    The baseline scores every class at every pixel, which takes most of the time.
+    The baseline scores every class at every pixel, which takes most of the time. Raises RuntimeError with what the run
+    said last, where it fails.
     """
     stuff = min(MAX_STUFF, max(1, classes * 2 // 5))
     command = [
@@ -63,7 +64,9 @@ def train(folder: Path, model: str, classes: int, steps: int, images: int = 512)
         "--log.pictures", "0", "--log.checkpoint-every", "1000000",
     ]  # fmt: skip
     start = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{model}, {classes} classes: training failed: {run.stderr.strip()[-500:]}")
     seconds = time.perf_counter() - start
     metrics = json.loads((folder / "metrics.json").read_text())
     return metrics["semantic"]["miou"], seconds
@@ -80,7 +83,7 @@ def affordable_steps(folder: Path, classes: int, seconds: float) -> int:
         )
         step += max(0.0, more - few) / (TRIAL_STEPS[1] - TRIAL_STEPS[0])
         fixed += few
-    steps = int((seconds - (time.perf_counter() - start) - 2 * fixed) / step)
+    steps = int((seconds - (time.perf_counter() - start) - 2 * fixed) / max(step, 1e-3))
     check(steps > TRIAL_STEPS[1], "minutes", f"more, for {TRIAL_STEPS[1]} steps of {classes} classes", seconds / 60)
     return steps
 

@@ -186,3 +186,8 @@ def test_class_count_gives_both_models_the_same_steps(monkeypatch: pytest.Monkey
     assert "+0.0200" in capsys.readouterr().out
     with pytest.raises(ValueError, match="minutes: expected more, for 12 steps of 19 classes, got"):
         class_count.main(["--minutes", "0.3", "--output", str(output)])
+
+
+def test_class_count_says_why_a_run_failed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)nothing, 19 classes: training failed: .*per_pixel_plus"):
+        class_count.train(tmp_path / "run", "nothing", 19, 1)
