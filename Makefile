@@ -68,7 +68,7 @@ $(DEMO_READY): $(BUILD_FILES) | $(BIN)/python
 	touch $@
 
 $(TEST_READY): $(BUILD_FILES) | $(BIN)/python
-	$(PIP_INSTALL) -e ".[train,test,cross]"
+	$(PIP_INSTALL) -e ".[train,test,cross,rtx]"
 	touch $(DEMO_READY) $@
 else
 # A path file and not --system-site-packages, which would miss the packages of a PYTHON that is itself an environment.
