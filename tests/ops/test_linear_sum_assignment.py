@@ -359,6 +359,7 @@ def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) ->
     assert linear_sum_assignment(torch.zeros(1, 1)).tolist() == [0]
 
 
+@pytest.mark.no_cover
 def test_scipy_is_not_needed() -> None:
     code = (
         "import sys; sys.modules['scipy'] = None; import torch\n"
