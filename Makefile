@@ -31,9 +31,10 @@ help:
 demo: $(DEMO_READY)
 	$(BIN)/python -m maskformer_fast.train
 
-# two processes of one thread each fill two cores; a file stays in one, as its fixtures may be costly
+# two processes of one thread each fill two cores; a file stays in one, as its fixtures may be costly, and the longest
+# come first, as tests/conftest.py sorts them, and not the files of most tests
 test: $(TEST_READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests --cov=maskformer_fast --cov-report=term --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests --cov=maskformer_fast --cov-report=term --cov-fail-under=85
 
 lint: $(TEST_READY)
 	$(BIN)/python -m ruff check .

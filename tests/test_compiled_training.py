@@ -37,6 +37,7 @@ def random_batch(seed: int, size: tuple[int, int], slots: int) -> tuple[torch.Te
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover  # what is traced runs eagerly too, in tests of its own
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda backbone: backbone.name)
 def test_no_shape_is_compiled_twice(backbone: BackboneConfig) -> None:
     torch._dynamo.reset()
@@ -68,6 +69,7 @@ def test_no_shape_is_compiled_twice(backbone: BackboneConfig) -> None:
     assert graphs == [[1, 1], [2, 2], [2, 3], [2, 3], [2, 3], [2, 3]]
 
 
+@pytest.mark.no_cover
 def test_a_compiled_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "compile_whole", partial(compile_whole, backend="eager"))
     tiny = load_recipe(Path(__file__).parent / "tiny.yaml")

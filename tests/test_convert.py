@@ -248,6 +248,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, source: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["small.pkl"]
 
 
+@pytest.mark.no_cover
 def test_from_a_shell(tmp_path: Path, source: Path) -> None:
     def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "maskformer_fast.convert", *map(str, arguments)]

@@ -107,6 +107,7 @@ def test_a_signal_saves_the_current_step_and_ends_the_run(tmp_path, monkeypatch,
     assert_resumes(tmp_path / "run", whole)
 
 
+@pytest.mark.no_cover
 def test_a_process_group_gets_sigterm_and_the_command_exits_0(tmp_path):
     """As clusters do it: loader processes are sent the signal too."""
     line = [sys.executable, "-m", "maskformer_fast.train", "--config", str(RECIPE), "--output", str(tmp_path / "run"),

@@ -72,6 +72,7 @@ def test_sides_of_the_real_cases_agree(name: str, monkeypatch: pytest.MonkeyPatc
             assert work.agreement(ours, stranger) < 1, "agreement tells results apart"
 
 
+@pytest.mark.no_cover
 def test_fused_embeddings_by_the_interpreter() -> None:
     code = (
         "import torch\nfrom benchmarks import gpu_semantic\ngpu_semantic.QUERIES = 5\n"

@@ -60,6 +60,7 @@ def test_concurrent_calls(two_threads) -> None:
     assert all(torch.equal(result, expected[i % 8]) for i, result in enumerate(results))
 
 
+@pytest.mark.no_cover
 def test_threads_are_kept_and_do_not_hinder_exit() -> None:
     code = """
 import os, torch

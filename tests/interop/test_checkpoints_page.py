@@ -50,6 +50,7 @@ def test_every_published_configuration_is_converted_and_evaluated_once() -> None
         assert PAGE.count(source) > 1, f"{source} is in no table"
 
 
+@pytest.mark.no_cover  # the command line is parsed for every row of the table
 @pytest.mark.parametrize("more", ["", MULTI_SCALE], ids=["single scale", "multi-scale"])
 def test_evaluation_has_the_settings_of_the_recipe(more: str) -> None:
     assert MULTI_SCALE in PAGE

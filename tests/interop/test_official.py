@@ -184,6 +184,7 @@ def test_weight_of_no_object(values: list[float], expected: float | None) -> Non
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.no_cover  # the same code hundreds of times
 @pytest.mark.parametrize("config", [ODD_SWIN, ODD_RESNET], ids=["swin", "resnet"])
 def test_every_missing_tensor_is_named(config: ModelConfig) -> None:
     theirs = official_layout(random_model(config))
@@ -197,6 +198,7 @@ def test_every_missing_tensor_is_named(config: ModelConfig) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.no_cover
 @pytest.mark.parametrize("config", [ODD_SWIN, ODD_RESNET], ids=["swin", "resnet"])
 def test_every_misshapen_tensor_is_named(config: ModelConfig) -> None:
     theirs = official_layout(random_model(config))

@@ -10,25 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+FOLDER = str(Path(__file__).parent / "interpreted")
 
 pytest.importorskip("triton", reason="needs Triton")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_in_the_interpreter(path: Path) -> None:
+@pytest.mark.no_cover  # kernels/ is not measured anyway
+def test_in_the_interpreter() -> None:
+    """All in one process, which spares most of the imports."""
     # overflow is meant: it is how infinite logits reach 0 and 1
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore::RuntimeWarning",
-        str(path),
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", FOLDER]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

@@ -105,6 +105,7 @@ def test_the_last_convolution_may_wait(batch: int) -> None:
 
 
 @pytest.mark.parametrize("project", [False, True])
+@pytest.mark.no_cover
 def test_exports_whole(project: bool) -> None:
     model = build(config(layers=1))
     images, other = random_images(2, 64, 64), random_images(2, 64, 64, seed=1)
@@ -195,6 +196,7 @@ def test_channels_last_and_bfloat16_stay_close(backbone: str) -> None:
     [config(layers=1, encoder_layers=1), config(BackboneConfig("swin_micro", depths=(1, 2, 1, 1)), layers=1)],
     ids=BACKBONES,
 )
+@pytest.mark.no_cover
 def test_compiles_whole_and_once_for_all_sizes(model_config: ModelConfig) -> None:
     model = build(model_config)
     torch._dynamo.reset()

@@ -339,6 +339,7 @@ def test_opcheck(dtype: torch.dtype, counts: Tensor | None) -> None:
     torch.library.opcheck(torch.ops.maskformer_fast.linear_sum_assignment.default, (cost.transpose(2, 3),))
 
 
+@pytest.mark.no_cover
 def test_compiles_without_graph_break() -> None:
     def normalised(cost: Tensor, counts: Tensor) -> Tensor:
         return linear_sum_assignment(cost * 2 - 1, counts) + 1
@@ -358,6 +359,7 @@ def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) ->
     assert linear_sum_assignment(torch.zeros(1, 1)).tolist() == [0]
 
 
+@pytest.mark.no_cover
 def test_scipy_is_not_needed() -> None:
     code = (
         "import sys; sys.modules['scipy'] = None; import torch\n"

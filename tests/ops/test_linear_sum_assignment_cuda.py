@@ -255,6 +255,7 @@ def test_extension_without_cuda_says_how_to_build(monkeypatch: pytest.MonkeyPatc
         _linear_sum_assignment_cuda(torch.zeros(2, 2))
 
 
+@pytest.mark.no_cover
 def test_loads_without_a_driver() -> None:
     """The CUDA runtime is linked in, and asks for the driver only when it is first used."""
     code = (

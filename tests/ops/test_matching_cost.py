@@ -313,6 +313,7 @@ def test_other_input_size_is_refused():
         matching_cost(predictions, targets._replace(input_size=(16, 24)), LossConfig())
 
 
+@pytest.mark.no_cover
 def test_compiles_in_one_graph():
     predictions, targets = random_batch(8, (16, 24), [3, 2])
     compiled = torch.compile(matching_cost, fullgraph=True, backend="aot_eager")

@@ -83,6 +83,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(OPERATOR.default, (stacks, [4, 7, 8, 9], [8, 16], True))
 
 
+@pytest.mark.no_cover
 def test_compiles_whole() -> None:
     def brightness(images: Tensor) -> Tensor:
         return resize_images(images, [(6, 8)] * 2, 4)[0].float().mean((1, 2, 3))

@@ -289,6 +289,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     "queries, classes, height, width, threads",
     [(1000, 3000, 100, 30, 2), (1000, 3000, 640, 1, 64), (100, 847, 2000, 1, 64), (100, 12000, 640, 1, 64)],
 )
+@pytest.mark.no_cover
 def test_temporaries_stay_below_16_mib(queries: int, classes: int, height: int, width: int, threads: int) -> None:
     run = [sys.executable, "-c", MEMORY, *map(str, (queries, classes, height, width, threads))]
     result = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -306,6 +307,7 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.no_cover
 def test_compiles_whole(dynamic: bool) -> None:
     def infer(masks: torch.Tensor, logits: torch.Tensor) -> SemanticMap:
         h, w = masks.shape[-2:]
