@@ -96,8 +96,8 @@ def load_bundle(
     """A predictor from a bundle.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` (the first GPU, or that of this rank) or ``cuda:N``. One that is named decides
-            the backend where that is ``auto``.
+        device: ``auto``, ``cpu``, ``cuda`` (the first GPU, or that of this rank) or ``cuda:N``. One that is named
+            decides the backend where that is ``auto``.
         test: must be what the bundle was exported with, but for the batch size, see `bundle_test`.
         backend: see `maskformer_fast.deploy.runtime.load`.
 

@@ -52,7 +52,8 @@ def pair(folder: Path) -> tuple[BundlePredictor, Predictor]:
 def shapes(folder: Path) -> tuple[Path, Predictor]:
     """A bundle with the classes of the synthetic data set."""
     dataset = build_dataset(DATA, "val")
-    bundle, reference = tiny_bundle(folder / "shapes", replace(TEST, short_edge=None), metadata=dataset.metadata, seed=3)
+    test = replace(TEST, short_edge=None)
+    bundle, reference = tiny_bundle(folder / "shapes", test, metadata=dataset.metadata, seed=3)
     return bundle.folder, reference
 
 
