@@ -84,7 +84,8 @@ class TinyNetwork(nn.Module):
         mixed = node("Conv", features, constant("embeddings", self.embeddings[:, :, None, None]))
         node("Add", mixed, constant("offsets", self.offsets), out="mask_logits")
         batch, height, width = size or ("batch", "height", "width")
-        outputs = {"class_logits": [batch, self.queries, self.classes + 1], "mask_logits": [batch, self.queries, "h", "w"]}
+        outputs = {"class_logits": [batch, self.queries, self.classes + 1]}
+        outputs["mask_logits"] = [batch, self.queries, "h", "w"]
         graph = helper.make_graph(
             nodes,
             "tiny",
