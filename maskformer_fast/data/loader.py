@@ -6,16 +6,12 @@ So a run resumes anywhere by its step alone, and neither the number of workers n
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import threadpoolctl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -24,11 +20,10 @@ from maskformer_fast.config import AugmentConfig, Config, Task, TestConfig, chec
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
 from maskformer_fast.data.transforms import Sample, TrainTransform, resize_image
+from maskformer_fast.data.worker import worker_setup
 from maskformer_fast.structures import Example, Targets
 
 _PERMUTATION_STREAM = 1  # apart from [seed, epoch, index], which numpy reads as [seed, epoch, index, 0]
-
-_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 Broken = tuple[str, str]
 """Path and reason of an example that could not be read."""
@@ -181,7 +176,7 @@ def train_loader(
                 canvas=config.data.augment.crop_size or (0, 0),  # so that every batch of a run has one shape
                 buckets=config.data.augment if config.solver.compile else None,
             ),
-            worker_init_fn=_set_up_worker,
+            worker_init_fn=worker_setup(),
             pin_memory=on_gpu,
             generator=torch.Generator(),  # the workers' base seed would otherwise advance the training's generator
         )
@@ -209,7 +204,7 @@ class EvalLoader:
             sampler=indices,
             num_workers=workers,
             collate_fn=_unchanged,
-            worker_init_fn=_set_up_worker,
+            worker_init_fn=worker_setup(),
             generator=torch.Generator(),
         )
 
@@ -251,17 +246,6 @@ def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> rang
     batches = -(-length // batch_size)
     start, stop = (batches * n // world_size * batch_size for n in (rank, rank + 1))
     return range(min(start, length), min(stop, length))
-
-
-def _set_up_worker(_: int) -> None:
-    """Keep NumPy's matrix products to one thread (more would fight the training process for its cores), and on Linux
-    die with that process: a full result pipe would keep an orphan forever. Signals that ask a whole process group to
-    stop are for that process to answer, which needs its batches until then."""
-    threadpoolctl.threadpool_limits(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _TrainSamples(Dataset[Any]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -292,3 +294,18 @@ def test_workers_leave_the_cores_to_the_training_process() -> None:
         assert dataset[0].image_id == 2
         assert next(iter(train_loader(dataset, config, "panoptic"))).image_ids == [1, 1]
         assert [example.image_id for example, _ in eval_loader(dataset, TestConfig(), workers=1)] == [1] * 4
+
+
+def test_a_process_ends_with_a_loader_half_read() -> None:
+    script = (
+        "from maskformer_fast.config import Config, DataConfig, ShapesConfig, SolverConfig\n"
+        "from maskformer_fast.data.loader import train_loader\n"
+        "from maskformer_fast.data.shapes import ShapesDataset\n"
+        "config = Config(data=DataConfig(workers=2), solver=SolverConfig(batch_size=2))\n"
+        "dataset = ShapesDataset(ShapesConfig(size=(16, 16), train_images=64, val_images=2), 'train')\n"
+        "batches = iter(train_loader(dataset, config, 'panoptic'))\n"
+        "print(len(next(batches).image_ids))\n"
+        "import sys; sys.held = batches\n"  # alive until the very end
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
