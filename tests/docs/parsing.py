@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -96,9 +97,8 @@ def _check(call: Call, text: str) -> None:
             raise CommandError(f"{module}: expected one of {', '.join(TOOLS[module])}, got {call.arguments[0]}")
     elif module:
         raise CommandError(f"python -m {module}: not known to docs-check (tests/docs/parsing.py)")
-    elif call.program == "python" and call.arguments and call.arguments[0].endswith(".py"):
-        if not (ROOT / call.arguments[0]).exists():
-            raise CommandError(f"python: no such file: {call.arguments[0]}")
+    elif call.program in ("python", "python3") and call.arguments:
+        _check_python(call.arguments)
     elif call.program == "make":
         _check_make(call.arguments)
     elif call.program in SHELL_ONLY:
@@ -199,6 +199,32 @@ def _check_pip(arguments: list[str]) -> None:
     for file in [*options.constraints, *options.requirements]:
         if not (ROOT / file).exists():
             raise CommandError(f"pip: no file {file}")
+
+
+def _check_python(arguments: list[str]) -> None:
+    if arguments[0] == "-c" and len(arguments) == 2:
+        check_python(arguments[1])
+    elif not arguments[0].endswith(".py"):
+        raise CommandError(f"python {arguments[0]}: not known to docs-check; teach it in tests/docs/parsing.py")
+    elif not (ROOT / arguments[0]).exists():
+        raise CommandError(f"python: no such file: {arguments[0]}")
+
+
+def check_python(text: str) -> None:
+    """Raises CommandError unless it is Python, of which the modules imported from this package have what is wanted."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise CommandError(f"not Python: {error}") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "maskformer_fast":
+            try:
+                module = importlib.import_module(node.module or "")
+            except ImportError as error:
+                raise CommandError(str(error)) from error
+            for alias in node.names:
+                if not hasattr(module, alias.name) and not importlib.util.find_spec(f"{node.module}.{alias.name}"):
+                    raise CommandError(f"{node.module} has no {alias.name}")
 
 
 def _check_pytest(arguments: list[str]) -> None:

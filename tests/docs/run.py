@@ -7,6 +7,7 @@ Exit status 1 if a command fails, would not be taken, or is none that is known.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import shlex
@@ -14,14 +15,16 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
 from tests.docs.pages import ROOT, SHELL, Block, Command, blocks, commands, pages
-from tests.docs.parsing import Call, CommandError, check, check_recipe, module_options, take_apart
+from tests.docs.parsing import Call, CommandError, check, check_python, check_recipe, module_options, take_apart
 from tests.docs.prose import problems
 from tests.docs.world import make_world
 
@@ -34,6 +37,7 @@ FEWER = {
     "maskformer_fast.evaluate": "--limit 2 --data.workers 0",
     "maskformer_fast.predict": "",
     "maskformer_fast.convert": "",
+    "maskformer_fast.export": "",
 }
 """Commands that are run, and what is appended to them."""
 ABSENT = {
@@ -49,6 +53,10 @@ ABSENT = {
     "runs/coco_panoptic/*": "a run that is not here",
     "--solver.compile": "compiles for minutes",
     "--profile": "takes more steps than are run here",
+    "--engine-only": "needs the GPU that the engine is for",
+    "engine": "needs the GPU that the engine is for",
+    "tensorrt": "needs the GPU that the engine is for",
+    "--target": "compiles kernels for a minute",
 }
 """Words with which a command is parsed only, and why."""
 
@@ -93,6 +101,7 @@ def in_child(work: Callable[[], None], log: Path) -> int:
         with log.open("wb") as file:
             for number in (1, 2):
                 os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # pytest has others
         torch.set_num_threads(1)
         work()
         status = 0
@@ -115,7 +124,7 @@ def run_module(call: Call) -> None:
     more = [] if asks else shlex.split(FEWER[module])
     if "--resume" in call.arguments:  # one step beyond those that the run has
         more = [word if word != "2" or more[at - 1] != "--solver.max-steps" else "3" for at, word in enumerate(more)]
-    os.environ.update(call.variables)
+    os.environ.update({"PYTHONPATH": str(ROOT), **call.variables})  # for processes that a command starts
     sys.argv = [module, *call.arguments, *more]
     for name in [name for name in sys.modules if name == module]:
         del sys.modules[name]
@@ -129,25 +138,28 @@ def run_python(block: Block) -> None:
 
 
 class Report:
-    """Prints a line for each thing checked, and counts."""
+    """A line for each thing checked, and how many there were of each kind."""
 
     def __init__(self) -> None:
-        self.failed = 0
-        self.counts: dict[str, int] = {}
-        self.reasons: dict[str, int] = {}
+        self.lines: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+
+    @property
+    def failed(self) -> int:
+        return self.counts["FAILED"]
 
     def line(self, what: str, place: object, text: str, seconds: float = 0.0, reason: str = "") -> None:
-        self.counts[what] = self.counts.get(what, 0) + 1
+        self.counts[what] += 1
         if reason:
-            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            self.reasons[reason] += 1
         took = f" {seconds:.1f} s" if seconds else ""
         why = f" ({reason})" if reason else ""
-        print(f"{what:7}{took:>8}  {place}  {text[:110]}{why}", flush=True)
+        self.lines.append(f"{what:7}{took:>8}  {place}  {text[:110]}{why}")
 
     def failure(self, place: object, text: str, said: str) -> None:
-        self.failed += 1
         self.line("FAILED", place, text)
-        print("    " + said.strip()[-4000:].replace("\n", "\n    "), flush=True)
+        self.lines.append("    " + said.strip()[-4000:].replace("\n", "\n    "))
 
 
 def check_command(command: Command, world: Path, report: Report) -> None:
@@ -167,6 +179,18 @@ def check_command(command: Command, world: Path, report: Report) -> None:
     return timed(command.place, command.text, lambda: run_module(call), world, report)
 
 
+def check_block(block: Block, world: Path, report: Report) -> None:
+    """A Python block: run, or where the page says that it can not be, parsed."""
+    text = block.text.strip().splitlines()[0]
+    if not block.reason:
+        return timed(block.place, text, lambda: run_python(block), world, report)
+    try:
+        check_python(block.text)
+    except CommandError as error:
+        return report.failure(block.place, text, str(error))
+    return report.line("parsed", block.place, text, reason=block.reason)
+
+
 def timed(place: object, text: str, work: Callable[[], None], world: Path, report: Report) -> None:
     def there() -> None:
         os.chdir(world)
@@ -179,8 +203,9 @@ def timed(place: object, text: str, work: Callable[[], None], world: Path, repor
     return report.line("ran", place, text, time.perf_counter() - started)
 
 
-def check_page(path: Path, report: Report) -> None:
+def check_page(path: Path) -> Report:
     """Everything on one page, in its order, in a folder of its own."""
+    report = Report()
     for problem in problems(path):
         report.failure(path.name, "prose", problem)
     with tempfile.TemporaryDirectory(prefix="docs-check-") as folder:
@@ -199,8 +224,8 @@ def check_page(path: Path, report: Report) -> None:
                 for command in commands(block):
                     check_command(command, world, report)
             elif block.language == "python":
-                text = block.text.strip().splitlines()[0]
-                timed(block.place, text, lambda block=block: run_python(block), world, report)
+                check_block(block, world, report)
+    return report
 
 
 def main() -> int:
@@ -208,16 +233,17 @@ def main() -> int:
     import maskformer_fast.interop.huggingface
     import maskformer_fast.trainer  # noqa: F401  # once, for all that is forked
 
-    started, report = time.perf_counter(), Report()
-    wanted = sys.argv[1:]
-    for path in pages():
-        if not wanted or path.relative_to(ROOT).as_posix() in wanted:
-            check_page(path, report)
-    counts = ", ".join(f"{number} {what}" for what, number in report.counts.items())
-    print(f"{counts} in {time.perf_counter() - started:.0f} s")
-    for reason, number in sorted(report.reasons.items()):
+    started, counts, reasons = time.perf_counter(), Counter[str](), Counter[str]()
+    wanted = [path for path in pages() if not sys.argv[1:] or path.relative_to(ROOT).as_posix() in sys.argv[1:]]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        for report in pool.map(check_page, wanted):
+            print("\n".join(report.lines), flush=True)
+            counts, reasons = counts + report.counts, reasons + report.reasons
+    total = ", ".join(f"{number} {what}" for what, number in counts.items())
+    print(f"{total} in {time.perf_counter() - started:.0f} s")
+    for reason, number in sorted(reasons.items()):
         print(f"  not run: {number:3}  {reason}")
-    return int(report.failed > 0)
+    return int(counts["FAILED"] > 0)
 
 
 if __name__ == "__main__":

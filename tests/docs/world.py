@@ -91,8 +91,10 @@ def coco_folder(root: Path, examples: list[Example]) -> None:
 
 
 def untrained_run(folder: Path) -> None:
-    """A run's folder with a checkpoint of random weights, of the tiny recipe on synthetic scenes."""
+    """A run's folder with a checkpoint of random weights: tiny, for synthetic scenes, of Hugging Face's form."""
     config = load_recipe(TINY)
+    decoder = replace(config.model.pixel_decoder, conv_dim=32, norm_groups=32)
+    config = replace(config, model=replace(config.model, pixel_decoder=decoder))
     metadata = ShapesDataset(config.data.shapes, "val").metadata
     config = with_classes(replace(config, output=str(folder)), metadata)
     torch.manual_seed(0)
