@@ -101,7 +101,7 @@ def in_child(work: Callable[[], None], log: Path) -> int:
         with log.open("wb") as file:
             for number in (1, 2):
                 os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # pytest has others
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))  # under pytest, others
         torch.set_num_threads(1)
         work()
         status = 0
