@@ -17,7 +17,7 @@ TEST_READY := $(VENV)/.ready-$(KIND)-test
 # with the system's packages the GPU's tests and benchmarks do without what is missing, and say so
 GPU_READY := $(if $(SYSTEM_TORCH),$(VENV)/.ready-system,$(TEST_READY))
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench docs-check gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test    install, lint, all tests with coverage"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   operators beside their peers on this machine's CPU -> benchmarks/results/cpu.json"
+	@echo "make docs-check  every command of README.md and docs/, run on small data or at least parsed"
 	@echo "make gpu     tests and benchmarks that need a CUDA device, in nine minutes -> benchmarks/results/GPU-NAME.json, .md"
 	@echo "make clean   remove builds and caches (not $(VENV), not runs/)"
 
@@ -44,6 +45,9 @@ bench: $(TEST_READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only --benchmark-json=benchmarks/results/pytest_cpu.json
 	$(BIN)/python -m benchmarks.cpu
+
+docs-check: $(TEST_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.docs.run
 
 # Nine minutes at most, of which the build is a part. Built for this machine's GPU alone, which is quickest.
 GPU_STARTED := $(shell date +%s)

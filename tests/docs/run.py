@@ -1,0 +1,250 @@
+"""``make docs-check``: every command and every Python block of the documentation, run where it can be, else parsed.
+
+A page's commands are run one after the other in a folder of small data (`world.make_world`), with fewer steps and
+smaller batches: what is appended stands in `FEWER`. What is not run is parsed, and the list that is printed says why.
+Exit status 1 if a command fails, would not be taken, or is none that is known.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from tests.docs.pages import ROOT, SHELL, Block, Command, blocks, commands, pages
+from tests.docs.parsing import Call, CommandError, check, check_python, check_recipe, module_options, take_apart
+from tests.docs.prose import problems
+from tests.docs.world import make_world
+
+FEWER = {
+    "maskformer_fast.train": (
+        "--solver.max-steps 2 --solver.batch-size 2 --solver.warmup-steps 0 --data.workers 0 --log.every 1 "
+        "--log.checkpoint-every 2 --log.validate-every 0 --log.pictures 1 --data.shapes.train-images 8 "
+        "--data.shapes.val-images 2"
+    ),
+    "maskformer_fast.evaluate": "--limit 2 --data.workers 0",
+    "maskformer_fast.predict": "",
+    "maskformer_fast.convert": "",
+    "maskformer_fast.export": "",
+}
+"""Commands that are run, and what is appended to them."""
+ABSENT = {
+    "/data/*": "a data set that is not here",
+    "model*.pkl": "a checkpoint of others that is not here",
+    "maskformer-swin-*": "a checkpoint of others that is not here",
+    "maskformer-resnet*": "a checkpoint of others that is not here",
+    "resnet50-imagenet.pth": "a checkpoint of others that is not here",
+    "r50.safetensors": "a checkpoint of others that is not here",
+    "weights/*": "a checkpoint of others that is not here",
+    "case.pt": "recorded outputs that are not here",
+    "runs/ade20k_150/*": "a run that is not here",
+    "runs/coco_panoptic/*": "a run that is not here",
+    "--solver.compile": "compiles for minutes",
+    "--profile": "takes more steps than are run here",
+    "--engine-only": "needs the GPU that the engine is for",
+    "engine": "needs the GPU that the engine is for",
+    "tensorrt": "needs the GPU that the engine is for",
+    "--target": "compiles kernels for a minute",
+}
+"""Words with which a command is parsed only, and why."""
+
+
+def why_not_run(call: Call, reason: str) -> str:
+    """Why a command is parsed only; empty where it is to be run."""
+    if reason:
+        return reason
+    if call.program.startswith("torchrun"):
+        return "several processes"
+    module = call.program.removeprefix("python -m ")
+    if module == call.program:
+        return "a program of others"
+    if module not in FEWER:
+        return "not of the quick ones"
+    for word in call.arguments:
+        for pattern, why in ABSENT.items():
+            if fnmatch(word, pattern):
+                return why
+    options = module_options(module, call.arguments)
+    if options is None:
+        return "" if "--help" in call.arguments or "--list-recipes" in call.arguments else "help"
+    data = getattr(getattr(options, "config", None), "data", None)  # of a command that takes a recipe
+    if data is not None and data.dataset != "shapes" and (data.root is None or fnmatch(data.root, "/data/*")):
+        return "a data set that is not here"
+    return ""
+
+
+def in_child(work: Callable[[], None], log: Path) -> int:
+    """Do it in a forked process, output going to a file -> exit status.
+
+    Forked, because every new Python would take ten seconds to import PyTorch and Transformers. With one thread: those
+    of OpenMP do not survive a fork.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 1
+    try:
+        with log.open("wb") as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))  # under pytest, others
+        torch.set_num_threads(1)
+        work()
+        status = 0
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run_module(call: Call) -> None:
+    """The command, with what makes it quick; ``--help`` as it is."""
+    module = call.program.removeprefix("python -m ")
+    asks = "--help" in call.arguments or "--list-recipes" in call.arguments
+    more = [] if asks else shlex.split(FEWER[module])
+    if "--resume" in call.arguments:  # one step beyond those that the run has
+        more = [word if word != "2" or more[at - 1] != "--solver.max-steps" else "3" for at, word in enumerate(more)]
+    os.environ.update({"PYTHONPATH": str(ROOT), **call.variables})  # for processes that a command starts
+    sys.argv = [module, *call.arguments, *more]
+    for name in [name for name in sys.modules if name == module]:
+        del sys.modules[name]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_python(block: Block) -> None:
+    """A Python block by itself, with tracebacks that name its lines on the page."""
+    text = "\n" * (block.place.line - 1) + block.text
+    exec(compile(text, str(ROOT / block.place.page), "exec"), {"__name__": "__main__"})
+
+
+class Report:
+    """A line for each thing checked, and how many there were of each kind."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+
+    @property
+    def failed(self) -> int:
+        return self.counts["FAILED"]
+
+    def line(self, what: str, place: object, text: str, seconds: float = 0.0, reason: str = "") -> None:
+        self.counts[what] += 1
+        if reason:
+            self.reasons[reason] += 1
+        took = f" {seconds:.1f} s" if seconds else ""
+        why = f" ({reason})" if reason else ""
+        self.lines.append(f"{what:7}{took:>8}  {place}  {text[:110]}{why}")
+
+    def failure(self, place: object, text: str, said: str) -> None:
+        self.line("FAILED", place, text)
+        self.lines.append("    " + said.strip()[-4000:].replace("\n", "\n    "))
+
+
+def check_command(command: Command, world: Path, report: Report) -> None:
+    try:
+        check(command, world)
+        call = take_apart(command.text)
+        previous = Path.cwd()
+        os.chdir(world)
+        try:
+            reason = why_not_run(call, command.reason)
+        finally:
+            os.chdir(previous)
+    except CommandError as error:
+        return report.failure(command.place, command.text, str(error))
+    if reason:
+        return report.line("parsed", command.place, command.text, reason=reason)
+    return timed(command.place, command.text, lambda: run_module(call), world, report)
+
+
+def check_block(block: Block, world: Path, report: Report) -> None:
+    """A Python block: run, or where the page says that it can not be, parsed."""
+    text = block.text.strip().splitlines()[0]
+    if not block.reason:
+        return timed(block.place, text, lambda: run_python(block), world, report)
+    try:
+        check_python(block.text)
+    except CommandError as error:
+        return report.failure(block.place, text, str(error))
+    return report.line("parsed", block.place, text, reason=block.reason)
+
+
+def timed(place: object, text: str, work: Callable[[], None], world: Path, report: Report) -> None:
+    def there() -> None:
+        os.chdir(world)
+        work()
+
+    started, log = time.perf_counter(), world / ".log"
+    status = in_child(there, log)
+    if status:
+        return report.failure(place, text, f"exit status {status}\n{log.read_text(errors='replace')}")
+    return report.line("ran", place, text, time.perf_counter() - started)
+
+
+def check_page(path: Path) -> Report:
+    """Everything on one page, in its order, in a folder of its own."""
+    report = Report()
+    for problem in problems(path):
+        report.failure(path.name, "prose", problem)
+    with tempfile.TemporaryDirectory(prefix="docs-check-") as folder:
+        world = Path(folder)
+        make_world(world)
+        found = blocks(path)
+        for block in found:  # a page may say the recipe after the command
+            if block.language == "yaml":
+                try:
+                    check_recipe(block.text, world)
+                    report.line("loaded", block.place, "a recipe")
+                except CommandError as error:
+                    report.failure(block.place, "a recipe", str(error))
+        for block in found:
+            if block.language in SHELL:
+                for command in commands(block):
+                    check_command(command, world, report)
+            elif block.language == "python":
+                check_block(block, world, report)
+    return report
+
+
+def main() -> int:
+    """Check all pages, or those named; returns the exit status."""
+    import maskformer_fast.interop.huggingface
+    import maskformer_fast.trainer  # noqa: F401  # once, for all that is forked
+
+    started, counts, reasons = time.perf_counter(), Counter[str](), Counter[str]()
+    wanted = [path for path in pages() if not sys.argv[1:] or path.relative_to(ROOT).as_posix() in sys.argv[1:]]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        for report in pool.map(check_page, wanted):
+            print("\n".join(report.lines), flush=True)
+            counts, reasons = counts + report.counts, reasons + report.reasons
+    total = ", ".join(f"{number} {what}" for what, number in counts.items())
+    print(f"{total} in {time.perf_counter() - started:.0f} s")
+    for reason, number in sorted(reasons.items()):
+        print(f"  not run: {number:3}  {reason}")
+    return int(counts["FAILED"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The folder that the documentation's commands are run in: small data, pictures and checkpoints under its names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from maskformer_fast.checkpoint import WEIGHTS_NAME, save_weights
+from maskformer_fast.config import ShapesConfig
+from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.modeling import build_model
+from maskformer_fast.predictor import with_classes
+from maskformer_fast.recipes import load_recipe, save_config
+from maskformer_fast.structures import VOID, Example
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+IMAGES = 4
+RUNS = ("runs/demo", "runs/mine")
+
+
+def scenes(size: tuple[int, int] = (72, 96)) -> list[Example]:
+    dataset = ShapesDataset(ShapesConfig(2, 2, size, 3, train_images=IMAGES), "train")
+    return [dataset[index] for index in range(IMAGES)]
+
+
+def make_world(folder: Path) -> None:
+    """Fill an empty folder."""
+    examples = scenes()
+    save_picture(folder / "photo.jpg", examples[0])
+    save_picture(folder / "folder" / "deep" / "a.png", examples[1])
+    save_picture(folder / "more" / "b.png", examples[2])
+    index_folder(folder / "data", examples, 255)
+    names = ["sky", "field", {"name": "car", "isthing": 1}, {"name": "bus", "isthing": 1, "color": [0, 60, 100]}]
+    (folder / "data" / "classes.json").write_text(json.dumps(names))
+    index_folder(folder / "camvid", examples, 11)
+    coco_folder(folder / "coco", examples)
+    for run in RUNS:
+        untrained_run(folder / run)
+
+
+def save_picture(path: Path, example: Example) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(example.image).save(path)
+
+
+def index_folder(root: Path, examples: list[Example], unlabelled: int) -> None:
+    """Images with index PNGs beside them: the layout of one's own folder, and of CamVid."""
+    for split in ("train", "val"):
+        for number, example in enumerate(examples):
+            save_picture(root / "images" / split / f"{number}.jpg", example)
+            labels = example.semantic_map()
+            path = root / "annotations" / split / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.where(labels == VOID, unlabelled, labels).astype(np.uint8)).save(path)
+
+
+def coco_folder(root: Path, examples: list[Example]) -> None:
+    """COCO panoptic and COCO instances, polygons being boxes."""
+    metadata = ShapesDataset(ShapesConfig(2, 2), "val").metadata
+    categories = [
+        {"id": 10 * (index + 1), "name": name, "isthing": int(thing)}
+        for index, (name, thing) in enumerate(zip(metadata.class_names, metadata.is_thing, strict=True))
+    ]
+    things = [category for category in categories if category["isthing"]]
+    for split in ("train", "val"):
+        images, panoptic, instances = [], [], []
+        for number, example in enumerate(examples, start=1):
+            save_picture(root / split / f"{number}.jpg", example)
+            height, width = example.size
+            images.append({"id": number, "file_name": f"{number}.jpg", "height": height, "width": width})
+            assert example.id_map is not None
+            ids = np.where(example.id_map == VOID, 0, example.id_map + 1).astype(np.uint8)
+            path = root / "annotations" / f"panoptic_{split}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.stack([ids, ids * 0, ids * 0], -1)).save(path)
+            segments = [
+                {"id": segment.id + 1, "category_id": categories[segment.category]["id"], "iscrowd": 0}
+                for segment in example.segments
+            ]
+            panoptic.append({"image_id": number, "file_name": f"{number}.png", "segments_info": segments})
+            instance = {"id": number, "image_id": number, "category_id": things[0]["id"], "area": 400.0, "iscrowd": 0}
+            instances.append(instance | {"bbox": [8, 8, 20, 20], "segmentation": [[8, 8, 28, 8, 28, 28, 8, 28]]})
+        for name, truth, own in (("panoptic", panoptic, categories), ("instances", instances, things)):
+            content = {"images": images, "annotations": truth, "categories": own}
+            (root / "annotations" / f"{name}_{split}.json").write_text(json.dumps(content))
+
+
+def untrained_run(folder: Path) -> None:
+    """A run's folder with a checkpoint of random weights: tiny, for synthetic scenes, of Hugging Face's form."""
+    config = load_recipe(TINY)
+    decoder = replace(config.model.pixel_decoder, conv_dim=32, norm_groups=32)
+    config = replace(config, model=replace(config.model, pixel_decoder=decoder))
+    metadata = ShapesDataset(config.data.shapes, "val").metadata
+    config = with_classes(replace(config, output=str(folder)), metadata)
+    torch.manual_seed(0)
+    checkpoint = folder / "checkpoints" / "last"
+    checkpoint.mkdir(parents=True)
+    save_weights(checkpoint / WEIGHTS_NAME, build_model(config.model), config, metadata, 0)
+    save_config(config, folder / "config.yaml")
