@@ -74,7 +74,10 @@ class _Rewriter:
         self.pinned = pinned
         self.float = TensorProto.FLOAT
         self.half = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16
-        self.model = shape_inference.infer_shapes(model)
+        try:
+            self.model = shape_inference.infer_shapes(model)
+        except shape_inference.InferenceError as error:
+            raise ValueError(f"model: expected operators of known types: {error}") from None
         self.graph = self.model.graph
         self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
         values = (*self.graph.input, *self.graph.value_info, *self.graph.output)

@@ -124,9 +124,14 @@ def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -
         ModuleNotFoundError: the library, or what quantisation needs, is not installed.
     """
     import onnx
+    from google.protobuf.message import DecodeError
 
     api = select_api(config)
-    model = onnx.load_from_string(raw_onnx)
+    try:
+        model = onnx.load_from_string(raw_onnx)
+    except DecodeError as error:
+        raise EngineError(f"raw_onnx: expected an ONNX graph, got {len(raw_onnx)} other bytes: {error}") from None
+    sizes = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
     profile = make_profile(model, config)
     model = _in_precision(model, config, profile, progress)
     with tempfile.TemporaryDirectory(prefix="maskformer_fast_engine_") as name:
@@ -156,7 +161,10 @@ def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -
     engine = Engine(
         file=f"engines/{config.precision}_{profile.maximum}_{names}.engine", api=api,
         api_version=answer["version"], precision=config.precision, targets=targets, profile=profile, options=options,
-        outputs=tuple(TensorSpec(o["name"], o["dtype"], tuple(o["shape"])) for o in answer["outputs"]),
+        outputs=tuple(
+            TensorSpec(name, dtype, tuple(d.dim_value or d.dim_param or f"{name}_{i}" for i, d in enumerate(sizes[name])))
+            for name, dtype, _ in answer["outputs"]
+        ),
     )
     return content, engine
 

@@ -11,6 +11,7 @@ import importlib
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,27 +192,24 @@ def use_timing_cache(config: Any, path: Path) -> Any:
     return cache
 
 
-def tensors(network: Any, inputs: bool) -> list[dict[str, Any]]:
-    """Name, dtype and shape of a network's inputs or outputs; dynamic sizes by their name."""
-    count, get = (network.num_inputs, network.get_input) if inputs else (network.num_outputs, network.get_output)
-    found = []
-    for tensor in map(get, range(count)):
-        shape = [int(n) if n >= 0 else tensor.get_dimension_name(i) or f"{tensor.name}_{i}"
-                 for i, n in enumerate(tensor.shape)]
-        found.append({"name": tensor.name, "dtype": DTYPES[tensor.dtype.name], "shape": shape})
-    return found
+def tensors(count: int, get: Callable[[int], Any]) -> list[tuple[str, str, int]]:
+    """Name, dtype and number of dimensions of a network's inputs or outputs."""
+    return [(tensor.name, DTYPES[tensor.dtype.name], len(tensor.shape)) for tensor in map(get, range(count))]
 
 
-def check_engine(trt: Any, logger: Any, content: bytes, expected: list[dict[str, Any]], messages: list[str]) -> None:
+def check_engine(
+    trt: Any, logger: Any, content: bytes, expected: list[tuple[str, str, int]], messages: list[str]
+) -> None:
     """Load the engine and compare its inputs and outputs with the network's."""
     engine = trt.Runtime(logger).deserialize_cuda_engine(content)
     if engine is None:
         raise BuildError("the engine was built but cannot be loaded here:\n  " + "\n  ".join(messages))
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {name: (DTYPES[engine.get_tensor_dtype(name).name], len(engine.get_tensor_shape(name))) for name in names}
-    wanted = {tensor["name"]: (tensor["dtype"], len(tensor["shape"])) for tensor in expected}
-    if found != wanted:
-        raise BuildError(f"the engine's inputs and outputs are {found}, the graph's {wanted}")
+    found = [
+        (name, DTYPES[engine.get_tensor_dtype(name).name], len(engine.get_tensor_shape(name))) for name in names
+    ]
+    if sorted(found) != sorted(expected):
+        raise BuildError(f"the engine's inputs and outputs are {found}, the graph's {expected}")
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -245,7 +243,8 @@ def build(folder: Path) -> dict[str, Any]:
         reasons = "\n  ".join(messages) or "no reason was given"
         raise BuildError(f"{job['api']} {trt.__version__} could not build the engine:\n  {reasons}")
     content = bytes(serialized)
-    inputs, outputs = tensors(network, inputs=True), tensors(network, inputs=False)
+    inputs = tensors(network.num_inputs, network.get_input)
+    outputs = tensors(network.num_outputs, network.get_output)
     loadable = here in targets
     if loadable:
         check_engine(trt, logger, content, inputs + outputs, messages)
