@@ -3,8 +3,8 @@
     python -m maskformer_fast.export ade20k_150/maskformer_r50 --output r50
     python -m benchmarks.rtx_builds r50 [swin ...] [--precision fp32 fp16] [--targets sm_80 sm_86 sm_89 sm_120]
 
-Needs no GPU. Takes bundles, and ``raw`` graphs as ONNX files. Each build is a process of its own; status 1 if one fails.
-Results go to benchmarks/results/rtx_builds.json.
+Needs no GPU. Takes bundles, and ``raw`` graphs as ONNX files. Each build is a process of its own; status 1 if one
+fails. Results go to benchmarks/results/rtx_builds.json.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """INT8 and FP8 by explicit Q/DQ nodes: nvidia-modelopt places them, the user's images set their ranges.
 
-Convolutions of the backbone and the pixel decoder, and the larger linear layers, are quantised. What is not: the first
-convolution (its input has few channels and wide values), attention products, and the mask product, whose result is
-what is compared between queries. Percentile ranges are computed here, as modelopt offers entropy and max alone.
+Convolutions and linear layers are quantised, with one range for each output channel of a weight. Left alone are the
+first convolution, whose few channels gain nothing, and products of two activations: attention, and the mask product,
+whose result is what queries are compared by. Percentile ranges are computed here, as modelopt offers entropy and max.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 QUANTIZED = ("int8", "fp8")
 OLDEST = {"fp8": 89, "bf16": 80}  # compute capability that has the type
 DEFAULTS = ((1, 256, 256), (1, 512, 512), (1, 1024, 1024))  # minimum, optimum, maximum of a dynamic graph
+BAR = "{desc} {bar} {n:.0f}% {elapsed} {postfix}"
 _TAIL = 2000  # characters of the library's last words in an error
 
 
@@ -68,7 +70,7 @@ class EngineConfig:
     version_compatible: bool = False
     """The engine also loads in later versions of the library, at some cost in speed (tensorrt only)."""
     refittable: bool = False
-    """The engine's weights can be exchanged later."""
+    """The engine's weights can be exchanged later (not with ``targets``)."""
     targets: tuple[str, ...] = ()
     """GPUs to build for, as sm_89, present or not (tensorrt_rtx only). Unset: the GPU that is here."""
     mask_dtype: Literal["float32", "float16"] = "float32"
@@ -162,7 +164,9 @@ def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -
         file=f"engines/{config.precision}_{profile.maximum}_{names}.engine", api=api,
         api_version=answer["version"], precision=config.precision, targets=targets, profile=profile, options=options,
         outputs=tuple(
-            TensorSpec(name, dtype, tuple(d.dim_value or d.dim_param or f"{name}_{i}" for i, d in enumerate(sizes[name])))
+            TensorSpec(name, dtype, tuple(
+                size.dim_value or size.dim_param or f"{name}_{axis}" for axis, size in enumerate(sizes[name])
+            ))
             for name, dtype, _ in answer["outputs"]
         ),
     )
@@ -190,6 +194,9 @@ def select_api(config: EngineConfig) -> Literal["tensorrt", "tensorrt_rtx"]:
                config.timing_cache)
         _check(not config.version_compatible, "version_compatible",
                "False: engines of TensorRT for RTX belong to its version", config.version_compatible)
+        # Version 1.7 fails inside its compiler (CHECK(sm_vers_.size() == 1)), for one target as for several.
+        _check(not (config.refittable and config.targets), "refittable",
+               "False with targets: TensorRT for RTX refits engines of the GPU it builds on alone", config.refittable)
     return api
 
 
@@ -207,26 +214,26 @@ def make_profile(model: Any, config: EngineConfig) -> Profile:
     """
     from onnx import TensorProto
 
-    inputs, outputs = list(model.graph.input), [output.name for output in model.graph.output]
-    tensor = inputs[0].type.tensor_type if inputs else None
-    right = tensor is not None and len(inputs) == 1 and inputs[0].name == "images"
-    if not right or tensor.elem_type != TensorProto.UINT8 or len(tensor.shape.dim) != 4:
-        raise EngineError(f"raw_onnx: expected one input, images uint8 [B, 3, H, W], got {[i.name for i in inputs]}")
+    names, outputs = [i.name for i in model.graph.input], [output.name for output in model.graph.output]
+    _check(names == ["images"], "raw_onnx", "one input, images uint8 [B, 3, H, W]", names)
+    tensor = model.graph.input[0].type.tensor_type
+    right = tensor.elem_type == TensorProto.UINT8 and len(tensor.shape.dim) == 4
+    _check(right, "raw_onnx", "images uint8 [B, 3, H, W]", str(tensor).replace("\n", " "))
     _check(outputs == ["class_logits", "mask_logits"], "raw_onnx", "the outputs class_logits, mask_logits", outputs)
-    fixed = tuple(dim.dim_value or None for dim in (tensor.shape.dim[i] for i in (0, 2, 3)))
-    given = (config.min_shape, config.opt_shape, config.max_shape)
-    best = given[1] or tuple(size or default for size, default in zip(fixed, DEFAULTS[1], strict=True))
-    shapes = []
-    for name, shape, default, choose in zip(
-        ("min_shape", "opt_shape", "max_shape"), given, DEFAULTS, (min, max, max), strict=True
-    ):
-        if shape is None:
-            shape = best if name == "opt_shape" else tuple(
-                size or choose(low, b) for size, low, b in zip(fixed, default, best, strict=True)
-            )
+    fixed: tuple[int | None, ...] = tuple(tensor.shape.dim[axis].dim_value or None for axis in (0, 2, 3))
+
+    def filled(default: tuple[int, ...], best: tuple[int, ...], choose: Callable[[int, int], int]) -> tuple[int, ...]:
+        return tuple(n or choose(d, b) for n, d, b in zip(fixed, default, best, strict=True))
+
+    best = config.opt_shape or filled(DEFAULTS[1], DEFAULTS[1], max)
+    chosen = {
+        "min_shape": config.min_shape or filled(DEFAULTS[0], best, min), "opt_shape": best,
+        "max_shape": config.max_shape or filled(DEFAULTS[2], best, max),
+    }
+    for name, shape in chosen.items():
         fits = all(size in (None, n) for size, n in zip(fixed, shape, strict=True))
         _check(fits, name, f"the graph's fixed sizes {fixed}", shape)
-        shapes.append(Shape(*shape))
+    shapes = [Shape(*shape) for shape in chosen.values()]
     try:
         return Profile(*shapes)
     except ValueError as error:
@@ -261,8 +268,7 @@ def _run_worker(folder: Path, progress: bool) -> dict[str, Any]:
     phase = "start"
     with (
         open(folder / "stderr", "w+b") as errors,
-        tqdm(total=100, unit="%", desc="engine", disable=not progress, bar_format="{desc} {bar} {n:.0f}% {elapsed} {postfix}")
-        as bar,
+        tqdm(total=100, desc="engine", disable=not progress, bar_format=BAR) as bar,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace",
                          env={**os.environ, "PYTHONPATH": path}) as process,
     ):

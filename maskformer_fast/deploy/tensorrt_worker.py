@@ -1,8 +1,8 @@
 """The process that builds one TensorRT engine: ``python -m maskformer_fast.deploy.tensorrt_worker FOLDER``.
 
 Reads ``job.json``, ``model.onnx`` and, if there, ``timing.cache`` from the folder; writes ``model.engine`` and
-``timing.cache``. Progress and the outcome go to standard output, one JSON object a line. `maskformer_fast.deploy.tensorrt`
-starts it, and says what happened if it dies.
+``timing.cache``. Progress and the outcome go to standard output, one JSON object a line.
+`maskformer_fast.deploy.tensorrt` starts it, and says what happened if it dies.
 """
 
 from __future__ import annotations

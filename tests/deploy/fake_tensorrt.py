@@ -31,7 +31,8 @@ DataType = enum.Enum("DataType", "FLOAT HALF BF16 UINT8 INT32 INT64 INT8")
 MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
 FLAGS = "TF32 REFIT" if "bare" in WORDS else "TF32 REFIT VERSION_COMPATIBLE"
 BuilderFlag = enum.Enum("BuilderFlag", FLAGS)
-NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", "" if "bare" in WORDS else "STRONGLY_TYPED")
+CREATION = "" if "bare" in WORDS else "STRONGLY_TYPED"
+NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", CREATION)
 
 
 class Config:

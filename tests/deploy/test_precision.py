@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from tests.deploy.graphs import images, labels, raw_graph, run
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from maskformer_fast.deploy.precision import PINNED, to_half
+from tests.deploy.graphs import images, labels, raw_graph, run
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
