@@ -19,8 +19,8 @@ from maskformer_fast.config import TASKS, Task, TestConfig, check
 from maskformer_fast.deploy.bundle import Bundle, check_destination, extend_bundle, write_bundle
 from maskformer_fast.deploy.manifest import (
     MANIFEST_NAME,
+    Engine,
     FileEntry,
-    Graph,
     Manifest,
     Postprocess,
     Preprocess,
@@ -75,7 +75,7 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
         ValueError: options that do not fit each other or the network, or settings that a bundle has no means to follow.
         deploy.onnx.ParityError: a graph does not compute what PyTorch does; no bundle is written.
     """
-    from maskformer_fast.deploy.onnx import FLAVOURS, check_parity, export_graph
+    from maskformer_fast.deploy.onnx import FLAVOURS, check_parity, export_graphs
 
     output = options.output
     if output is None:
@@ -98,11 +98,10 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     frames = [Shape.parse(text) for text in options.frames]
     check_destination(output)  # before the work
 
-    graphs: dict[str, Graph] = {}
-    contents = {}
-    for flavour in flavours:
-        logger.info("exporting %s.onnx", flavour)
-        contents[flavour], graphs[flavour] = export_graph(predictor.network, flavour, static)
+    logger.info("exporting %s", ", ".join(flavours))
+    exported = export_graphs(predictor.network, flavours, static)
+    contents = {flavour: content for flavour, (content, _) in exported.items()}
+    graphs = {str(flavour): graph for flavour, (_, graph) in exported.items()}
     parity = check_parity(predictor.network, contents, shapes)
     files = {graphs[flavour].file: content for flavour, content in contents.items()}
     test, model = config.test, config.model
@@ -122,7 +121,7 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
         files |= compile_kernels(manifest, frames, options)
         manifest = replace(manifest, kernels=tuple(dict.fromkeys(options.target)))
     if options.with_engine:
-        manifest = replace(manifest, **add_engine(manifest, contents["raw"], options.engine, files))
+        manifest = replace(manifest, engines=add_engine(manifest, contents["raw"], options.engine, files))
     return write_bundle(output, manifest, files)
 
 
@@ -146,13 +145,13 @@ def compile_kernels(manifest: Manifest, frames: Sequence[Shape], options: Export
 
 def add_engine(
     manifest: Manifest, raw_onnx: bytes, config: EngineConfig, files: dict[str, bytes]
-) -> dict[str, object]:
-    """Build an engine, add its file to ``files`` -> changes of the manifest. One of the same name is replaced."""
+) -> tuple[Engine, ...]:
+    """Build an engine, add its file to ``files`` -> the bundle's engines; one of the same name is replaced."""
     from maskformer_fast.deploy.tensorrt import build_engine
 
     content, engine = build_engine(raw_onnx, config)
     files[engine.file] = content
-    return {"engines": (*(other for other in manifest.engines if other.file != engine.file), engine)}
+    return (*(other for other in manifest.engines if other.file != engine.file), engine)
 
 
 def extend_with_engine(folder: str, config: EngineConfig) -> Bundle:
@@ -162,8 +161,8 @@ def extend_with_engine(folder: str, config: EngineConfig) -> Bundle:
     if raw is None:
         raise ValueError(f"{folder}: expected a bundle with the flavour raw, got {sorted(bundle.manifest.graphs)}")
     files: dict[str, bytes] = {}
-    changes = add_engine(bundle.manifest, bundle.read(raw.file), config, files)
-    return extend_bundle(bundle, files, **changes)
+    engines = add_engine(bundle.manifest, bundle.read(raw.file), config, files)
+    return extend_bundle(bundle, files, engines=engines)
 
 
 def versions() -> dict[str, str]:

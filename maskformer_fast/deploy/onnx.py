@@ -74,15 +74,21 @@ class RawGraph(nn.Module):
         return class_logits[-1], masks
 
 
-class CompleteGraph(RawGraph):
-    """Images -> semantic labels at the images' size."""
+class LabelGraph(nn.Module):
+    """What turns logits into semantic labels at the images' size: the end of the flavour ``complete``."""
 
-    def forward(  # type: ignore[override]  # one output, for another flavour
+    def __init__(self, divisibility: int) -> None:
+        super().__init__()
+        self.divisibility = divisibility
+
+    def forward(
         self,
-        images: Tensor,  # [B, 3, H, W] uint8 RGB
+        images: Tensor,  # [B, 3, H, W] uint8, for their size
+        class_logits: Tensor,  # [B, Q, K+1]
+        mask_logits: Tensor,  # [B, Q, h, w]
     ) -> Tensor:
         """-> labels [B, H, W] int32."""
-        return label_scores(*super().forward(images), images.shape[2:], self.network.config.size_divisibility)[0]
+        return label_scores(class_logits, mask_logits, images.shape[2:], self.divisibility)[0]
 
 
 def padded_size(height: int, width: int, divisibility: int) -> tuple[int, int]:
@@ -107,36 +113,54 @@ def label_scores(
     return scores.argmax(1).to(torch.int32), scores
 
 
-def export_graph(network: nn.Module, flavour: Flavour, static: Shape | None = None) -> tuple[bytes, Graph]:
-    """Export one flavour -> ONNX file content, and its description for the manifest (``FLAVOUR.onnx``).
+def export_graphs(
+    network: nn.Module, flavours: Sequence[Flavour] = FLAVOURS, static: Shape | None = None
+) -> dict[Flavour, tuple[bytes, Graph]]:
+    """Export a network -> of each flavour the ONNX file, and its description for the manifest (``FLAVOUR.onnx``).
+
+    Takes the time of one export: ``complete`` is ``raw`` with a few operators behind it.
 
     Args:
         network: a `MaskFormer` on the CPU, in evaluation mode.
-        static: the one shape that the graph will take; ``None`` takes any batch, height and width.
+        static: the one shape that the graphs will take; ``None`` takes any batch, height and width.
 
     Raises:
         ValueError: the network is a per-pixel baseline, which has no queries to give.
     """
-    check_choice("flavour", flavour, FLAVOURS)
+    for flavour in flavours:
+        check_choice("flavours", flavour, FLAVOURS)
     maskformer = _checked(network)
-    module = (RawGraph if flavour == "raw" else CompleteGraph)(maskformer)
-    model = _export(module, static)
-    outputs = {"raw": ("class_logits", "mask_logits"), "complete": ("labels",)}[flavour]
-    _name_values(model, outputs)
     config = maskformer.config
-    batch: tuple[int | str, ...] = _NAMES if static is None else (static.batch, static.height, static.width)
-    image = TensorSpec("images", "uint8", (batch[0], 3, *batch[1:]))
-    if flavour == "complete":
-        specs: tuple[TensorSpec, ...] = (TensorSpec("labels", "int32", batch),)
-    else:
-        queries = config.decoder.num_queries
-        size: tuple[int | str, ...] = ("h", "w") if static is None else mask_size(static, config.size_divisibility)
-        specs = (
-            TensorSpec("class_logits", "float32", (batch[0], queries, config.num_classes + 1)),
-            TensorSpec("mask_logits", "float32", (batch[0], queries, *size)),
-        )
-    _set_shapes(model, (image, *specs))
-    return model.SerializeToString(deterministic=True), Graph(f"{flavour}.onnx", (image,), specs, OPSET, static is None)
+    traced = static or _TRACED
+    queries, classes = config.decoder.num_queries, config.num_classes
+    pixels = mask_size(traced, config.size_divisibility)
+    names: tuple[int | str, ...] = _NAMES if static is None else (static.batch, static.height, static.width)
+    image = TensorSpec("images", "uint8", (names[0], 3, *names[1:]))
+    logits = (
+        TensorSpec("class_logits", "float32", (names[0], queries, classes + 1)),
+        TensorSpec("mask_logits", "float32", (names[0], queries, *(("h", "w") if static is None else pixels))),
+    )
+    labels = TensorSpec("labels", "int32", names)
+
+    images = torch.zeros(1, dtype=torch.uint8).expand(traced.batch, 3, traced.height, traced.width)
+    raw = _export(RawGraph(maskformer), (images,), (image,), logits)
+    graphs: dict[Flavour, tuple[bytes, Graph]] = {}
+    for flavour in flavours:
+        outputs = logits
+        if flavour == "complete":
+            given = (
+                images,
+                torch.zeros(traced.batch, queries, classes + 1),
+                torch.zeros(1).expand(traced.batch, queries, *pixels),
+            )
+            outputs = (labels,)
+            tail = _export(LabelGraph(config.size_divisibility), given, (image, *logits), outputs)
+            model = _append(raw, tail)
+        else:
+            model = raw
+        content = model.SerializeToString(deterministic=True)
+        graphs[flavour] = content, Graph(f"{flavour}.onnx", (image,), outputs, OPSET, static is None)
+    return graphs
 
 
 def _checked(network: nn.Module) -> MaskFormer:
@@ -152,22 +176,59 @@ def mask_size(shape: Shape, divisibility: int) -> tuple[int, int]:
     return -(-height // 4), -(-width // 4)
 
 
-def _export(module: nn.Module, static: Shape | None) -> Any:
-    """-> onnx.ModelProto."""
-    traced = static or _TRACED
-    images = torch.zeros(traced.batch, 3, traced.height, traced.width, dtype=torch.uint8)
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = ({0: dynamic, 2: dynamic, 3: dynamic},) if static is None else None
+def _export(
+    module: nn.Module, inputs: tuple[Tensor, ...], given: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> Any:
+    """-> onnx.ModelProto with inputs and outputs as the specs say; a size with a name is dynamic."""
+    shapes = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in given
+    )
     # PyTorch asks of many sizes whether they are 1, to choose a memory layout, which no ONNX graph has. Size-oblivious
     # tracing answers no without a condition on the size; what still is asked (padding >= 0) holds for all sizes.
     oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)
     with torch.no_grad(), oblivious, _quiet():
         program = torch.export.export(
-            module, (images,), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+            module, inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
         )
-        exported = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False)
+        exported = torch.onnx.export(
+            program, opset_version=OPSET, dynamo=True, verbose=False, input_names=[spec.name for spec in given],
+            output_names=[spec.name for spec in outputs],
+        )  # fmt: skip
     assert exported is not None  # None is for exports to a file
-    return exported.model_proto
+    model = exported.model_proto
+    for value, spec in zip([*model.graph.input, *model.graph.output], [*given, *outputs], strict=True):
+        assert value.name == spec.name
+        for dimension, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
+            if isinstance(size, str):
+                dimension.dim_param = size
+            else:
+                dimension.dim_value = size
+    # Shapes of inner values repeat what inference finds, under the exporter's names for sizes.
+    del model.graph.value_info[:]
+    return model
+
+
+def _append(first: Any, second: Any) -> Any:
+    """Connect the second model to the first, whose input and outputs it takes by their names -> a new model."""
+    shared = {value.name for value in second.graph.input}
+    shared.update(value.name for value in second.graph.output)
+    model = type(first)()
+    model.CopyFrom(first)
+    added = type(first)()
+    added.CopyFrom(second)
+    for node in added.graph.node:
+        node.name = f"labels/{node.name}"
+        for slots in (node.input, node.output):
+            for index, name in enumerate(slots):
+                slots[index] = name if name in shared or not name else f"labels/{name}"
+    for initializer in added.graph.initializer:
+        initializer.name = f"labels/{initializer.name}"
+    model.graph.node.extend(added.graph.node)
+    model.graph.initializer.extend(added.graph.initializer)
+    del model.graph.output[:]
+    model.graph.output.extend(added.graph.output)
+    return model
 
 
 @contextlib.contextmanager
@@ -183,30 +244,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for talker, level in zip(loggers, levels, strict=True):
             talker.setLevel(level)
-
-
-def _name_values(model: Any, outputs: Sequence[str]) -> None:
-    """Give the graph's outputs their names, wherever they are used."""
-    names = {value.name: name for value, name in zip(model.graph.output, outputs, strict=True)}
-    for value in model.graph.output:
-        value.name = names[value.name]
-    for node in model.graph.node:
-        for slots in (node.input, node.output):
-            for index, name in enumerate(slots):
-                slots[index] = names.get(name, name)
-    # Shapes of inner values repeat what inference finds, under the exporter's names for sizes.
-    del model.graph.value_info[:]
-
-
-def _set_shapes(model: Any, specs: Sequence[TensorSpec]) -> None:
-    """Write sizes of inputs and outputs as the manifest has them."""
-    for value, spec in zip([*model.graph.input, *model.graph.output], specs, strict=True):
-        assert value.name == spec.name
-        for dimension, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
-            if isinstance(size, str):
-                dimension.dim_param = size
-            else:
-                dimension.dim_value = size
 
 
 @torch.no_grad()
