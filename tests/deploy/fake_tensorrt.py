@@ -1,0 +1,133 @@
+"""Stands in for the module ``tensorrt`` in a build: answers as FAKE_TENSORRT says, and its engine lists what was set.
+
+FAKE_TENSORRT holds words: old, crash, kill, unbuildable, unparsable, foreign (an engine with other outputs), bare
+(without the flags that a later version may drop).
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import onnx
+
+WORDS = os.environ.get("FAKE_TENSORRT", "").split()
+__version__ = "8.6.1" if "old" in WORDS else "11.0.0"
+
+
+class ILogger:
+    class Severity(enum.Enum):
+        INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
+
+
+class IProgressMonitor:
+    pass
+
+
+DataType = enum.Enum("DataType", "FLOAT HALF BF16 UINT8 INT32 INT64 INT8")
+MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
+FLAGS = "TF32 REFIT" if "bare" in WORDS else "TF32 REFIT VERSION_COMPATIBLE"
+BuilderFlag = enum.Enum("BuilderFlag", FLAGS)
+CREATION = "" if "bare" in WORDS else "STRONGLY_TYPED"
+NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", CREATION)
+
+
+class Config:
+    def __init__(self) -> None:
+        self.builder_optimization_level = 0
+        self.progress_monitor = None
+        self.set = {"flags": ["TF32"]}
+
+    def clear_flag(self, flag) -> None:
+        self.set["flags"].remove(flag.name)
+
+    def set_flag(self, flag) -> None:
+        self.set["flags"].append(flag.name)
+
+    def set_memory_pool_limit(self, pool, size) -> None:
+        self.set[pool.name] = size
+
+    def add_optimization_profile(self, profile) -> int:
+        self.set["profile"] = profile.shapes
+        return 0
+
+    def create_timing_cache(self, content: bytes):
+        return SimpleNamespace(content=content, serialize=lambda: content + b"+")
+
+    def set_timing_cache(self, cache, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        return not cache.content.startswith(b"other GPU")
+
+
+class Profile:
+    def set_shape(self, name, *shapes) -> None:
+        self.shapes = {name: shapes}
+
+
+class Builder:
+    def __init__(self, logger) -> None:
+        self.logger = logger
+
+    def create_network(self, flags: int):
+        return SimpleNamespace(flags=flags)
+
+    create_builder_config = Config
+    create_optimization_profile = Profile
+
+    def build_serialized_network(self, network, config) -> bytes | None:
+        monitor = config.progress_monitor
+        monitor.phase_start("Building", None, 2)
+        for step in range(2):
+            monitor.phase_start("Timing", "Building", 4)
+            for inner in range(4):
+                assert monitor.step_complete("Timing", inner)
+            monitor.phase_finish("Timing")
+            assert monitor.step_complete("Building", step)
+        if "crash" in WORDS:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if "kill" in WORDS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "unbuildable" in WORDS:
+            self.logger.log(ILogger.Severity.ERROR, "no kernel for node conv2")
+            return None
+        content = {**config.set, "level": config.builder_optimization_level, "network_flags": network.flags}
+        return json.dumps(content).encode()
+
+
+def tensor(value):
+    kind = {1: "FLOAT", 2: "UINT8", 10: "HALF", 16: "BF16"}[value.type.tensor_type.elem_type]
+    return SimpleNamespace(name=value.name, dtype=DataType[kind], shape=(-1,) * len(value.type.tensor_type.shape.dim))
+
+
+class OnnxParser:
+    def __init__(self, network, logger) -> None:
+        self.network, self.num_errors = network, 1
+
+    def parse(self, content: bytes) -> bool:
+        graph = onnx.load_from_string(content).graph
+        OnnxParser.graph = graph
+        self.network.num_inputs, self.network.num_outputs = len(graph.input), len(graph.output)
+        self.network.get_input = lambda index: tensor(graph.input[index])
+        self.network.get_output = lambda index: tensor(graph.output[index])
+        return "unparsable" not in WORDS
+
+    def get_error(self, index: int):
+        return SimpleNamespace(node_operator=lambda: "Einsum", node_name=lambda: "masks", desc=lambda: "not known")
+
+
+class Runtime:
+    def __init__(self, logger) -> None:
+        pass
+
+    def deserialize_cuda_engine(self, content: bytes):
+        graph = OnnxParser.graph
+        tensors = {t.name: t for t in map(tensor, (*graph.input, *graph.output))}
+        if "foreign" in WORDS:
+            tensors.pop("mask_logits")
+        return SimpleNamespace(
+            num_io_tensors=len(tensors), get_tensor_name=list(tensors).__getitem__,
+            get_tensor_dtype=lambda name: tensors[name].dtype, get_tensor_shape=lambda name: tensors[name].shape,
+        )
