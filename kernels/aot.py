@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from maskformer_fast.kernels.variant import KernelVariant
 
 KERNEL_MODULES = (
-    "instances", "mask_loss", "matching_cost", "panoptic", "preprocess", "rle", "semantic", "semantic_pruned"
+    "class_scores", "instances", "mask_loss", "matching_cost", "panoptic", "preprocess", "rle", "semantic",
+    "semantic_pruned",
 )  # fmt: skip
 """Modules of this folder with a function ``variants() -> list[KernelVariant]``. A new kernel is one name here."""
 
