@@ -81,6 +81,7 @@ def variants() -> list[KernelVariant]:
         types = {"scores": "*fp32", "categories": "*i64", "class_logits": f"*{dtype}", "threshold": "fp32"}
         names = [name for name in _class_scores_kernel.arg_names if name not in constants]
         arguments = {name: types.get(name, "i32") for name in names}
-        pointers = ("scores", "categories", "class_logits")
-        found.append(KernelVariant(f"class_scores_{dtype}", _class_scores_kernel, arguments, constants, aligned=pointers))
+        aligned = ("scores", "categories", "class_logits")
+        variant = KernelVariant(f"class_scores_{dtype}", _class_scores_kernel, arguments, constants, aligned=aligned)
+        found.append(variant)
     return found

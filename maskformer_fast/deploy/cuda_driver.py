@@ -98,7 +98,7 @@ class Device:
     def pinned(self, size: int) -> np.ndarray:
         """Host memory that the device copies from and to by itself -> uint8 [size]."""
         address = int(self._keep("cuMemFreeHost", self.driver.call("cuMemHostAlloc", size, 0)))
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def stream(self) -> Any:
         """A stream that does not wait for the default one."""

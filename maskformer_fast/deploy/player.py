@@ -90,7 +90,8 @@ class PreparedLaunch:
         values: list[Any] = []
         for argument, parameter in zip(launch.arguments, function.kernel.parameters, strict=True):
             if argument.buffer is None:
-                values.append(_SCALARS[parameter.type](argument.value))
+                kind: Any = _SCALARS[parameter.type]
+                values.append(kind(argument.value))
             else:
                 values.append(ctypes.c_void_p(addresses[argument.buffer] + int(argument.value)))
         values += [ctypes.c_void_p(None) for _ in range(function.cubin.null_pointers)]

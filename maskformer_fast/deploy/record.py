@@ -209,7 +209,8 @@ class _Recorder(TorchDispatchMode):
         """Within it, launches are added to the list."""
         from triton.runtime.jit import JITFunction
 
-        self._launches = launches = []
+        launches: list[Launch] = []
+        self._launches = launches
         launch = JITFunction.run
         recorder = self
 

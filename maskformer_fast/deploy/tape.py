@@ -229,7 +229,8 @@ def interface(manifest: Manifest, task: Task, frames: Shape, logits: LogitsType)
         found += [("id_map", "int32", (batch, height, width)), ("ids", "int32", (batch, queries))]
         found += [("categories", "int64", (batch, queries))]
     else:
-        found += [("masks", "uint8", (batch, queries, height, -(-width // 8))), ("boxes", "float32", (batch, queries, 4))]
+        found += [("masks", "uint8", (batch, queries, height, -(-width // 8)))]
+        found += [("boxes", "float32", (batch, queries, 4))]
     if task != "semantic":
         found += [("areas", "int64", (batch, queries)), ("scores", "float32", (batch, queries))]
     return tuple(Buffer(name, dtype, shape, "") for name, dtype, shape in found)
@@ -272,7 +273,8 @@ class TapeFile:
                 found[digest] = base64.b64decode(text, validate=True)
             except (binascii.Error, ValueError):
                 raise BundleError(f"constants.{digest}: expected base64") from None
-            expect(hashlib.sha256(found[digest]).hexdigest() == digest, "constants", f"content of SHA-256 {digest}", text)
+            same = hashlib.sha256(found[digest]).hexdigest() == digest
+            expect(same, "constants", f"content of SHA-256 {digest}", text)
         return found
 
     def check(self, manifest: Manifest) -> None:
@@ -296,7 +298,8 @@ class TapeFile:
         cubins = _by_name("cubins", ((cubin.file, cubin) for cubin in self.cubins))
         for file, cubin in cubins.items():
             expect(cubin.kernel in kernels, "cubins", "kernels of the file", cubin.kernel)
-            expect(cubin.target in manifest.kernels, "cubins", f"targets of the bundle {manifest.kernels}", cubin.target)
+            known = cubin.target in manifest.kernels
+            expect(known, "cubins", f"targets of the bundle {manifest.kernels}", cubin.target)
             expect(file in manifest.files, "cubins", "files of the bundle", file)
         for target in manifest.kernels:
             missing = [name for name in kernels if f"kernels/{target}/{name}.cubin" not in cubins]
@@ -322,7 +325,7 @@ def _check_interface(where: str, tape: Tape, manifest: Manifest) -> None:
 def _check_launch(where: str, launch: Launch, kernel: Kernel, buffers: dict[str, Buffer]) -> None:
     for fill in launch.fills:
         expect(fill.buffer in buffers and not buffers[fill.buffer].constant, f"{where}, fill", "a buffer", fill.buffer)
-        inside = 0 <= fill.offset and 0 < fill.bytes <= buffers[fill.buffer].bytes - fill.offset
+        inside = fill.offset >= 0 and 0 < fill.bytes <= buffers[fill.buffer].bytes - fill.offset
         expect(inside, f"{where}, fill", f"bytes of the {buffers[fill.buffer].bytes} in {fill.buffer}", fill)
         expect(0 <= fill.value <= 255, f"{where}, fill", "a byte", fill.value)
     expected = f"{len(kernel.parameters)}"

@@ -12,11 +12,16 @@ import json
 import types
 from collections.abc import Callable
 from enum import IntEnum
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import numpy as np
 
 POISON = 0xAB
+
+
+class Result(IntEnum):
+    CUDA_SUCCESS = 0
 
 
 class DeviceAttribute(IntEnum):
@@ -53,6 +58,7 @@ class FakeDriver(types.ModuleType):
     """``calls`` lists what was called; ``failures`` gives functions the error code that they are to return; ``alive``
     what was made and not given back."""
 
+    CUresult = Result
     CUdevice_attribute = DeviceAttribute
     CUfunction_attribute = FunctionAttribute
     CUstream_flags = StreamFlags
@@ -83,7 +89,8 @@ class FakeDriver(types.ModuleType):
             self.calls.append((name, arguments))
             if name in self.failures:
                 return self.failures[name], None
-            return found(*arguments)
+            status, *values = found(*arguments)
+            return (Result.CUDA_SUCCESS if status == 0 else status), *values
 
         return call
 
@@ -235,7 +242,8 @@ class FakeDriver(types.ModuleType):
 
     def cuEventRecordWithFlags(self, event: int, stream: int, flags: int) -> tuple[int]:
         assert (int(stream) in self.capturing) == (flags == RecordFlags.CU_EVENT_RECORD_EXTERNAL)
-        return self.cuEventRecord(event, stream)
+        self.do(stream, lambda: self._tick(event))
+        return (0,)
 
     def cuEventSynchronize(self, event: int) -> tuple[int]:
         return (0,)
@@ -283,6 +291,7 @@ def array_at(address: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34") -> types.ModuleType:
     """An engine's file is JSON: queries, classes, divisor of the padding, type of the logits, scratch bytes."""
     module = types.ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)
     module.__version__ = version
 
     class Severity(IntEnum):
@@ -304,8 +313,8 @@ def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34") -> types.Modul
         HALF = 1
         UINT8 = 5
 
-    for kind in (DataType,):
-        kind.__str__ = lambda self: f"DataType.{self.name}"  # type: ignore[method-assign, assignment]
+        def __str__(self) -> str:
+            return f"DataType.{self.name}"
 
     class Context:
         active_optimization_profile = 0

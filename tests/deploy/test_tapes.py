@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -24,7 +25,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from maskformer_fast import postprocess
 from maskformer_fast.config import TASKS, Task
 from maskformer_fast.deploy.manifest import BundleError, FileEntry, Manifest, Shape
-from maskformer_fast.deploy.player import ALIGNMENT, PreparedLaunch, Function, plan_arena
+from maskformer_fast.deploy.player import ALIGNMENT, Function, PreparedLaunch, plan_arena
 from maskformer_fast.deploy.record import Recording, _Recorder, compile_tapes, record_tapes
 from maskformer_fast.deploy.tape import (
     FILE,
@@ -195,8 +196,9 @@ def test_recording_needs_no_interpreter() -> None:
         "record_tapes(make_manifest(), SHAPES, ['semantic'])"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert "tapes cannot be recorded where TRITON_INTERPRET is set" in result.stderr
 
 
@@ -214,7 +216,7 @@ def test_arena_holds_what_lives_at_a_time(batch: int) -> None:
         ]
         for names in alive:
             places = sorted((arena.offsets[name], arena.offsets[name] + sizes[name]) for name in names)
-            assert all(end <= begin for (_, end), (begin, _) in zip(places, places[1:], strict=False))
+            assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
             assert places[-1][1] <= arena.bytes
         assert all(offset % ALIGNMENT == 0 for offset in arena.offsets.values())
 
@@ -224,7 +226,8 @@ def test_parameters_lie_as_the_driver_reads_them() -> None:
     kernel = Kernel("k", "m", "f", tuple(Parameter(n, t, False) for n, t in names.items()), {}, 4, 2)
     values = (Argument("a", 6), Argument(None, -5), Argument(None, 1 << 40), Argument(None, 0.1), Argument("b", 0))
     launch = Launch("k", (3, 2, 1), values, ())
-    prepared = PreparedLaunch(launch, Function(kernel, Cubin("k", TARGET, "f", 7, 2), "handle"), {"a": 4096, "b": 1 << 47})
+    function = Function(kernel, Cubin("k", TARGET, "f", 7, 2), "handle")
+    prepared = PreparedLaunch(launch, function, {"a": 4096, "b": 1 << 47})
     seen: list[Any] = []
 
     class Driver:
@@ -259,7 +262,7 @@ def test_cubins_take_what_tapes_pass(tmp_path: Path) -> None:
         dump = subprocess.run(
             [triton.knobs.nvidia.cuobjdump.path, "-elf", str(path)], capture_output=True, text=True, check=True
         ).stdout
-        found = re.findall(r"Index : 0x\w+\s+Ordinal : 0x(\w+)\s+Offset : 0x\w+\s+Size\s+: 0x(\w+)", dump)
+        found = re.findall(r"Ordinal : 0x(\w+)\s+Offset\s+: 0x\w+\s+Size\s+: 0x(\w+)", dump)
         sizes = [size for _, size in sorted((int(ordinal, 16), int(size, 16)) for ordinal, size in found)]
         widths = {"i32": 4, "fp32": 4, "i64": 8}
         expected = [widths.get(parameter.type, 8) for parameter in kernels[cubin.kernel].parameters]
@@ -307,7 +310,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "a smaller result": (set_at("tapes.0.buffers.4.shape", [2, 5, 19]), "buffer labels"),
     "a giant buffer": (set_at("tapes.0.buffers.5.shape", [1 << 20, 1 << 21]), "at most"),
     "a negative size": (set_at("tapes.0.buffers.5.shape", [-4]), "positive"),
-    "a buffer twice": (lambda data: data["tapes"][0]["buffers"].append(data["tapes"][0]["buffers"][0]), "no name twice"),
+    "a buffer twice": (lambda data: data["tapes"][0]["buffers"].extend(data["tapes"][0]["buffers"]), "no name twice"),
     "other images": (set_at("tapes.0.images.height", 64), "images"),
     "the task of another": (set_at("tapes.0.task", "panoptic"), "buffer"),
     "no task": (set_at("tapes.0.task", "depth"), "one of"),
