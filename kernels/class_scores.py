@@ -74,14 +74,10 @@ def class_scores(
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time: contiguous logits."""
+    """What is compiled ahead of time: contiguous float32 logits."""
     constants = {"BLOCK": _BLOCK, "stride_k": 1}
-    found = []
-    for dtype in ("fp16", "fp32"):
-        types = {"scores": "*fp32", "categories": "*i64", "class_logits": f"*{dtype}", "threshold": "fp32"}
-        names = [name for name in _class_scores_kernel.arg_names if name not in constants]
-        arguments = {name: types.get(name, "i32") for name in names}
-        aligned = ("scores", "categories", "class_logits")
-        variant = KernelVariant(f"class_scores_{dtype}", _class_scores_kernel, arguments, constants, aligned=aligned)
-        found.append(variant)
-    return found
+    types = {"scores": "*fp32", "categories": "*i64", "class_logits": "*fp32", "threshold": "fp32"}
+    names = [name for name in _class_scores_kernel.arg_names if name not in constants]
+    arguments = {name: types.get(name, "i32") for name in names}
+    aligned = ("scores", "categories", "class_logits")
+    return [KernelVariant("class_scores", _class_scores_kernel, arguments, constants, aligned=aligned)]

@@ -91,12 +91,14 @@ class TensorRTBackend:
             got = ", ".join(manifest.kernels) or "none"
             expect(target in manifest.kernels, "kernels", f"those for this GPU ({target})", got)
             tapes = TapeFile.parse(bundle.read(FILE), manifest)
-            outputs = {spec.dtype for spec in entry.outputs}
+            dtypes = {spec.name: spec.dtype for spec in entry.outputs}
             playable = [
-                tape for tape in tapes.tapes if entry.profile.holds(tape.images) and outputs == {tape.logits}
-            ]
-            expect(bool(playable), FILE, f"tapes for the shapes {entry.profile} and logits {sorted(outputs)} of "
-                   f"{entry.file}", [f"{tape.task} {tape.frames} {tape.logits}" for tape in tapes.tapes])  # fmt: skip
+                tape for tape in tapes.tapes
+                if entry.profile.holds(tape.images) and dtypes.get("mask_logits") == tape.mask_dtype
+            ]  # fmt: skip
+            low, high = entry.profile.minimum, entry.profile.maximum
+            expect(bool(playable), FILE, f"tapes for {entry.file}, which takes {low} to {high} and gives {dtypes}",
+                   [f"{tape.frames} -> {tape.images}, {tape.mask_dtype}" for tape in tapes.tapes])  # fmt: skip
             self._plans = _plans(playable)
             with self._device.current():
                 self._network = Network(bundle, entry, library)

@@ -41,7 +41,7 @@ def read_results(
 def _instances(image: Mapping[str, np.ndarray], width: int, is_thing: Sequence[bool], top_k: int) -> InstanceResult:
     """As `postprocess.instances`: the best pairs of query and thing class, less those with an empty mask."""
     things = np.flatnonzero(np.array(is_thing, dtype=np.bool_))
-    probabilities = softmax(image["class_logits"].astype(np.float32))[:, things]
+    probabilities = softmax(image["class_logits"])[:, things]
     probabilities = np.nan_to_num(probabilities, nan=-1.0).ravel()
     pairs = best_first(probabilities, top_k)
     queries, labels = pairs // max(1, len(things)), things[pairs % max(1, len(things))].astype(np.int64)

@@ -33,7 +33,7 @@ from maskformer_fast.deploy.tape import (
     Fill,
     Kernel,
     Launch,
-    LogitsType,
+    MaskType,
     Parameter,
     Tape,
     TapeFile,
@@ -62,9 +62,9 @@ def record_tapes(
     manifest: Manifest,
     frames: Sequence[Shape],
     tasks: Sequence[Task],
-    logits: LogitsType = "float32",
+    mask_dtype: MaskType = "float32",
 ) -> Recording:
-    """Tapes for every task and every batch of frames, of a network whose outputs have the type ``logits``.
+    """Tapes for every task and every batch of frames, of a network whose mask logits have the type ``mask_dtype``.
 
     Raises:
         ValueError: a network that the kernels do not serve (more than 256 queries).
@@ -80,7 +80,7 @@ def record_tapes(
     recording = Recording()
     for shape in dict.fromkeys(frames):
         for task in dict.fromkeys(tasks):
-            recording.tapes.append(_record_tape(recording, manifest, task, shape, logits))
+            recording.tapes.append(_record_tape(recording, manifest, task, shape, mask_dtype))
     return recording
 
 
@@ -128,8 +128,8 @@ def kernel_variant(kernel: Kernel) -> Any:
     )
 
 
-def _record_tape(recording: Recording, manifest: Manifest, task: Task, frames: Shape, logits: LogitsType) -> Tape:
-    buffers = interface(manifest, task, frames, logits)
+def _record_tape(recording: Recording, manifest: Manifest, task: Task, frames: Shape, mask_dtype: MaskType) -> Tape:
+    buffers = interface(manifest, task, frames, mask_dtype)
     tensors = {b.name: torch.empty(b.shape, dtype=getattr(torch, b.dtype)) for b in buffers}
     recorder = _Recorder(recording, tensors)
     size = network_size(manifest.preprocess, frames.height, frames.width)
@@ -138,7 +138,7 @@ def _record_tape(recording: Recording, manifest: Manifest, task: Task, frames: S
     with recorder.section() as after:
         _postprocess(manifest, task, tensors, size)
     images = Shape(frames.batch, *size)
-    return Tape(task, frames, images, logits, (*buffers, *recorder.buffers), tuple(before), tuple(after))
+    return Tape(task, frames, images, mask_dtype, (*buffers, *recorder.buffers), tuple(before), tuple(after))
 
 
 def _preprocess(frames: Tensor, images: Tensor) -> None:

@@ -40,7 +40,7 @@ ELEMENT_BYTES = {
 """Triton's types of pointers -> bytes of what they point to."""
 SCALAR_RANGES = {"i32": (-(1 << 31), (1 << 31) - 1), "i64": (-(1 << 63), (1 << 63) - 1)}
 """Triton's types of whole numbers -> least and largest; beside them there is fp32."""
-LogitsType = Literal["float16", "float32"]
+MaskType = Literal["float16", "float32"]
 BufferType = Literal["uint8", "int16", "int32", "int64", "float16", "float32"]
 
 _MAX_GRID = ((1 << 31) - 1, 65535, 65535)
@@ -175,8 +175,8 @@ class Tape:
     frames: Shape
     images: Shape
     """What the frames become: the network's input."""
-    logits: LogitsType
-    """Type of the network's outputs."""
+    mask_dtype: MaskType
+    """Type of the network's mask logits; class logits are float32."""
     buffers: tuple[Buffer, ...]
     before: tuple[Launch, ...]
     after: tuple[Launch, ...]
@@ -211,7 +211,7 @@ def padded_size(preprocess: Preprocess, height: int, width: int) -> tuple[int, i
     return -(-height // step) * step, -(-width // step) * step
 
 
-def interface(manifest: Manifest, task: Task, frames: Shape, logits: LogitsType) -> tuple[Buffer, ...]:
+def interface(manifest: Manifest, task: Task, frames: Shape, mask_dtype: MaskType) -> tuple[Buffer, ...]:
     """The buffers of a tape that the runtime or the network write or read: frames, images, logits and results."""
     batch, height, width = frames.batch, frames.height, frames.width
     size = network_size(manifest.preprocess, height, width)
@@ -220,8 +220,8 @@ def interface(manifest: Manifest, task: Task, frames: Shape, logits: LogitsType)
     found: list[tuple[str, BufferType, tuple[int, ...]]] = [
         ("frames", "uint8", (batch, height, width, 3)),
         ("images", "uint8", (batch, 3, *size)),
-        ("class_logits", logits, (batch, queries, classes + 1)),
-        ("mask_logits", logits, (batch, queries, *maps)),
+        ("class_logits", "float32", (batch, queries, classes + 1)),
+        ("mask_logits", mask_dtype, (batch, queries, *maps)),
     ]
     if task == "semantic":
         found += [("labels", "uint8" if classes <= 255 else "int16", (batch, height, width))]
@@ -291,7 +291,7 @@ class TapeFile:
             for launch in (*tape.before, *tape.after):
                 expect(launch.kernel in kernels, f"{where}, kernel", "one of the file's", launch.kernel)
                 _check_launch(f"{where}, {launch.kernel}", launch, kernels[launch.kernel], buffers)
-        _by_name("tapes", ((f"{t.task} {t.frames} {t.logits}", t) for t in self.tapes))
+        _by_name("tapes", ((f"{t.task} {t.frames} {t.mask_dtype}", t) for t in self.tapes))
         self._check_cubins(manifest, kernels)
 
     def _check_cubins(self, manifest: Manifest, kernels: dict[str, Kernel]) -> None:
@@ -318,7 +318,7 @@ def _check_interface(where: str, tape: Tape, manifest: Manifest) -> None:
     size = network_size(manifest.preprocess, tape.frames.height, tape.frames.width)
     expected = Shape(tape.frames.batch, *size)
     expect(tape.images == expected, f"{where}, images", str(expected), str(tape.images))
-    for buffer in interface(manifest, tape.task, tape.frames, tape.logits):
+    for buffer in interface(manifest, tape.task, tape.frames, tape.mask_dtype):
         expect(buffer in tape.buffers, f"{where}, buffer {buffer.name}", f"{buffer.dtype} {buffer.shape}", "another")
 
 

@@ -280,7 +280,8 @@ def logits_of(images: np.ndarray, queries: int, classes: int, maps: tuple[int, i
         coarse = random.normal(0, 4, (queries, 4, 4)).repeat(-(-maps[0] // 4), 1).repeat(-(-maps[1] // 4), 2)
         masks = coarse[:, : maps[0], : maps[1]] + random.normal(0, 1, (queries, *maps))
         found.append((random.normal(0, 3, (queries, classes + 1)), masks))
-    return [np.stack(parts).astype(dtype) for parts in zip(*found, strict=True)]
+    class_logits, mask_logits = (np.stack(parts) for parts in zip(*found, strict=True))
+    return [class_logits.astype(np.float32), mask_logits.astype(dtype)]
 
 
 def array_at(address: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -289,7 +290,7 @@ def array_at(address: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34") -> types.ModuleType:
-    """An engine's file is JSON: queries, classes, divisor of the padding, type of the logits, scratch bytes."""
+    """An engine's file is JSON: queries, classes, divisor of the padding, type of the mask logits, scratch bytes."""
     module = types.ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
     module.__version__ = version
@@ -365,7 +366,7 @@ def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34") -> types.Modul
             facts = self.facts
             logits = logits_of(images, facts["queries"], facts["classes"], maps, facts["dtype"])
             for name, content in zip(("class_logits", "mask_logits"), logits, strict=True):
-                array_at(self.addresses[name], facts["dtype"], content.shape)[:] = content
+                array_at(self.addresses[name], str(content.dtype), content.shape)[:] = content
 
     class Engine:
         names = ("images", "class_logits", "mask_logits")
@@ -380,7 +381,8 @@ def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34") -> types.Modul
         def get_tensor_dtype(self, name: str) -> DataType:
             if name == "images":
                 return DataType.UINT8
-            return DataType.HALF if self.facts["dtype"] == "float16" else DataType.FLOAT
+            half = name == "mask_logits" and self.facts["dtype"] == "float16"
+            return DataType.HALF if half else DataType.FLOAT
 
         def create_execution_context(self, strategy: Strategy) -> Context:
             assert strategy == Strategy.USER_MANAGED

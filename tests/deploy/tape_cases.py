@@ -28,11 +28,11 @@ THINGS = (True, False, True, False, True)
 
 
 def make_manifest(
-    logits: str = "float32", rule: PanopticRule = "maskformer", short_edge: int | None = 12, **changes: Any
+    masks: str = "float32", rule: PanopticRule = "maskformer", short_edge: int | None = 12, **changes: Any
 ) -> Manifest:
     metadata = Metadata("five", tuple("abcde"), THINGS, tuple(range(CLASSES)), ((0, 0, 0),) * CLASSES)
     shape = ("batch", QUERIES, "h", "w")
-    outputs = (TensorSpec("class_logits", logits, (*shape[:2], CLASSES + 1)), TensorSpec("mask_logits", logits, shape))
+    outputs = (TensorSpec("class_logits", "float32", (*shape[:2], CLASSES + 1)), TensorSpec("mask_logits", masks, shape))
     profile = Profile(Shape(1, 8, 8), Shape(1, 32, 32), Shape(8, 256, 256))
     engine = Engine("engines/fake.engine", "tensorrt", "10.9.0.34", "fp16", (TARGET,), profile, {}, outputs)
     facts = {
@@ -52,7 +52,7 @@ def fake_files(manifest: Manifest, recording: Any, **engine_facts: Any) -> dict[
     files = {cubin.file: fake_cubin(kernel) for cubin, kernel in zip(cubins, kernels, strict=True)}
     facts = {
         "queries": manifest.num_queries, "classes": manifest.num_classes, "divisor": 32, "scratch": 1000,
-        "dtype": recording.tapes[0].logits,
+        "dtype": recording.tapes[0].mask_dtype,
     }  # fmt: skip
     return files | {FILE: tapes.to_bytes(), "engines/fake.engine": json.dumps(facts | engine_facts).encode()}
 
@@ -64,8 +64,8 @@ def fake_cubin(kernel: Kernel) -> bytes:
 def make_bundle(folder: Path, manifest: Manifest, shapes: Sequence[Shape] = SHAPES, **engine_facts: Any) -> Bundle:
     from maskformer_fast.deploy.record import record_tapes
 
-    logits: Any = manifest.engines[0].outputs[0].dtype
-    recording = record_tapes(manifest, shapes, TASKS, logits)
+    masks: Any = manifest.engines[0].outputs[1].dtype
+    recording = record_tapes(manifest, shapes, TASKS, masks)
     return write_bundle(folder, manifest, fake_files(manifest, recording, **engine_facts))
 
 

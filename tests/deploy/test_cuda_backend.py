@@ -252,7 +252,7 @@ def test_a_network_that_fails_says_why(bundle: Bundle, driver: FakeDriver, tmp_p
 
 @pytest.mark.parametrize(
     ("engine", "message"),
-    [(b"no JSON", "refuses the engine: no engine of mine"), (b'{"dtype": "float16"}', "class_logits: expected float32"),
+    [(b"no JSON", "refuses the engine: no engine of mine"), ({"dtype": "float16"}, "mask_logits: expected float32"),
      ({"queries": 9}, "shape of class_logits"), ({"divisor": 64}, "shape of mask_logits"),
      ({"most": 4}, "does not take images of shape")],
 )  # fmt: skip
@@ -296,10 +296,10 @@ def test_no_such_device(bundle: Bundle, driver: FakeDriver) -> None:
         TensorRTBackend(bundle, 1, 1)
 
 
-def test_tapes_of_other_logits_are_not_played(driver: FakeDriver, tmp_path: Path) -> None:
+def test_tapes_of_other_masks_are_not_played(driver: FakeDriver, tmp_path: Path) -> None:
     manifest = make_manifest("float16")
     files = fake_files(manifest, record_tapes(make_manifest(), [ONE], ["semantic"], "float32"))
-    with fake_gpu(driver), pytest.raises(BundleError, match=r"logits \['float16'\]"):
+    with fake_gpu(driver), pytest.raises(BundleError, match=r"'mask_logits': 'float16'"):
         TensorRTBackend(write_bundle(tmp_path / "bundle", manifest, files), 0, 1)
 
 

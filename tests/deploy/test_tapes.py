@@ -34,7 +34,7 @@ from maskformer_fast.deploy.tape import (
     Cubin,
     Kernel,
     Launch,
-    LogitsType,
+    MaskType,
     Parameter,
     TapeFile,
     network_size,
@@ -75,7 +75,7 @@ def listed(manifest: Manifest, files: dict[str, bytes]) -> Manifest:
     return replace(manifest, files={name: FileEntry("0" * 64, len(content)) for name, content in files.items()})
 
 
-def predictions(manifest: Manifest, shape: Shape, dtype: LogitsType) -> Predictions:
+def predictions(manifest: Manifest, shape: Shape, dtype: MaskType) -> Predictions:
     """Of the fake network for the test's frames, resized by Pillow."""
     rule = manifest.preprocess
     images = np.stack([
@@ -93,7 +93,7 @@ def predictions(manifest: Manifest, shape: Shape, dtype: LogitsType) -> Predicti
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "rule"), [("float32", "maskformer"), ("float16", "mask2former")])
-def test_tapes_give_what_the_operators_give(dtype: LogitsType, rule: Any, tmp_path: Path) -> None:
+def test_tapes_give_what_the_operators_give(dtype: MaskType, rule: Any, tmp_path: Path) -> None:
     """The whole backend on a fake GPU: Pillow's pixels in, results equal to those of `postprocess` on the CPU out."""
     shapes = SHAPES if dtype == "float32" else SHAPES[:1]
     manifest = make_manifest(dtype, rule)
