@@ -197,6 +197,7 @@ class TensorRTBackend:
             if digest in constants:
                 addresses[digest] = self._device.allocate(len(content))
                 self._device.driver.call("cuMemcpyHtoD", addresses[digest], content, len(content))
+        self._device.synchronize()  # such a copy may still be under way, and the slots' streams do not wait for it
         scratch = max(_scratch_bytes(self._network, tape) for tape in {t.images: t for t in playable}.values())
         plans = [plan for batches in self._plans.values() for plan in batches.values()]
         for _ in range(in_flight):

@@ -27,7 +27,8 @@ class Driver:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "cuda-python is needed to run a bundle on a GPU; install it with: pip install cuda-python "
-                "(or maskformer_fast[deploy])", name=error.name
+                "(or maskformer_fast[deploy])",
+                name=error.name,
             ) from error
         self.api: Any = driver
         try:

@@ -347,4 +347,3 @@ def _check_launch(where: str, launch: Launch, kernel: Kernel, buffers: dict[str,
             whole = value % ELEMENT_BYTES[parameter.type] == 0
             expect(whole and 0 <= value < size, name, f"an element within the buffer's {size} bytes", value)
         expect(not parameter.aligned or value % 16 == 0, name, "a multiple of 16", value)
-

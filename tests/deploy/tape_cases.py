@@ -32,7 +32,8 @@ def make_manifest(
 ) -> Manifest:
     metadata = Metadata("five", tuple("abcde"), THINGS, tuple(range(CLASSES)), ((0, 0, 0),) * CLASSES)
     shape = ("batch", QUERIES, "h", "w")
-    outputs = (TensorSpec("class_logits", "float32", (*shape[:2], CLASSES + 1)), TensorSpec("mask_logits", masks, shape))
+    class_logits = TensorSpec("class_logits", "float32", (*shape[:2], CLASSES + 1))
+    outputs = (class_logits, TensorSpec("mask_logits", masks, shape))
     profile = Profile(Shape(1, 8, 8), Shape(1, 32, 32), Shape(8, 256, 256))
     engine = Engine("engines/fake.engine", "tensorrt", "10.9.0.34", "fp16", (TARGET,), profile, {}, outputs)
     facts = {
