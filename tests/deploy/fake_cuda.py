@@ -1,21 +1,16 @@
-"""A GPU in NumPy: stands in for `cuda.bindings.driver` and `tensorrt`, so that the backend runs whole without either.
+"""A GPU on the host: stands in for `cuda.bindings.driver`, so that the backend runs whole without one.
 
 Memory is the host's, addresses are real, streams work at once, and a captured graph is a list of what to do. A cubin is
-the text ``fake NAME SYMBOL``. What a kernel does is the test's to say; the network writes logits that follow from
-the images, and spoils its scratch memory.
+the text ``fake NAME SYMBOL``. What a kernel does is the test's to say.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import types
 from collections.abc import Callable
 from enum import IntEnum
-from importlib.machinery import ModuleSpec
 from typing import Any
-
-import numpy as np
 
 POISON = 0xAB
 
@@ -270,136 +265,3 @@ class FakeDriver(types.ModuleType):
         if int(stream) in self.capturing or self.eager:
             self.do(stream, lambda: self.kernel(function, (x, y, z), threads, parameters))
         return (0,)
-
-
-def logits_of(images: np.ndarray, queries: int, classes: int, maps: tuple[int, int], dtype: str) -> list[np.ndarray]:
-    """What the fake network says of images [B, 3, h, w]: class logits [B, Q, K+1], mask logits [B, Q, h', w']."""
-    found = []
-    for image in images:
-        random = np.random.default_rng(image.astype(np.int64).sum() % (1 << 31))
-        coarse = random.normal(0, 4, (queries, 4, 4)).repeat(-(-maps[0] // 4), 1).repeat(-(-maps[1] // 4), 2)
-        masks = coarse[:, : maps[0], : maps[1]] + random.normal(0, 1, (queries, *maps))
-        found.append((random.normal(0, 3, (queries, classes + 1)), masks))
-    class_logits, mask_logits = (np.stack(parts) for parts in zip(*found, strict=True))
-    return [class_logits.astype(np.float32), mask_logits.astype(dtype)]
-
-
-def array_at(address: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=dtype).reshape(shape)
-
-
-def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34") -> types.ModuleType:
-    """An engine's file is JSON: queries, classes, divisor of the padding, type of the mask logits, scratch bytes."""
-    module = types.ModuleType("tensorrt")
-    module.__spec__ = ModuleSpec("tensorrt", None)
-    module.__version__ = version
-
-    class Severity(IntEnum):
-        INTERNAL_ERROR = 0
-        ERROR = 1
-        WARNING = 2
-
-    class ILogger:
-        pass
-
-    ILogger.Severity = Severity  # type: ignore[attr-defined]
-
-    class Strategy(IntEnum):
-        STATIC = 0
-        USER_MANAGED = 2
-
-    class DataType(IntEnum):
-        FLOAT = 0
-        HALF = 1
-        UINT8 = 5
-
-        def __str__(self) -> str:
-            return f"DataType.{self.name}"
-
-    class Context:
-        active_optimization_profile = 0
-
-        def __init__(self, facts: dict[str, Any]) -> None:
-            self.facts = facts
-            self.addresses: dict[str, int] = {}
-            module.contexts += 1
-
-        def __del__(self) -> None:
-            module.contexts -= 1
-
-        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            self.shape = shape
-            return name == "images" and shape[2] <= self.facts.get("most", 1 << 30)
-
-        def update_device_memory_size_for_shapes(self) -> int:
-            return int(self.facts["scratch"])
-
-        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            batch, _, height, width = self.shape
-            step, queries = self.facts["divisor"], self.facts["queries"]
-            if name == "class_logits":
-                return batch, queries, self.facts["classes"] + 1
-            return batch, queries, -(-height // step) * step // 4, -(-width // step) * step // 4
-
-        def set_device_memory(self, address: int, size: int) -> None:
-            assert address % 256 == 0 and size >= self.facts["scratch"]
-            self.scratch = (address, size)
-
-        def set_tensor_address(self, name: str, address: int) -> bool:
-            assert address % 256 == 0
-            self.addresses[name] = address
-            return True
-
-        def execute_async_v3(self, stream: int) -> bool:
-            module.enqueued += 1
-            if self.facts.get("broken"):
-                module.logger.log(Severity.ERROR, "the fake network is broken")
-                return False
-            driver.do(stream, self._work)
-            return True
-
-        def _work(self) -> None:
-            images = array_at(self.addresses["images"], "uint8", self.shape).copy()
-            ctypes.memset(self.scratch[0], POISON, self.scratch[1])
-            maps = self.get_tensor_shape("mask_logits")[2:]
-            facts = self.facts
-            logits = logits_of(images, facts["queries"], facts["classes"], maps, facts["dtype"])
-            for name, content in zip(("class_logits", "mask_logits"), logits, strict=True):
-                array_at(self.addresses[name], str(content.dtype), content.shape)[:] = content
-
-    class Engine:
-        names = ("images", "class_logits", "mask_logits")
-        num_io_tensors = 3
-
-        def __init__(self, facts: dict[str, Any]) -> None:
-            self.facts = facts
-
-        def get_tensor_name(self, index: int) -> str:
-            return self.names[index]
-
-        def get_tensor_dtype(self, name: str) -> DataType:
-            if name == "images":
-                return DataType.UINT8
-            half = name == "mask_logits" and self.facts["dtype"] == "float16"
-            return DataType.HALF if half else DataType.FLOAT
-
-        def create_execution_context(self, strategy: Strategy) -> Context:
-            assert strategy == Strategy.USER_MANAGED
-            return Context(self.facts)
-
-    class Runtime:
-        def __init__(self, logger: Any) -> None:
-            module.logger = logger
-
-        def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
-            module.deserialised += 1
-            try:
-                return Engine(json.loads(content))
-            except ValueError:
-                module.logger.log(Severity.ERROR, "no engine of mine")
-                return None
-
-    module.ILogger, module.Runtime, module.ExecutionContextAllocationStrategy = ILogger, Runtime, Strategy
-    module.contexts = module.enqueued = module.deserialised = 0
-    return module

@@ -16,7 +16,8 @@ import torch
 from maskformer_fast.config import TASKS
 from maskformer_fast.deploy.bundle import Bundle
 from maskformer_fast.deploy.tape import ELEMENT_BYTES, FILE, Kernel, TapeFile
-from tests.deploy.fake_cuda import FakeDriver, array_at
+from tests.deploy.fake_cuda import FakeDriver
+from tests.deploy.fake_engine import array_at
 from tests.deploy.tape_cases import fake_gpu, make_frames, read_parameters
 
 ELEMENTS = {"u8": "uint8", "i16": "int16", "i32": "int32", "i64": "int64", "fp16": "float16", "fp32": "float32"}

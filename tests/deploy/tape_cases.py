@@ -19,7 +19,8 @@ from maskformer_fast.deploy.bundle import Bundle, write_bundle
 from maskformer_fast.deploy.manifest import Engine, Manifest, Postprocess, Preprocess, Profile, Shape, TensorSpec
 from maskformer_fast.deploy.tape import FILE, Cubin, Kernel, TapeFile
 from maskformer_fast.metadata import Metadata
-from tests.deploy.fake_cuda import FakeDriver, fake_tensorrt
+from tests.deploy.fake_cuda import FakeDriver
+from tests.deploy.fake_engine import fake_tensorrt
 
 TARGET = "sm_87"
 QUERIES, CLASSES = 6, 5

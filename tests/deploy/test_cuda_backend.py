@@ -167,6 +167,13 @@ def test_frames_of_another_size_are_told_the_sizes(bundle: Bundle, driver: FakeD
         backend.close()
 
 
+def test_rtx_compiles_before_it_is_captured(bundle: Bundle, driver: FakeDriver) -> None:
+    with fake_gpu(driver, rtx=True):
+        backend = TensorRTBackend(bundle, 0, 1)
+        backend.collect(backend.submit(make_frames(ONE, 0), "semantic"))
+        backend.close()
+
+
 def test_several_backends_share_a_process(bundle: Bundle, driver: FakeDriver) -> None:
     with fake_gpu(driver) as tensorrt:
         backends = [TensorRTBackend(bundle, 0, 1) for _ in range(3)]

@@ -26,7 +26,8 @@ from maskformer_fast.deploy.runtime import load
 from maskformer_fast.deploy.tape import MaskType, padded_size
 from maskformer_fast.resizing import resize_array
 from maskformer_fast.structures import Predictions
-from tests.deploy.fake_cuda import FakeDriver, fake_tensorrt, logits_of
+from tests.deploy.fake_cuda import FakeDriver
+from tests.deploy.fake_engine import fake_tensorrt, logits_of
 from tests.deploy.tape_cases import CLASSES, QUERIES, THINGS, fake_files, make_frames, make_manifest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

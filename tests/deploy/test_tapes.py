@@ -43,7 +43,7 @@ from maskformer_fast.deploy.tape import (
 from maskformer_fast.ops.semantic_inference import semantic_inference
 from maskformer_fast.resizing import resize_array
 from maskformer_fast.structures import Predictions
-from tests.deploy.fake_cuda import logits_of
+from tests.deploy.fake_engine import logits_of
 from tests.deploy.tape_cases import (
     CLASSES,
     QUERIES,

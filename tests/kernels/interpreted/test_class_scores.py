@@ -26,15 +26,15 @@ def eager(class_logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 1), (torch.float32, 133), (torch.float16, 1500)])
-@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
 def test_as_eager(dtype: torch.dtype, classes: int, threshold: float) -> None:
-    logits = (torch.randn(2, 5, classes + 1, generator=torch.Generator().manual_seed(classes)) * 4).to(dtype)
+    logits = (torch.randn(2, 4, classes + 1, generator=torch.Generator().manual_seed(classes)) * 4).to(dtype)
     logits[0, 0, -1] = 30  # no object
     logits[1, 3, 0] = 30
     logits = logits.transpose(0, 1).contiguous().transpose(0, 1)  # strides as they come
     scores, categories = run(logits, threshold)
     expected_scores, expected = eager(logits, threshold)
-    assert torch.equal(categories, expected) and len(expected.unique()) > 1 - (threshold == 1.0)
+    assert torch.equal(categories, expected) and len(expected.unique()) > 1
     torch.testing.assert_close(scores, expected_scores, rtol=1e-6, atol=0)
 
 
