@@ -27,15 +27,17 @@ if TYPE_CHECKING:
     from maskformer_fast.kernels.variant import KernelVariant
 
 KERNEL_MODULES = (
-    "instances", "mask_loss", "matching_cost", "panoptic", "preprocess", "rle", "semantic", "semantic_pruned"
+    "class_scores", "instances", "mask_loss", "matching_cost", "panoptic", "preprocess", "rle", "semantic",
+    "semantic_pruned",
 )  # fmt: skip
 """Modules of this folder with a function ``variants() -> list[KernelVariant]``. A new kernel is one name here."""
 
 SHARED_MEMORY_LIMITS = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10,
-    "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
+    "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_110": 227 << 10, "sm_120": 99 << 10,
 }  # fmt: skip
-"""Targets -> bytes of shared memory that one block may have (CUDA C++ programming guide, "compute capabilities")."""
+"""Targets -> bytes of shared memory that one block may have (CUDA C++ programming guide, "compute capabilities").
+sm_87 is Jetson Orin, sm_110 Jetson Thor (which CUDA before 13 called sm_101)."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def _resize_images_cuda(stacks: Sequence[Tensor], sizes: Sequence[int], canvas: 
     with torch.cuda.device(batch.device):
         for stack, height, width in zip(stacks, sizes[::2], sizes[1::2], strict=True):
             size, part = (height, width), batch[start : start + len(stack)]
-            kernel.resize_forward(stack, size, part, _columns_first(tuple(stack.shape[1:3]), size), bgr)
+            kernel.resize_forward(stack, size, part, filters_columns_first(tuple(stack.shape[1:3]), size), bgr)
             start += len(stack)
     return batch
 
@@ -58,7 +58,7 @@ _library.impl("resize_images", _resize_images_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::resize_images", _resize_images_fake, lib=_library)
 
 
-def _columns_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
+def filters_columns_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
     """The order in which the installed Pillow filters: what the CPU does."""
     return int(PIL.__version__.split(".")[0]) >= 13 and columns_first(shape, size)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskformer_fast.kernels.preprocess import resize_forward
-from maskformer_fast.ops.resize import _columns_first
+from maskformer_fast.ops.resize import filters_columns_first
 
 # input height, width -> height, width on a canvas; tiles are 8 x 32
 CASES = [
@@ -50,7 +50,7 @@ def on_canvas(images: Tensor, size: tuple[int, int], canvas: tuple[int, int]) ->
 def test_pixels_are_pillows(shape: tuple[int, int], size: tuple[int, int], canvas: tuple[int, int]) -> None:
     images = random_images(sum(shape), (1, *shape, 3))
     out = torch.full((1, 3, *canvas), 99, dtype=torch.uint8)
-    resize_forward(images, size, out, _columns_first(shape, size))
+    resize_forward(images, size, out, filters_columns_first(shape, size))
     np.testing.assert_array_equal(out.numpy(), on_canvas(images, size, canvas))
 
 
@@ -61,7 +61,7 @@ def test_random_sizes(seed: int) -> None:
     canvas = (size[0] + int(rng.integers(0, 9)), size[1] + int(rng.integers(0, 9)))
     images = random_images(seed, (1, *shape, 3))
     out = torch.empty((1, 3, *canvas), dtype=torch.uint8)
-    resize_forward(images, size, out, _columns_first(shape, size))
+    resize_forward(images, size, out, filters_columns_first(shape, size))
     np.testing.assert_array_equal(out.numpy(), on_canvas(images, size, canvas))
 
 
@@ -75,7 +75,7 @@ def test_batches_of_any_layout(layout: str, bgr: bool, columns_first: bool) -> N
         "rows apart": lambda: random_images(4, (2, 20, 13, 3))[:, 1::2],
     }[layout]()
     size, canvas = ((5, 12) if columns_first else (7, 9)), (7, 14)
-    assert _columns_first((10, 13), size) == columns_first
+    assert filters_columns_first((10, 13), size) == columns_first
     out = torch.full((4, 3, *canvas), 99, dtype=torch.uint8)
     resize_forward(images, size, out[1:3], columns_first, bgr)
     rgb = images[..., :3].flip(-1) if bgr else images[..., :3]

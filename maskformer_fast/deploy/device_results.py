@@ -1,0 +1,53 @@
+"""What the kernels wrote for a batch, copied to the host -> results.
+
+The small part of post-processing that is not worth a kernel: lists of segments, and which pairs of query and class are
+the best instances. Arrays given here are the runtime's own memory: all that a result keeps is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from maskformer_fast.config import Task
+from maskformer_fast.deploy.host_postprocess import best_first, softmax
+from maskformer_fast.deploy.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.metadata import segments_of_rows
+
+
+def read_results(
+    task: Task,
+    arrays: Mapping[str, np.ndarray],  # the results of a tape, by name, each [B, ...]
+    count: int,
+    width: int,
+    is_thing: Sequence[bool],
+    top_k: int,
+) -> list[Result]:
+    """Results of the first ``count`` frames of a batch, each ``width`` pixels wide."""
+    results: list[Result] = []
+    for row in range(count):
+        image = {name: array[row] for name, array in arrays.items()}
+        if task == "semantic":
+            results.append(SemanticResult(image["labels"].copy()))
+        elif task == "panoptic":
+            rows = zip(*(image[name].tolist() for name in ("ids", "categories", "areas", "scores")), strict=True)
+            results.append(PanopticResult(image["id_map"].copy(), segments_of_rows(rows, is_thing)))
+        else:
+            results.append(_instances(image, width, is_thing, top_k))
+    return results
+
+
+def _instances(image: Mapping[str, np.ndarray], width: int, is_thing: Sequence[bool], top_k: int) -> InstanceResult:
+    """As `postprocess.instances`: the best pairs of query and thing class, less those with an empty mask."""
+    things = np.flatnonzero(np.array(is_thing, dtype=np.bool_))
+    probabilities = softmax(image["class_logits"])[:, things]
+    probabilities = np.nan_to_num(probabilities, nan=-1.0).ravel()
+    pairs = best_first(probabilities, top_k)
+    queries, labels = pairs // max(1, len(things)), things[pairs % max(1, len(things))].astype(np.int64)
+    scores = probabilities[pairs] * image["scores"][queries]
+    found = np.flatnonzero((image["areas"][queries] > 0) & (scores >= 0))
+    chosen = found[np.argsort(-scores[found], kind="stable")]
+    masks = image["masks"]
+    size = (masks.shape[1], width)
+    return InstanceResult(labels[chosen], scores[chosen], masks[queries[chosen]], image["boxes"][queries[chosen]], size)
