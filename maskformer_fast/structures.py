@@ -13,11 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskformer_fast.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.projection import Projection, mask_product
 
-VOID = -1
-"""Value of an unlabelled pixel in every id map and label map of this package."""
-
+__all__ = [
+    "VOID",
+    "Example",
+    "InstanceResult",
+    "Metadata",
+    "PanopticResult",
+    "PixelPredictions",
+    "Predictions",
+    "Result",
+    "SegmentInfo",
+    "SemanticResult",
+    "Targets",
+    "pack_masks",
+    "unpack_masks",
+]
 
 def pack_masks(
     masks: Tensor,  # [..., H, W] bool
@@ -91,39 +104,6 @@ class Targets(NamedTuple):
         """Copy to a device."""
         moved = [t.to(device, non_blocking=non_blocking) for t in self[:4]]
         return Targets(moved[0], moved[1], moved[2], moved[3], self.input_size)
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """Classes of a data set, by contiguous index."""
-
-    name: str
-    class_names: tuple[str, ...]
-    is_thing: tuple[bool, ...]
-    category_ids: tuple[int, ...]  # the data set's own id of each class, for files written in its format
-    colors: tuple[tuple[int, int, int], ...]  # RGB
-
-    def __post_init__(self) -> None:
-        for name in ("is_thing", "category_ids", "colors"):
-            got = len(getattr(self, name))
-            if got != len(self.class_names):
-                raise ValueError(f"{name}: expected one entry for each of {len(self.class_names)} classes, got {got}")
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-
-@dataclass(frozen=True)
-class SegmentInfo:
-    """One segment of the truth or of a result; ``category`` is a contiguous class index."""
-
-    id: int
-    category: int
-    is_thing: bool = True
-    is_crowd: bool = False
-    score: float = 1.0
-    area: int = 0
 
 
 @dataclass

@@ -1,0 +1,41 @@
+"""Classes and segments: what results are about, without torch, so that a bundle's runtime has them too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VOID = -1
+"""Value of an unlabelled pixel in every id map and label map of this package."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Classes of a data set, by contiguous index."""
+
+    name: str
+    class_names: tuple[str, ...]
+    is_thing: tuple[bool, ...]
+    category_ids: tuple[int, ...]  # the data set's own id of each class, for files written in its format
+    colors: tuple[tuple[int, int, int], ...]  # RGB
+
+    def __post_init__(self) -> None:
+        for name in ("is_thing", "category_ids", "colors"):
+            got = len(getattr(self, name))
+            if got != len(self.class_names):
+                raise ValueError(f"{name}: expected one entry for each of {len(self.class_names)} classes, got {got}")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """One segment of the truth or of a result; ``category`` is a contiguous class index."""
+
+    id: int
+    category: int
+    is_thing: bool = True
+    is_crowd: bool = False
+    score: float = 1.0
+    area: int = 0
