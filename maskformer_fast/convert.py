@@ -29,7 +29,7 @@ from maskformer_fast.interop.published import published_config, published_metada
 from maskformer_fast.interop.recording import read_recordings
 from maskformer_fast.interop.verify import verify
 from maskformer_fast.modeling import build_model
-from maskformer_fast.predictor import load
+from maskformer_fast.predictor import load_network
 from maskformer_fast.structures import Metadata
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def write_backbone(weights: Mapping[str, Tensor], config: BackboneConfig, target
 def read_back(target: Path, to: str) -> nn.Module:
     """What was written, as a network on the CPU."""
     if to == "ours":
-        return load(target, "cpu").network
+        return load_network(target, "cpu").network
     model = read_folder(target)
     network = build_model(model.config.model)
     load_into(network, model.weights, target)

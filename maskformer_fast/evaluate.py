@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from maskformer_fast.checkpoint import load_weights
+from maskformer_fast.bundle_predictor import Backend
 from maskformer_fast.cli import leading_path, parse, run_command
 from maskformer_fast.config import DataConfig, Task, TestConfig, check
 from maskformer_fast.data import build_dataset
@@ -20,7 +20,7 @@ from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.files import atomic_write
 from maskformer_fast.formats import write_json
-from maskformer_fast.predictor import load
+from maskformer_fast.predictor import carried_options, load
 from maskformer_fast.validation import check_classes, measure
 from maskformer_fast.writer import ResultWriter
 
@@ -29,10 +29,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a checkpoint: mIoU, PQ or AP. Data and test settings default to those the checkpoint was trained with."""
+    """Measure a checkpoint or bundle: mIoU, PQ or AP.
+
+    Data and test settings default to those the checkpoint was trained with. A bundle fixes its test settings, but for
+    the batch size, and does not know where data lies.
+    """
 
     checkpoint: tyro.conf.Positional[str]
-    """Run folder (its best checkpoint), checkpoint folder or weights file."""
+    """Run folder (its best checkpoint), checkpoint folder, weights file, or bundle."""
     task: tuple[Task, ...] = ()
     """What to measure; default: the data set's own task."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -45,6 +49,8 @@ class EvaluateOptions:
     """Measure only the first so many images."""
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
+    backend: Backend = "auto"
+    """What runs a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
     data: DataConfig = field(default_factory=DataConfig)
     test: TestConfig = field(default_factory=TestConfig)
 
@@ -53,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     path = leading_path(argv)
-    config = load_weights(path).config if path else None
+    carried = carried_options(path) if path else None
     options = parse(
         EvaluateOptions,
         argv,
         prog="python -m maskformer_fast.evaluate",
-        default=EvaluateOptions(tyro.MISSING, data=config.data, test=config.test) if config else None,
+        default=EvaluateOptions(tyro.MISSING, data=carried[0], test=carried[1]) if carried else None,
     )
     with process_group(options.device):
         evaluate(options)
@@ -71,7 +77,7 @@ def evaluate(options: EvaluateOptions) -> None:
     for name in ("output", "picture"):
         target = getattr(options, name)
         check(target is None or not Path(target).is_dir(), name, "a file, not a folder", target)
-    predictor = load(options.checkpoint, options.device, test=options.test)
+    predictor = load(options.checkpoint, options.device, options.test, options.backend)
     dataset = build_dataset(options.data, "val")
     check_classes(predictor.metadata, dataset.metadata)
     predictor.metadata = dataset.metadata  # its things, ids and colours count

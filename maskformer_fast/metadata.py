@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 VOID = -1
@@ -39,3 +40,19 @@ class SegmentInfo:
     is_crowd: bool = False
     score: float = 1.0
     area: int = 0
+
+
+def segments_of_rows(
+    rows: Iterable[Sequence[float]],  # id, category, area, score of each query; an id below 1: it has no segment
+    is_thing: Sequence[bool],
+) -> list[SegmentInfo]:
+    """Segments by id; queries that share an id are one segment: areas add up, the best score counts."""
+    merged: dict[int, tuple[int, int, float]] = {}
+    for number, category, area, score in rows:
+        if number > 0:
+            _, old_area, old_score = merged.get(int(number), (0, 0, 0.0))
+            merged[int(number)] = (int(category), old_area + int(area), max(old_score, score))
+    return [
+        SegmentInfo(number, category, bool(is_thing[category]), score=score, area=area)
+        for number, (category, area, score) in sorted(merged.items())
+    ]

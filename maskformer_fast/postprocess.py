@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder, check, check_choice
+from maskformer_fast.metadata import segments_of_rows
 from maskformer_fast.ops.pruned_semantic import pruned_semantic_inference
 from maskformer_fast.ops.segment_inference import InstanceMasks, instance_inference, panoptic_inference
 from maskformer_fast.ops.semantic_inference import (
@@ -43,7 +44,6 @@ from maskformer_fast.structures import (
     PanopticResult,
     PixelPredictions,
     Predictions,
-    SegmentInfo,
     SemanticResult,
 )
 
@@ -188,7 +188,7 @@ def panoptic(
     if not tables:
         return []
     rows = torch.stack([tables[image] for image in range(len(tables))]).tolist()  # the only transfer of results
-    return [PanopticResult(maps[image], _segments(rows[image], is_thing)) for image in range(len(rows))]
+    return [PanopticResult(maps[image], segments_of_rows(rows[image], is_thing)) for image in range(len(rows))]
 
 
 @torch.no_grad()
@@ -246,19 +246,6 @@ def instances(
         masks, boxes = (tensor[row].index_select(0, slot) for tensor in (found.masks, found.boxes))
         results.append(InstanceResult(labels[image, chosen], scores[:count], masks, boxes, size))
     return results
-
-
-def _segments(rows: list[list[float]], is_thing: Sequence[bool]) -> list[SegmentInfo]:
-    """Rows of (id, category, area, score), one a query -> segments by id; queries that share an id are one segment."""
-    merged: dict[int, tuple[int, int, float]] = {}
-    for number, category, area, score in rows:
-        if number > 0:
-            _, old_area, old_score = merged.get(int(number), (0, 0, 0.0))
-            merged[int(number)] = (int(category), old_area + int(area), max(old_score, score))
-    return [
-        SegmentInfo(number, category, bool(is_thing[category]), score=score, area=area)
-        for number, (category, area, score) in sorted(merged.items())
-    ]
 
 
 def _groups(predictions: Predictions | PixelPredictions, output_sizes: Sequence[Size]) -> Iterator[_Group]:

@@ -14,12 +14,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from maskformer_fast.checkpoint import load_weights
+from maskformer_fast.bundle_predictor import Backend
 from maskformer_fast.cli import leading_path, parse, run_command
 from maskformer_fast.config import Task, TestConfig
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
-from maskformer_fast.predictor import load
+from maskformer_fast.predictor import carried_options, load
 from maskformer_fast.rle import coco_tools
 from maskformer_fast.writer import ResultWriter
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Segment images with a trained checkpoint.
+    """Segment images with a trained checkpoint, or a bundle exported from one.
 
     Writes below the output folder: ``semantic/NAME.png`` (class index), ``panoptic/NAME.png`` with
     ``panoptic.json`` (COCO panoptic format), ``instances.json`` (COCO results with RLE masks), and
@@ -36,7 +36,7 @@ class PredictOptions:
     """
 
     checkpoint: tyro.conf.Positional[str]
-    """Run folder (its best checkpoint), checkpoint folder or weights file."""
+    """Run folder (its best checkpoint), checkpoint folder, weights file, or bundle."""
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, folders (searched recursively) and globs; they come before the options."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "predictions"
@@ -47,6 +47,8 @@ class PredictOptions:
     """Also draw each result over its image."""
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
+    backend: Backend = "auto"
+    """What runs a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
     test: TestConfig = field(default_factory=TestConfig)
 
 
@@ -112,14 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     path = leading_path(argv)
-    config = load_weights(path).config if path else None
+    carried = carried_options(path) if path else None
     options = parse(
         PredictOptions,
         argv,
         prog="python -m maskformer_fast.predict",
-        default=PredictOptions(tyro.MISSING, tyro.MISSING, test=config.test) if config else None,
+        default=PredictOptions(tyro.MISSING, tyro.MISSING, test=carried[1]) if carried else None,
     )
-    predictor = load(options.checkpoint, options.device, test=options.test)
+    predictor = load(options.checkpoint, options.device, options.test, options.backend)
     for task in options.task:
         predictor.check_task(task)
     if "instance" in options.task:

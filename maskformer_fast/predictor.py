@@ -10,22 +10,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from maskformer_fast import postprocess
+from maskformer_fast.bundle_predictor import (
+    Backend,
+    BundlePredictor,
+    bundle_data,
+    bundle_test,
+    is_bundle,
+    load_bundle,
+)
 from maskformer_fast.checkpoint import load_into, load_weights
-from maskformer_fast.config import TASKS, Config, Task, TestConfig, check, check_choice
+from maskformer_fast.config import TASKS, Config, DataConfig, Task, TestConfig, check, check_choice
 from maskformer_fast.data import dataset_metadata
-from maskformer_fast.data.images import read_image, rgb_array
+from maskformer_fast.data.images import ImageLike, as_rgb_array
 from maskformer_fast.data.loader import pad_images
-from maskformer_fast.data.transforms import resize_image, short_edge_size
+from maskformer_fast.data.transforms import resize_image
+from maskformer_fast.deploy.bundle import Bundle
 from maskformer_fast.modeling import build_model
 from maskformer_fast.ops import resize_images
 from maskformer_fast.recipes import load_recipe, recipe_names
+from maskformer_fast.resizing import short_edge_size
 from maskformer_fast.structures import Metadata, Result, SemanticResult
 
-ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,6 +45,16 @@ class Predictor:
         self.config = config
         self.metadata = metadata
         self.device = torch.device(device)
+
+    @property
+    def test(self) -> TestConfig:
+        """Resizing, thresholds and batch size."""
+        return self.config.test
+
+    @property
+    def input_test(self) -> TestConfig:
+        """How a loader resizes the images that go to `infer`."""
+        return self.config.test
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -153,15 +171,28 @@ class Predictor:
             self.network.train(training)
 
 
-def load(path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None) -> Predictor:
-    """A predictor from a checkpoint (weights file, checkpoint folder, run folder) or, untrained, from a recipe.
+def load(
+    path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None, backend: Backend = "auto"
+) -> Predictor | BundlePredictor:
+    """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
 
-    ``test`` replaces the resizing and thresholds that the checkpoint or recipe carries.
+    Args:
+        test: replaces the resizing and thresholds that the checkpoint or recipe carries; a bundle's cannot be replaced.
+        backend: what runs a bundle, see `maskformer_fast.deploy.runtime.load`; of the others PyTorch is the only one.
 
     Raises:
         FileNotFoundError: neither a path nor a recipe.
-        CheckpointError: a damaged checkpoint.
+        CheckpointError, BundleError: a damaged checkpoint or bundle.
+        ValueError: `backend` for something that is not a bundle, or `test` that is not the bundle's.
     """
+    if is_bundle(path_or_recipe):
+        return load_bundle(path_or_recipe, device, test, backend)
+    check(backend == "auto", "backend", f"auto, as {path_or_recipe} is not a bundle and runs in PyTorch", backend)
+    return load_network(path_or_recipe, device, test)
+
+
+def load_network(path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None) -> Predictor:
+    """`load` for what runs in PyTorch: checkpoints and recipes."""
     where = resolve_device(device)
     if not Path(path_or_recipe).exists() and str(path_or_recipe) in recipe_names():
         config = load_recipe(str(path_or_recipe))
@@ -173,6 +204,15 @@ def load(path_or_recipe: str | Path, device: str = "auto", test: TestConfig | No
         network = build_model(config.model)
         load_into(network, weights, path_or_recipe)
     return Predictor(network.to(where).eval(), replace(config, test=test or config.test), metadata, where)
+
+
+def carried_options(path: str | Path) -> tuple[DataConfig, TestConfig]:
+    """Data and test options that a checkpoint or a bundle carries. Errors are those of `load`."""
+    if is_bundle(path):
+        manifest = Bundle.open(path).manifest
+        return bundle_data(manifest), bundle_test(manifest)
+    config = load_weights(path).config
+    return config.data, config.test
 
 
 def with_classes(config: Config, metadata: Metadata) -> Config:
@@ -192,20 +232,3 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: expected auto or a device that torch can use here, got {device!r}") from error
     return resolved
-
-
-def as_rgb_array(image: ImageLike) -> np.ndarray:
-    """Any accepted image -> [H, W, 3] uint8 RGB."""
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        return rgb_array(image)
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise TypeError(f"images: expected a uint8 tensor [3, H, W], got {image.dtype} {tuple(image.shape)}")
-        return image.permute(1, 2, 0).contiguous().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise TypeError(f"images: expected a uint8 array [H, W, 3], got {image.dtype} {image.shape}")
-        return image
-    raise TypeError(f"images: expected a path, PIL image, array or tensor, got {type(image).__name__}")

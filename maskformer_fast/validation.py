@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskformer_fast import visualize
+from maskformer_fast.bundle_predictor import BundlePredictor
 from maskformer_fast.config import Task
 from maskformer_fast.data import SegmentationDataset
 from maskformer_fast.data.loader import eval_loader, eval_shard
@@ -42,7 +44,7 @@ def check_classes(expected: Metadata, got: Metadata) -> None:
 
 
 def measure(
-    predictor: Predictor,
+    predictor: Predictor | BundlePredictor,
     dataset: SegmentationDataset,
     tasks: Sequence[Task],
     *,
@@ -63,14 +65,15 @@ def measure(
     """
     evaluators = {task: build_evaluator(task, dataset.metadata) for task in tasks}
     rows: list[list[np.ndarray]] = []
-    batch_size = predictor.config.test.batch_size
+    batch_size = predictor.test.batch_size
     total = len(dataset) if limit is None else min(limit, len(dataset))
     shard = eval_shard(total, batch_size, rank(), world_size())
-    loader = eval_loader(dataset, predictor.config.test, workers, skip_broken, shard)
+    loader = eval_loader(dataset, predictor.input_test, workers, skip_broken, shard)
     with (
         tqdm(total=len(shard), desc="evaluate", unit="img", leave=False, dynamic_ncols=True,
              disable=not is_main()) as progress,
-        whole_parameters(predictor.network),  # ranks have not equally many images, so each runs on its own
+        # ranks have not equally many images, so each runs on its own
+        whole_parameters(predictor.network) if isinstance(predictor, Predictor) else nullcontext(),
     ):
         for batch in loader.batches(batch_size):
             if not batch:

@@ -15,13 +15,14 @@ MAX_LINES = 420
 # Level of each module or sub-package directly below the package: it may import its own level and lower ones.
 LEVELS = {
     "config": 0, "metadata": 0, "structures": 0, "files": 0, "colors": 0, "rle": 0, "id_maps": 0, "projection": 0,
-    "cli": 0, "recipes": 0, "_extension": 0, "_C": 0, "distributed": 0,
+    "cli": 0, "recipes": 0, "resizing": 0, "_extension": 0, "_C": 0, "distributed": 0,
     "kernels": 1,
     "ops": 2,
     "modeling": 3, "postprocess": 3, "matcher": 3, "criterion": 3, "pixel_criterion": 3,
     "data": 3, "visualize": 3, "formats": 3, "evaluation": 3,
     "checkpoint": 4, "interop": 4, "solver": 4, "runlog": 4, "predictor": 4, "validation": 4, "writer": 4, "trainer": 4,
     "nonfinite": 4, "step": 4, "meter": 4, "tracing": 4, "compilation": 4, "faults": 4, "deploy": 4,
+    "bundle_predictor": 4,
     "train": 5, "evaluate": 5, "predict": 5, "export": 5, "convert": 5,
     "": 5,  # the package itself offers the public API
 }  # fmt: skip

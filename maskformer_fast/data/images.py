@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from maskformer_fast.data.base import BrokenExampleError
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
 
@@ -83,6 +88,23 @@ def rgb_array(image: Image.Image) -> np.ndarray:
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def as_rgb_array(image: ImageLike) -> np.ndarray:
+    """Any accepted image -> [H, W, 3] uint8 RGB."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return rgb_array(image)
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise TypeError(f"images: expected a uint8 tensor [3, H, W], got {image.dtype} {tuple(image.shape)}")
+        return image.permute(1, 2, 0).contiguous().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise TypeError(f"images: expected a uint8 array [H, W, 3], got {image.dtype} {image.shape}")
+        return image
+    raise TypeError(f"images: expected a path, PIL image, array or tensor, got {type(image).__name__}")
 
 
 def read_index_png(path: str | os.PathLike[str]) -> np.ndarray:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskformer_fast.config import TASKS, AugmentConfig, Task, check, check_choice
+from maskformer_fast.config import TASKS, AugmentConfig, Task, check_choice
+from maskformer_fast.resizing import resize_array, short_edge_size
 from maskformer_fast.structures import Example, Metadata, SegmentInfo
 
 _CROP_TRIES = 10
@@ -32,12 +33,6 @@ class Sample(NamedTuple):
     path: str
 
 
-def short_edge_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
-    """Height, width with the shorter side at ``short_edge``, or less where the longer would exceed ``max_size``."""
-    scale = min(short_edge / min(height, width), max_size / max(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
 def resize_image(
     image: np.ndarray,  # [H, W, 3] uint8
     short_edge: int | None,
@@ -49,13 +44,7 @@ def resize_image(
         TypeError: the image is not uint8.
         ValueError: the image is not [H, W, 3] or is empty.
     """
-    if image.dtype != np.uint8:
-        raise TypeError(f"image: expected uint8, got {image.dtype}")
-    check(image.ndim == 3 and image.shape[2] == 3 and image.size > 0, "image", "shape [H, W, 3]", image.shape)
-    if short_edge is None:
-        return _to_tensor(image)
-    height, width = short_edge_size(image.shape[0], image.shape[1], short_edge, max_size)
-    return _to_tensor(np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)))
+    return _to_tensor(resize_array(image, short_edge, max_size))
 
 
 def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[np.ndarray, np.ndarray]:

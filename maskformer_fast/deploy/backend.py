@@ -1,0 +1,49 @@
+"""What `maskformer_fast.deploy.runtime` asks of a backend; which one that is, is the runtime's to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from maskformer_fast.config import Task
+from maskformer_fast.deploy.results import Result
+
+
+class StageSeconds(NamedTuple):
+    """What a batch took in each stage, and from the start of its work to its results; waiting before is not counted."""
+
+    preprocess: float
+    network: float
+    postprocess: float
+    total: float
+
+
+class Backend(Protocol):
+    """Runs batches, several of them at a time; any thread may call."""
+
+    def max_batch(self, height: int, width: int, task: Task) -> int:
+        """The most frames of this size that one `submit` takes. Raises ``ValueError`` where it takes no such frames."""
+        ...
+
+    def submit(
+        self,
+        frames: Sequence[np.ndarray],  # each [H, W, 3] uint8, of one size
+        task: Task,
+    ) -> int:
+        """Begin a batch -> a ticket, at once. What is wrong with the frames may be raised here or by `collect`."""
+        ...
+
+    def collect(self, ticket: int) -> tuple[list[Result], StageSeconds]:
+        """Wait for a batch: one result a frame, at the frames' size. A ticket is good for one call.
+
+        Raises:
+            KeyError: no such ticket, or one that was collected.
+            Exception: what went wrong with the batch; others are not affected.
+        """
+        ...
+
+    def close(self) -> None:
+        """End what is under way and give everything back; results that were not collected are lost."""
+        ...
