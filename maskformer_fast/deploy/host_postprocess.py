@@ -143,7 +143,7 @@ def softmax(
     logits: np.ndarray,  # [..., N] float32
 ) -> np.ndarray:
     """Over the last axis, in float32. NaN, +inf, or nothing but -inf makes a whole row NaN, as in PyTorch."""
-    with np.errstate(invalid="ignore"):  # inf - inf
+    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf, and differences beyond float32
         powers = np.exp(logits - logits.max(-1, keepdims=True))
         return powers / powers.sum(-1, keepdims=True)
 
