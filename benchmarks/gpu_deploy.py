@@ -1,7 +1,7 @@
-"""A bundle's engine and kernels, end to end, beside PyTorch eager and compiled, and Hugging Face: frames in, labels out.
+"""A bundle's engine and kernels, end to end, beside PyTorch, eager and compiled, and Hugging Face.
 
-The network is R50 with 150 classes in FP16, weights by chance; frames lie in the host's memory, and so do the labels in
-the end, on every side. Each side's call waits for the device, so none is captured as a graph. The bundle is exported
+The network is R50 with 150 classes in FP16, weights by chance; frames lie in the host's memory, and so do their labels
+in the end, on every side. Each side's call waits for the device, so none is captured as a graph. The bundle is exported
 here, and its engine built for this GPU, which takes minutes; without onnx, onnxruntime, or TensorRT (also that for RTX)
 its units say what is missing. That it runs answers whether TensorRT for RTX serves this GPU.
 
@@ -101,11 +101,14 @@ def bundle(model: ModelConfig, batch: int, size: Size, device: torch.device) -> 
     folder = Path(temporary_folder().name) / f"bundle_{batch}_{size[0]}x{size[1]}"
     write_bundle(checkpoint(model), folder, f"{batch}x{size[0]}x{size[1]}", device)
     backend = "tensorrt" if device.type == "cuda" else "onnxruntime"
-    return BundleContestant(Setting("bundle", str(folder), batch, size, "semantic", backend, device.index or 0, 2, "off"))
+    setting = Setting("bundle", str(folder), batch, size, "semantic", backend, device.index or 0, 2, "off")
+    return BundleContestant(setting)
 
 
 @cache
-def in_pytorch(model: ModelConfig, batch: int, size: Size, device: torch.device, kind: Any, amp: Any) -> TorchContestant:
+def in_pytorch(
+    model: ModelConfig, batch: int, size: Size, device: torch.device, kind: Any, amp: Any
+) -> TorchContestant:
     return TorchContestant(Setting(kind, str(checkpoint(model)), batch, size, "semantic", str(device), 0, 1, amp))
 
 

@@ -31,6 +31,9 @@ from maskformer_fast.deploy.manifest import Shape
 NAMES: dict[Kind, str] = {"bundle": "bundle", "eager": "PyTorch eager", "compile": "torch.compile"}
 BLOCK_SECONDS = 0.25
 """A contestant's turn: many short calls, or a long one."""
+MIN_CALLS = 10
+"""Of each contestant, however long they take."""
+WORKER = [sys.executable, "-m", "maskformer_fast.contestants"]
 OPEN_SECONDS, ANSWER_SECONDS = 1800.0, 300.0
 """After so long without an answer a process is ended; the first loads and compiles."""
 PACKAGES = ("numpy", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda-python", "torch", "triton")
@@ -99,11 +102,10 @@ class Process:
     """A contestant's process. `ask` raises RuntimeError with its reason where it fails, hangs or dies."""
 
     def __init__(self) -> None:
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "maskformer_fast.contestants"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors, text=True,
-        )  # fmt: skip
+            WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
 
     def __enter__(self) -> Process:
         return self
@@ -187,7 +189,10 @@ def take_turns(processes: dict[Kind, Process], rows: dict[Kind, Row], seconds: f
                 samples[kind] += processes[kind].ask("calls", seconds=min(BLOCK_SECONDS, seconds))["seconds"]
             except RuntimeError as error:
                 rows[kind]["error"] = str(error)
-        left = [kind for kind in left if "error" not in rows[kind] and sum(samples[kind]) < seconds]
+        left = [
+            kind for kind in left
+            if "error" not in rows[kind] and (sum(samples[kind]) < seconds or len(samples[kind]) < MIN_CALLS)
+        ]  # fmt: skip
         first += 1
     return samples
 
@@ -244,7 +249,8 @@ def installed_version(package: str) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = parse(BenchmarkOptions, sys.argv[1:] if argv is None else argv, prog="python -m maskformer_fast.benchmark")
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parse(BenchmarkOptions, arguments, prog="python -m maskformer_fast.benchmark")
     require_matplotlib()  # before minutes of measuring
     bundle = Bundle.open(options.bundle, options.digest)
     start = monotonic()

@@ -109,10 +109,12 @@ class TorchContestant:
     """By `Predictor`, from the checkpoint that the bundle was made of."""
 
     def __init__(self, setting: Setting) -> None:
-        from maskformer_fast.predictor import load
+        from maskformer_fast.predictor import Predictor, load
 
         self.task = setting.task
         predictor = load(setting.path, setting.device)
+        if not isinstance(predictor, Predictor):
+            raise ValueError(f"checkpoint: expected a checkpoint, got the bundle {setting.path}")
         config = predictor.config
         predictor.config = replace(
             config, solver=replace(config.solver, amp=setting.amp),

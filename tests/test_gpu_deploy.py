@@ -1,4 +1,4 @@
-"""The GPU benchmark of deployment on the CPU: sides by onnxruntime and PyTorch, goals for shares, patience for builds."""
+"""The GPU benchmark of deployment on the CPU: what the sides compute, goals for shares, patience for builds."""
 
 from __future__ import annotations
 

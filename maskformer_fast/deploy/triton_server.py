@@ -53,8 +53,8 @@ class TritonPythonModel(ServedBundle):
 class TritonServerOptions:
     """Write a model repository for NVIDIA's Triton Inference Server from a bundle.
 
-    ``complete`` and ``raw`` serve the bundle's ONNX graphs by the server's ONNX Runtime, ``engine`` its TensorRT engine:
-    images [3, H, W] in; labels, or class and mask logits, out. ``results`` serves what ``predict`` gives, images
+    ``complete`` and ``raw`` serve the bundle's ONNX graphs by the server's ONNX Runtime, ``engine`` a TensorRT engine
+    of it: images [3, H, W] in; labels, or class and mask logits, out. ``results`` serves what ``predict`` gives, images
     [H, W, 3] of any size in and this package's results out, by the server's Python backend; the package must be
     installed there. A repository may hold many models; one of this name is left alone unless only its version is new.
     """
@@ -309,9 +309,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = parse(
-        TritonServerOptions, sys.argv[1:] if argv is None else argv, prog="python -m maskformer_fast.deploy.triton_server"
-    )
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parse(TritonServerOptions, arguments, prog="python -m maskformer_fast.deploy.triton_server")
     bundle = Bundle.open(options.bundle, options.digest)
     folder = write_repository(bundle, options)
     print(f"{folder}: serve it with tritonserver --model-repository={folder.parent.resolve()}")
