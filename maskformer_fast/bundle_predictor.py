@@ -21,6 +21,7 @@ from maskformer_fast.deploy.bundle import Bundle
 from maskformer_fast.deploy.manifest import MANIFEST_NAME, Manifest
 from maskformer_fast.deploy.runtime import Runtime
 from maskformer_fast.deploy.runtime import load as load_runtime
+from maskformer_fast.distributed import world_size
 from maskformer_fast.structures import InstanceResult, Metadata, PanopticResult, Result, SemanticResult
 
 Backend = Literal["auto", "onnxruntime", "tensorrt"]
@@ -95,8 +96,8 @@ def load_bundle(
     """A predictor from a bundle.
 
     Args:
-        device: ``auto`` (the first GPU if the backend is TensorRT), ``cpu``, ``cuda`` or ``cuda:N``. A device that is
-            named decides the backend where that is ``auto``.
+        device: ``auto``, ``cpu``, ``cuda`` (the first GPU, or that of this rank) or ``cuda:N``. One that is named
+            decides the backend where that is ``auto``.
         test: must be what the bundle was exported with, but for the batch size, see `bundle_test`.
         backend: see `maskformer_fast.deploy.runtime.load`.
 
@@ -150,11 +151,12 @@ def as_tensors(result: results.Result) -> Result:
 
 def _backend_of(device: str, backend: Backend) -> tuple[Backend, int]:
     """Backend and CUDA device number for a device as users name it."""
+    own = torch.cuda.current_device() if world_size() > 1 and torch.cuda.is_available() else 0  # by `process_group`
     if device == "auto":
-        return backend, 0
+        return backend, own
     kind, _, number = device.partition(":")
     known = kind in ("cpu", "cuda") and (not number or (kind == "cuda" and number.isdecimal()))
     check(known, "device", "auto, cpu, cuda or cuda:N", device)
     on_device: Backend = "onnxruntime" if kind == "cpu" else "tensorrt"
     check(backend in ("auto", on_device), "device", f"one that {backend} runs on", device)
-    return on_device, int(number or 0)
+    return on_device, int(number) if number else own

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import maskformer_fast
-from maskformer_fast import evaluate, postprocess, predict
-from maskformer_fast.bundle_predictor import BundlePredictor, bundle_data, bundle_test, is_bundle
+from maskformer_fast import bundle_predictor, evaluate, postprocess, predict
+from maskformer_fast.bundle_predictor import BundlePredictor, _backend_of, bundle_data, bundle_test, is_bundle
 from maskformer_fast.config import DataConfig, ShapesConfig, TestConfig
 from maskformer_fast.data import build_dataset
 from maskformer_fast.data.presets import PRESETS
@@ -52,7 +52,8 @@ def pair(folder: Path) -> tuple[BundlePredictor, Predictor]:
 def shapes(folder: Path) -> tuple[Path, Predictor]:
     """A bundle with the classes of the synthetic data set."""
     dataset = build_dataset(DATA, "val")
-    bundle, reference = tiny_bundle(folder / "shapes", replace(TEST, short_edge=None), metadata=dataset.metadata, seed=3)
+    test = replace(TEST, short_edge=None)
+    bundle, reference = tiny_bundle(folder / "shapes", test, metadata=dataset.metadata, seed=3)
     return bundle.folder, reference
 
 
@@ -186,6 +187,14 @@ def test_other_things_than_the_exported_ones_are_refused(pair: tuple[BundlePredi
 def test_devices_and_backends(folder: Path, pair: Any, device: str, backend: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         maskformer_fast.load(folder / "resizing", device, backend=backend)
+
+
+def test_ranks_take_the_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _backend_of("cuda", "auto") == ("tensorrt", 0) and _backend_of("cuda:3", "auto") == ("tensorrt", 3)
+    monkeypatch.setattr(bundle_predictor, "world_size", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert _backend_of("auto", "auto") == ("auto", 2) and _backend_of("cuda", "tensorrt") == ("tensorrt", 2)
 
 
 def test_what_is_no_bundle_has_no_backend(folder: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_graph_of_fixed_size(tmp_path: Path, bundle: Bundle) -> None:
             np.testing.assert_array_equal(got, wanted)
     with pytest.raises(ValueError, match="frames: expected 1 to 2 of them, got 3"):
         labels_of(fixed, FRAMES)
-    with pytest.raises(ValueError, match=r"a size that becomes \(37, 50\) .*got '\(36, 50\), which becomes \(36, 50\)'"):
+    with pytest.raises(ValueError, match=r"becomes \(37, 50\) .*got '\(36, 50\), which becomes \(36, 50\)'"):
         labels_of(fixed, [FRAMES[0][:36]])
     fixed.close()
     free.close()

@@ -84,14 +84,12 @@ class TinyNetwork(nn.Module):
         mixed = node("Conv", features, constant("embeddings", self.embeddings[:, :, None, None]))
         node("Add", mixed, constant("offsets", self.offsets), out="mask_logits")
         batch, height, width = size or ("batch", "height", "width")
+        outputs = {"class_logits": [batch, self.queries, self.classes + 1], "mask_logits": [batch, self.queries, "h", "w"]}
         graph = helper.make_graph(
             nodes,
             "tiny",
             [helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, 3, height, width])],
-            [
-                helper.make_tensor_value_info("class_logits", TensorProto.FLOAT, [batch, self.queries, self.classes + 1]),
-                helper.make_tensor_value_info("mask_logits", TensorProto.FLOAT, [batch, self.queries, "h", "w"]),
-            ],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
