@@ -3,7 +3,8 @@
 The network is R50 with 150 classes in FP16, weights by chance; frames lie in the host's memory, and so do their labels
 in the end, on every side. Each side's call waits for the device, so none is captured as a graph. The bundle is exported
 here, and its engine built for this GPU, which takes minutes; without onnx, onnxruntime, or TensorRT (also that for RTX)
-its units say what is missing. That it runs answers whether TensorRT for RTX serves this GPU.
+its units say what is missing. That it runs answers whether TensorRT for RTX serves this GPU. Peak memory is what
+PyTorch allocates, in which TensorRT has no part.
 
 Labels are compared with those of FP32. With weights by chance, most classes are nearly as likely as the next, so that
 labels turn on rounding; MASKFORMER_FAST_CHECKPOINT names a trained checkpoint, for which the goal holds.

@@ -115,8 +115,14 @@ def draw(rows: Iterable[Row]) -> Any:
         axes.set(xlabel="batch", ylabel=label, xticks=batches)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    stages.set(xlabel="batch", ylabel="% of a call", xticks=range(len(batches)), xticklabels=batches)
-    for axes in (latency, throughput, stages):
-        if axes.get_legend_handles_labels()[0]:
+        if own_lines(axes):
             axes.legend(fontsize=8)
+    stages.set(xlabel="batch", ylabel="% of a call", xticks=range(len(batches)), xticklabels=batches, ylim=(0, 100))
+    if own_lines(stages):
+        stages.legend(fontsize=8, ncols=len(STAGES), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return FigureCanvasAgg(figure)
+
+
+def own_lines(axes: Any) -> bool:
+    """Whether a legend would have anything in it."""
+    return bool(axes.get_legend_handles_labels()[0])

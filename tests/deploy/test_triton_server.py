@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as schema
 
-from maskformer_fast.deploy import triton_server
+from maskformer_fast.config import TestConfig
+from maskformer_fast.deploy import runtime, triton_server
 from maskformer_fast.deploy.bundle import Bundle, extend_bundle, write_bundle
 from maskformer_fast.deploy.manifest import (
     BundleError,
@@ -35,6 +36,7 @@ from maskformer_fast.deploy.manifest import (
 )
 from maskformer_fast.deploy.triton_server import TritonServerOptions, write_repository
 from maskformer_fast.metadata import Metadata, SegmentInfo
+from tests.deploy.tiny_bundle import tiny_bundle as tiny_network_bundle
 
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan", "python": ""}
@@ -263,7 +265,8 @@ sys.exit(main(sys.argv[1:]))
 
 def test_command_runs_without_torch(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
-    command = [sys.executable, "-c", WITHOUT_TORCH, str(bundle.folder), "-o", str(tmp_path / "models"), "--model", "results"]
+    arguments = [str(bundle.folder), "-o", str(tmp_path / "models"), "--model", "results"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert f"--model-repository={tmp_path / 'models'}" in result.stdout
@@ -338,6 +341,21 @@ class Runtime:
         self.closed = True
 
 
+def start_model(folder: Path, kind: str):
+    """Import a model and start it, as the server does."""
+    spec = importlib.util.spec_from_file_location("model", folder / "1" / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.TritonPythonModel()
+    parameters = {key: {"string_value": value.string_value} for key, value in served(folder).parameters.items()}
+    model.initialize({
+        "model_config": json.dumps({"parameters": parameters}), "model_instance_kind": kind,
+        "model_instance_device_id": "3", "model_repository": "elsewhere", "model_version": "1", "model_name": "x",
+    })  # fmt: skip
+    return model
+
+
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Writes the results model of a task and starts it as the server does -> the model, its configuration, loads."""
@@ -348,25 +366,12 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         loads.append((folder, backend, device))
         return Runtime(Bundle.open(folder, digest))
 
-    runtime = types.ModuleType("maskformer_fast.deploy.runtime")
-    runtime.load = load  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "maskformer_fast.deploy.runtime", runtime)
+    monkeypatch.setattr(runtime, "load", load)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Server("triton_python_backend_utils"))
 
     def start(task: str, kind: str = "CPU", **more: object):
         folder = write_repository(bundle, options(tmp_path, model="results", task=task, name=task, **more))
-        config = served(folder)
-        spec = importlib.util.spec_from_file_location("model", folder / "1" / "model.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        model = module.TritonPythonModel()
-        parameters = {key: {"string_value": value.string_value} for key, value in config.parameters.items()}
-        model.initialize({
-            "model_config": json.dumps({"parameters": parameters}), "model_instance_kind": kind,
-            "model_instance_device_id": "3", "model_repository": "elsewhere", "model_version": "1", "model_name": task,
-        })  # fmt: skip
-        return model, config, loads
+        return start_model(folder, kind), served(folder), loads
 
     return start
 
@@ -415,9 +420,37 @@ def test_results_model_answers_each_request_with_its_own(serve, task: str) -> No
                 for name in ("labels", "scores", "boxes", "masks"):
                     np.testing.assert_array_equal(found[name][row, :count], getattr(wanted, name))
                     assert not found[name][row, count:].any()
-    runtime = model.runtime
+    stub = model.runtime
     model.finalize()
-    assert runtime.closed
+    assert stub.closed
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
+def test_results_model_by_the_real_runtime(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Server("triton_python_backend_utils"))
+    thresholds = TestConfig(short_edge=None, object_mask_threshold=0.2, overlap_threshold=0.1)
+    bundle, _ = tiny_network_bundle(tmp_path / "bundle", thresholds)
+    folder = write_repository(bundle, options(tmp_path, model="results", task=task))
+    model = start_model(folder, "CPU")
+    rng = np.random.default_rng(3)
+    batches = [random_images(rng, *shape) for shape in ((2, 40, 56), (1, 33, 47))]
+    responses = model.execute([{"images": images} for images in batches])
+    with runtime.load(bundle, "onnxruntime") as direct:
+        for images, response in zip(batches, responses, strict=True):
+            found = check_response(served(folder), response, len(images))
+            for row, wanted in enumerate(direct.predict(list(images), task)):  # type: ignore[arg-type]
+                if task == "semantic":
+                    np.testing.assert_array_equal(found["labels"][row], wanted.labels)
+                elif task == "panoptic":
+                    np.testing.assert_array_equal(found["id_map"][row], wanted.id_map)
+                    assert [text["id"] for text in json.loads(found["segments"][row, 0])] == [
+                        segment.id for segment in wanted.segments
+                    ]
+                else:
+                    count = found["count"][row, 0]
+                    assert count == len(wanted.scores) > 0
+                    np.testing.assert_array_equal(found["masks"][row, :count], wanted.masks)
+    model.finalize()
 
 
 def test_a_bad_request_fails_alone(serve) -> None:
