@@ -27,7 +27,7 @@ def sine_positions(height: int, width: int, channels: int, device: torch.device)
 def _axis_embedding(length: int, channels: int, device: torch.device) -> Tensor:
     """Sines and cosines, interleaved, of the positions 1..length -> [length, channels]."""
     position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
-    position = position / (position[-1:] + 1e-6) * (2 * math.pi)
+    position = position / (position[-1] + 1e-6) * (2 * math.pi)
     exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
     angle = position[:, None] / TEMPERATURE**exponent  # [length, channels/2]
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)

@@ -1,0 +1,296 @@
+"""A network as ONNX graphs, by ``torch.export``, and the proof that they compute what PyTorch does.
+
+Two flavours, both from uint8 images [B, 3, H, W] of any size, normalised and padded inside the graph:
+
+- ``raw``: class logits and mask logits, for runtimes with post-processing of their own.
+- ``complete``: semantic labels at the input's size by plain ONNX operators (`maskformer_fast.postprocess`, order
+  ``direct``), for all others.
+
+The graphs use opset 20, float32, and no control flow. Mask logits are pixel embeddings times mask embeddings here: to
+fold the embeddings into the last convolution, as PyTorch does on the CPU, takes a kernel for each image, computed at run
+time, which TensorRT has no fast convolution for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskformer_fast.config import check, check_choice
+from maskformer_fast.deploy.manifest import Graph, Parity, Shape, TensorSpec
+from maskformer_fast.modeling.maskformer import MaskFormer
+
+logger = logging.getLogger(__name__)
+
+OPSET = 20
+"""TensorRT's builder fails on some operators of later ones (Attention, opset 23)."""
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit."""
+MARGIN = 1e-3
+"""Labels must be equal where the winner's score leads the runner-up's by more than this."""
+
+Flavour = Literal["raw", "complete"]
+FLAVOURS: tuple[Flavour, ...] = ("raw", "complete")
+
+# Sizes while tracing. Far from 1, from each other, and from whole windows, so that no comparison of sizes is decided by
+# coincidence; nothing is computed at them.
+_TRACED = Shape(3, 1501, 2203)
+_NAMES = ("B", "H", "W")
+
+
+class ParityError(RuntimeError):
+    """A graph that does not compute what PyTorch computes."""
+
+
+class RawGraph(nn.Module):
+    """Images -> class logits, mask logits of the last decoder layer."""
+
+    def __init__(self, network: MaskFormer) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        images: Tensor,  # [B, 3, H, W] uint8 RGB, each image filling it
+    ) -> tuple[Tensor, Tensor]:
+        """-> class logits [B, Q, K+1], mask logits [B, Q, h, w] at stride 4 of the padded input."""
+        network = self.network
+        height, width = padded_size(images.shape[2], images.shape[3], network.config.size_divisibility)
+        x = (images.to(torch.float32) - network.pixel_mean) / network.pixel_std
+        x = F.pad(x, (0, width - images.shape[3], 0, height - images.shape[2]))  # zero: the mean colour
+        features, memory = network.pixel_decoder.fuse(network.backbone(x))
+        class_logits, embeddings = network.predictor(memory, all_layers=False)
+        pixels = network.pixel_decoder.projection.embed(features)
+        masks = torch.matmul(embeddings[-1], pixels.flatten(2)).unflatten(2, pixels.shape[2:])
+        return class_logits[-1], masks
+
+
+class CompleteGraph(RawGraph):
+    """Images -> semantic labels at the images' size."""
+
+    def forward(  # type: ignore[override]  # one output, for another flavour
+        self,
+        images: Tensor,  # [B, 3, H, W] uint8 RGB
+    ) -> Tensor:
+        """-> labels [B, H, W] int32."""
+        return label_scores(*super().forward(images), images.shape[2:], self.network.config.size_divisibility)[0]
+
+
+def padded_size(height: int, width: int, divisibility: int) -> tuple[int, int]:
+    """Height, width of the network's input: the images', rounded up to multiples (0: as they are)."""
+    step = max(divisibility, 1)
+    return (height + step - 1) // step * step, (width + step - 1) // step * step
+
+
+def label_scores(
+    class_logits: Tensor,  # [B, Q, K+1]
+    mask_logits: Tensor,  # [B, Q, h, w]
+    image_size: Sequence[int],
+    divisibility: int,
+) -> tuple[Tensor, Tensor]:
+    """Semantic inference in the order ``direct`` -> labels [B, H, W] int32, class scores [B, K, H, W]."""
+    height, width = image_size
+    size = padded_size(height, width, divisibility)
+    masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False)
+    masks = masks[:, :, :height, :width].sigmoid()
+    classes = class_logits.softmax(-1)[..., :-1].transpose(1, 2)  # [B, K, Q]
+    scores = torch.matmul(classes, masks.flatten(2)).unflatten(2, (height, width))
+    return scores.argmax(1).to(torch.int32), scores
+
+
+def export_graph(network: nn.Module, flavour: Flavour, static: Shape | None = None) -> tuple[bytes, Graph]:
+    """Export one flavour -> ONNX file content, and its description for the manifest (``FLAVOUR.onnx``).
+
+    Args:
+        network: a `MaskFormer` on the CPU, in evaluation mode.
+        static: the one shape that the graph will take; ``None`` takes any batch, height and width.
+
+    Raises:
+        ValueError: the network is a per-pixel baseline, which has no queries to give.
+    """
+    check_choice("flavour", flavour, FLAVOURS)
+    if not isinstance(network, MaskFormer):
+        raise ValueError(f"model.type: expected maskformer, got {type(network).__name__}: only it can be exported")
+    check(not network.training, "network", "one in evaluation mode", "training mode")
+    module = (RawGraph if flavour == "raw" else CompleteGraph)(network)
+    model = _export(module, static)
+    outputs = {"raw": ("class_logits", "mask_logits"), "complete": ("labels",)}[flavour]
+    _name_values(model, outputs)
+    config = network.config
+    batch: tuple[int | str, ...] = _NAMES if static is None else (static.batch, static.height, static.width)
+    image = TensorSpec("images", "uint8", (batch[0], 3, *batch[1:]))
+    if flavour == "complete":
+        specs: tuple[TensorSpec, ...] = (TensorSpec("labels", "int32", batch),)
+    else:
+        queries = config.decoder.num_queries
+        size: tuple[int | str, ...] = ("h", "w") if static is None else mask_size(static, config.size_divisibility)
+        specs = (
+            TensorSpec("class_logits", "float32", (batch[0], queries, config.num_classes + 1)),
+            TensorSpec("mask_logits", "float32", (batch[0], queries, *size)),
+        )
+    _set_shapes(model, (image, *specs))
+    return model.SerializeToString(deterministic=True), Graph(f"{flavour}.onnx", (image,), specs, OPSET, static is None)
+
+
+def mask_size(shape: Shape, divisibility: int) -> tuple[int, int]:
+    """Height, width of the mask logits of images of this shape."""
+    height, width = padded_size(shape.height, shape.width, divisibility)
+    return -(-height // 4), -(-width // 4)
+
+
+def _export(module: nn.Module, static: Shape | None) -> Any:
+    """-> onnx.ModelProto."""
+    traced = static or _TRACED
+    images = torch.zeros(traced.batch, 3, traced.height, traced.width, dtype=torch.uint8)
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = ({0: dynamic, 2: dynamic, 3: dynamic},) if static is None else None
+    # PyTorch asks of many sizes whether they are 1, to choose a memory layout, which no ONNX graph has. Size-oblivious
+    # tracing answers no without a condition on the size; what still is asked (padding >= 0) holds for all sizes.
+    oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    with torch.no_grad(), oblivious, _quiet():
+        program = torch.export.export(
+            module, (images,), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+        )
+        exported = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False)
+    assert exported is not None  # None is for exports to a file
+    return exported.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Without the exporter's progress and its notes on packages that this project does without."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        exporter.setLevel(level)
+
+
+def _name_values(model: Any, outputs: Sequence[str]) -> None:
+    """Give the graph's outputs their names, wherever they are used."""
+    names = {value.name: name for value, name in zip(model.graph.output, outputs, strict=True)}
+    for value in model.graph.output:
+        value.name = names[value.name]
+    for node in model.graph.node:
+        for slots in (node.input, node.output):
+            for index, name in enumerate(slots):
+                slots[index] = names.get(name, name)
+    # Shapes of inner values repeat what inference finds, under the exporter's names for sizes.
+    del model.graph.value_info[:]
+
+
+def _set_shapes(model: Any, specs: Sequence[TensorSpec]) -> None:
+    """Write sizes of inputs and outputs as the manifest has them."""
+    for value, spec in zip([*model.graph.input, *model.graph.output], specs, strict=True):
+        assert value.name == spec.name
+        for dimension, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
+            if isinstance(size, str):
+                dimension.dim_param = size
+            else:
+                dimension.dim_value = size
+
+
+@torch.no_grad()
+def check_parity(network: MaskFormer, graphs: dict[Flavour, bytes], shapes: Sequence[Shape]) -> tuple[Parity, ...]:
+    """Run each graph in onnxruntime on random images of each shape, beside PyTorch.
+
+    The reference of ``raw`` is the network as `Predictor` runs it, of ``complete`` semantic inference on its logits.
+
+    Raises:
+        ParityError: logits differ by more than `TOLERANCE` of the largest one, or labels differ where the winner leads
+            by more than `MARGIN`, or a graph fails; with flavour and shape.
+        ModuleNotFoundError: onnxruntime is not installed.
+    """
+    sessions = {flavour: _session(content) for flavour, content in graphs.items()}
+    results = []
+    for number, shape in enumerate(shapes):
+        images = _test_images(shape, seed=number)
+        reference = _reference(network, images)
+        for flavour, session in sessions.items():
+            try:
+                outputs = session.run(None, {"images": images.numpy()})
+            except Exception as error:  # onnxruntime's errors share no base class
+                raise ParityError(f"{flavour}.onnx, {shape}: onnxruntime fails: {error}") from error
+            tensors = [torch.from_numpy(output) for output in outputs]
+            results.append(_compare(flavour, shape, reference, tensors, network.config.size_divisibility))
+    return tuple(results)
+
+
+def _session(content: bytes) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "onnxruntime is not installed: pip install maskformer_fast[deploy]", name="onnxruntime"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _test_images(shape: Shape, seed: int) -> Tensor:
+    """Noise over blocks of 16 pixels: something for every layer to see."""
+    generator = np.random.default_rng(seed)
+    rows, columns = math.ceil(shape.height / 16), math.ceil(shape.width / 16)
+    blocks = generator.integers(0, 224, (shape.batch, 3, rows, columns)).repeat(16, 2).repeat(16, 3)
+    blocks = blocks[:, :, : shape.height, : shape.width]
+    return torch.from_numpy((blocks + generator.integers(0, 32, blocks.shape)).astype(np.uint8))
+
+
+def _reference(network: MaskFormer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the network itself, its input padded as `Predictor` does."""
+    batch, _, height, width = images.shape
+    size = padded_size(height, width, network.config.size_divisibility)
+    padded = F.pad(images, (0, size[1] - width, 0, size[0] - height))
+    predictions = network(padded, torch.tensor([[height, width]]).expand(batch, -1))
+    return predictions.class_logits[-1], predictions.mask_logits()
+
+
+def _compare(
+    flavour: Flavour, shape: Shape, reference: tuple[Tensor, Tensor], outputs: list[Tensor], divisibility: int
+) -> Parity:
+    """Errors of one graph on one batch. Raises `ParityError`."""
+    where = f"{flavour}.onnx, {shape}"
+    size = (shape.height, shape.width)
+    expected, scores = label_scores(*reference, size, divisibility)
+    top = scores.topk(min(2, scores.shape[1]), dim=1).values
+    clear = top[:, 0] - top[:, -1] > MARGIN if scores.shape[1] > 1 else torch.ones_like(expected, dtype=torch.bool)
+    del scores, top
+    error = 0.0
+    if flavour == "raw":
+        for got, logits in zip(outputs, reference, strict=True):
+            if got.shape != logits.shape:
+                raise ParityError(f"{where}: expected logits of shape {list(logits.shape)}, got {list(got.shape)}")
+            difference = float((got - logits).abs().max() / logits.abs().max())
+            error = difference if math.isnan(difference) else max(error, difference)
+        labels = label_scores(outputs[0], outputs[1], size, divisibility)[0]
+    else:
+        labels = outputs[0]
+        if labels.shape != expected.shape:
+            raise ParityError(f"{where}: expected labels of shape {list(expected.shape)}, got {list(labels.shape)}")
+    equal = labels == expected
+    result = Parity(
+        flavour, shape, error, float(equal.double().mean()),
+        float(equal[clear].double().mean()) if bool(clear.any()) else 1.0,
+    )  # fmt: skip
+    if not error <= TOLERANCE:  # NaN among them
+        raise ParityError(f"{where}: logits differ from PyTorch's by {error:.3g} of the largest, over {TOLERANCE}")
+    if result.labels_equal_at_margin < 1.0:
+        raise ParityError(
+            f"{where}: {1 - result.labels_equal_at_margin:.3g} of the labels that lead by {MARGIN} differ from PyTorch's"
+        )
+    logger.info("%s: logits within %.1e of the largest, %.4f of labels equal", where, error, result.labels_equal)
+    return result
