@@ -22,6 +22,8 @@ import numpy as np
 
 from maskformer_fast.config import Task
 from maskformer_fast.deploy.backend import StageSeconds
+from maskformer_fast.deploy.bundle import Bundle
+from maskformer_fast.deploy.selection import tensorrt_obstacle
 from maskformer_fast.metadata import VOID
 
 Kind = Literal["bundle", "eager", "compile"]
@@ -69,9 +71,6 @@ class Contestant(Protocol):
     def stream(self, frames: Iterator[np.ndarray]) -> Iterator[Any] | None:
         """Results of single frames with several in flight; None where there is no such thing."""
 
-    def device_bytes(self) -> int | None:
-        """Memory of the GPU in use by all; None without one."""
-
 
 class BundleContestant:
     """By `deploy.runtime`."""
@@ -95,14 +94,6 @@ class BundleContestant:
 
     def stream(self, frames: Iterator[np.ndarray]) -> Iterator[Any] | None:
         return self.runtime.stream(frames, self.task)
-
-    def device_bytes(self) -> int | None:
-        if self.backend != "tensorrt":
-            return None
-        from cuda.bindings import runtime as cuda
-
-        status, free, total = cuda.cudaMemGetInfo()
-        return int(total - free) if status == cuda.cudaError_t.cudaSuccess else None
 
 
 class TorchContestant:
@@ -141,14 +132,6 @@ class TorchContestant:
 
     def stream(self, frames: Iterator[np.ndarray]) -> Iterator[Any] | None:
         return None
-
-    def device_bytes(self) -> int | None:
-        if self.predictor.device.type != "cuda":
-            return None
-        import torch
-
-        free, total = torch.cuda.mem_get_info(self.predictor.device)
-        return int(total - free)
 
 
 def timed_network(predictor: Any, compiled: bool) -> Any:
@@ -261,12 +244,12 @@ class Worker:
         frames = make_frames(max(FRAMES, self.setting.batch), self.setting.size, self.setting.pictures)
         self.turn = itertools.cycle(frames)
         self.first = frames[:COMPARED_FRAMES]
-        before = used_before(self.setting)
+        before = device_bytes(self.setting)
         start = perf_counter()
         self.contestant = open_contestant(self.setting)
         for _ in range(WARM_UP_CALLS):
             self.contestant.predict(self.batch())
-        after = self.contestant.device_bytes()
+        after = device_bytes(self.setting)
         return {
             "backend": self.contestant.backend,
             "ready_s": perf_counter() - start,
@@ -313,8 +296,8 @@ class Worker:
         return {"peak_rss_mib": peak_rss_mib()}
 
 
-def used_before(setting: Setting) -> int | None:
-    """GPU memory in use before the contestant is loaded, the context of this process included; None without a GPU."""
+def device_bytes(setting: Setting) -> int | None:
+    """Memory in use on the GPU, the context of this process included; None for a contestant that needs no GPU."""
     if setting.kind != "bundle":
         if not setting.device.startswith("cuda"):
             return None
@@ -322,13 +305,13 @@ def used_before(setting: Setting) -> int | None:
 
         free, total = torch.cuda.mem_get_info(torch.device(setting.device))
         return int(total - free)
-    try:
-        from cuda.bindings import runtime as cuda
+    manifest = Bundle.open(setting.path, setting.digest).manifest
+    if setting.device == "onnxruntime" or tensorrt_obstacle(manifest, setting.device_index) is not None:
+        return None  # not even a context is made, which would count as its memory
+    from cuda.bindings import runtime as cuda
 
-        cuda.cudaSetDevice(setting.device_index)
-        status, free, total = cuda.cudaMemGetInfo()
-    except (ImportError, RuntimeError):
-        return None
+    cuda.cudaSetDevice(setting.device_index)
+    status, free, total = cuda.cudaMemGetInfo()
     return int(total - free) if status == cuda.cudaError_t.cudaSuccess else None
 
 

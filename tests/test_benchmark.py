@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,6 @@ def test_contestants_agree(tiny: Bundle, task: Any) -> None:
         maps[kind] = np.stack([contestants.label_map(result, task, SIZE) for result in results])
         stages = contestant.timed(frames[:2])
         assert min(stages) >= 0 and sum(stages[:3]) == pytest.approx(stages.total, rel=0.2)
-        assert contestant.device_bytes() is None
         if kind == "bundle":
             assert len(list(contestant.stream(iter(frames)))) == 3
         else:
@@ -74,6 +73,32 @@ def test_contestants_agree(tiny: Bundle, task: Any) -> None:
     assert len(np.unique(maps["bundle"])) > 1
     np.testing.assert_array_equal(maps["bundle"], maps["eager"])
     np.testing.assert_array_equal(maps["compile"], maps["eager"])
+
+
+def test_gpu_memory_of_a_bundle(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    success = object()
+
+    class Cuda(ModuleType):
+        cudaError_t = SimpleNamespace(cudaSuccess=success)  # as CUDA spells it
+
+        @staticmethod
+        def cudaSetDevice(device: int) -> None:
+            calls.append(device)
+
+        @staticmethod
+        def cudaMemGetInfo() -> tuple[object, int, int]:
+            return success, 600, 1000
+
+    bindings = ModuleType("cuda.bindings")
+    bindings.runtime = Cuda("cuda.bindings.runtime")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(contestants, "tensorrt_obstacle", lambda manifest, device: None)
+    gpu = setting("bundle", tiny.folder, device="auto", device_index=2)
+    assert contestants.device_bytes(gpu) == 400 and calls == [2]
+    assert contestants.device_bytes(replace(gpu, device="onnxruntime")) is None
+    monkeypatch.setattr(contestants, "tensorrt_obstacle", lambda manifest, device: ValueError("no engine"))
+    assert contestants.device_bytes(gpu) is None and calls == [2], "no context is made"
 
 
 def test_label_maps() -> None:
