@@ -6,8 +6,8 @@ here, and its engine built for this GPU, which takes minutes; without onnx, onnx
 its units say what is missing. That it runs answers whether TensorRT for RTX serves this GPU. Peak memory is what
 PyTorch allocates, in which TensorRT has no part.
 
-Labels are compared with those of FP32. With weights by chance, most classes are nearly as likely as the next, so that
-labels turn on rounding; MASKFORMER_FAST_CHECKPOINT names a trained checkpoint, for which the goal holds.
+Labels are compared with those of FP32. With weights by chance many labels are close calls: halves, emulated on the CPU,
+kept 98.8 to 99.6 % of them. MASKFORMER_FAST_CHECKPOINT names a trained checkpoint, for which the goal of 99.5 % holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.gpu_harness import OURS, Bound, Case, Peer, Work
 from maskformer_fast.checkpoint import load_into, load_weights, save_weights
@@ -41,6 +41,8 @@ LEAST_TRAINED, LEAST_BY_CHANCE = 0.995, 0.95
 PATIENCE_SECONDS = 240.0
 """For the export and the engine's build."""
 MODEL = ModelConfig(num_classes=CLASSES, backbone=BackboneConfig("resnet50"))
+SPREAD = 4.0
+"""Standard deviation of the logits with weights by chance."""
 GMACS = 53.0
 """Billion multiplications and additions of R50 MaskFormer for a frame of 512x512, by the count of the paper."""
 BYTES = 2 * 41e6
@@ -69,8 +71,30 @@ def checkpoint(model: ModelConfig) -> Path:
     names = tuple(f"class {k}" for k in range(model.num_classes))
     count = len(names)
     metadata = Metadata("by chance", names, (True,) * count, tuple(range(count)), ((0, 0, 0),) * count)
-    save_weights(path, build_model(model), Config(model=model, test=test), metadata, 0)
+    network = build_model(model).eval()
+    spread_queries(network)
+    save_weights(path, network, Config(model=model, test=test), metadata, 0)
     return path
+
+
+@torch.no_grad()
+def spread_queries(network: nn.Module) -> None:
+    """Rescale and shift the two heads so that queries differ in class and mask, and not one class wins everywhere."""
+    frame = torch.from_numpy(draw_frame(np.random.default_rng(0), (128, 128))).permute(2, 0, 1).unsqueeze(0)
+    sizes = torch.tensor([[128, 128]])
+    classes, masks = network.predictor.class_embed, network.predictor.mask_embed.layers[-1]
+    for layer in (classes, masks):
+        seen: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda _1, _2, output, seen=seen: seen.append(output.flatten(0, -2)))
+        network(frame, sizes)
+        hook.remove()
+        mean = seen[-1].mean(0)
+        scale = SPREAD / (seen[-1] - mean).std()
+        layer.weight.mul_(scale)
+        layer.bias.sub_(mean).mul_(scale)
+    scale = SPREAD / network(frame, sizes).mask_logits().std()
+    masks.weight.mul_(scale)
+    masks.bias.mul_(scale)
 
 
 def tensorrt_api() -> str:
@@ -81,19 +105,24 @@ def tensorrt_api() -> str:
     raise ModuleNotFoundError("No module named 'tensorrt' or 'tensorrt_rtx'", name="tensorrt")
 
 
+def export_arguments(path: Path, folder: Path, shape: str, target: str | None) -> list[str]:
+    """Of the command: the graph of a checkpoint, and for a GPU engine and kernels for this shape."""
+    arguments = [str(path), "--output", str(folder), "--flavours", "raw", "--sizes", shape]
+    if target is not None:
+        arguments += ["--target", target, "--frames", shape, "--tasks", "semantic", "--with-engine"]
+        arguments += ["--engine.precision", "fp16", "--engine.api", tensorrt_api()]
+        for end in ("min", "opt", "max"):
+            arguments += [f"--engine.{end}-shape", *shape.split("x")]
+    return arguments
+
+
 def write_bundle(path: Path, folder: Path, shape: str, device: torch.device) -> None:
-    """Export a checkpoint, with engine and kernels for a GPU, as a user does."""
-    arguments = [str(path), "--output", str(folder), "--flavours", "raw"]
-    if device.type == "cuda":
-        api = tensorrt_api()
-        major, minor = torch.cuda.get_device_capability(device)
-        arguments += [
-            "--target", f"sm_{major}{minor}", "--frames", shape, "--engine.precision", "fp16", "--engine.api", api,
-            *(f"--engine.{end}-shape {' '.join(shape.split('x'))}" for end in ("min", "opt", "max")),
-        ]  # fmt: skip
+    """Export a checkpoint as a user does."""
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    arguments = export_arguments(path, folder, shape, target)  # says so where there is no TensorRT
     from maskformer_fast import export
 
-    if export.main(" ".join(arguments).split()) != 0:
+    if export.main(arguments) != 0:
         raise RuntimeError("the export failed; the log says why")
 
 

@@ -18,6 +18,7 @@ from maskformer_fast.data.presets import PRESETS
 from maskformer_fast.deploy import runtime
 from maskformer_fast.deploy.triton_server import TritonServerOptions
 from maskformer_fast.evaluate import EvaluateOptions
+from maskformer_fast.export import ExportOptions
 from maskformer_fast.predict import PredictOptions
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +50,12 @@ def test_options_exist(name: str) -> None:
 
 
 def test_export_options_exist() -> None:
-    export = pytest.importorskip("maskformer_fast.export")
     lines = commands("export")
     assert len(lines) >= 6
     for line in lines:
-        parse(export.ExportOptions, shlex.split(line)[3:], prog="export")
+        options = parse(ExportOptions, shlex.split(line)[3:], prog="export")
+        assert options.engine_only == (options.output is None)
+        assert bool(options.target) == bool(options.frames)
 
 
 def test_python_is_of_the_runtime_that_is_there() -> None:

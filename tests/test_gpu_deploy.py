@@ -13,7 +13,9 @@ import torch
 
 from benchmarks import gpu_deploy, gpu_harness, gpu_report, gpu_schedule
 from benchmarks.gpu_harness import OURS, Bound, Case, Peer
+from maskformer_fast.cli import parse
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig, TestConfig
+from maskformer_fast.export import ExportOptions
 from tests.deploy.tiny_bundle import tiny_bundle
 
 CPU = torch.device("cpu")
@@ -64,7 +66,9 @@ def test_hugging_face_has_the_weights_of_the_checkpoint() -> None:
     (frames,) = work.draw(0)
     theirs = work.sides[gpu_deploy.HUGGING_FACE](frames)
     assert theirs.shape == (2, 64, 64)
-    assert np.mean(theirs == work.sides[gpu_deploy.FP32](frames)) > 0.5, "masks are resized in another order"
+    labels = work.sides[gpu_deploy.FP32](frames)
+    assert len(np.unique(labels)) > 2, "weights by chance give several classes"
+    assert np.mean(theirs == labels) > 0.8, "masks are resized in another order, no more"
 
 
 def test_tensorrt_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +80,19 @@ def test_tensorrt_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     found.clear()
     with pytest.raises(ModuleNotFoundError, match="'tensorrt' or 'tensorrt_rtx'"):
         gpu_deploy.tensorrt_api()
+
+
+def test_the_bundle_is_exported_as_a_user_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_deploy, "tensorrt_api", lambda: "tensorrt_rtx")
+    for target in (None, "sm_90"):
+        arguments = gpu_deploy.export_arguments(tmp_path / "model", tmp_path / "bundle", "8x512x512", target)
+        options = parse(ExportOptions, arguments, prog="export")
+        assert options.with_engine == (target is not None) and options.flavours == ("raw",)
+        if target is not None:
+            assert options.target == (target,) and options.frames == ("8x512x512",) and options.tasks == ("semantic",)
+            engine = options.engine
+            assert (engine.precision, engine.api) == ("fp16", "tensorrt_rtx")
+            assert engine.min_shape == engine.opt_shape == engine.max_shape == (8, 512, 512)
 
 
 def test_what_is_missing_costs_our_unit_alone(stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
