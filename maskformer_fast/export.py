@@ -3,32 +3,219 @@
 from __future__ import annotations
 
 import logging
-import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
 import tyro
 
 import maskformer_fast
 from maskformer_fast.checkpoint import load_weights
 from maskformer_fast.cli import leading_path, parse, run_command
-from maskformer_fast.config import TASKS, Config, ModelConfig, Task, TestConfig, check
-from maskformer_fast.deploy.bundle import Bundle, extend_bundle, write_bundle
+from maskformer_fast.config import TASKS, Task, TestConfig, check
+from maskformer_fast.deploy.bundle import Bundle, check_destination, extend_bundle, write_bundle
 from maskformer_fast.deploy.manifest import (
     MANIFEST_NAME,
-    BundleError,
+    FileEntry,
+    Graph,
     Manifest,
     Postprocess,
     Preprocess,
     Shape,
 )
-from maskformer_fast.deploy.onnx import FLAVOURS, Flavour, ParityError, check_parity, export_graph
-from maskformer_fast.deploy.tensorrt import EngineConfig, build_engine
+from maskformer_fast.deploy.tensorrt import EngineConfig
 from maskformer_fast.predictor import Predictor, load
 from maskformer_fast.recipes import load_recipe, recipe_names
 
 logger = logging.getLogger(__name__)
+
+PARITY_SHAPES = ("1x512x512", "2x200x264", "1x333x250", "3x31x47")
+"""Compared with PyTorch where no other sizes are asked for: the usual one, whole and broken windows, less than one."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Export a checkpoint as a bundle: ONNX graphs, checked against PyTorch; on request, kernels and a TensorRT engine.
+
+    A bundle in the output folder is replaced. With --engine-only, the first argument is a bundle, to which an engine is
+    added: that is the step to do on an embedded device, after all others were done on a workstation.
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """Run folder (its best checkpoint), checkpoint folder, weights file or recipe; with --engine-only a bundle."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder of the bundle."""
+    flavours: tuple[str, ...] = ("raw", "complete")
+    """Graphs: raw (logits, which the runtime and engines need), complete (semantic labels)."""
+    static: str | None = None
+    """The one shape to export for, as 1x512x512; without it, any batch, height and width."""
+    sizes: tuple[str, ...] = ()
+    """Shapes to compare with PyTorch at, as 512x512 or 2x333x250. Default: four for dynamic sizes, else the one."""
+    target: tuple[str, ...] = ()
+    """GPUs to compile pre- and post-processing for, as sm_87; they need not be here."""
+    frames: tuple[str, ...] = ()
+    """Batches of camera frames that those kernels are for, as 1x1080x1920."""
+    tasks: tuple[Task, ...] = TASKS
+    """Tasks that those kernels are for."""
+    with_engine: bool = False
+    """Also build a TensorRT engine, by the engine options."""
+    engine_only: bool = False
+    """Add an engine to a bundle."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+
+
+def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
+    """Export a predictor's network and write the bundle.
+
+    Raises:
+        ValueError: options that do not fit each other or the network, or settings that a bundle has no means to follow.
+        deploy.onnx.ParityError: a graph does not compute what PyTorch does; no bundle is written.
+    """
+    from maskformer_fast.deploy.onnx import FLAVOURS, check_parity, export_graph
+
+    output = options.output
+    if output is None:
+        raise ValueError("output: expected a folder for the bundle, got none")
+    config = predictor.config
+    check_test(config.test)
+    kind = config.model.type
+    check(kind == "maskformer", "model.type", "maskformer: a per-pixel baseline has no queries to export", kind)
+    flavours = [flavour for flavour in FLAVOURS if flavour in options.flavours]
+    known = len(flavours) == len(set(options.flavours)) and flavours
+    check(bool(known), "flavours", f"some of {', '.join(FLAVOURS)}", options.flavours)
+    wants_raw = bool(options.with_engine or options.target)
+    check("raw" in flavours or not wants_raw, "flavours", "raw among them, for engines and kernels", options.flavours)
+    check(bool(options.target) == bool(options.frames), "target, frames", "both or neither",
+          (options.target, options.frames))
+    static = None if options.static is None else Shape.parse(options.static)
+    shapes = [Shape.parse(text) for text in options.sizes or ((options.static,) if options.static else PARITY_SHAPES)]
+    fitting = static is None or all(shape == static for shape in shapes)
+    check(fitting, "sizes", f"{static} alone, the one that --static names", options.sizes)
+    frames = [Shape.parse(text) for text in options.frames]
+    check_destination(output)  # before the work
+
+    graphs: dict[str, Graph] = {}
+    contents = {}
+    for flavour in flavours:
+        logger.info("exporting %s.onnx", flavour)
+        contents[flavour], graphs[flavour] = export_graph(predictor.network, flavour, static)
+    parity = check_parity(predictor.network, contents, shapes)
+    files = {graphs[flavour].file: content for flavour, content in contents.items()}
+    test, model = config.test, config.model
+    manifest = Manifest(
+        name=Path(options.checkpoint).resolve().stem,
+        created_with=versions(),
+        num_queries=model.decoder.num_queries,
+        num_classes=model.num_classes,
+        metadata=predictor.metadata,
+        preprocess=Preprocess(model.pixel_mean, model.pixel_std, test.short_edge, test.max_size,
+                              model.size_divisibility),
+        postprocess=Postprocess(test.object_mask_threshold, test.overlap_threshold, test.top_k, test.panoptic_rule),
+        graphs=graphs,
+        parity=parity,
+    )  # fmt: skip
+    if options.target:
+        files |= compile_kernels(manifest, frames, options)
+        manifest = replace(manifest, kernels=tuple(dict.fromkeys(options.target)))
+    if options.with_engine:
+        manifest = replace(manifest, **add_engine(manifest, contents["raw"], options.engine, files))
+    return write_bundle(output, manifest, files)
+
+
+def check_test(test: TestConfig) -> None:
+    """Raise ``ValueError`` for settings that a bundle's runtime, which sees an image once, cannot follow."""
+    for name in ("semantic_order", "panoptic_order"):
+        order = getattr(test, name)
+        check(order == "direct", f"test.{name}", "'direct', the only one that a bundle knows", order)
+    check(test.multi_scale in ((), (1.0,)), "test.multi_scale", "one scale, as bundles have it", test.multi_scale)
+    check(not test.flip, "test.flip", "False: bundles do not average mirrored images", test.flip)
+
+
+def compile_kernels(manifest: Manifest, frames: Sequence[Shape], options: ExportOptions) -> dict[str, bytes]:
+    """Launch tapes and cubins -> files for the bundle."""
+    from maskformer_fast.deploy.record import compile_tapes, record_tapes
+
+    logger.info("compiling kernels for %s", ", ".join(options.target))
+    recording = record_tapes(manifest, frames, options.tasks, options.engine.mask_dtype)
+    return compile_tapes(recording, options.target)
+
+
+def add_engine(
+    manifest: Manifest, raw_onnx: bytes, config: EngineConfig, files: dict[str, bytes]
+) -> dict[str, object]:
+    """Build an engine, add its file to ``files`` -> changes of the manifest. One of the same name is replaced."""
+    from maskformer_fast.deploy.tensorrt import build_engine
+
+    content, engine = build_engine(raw_onnx, config)
+    files[engine.file] = content
+    return {"engines": (*(other for other in manifest.engines if other.file != engine.file), engine)}
+
+
+def extend_with_engine(folder: str, config: EngineConfig) -> Bundle:
+    """Build an engine from a bundle's raw graph and add it. Raises ``ValueError`` where there is no such graph."""
+    bundle = Bundle.open(folder)
+    raw = bundle.manifest.graphs.get("raw")
+    if raw is None:
+        raise ValueError(f"{folder}: expected a bundle with the flavour raw, got {sorted(bundle.manifest.graphs)}")
+    files: dict[str, bytes] = {}
+    changes = add_engine(bundle.manifest, bundle.read(raw.file), config, files)
+    return extend_bundle(bundle, files, **changes)
+
+
+def versions() -> dict[str, str]:
+    """What the bundle is made by."""
+    found = {"maskformer_fast": maskformer_fast.__version__}
+    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def default_test(path: str) -> TestConfig | None:
+    """The settings that a checkpoint or recipe carries; ``None`` for a bundle, which is complete."""
+    if (Path(path) / MANIFEST_NAME).is_file():
+        return None
+    if not Path(path).exists() and path in recipe_names():
+        return load_recipe(path).test
+    return load_weights(path).config.test
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    path = leading_path(argv)
+    test = default_test(path) if path else None
+    options = parse(
+        ExportOptions,
+        argv,
+        prog="python -m maskformer_fast.export",
+        default=ExportOptions(tyro.MISSING, test=test) if test else None,
+    )
+    if options.engine_only:
+        check(options.output is None, "output", "nothing: --engine-only adds to the bundle itself", options.output)
+        bundle = extend_with_engine(options.checkpoint, options.engine)
+    else:
+        is_bundle = (Path(options.checkpoint) / MANIFEST_NAME).is_file()
+        check(not is_bundle, "checkpoint", "a checkpoint, or a bundle with --engine-only", options.checkpoint)
+        bundle = make_bundle(load(options.checkpoint, "cpu", test=options.test), options)
+    print(f"{bundle.folder}: {listing(bundle.manifest.files)}\ndigest {bundle.digest}")
+    return 0
+
+
+def listing(files: Mapping[str, FileEntry]) -> str:
+    """Names and sizes of a bundle's files, kernels counted."""
+    parts = [f"{name} ({entry.bytes / 2**20:.1f} MiB)" for name, entry in files.items() if not name.startswith("kern")]
+    kernels = sum(name.endswith(".cubin") for name in files)
+    return ", ".join([*parts, *([f"{kernels} cubins"] if kernels else [])])
+
+
+if __name__ == "__main__":
+    from maskformer_fast.deploy.onnx import ParityError
+
+    run_command(main, ParityError)

@@ -101,11 +101,26 @@ def write_bundle(folder: str | os.PathLike[str], manifest: Manifest, files: Mapp
     Raises:
         BundleError: the folder holds something that is no intact bundle, or the manifest names a file not given.
     """
-    target = Path(os.path.realpath(folder))
-    if target.exists():
-        _check_replaceable(target)
+    target = check_destination(folder)
     entries = {name: _entry(content) for name, content in files.items()}
     return _replace_folder(target, replace(manifest, files=entries), files, {})
+
+
+def check_destination(folder: str | os.PathLike[str]) -> Path:
+    """The folder's real path, if a bundle may be written there: nothing but an empty folder or an intact bundle is ever
+    replaced, for it might be someone's data. Raises `BundleError`.
+    """
+    target = Path(os.path.realpath(folder))
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return target
+    try:
+        expect(target.is_dir(), str(target), "a folder", "something else")
+        Bundle.open(target)
+    except BundleError as error:
+        raise BundleError(
+            f"{target}: expected a new folder, an empty one, or an intact bundle to replace; remove it first ({error})"
+        ) from None
+    return target
 
 
 def extend_bundle(bundle: Bundle, files: Mapping[str, bytes], **manifest_changes: Any) -> Bundle:
@@ -177,19 +192,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _check_replaceable(target: Path) -> None:
-    """Nothing but an empty folder or an intact bundle is ever replaced: it might be someone's data."""
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    try:
-        expect(target.is_dir(), str(target), "a folder", "something else")
-        Bundle.open(target)
-    except BundleError as error:
-        raise BundleError(
-            f"{target}: expected a new folder, an empty one, or an intact bundle to replace; remove it first ({error})"
-        ) from None
 
 
 def _check_references(manifest: Manifest) -> None:

@@ -7,8 +7,8 @@ Two flavours, both from uint8 images [B, 3, H, W] of any size, normalised and pa
   ``direct``), for all others.
 
 The graphs use opset 20, float32, and no control flow. Mask logits are pixel embeddings times mask embeddings here: to
-fold the embeddings into the last convolution, as PyTorch does on the CPU, takes a kernel for each image, computed at run
-time, which TensorRT has no fast convolution for.
+fold the embeddings into the last convolution, as PyTorch does on the CPU, takes a kernel for each image, computed at
+run time, which TensorRT has no fast convolution for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -118,14 +118,12 @@ def export_graph(network: nn.Module, flavour: Flavour, static: Shape | None = No
         ValueError: the network is a per-pixel baseline, which has no queries to give.
     """
     check_choice("flavour", flavour, FLAVOURS)
-    if not isinstance(network, MaskFormer):
-        raise ValueError(f"model.type: expected maskformer, got {type(network).__name__}: only it can be exported")
-    check(not network.training, "network", "one in evaluation mode", "training mode")
-    module = (RawGraph if flavour == "raw" else CompleteGraph)(network)
+    maskformer = _checked(network)
+    module = (RawGraph if flavour == "raw" else CompleteGraph)(maskformer)
     model = _export(module, static)
     outputs = {"raw": ("class_logits", "mask_logits"), "complete": ("labels",)}[flavour]
     _name_values(model, outputs)
-    config = network.config
+    config = maskformer.config
     batch: tuple[int | str, ...] = _NAMES if static is None else (static.batch, static.height, static.width)
     image = TensorSpec("images", "uint8", (batch[0], 3, *batch[1:]))
     if flavour == "complete":
@@ -139,6 +137,13 @@ def export_graph(network: nn.Module, flavour: Flavour, static: Shape | None = No
         )
     _set_shapes(model, (image, *specs))
     return model.SerializeToString(deterministic=True), Graph(f"{flavour}.onnx", (image,), specs, OPSET, static is None)
+
+
+def _checked(network: nn.Module) -> MaskFormer:
+    if not isinstance(network, MaskFormer):
+        raise ValueError(f"model.type: expected maskformer, got {type(network).__name__}: only it can be exported")
+    check(not network.training, "network", "one in evaluation mode", "training mode")
+    return network
 
 
 def mask_size(shape: Shape, divisibility: int) -> tuple[int, int]:
@@ -166,16 +171,18 @@ def _export(module: nn.Module, static: Shape | None) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Without the exporter's progress and its notes on packages that this project does without."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [talker.level for talker in loggers]
+    for talker in loggers:
+        talker.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        exporter.setLevel(level)
+        for talker, level in zip(loggers, levels, strict=True):
+            talker.setLevel(level)
 
 
 def _name_values(model: Any, outputs: Sequence[str]) -> None:
@@ -203,7 +210,9 @@ def _set_shapes(model: Any, specs: Sequence[TensorSpec]) -> None:
 
 
 @torch.no_grad()
-def check_parity(network: MaskFormer, graphs: dict[Flavour, bytes], shapes: Sequence[Shape]) -> tuple[Parity, ...]:
+def check_parity(
+    network: nn.Module, graphs: Mapping[Flavour, bytes], shapes: Sequence[Shape]
+) -> tuple[Parity, ...]:
     """Run each graph in onnxruntime on random images of each shape, beside PyTorch.
 
     The reference of ``raw`` is the network as `Predictor` runs it, of ``complete`` semantic inference on its logits.
@@ -213,18 +222,20 @@ def check_parity(network: MaskFormer, graphs: dict[Flavour, bytes], shapes: Sequ
             by more than `MARGIN`, or a graph fails; with flavour and shape.
         ModuleNotFoundError: onnxruntime is not installed.
     """
+    maskformer = _checked(network)
+    divisibility = maskformer.config.size_divisibility
     sessions = {flavour: _session(content) for flavour, content in graphs.items()}
     results = []
     for number, shape in enumerate(shapes):
         images = _test_images(shape, seed=number)
-        reference = _reference(network, images)
+        reference = _reference(maskformer, images, divisibility)
         for flavour, session in sessions.items():
             try:
                 outputs = session.run(None, {"images": images.numpy()})
             except Exception as error:  # onnxruntime's errors share no base class
                 raise ParityError(f"{flavour}.onnx, {shape}: onnxruntime fails: {error}") from error
             tensors = [torch.from_numpy(output) for output in outputs]
-            results.append(_compare(flavour, shape, reference, tensors, network.config.size_divisibility))
+            results.append(_compare(flavour, shape, reference, tensors, divisibility))
     return tuple(results)
 
 
@@ -250,10 +261,10 @@ def _test_images(shape: Shape, seed: int) -> Tensor:
     return torch.from_numpy((blocks + generator.integers(0, 32, blocks.shape)).astype(np.uint8))
 
 
-def _reference(network: MaskFormer, images: Tensor) -> tuple[Tensor, Tensor]:
+def _reference(network: nn.Module, images: Tensor, divisibility: int) -> tuple[Tensor, Tensor]:
     """Logits of the network itself, its input padded as `Predictor` does."""
     batch, _, height, width = images.shape
-    size = padded_size(height, width, network.config.size_divisibility)
+    size = padded_size(height, width, divisibility)
     padded = F.pad(images, (0, size[1] - width, 0, size[0] - height))
     predictions = network(padded, torch.tensor([[height, width]]).expand(batch, -1))
     return predictions.class_logits[-1], predictions.mask_logits()
@@ -289,8 +300,7 @@ def _compare(
     if not error <= TOLERANCE:  # NaN among them
         raise ParityError(f"{where}: logits differ from PyTorch's by {error:.3g} of the largest, over {TOLERANCE}")
     if result.labels_equal_at_margin < 1.0:
-        raise ParityError(
-            f"{where}: {1 - result.labels_equal_at_margin:.3g} of the labels that lead by {MARGIN} differ from PyTorch's"
-        )
+        share = 1.0 - result.labels_equal_at_margin
+        raise ParityError(f"{where}: {share:.3g} of the labels that lead by {MARGIN} differ from PyTorch's")
     logger.info("%s: logits within %.1e of the largest, %.4f of labels equal", where, error, result.labels_equal)
     return result
