@@ -7,6 +7,8 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ import pytest
 
 from maskformer_fast.benchmark import BenchmarkOptions
 from maskformer_fast.cli import parse
+from maskformer_fast.config import TestConfig
 from maskformer_fast.data.presets import PRESETS
 from maskformer_fast.deploy import runtime
 from maskformer_fast.deploy.triton_server import TritonServerOptions
 from maskformer_fast.evaluate import EvaluateOptions
 from maskformer_fast.export import ExportOptions
 from maskformer_fast.predict import PredictOptions
+from tests.deploy.tiny_bundle import tiny_bundle
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text() for name in ("docs/deployment.md", "README.md")}
@@ -84,3 +88,31 @@ def test_every_target_is_one_that_kernels_compile_for() -> None:
     assert {"sm_87", "sm_110"} <= targets
     known = next(value for value in vars(aot).values() if isinstance(value, dict) and "sm_87" in value)
     assert targets - {"sm_110"} <= set(known)
+
+
+WITHOUT_TORCH = """
+import runpy
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "triton"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import maskformer_fast.deploy.tensorrt
+
+def build_engine(raw_onnx, config):
+    raise ValueError(f"asked for {config.precision}")
+
+maskformer_fast.deploy.tensorrt.build_engine = build_engine
+sys.argv = ["export", sys.argv[1], "--engine-only", "--engine.precision", "bf16"]
+runpy.run_module("maskformer_fast.export", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_device_adds_its_engine_without_torch(tmp_path: Path) -> None:
+    bundle, _ = tiny_bundle(tmp_path / "bundle", TestConfig())
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(bundle.folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2 and result.stderr.strip() == "error: asked for bf16"
