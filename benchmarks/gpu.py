@@ -27,7 +27,8 @@ from maskformer_fast.files import atomic_write
 FOLDER = Path(__file__).parent
 TESTS = ROOT / "tests"
 FILES = (
-    "gpu_semantic.py", "gpu_matching.py", "gpu_mask_loss.py", "gpu_segments.py", "gpu_train_step.py", "gpu_resize.py"
+    "gpu_semantic.py", "gpu_matching.py", "gpu_mask_loss.py", "gpu_segments.py", "gpu_train_step.py", "gpu_resize.py",
+    "gpu_deploy.py",
 )  # fmt: skip
 """In the order in which they are measured."""
 TOTAL_SECONDS = 530.0

@@ -13,8 +13,8 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -75,6 +75,8 @@ class Case:
     bound_share: float | None = None  # goal for the bound over our time
     graph: bool = True
     rank: int = 0  # units of rank 0 are measured first, of all files
+    max_shares: Mapping[str, float] = field(default_factory=dict)  # goals for `Work.shares`
+    patience: float = 0.0  # seconds that a unit may take beyond others': something large is built
 
 
 @dataclass
@@ -85,6 +87,7 @@ class Work:
     sides: dict[str, Callable[..., object]]  # ours and the peers'
     agreement: Callable[[Any, Any], float] | None = None  # of our result and a peer's: 1 where they are equal
     least_agreement: float = 0.99
+    shares: Callable[..., dict[str, float]] | None = None  # of the inputs: parts of our call's time, by name
 
 
 def draw_inputs(work: Work, fresh_bytes: int) -> list[tuple[Any, ...]]:
@@ -180,6 +183,8 @@ class Worker:
         _, work, inputs = self.current
         graph = case.graph if side == OURS else next(peer.graph for peer in case.peers if peer.name == side)
         self.report(unit, "timed", measure(self.clock, work.sides[side], inputs, graph))
+        if side == OURS and work.shares is not None:
+            self.report(unit, "shared", {"shares": work.shares(*inputs[0])})
         if side != OURS and work.agreement is not None:
             # Last, as ours may be what ends the process; the peer's figures are out by now.
             agreement = float(work.agreement(work.sides[OURS](*inputs[0]), work.sides[side](*inputs[0])))

@@ -69,6 +69,10 @@ def _goals(case: Case, row: Row) -> Iterable[Row]:
     if case.bound_share is not None:
         share = None if row["bound_share"] is None else 100 * row["bound_share"]
         yield _goal(f">= {100 * case.bound_share:g} % of the bound", share, 100 * case.bound_share, broken)
+    for name, most in case.max_shares.items():
+        share = row["ours"].get("shares", {}).get(name)
+        text = f"{name} <= {100 * most:g} % of a call"
+        yield _goal(text, None if share is None else 100 * share, 100 * most, broken, at_most=True)
     for peer in case.peers:
         found = peers[peer.name]
         failed = broken or "error" in found
@@ -149,6 +153,7 @@ def _remarks(side: Row) -> str:
     remarks += [side[key] for key in ("absent", "not_run") if key in side]
     remarks += [f"no graph: {side['no_graph']}"] if "no_graph" in side else []
     remarks += [f"agrees {side['agreement']:.4f}"] if "agreement" in side else []
+    remarks += [f"{name} {100 * share:.1f} %" for name, share in side.get("shares", {}).items()]
     return "; ".join(remarks)
 
 

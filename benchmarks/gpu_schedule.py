@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +22,7 @@ from benchmarks.gpu_harness import BROKEN_STATUS, OURS, Case, Unit
 from benchmarks.harness import ROOT, Row, environment, load_cases
 
 UNIT_SECONDS = 75.0
-"""After so long without a word from a process it is ended: its unit hangs."""
+"""After so long without a word from a process it is ended: its unit hangs. A case's patience comes on top."""
 WORKER = [sys.executable, "-m", "benchmarks.gpu_harness"]
 NOT_RUN = "not run: time"
 
@@ -77,7 +77,8 @@ def run(plan: Plan, device: str, deadline: float, changed: Callable[[Results], N
     for path, units in plan.batches:
         pending = list(units)
         while pending and time.monotonic() < deadline:
-            done = _run_process(path, pending, device, deadline, results, changed)
+            patience = {name: plan.cases[name].patience for name, _ in pending}
+            done = _run_process(path, pending, device, deadline, results, changed, patience)
             pending = pending[done:]
         for unit in pending:
             results[unit] = {"not_run": NOT_RUN}
@@ -86,9 +87,10 @@ def run(plan: Plan, device: str, deadline: float, changed: Callable[[Results], N
 
 
 def _run_process(
-    path: Path, units: list[Unit], device: str, deadline: float, results: Results, changed: Callable[[Results], None]
-) -> int:
-    """One process -> how many units it is done with, for good or bad: at least one."""
+    path: Path, units: list[Unit], device: str, deadline: float, results: Results, changed: Callable[[Results], None],
+    patience: Mapping[str, float],
+) -> int:  # fmt: skip
+    """One process -> how many units it is done with, for good or bad: at least one. `patience` is that of cases."""
     done, at_work = 0, False
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -96,7 +98,7 @@ def _run_process(
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
         )  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
-        guard = Guard(process, deadline)
+        guard = Guard(process, deadline, UNIT_SECONDS + patience[units[0][0]])
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # it may end at once; its status tells
             json.dump(units, stdin)
         with process.stdout as lines:
@@ -106,6 +108,7 @@ def _run_process(
                 result = results.setdefault(unit, {})
                 result |= message["result"]
                 at_work = message["stage"] != "done"
+                guard.silence = UNIT_SECONDS + patience[unit[0]]
                 guard.restart(final=message["stage"] == "done" and unit == units[-1])
                 if message["stage"] == "done":
                     done += 1
@@ -118,7 +121,7 @@ def _run_process(
     if done == len(units):
         return done
     if guard.ended == "unit" or (guard.ended is None and not (status == BROKEN_STATUS and done)):
-        reason = f"not done after {UNIT_SECONDS:g} s" if guard.ended else f"its process ended with status {status}"
+        reason = f"not done after {guard.silence:g} s" if guard.ended else f"its process ended with status {status}"
         if text and not guard.ended:
             reason += f": {text[-1][:300]}"
         logger.info("%s | %s: %s", *units[done], reason)
@@ -137,10 +140,10 @@ def _run_process(
 
 
 class Guard:
-    """Ends a process, and what it started, that says nothing for `UNIT_SECONDS` or is still there at the deadline."""
+    """Ends a process, and what it started, that says nothing for `silence` s or is still there at the deadline."""
 
-    def __init__(self, process: subprocess.Popen[str], deadline: float) -> None:
-        self.process, self.deadline = process, deadline
+    def __init__(self, process: subprocess.Popen[str], deadline: float, silence: float) -> None:
+        self.process, self.deadline, self.silence = process, deadline, silence
         self.ended: str | None = None  # "unit" or "deadline", where it was ended
         self.timer: threading.Timer | None = None
         self.restart()
@@ -148,7 +151,7 @@ class Guard:
     def restart(self, final: bool = False) -> None:
         """The process has spoken. After its `final` word it has a few seconds to end."""
         self.cancel()
-        seconds, why = min((5.0 if final else UNIT_SECONDS, "unit"), (self.deadline - time.monotonic(), "deadline"))
+        seconds, why = min((5.0 if final else self.silence, "unit"), (self.deadline - time.monotonic(), "deadline"))
         self.timer = threading.Timer(max(seconds, 0.0), self._end, [why])
         self.timer.daemon = True
         self.timer.start()

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 import maskformer_fast
-from maskformer_fast.checkpoint import load_weights
 from maskformer_fast.cli import leading_path, parse, run_command
 from maskformer_fast.config import TASKS, Task, TestConfig, check
 from maskformer_fast.deploy.bundle import Bundle, check_destination, extend_bundle, write_bundle
@@ -27,8 +26,10 @@ from maskformer_fast.deploy.manifest import (
     Shape,
 )
 from maskformer_fast.deploy.tensorrt import EngineConfig
-from maskformer_fast.predictor import Predictor, load
 from maskformer_fast.recipes import load_recipe, recipe_names
+
+if TYPE_CHECKING:
+    from maskformer_fast.predictor import Predictor  # needs torch, which a device that adds an engine may lack
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,8 @@ def default_test(path: str) -> TestConfig | None:
         return None
     if not Path(path).exists() and path in recipe_names():
         return load_recipe(path).test
+    from maskformer_fast.checkpoint import load_weights
+
     return load_weights(path).config.test
 
 
@@ -202,6 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         is_bundle = (Path(options.checkpoint) / MANIFEST_NAME).is_file()
         check(not is_bundle, "checkpoint", "a checkpoint, or a bundle with --engine-only", options.checkpoint)
+        from maskformer_fast.predictor import load
+
         bundle = make_bundle(load(options.checkpoint, "cpu", test=options.test), options)
     print(f"{bundle.folder}: {listing(bundle.manifest.files)}\ndigest {bundle.digest}")
     return 0
@@ -215,6 +220,8 @@ def listing(files: Mapping[str, FileEntry]) -> str:
 
 
 if __name__ == "__main__":
+    if "--engine-only" in sys.argv:  # done where torch may be missing
+        run_command(main)
     from maskformer_fast.deploy.onnx import ParityError
 
     run_command(main, ParityError)

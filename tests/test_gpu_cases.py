@@ -89,11 +89,11 @@ def test_real_cases_are_well_formed() -> None:
     assert not todo.failures and len(todo.cases) > 30
     ranks = [todo.cases[name].rank for _, units in todo.batches for name, side in units if side == OURS]
     assert ranks == sorted(ranks), "what has goals comes first"
-    assert len(todo.batches) <= 15, "each starts a process"
+    assert len(todo.batches) <= 16, "each starts a process"
     text = {goal["text"] for row in gpu_report.build_rows(todo, {}, {}) for goal in row["goals"]}
     assert {"<= 45 µs", "<= 60 µs", ">= 60 % of the bound", ">= 20x Hugging Face", ">= 10x SciPy with the copies",
             "peak memory <= 1/10 of eager formula"} <= text  # fmt: skip
     for case in todo.cases.values():
         assert case.bound.bytes > 0
-        late = case.name.startswith("training step")  # they take longest
+        late = case.name.startswith(("training step", "deploy"))  # they take longest
         assert case.rank == 0 or late or not any(peer.ratio for peer in case.peers), "goals are measured first"
