@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_config
 from torch.nn import functional as F
 
 from maskformer_fast.config import check, check_choice
@@ -146,7 +147,7 @@ def export_graphs(
     raw = _export(RawGraph(maskformer), (images,), (image,), logits)
     graphs: dict[Flavour, tuple[bytes, Graph]] = {}
     for flavour in flavours:
-        outputs = logits
+        outputs: tuple[TensorSpec, ...] = logits
         if flavour == "complete":
             given = (
                 images,
@@ -186,7 +187,7 @@ def _export(
     )
     # PyTorch asks of many sizes whether they are 1, to choose a memory layout, which no ONNX graph has. Size-oblivious
     # tracing answers no without a condition on the size; what still is asked (padding >= 0) holds for all sizes.
-    oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    oblivious = symbolic_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # installed at run time
     with torch.no_grad(), oblivious, _quiet():
         program = torch.export.export(
             module, inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
