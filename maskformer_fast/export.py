@@ -205,9 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         is_bundle = (Path(options.checkpoint) / MANIFEST_NAME).is_file()
         check(not is_bundle, "checkpoint", "a checkpoint, or a bundle with --engine-only", options.checkpoint)
-        from maskformer_fast.predictor import load
+        from maskformer_fast.predictor import load_network
 
-        bundle = make_bundle(load(options.checkpoint, "cpu", test=options.test), options)
+        bundle = make_bundle(load_network(options.checkpoint, "cpu", test=options.test), options)
     print(f"{bundle.folder}: {listing(bundle.manifest.files)}\ndigest {bundle.digest}")
     return 0
 
