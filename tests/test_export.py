@@ -46,7 +46,7 @@ def commanded(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
         return Predictor(predictor.network, replace(CONFIG, test=test), METADATA, device)
 
     monkeypatch.setattr(export, "default_test", lambda _: CONFIG.test)
-    monkeypatch.setattr(export, "load", load)
+    monkeypatch.setattr("maskformer_fast.predictor.load_network", load)
 
 
 def build_nothing(raw_onnx: bytes, config: tensorrt.EngineConfig) -> tuple[bytes, Engine]:
