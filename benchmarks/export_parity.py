@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class ParityOptions:
     sizes: tuple[str, ...] = ("1x512x512", "1x333x250", "2x200x264", "1x1024x2048")
     static: bool = False
     """Export anew for each size, instead of once for all."""
+    any_batch: bool = False
+    """Export anew for each size, for any batch; batches of 1 and 3 are compared."""
     classes: int = 150
 
 
@@ -55,14 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     shapes = [Shape.parse(text) for text in options.sizes]
     for backbone in options.backbones:
         network = build(backbone, options.classes)
-        for group in [[shape] for shape in shapes] if options.static else [shapes]:
+        one_size = options.static or options.any_batch
+        for group in [[shape] for shape in shapes] if one_size else [shapes]:
             started = time.process_time()
-            graphs = export_graphs(network, static=group[0] if options.static else None)
+            graphs = export_graphs(network, static=group[0] if one_size else None, any_batch=options.any_batch)
             seconds = time.process_time() - started
+            if options.any_batch:
+                group = [replace(group[0], batch=batch) for batch in (1, 3)]
             contents = {flavour: content for flavour, (content, _) in graphs.items()}
             for shape in group:
                 for entry in check_parity(network, contents, [shape]):
-                    record = {"backbone": backbone, "static": options.static, "export_cpu_seconds": round(seconds, 1)}
+                    record = {"backbone": backbone, "graph": graphs["raw"][1].inputs[0].shape}
+                    record["export_cpu_seconds"] = round(seconds, 1)
                     print(json.dumps(record | asdict(entry)), flush=True)
 
 
