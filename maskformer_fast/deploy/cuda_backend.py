@@ -172,7 +172,7 @@ class TensorRTBackend:
         return results, StageSeconds(preprocess, network, postprocess, preprocess + network + postprocess)
 
     def close(self) -> None:
-        """Wait for the device, and for other threads' `collect`, and give everything back; a second call does nothing."""
+        """Wait for the device and for those who collect, and give everything back; a second call does nothing."""
         with self._lock:
             self._collected.wait_for(lambda: not self._collecting)  # they read memory that is to be released
             slots = [*self._slots, *(slot for slot, _, _ in self._batches.values())]

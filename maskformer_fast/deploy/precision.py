@@ -103,11 +103,12 @@ class _Rewriter:
         made: dict[str, str] = {}
         for index, node in enumerate(self.graph.node):
             is_half = index in half_nodes
+            takes_any = node.op_type in _SIZES_ONLY
             skipped = _FLOAT32_INPUTS.get(node.op_type, ())
             for place, name in enumerate(node.input):
                 name = made.get(name, name)
                 node.input[place] = name
-                if self.types.get(name) in (self.float, self.half):
+                if self.types.get(name) in (self.float, self.half) and not takes_any:
                     kind = self.half if is_half and place not in skipped else self.float
                     node.input[place] = self._as(name, kind)
             for attribute in node.attribute:

@@ -115,10 +115,19 @@ def test_timing_cache(tensorrt: pytest.MonkeyPatch, tmp_path: Path) -> None:
         build(precision="fp32", timing_cache=str(cache))
     assert cache.read_bytes() == b"++"
     tensorrt.delenv("FAKE_TENSORRT")
-    cache.write_bytes(b"other GPU")
-    build(precision="fp32", timing_cache=str(cache))
-    assert cache.read_bytes() == b"+"
+    for unusable in (b"other GPU", b"no cache"):
+        cache.write_bytes(unusable)
+        build(precision="fp32", timing_cache=str(cache))
+        assert cache.read_bytes() == b"+"
     assert [path.name for path in cache.parent.iterdir()] == ["timings"]
+
+
+def test_an_engine_survives_a_cache_that_cannot_be_written(
+    tensorrt: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    _, engine = build(precision="fp32", timing_cache=str(tmp_path / "file" / "timings"))
+    assert engine.precision == "fp32" and "timing_cache: not written" in caplog.text
 
 
 @pytest.mark.parametrize(
