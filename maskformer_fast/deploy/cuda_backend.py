@@ -109,7 +109,7 @@ class TensorRTBackend:
             expect(bool(playable), FILE, f"tapes for {entry.file}, which takes {low} to {high} and gives {dtypes}",
                    [f"{tape.frames} -> {tape.images}, {tape.mask_dtype}" for tape in tapes.tapes])  # fmt: skip
             self._plans = _plans(playable)
-            with self._device.current():
+            with self._device.current(), CAPTURE_LOCK:
                 self._network = Network(bundle, entry, library)
                 self._load(bundle, tapes, target, playable, in_flight)
         except BaseException:
@@ -180,7 +180,7 @@ class TensorRTBackend:
             self._batches.clear()
             network, self._network = self._network, None
             try:
-                with self._device.current():  # TensorRT gives back memory of the current device
+                with self._device.current(), CAPTURE_LOCK:  # TensorRT gives back memory of the current device
                     try:
                         self._device.synchronize()
                     finally:
@@ -272,7 +272,10 @@ class _Slot:
 
     def run(self, plan: _Plan, frames: Sequence[np.ndarray]) -> None:
         """Begin a batch; rows of the batch beyond ``frames`` keep what they had."""
-        recorded = self._recorded.get(id(plan)) or self._record(plan)
+        recorded = self._recorded.get(id(plan))
+        if recorded is None:
+            with CAPTURE_LOCK:
+                recorded = self._record(plan)
         target = self.host_array(plan, "frames")
         for row, frame in enumerate(frames):
             target[row] = frame
@@ -343,18 +346,16 @@ class _Slot:
         if not context.capturable(self._stream):
             self._do_without_graphs("the engine's library says that it cannot be captured")
             return None
-        # of this thread alone: others may allocate meanwhile, as other backends do when they start
+        # of this thread alone: others may allocate meanwhile, as PyTorch does beside us
         mode = self._driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         try:
-            with CAPTURE_LOCK:
-                self._driver.call("cuStreamBeginCapture", self._stream, mode)
-                try:
-                    enqueue()
-                except BaseException:
-                    self._driver.abandon_capture(self._stream)
-                    raise
-                captured = self._driver.call("cuStreamEndCapture", self._stream)
-            graph = self._device.keep_graph(captured)
+            self._driver.call("cuStreamBeginCapture", self._stream, mode)
+            try:
+                enqueue()
+            except BaseException:
+                self._driver.abandon_capture(self._stream)
+                raise
+            graph = self._device.keep_graph(self._driver.call("cuStreamEndCapture", self._stream))
             self._driver.call("cuGraphUpload", graph, self._stream)
         except RuntimeError as error:  # of the driver, or of TensorRT
             self._do_without_graphs(str(error))

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-CAPTURE_LOCK = threading.Lock()
-"""Held while a stream is captured and while a context is waited for: the driver refuses to wait for a context of which
-any stream is being captured, by whichever thread, and may spoil the capture."""
+CAPTURE_LOCK = threading.RLock()
+"""Held while a stream is captured, and by what waits for all of a device, as loading and releasing an engine may do:
+the driver refuses that to every thread while any stream is being captured, and spoils the capture."""
 
 
 class DriverError(RuntimeError):
