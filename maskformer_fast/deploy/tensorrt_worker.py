@@ -163,6 +163,8 @@ def configure(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
     config.builder_optimization_level = job["builder_level"]
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # one that allocates cannot be captured as a CUDA graph
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if job["workspace_mib"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace_mib"] << 20)
     if job["version_compatible"]:

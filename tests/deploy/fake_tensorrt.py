@@ -29,7 +29,7 @@ class IProgressMonitor:
 
 DataType = enum.Enum("DataType", "FLOAT HALF BF16 UINT8 INT32 INT64 INT8")
 MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
-FLAGS = "TF32 REFIT" if "bare" in WORDS else "TF32 REFIT VERSION_COMPATIBLE"
+FLAGS = "TF32 REFIT" if "bare" in WORDS else "TF32 REFIT VERSION_COMPATIBLE REQUIRE_USER_ALLOCATION"
 BuilderFlag = enum.Enum("BuilderFlag", FLAGS)
 CREATION = "" if "bare" in WORDS else "STRONGLY_TYPED"
 NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", CREATION)

@@ -57,7 +57,8 @@ def test_every_option_reaches_the_library(tensorrt: pytest.MonkeyPatch, bare: bo
     )
     assert told["level"] == 5
     assert told["WORKSPACE"] == 256 << 20
-    assert told["flags"] == ([] if bare else ["VERSION_COMPATIBLE"]) + ["REFIT"]  # TF32 is cleared
+    # TF32 is cleared; an engine that allocates while it runs could not be captured as a CUDA graph
+    assert told["flags"] == ([] if bare else ["REQUIRE_USER_ALLOCATION", "VERSION_COMPATIBLE"]) + ["REFIT"]
     assert told["network_flags"] == (0 if bare else 2)
     assert told["profile"] == {"images": [[1, 3, 64, 64], [1, 3, 128, 160], [2, 3, 256, 256]]}
     assert (engine.api, engine.api_version, engine.targets) == ("tensorrt", "11.0.0", ("sm_87",))
@@ -72,7 +73,7 @@ def test_every_option_reaches_the_library(tensorrt: pytest.MonkeyPatch, bare: bo
 
 def test_defaults(tensorrt: pytest.MonkeyPatch) -> None:
     told, engine = build(precision="fp32")
-    assert told["flags"] == [] and "WORKSPACE" not in told
+    assert told["flags"] == ["REQUIRE_USER_ALLOCATION"] and "WORKSPACE" not in told
     assert told["profile"] == {"images": [[1, 3, 256, 256], [1, 3, 512, 512], [1, 3, 1024, 1024]]}
     assert engine.precision == "fp32"
 
