@@ -3,7 +3,9 @@
 All that a batch takes is one CUDA graph: the frames' copy to the device, their resizing, the network, the task's
 kernels, the copy of the results to the host. A graph belongs to one slot and one tape (task, batch, size of frames). It
 is captured when the slot first meets the tape, after one run that is not captured, so that the libraries have loaded
-what they load lazily; after that a batch is a copy into pinned memory and one launch.
+what they load lazily; after that a batch is a copy into pinned memory and one launch. Where the engine cannot be
+captured (some of its operations may be such), the same is launched piece by piece: slower, with the same results.
+That is logged once, and said by `TensorRTBackend.graph_obstacle`.
 
 A slot holds one batch: a stream, one piece of device memory for buffers and the network's scratch memory, one piece of
 pinned host memory. All slots are made at the start, as large as the largest tape needs. With two of them, one batch's
@@ -13,9 +15,10 @@ copies and the host's part go on while the other's network runs.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -24,7 +27,7 @@ import numpy as np
 from maskformer_fast.config import Task, check
 from maskformer_fast.deploy.backend import StageSeconds
 from maskformer_fast.deploy.bundle import Bundle
-from maskformer_fast.deploy.cuda_driver import Device, Driver
+from maskformer_fast.deploy.cuda_driver import CAPTURE_LOCK, Device, Driver
 from maskformer_fast.deploy.cuda_engine import OUTPUTS, Context, Network, check_outputs, choose_engine
 from maskformer_fast.deploy.device_results import read_results
 from maskformer_fast.deploy.manifest import expect
@@ -39,6 +42,8 @@ from maskformer_fast.deploy.player import (
 from maskformer_fast.deploy.results import Result
 from maskformer_fast.deploy.tape import FILE, Buffer, Tape, TapeFile
 
+logger = logging.getLogger(__name__)
+
 
 class _Plan(NamedTuple):
     """A tape with where its buffers lie in a slot's memory."""
@@ -52,9 +57,9 @@ class _Plan(NamedTuple):
 class _Recorded(NamedTuple):
     """A plan made ready in a slot."""
 
-    graph: Any
+    graph: Any  # None where there is none to be had
     context: Context
-    launches: list[Any]  # their parameters are read while the graph is captured
+    enqueue: Callable[[], None]  # the same without a graph
 
 
 class TensorRTBackend:
@@ -78,7 +83,11 @@ class TensorRTBackend:
         manifest = bundle.manifest
         self._things = manifest.metadata.is_thing
         self._top_k = manifest.postprocess.top_k
+        self.graph_obstacle: str | None = None
+        """Why batches are launched piece by piece, where the engine cannot be captured as a CUDA graph."""
         self._lock = threading.RLock()
+        self._collected = threading.Condition(self._lock)
+        self._collecting = 0
         self._tickets = itertools.count()
         self._batches: dict[int, tuple[_Slot, _Plan, int]] = {}
         self._slots: deque[_Slot] = deque()
@@ -100,7 +109,7 @@ class TensorRTBackend:
             expect(bool(playable), FILE, f"tapes for {entry.file}, which takes {low} to {high} and gives {dtypes}",
                    [f"{tape.frames} -> {tape.images}, {tape.mask_dtype}" for tape in tapes.tapes])  # fmt: skip
             self._plans = _plans(playable)
-            with self._device.current():
+            with self._device.current(), CAPTURE_LOCK:
                 self._network = Network(bundle, entry, library)
                 self._load(bundle, tapes, target, playable, in_flight)
         except BaseException:
@@ -146,6 +155,7 @@ class TensorRTBackend:
         """Wait for a batch -> its results."""
         with self._lock:
             slot, plan, count = self._batches.pop(ticket)
+            self._collecting += 1
         try:
             with self._device.current():
                 preprocess, network, postprocess = slot.wait()
@@ -157,17 +167,20 @@ class TensorRTBackend:
         finally:
             with self._lock:
                 self._slots.append(slot)
+                self._collecting -= 1
+                self._collected.notify_all()
         return results, StageSeconds(preprocess, network, postprocess, preprocess + network + postprocess)
 
     def close(self) -> None:
-        """Wait for the device and give everything back; a second call does nothing."""
+        """Wait for the device and for those who collect, and give everything back; a second call does nothing."""
         with self._lock:
+            self._collected.wait_for(lambda: not self._collecting)  # they read memory that is to be released
             slots = [*self._slots, *(slot for slot, _, _ in self._batches.values())]
             self._slots.clear()
             self._batches.clear()
             network, self._network = self._network, None
             try:
-                with self._device.current():  # TensorRT gives back memory of the current device
+                with self._device.current(), CAPTURE_LOCK:  # TensorRT gives back memory of the current device
                     try:
                         self._device.synchronize()
                     finally:
@@ -201,7 +214,14 @@ class TensorRTBackend:
         scratch = max(_scratch_bytes(self._network, tape) for tape in {t.images: t for t in playable}.values())
         plans = [plan for batches in self._plans.values() for plan in batches.values()]
         for _ in range(in_flight):
-            self._slots.append(_Slot(self._device, self._network, functions, addresses, plans, scratch))
+            slot = _Slot(self._device, self._network, functions, addresses, plans, scratch, self._do_without_graphs)
+            self._slots.append(slot)
+
+    def _do_without_graphs(self, reason: str) -> None:
+        """Say so, the first time."""
+        if self.graph_obstacle is None:
+            self.graph_obstacle = reason
+            logger.warning("batches are launched piece by piece, which is slower than a CUDA graph: %s", reason)
 
 
 def _plans(tapes: Sequence[Tape]) -> dict[tuple[Task, int, int], dict[int, _Plan]]:
@@ -232,7 +252,7 @@ class _Slot:
 
     def __init__(
         self, device: Device, network: Network, functions: dict[str, Function], constants: dict[str, int],
-        plans: Sequence[_Plan], scratch: int,
+        plans: Sequence[_Plan], scratch: int, do_without_graphs: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._device = device
         self._driver = device.driver
@@ -240,6 +260,7 @@ class _Slot:
         self._functions = functions
         self._constants = constants
         self._scratch_bytes = scratch
+        self._do_without_graphs = do_without_graphs
         arena = max(plan.arena.bytes for plan in plans)
         self._memory = device.allocate(arena + aligned(scratch))
         self._scratch = self._memory + arena
@@ -251,11 +272,17 @@ class _Slot:
 
     def run(self, plan: _Plan, frames: Sequence[np.ndarray]) -> None:
         """Begin a batch; rows of the batch beyond ``frames`` keep what they had."""
-        recorded = self._recorded.get(id(plan)) or self._record(plan)
+        recorded = self._recorded.get(id(plan))
+        if recorded is None:
+            with CAPTURE_LOCK:
+                recorded = self._record(plan)
         target = self.host_array(plan, "frames")
         for row, frame in enumerate(frames):
             target[row] = frame
-        self._driver.call("cuGraphLaunch", recorded.graph, self._stream)
+        if recorded.graph is None:
+            recorded.enqueue()
+        else:
+            self._driver.call("cuGraphLaunch", recorded.graph, self._stream)
         self._driver.call("cuEventRecord", self._done, self._stream)
 
     def wait(self) -> tuple[float, float, float]:
@@ -277,7 +304,7 @@ class _Slot:
         self._recorded.clear()
 
     def _record(self, plan: _Plan) -> _Recorded:
-        """Run once, so that all that is loaded lazily is loaded, and capture the same as a graph."""
+        """Run once, so that all that is loaded lazily is loaded, and capture the same as a graph, if that can be."""
         tape = plan.tape
         addresses = {name: self._memory + offset for name, offset in plan.arena.offsets.items()}
         addresses |= {buffer.name: self._constants[buffer.constant] for buffer in tape.buffers if buffer.constant}
@@ -304,26 +331,35 @@ class _Slot:
         try:
             enqueue(capturing=False)
             self._driver.call("cuStreamSynchronize", self._stream)
-            graph = self._capture(lambda: enqueue(capturing=True))
+            graph = self._capture(context, lambda: enqueue(capturing=True))
         except BaseException:
             context.close()
             raise
-        recorded = _Recorded(graph, context, [*before, *after])
+        recorded = _Recorded(graph, context, lambda: enqueue(capturing=False))
         self._recorded[id(plan)] = recorded
         return recorded
 
-    def _capture(self, enqueue: Any) -> Any:
-        """What is enqueued, as a graph that the device holds ready."""
-        # of this thread alone: others may allocate meanwhile, as other backends do when they start
+    def _capture(self, context: Context, enqueue: Callable[[], None]) -> Any:
+        """What is enqueued, as a graph that the device holds ready; None if it cannot be captured.
+
+        It has just run without, so an error here is the graph's: one of the device comes again when it is launched."""
+        if not context.capturable(self._stream):
+            self._do_without_graphs("the engine's library says that it cannot be captured")
+            return None
+        # of this thread alone: others may allocate meanwhile, as PyTorch does beside us
         mode = self._driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self._driver.call("cuStreamBeginCapture", self._stream, mode)
         try:
-            enqueue()
-        except BaseException:
-            self._driver.abandon_capture(self._stream)
-            raise
-        graph = self._device.keep_graph(self._driver.call("cuStreamEndCapture", self._stream))
-        self._driver.call("cuGraphUpload", graph, self._stream)
+            self._driver.call("cuStreamBeginCapture", self._stream, mode)
+            try:
+                enqueue()
+            except BaseException:
+                self._driver.abandon_capture(self._stream)
+                raise
+            graph = self._device.keep_graph(self._driver.call("cuStreamEndCapture", self._stream))
+            self._driver.call("cuGraphUpload", graph, self._stream)
+        except RuntimeError as error:  # of the driver, or of TensorRT
+            self._do_without_graphs(str(error))
+            return None
         return graph
 
     def _mark(self, stage: int, capturing: bool) -> None:

@@ -6,11 +6,16 @@ What is made here is kept in a list and released in the opposite order by `Devic
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+
+CAPTURE_LOCK = threading.RLock()
+"""Held while a stream is captured, and by what waits for all of a device, as loading and releasing an engine may do:
+the driver refuses that to every thread while any stream is being captured, and spoils the capture."""
 
 
 class DriverError(RuntimeError):
@@ -130,7 +135,8 @@ class Device:
     def synchronize(self) -> None:
         """Wait for all work of this context."""
         if self._context is not None:
-            self.driver.call("cuCtxSynchronize")
+            with CAPTURE_LOCK:
+                self.driver.call("cuCtxSynchronize")
 
     def close(self) -> None:
         """Wait for the device and release what was made. Raises the first error after all was tried."""
@@ -145,7 +151,8 @@ class Device:
         if self._context is None:
             return
         with self.current():
-            attempt("cuCtxSynchronize")
+            with CAPTURE_LOCK:
+                attempt("cuCtxSynchronize")
             while self._made:
                 attempt(*self._made.pop())
         attempt("cuDevicePrimaryCtxRelease", self._device)

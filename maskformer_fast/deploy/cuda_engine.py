@@ -145,6 +145,11 @@ class Context:
             if not self._context.set_tensor_address(name, addresses[name]):
                 raise self._network.fail(f"does not take an address for {name}")
 
+    def capturable(self, stream: Any) -> bool:
+        """Whether what it enqueues can become part of a CUDA graph, as far as the library says: that for RTX does."""
+        asked = getattr(self._context, "is_stream_capturable", None)
+        return asked is None or bool(asked(int(stream)))
+
     def enqueue(self, stream: Any) -> None:
         """Run on a stream."""
         if not self._context.execute_async_v3(int(stream)):

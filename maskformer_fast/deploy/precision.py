@@ -10,9 +10,10 @@ do the operators of ``PINNED``. Beside weights and activations, scales of Q/DQ n
 Of the libraries for this, ``onnxruntime.transformers.float16`` knows float16 only, and ``modelopt.onnx.autocast`` asks
 for more packages than a Jetson should have to install (CuPy among them); this needs onnx alone.
 
-Measured on a trained network of the demo recipe with onnxruntime: 99.999 % of the labels stay, pinned or not, as it
-accumulates in float32. Engines accumulate in the type the graph states, so what sums over many values is pinned.
-bfloat16 convolutions go beyond what opset 20 allows; TensorRT for RTX takes them.
+Measured by ``python -m benchmarks.half_labels RUN --images 128`` on a trained network of the demo recipe: 99.998 % of
+the labels stay with float16, pinned or not, as onnxruntime accumulates in float32. Engines may accumulate in the type
+that the graph states, so what sums over many values is pinned; what that gains only a GPU can tell. bfloat16
+convolutions go beyond what opset 20 allows; TensorRT for RTX takes them.
 """
 
 from __future__ import annotations
@@ -103,11 +104,12 @@ class _Rewriter:
         made: dict[str, str] = {}
         for index, node in enumerate(self.graph.node):
             is_half = index in half_nodes
+            takes_any = node.op_type in _SIZES_ONLY
             skipped = _FLOAT32_INPUTS.get(node.op_type, ())
             for place, name in enumerate(node.input):
                 name = made.get(name, name)
                 node.input[place] = name
-                if self.types.get(name) in (self.float, self.half):
+                if self.types.get(name) in (self.float, self.half) and not takes_any:
                     kind = self.half if is_half and place not in skipped else self.float
                     node.input[place] = self._as(name, kind)
             for attribute in node.attribute:

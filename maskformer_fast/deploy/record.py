@@ -262,6 +262,9 @@ class _Recorder(TorchDispatchMode):
                 arguments.append(Argument(value.buffer, value.offset))
             else:
                 arguments.append(Argument(None, float(value) if kind == "fp32" else value))
+        unknown = options.keys() - {"num_warps", "num_stages"}
+        if unknown:  # the kernel would be compiled without them
+            raise RuntimeError(f"tape: expected launches with num_warps and num_stages alone, got {sorted(unknown)}")
         launched = self._kernel(kernel.fn, parameters, constants, _default_options() | options)
         sides = cast(tuple[int, int, int], (*grid, 1, 1)[:3])
         self._launches.append(Launch(launched.name, sides, tuple(arguments), tuple(self._fills)))

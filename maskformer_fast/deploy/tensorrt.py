@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -41,6 +42,9 @@ OLDEST = {"fp8": 89, "bf16": 80}  # compute capability that has the type
 DEFAULTS = ((1, 256, 256), (1, 512, 512), (1, 1024, 1024))  # minimum, optimum, maximum of a dynamic graph
 BAR = "{desc} {bar} {n:.0f}% {elapsed} {postfix}"
 _TAIL = 2000  # characters of the library's last words in an error
+
+
+logger = logging.getLogger(__name__)
 
 
 class EngineError(ValueError):
@@ -148,8 +152,11 @@ def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -
         answer = _run_worker(folder, progress)
         content = (folder / "model.engine").read_bytes()
         if config.timing_cache is not None:
-            with atomic_write(config.timing_cache) as file:
-                file.write((folder / "timing.cache").read_bytes())
+            try:
+                with atomic_write(config.timing_cache) as file:
+                    file.write((folder / "timing.cache").read_bytes())
+            except OSError as error:  # the engine took minutes, and is whole without
+                logger.warning("timing_cache: not written, so the next build is not faster: %s", error)
     targets = tuple(answer["targets"])
     names = "-".join(targets)
     options: dict[str, str | int | bool] = {

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +82,7 @@ class Progress:
 
     def _share(self, phase: str) -> float:
         finished, steps = self.steps[phase]
-        inner = max((self._share(p) for p, parent in list(self.parents.items()) if parent == phase), default=0.0)
+        inner = max((self._share(p) for p, parent in self.parents.items() if parent == phase), default=0.0)
         return min((finished + inner) / steps, 1.0)
 
 
@@ -92,20 +94,24 @@ def make_monitor(trt: Any) -> Any:
             trt.IProgressMonitor.__init__(self)
             self.progress = Progress()
             self.told = -1
+            self.lock = threading.Lock()  # any thread of the library may call
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.progress.start(phase_name, parent_phase, num_steps)
+            with self.lock:
+                self.progress.start(phase_name, parent_phase, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self.progress.step(phase_name, step)
-            done = self.progress.done()
-            if int(100 * done) > self.told:
-                self.told = int(100 * done)
-                tell("progress", phase=phase_name, done=done)
+            with self.lock:
+                self.progress.step(phase_name, step)
+                done = self.progress.done()
+                if int(100 * done) > self.told:
+                    self.told = int(100 * done)
+                    tell("progress", phase=phase_name, done=done)
             return True  # go on
 
         def phase_finish(self, phase_name: str) -> None:
-            self.progress.finish(phase_name)
+            with self.lock:
+                self.progress.finish(phase_name)
 
     return Monitor()
 
@@ -157,6 +163,8 @@ def configure(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
     config.builder_optimization_level = job["builder_level"]
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # one that allocates cannot be captured as a CUDA graph
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if job["workspace_mib"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace_mib"] << 20)
     if job["version_compatible"]:
@@ -186,7 +194,7 @@ def set_targets(trt: Any, config: Any, targets: list[str]) -> None:
 def use_timing_cache(config: Any, path: Path) -> Any:
     """Start from the cached timings; those of another GPU or version are left aside."""
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if not config.set_timing_cache(cache, False):
+    if cache is None or not config.set_timing_cache(cache, False):  # none of content that is no cache at all
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
@@ -198,10 +206,14 @@ def tensors(count: int, get: Callable[[int], Any]) -> list[tuple[str, str, int]]
 
 
 def check_engine(
-    trt: Any, logger: Any, content: bytes, expected: list[tuple[str, str, int]], messages: list[str]
-) -> None:
+    trt: Any, logger: Any, content: bytes, version_compatible: bool, expected: list[tuple[str, str, int]],
+    messages: list[str],
+) -> None:  # fmt: skip
     """Load the engine and compare its inputs and outputs with the network's."""
-    engine = trt.Runtime(logger).deserialize_cuda_engine(content)
+    runtime = trt.Runtime(logger)
+    if version_compatible:  # such an engine brings code of the host's, which is refused unless it is allowed
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise BuildError("the engine was built but cannot be loaded here:\n  " + "\n  ".join(messages))
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -247,7 +259,7 @@ def build(folder: Path) -> dict[str, Any]:
     outputs = tensors(network.num_outputs, network.get_output)
     loadable = here in targets
     if loadable:
-        check_engine(trt, logger, content, inputs + outputs, messages)
+        check_engine(trt, logger, content, job["version_compatible"], inputs + outputs, messages)
     (folder / "model.engine").write_bytes(content)
     if cache is not None:
         (folder / "timing.cache").write_bytes(bytes(cache.serialize()))
@@ -267,4 +279,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # What libraries print by themselves goes to stderr: it would break the lines of standard output.
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     sys.exit(main())

@@ -83,6 +83,8 @@ class FakeDriver(types.ModuleType):
         def call(*arguments: Any) -> Any:
             self.calls.append((name, arguments))
             if name in self.failures:
+                if name == "cuStreamEndCapture":  # ends it all the same
+                    self.capturing.pop(int(arguments[0]))
                 return self.failures[name], None
             status, *values = found(*arguments)
             return (Result.CUDA_SUCCESS if status == 0 else status), *values

@@ -110,6 +110,9 @@ def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34", rtx: bool = Fa
 
         def execute_async_v3(self, stream: int) -> bool:
             module.enqueued += 1
+            if self.facts.get("uncapturable") and stream in driver.capturing:
+                module.logger.log(Severity.ERROR, "not permitted when stream is capturing")
+                return False
             if self.facts.get("broken"):
                 module.logger.log(Severity.ERROR, "the fake network is broken")
                 return False
@@ -161,6 +164,7 @@ def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34", rtx: bool = Fa
                 return None
 
     if rtx:
+        Context.is_stream_capturable = lambda self, stream: not self.facts.get("uncapturable")  # type: ignore[attr-defined]
         module.DynamicShapesKernelSpecializationStrategy = Specialisation
         Engine.create_runtime_config = lambda self: Settings()  # type: ignore[attr-defined]
     module.ILogger, module.Runtime, module.ExecutionContextAllocationStrategy = ILogger, Runtime, Strategy

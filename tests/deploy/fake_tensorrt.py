@@ -29,7 +29,7 @@ class IProgressMonitor:
 
 DataType = enum.Enum("DataType", "FLOAT HALF BF16 UINT8 INT32 INT64 INT8")
 MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
-FLAGS = "TF32 REFIT" if "bare" in WORDS else "TF32 REFIT VERSION_COMPATIBLE"
+FLAGS = "TF32 REFIT" if "bare" in WORDS else "TF32 REFIT VERSION_COMPATIBLE REQUIRE_USER_ALLOCATION"
 BuilderFlag = enum.Enum("BuilderFlag", FLAGS)
 CREATION = "" if "bare" in WORDS else "STRONGLY_TYPED"
 NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", CREATION)
@@ -55,9 +55,13 @@ class Config:
         return 0
 
     def create_timing_cache(self, content: bytes):
+        if content.startswith(b"no cache"):
+            return None
         return SimpleNamespace(content=content, serialize=lambda: content + b"+")
 
     def set_timing_cache(self, cache, ignore_mismatch: bool) -> bool:
+        if cache is None:
+            raise TypeError("incompatible function arguments")
         assert not ignore_mismatch
         return not cache.content.startswith(b"other GPU")
 
@@ -78,6 +82,7 @@ class Builder:
     create_optimization_profile = Profile
 
     def build_serialized_network(self, network, config) -> bytes | None:
+        os.write(1, b"a library's word without an end of line")
         monitor = config.progress_monitor
         monitor.phase_start("Building", None, 2)
         for step in range(2):
@@ -120,9 +125,11 @@ class OnnxParser:
 
 class Runtime:
     def __init__(self, logger) -> None:
-        pass
+        self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, content: bytes):
+        if "VERSION_COMPATIBLE" in json.loads(content)["flags"] and not self.engine_host_code_allowed:
+            return None
         graph = OnnxParser.graph
         tensors = {t.name: t for t in map(tensor, (*graph.input, *graph.output))}
         if "foreign" in WORDS:

@@ -116,6 +116,7 @@ def test_compiled_kernels_in_a_graph(masks: MaskType, shape: Shape, target: str,
             for _ in range(50):
                 _, seconds = backend.collect(backend.submit(frames, "panoptic"))
             assert torch.cuda.mem_get_info()[0] >= free, "memory was allocated after warming up"
+            assert backend.graph_obstacle is None
             assert 0 < seconds.preprocess < 1 and 0 < seconds.postprocess < 1
         finally:
             backend.close()
@@ -174,6 +175,8 @@ def test_engine_and_kernels_agree_with_the_cpu(engine_bundle: Bundle, shape: Sha
         for expected, result in zip(host.predict(frames, "instance"), device.predict(frames, "instance"), strict=True):
             assert abs(len(result.labels) - len(expected.labels)) <= 1
             assert len(result.scores) == 0 or result.scores[0] == pytest.approx(expected.scores[0], abs=1e-2)
+        assert isinstance(device._backend, TensorRTBackend)
+        assert device._backend.graph_obstacle is None, "engines of such networks are to run as graphs"
         streamed = list(device.stream(frames * 4))
         assert len(streamed) == 4 * len(frames)
         for first, again in zip(streamed, streamed[len(frames) :], strict=False):

@@ -65,6 +65,14 @@ def test_types(precision: str) -> None:
     assert model.SerializeToString() == before  # a copy was changed
 
 
+def test_sizes_are_read_without_a_cast() -> None:
+    """`Shape` takes any type: a copy of a map in float32 for its sizes would be work for nothing."""
+    converted = to_half(raw_graph(), "fp16", pinned=())
+    makers = {name: node.op_type for node in converted.graph.node for name in node.output}
+    read = [name for node in converted.graph.node if node.op_type == "Shape" for name in node.input]
+    assert [makers[name] for name in read] == ["InstanceNormalization"]
+
+
 @pytest.mark.parametrize("pinned", [(), *((name,) for name in sorted(PINNED)), sorted(PINNED), [*PINNED, "MatMul"]])
 def test_float16_keeps_labels(pinned: list[str]) -> None:
     """Whatever is pinned, labels of 99.5 % of the pixels stay and logits are within float16's digits."""

@@ -57,6 +57,7 @@ def test_covering_crop(size: tuple[int, int]) -> None:
     assert crop.shape == (1, 3, *size) and crop.dtype == np.uint8
     if size != (1, 1):  # one pixel is the mean of a square
         assert crop[0, :, size[0] // 2, size[1] // 2].min() > 200
+    assert covering_crop(np.full((1, 200_000, 3), 7, np.uint8), size).max() == 7  # scaled whole: up to 39 GiB
     same = covering_crop(image, (80, 120))
     assert np.array_equal(same[0].transpose(1, 2, 0), image)
 

@@ -182,6 +182,15 @@ def test_pruned_semantic_inference_is_recorded_where_it_pays() -> None:
     assert plan_arena(tape).bytes < sum(buffer.bytes for buffer in tape.buffers)  # frames make room for the rest
 
 
+def test_options_that_are_not_compiled_are_refused() -> None:
+    from maskformer_fast.kernels.class_scores import _class_scores_kernel
+
+    tensors = {name: torch.empty(64) for name in ("scores", "categories", "logits")}
+    recorder = _Recorder(Recording(), tensors)
+    with pytest.raises(RuntimeError, match="num_stages alone, got .'maxnreg'"), recorder.section():
+        _class_scores_kernel[(1,)](*tensors.values(), 64, 8, 1, 8, 7, 0.5, BLOCK=16, maxnreg=32)
+
+
 def test_anything_but_launches_is_refused() -> None:
     recorder = _Recorder(Recording(), {})
     with pytest.raises(RuntimeError, match="aten::add"), recorder.section():

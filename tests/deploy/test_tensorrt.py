@@ -57,7 +57,8 @@ def test_every_option_reaches_the_library(tensorrt: pytest.MonkeyPatch, bare: bo
     )
     assert told["level"] == 5
     assert told["WORKSPACE"] == 256 << 20
-    assert told["flags"] == ([] if bare else ["VERSION_COMPATIBLE"]) + ["REFIT"]  # TF32 is cleared
+    # TF32 is cleared; an engine that allocates while it runs could not be captured as a CUDA graph
+    assert told["flags"] == ([] if bare else ["REQUIRE_USER_ALLOCATION", "VERSION_COMPATIBLE"]) + ["REFIT"]
     assert told["network_flags"] == (0 if bare else 2)
     assert told["profile"] == {"images": [[1, 3, 64, 64], [1, 3, 128, 160], [2, 3, 256, 256]]}
     assert (engine.api, engine.api_version, engine.targets) == ("tensorrt", "11.0.0", ("sm_87",))
@@ -72,7 +73,7 @@ def test_every_option_reaches_the_library(tensorrt: pytest.MonkeyPatch, bare: bo
 
 def test_defaults(tensorrt: pytest.MonkeyPatch) -> None:
     told, engine = build(precision="fp32")
-    assert told["flags"] == [] and "WORKSPACE" not in told
+    assert told["flags"] == ["REQUIRE_USER_ALLOCATION"] and "WORKSPACE" not in told
     assert told["profile"] == {"images": [[1, 3, 256, 256], [1, 3, 512, 512], [1, 3, 1024, 1024]]}
     assert engine.precision == "fp32"
 
@@ -115,10 +116,19 @@ def test_timing_cache(tensorrt: pytest.MonkeyPatch, tmp_path: Path) -> None:
         build(precision="fp32", timing_cache=str(cache))
     assert cache.read_bytes() == b"++"
     tensorrt.delenv("FAKE_TENSORRT")
-    cache.write_bytes(b"other GPU")
-    build(precision="fp32", timing_cache=str(cache))
-    assert cache.read_bytes() == b"+"
+    for unusable in (b"other GPU", b"no cache"):
+        cache.write_bytes(unusable)
+        build(precision="fp32", timing_cache=str(cache))
+        assert cache.read_bytes() == b"+"
     assert [path.name for path in cache.parent.iterdir()] == ["timings"]
+
+
+def test_an_engine_survives_a_cache_that_cannot_be_written(
+    tensorrt: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    _, engine = build(precision="fp32", timing_cache=str(tmp_path / "file" / "timings"))
+    assert engine.precision == "fp32" and "timing_cache: not written" in caplog.text
 
 
 @pytest.mark.parametrize(
