@@ -14,6 +14,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -49,6 +50,19 @@ def check_file_name(name: str) -> None:
     parts = name.split("/")
     plain = len(parts) <= 4 and all(_PART.fullmatch(part) for part in parts)
     expect(plain and name != MANIFEST_NAME, "files", "relative paths of letters, digits, '.', '_' and '-'", name)
+
+
+def check_file_names(names: Iterable[str]) -> None:
+    """`check_file_name` for each; and no two are one where case does not count, nor is one the folder of another."""
+    kept: dict[str, str] = {MANIFEST_NAME: MANIFEST_NAME}
+    files = set(names)
+    for name in sorted(files):
+        check_file_name(name)
+        parts = name.split("/")
+        for path in ("/".join(parts[:count]) for count in range(1, len(parts) + 1)):
+            other = kept.setdefault(path.lower(), path)
+            expect(other == path, "files", "names that differ by more than case", f"{path!r} beside {other!r}")
+            expect(path == name or path not in files, "files", "a file or a folder of a name", f"both {path!r}")
 
 
 @dataclass(frozen=True)
@@ -215,12 +229,11 @@ class Manifest:
         expect(self.num_classes == self.metadata.num_classes, "num_classes",
                f"{self.metadata.num_classes}, as many as metadata names", self.num_classes)
         _check_targets("kernels", self.kernels)
-        for name in self.files:
-            check_file_name(name)
+        check_file_names(self.files)
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers, as `from_json` reads them."""
-        return {"format": FORMAT, **_plain(self, Manifest)}
+        return {"format": FORMAT, **plain(self, Manifest)}
 
     @classmethod
     def from_json(cls, data: object) -> Manifest:
@@ -228,7 +241,7 @@ class Manifest:
         if not isinstance(data, dict):
             raise BundleError(f"manifest: expected an object, got {type(data).__name__}")
         expect(data.get("format") == FORMAT, "format", repr(FORMAT), data.get("format"))
-        return _typed({key: value for key, value in data.items() if key != "format"}, cls, "manifest")
+        return typed({key: value for key, value in data.items() if key != "format"}, cls, "manifest")
 
 
 def manifest_bytes(manifest: Manifest) -> tuple[bytes, str]:
@@ -265,20 +278,20 @@ def _check_targets(name: str, targets: tuple[str, ...]) -> None:
     expect(all(_TARGET.fullmatch(target) for target in targets), name, "targets as sm_87", targets)
 
 
-def _plain(value: Any, kind: Any) -> Any:
+def plain(value: Any, kind: Any) -> Any:
     """A value of a declared type -> JSON's types; whole numbers in float fields become floats."""
     if is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return {f.name: _plain(getattr(value, f.name), hints[f.name]) for f in fields(kind)}
+        return {f.name: plain(getattr(value, f.name), hints[f.name]) for f in fields(kind)}
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        return [_plain(item, arguments[0]) for item in value]  # all of this module's tuples are of one type
+        return [plain(item, arguments[0]) for item in value]  # all of this module's tuples are of one type
     if typing.get_origin(kind) is dict:
-        return {key: _plain(item, arguments[1]) for key, item in value.items()}
+        return {key: plain(item, arguments[1]) for key, item in value.items()}
     return float(value) if kind is float else value
 
 
-def _typed(value: Any, kind: Any, where: str) -> Any:
+def typed(value: Any, kind: Any, where: str) -> Any:
     """JSON's types -> a value of a declared type; nothing is converted on the way. Raises `BundleError`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
@@ -287,7 +300,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
         expect(not unknown, where, f"the keys {', '.join(hints)}", f"also {unknown}")
         expect(not missing, where, f"the keys {', '.join(hints)}", f"none of {missing}")
-        items = {name: _typed(value[name], hint, f"{where}.{name}") for name, hint in hints.items()}
+        items = {name: typed(value[name], hint, f"{where}.{name}") for name, hint in hints.items()}
         try:
             return typing.cast(Any, kind)(**items)
         except ValueError as error:
@@ -296,10 +309,10 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         expect(isinstance(value, list), where, "a list", value)
         length = len(value) if arguments[-1] is Ellipsis else len(arguments)
         expect(len(value) == length, where, f"{length} entries", value)
-        return tuple(_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict:
         expect(isinstance(value, dict), where, "an object", value)
-        return {key: _typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+        return {key: typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if origin is Literal:
         expect(isinstance(value, str) and value in arguments, where, f"one of {', '.join(arguments)}", value)
         return value
