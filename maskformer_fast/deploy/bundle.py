@@ -180,8 +180,8 @@ def _check_unchanged(bundle: Bundle) -> None:
     except (BundleError, FileNotFoundError):
         digest = None
     if digest != bundle.digest:
-        raise BundleError(f"{bundle.folder}: expected the bundle that was opened (digest {bundle.digest}), got one that "
-                          f"was changed since (digest {digest}); do it again")
+        raise BundleError(f"{bundle.folder}: expected the bundle that was opened (digest {bundle.digest}), got one "
+                          f"that was changed since (digest {digest}); do it again")
 
 
 def _put(staging: Path, target: Path) -> None:

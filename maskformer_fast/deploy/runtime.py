@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,6 +87,7 @@ class Runtime:
         self._backend: Backend | None = _open_backend(bundle, backend, device, in_flight)
         self._jobs: deque[_Job] = deque()  # what the backend may still hold, oldest first
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def predict(self, images: np.ndarray | Sequence[np.ndarray], task: Task = "semantic") -> Any:
         """Segment one image (-> one result) or several (-> a list of results, in order).
@@ -99,7 +101,7 @@ class Runtime:
         Raises:
             TypeError, ValueError: something that is not such an image, an unknown task, or a size that the bundle does
                 not take.
-            RuntimeError: the runtime is closed.
+            RuntimeError: the runtime is closed, or belongs to the process that this one was forked from.
         """
         check_choice("task", task, self.tasks)
         if isinstance(images, np.ndarray) and images.ndim == 3:
@@ -152,7 +154,11 @@ class Runtime:
         return self._finish(self._start(frames, task))
 
     def close(self) -> None:
-        """Wait for what is under way, and give everything back; a second call does nothing."""
+        """Wait for what is under way, and give everything back; a second call does nothing, nor does a forked process's
+        (it has neither the threads nor the GPU).
+        """
+        if os.getpid() != self._process:
+            return
         with self._lock:
             backend, self._backend = self._backend, None
             jobs = list(self._jobs)
@@ -169,12 +175,16 @@ class Runtime:
         self.close()
 
     def _open_backend(self) -> Backend:
+        if os.getpid() != self._process:
+            raise RuntimeError("runtime: expected to be used by the process that loaded it, got one forked from it; "
+                               "load the bundle there")
         if self._backend is None:
             raise RuntimeError("runtime: expected an open one, but it was closed")
         return self._backend
 
     def _start(self, frames: Sequence[np.ndarray], task: Task) -> _Job:
         """Hand a batch to the backend; if it is full, the oldest batch is waited for, whoever began it."""
+        self._open_backend()  # before the lock, which a fork may have copied as held
         with self._lock:
             backend = self._open_backend()
             while len(self._jobs) >= self.in_flight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from maskformer_fast.deploy.bundle import Bundle, extend_bundle
 from maskformer_fast.deploy.manifest import BundleError, Engine, Profile, Shape
 from maskformer_fast.deploy.results import Result, SemanticResult
 from maskformer_fast.deploy.runtime import load
+from tests.deploy.fake_cuda import FakeDriver
 from tests.deploy.tiny_bundle import tiny_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -227,6 +229,33 @@ def test_load_checks_its_arguments(bundle: Bundle, arguments: dict[str, Any], me
         load(bundle, **arguments)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_refused_and_does_not_hang(bundle: Bundle) -> None:
+    code = f"""
+import os, signal
+import numpy as np
+from maskformer_fast.deploy.runtime import load
+frame = np.zeros((8, 9, 3), np.uint8)
+with load({str(bundle.folder)!r}, "onnxruntime") as runtime:
+    runtime.predict(frame)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        with runtime:  # closing must not wait for threads that are not here
+            try:
+                runtime.predict(frame)
+            except RuntimeError as error:
+                print(error, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    print(runtime.predict(frame).labels.shape)
+"""
+    assert run_blocked([], code).splitlines() == [
+        "runtime: expected to be used by the process that loaded it, got one forked from it; load the bundle there",
+        "(8, 9)",
+    ]
+
+
 def test_damaged_bundles_and_other_digests_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     copy = tiny_bundle(tmp_path / "copy", TEST)[0]
     load(copy.folder, digest=copy.digest).close()
@@ -315,42 +344,18 @@ def test_tensorrt_is_taken_where_it_can_run(
     assert load(ready, "onnxruntime").backend == "onnxruntime" and not made
 
 
-class FakeDriver:
-    """As cuda.bindings.driver, with one device of compute capability 8.7."""
-
-    CUresult = SimpleNamespace(CUDA_SUCCESS=SimpleNamespace(name="ok"), BAD=SimpleNamespace(name="CUDA_ERROR_INVALID"))
-    CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=8, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=7
-    )
-
-    def __init__(self, init: Any = None) -> None:
-        self.init = init or self.CUresult.CUDA_SUCCESS
-
-    def cuInit(self, flags: int) -> tuple[Any]:
-        if isinstance(self.init, Exception):
-            raise self.init
-        return (self.init,)
-
-    def cuDeviceGet(self, device: int) -> tuple[Any, int]:
-        return (self.CUresult.CUDA_SUCCESS if device == 0 else self.CUresult.BAD), device
-
-    def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[Any, int]:
-        return self.CUresult.CUDA_SUCCESS, attribute
-
-
 def test_the_gpus_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bindings(driver: Any) -> None:
-        monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-
-    bindings(FakeDriver())
-    assert selection.gpu_target(0) == "sm_87"
-    with pytest.raises(ValueError, match=r"expected the number of a CUDA device, got '1 \(CUDA_ERROR_INVALID\)'"):
+    driver = FakeDriver(lambda *_: None, (11, 0))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    assert selection.gpu_target(0) == "sm_110" and not driver.retained
+    with pytest.raises(ValueError, match=r"device: expected 0..0, one of this machine's GPUs, got 1"):
         selection.gpu_target(1)
-    bindings(FakeDriver(FakeDriver.CUresult.BAD))
-    with pytest.raises(ValueError, match="CUDA_ERROR_INVALID"):
+    driver.failures = {"cuInit": 100}
+    with pytest.raises(ValueError, match="device: expected a machine with an NVIDIA GPU .* CUDA_ERROR_100"):
         selection.gpu_target(0)
-    bindings(FakeDriver(RuntimeError("no libcuda")))
-    with pytest.raises(ValueError, match="driver cannot be loaded: no libcuda"):
+    driver.failures = {}
+    monkeypatch.setattr(driver, "cuInit", lambda _: (_ for _ in ()).throw(RuntimeError("no libcuda")), raising=False)
+    with pytest.raises(ValueError, match="device: .* no libcuda"):
         selection.gpu_target(0)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(ModuleNotFoundError, match=r"maskformer_fast\[deploy\]"):
