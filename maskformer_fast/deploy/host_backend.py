@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from maskformer_fast.config import Task, check
+from maskformer_fast.config import TASKS, Task, check
 from maskformer_fast.deploy.backend import StageSeconds
 from maskformer_fast.deploy.bundle import Bundle
 from maskformer_fast.deploy.host_postprocess import HostPostprocessor, Maps
@@ -30,6 +30,8 @@ _Outcome = tuple[list[Result], StageSeconds]
 
 class HostBackend:
     """A `maskformer_fast.deploy.backend.Backend` that needs no GPU."""
+
+    max_tasks = len(TASKS)
 
     def __init__(self, bundle: Bundle, in_flight: int, threads: int | None = None) -> None:
         """Load the graph.
@@ -61,10 +63,10 @@ class HostBackend:
         """One, unless the graph was exported for a batch: here several frames at once take as long as one by one."""
         return self._batch or 1
 
-    def submit(self, frames: Sequence[np.ndarray], task: Task) -> int:
+    def submit(self, frames: Sequence[np.ndarray], *tasks: Task) -> int:
         """Begin a batch of frames of one size -> a ticket."""
         ticket = next(self._tickets)
-        self._batches[ticket] = self._pool.submit(self._run, list(frames), task)
+        self._batches[ticket] = self._pool.submit(self._run, list(frames), tasks)
         return ticket
 
     def collect(self, ticket: int) -> _Outcome:
@@ -76,7 +78,7 @@ class HostBackend:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._batches.clear()
 
-    def _run(self, frames: list[np.ndarray], task: Task) -> _Outcome:
+    def _run(self, frames: list[np.ndarray], tasks: Sequence[Task]) -> _Outcome:
         start = perf_counter()
         images = self._prepare(frames)
         prepared = perf_counter()
@@ -86,6 +88,7 @@ class HostBackend:
         extent = self._extent(images.shape[2:], mask_logits.shape[2:])
         results = [
             self._postprocess(Maps(class_logits[row], mask_logits[row], extent, size), task)
+            for task in tasks
             for row in range(len(frames))
         ]
         end = perf_counter()

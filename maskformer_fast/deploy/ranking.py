@@ -34,7 +34,7 @@ class QueryMasks(NamedTuple):
 
 def best_pairs(
     class_logits: np.ndarray,  # [Q, K+1] float32
-    is_thing: Sequence[bool],
+    is_thing: Sequence[bool] | np.ndarray,
     top_k: int,
 ) -> Pairs:
     """The ``top_k`` most probable pairs (or all there are)."""

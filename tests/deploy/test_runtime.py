@@ -43,8 +43,9 @@ def frame_of(number: int, height: int = 2, width: int = 3) -> np.ndarray:
 class FakeBackend:
     """Gives a frame's first value back; 13 is a frame that fails. Notes what it is asked."""
 
-    def __init__(self, most: int = 1) -> None:
+    def __init__(self, most: int = 1, max_tasks: int = 1) -> None:
         self.most = most
+        self.max_tasks = max_tasks
         self.held: dict[int, Sequence[np.ndarray]] = {}
         self.batches: list[list[int]] = []
         self.peak = 0
@@ -53,12 +54,13 @@ class FakeBackend:
     def max_batch(self, height: int, width: int, task: Task) -> int:
         return self.most
 
-    def submit(self, frames: Sequence[np.ndarray], task: Task) -> int:
+    def submit(self, frames: Sequence[np.ndarray], *tasks: Task) -> int:
         if frames[0][0, 0, 0] == 66:
             raise ValueError("66 is refused at once")
         assert len(frames) <= self.most and len({frame.shape for frame in frames}) == 1 and not self.closed
         self.batches.append([int(frame[0, 0, 0]) for frame in frames])
-        self.held[len(self.batches)] = frames
+        assert 0 < len(tasks) <= self.max_tasks
+        self.held[len(self.batches)] = list(frames) * len(tasks)
         self.peak = max(self.peak, len(self.held))
         return len(self.batches)
 
@@ -159,6 +161,20 @@ def test_predict_batches_frames_of_one_size(bundle: Bundle, fake: FakeBackend) -
     assert value(runtime.predict(frame_of(9))) == 9
     found, seconds = runtime.timed([frame_of(3)])
     assert value(found[0]) == 3 and seconds == StageSeconds(1, 2, 3, 6)
+
+
+@pytest.mark.parametrize(("max_tasks", "passes"), [(1, 3), (2, 2), (3, 1)])
+def test_tasks_share_a_pass_as_the_backend_can(bundle: Bundle, fake: FakeBackend, max_tasks: int, passes: int) -> None:
+    fake.most, fake.max_tasks = 2, max_tasks
+    runtime = load(bundle, "onnxruntime", in_flight=2)
+    images = [frame_of(1), frame_of(2, 4), frame_of(3), frame_of(4)]
+    found = runtime.predict_tasks(images, ("instance", "semantic", "panoptic", "semantic"))
+    assert list(found) == ["instance", "semantic", "panoptic"]
+    assert all([value(result) for result in results] == [1, 2, 3, 4] for results in found.values())
+    assert fake.batches == [[1, 3], [4], [2]] * passes and fake.peak <= 2 and not fake.held
+    assert runtime.predict_tasks([], ("semantic",)) == {"semantic": []} and runtime.predict_tasks(images, ()) == {}
+    with pytest.raises(ValueError, match="task: expected one of"):
+        runtime.predict_tasks(images, ("semantic", "depth"))  # type: ignore[arg-type]
 
 
 @given(st.lists(st.sampled_from([1, 2, 13, 66, 90]), max_size=12), st.integers(1, 4))
