@@ -25,6 +25,7 @@ from maskformer_fast.deploy.results import Result
 from maskformer_fast.resizing import resize_array
 
 FLAVOUR = "raw"
+INPUT, OUTPUTS = "images", ["class_logits", "mask_logits"]
 _Outcome = tuple[list[Result], StageSeconds]
 
 
@@ -82,7 +83,7 @@ class HostBackend:
         start = perf_counter()
         images = self._prepare(frames)
         prepared = perf_counter()
-        class_logits, mask_logits = self._session.run(["class_logits", "mask_logits"], {"images": images})
+        class_logits, mask_logits = self._session.run(OUTPUTS, {INPUT: images})
         predicted = perf_counter()
         size = (frames[0].shape[0], frames[0].shape[1])
         extent = self._extent(images.shape[2:], mask_logits.shape[2:])
@@ -150,7 +151,11 @@ def _session(graph: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors: its warnings are about its own optimisations
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # it has no class of its own for a graph that it cannot read or run
         expect(False, f"graphs.{FLAVOUR}", "a graph that onnxruntime runs", f"{type(error).__name__}: {error}")
         raise
+    inputs, outputs = ([tensor.name for tensor in part] for part in (session.get_inputs(), session.get_outputs()))
+    expect(inputs == [INPUT] and set(OUTPUTS) <= set(outputs), f"graphs.{FLAVOUR}",
+           f"a graph from {INPUT} to {' and '.join(OUTPUTS)}", f"one from {inputs} to {outputs}")  # fmt: skip
+    return session

@@ -29,6 +29,7 @@ MAX_BYTES = 4 * 2**20
 DIGEST_KEY = "manifest_sha256"
 
 _DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")
+_MAX_SIDE = 1 << 16
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _TARGET = re.compile(r"sm_[1-9][0-9]{1,3}[a-z]?")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -164,9 +165,11 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         expect(all(s > 0 for s in self.std), "std", "positive numbers", self.std)
-        expect(self.short_edge is None or self.short_edge > 0, "short_edge", "> 0 or null", self.short_edge)
-        expect(self.max_size > 0, "max_size", "> 0", self.max_size)
-        expect(self.size_divisibility >= 0, "size_divisibility", ">= 0", self.size_divisibility)
+        fits = self.short_edge is None or 1 <= self.short_edge <= _MAX_SIDE
+        expect(fits, "short_edge", f"1..{_MAX_SIDE} or null", self.short_edge)
+        expect(1 <= self.max_size < 1 << 31, "max_size", f"1..{(1 << 31) - 1}", self.max_size)
+        fits = 0 <= self.size_divisibility <= _MAX_SIDE
+        expect(fits, "size_divisibility", f"0..{_MAX_SIDE}", self.size_divisibility)
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,8 @@ class Manifest:
         expect(self.num_queries > 0, "num_queries", "> 0", self.num_queries)
         expect(self.num_classes == self.metadata.num_classes, "num_classes",
                f"{self.metadata.num_classes}, as many as metadata names", self.num_classes)
+        shades = [shade for color in self.metadata.colors for shade in color]
+        expect(all(0 <= shade <= 255 for shade in shades), "metadata.colors", "0..255", self.metadata.colors)
         _check_targets("kernels", self.kernels)
         check_file_names(self.files)
 

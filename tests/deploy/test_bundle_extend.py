@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from maskformer_fast.config import TestConfig
 from maskformer_fast.deploy import bundle as bundle_module
 from maskformer_fast.deploy.bundle import Bundle, extend_bundle, read_manifest, write_bundle
-from maskformer_fast.deploy.manifest import BundleError, FileEntry
+from maskformer_fast.deploy.manifest import BundleError, FileEntry, Manifest
 from tests.deploy.tiny_bundle import tiny_bundle
 
 
@@ -45,6 +47,24 @@ def test_names_that_are_one_somewhere_are_refused(bundle: Bundle, tmp_path: Path
     with pytest.raises(BundleError, match="files: expected"):
         write_bundle(tmp_path / "other", bundle.manifest, files)
     assert os.listdir(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("preprocess", {"short_edge": 10**400}, r"short_edge: expected 1..65536 or null"),
+        ("preprocess", {"short_edge": 0}, r"short_edge: expected 1..65536 or null"),
+        ("preprocess", {"max_size": 1 << 31}, r"max_size: expected 1..2147483647"),
+        ("preprocess", {"size_divisibility": 65537}, r"size_divisibility: expected 0..65536"),
+        ("metadata", {"colors": ((0, 256, 0),) * 5}, r"metadata.colors: expected 0..255"),
+        ("metadata", {"colors": ((-1, 0, 0),) * 5}, r"metadata.colors: expected 0..255"),
+    ],
+)
+def test_numbers_that_cannot_be_used_are_refused(bundle: Bundle, part: str, changes: Any, message: str) -> None:
+    data = bundle.manifest.to_json()
+    data[part] |= json.loads(json.dumps(changes))
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(data)
 
 
 def test_the_manifest_is_read_without_the_files(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
