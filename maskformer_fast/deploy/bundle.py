@@ -117,6 +117,13 @@ def write_bundle(folder: str | os.PathLike[str], manifest: Manifest, files: Mapp
     return _replace_folder(target, replace(manifest, files=entries), files, None)
 
 
+def check_outside(bundle: Bundle, output: str | os.PathLike[str]) -> None:
+    """Raise ``ValueError`` for an output folder in the bundle, which would refuse to open with files of others."""
+    path = Path(os.path.realpath(output))
+    if path.is_relative_to(bundle.folder):
+        raise ValueError(f"output: expected a folder outside of the bundle {bundle.folder}, got {output}")
+
+
 def check_destination(folder: str | os.PathLike[str]) -> Path:
     """The folder's real path, if a bundle may be written there: nothing but an empty folder or an intact bundle is ever
     replaced, for it might be someone's data. Raises `BundleError`.
