@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness import ROOT
 from maskformer_fast.cli import parse, run_command
@@ -29,7 +29,8 @@ from maskformer_fast.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results" / "class_count.json"
 MODELS = ("maskformer", "per_pixel_plus")
-TRIAL_STEPS = (2, 12)
+TRIAL_STEPS = 40
+LOG_EVERY = 20  # steps
 
 logger = logging.getLogger("benchmarks.class_count")
 
@@ -49,8 +50,16 @@ class ClassCountOptions:
         check(len(self.classes) > 0 and min(self.classes) >= 3, "classes", "numbers of at least 3", self.classes)
 
 
-def train(folder: Path, model: str, classes: int, steps: int, images: int = 512) -> tuple[float, float]:
-    """One run of the demo's recipe at 64x64 -> mIoU, seconds.
+class Run(NamedTuple):
+    """What a run of training says."""
+
+    miou: float
+    seconds: float  # in all
+    step_seconds: float  # of the last steps
+
+
+def train(folder: Path, model: str, classes: int, steps: int, images: int = 512) -> Run:
+    """One run of the demo's recipe at 64x64.
 
     The baseline scores every class at every pixel, which takes most of the time: hence the small images. Raises
     RuntimeError with what the run said last, where it fails.
@@ -61,30 +70,26 @@ def train(folder: Path, model: str, classes: int, steps: int, images: int = 512)
         "--metrics", "semantic", "--data.task", "semantic", "--model.type", model,
         "--data.shapes.num-things", str(classes - stuff), "--data.shapes.num-stuff", str(stuff),
         "--data.shapes.size", "64", "64", "--data.shapes.val-images", str(images), "--solver.max-steps", str(steps),
-        "--log.pictures", "0", "--log.checkpoint-every", "1000000",
+        "--log.every", str(LOG_EVERY), "--log.pictures", "0", "--log.checkpoint-every", "1000000",
     ]  # fmt: skip
     start = time.perf_counter()
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{model}, {classes} classes: training failed: {run.stderr.strip()[-500:]}")
     seconds = time.perf_counter() - start
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return metrics["semantic"]["miou"], seconds
+    miou = json.loads((folder / "metrics.json").read_text())["semantic"]["miou"]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return Run(miou, seconds, [line["step_seconds"] for line in lines if "step_seconds" in line][-1])
 
 
 def affordable_steps(folder: Path, classes: int, seconds: float) -> int:
     """Steps that both models can do in that time together, their start and their evaluation included."""
     start = time.perf_counter()
-    step, fixed = 0.0, 0.0  # seconds, of both models
-    for model in MODELS:
-        few, more = (
-            train(folder / f"trial_{steps}_{model}_{classes}", model, classes, steps, images=64)[1]
-            for steps in TRIAL_STEPS
-        )
-        step += max(0.0, more - few) / (TRIAL_STEPS[1] - TRIAL_STEPS[0])
-        fixed += few
-    steps = int((seconds - (time.perf_counter() - start) - 2 * fixed) / max(step, 1e-3))
-    check(steps > TRIAL_STEPS[1], "minutes", f"more, for {TRIAL_STEPS[1]} steps of {classes} classes", seconds / 60)
+    trials = [train(folder / f"trial_{model}_{classes}", model, classes, TRIAL_STEPS) for model in MODELS]
+    step = sum(trial.step_seconds for trial in trials)
+    fixed = sum(trial.seconds - TRIAL_STEPS * trial.step_seconds for trial in trials)
+    steps = int((seconds - (time.perf_counter() - start) - fixed) / step)
+    check(steps > TRIAL_STEPS, "minutes", f"more, for {TRIAL_STEPS} steps of {classes} classes", seconds / 60)
     return steps
 
 
@@ -97,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps = affordable_steps(Path(name), classes, 60 * options.minutes / len(options.classes))
             row: dict[str, Any] = {"classes": classes, "steps": steps}
             for model in MODELS:
-                row[model], row[f"{model}_seconds"] = train(Path(name) / f"{model}_{classes}", model, classes, steps)
+                run = train(Path(name) / f"{model}_{classes}", model, classes, steps)
+                row[model], row[f"{model}_seconds"] = run.miou, run.seconds
             row["gain"] = row["maskformer"] - row["per_pixel_plus"]
             rows.append(row)
             logger.info("%s", json.dumps(row))

@@ -52,7 +52,8 @@ class ExportOptions:
     flavours: tuple[str, ...] = ("raw", "complete")
     """Graphs: raw (logits, which the runtime and engines need), complete (semantic labels)."""
     static: str | None = None
-    """The one shape to export for, as 1x512x512; without it, any batch, height and width."""
+    """The one shape to export for, as 1x512x512, or any batch of one size, as Bx512x512; without it, any batch, height
+    and width."""
     sizes: tuple[str, ...] = ()
     """Shapes to compare with PyTorch at, as 512x512 or 2x333x250. Default: four for dynamic sizes, else the one."""
     target: tuple[str, ...] = ()
@@ -92,15 +93,20 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     check("raw" in flavours or not wants_raw, "flavours", "raw among them, for engines and kernels", options.flavours)
     check(bool(options.target) == bool(options.frames), "target, frames", "both or neither",
           (options.target, options.frames))
-    static = None if options.static is None else Shape.parse(options.static)
-    shapes = [Shape.parse(text) for text in options.sizes or ((options.static,) if options.static else PARITY_SHAPES)]
-    fitting = static is None or all(shape == static for shape in shapes)
-    check(fitting, "sizes", f"{static} alone, the one that --static names", options.sizes)
+    static, any_batch = parse_static(options.static)
+    batches = (1, 3) if any_batch else (static.batch if static else 1,)
+    own = [replace(static, batch=batch) for batch in batches] if static else map(Shape.parse, PARITY_SHAPES)
+    shapes = [Shape.parse(text) for text in options.sizes] or list(own)
+    fitting = static is None or all(
+        (any_batch or shape.batch == static.batch) and (shape.height, shape.width) == (static.height, static.width)
+        for shape in shapes
+    )
+    check(fitting, "sizes", f"{options.static} alone, the one that --static names", options.sizes)
     frames = [Shape.parse(text) for text in options.frames]
     check_destination(output)  # before the work
 
     logger.info("exporting %s", ", ".join(flavours))
-    exported = export_graphs(predictor.network, flavours, static)
+    exported = export_graphs(predictor.network, flavours, static, any_batch)
     contents = {flavour: content for flavour, (content, _) in exported.items()}
     graphs = {str(flavour): graph for flavour, (_, graph) in exported.items()}
     parity = check_parity(predictor.network, contents, shapes)
@@ -124,6 +130,14 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     if options.with_engine:
         manifest = replace(manifest, engines=add_engine(manifest, contents["raw"], options.engine, files))
     return write_bundle(output, manifest, files)
+
+
+def parse_static(text: str | None) -> tuple[Shape | None, bool]:
+    """``BxHxW``, or with the letter B for any batch -> shape, whether its batch is any. Raises ``ValueError``."""
+    if text is None:
+        return None, False
+    any_batch = text.lower().startswith("bx")
+    return Shape.parse(text[2:] if any_batch else text), any_batch
 
 
 def check_test(test: TestConfig) -> None:

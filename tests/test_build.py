@@ -69,7 +69,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = message_from_bytes(archive.read(name))
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Requires-Python"] == ">=3.10"
     assert {"train", "deploy", "test"} <= set(metadata.get_all("Provides-Extra", []))
     assert any(line.startswith("torch") for line in metadata.get_all("Requires-Dist", []))
 

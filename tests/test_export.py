@@ -46,7 +46,7 @@ def commanded(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
         return Predictor(predictor.network, replace(CONFIG, test=test), METADATA, device)
 
     monkeypatch.setattr(export, "default_test", lambda _: CONFIG.test)
-    monkeypatch.setattr(export, "load", load)
+    monkeypatch.setattr("maskformer_fast.predictor.load_network", load)
 
 
 def build_nothing(raw_onnx: bytes, config: tensorrt.EngineConfig) -> tuple[bytes, Engine]:
@@ -85,6 +85,12 @@ def test_a_bundle_and_its_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         export.main([str(folder), "--output", str(tmp_path / "other")])
 
 
+def test_one_size_and_any_batch() -> None:
+    assert export.parse_static("Bx32x64") == (Shape(1, 32, 64), True)
+    assert export.parse_static("2x32x64") == (Shape(2, 32, 64), False)
+    assert export.parse_static(None) == (None, False)
+
+
 @pytest.mark.usefixtures("commanded")
 def test_a_failure_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch and the graph are made to differ by a thousandth of a weight."""
@@ -115,6 +121,8 @@ def test_a_failure_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--static", "axb"], "shape"),
         (["--sizes", "0x5"], "shape"),
         (["--static", "1x32x32", "--sizes", "64x64"], "sizes: expected 1x32x32 alone"),
+        (["--static", "1x32x32", "--sizes", "2x32x32"], "sizes: expected 1x32x32 alone"),
+        (["--static", "Bx32x32", "--sizes", "2x32x64"], "sizes: expected Bx32x32 alone"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_work(tmp_path: Path, options: list[str], message: str) -> None:

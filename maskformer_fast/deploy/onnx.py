@@ -18,6 +18,7 @@ import io
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -115,7 +116,10 @@ def label_scores(
 
 
 def export_graphs(
-    network: nn.Module, flavours: Sequence[Flavour] = FLAVOURS, static: Shape | None = None
+    network: nn.Module,
+    flavours: Sequence[Flavour] = FLAVOURS,
+    static: Shape | None = None,
+    any_batch: bool = False,
 ) -> dict[Flavour, tuple[bytes, Graph]]:
     """Export a network -> of each flavour the ONNX file, and its description for the manifest (``FLAVOUR.onnx``).
 
@@ -124,6 +128,7 @@ def export_graphs(
     Args:
         network: a `MaskFormer` on the CPU, in evaluation mode.
         static: the one shape that the graphs will take; ``None`` takes any batch, height and width.
+        any_batch: of `static` the height and width count alone.
 
     Raises:
         ValueError: the network is a per-pixel baseline, which has no queries to give.
@@ -133,9 +138,13 @@ def export_graphs(
     maskformer = _checked(network)
     config = maskformer.config
     traced = static or _TRACED
+    if any_batch:
+        traced = replace(traced, batch=_TRACED.batch)
     queries, classes = config.decoder.num_queries, config.num_classes
     pixels = mask_size(traced, config.size_divisibility)
     names: tuple[int | str, ...] = _NAMES if static is None else (static.batch, static.height, static.width)
+    if any_batch:
+        names = (_NAMES[0], *names[1:])
     image = TensorSpec("images", "uint8", (names[0], 3, *names[1:]))
     logits = (
         TensorSpec("class_logits", "float32", (names[0], queries, classes + 1)),
@@ -160,7 +169,7 @@ def export_graphs(
         else:
             model = raw
         content = model.SerializeToString(deterministic=True)
-        graphs[flavour] = content, Graph(f"{flavour}.onnx", (image,), outputs, OPSET, static is None)
+        graphs[flavour] = content, Graph(f"{flavour}.onnx", (image,), outputs, OPSET, static is None or any_batch)
     return graphs
 
 

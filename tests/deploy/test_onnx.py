@@ -186,6 +186,19 @@ def test_a_static_graph_takes_one_shape() -> None:
         check_parity(network, contents(graphs), [Shape(1, 45, 70)])
 
 
+@torch.no_grad()
+def test_a_graph_of_one_size_takes_any_batch() -> None:
+    network = build(RESNET, seed=4)
+    graphs = export_graphs(network, static=Shape(1, 45, 70), any_batch=True)
+    for _, graph in graphs.values():
+        assert graph.dynamic and graph.inputs[0].shape == ("B", 3, 45, 70)
+    assert graphs["raw"][1].outputs[1].shape == ("B", QUERIES, 16, 24)
+    assert graphs["complete"][1].outputs[0].shape == ("B", 45, 70)
+    check_parity(network, contents(graphs), [Shape(1, 45, 70), Shape(4, 45, 70)])
+    with pytest.raises(ParityError, match="1x46x70: onnxruntime fails"):
+        check_parity(network, contents(graphs), [Shape(1, 46, 70)])
+
+
 def test_without_padding() -> None:
     network = build(RESNET, seed=2, divisibility=0)
     check_parity(network, contents(export_graphs(network)), [Shape.parse(text) for text in SHAPES])

@@ -1,0 +1,76 @@
+"""``python -m benchmarks.export_parity``: full-size networks as ONNX graphs beside PyTorch, and what exporting takes.
+
+Takes minutes a network, which is why it is no test. Weights are untrained, queries made to say different things.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from maskformer_fast.cli import parse, run_command
+from maskformer_fast.config import BackboneConfig, ModelConfig
+from maskformer_fast.deploy.manifest import Shape
+from maskformer_fast.deploy.onnx import ParityError, check_parity, export_graphs
+from maskformer_fast.modeling import build_model
+
+
+@dataclass(frozen=True)
+class ParityOptions:
+    """Compare exported graphs with PyTorch; one JSON object a comparison goes to standard output."""
+
+    backbones: tuple[str, ...] = ("resnet50", "swin_tiny", "swin_base")
+    sizes: tuple[str, ...] = ("1x512x512", "1x333x250", "2x200x264", "1x1024x2048")
+    static: bool = False
+    """Export anew for each size, instead of once for all."""
+    any_batch: bool = False
+    """Export anew for each size, for any batch; batches of 1 and 3 are compared."""
+    classes: int = 150
+
+
+@torch.no_grad()
+def build(backbone: str, classes: int) -> torch.nn.Module:
+    """An untrained network whose queries differ: what they differ in is enlarged, as training would."""
+    torch.manual_seed(0)
+    network: Any = build_model(ModelConfig(num_classes=classes, backbone=BackboneConfig(backbone))).eval()
+    head, embed = network.predictor, network.predictor.mask_embed.layers[-1]
+    predictions = network(torch.randint(0, 256, (1, 3, 256, 320), dtype=torch.uint8))
+    for layer, said, size in (
+        (head.class_embed, predictions.class_logits, 3.0), (embed, predictions.mask_embeddings, 1.0)
+    ):  # fmt: skip
+        said = said.flatten(0, 2)
+        scale = size / said.std(0).mean()
+        layer.bias.sub_(said.mean(0)).mul_(scale)
+        layer.weight.mul_(scale)
+    return network
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    options = parse(ParityOptions, sys.argv[1:] if argv is None else argv, prog="python -m benchmarks.export_parity")
+    shapes = [Shape.parse(text) for text in options.sizes]
+    for backbone in options.backbones:
+        network = build(backbone, options.classes)
+        one_size = options.static or options.any_batch
+        for group in [[shape] for shape in shapes] if one_size else [shapes]:
+            started = time.process_time()
+            graphs = export_graphs(network, static=group[0] if one_size else None, any_batch=options.any_batch)
+            seconds = time.process_time() - started
+            if options.any_batch:
+                group = [replace(group[0], batch=batch) for batch in (1, 3)]
+            contents = {flavour: content for flavour, (content, _) in graphs.items()}
+            for shape in group:
+                for entry in check_parity(network, contents, [shape]):
+                    record = {"backbone": backbone, "graph": graphs["raw"][1].inputs[0].shape}
+                    record["export_cpu_seconds"] = round(seconds, 1)
+                    print(json.dumps(record | asdict(entry)), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(), ParityError)
