@@ -25,7 +25,7 @@ from maskformer_fast.benchmark_report import require_matplotlib, write_report
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import Task, check
 from maskformer_fast.contestants import Kind, Setting
-from maskformer_fast.deploy.bundle import Bundle
+from maskformer_fast.deploy.bundle import Bundle, check_outside
 from maskformer_fast.deploy.manifest import Shape
 
 NAMES: dict[Kind, str] = {"bundle": "bundle", "eager": "PyTorch eager", "compile": "torch.compile"}
@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(BenchmarkOptions, arguments, prog="python -m maskformer_fast.benchmark")
     require_matplotlib()  # before minutes of measuring
     bundle = Bundle.open(options.bundle, options.digest)
+    check_outside(bundle, options.output)
     start = monotonic()
     content: dict[str, Any] = {
         "bundle": {"name": bundle.manifest.name, "digest": bundle.digest}, "options": asdict(options),

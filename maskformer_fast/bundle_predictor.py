@@ -81,8 +81,9 @@ class BundlePredictor:
         originals: Sequence[np.ndarray],  # each [H, W, 3] uint8
         tasks: Sequence[Task],
     ) -> dict[Task, list[Result]]:
-        """Each task's results at the images' sizes; the network runs once for each task."""
-        return {task: self.predict(list(originals), task) for task in tasks}
+        """Each task's results at the images' sizes; by onnxruntime the network runs once, by TensorRT for each task."""
+        found = self.runtime.predict_tasks(originals, tasks)
+        return {task: [as_tensors(result) for result in results] for task, results in found.items()}
 
 
 def is_bundle(path: str | Path) -> bool:

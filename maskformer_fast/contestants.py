@@ -22,7 +22,7 @@ import numpy as np
 
 from maskformer_fast.config import Task
 from maskformer_fast.deploy.backend import StageSeconds
-from maskformer_fast.deploy.bundle import Bundle
+from maskformer_fast.deploy.bundle import read_manifest
 from maskformer_fast.deploy.selection import tensorrt_obstacle
 from maskformer_fast.metadata import VOID
 
@@ -249,10 +249,11 @@ class Worker:
         self.contestant = open_contestant(self.setting)
         for _ in range(WARM_UP_CALLS):
             self.contestant.predict(self.batch())
+        ready = perf_counter() - start
         after = device_bytes(self.setting)
         return {
             "backend": self.contestant.backend,
-            "ready_s": perf_counter() - start,
+            "ready_s": ready,
             "gpu_mib": None if after is None or before is None else (after - before) / 2**20,
         }
 
@@ -305,7 +306,7 @@ def device_bytes(setting: Setting) -> int | None:
 
         free, total = torch.cuda.mem_get_info(torch.device(setting.device))
         return int(total - free)
-    manifest = Bundle.open(setting.path, setting.digest).manifest
+    manifest, _ = read_manifest(setting.path)
     if setting.device == "onnxruntime" or tensorrt_obstacle(manifest, setting.device_index) is not None:
         return None  # not even a context is made, which would count as its memory
     from cuda.bindings import runtime as cuda

@@ -42,7 +42,7 @@ class PredictOptions:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "predictions"
     """Folder for the results."""
     task: tuple[Task, ...] = ("semantic",)
-    """One or several of semantic, panoptic, instance; one forward pass serves all."""
+    """One or several of semantic, panoptic, instance; one forward pass serves all (but for TensorRT)."""
     overlays: bool = True
     """Also draw each result over its image."""
     device: str = "auto"

@@ -27,7 +27,7 @@ from maskformer_fast.data import dataset_metadata
 from maskformer_fast.data.images import ImageLike, as_rgb_array
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
-from maskformer_fast.deploy.bundle import Bundle
+from maskformer_fast.deploy.bundle import read_manifest
 from maskformer_fast.modeling import build_model
 from maskformer_fast.ops import resize_images
 from maskformer_fast.recipes import load_recipe, recipe_names
@@ -209,7 +209,7 @@ def load_network(path_or_recipe: str | Path, device: str = "auto", test: TestCon
 def carried_options(path: str | Path) -> tuple[DataConfig, TestConfig]:
     """Data and test options that a checkpoint or a bundle carries. Errors are those of `load`."""
     if is_bundle(path):
-        manifest = Bundle.open(path).manifest
+        manifest, _ = read_manifest(path)  # `load` verifies the files
         return bundle_data(manifest), bundle_test(manifest)
     config = load_weights(path).config
     return config.data, config.test

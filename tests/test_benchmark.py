@@ -293,6 +293,12 @@ def test_wrong_options(more: dict[str, Any], message: str) -> None:
         BenchmarkOptions("bundle", **more)
 
 
+def test_the_report_does_not_go_into_the_bundle(tiny: Bundle) -> None:
+    with pytest.raises(ValueError, match="output: expected a folder outside of the bundle"):
+        benchmark.main([str(tiny.folder), "--output", str(tiny.folder / "benchmark")])
+    Bundle.open(tiny.folder)
+
+
 def test_missing_matplotlib_is_said_before_measuring(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_report.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install maskformer_fast\[deploy\]"):

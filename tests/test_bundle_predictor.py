@@ -100,6 +100,31 @@ def test_instances_are_the_predictors(pair: tuple[BundlePredictor, Predictor]) -
             assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
 
+def test_one_forward_pass_serves_all_tasks(pair: tuple[BundlePredictor, Predictor]) -> None:
+    predictor = pair[0]
+    images = [photo(number, *size) for number, size in enumerate(SIZES)]
+    backend: Any = predictor.runtime._backend
+    session, passes = backend._session, []
+
+    class Counting:
+        @staticmethod
+        def run(*arguments: Any) -> Any:
+            passes.append(1)
+            return session.run(*arguments)
+
+    backend._session = Counting
+    try:
+        found = predictor.infer([predictor.resize(image) for image in images], images, predictor.tasks)
+    finally:
+        backend._session = session
+    assert len(passes) == len(images) and list(found) == list(predictor.tasks)
+    for task, results in found.items():
+        for got, expected in zip(results, predictor.predict(images, task), strict=True):
+            for name, value in vars(expected).items():
+                same = torch.equal(getattr(got, name), value) if isinstance(value, torch.Tensor) else None
+                assert getattr(got, name) == value if same is None else same, (task, name)
+
+
 def test_every_kind_of_image_is_taken(pair: tuple[BundlePredictor, Predictor], tmp_path: Path) -> None:
     image = photo(1, 30, 41)
     Image.fromarray(image).save(tmp_path / "image.png")

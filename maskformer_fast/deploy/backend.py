@@ -23,6 +23,9 @@ class StageSeconds(NamedTuple):
 class Backend(Protocol):
     """Runs batches, several of them at a time; any thread may call."""
 
+    max_tasks: int
+    """How many tasks one `submit` takes, for which the network runs once."""
+
     def max_batch(self, height: int, width: int, task: Task) -> int:
         """The most frames of this size that one `submit` takes. Raises ``ValueError`` where it takes no such frames."""
         ...
@@ -30,13 +33,16 @@ class Backend(Protocol):
     def submit(
         self,
         frames: Sequence[np.ndarray],  # each [H, W, 3] uint8, of one size
-        task: Task,
+        *tasks: Task,
     ) -> int:
-        """Begin a batch -> a ticket, at once. What is wrong with the frames may be raised here or by `collect`."""
+        """Begin a batch for one to `max_tasks` tasks -> a ticket, at once.
+
+        What is wrong with the frames may be raised here or by `collect`.
+        """
         ...
 
     def collect(self, ticket: int) -> tuple[list[Result], StageSeconds]:
-        """Wait for a batch: one result a frame, at the frames' size. A ticket is good for one call.
+        """Wait for a batch: each frame's result, at the frames' size, task after task. A ticket is good for one call.
 
         Raises:
             KeyError: no such ticket, or one that was collected.

@@ -59,10 +59,8 @@ class Bundle:
             FileNotFoundError: there is no such folder.
             BundleError: a file is missing, changed, not listed, or not a plain file; or the manifest is not one.
         """
+        manifest, found = read_manifest(folder)
         path = Path(os.path.realpath(folder))
-        if not path.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "folder: expected a bundle, got no folder", str(folder))
-        manifest, found = parse_manifest(_read(path / MANIFEST_NAME, MAX_BYTES))
         expect(digest is None or digest == found, "digest", f"{digest}, which was asked for", found)
         _check_references(manifest)
         listed = manifest.files
@@ -90,6 +88,19 @@ class Bundle:
         return content
 
 
+def read_manifest(folder: str | os.PathLike[str]) -> tuple[Manifest, str]:
+    """What a bundle says of itself, and its digest. Its files may be others: `Bundle.open` looks, this does not.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        BundleError: there is no manifest, or it was changed.
+    """
+    path = Path(os.path.realpath(folder))
+    if not path.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "folder: expected a bundle, got no folder", str(folder))
+    return parse_manifest(_read(path / MANIFEST_NAME, MAX_BYTES))
+
+
 def write_bundle(folder: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
     """Write a bundle whole, in the place of a bundle that is there; a failure leaves what was there.
 
@@ -103,7 +114,14 @@ def write_bundle(folder: str | os.PathLike[str], manifest: Manifest, files: Mapp
     """
     target = check_destination(folder)
     entries = {name: _entry(content) for name, content in files.items()}
-    return _replace_folder(target, replace(manifest, files=entries), files, {})
+    return _replace_folder(target, replace(manifest, files=entries), files, None)
+
+
+def check_outside(bundle: Bundle, output: str | os.PathLike[str]) -> None:
+    """Raise ``ValueError`` for an output folder in the bundle, which would refuse to open with files of others."""
+    path = Path(os.path.realpath(output))
+    if path.is_relative_to(bundle.folder):
+        raise ValueError(f"output: expected a folder outside of the bundle {bundle.folder}, got {output}")
 
 
 def check_destination(folder: str | os.PathLike[str]) -> Path:
@@ -126,16 +144,19 @@ def check_destination(folder: str | os.PathLike[str]) -> Path:
 def extend_bundle(bundle: Bundle, files: Mapping[str, bytes], **manifest_changes: Any) -> Bundle:
     """Add files to a bundle (or replace some), with the fields of the manifest that change; a failure changes nothing.
 
-    Files that the changed manifest does not refer to any more stay. Raises `BundleError` as `write_bundle` does.
+    Files that the changed manifest does not refer to any more stay. Raises `BundleError` as `write_bundle` does, and
+    where the folder holds another bundle by now: what somebody else has added meanwhile is not taken away.
     """
     entries = bundle.manifest.files | {name: _entry(content) for name, content in files.items()}
-    kept = {name: bundle.folder / name for name in bundle.manifest.files if name not in files}
     manifest = replace(bundle.manifest, **manifest_changes, files=entries)
-    return _replace_folder(bundle.folder, manifest, files, kept)
+    return _replace_folder(bundle.folder, manifest, files, bundle)
 
 
-def _replace_folder(target: Path, manifest: Manifest, files: Mapping[str, bytes], kept: Mapping[str, Path]) -> Bundle:
-    """Prepare a bundle beside ``target``, of new content and links to old files, and put it there."""
+def _replace_folder(target: Path, manifest: Manifest, files: Mapping[str, bytes], old: Bundle | None) -> Bundle:
+    """Prepare a bundle beside ``target``, of new content and links to the other files of an old one, and put it there.
+
+    The old one, if given, must be what is there.
+    """
     _check_references(manifest)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{secrets.token_hex(8)}.tmp"
@@ -145,17 +166,29 @@ def _replace_folder(target: Path, manifest: Manifest, files: Mapping[str, bytes]
             check_file_name(name)
             with atomic_write(staging / name) as file:
                 file.write(content)
-        for name, source in kept.items():
+        for name in manifest.files.keys() - files.keys() if old else ():
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(source, staging / name)
+            _link(target / name, staging / name)
         content, _ = manifest_bytes(manifest)
         with atomic_write(staging / MANIFEST_NAME) as file:
             file.write(content)
-        Bundle.open(staging)  # what cannot be opened is not left behind
+        made = Bundle.open(staging)  # what cannot be opened is not left behind
+        if old is not None:
+            _check_unchanged(old)
         _put(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # by now the old bundle, or what failed
-    return Bundle.open(target)
+    return replace(made, folder=target)
+
+
+def _check_unchanged(bundle: Bundle) -> None:
+    try:
+        digest: str | None = read_manifest(bundle.folder)[1]
+    except (BundleError, FileNotFoundError):
+        digest = None
+    if digest != bundle.digest:
+        raise BundleError(f"{bundle.folder}: expected the bundle that was opened (digest {bundle.digest}), got one "
+                          f"that was changed since (digest {digest}); do it again")
 
 
 def _put(staging: Path, target: Path) -> None:

@@ -65,6 +65,9 @@ class _Recorded(NamedTuple):
 class TensorRTBackend:
     """A `maskformer_fast.deploy.backend.Backend` for one GPU. Several may live in a process, on one GPU or several."""
 
+    max_tasks = 1
+    """A tape holds one task's kernels."""
+
     def __init__(self, bundle: Bundle, device: int, in_flight: int) -> None:
         """Check the bundle against the GPU, then load engine and kernels and set all memory aside.
 
@@ -124,9 +127,11 @@ class TensorRTBackend:
               f"{known}); others are added by export --frames", f"{height}x{width}")  # fmt: skip
         return max(self._plans[task, height, width])
 
-    def submit(self, frames: Sequence[np.ndarray], task: Task) -> int:
+    def submit(self, frames: Sequence[np.ndarray], *tasks: Task) -> int:
         """Begin a batch of frames of one size -> a ticket. Raises RuntimeError where `in_flight` are under way."""
         check(len(frames) > 0, "frames", "at least one", len(frames))
+        check(len(tasks) == 1, "tasks", "one", tasks)
+        task = tasks[0]
         height, width = frames[0].shape[:2]
         for frame in frames:
             fits = frame.shape == (height, width, 3) and frame.dtype == np.uint8

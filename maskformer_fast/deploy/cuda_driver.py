@@ -63,23 +63,30 @@ class Driver:
         return ": ".join(found) or f"error {int(status)}"
 
 
+def find_device(driver: Driver, index: int) -> Any:
+    """The GPU of a number. Raises ValueError where there is no such one."""
+    count = driver.call("cuDeviceGetCount")
+    if not 0 <= index < count:
+        raise ValueError(f"device: expected 0..{count - 1}, one of this machine's GPUs, got {index}")
+    return driver.call("cuDeviceGet", index)
+
+
+def architecture(driver: Driver, device: Any) -> str:
+    """A GPU's architecture, as engines and kernels name it: ``sm_87``."""
+    attributes = driver.api.CUdevice_attribute
+    major = driver.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+    minor = driver.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+    return f"sm_{major}{minor}"
+
+
 class Device:
     """One GPU by its primary context, the one that PyTorch and the CUDA runtime use too."""
 
     def __init__(self, driver: Driver, index: int) -> None:
         """Raises ValueError where there is no such device."""
         self.driver = driver
-        count = driver.call("cuDeviceGetCount")
-        if not 0 <= index < count:
-            raise ValueError(f"device: expected 0..{count - 1}, one of this machine's GPUs, got {index}")
-        self._device = driver.call("cuDeviceGet", index)
-        attributes = driver.api.CUdevice_attribute
-        major, minor = (
-            driver.call("cuDeviceGetAttribute", getattr(attributes, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}"),
-                        self._device)
-            for part in ("MAJOR", "MINOR")
-        )  # fmt: skip
-        self.target = f"sm_{major}{minor}"
+        self._device = find_device(driver, index)
+        self.target = architecture(driver, self._device)
         name = driver.call("cuDeviceGetName", 256, self._device)
         self.name = name.split(b"\0")[0].decode() if isinstance(name, bytes) else str(name)
         self._made: list[tuple[str, Any]] = []

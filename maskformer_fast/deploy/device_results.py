@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from maskformer_fast.config import Task
-from maskformer_fast.deploy.host_postprocess import best_first, softmax
+from maskformer_fast.deploy.ranking import QueryMasks, best_instances, best_pairs
 from maskformer_fast.deploy.results import InstanceResult, PanopticResult, Result, SemanticResult
 from maskformer_fast.metadata import segments_of_rows
 
@@ -39,15 +39,6 @@ def read_results(
 
 
 def _instances(image: Mapping[str, np.ndarray], width: int, is_thing: Sequence[bool], top_k: int) -> InstanceResult:
-    """As `postprocess.instances`: the best pairs of query and thing class, less those with an empty mask."""
-    things = np.flatnonzero(np.array(is_thing, dtype=np.bool_))
-    probabilities = softmax(image["class_logits"])[:, things]
-    probabilities = np.nan_to_num(probabilities, nan=-1.0).ravel()
-    pairs = best_first(probabilities, top_k)
-    queries, labels = pairs // max(1, len(things)), things[pairs % max(1, len(things))].astype(np.int64)
-    scores = probabilities[pairs] * image["scores"][queries]
-    found = np.flatnonzero((image["areas"][queries] > 0) & (scores >= 0))
-    chosen = found[np.argsort(-scores[found], kind="stable")]
-    masks = image["masks"]
-    size = (masks.shape[1], width)
-    return InstanceResult(labels[chosen], scores[chosen], masks[queries[chosen]], image["boxes"][queries[chosen]], size)
+    pairs = best_pairs(image["class_logits"], is_thing, top_k)
+    masks = QueryMasks(image["masks"], image["boxes"], image["areas"], image["scores"])
+    return best_instances(pairs, pairs.queries, masks, (masks.packed.shape[1], width))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from maskformer_fast.config import Task, check
+from maskformer_fast.config import TASKS, Task, check
 from maskformer_fast.deploy.backend import StageSeconds
 from maskformer_fast.deploy.bundle import Bundle
 from maskformer_fast.deploy.host_postprocess import HostPostprocessor, Maps
@@ -25,11 +25,14 @@ from maskformer_fast.deploy.results import Result
 from maskformer_fast.resizing import resize_array
 
 FLAVOUR = "raw"
+INPUT, OUTPUTS = "images", ["class_logits", "mask_logits"]
 _Outcome = tuple[list[Result], StageSeconds]
 
 
 class HostBackend:
     """A `maskformer_fast.deploy.backend.Backend` that needs no GPU."""
+
+    max_tasks = len(TASKS)
 
     def __init__(self, bundle: Bundle, in_flight: int, threads: int | None = None) -> None:
         """Load the graph.
@@ -61,10 +64,10 @@ class HostBackend:
         """One, unless the graph was exported for a batch: here several frames at once take as long as one by one."""
         return self._batch or 1
 
-    def submit(self, frames: Sequence[np.ndarray], task: Task) -> int:
+    def submit(self, frames: Sequence[np.ndarray], *tasks: Task) -> int:
         """Begin a batch of frames of one size -> a ticket."""
         ticket = next(self._tickets)
-        self._batches[ticket] = self._pool.submit(self._run, list(frames), task)
+        self._batches[ticket] = self._pool.submit(self._run, list(frames), tasks)
         return ticket
 
     def collect(self, ticket: int) -> _Outcome:
@@ -76,16 +79,17 @@ class HostBackend:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._batches.clear()
 
-    def _run(self, frames: list[np.ndarray], task: Task) -> _Outcome:
+    def _run(self, frames: list[np.ndarray], tasks: Sequence[Task]) -> _Outcome:
         start = perf_counter()
         images = self._prepare(frames)
         prepared = perf_counter()
-        class_logits, mask_logits = self._session.run(["class_logits", "mask_logits"], {"images": images})
+        class_logits, mask_logits = self._session.run(OUTPUTS, {INPUT: images})
         predicted = perf_counter()
         size = (frames[0].shape[0], frames[0].shape[1])
         extent = self._extent(images.shape[2:], mask_logits.shape[2:])
         results = [
             self._postprocess(Maps(class_logits[row], mask_logits[row], extent, size), task)
+            for task in tasks
             for row in range(len(frames))
         ]
         end = perf_counter()
@@ -147,7 +151,11 @@ def _session(graph: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors: its warnings are about its own optimisations
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # it has no class of its own for a graph that it cannot read or run
         expect(False, f"graphs.{FLAVOUR}", "a graph that onnxruntime runs", f"{type(error).__name__}: {error}")
         raise
+    inputs, outputs = ([tensor.name for tensor in part] for part in (session.get_inputs(), session.get_outputs()))
+    expect(inputs == [INPUT] and set(OUTPUTS) <= set(outputs), f"graphs.{FLAVOUR}",
+           f"a graph from {INPUT} to {' and '.join(OUTPUTS)}", f"one from {inputs} to {outputs}")  # fmt: skip
+    return session

@@ -14,10 +14,9 @@ import numpy as np
 from maskformer_fast._extension import load_extension
 from maskformer_fast.config import Task, check
 from maskformer_fast.deploy.manifest import Postprocess
+from maskformer_fast.deploy.ranking import QueryMasks, Size, best_instances, best_pairs, softmax
 from maskformer_fast.deploy.results import InstanceResult, PanopticResult, Result, SemanticResult
 from maskformer_fast.metadata import VOID, segments_of_rows
-
-Size = tuple[int, int]
 
 
 class Maps(NamedTuple):
@@ -104,11 +103,8 @@ class HostPostprocessor:
 
     def _instances(self, maps: Maps) -> InstanceResult:
         """As `postprocess.instances`: the best pairs of query and thing class, less those with an empty mask."""
-        things = np.flatnonzero(self._is_thing)
-        probabilities = np.nan_to_num(softmax(maps.class_logits)[:, things], nan=-1.0)
-        pairs = best_first(probabilities.ravel(), self._settings.top_k)
-        queries, labels = pairs // max(1, len(things)), things[pairs % max(1, len(things))].astype(np.int64)
-        used, slots = np.unique(queries, return_inverse=True)
+        pairs = best_pairs(maps.class_logits, self._is_thing, self._settings.top_k)
+        used, slots = np.unique(pairs.queries, return_inverse=True)
         masks = _masks(maps, used)
         height, width = maps.size
         packed = np.empty((len(used), height, (width + 7) // 8), dtype=np.uint8)
@@ -126,40 +122,13 @@ class HostPostprocessor:
             mask_scores.ctypes.data,
             self._threads,
         )
-        scores = probabilities.ravel()[pairs] * mask_scores[slots]
-        found = np.flatnonzero((areas[slots] > 0) & (scores >= 0))  # a query of NaN has a score below 0
-        chosen = found[np.argsort(-scores[found], kind="stable")]
-        rows = slots[chosen]
-        return InstanceResult(labels[chosen], scores[chosen], packed[rows], boxes[rows], maps.size)
+        return best_instances(pairs, slots, QueryMasks(packed, boxes, areas, mask_scores), maps.size)
 
 
 def label_dtype(num_classes: int) -> type[np.uint8] | type[np.int16]:
     """dtype of a label map of K classes: uint8 up to 255, int16 up to 32767, else ``ValueError``."""
     check(1 <= num_classes <= 32767, "number of classes", "1..32767", num_classes)
     return np.uint8 if num_classes <= 255 else np.int16
-
-
-def softmax(
-    logits: np.ndarray,  # [..., N] float32
-) -> np.ndarray:
-    """Over the last axis, in float32. NaN, +inf, or nothing but -inf makes a whole row NaN, as in PyTorch."""
-    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf, and differences beyond float32
-        powers = np.exp(logits - logits.max(-1, keepdims=True))
-        return powers / powers.sum(-1, keepdims=True)
-
-
-def best_first(
-    values: np.ndarray,  # [N] float32, no NaN
-    count: int,
-) -> np.ndarray:
-    """Indices of the largest ``count`` values (or all), largest first; of equal ones the lower index first -> int64."""
-    if len(values) > count:
-        least = np.partition(values, len(values) - count)[len(values) - count]
-        above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
-        chosen = np.sort(np.concatenate([above, equal[: count - len(above)]]))
-    else:
-        chosen = np.arange(len(values))
-    return chosen[np.argsort(-values[chosen], kind="stable")]
 
 
 def _masks(maps: Maps, queries: np.ndarray) -> np.ndarray:

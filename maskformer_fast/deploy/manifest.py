@@ -14,6 +14,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ MAX_BYTES = 4 * 2**20
 DIGEST_KEY = "manifest_sha256"
 
 _DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")
+_MAX_SIDE = 1 << 16
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _TARGET = re.compile(r"sm_[1-9][0-9]{1,3}[a-z]?")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -49,6 +51,19 @@ def check_file_name(name: str) -> None:
     parts = name.split("/")
     plain = len(parts) <= 4 and all(_PART.fullmatch(part) for part in parts)
     expect(plain and name != MANIFEST_NAME, "files", "relative paths of letters, digits, '.', '_' and '-'", name)
+
+
+def check_file_names(names: Iterable[str]) -> None:
+    """`check_file_name` for each; and no two are one where case does not count, nor is one the folder of another."""
+    kept: dict[str, str] = {MANIFEST_NAME: MANIFEST_NAME}
+    files = set(names)
+    for name in sorted(files):
+        check_file_name(name)
+        parts = name.split("/")
+        for path in ("/".join(parts[:count]) for count in range(1, len(parts) + 1)):
+            other = kept.setdefault(path.lower(), path)
+            expect(other == path, "files", "names that differ by more than case", f"{path!r} beside {other!r}")
+            expect(path == name or path not in files, "files", "a file or a folder of a name", f"both {path!r}")
 
 
 @dataclass(frozen=True)
@@ -150,9 +165,11 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         expect(all(s > 0 for s in self.std), "std", "positive numbers", self.std)
-        expect(self.short_edge is None or self.short_edge > 0, "short_edge", "> 0 or null", self.short_edge)
-        expect(self.max_size > 0, "max_size", "> 0", self.max_size)
-        expect(self.size_divisibility >= 0, "size_divisibility", ">= 0", self.size_divisibility)
+        fits = self.short_edge is None or 1 <= self.short_edge <= _MAX_SIDE
+        expect(fits, "short_edge", f"1..{_MAX_SIDE} or null", self.short_edge)
+        expect(1 <= self.max_size < 1 << 31, "max_size", f"1..{(1 << 31) - 1}", self.max_size)
+        fits = 0 <= self.size_divisibility <= _MAX_SIDE
+        expect(fits, "size_divisibility", f"0..{_MAX_SIDE}", self.size_divisibility)
 
 
 @dataclass(frozen=True)
@@ -214,13 +231,14 @@ class Manifest:
         expect(self.num_queries > 0, "num_queries", "> 0", self.num_queries)
         expect(self.num_classes == self.metadata.num_classes, "num_classes",
                f"{self.metadata.num_classes}, as many as metadata names", self.num_classes)
+        shades = [shade for color in self.metadata.colors for shade in color]
+        expect(all(0 <= shade <= 255 for shade in shades), "metadata.colors", "0..255", self.metadata.colors)
         _check_targets("kernels", self.kernels)
-        for name in self.files:
-            check_file_name(name)
+        check_file_names(self.files)
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers, as `from_json` reads them."""
-        return {"format": FORMAT, **_plain(self, Manifest)}
+        return {"format": FORMAT, **plain(self, Manifest)}
 
     @classmethod
     def from_json(cls, data: object) -> Manifest:
@@ -228,7 +246,7 @@ class Manifest:
         if not isinstance(data, dict):
             raise BundleError(f"manifest: expected an object, got {type(data).__name__}")
         expect(data.get("format") == FORMAT, "format", repr(FORMAT), data.get("format"))
-        return _typed({key: value for key, value in data.items() if key != "format"}, cls, "manifest")
+        return typed({key: value for key, value in data.items() if key != "format"}, cls, "manifest")
 
 
 def manifest_bytes(manifest: Manifest) -> tuple[bytes, str]:
@@ -265,20 +283,20 @@ def _check_targets(name: str, targets: tuple[str, ...]) -> None:
     expect(all(_TARGET.fullmatch(target) for target in targets), name, "targets as sm_87", targets)
 
 
-def _plain(value: Any, kind: Any) -> Any:
+def plain(value: Any, kind: Any) -> Any:
     """A value of a declared type -> JSON's types; whole numbers in float fields become floats."""
     if is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return {f.name: _plain(getattr(value, f.name), hints[f.name]) for f in fields(kind)}
+        return {f.name: plain(getattr(value, f.name), hints[f.name]) for f in fields(kind)}
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        return [_plain(item, arguments[0]) for item in value]  # all of this module's tuples are of one type
+        return [plain(item, arguments[0]) for item in value]  # all of this module's tuples are of one type
     if typing.get_origin(kind) is dict:
-        return {key: _plain(item, arguments[1]) for key, item in value.items()}
+        return {key: plain(item, arguments[1]) for key, item in value.items()}
     return float(value) if kind is float else value
 
 
-def _typed(value: Any, kind: Any, where: str) -> Any:
+def typed(value: Any, kind: Any, where: str) -> Any:
     """JSON's types -> a value of a declared type; nothing is converted on the way. Raises `BundleError`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
@@ -287,7 +305,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
         expect(not unknown, where, f"the keys {', '.join(hints)}", f"also {unknown}")
         expect(not missing, where, f"the keys {', '.join(hints)}", f"none of {missing}")
-        items = {name: _typed(value[name], hint, f"{where}.{name}") for name, hint in hints.items()}
+        items = {name: typed(value[name], hint, f"{where}.{name}") for name, hint in hints.items()}
         try:
             return typing.cast(Any, kind)(**items)
         except ValueError as error:
@@ -296,10 +314,10 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         expect(isinstance(value, list), where, "a list", value)
         length = len(value) if arguments[-1] is Ellipsis else len(arguments)
         expect(len(value) == length, where, f"{length} entries", value)
-        return tuple(_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict:
         expect(isinstance(value, dict), where, "an object", value)
-        return {key: _typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+        return {key: typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if origin is Literal:
         expect(isinstance(value, str) and value in arguments, where, f"one of {', '.join(arguments)}", value)
         return value

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,6 +87,7 @@ class Runtime:
         self._backend: Backend | None = _open_backend(bundle, backend, device, in_flight)
         self._jobs: deque[_Job] = deque()  # what the backend may still hold, oldest first
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def predict(self, images: np.ndarray | Sequence[np.ndarray], task: Task = "semantic") -> Any:
         """Segment one image (-> one result) or several (-> a list of results, in order).
@@ -99,34 +101,45 @@ class Runtime:
         Raises:
             TypeError, ValueError: something that is not such an image, an unknown task, or a size that the bundle does
                 not take.
-            RuntimeError: the runtime is closed.
+            RuntimeError: the runtime is closed, or belongs to the process that this one was forked from.
         """
         check_choice("task", task, self.tasks)
         if isinstance(images, np.ndarray) and images.ndim == 3:
             return self.predict([images], task)[0]
+        return self.predict_tasks(list(images), (task,))[task]
+
+    def predict_tasks(self, images: Sequence[np.ndarray], tasks: Sequence[Task]) -> dict[Task, list[Result]]:
+        """Several tasks' results of images, each as `predict` gives them; onnxruntime runs the network once for all."""
+        for task in tasks:
+            check_choice("task", task, self.tasks)
         frames = list(images)
         by_size: dict[tuple[int, ...], list[int]] = {}
         for index, frame in enumerate(frames):
             check_image(frame, f"images[{index}]")
             by_size.setdefault(frame.shape[:2], []).append(index)
-        results: list[Result | None] = [None] * len(frames)
-        under_way: deque[tuple[list[int], _Job]] = deque()
+        results: dict[Task, dict[int, Result]] = {task: {} for task in tasks}
+        under_way: deque[tuple[Sequence[Task], list[int], _Job]] = deque()
 
         def finish() -> None:
-            indices, job = under_way.popleft()
-            for index, result in zip(indices, self._finish(job)[0], strict=True):
-                results[index] = result
+            group, indices, job = under_way.popleft()
+            places = ((task, index) for task in group for index in indices)
+            for (task, index), result in zip(places, self._finish(job)[0], strict=True):
+                results[task][index] = result
 
-        for (height, width), indices in by_size.items():
-            most = self._open_backend().max_batch(height, width, task)
-            for start in range(0, len(indices), most):
-                part = indices[start : start + most]
-                under_way.append((part, self._start([frames[index] for index in part], task)))
-                if len(under_way) == self.in_flight:
-                    finish()
+        backend = self._open_backend()
+        wanted = list(results)
+        for first in range(0, len(wanted), backend.max_tasks):
+            group = wanted[first : first + backend.max_tasks]
+            for (height, width), indices in by_size.items():
+                most = min(backend.max_batch(height, width, task) for task in group)
+                for start in range(0, len(indices), most):
+                    part = indices[start : start + most]
+                    under_way.append((group, part, self._start([frames[index] for index in part], group)))
+                    if len(under_way) == self.in_flight:
+                        finish()
         while under_way:
             finish()
-        return results
+        return {task: [found[index] for index in range(len(frames))] for task, found in results.items()}
 
     def stream(self, frames: Iterable[np.ndarray], task: Task = "semantic") -> Iterator[Result]:
         """Results of frames in their order, `in_flight` frames at once: for a camera or a video.
@@ -149,10 +162,14 @@ class Runtime:
         check_choice("task", task, self.tasks)
         for index, frame in enumerate(frames):
             check_image(frame, f"frames[{index}]")
-        return self._finish(self._start(frames, task))
+        return self._finish(self._start(frames, (task,)))
 
     def close(self) -> None:
-        """Wait for what is under way, and give everything back; a second call does nothing."""
+        """Wait for what is under way, and give everything back; a second call does nothing, nor does a forked process's
+        (it has neither the threads nor the GPU).
+        """
+        if os.getpid() != self._process:
+            return
         with self._lock:
             backend, self._backend = self._backend, None
             jobs = list(self._jobs)
@@ -169,17 +186,21 @@ class Runtime:
         self.close()
 
     def _open_backend(self) -> Backend:
+        if os.getpid() != self._process:
+            raise RuntimeError("runtime: expected to be used by the process that loaded it, got one forked from it; "
+                               "load the bundle there")
         if self._backend is None:
             raise RuntimeError("runtime: expected an open one, but it was closed")
         return self._backend
 
-    def _start(self, frames: Sequence[np.ndarray], task: Task) -> _Job:
+    def _start(self, frames: Sequence[np.ndarray], tasks: Sequence[Task]) -> _Job:
         """Hand a batch to the backend; if it is full, the oldest batch is waited for, whoever began it."""
+        self._open_backend()  # before the lock, which a fork may have copied as held
         with self._lock:
             backend = self._open_backend()
             while len(self._jobs) >= self.in_flight:
                 self._jobs.popleft().settle()
-            job = _Job(backend, frames, task)
+            job = _Job(backend, frames, tasks)
             self._jobs.append(job)
         return job
 
@@ -193,9 +214,9 @@ class Runtime:
 class _Job:
     """A batch in the hands of the backend. Its outcome is fetched once, by whoever needs it or its place first."""
 
-    def __init__(self, backend: Backend, frames: Sequence[np.ndarray], task: Task) -> None:
+    def __init__(self, backend: Backend, frames: Sequence[np.ndarray], tasks: Sequence[Task]) -> None:
         self._backend = backend
-        self._ticket = backend.submit(frames, task)
+        self._ticket = backend.submit(frames, *tasks)
         self._lock = threading.Lock()
         self._outcome: tuple[list[Result], StageSeconds] | Exception | None = None
 
@@ -244,7 +265,7 @@ class _Stream(Iterator[Result]):
             return error
         try:
             check_image(frame, "frame")
-            return self._runtime._start([frame], self._task)
+            return self._runtime._start([frame], (self._task,))
         except Exception as error:
             return error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Literal
 
-from maskformer_fast.config import check
+from maskformer_fast.deploy.cuda_driver import Driver, architecture, find_device
 from maskformer_fast.deploy.manifest import BundleError, Manifest
 
 BackendName = Literal["onnxruntime", "tensorrt"]
@@ -50,21 +50,7 @@ def gpu_target(device: int) -> str:
         ValueError: there is no driver, or no such device.
     """
     try:
-        from cuda.bindings import driver
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "cuda-python is needed to run a bundle by TensorRT; install it with: pip install maskformer_fast[deploy]",
-            name=error.name,
-        ) from error
-    success = driver.CUresult.CUDA_SUCCESS
-    try:
-        (status,) = driver.cuInit(0)
-    except RuntimeError as error:  # no libcuda to load
-        raise ValueError(f"device: expected a CUDA device, but the driver cannot be loaded: {error}") from error
-    check(status == success, "device", "a CUDA device", f"{status.name} from the driver")
-    status, handle = driver.cuDeviceGet(device)
-    check(status == success, "device", "the number of a CUDA device", f"{device} ({status.name})")
-    attribute = driver.CUdevice_attribute
-    _, major = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle)
-    _, minor = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle)
-    return f"sm_{major}{minor}"
+        driver = Driver()
+        return architecture(driver, find_device(driver, device))
+    except RuntimeError as error:
+        raise ValueError(f"device: {error}") from error

@@ -25,7 +25,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from maskformer_fast.config import Task
-from maskformer_fast.deploy.manifest import BundleError, Manifest, Preprocess, Shape, _plain, _typed, expect
+from maskformer_fast.deploy.manifest import BundleError, Manifest, Preprocess, Shape, expect, plain, typed
 from maskformer_fast.resizing import short_edge_size
 
 FILE = "kernels/tapes.json"
@@ -248,7 +248,7 @@ class TapeFile:
 
     def to_bytes(self) -> bytes:
         """The file."""
-        data = {"format": FORMAT, **_plain(self, TapeFile)}
+        data = {"format": FORMAT, **plain(self, TapeFile)}
         return (json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
 
     @classmethod
@@ -261,7 +261,7 @@ class TapeFile:
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{FILE}: expected JSON text, got {type(error).__name__}: {error}") from None
         expect(isinstance(data, dict) and data.pop("format", None) == FORMAT, FILE, f"the format {FORMAT}", "another")
-        found: TapeFile = _typed(data, cls, "tapes")
+        found: TapeFile = typed(data, cls, "tapes")
         found.check(manifest)
         return found
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.deploy.bundle import Bundle
+from maskformer_fast.deploy.bundle import Bundle, check_outside
 from maskformer_fast.deploy.manifest import MANIFEST_NAME, Engine, Graph, Manifest, TensorSpec, manifest_bytes
 
 __all__ = ["ServedModel", "TritonServerOptions", "main", "model_config", "write_repository"]
@@ -270,10 +270,11 @@ def write_repository(bundle: Bundle, options: TritonServerOptions) -> Path:
     where its configuration is the same.
 
     Raises:
-        ValueError: the bundle holds no such model, or a TensorRT for RTX engine alone.
+        ValueError: the bundle holds no such model, or a TensorRT for RTX engine alone; or the output lies in it.
         FileExistsError: the repository has a different model of this name, or this version of it.
         BundleError: a file of the bundle was changed since it was opened.
     """
+    check_outside(bundle, options.output)
     name = options.name or default_name(bundle.manifest, options.model)
     model = plan_model(bundle, options)
     config = model_config(model, name, options)

@@ -119,6 +119,14 @@ def test_bundles_it_cannot_run(tmp_path: Path, bundle: Bundle) -> None:
             HostBackend(bundle, **arguments)
 
 
+def test_graphs_with_other_inputs_or_outputs(tmp_path: Path, bundle: Bundle) -> None:
+    content = bundle.read("raw.onnx")
+    for old, new in ((b"images", b"frames"), (b"mask_logits", b"mask_scores")):
+        other = write_bundle(tmp_path / new.decode(), bundle.manifest, {"raw.onnx": content.replace(old, new)})
+        with pytest.raises(BundleError, match=rf"graphs.raw: expected .*{old.decode()}.*, got .*{new.decode()}"):
+            HostBackend(other, 1)
+
+
 @pytest.mark.parametrize(("variable", "expected"), [("3", 3), ("2,4", 2), ("0", None), ("many", None), ("", None)])
 def test_default_threads(monkeypatch: pytest.MonkeyPatch, variable: str, expected: int | None) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", variable)

@@ -8,12 +8,10 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from maskformer_fast import postprocess
 from maskformer_fast.config import PanopticRule
-from maskformer_fast.deploy.host_postprocess import HostPostprocessor, Maps, best_first, label_dtype, softmax
+from maskformer_fast.deploy.host_postprocess import HostPostprocessor, Maps, label_dtype
 from maskformer_fast.deploy.manifest import Postprocess
 from maskformer_fast.metadata import VOID
 from maskformer_fast.ops import semantic_inference
@@ -199,18 +197,3 @@ def test_maps_that_do_not_fit_are_refused() -> None:
         processor(classes=6)(maps, "semantic")
     with pytest.raises(ValueError, match="mask_logits"):
         processor()(maps._replace(mask_logits=maps.mask_logits[:3]), "panoptic")
-
-
-@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 50), st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
-def test_best_first_is_a_stable_sort(seed: int, size: int, count: int, levels: int) -> None:
-    values = np.random.default_rng(seed).integers(0, levels, size).astype(np.float32)
-    expected = sorted(range(size), key=lambda index: (-values[index], index))[:count]
-    assert best_first(values, count).tolist() == expected
-
-
-@given(st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
-def test_softmax_is_pytorchs(rows: list[list[float]]) -> None:
-    logits = np.array(rows, dtype=np.float32)
-    np.testing.assert_allclose(softmax(logits), torch.from_numpy(logits).softmax(-1).numpy(), atol=1e-6, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from maskformer_fast.deploy.bundle import Bundle, extend_bundle
 from maskformer_fast.deploy.manifest import BundleError, Engine, Profile, Shape
 from maskformer_fast.deploy.results import Result, SemanticResult
 from maskformer_fast.deploy.runtime import load
+from tests.deploy.fake_cuda import FakeDriver
 from tests.deploy.tiny_bundle import tiny_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +43,9 @@ def frame_of(number: int, height: int = 2, width: int = 3) -> np.ndarray:
 class FakeBackend:
     """Gives a frame's first value back; 13 is a frame that fails. Notes what it is asked."""
 
-    def __init__(self, most: int = 1) -> None:
+    def __init__(self, most: int = 1, max_tasks: int = 1) -> None:
         self.most = most
+        self.max_tasks = max_tasks
         self.held: dict[int, Sequence[np.ndarray]] = {}
         self.batches: list[list[int]] = []
         self.peak = 0
@@ -51,12 +54,13 @@ class FakeBackend:
     def max_batch(self, height: int, width: int, task: Task) -> int:
         return self.most
 
-    def submit(self, frames: Sequence[np.ndarray], task: Task) -> int:
+    def submit(self, frames: Sequence[np.ndarray], *tasks: Task) -> int:
         if frames[0][0, 0, 0] == 66:
             raise ValueError("66 is refused at once")
         assert len(frames) <= self.most and len({frame.shape for frame in frames}) == 1 and not self.closed
         self.batches.append([int(frame[0, 0, 0]) for frame in frames])
-        self.held[len(self.batches)] = frames
+        assert 0 < len(tasks) <= self.max_tasks
+        self.held[len(self.batches)] = list(frames) * len(tasks)
         self.peak = max(self.peak, len(self.held))
         return len(self.batches)
 
@@ -159,6 +163,20 @@ def test_predict_batches_frames_of_one_size(bundle: Bundle, fake: FakeBackend) -
     assert value(found[0]) == 3 and seconds == StageSeconds(1, 2, 3, 6)
 
 
+@pytest.mark.parametrize(("max_tasks", "passes"), [(1, 3), (2, 2), (3, 1)])
+def test_tasks_share_a_pass_as_the_backend_can(bundle: Bundle, fake: FakeBackend, max_tasks: int, passes: int) -> None:
+    fake.most, fake.max_tasks = 2, max_tasks
+    runtime = load(bundle, "onnxruntime", in_flight=2)
+    images = [frame_of(1), frame_of(2, 4), frame_of(3), frame_of(4)]
+    found = runtime.predict_tasks(images, ("instance", "semantic", "panoptic", "semantic"))
+    assert list(found) == ["instance", "semantic", "panoptic"]
+    assert all([value(result) for result in results] == [1, 2, 3, 4] for results in found.values())
+    assert fake.batches == [[1, 3], [4], [2]] * passes and fake.peak <= 2 and not fake.held
+    assert runtime.predict_tasks([], ("semantic",)) == {"semantic": []} and runtime.predict_tasks(images, ()) == {}
+    with pytest.raises(ValueError, match="task: expected one of"):
+        runtime.predict_tasks(images, ("semantic", "depth"))  # type: ignore[arg-type]
+
+
 @given(st.lists(st.sampled_from([1, 2, 13, 66, 90]), max_size=12), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_any_stream_gives_each_frame_its_own_outcome(bundle: Bundle, numbers: list[int], in_flight: int) -> None:
@@ -225,6 +243,33 @@ def test_arguments_are_checked(bundle: Bundle, fake: FakeBackend) -> None:
 def test_load_checks_its_arguments(bundle: Bundle, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(bundle, **arguments)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_refused_and_does_not_hang(bundle: Bundle) -> None:
+    code = f"""
+import os, signal
+import numpy as np
+from maskformer_fast.deploy.runtime import load
+frame = np.zeros((8, 9, 3), np.uint8)
+with load({str(bundle.folder)!r}, "onnxruntime") as runtime:
+    runtime.predict(frame)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        with runtime:  # closing must not wait for threads that are not here
+            try:
+                runtime.predict(frame)
+            except RuntimeError as error:
+                print(error, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    print(runtime.predict(frame).labels.shape)
+"""
+    assert run_blocked([], code).splitlines() == [
+        "runtime: expected to be used by the process that loaded it, got one forked from it; load the bundle there",
+        "(8, 9)",
+    ]
 
 
 def test_damaged_bundles_and_other_digests_are_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -315,42 +360,18 @@ def test_tensorrt_is_taken_where_it_can_run(
     assert load(ready, "onnxruntime").backend == "onnxruntime" and not made
 
 
-class FakeDriver:
-    """As cuda.bindings.driver, with one device of compute capability 8.7."""
-
-    CUresult = SimpleNamespace(CUDA_SUCCESS=SimpleNamespace(name="ok"), BAD=SimpleNamespace(name="CUDA_ERROR_INVALID"))
-    CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=8, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=7
-    )
-
-    def __init__(self, init: Any = None) -> None:
-        self.init = init or self.CUresult.CUDA_SUCCESS
-
-    def cuInit(self, flags: int) -> tuple[Any]:
-        if isinstance(self.init, Exception):
-            raise self.init
-        return (self.init,)
-
-    def cuDeviceGet(self, device: int) -> tuple[Any, int]:
-        return (self.CUresult.CUDA_SUCCESS if device == 0 else self.CUresult.BAD), device
-
-    def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[Any, int]:
-        return self.CUresult.CUDA_SUCCESS, attribute
-
-
 def test_the_gpus_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bindings(driver: Any) -> None:
-        monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-
-    bindings(FakeDriver())
-    assert selection.gpu_target(0) == "sm_87"
-    with pytest.raises(ValueError, match=r"expected the number of a CUDA device, got '1 \(CUDA_ERROR_INVALID\)'"):
+    driver = FakeDriver(lambda *_: None, (11, 0))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    assert selection.gpu_target(0) == "sm_110" and not driver.retained
+    with pytest.raises(ValueError, match=r"device: expected 0..0, one of this machine's GPUs, got 1"):
         selection.gpu_target(1)
-    bindings(FakeDriver(FakeDriver.CUresult.BAD))
-    with pytest.raises(ValueError, match="CUDA_ERROR_INVALID"):
+    driver.failures = {"cuInit": 100}
+    with pytest.raises(ValueError, match="device: expected a machine with an NVIDIA GPU .* CUDA_ERROR_100"):
         selection.gpu_target(0)
-    bindings(FakeDriver(RuntimeError("no libcuda")))
-    with pytest.raises(ValueError, match="driver cannot be loaded: no libcuda"):
+    driver.failures = {}
+    monkeypatch.setattr(driver, "cuInit", lambda _: (_ for _ in ()).throw(RuntimeError("no libcuda")), raising=False)
+    with pytest.raises(ValueError, match="device: .* no libcuda"):
         selection.gpu_target(0)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(ModuleNotFoundError, match=r"maskformer_fast\[deploy\]"):

@@ -244,6 +244,14 @@ def test_any_text_survives_the_text_format(text: str) -> None:
     assert text_format.Parse(written, schema.ModelConfig()).name == text
 
 
+def test_a_bundle_is_no_place_for_a_repository(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    for place in (bundle.folder, bundle.folder / "models"):
+        with pytest.raises(ValueError, match="output: expected a folder outside of the bundle"):
+            triton_server.main([str(bundle.folder), "-o", str(place), "--model", "raw"])
+    Bundle.open(bundle.folder)
+
+
 WITHOUT_TORCH = """
 import sys
 
