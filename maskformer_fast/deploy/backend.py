@@ -25,6 +25,9 @@ class Backend(Protocol):
 
     max_tasks: int
     """How many tasks one `submit` takes, for which the network runs once."""
+    graph_obstacle: str | None
+    """Why batches are not replayed from a CUDA graph, so that each costs some launches; ``None`` where they are, and on
+    a CPU."""
 
     def max_batch(self, height: int, width: int, task: Task) -> int:
         """The most frames of this size that one `submit` takes. Raises ``ValueError`` where it takes no such frames."""

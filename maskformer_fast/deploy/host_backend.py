@@ -33,6 +33,7 @@ class HostBackend:
     """A `maskformer_fast.deploy.backend.Backend` that needs no GPU."""
 
     max_tasks = len(TASKS)
+    graph_obstacle: str | None = None
 
     def __init__(self, bundle: Bundle, in_flight: int, threads: int | None = None) -> None:
         """Load the graph.

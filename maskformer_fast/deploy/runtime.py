@@ -157,6 +157,11 @@ class Runtime:
         check_choice("task", task, self.tasks)
         return _Stream(self, iter(frames), task)
 
+    @property
+    def graph_obstacle(self) -> str | None:
+        """Why a GPU runs batches by single launches and not from a CUDA graph; known after the first of a kind."""
+        return self._open_backend().graph_obstacle
+
     def timed(self, frames: Sequence[np.ndarray], task: Task = "semantic") -> tuple[list[Result], StageSeconds]:
         """One batch of frames of one size, and the time that its stages took; arguments and errors as for `predict`."""
         check_choice("task", task, self.tasks)
