@@ -109,7 +109,8 @@ def label_scores(
     height, width = image_size
     size = padded_size(height, width, divisibility)
     masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False)
-    masks = masks[:, :, :height, :width].sigmoid()
+    # Sigmoid spelled out: onnxruntime's own is 0 below -18, where pixels far from every mask still have a best class.
+    masks = (1 + masks[:, :, :height, :width].neg().exp()).reciprocal()
     classes = class_logits.softmax(-1)[..., :-1].transpose(1, 2)  # [B, K, Q]
     scores = torch.matmul(classes, masks.flatten(2)).unflatten(2, (height, width))
     return scores.argmax(1).to(torch.int32), scores

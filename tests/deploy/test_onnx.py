@@ -187,6 +187,40 @@ def test_a_static_graph_takes_one_shape() -> None:
 
 
 @torch.no_grad()
+def test_pixels_far_from_every_mask_have_a_best_class(exported: tuple[nn.Module, Any]) -> None:
+    """Mask logits of -30 to -18: labels are those of a sigmoid in double."""
+    _, graphs = exported
+    model = onnx.load_from_string(graphs["complete"][0])
+    del model.graph.output[:]
+    nodes = {name: node for node in model.graph.node for name in node.output}
+    kept: list[Any] = []
+    wanted = ["labels"]
+    while wanted:  # the part of the graph behind the logits
+        name = wanted.pop()
+        if name in nodes and name not in ("class_logits", "mask_logits") and nodes[name] not in kept:
+            kept.append(nodes[name])
+            wanted.extend(nodes[name].input)
+    tail = onnx.helper.make_graph(
+        [node for node in model.graph.node if node in kept], "tail",
+        [model.graph.input[0], *(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+                                 for name in ("class_logits", "mask_logits"))],
+        [onnx.helper.make_tensor_value_info("labels", onnx.TensorProto.INT32, None)],
+        list(model.graph.initializer),
+    )  # fmt: skip
+    made = onnx.helper.make_model(tail, opset_imports=model.opset_import, ir_version=model.ir_version)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
+    classes = torch.randn(1, QUERIES, CLASSES + 1, generator=generator)
+    masks = -18 - 12 * torch.rand(1, QUERIES, 16, 24, generator=generator)
+    given = {"images": images.numpy(), "class_logits": classes.numpy(), "mask_logits": masks.numpy()}
+    labels = torch.from_numpy(session.run(None, given)[0])
+    up = nn.functional.interpolate(masks.double(), (64, 96), mode="bilinear").sigmoid()
+    expected = torch.einsum("bqc,bqhw->bchw", classes.double().softmax(-1)[..., :-1], up).argmax(1)
+    assert (labels == expected).double().mean() > 0.999
+
+
+@torch.no_grad()
 def test_a_graph_of_one_size_takes_any_batch() -> None:
     network = build(RESNET, seed=4)
     graphs = export_graphs(network, static=Shape(1, 45, 70), any_batch=True)
