@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except EngineError as error:
                 outcome = str(error)
             seconds = time.perf_counter() - start
-            row = {"graph": name, "precision": precision, "seconds": round(seconds, 1), "bytes": size,
+            row = {"graph": Path(name).name, "precision": precision, "seconds": round(seconds, 1), "bytes": size,
                    "version": version, "targets": list(options.targets), "outcome": outcome}
             rows.append(row)
             print(f"| {Path(name).name} | {precision} | {seconds:.0f} | {size / 2**20:.0f} | {outcome} |", flush=True)
