@@ -35,19 +35,28 @@ class ParityOptions:
 
 
 @torch.no_grad()
-def build(backbone: str, classes: int) -> torch.nn.Module:
-    """An untrained network whose queries differ: what they differ in is enlarged, as training would."""
-    torch.manual_seed(0)
-    network: Any = build_model(ModelConfig(num_classes=classes, backbone=BackboneConfig(backbone))).eval()
-    head, embed = network.predictor, network.predictor.mask_embed.layers[-1]
-    predictions = network(torch.randint(0, 256, (1, 3, 256, 320), dtype=torch.uint8))
+def tell_queries_apart(
+    network: Any,  # a MaskFormer in evaluation mode, changed in place
+    images: torch.Tensor,  # [B, 3, H, W] uint8
+) -> None:
+    """Untrained queries say nearly the same. What they differ in is enlarged, as training would: labels then differ."""
+    head = network.predictor
+    predictions = network(images)
     for layer, said, size in (
-        (head.class_embed, predictions.class_logits, 3.0), (embed, predictions.mask_embeddings, 1.0)
-    ):  # fmt: skip
+        (head.class_embed, predictions.class_logits, 3.0),
+        (head.mask_embed.layers[-1], predictions.mask_embeddings, 1.0),
+    ):
         said = said.flatten(0, 2)
         scale = size / said.std(0).mean()
         layer.bias.sub_(said.mean(0)).mul_(scale)
         layer.weight.mul_(scale)
+
+
+def build(backbone: str, classes: int) -> torch.nn.Module:
+    """An untrained network whose queries differ."""
+    torch.manual_seed(0)
+    network = build_model(ModelConfig(num_classes=classes, backbone=BackboneConfig(backbone))).eval()
+    tell_queries_apart(network, torch.randint(0, 256, (1, 3, 256, 320), dtype=torch.uint8))
     return network
 
 

@@ -21,7 +21,7 @@ def choose_engine(manifest: Manifest, target: str) -> tuple[EngineEntry, Any]:
 
     Raises:
         BundleError: there is none for this GPU, or its library is of another version.
-        ModuleNotFoundError: there is one, but not the library.
+        ModuleNotFoundError, OSError: there is one, but its library is not installed, or does not load.
     """
     engines = [engine for engine in manifest.engines if target in engine.targets]
     known = ", ".join(sorted({name for engine in manifest.engines for name in engine.targets})) or "none"
@@ -34,6 +34,9 @@ def choose_engine(manifest: Manifest, target: str) -> tuple[EngineEntry, Any]:
             reason = reason or ModuleNotFoundError(
                 f"{engine.api} is needed to run {engine.file}; install it with: {_INSTALL[engine.api]}", name=error.name
             )
+            continue
+        except (ImportError, OSError) as error:  # of libraries of its own, or of CUDA's
+            reason = reason or OSError(f"{engine.api}: expected a library that loads, got: {error}")
             continue
         found = str(library.__version__)
         if runs(engine, found):

@@ -298,6 +298,17 @@ def test_a_missing_library_is_named(bundle: Bundle, driver: FakeDriver, monkeypa
             TensorRTBackend(bundle, 0, 1)
 
 
+def test_a_library_that_does_not_load_is_named(
+    bundle: Bundle, driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
+    with fake_gpu(driver):
+        monkeypatch.delitem(sys.modules, "tensorrt")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(OSError, match="tensorrt: expected a library that loads, got: libnvinfer.so.10"):
+            TensorRTBackend(bundle, 0, 1)
+
+
 def test_no_such_device(bundle: Bundle, driver: FakeDriver) -> None:
     with fake_gpu(driver), pytest.raises(ValueError, match=r"device: expected 0..0, one of this machine's GPUs, got 1"):
         TensorRTBackend(bundle, 1, 1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.export_parity import tell_queries_apart
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.deploy.manifest import Graph, Shape
 from maskformer_fast.deploy.onnx import (
@@ -55,17 +56,7 @@ def build(backbone: BackboneConfig, seed: int = 0, divisibility: int = 32, encod
                 parameter.normal_()
             if "multihead_attn.in_proj_weight" in name or "query_embed" in name:
                 parameter.mul_(4)  # queries look at different places, and so say different things
-        # Untrained queries say nearly the same. What they differ in, enlarged, gives labels that differ.
-        predictions = network.eval()(random_images(Shape(1, 160, 192), seed))
-        head = network.predictor
-        embed = head.mask_embed.layers[-1]
-        for layer, said, size in (
-            (head.class_embed, predictions.class_logits, 3.0), (embed, predictions.mask_embeddings, 1.0)
-        ):  # fmt: skip
-            said = said.flatten(0, 2)
-            scale = size / said.std(0).mean()
-            layer.bias.sub_(said.mean(0)).mul_(scale)
-            layer.weight.mul_(scale)
+    tell_queries_apart(network.eval(), random_images(Shape(1, 160, 192), seed))
     return network
 
 
