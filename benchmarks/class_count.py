@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
 
 def train(folder: Path, model: str, classes: int, steps: int, images: int = 512) -> Run:
-    """One run of the demo's recipe at 64x64.
+    """One run of the demo's recipe with other classes.
 
     The baseline scores every class at every pixel, which takes most of the time: hence the small images. Raises
     RuntimeError with what the run said last, where it fails.
@@ -69,7 +69,7 @@ def train(folder: Path, model: str, classes: int, steps: int, images: int = 512)
         sys.executable, "-m", "maskformer_fast.train", "--config", "demo", "--output", str(folder),
         "--metrics", "semantic", "--data.task", "semantic", "--model.type", model,
         "--data.shapes.num-things", str(classes - stuff), "--data.shapes.num-stuff", str(stuff),
-        "--data.shapes.size", "64", "64", "--data.shapes.val-images", str(images), "--solver.max-steps", str(steps),
+        "--data.shapes.val-images", str(images), "--solver.max-steps", str(steps),
         "--log.every", str(LOG_EVERY), "--log.pictures", "0", "--log.checkpoint-every", "1000000",
     ]  # fmt: skip
     start = time.perf_counter()
