@@ -7,6 +7,7 @@
 
 #include "assignment_cpu.h"
 #include "assignment_cuda.h"
+#include "convolution_cpu.h"
 #include "cpu_isa.h"
 #include "mask_loss_cpu.h"
 #include "matching_cpu.h"
@@ -288,6 +289,23 @@ void semantic_inference(uintptr_t masks, const std::string& mask_type, const std
       threads);
 }
 
+void convolve_winograd(uintptr_t images, const std::string& type, const std::array<int64_t, 5>& sizes,
+                       uintptr_t weights, uintptr_t bias, bool relu, uintptr_t result, int threads) {
+  check_sizes(sizes);
+  check_threads(threads);
+  const auto [count, height, width, in_channels, out_channels] = sizes;
+  const maskformer_fast::WinogradConvolution conv{
+      height, width, in_channels, out_channels, pointer<const float>("weights", weights), pointer<const float>(bias),
+      relu};
+  const auto run = [&](auto element) {
+    using Element = decltype(element);
+    maskformer_fast::convolve_winograd(conv, pointer<const Element>(images), count, pointer<Element>(result), threads);
+  };
+  const FloatType known = choose<FloatType>(type, "type", {{"float32", FloatType::float32},
+                                                           {"bfloat16", FloatType::bfloat16}});
+  known == FloatType::float32 ? run(float{}) : run(uint16_t{});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -317,6 +335,11 @@ PYBIND11_MODULE(_C, module) {
              "Addresses of mask logits [batch, queries, h, w] and class logits [batch, queries, classes + 1] (strides "
              "in elements; float32, bfloat16 or float16), and of the results [batch, *output_size]: labels (uint8 up "
              "to 255 classes, else int16), float32 scores and margins (0: not wanted). Path: auto, dense or pruned.");
+  module.def("convolve_winograd", &convolve_winograd, py::arg("images"), py::arg("type"), py::arg("sizes"),
+             py::arg("weights"), py::arg("bias"), py::arg("relu"), py::arg("result"), py::arg("threads"),
+             py::call_guard<py::gil_scoped_release>(),
+             "Addresses of images and result, channels innermost, float32 or bfloat16, and of float32 weights and bias "
+             "(0: none) as csrc/convolution_kernels.h has them. sizes: images, height, width, channels in and out.");
   module.def("available_isas", &maskformer_fast::available_isas, "Instruction sets that this processor runs.");
   module.def("use_isa", &maskformer_fast::use_isa, py::arg("name"),
              "For tests: force the kernels' instruction set; 'auto' takes the widest.");

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskformer_fast.winograd import conv3x3_winograd, pack_winograd_weights, suits_winograd
+
 
 class Projection(NamedTuple):
     """A convolution, linear and of unchanged size (odd k, zeros around), not yet applied to its input."""
@@ -71,14 +73,11 @@ def _folding_pays(embeddings: Tensor, pixels: Tensor, projection: Projection) ->
 
 def _fold_and_convolve(image: Tensor, embeddings: Tensor, projection: Projection) -> Tensor:
     """Mask logits of one image: [1, C, h, w], [N, D] -> [1, N, h, w]."""
-    queries = len(embeddings)
-    if image.device.type == "cpu" and image.is_contiguous():
-        # In this layout oneDNN works on 2 to 5 blocks of 16 channels at once, if that divides their number. Where it
-        # does not, as for the usual 100 queries (7 blocks), one block more takes a sixth less time.
-        spare = 16 if -(-queries // 16) in (7, 11, 13) else 0
-        embeddings = F.pad(embeddings, (0, 0, 0, spare))
     folded = projection.fold(embeddings)
-    return _convolve(image, folded.weight, folded.bias)[:, :queries]
+    if suits_winograd(image, folded.weight):
+        packed = pack_winograd_weights(folded.weight)
+        return conv3x3_winograd(image, packed, folded.bias.float(), len(embeddings))
+    return _convolve(image, folded.weight, folded.bias)
 
 
 def _convolve(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

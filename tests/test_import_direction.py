@@ -15,7 +15,7 @@ MAX_LINES = 420
 # Level of each module or sub-package directly below the package: it may import its own level and lower ones.
 LEVELS = {
     "config": 0, "metadata": 0, "structures": 0, "files": 0, "colors": 0, "rle": 0, "id_maps": 0, "projection": 0,
-    "cli": 0, "recipes": 0, "resizing": 0, "_extension": 0, "_C": 0, "distributed": 0,
+    "winograd": 0, "cli": 0, "recipes": 0, "resizing": 0, "_extension": 0, "_C": 0, "distributed": 0,
     "kernels": 1,
     "ops": 2,
     "modeling": 3, "postprocess": 3, "matcher": 3, "criterion": 3, "pixel_criterion": 3,

@@ -26,6 +26,7 @@ constexpr Operator kOperators[] = {
     {"threads", run_threads},
     {"assignment", run_assignment},
     {"assignment teams", run_teams},
+    {"convolution", run_convolution},
     {"matching cost", run_matching},
     {"mask loss", run_mask_loss},
     {"segments", run_segments},

@@ -53,6 +53,7 @@ class Random {
 
 // One run of each operator; run_operators.cpp lists them.
 void run_assignment(Random& random, int threads);
+void run_convolution(Random& random, int threads);
 void run_mask_loss(Random& random, int threads);
 void run_matching(Random& random, int threads);
 void run_segments(Random& random, int threads);
