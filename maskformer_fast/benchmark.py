@@ -23,7 +23,7 @@ import tyro
 
 from maskformer_fast.benchmark_report import require_matplotlib, write_report
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.config import Task, check
+from maskformer_fast.config import Amp, Task, check
 from maskformer_fast.contestants import Kind, Setting
 from maskformer_fast.deploy.bundle import Bundle, check_outside
 from maskformer_fast.deploy.manifest import Shape
@@ -66,7 +66,7 @@ class BenchmarkOptions:
     """What is asked of them."""
     backend: Literal["auto", "onnxruntime", "tensorrt"] = "auto"
     """The bundle's backend."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: Amp = "off"
     """Precision of PyTorch; an engine has that of its build."""
     pictures: str | None = None
     """Folder with pictures to run on, as post-processing depends on what is seen; by default drawn by chance."""

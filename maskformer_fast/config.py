@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Task = Literal["semantic", "instance", "panoptic"]
+Amp = Literal["off", "bf16", "fp16"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
 PanopticOrder = Literal["direct", "official"]
@@ -323,7 +324,7 @@ class SolverConfig:
     """Factor of the rate at step 0, rising linearly to 1 after ``warmup_steps``."""
     clip_norm: float = 0.01
     """Largest gradient norm of the full model; 0 turns clipping off."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: Amp = "off"
     compile: bool = False
     """Compile network and criterion by `torch.compile`. Batches are then padded to a few sizes, each compiled once."""
     channels_last: bool = False
@@ -340,7 +341,7 @@ class SolverConfig:
               f"a divisor of batch_size={self.batch_size}", self.accumulate)
         check(self.lr > 0, "solver.lr", "> 0", self.lr)
         check_choice("solver.schedule", self.schedule, ("poly", "step"))
-        check_choice("solver.amp", self.amp, ("off", "bf16", "fp16"))
+        check_choice("solver.amp", self.amp, get_args(Amp))
         for name in ("backbone_factor", "weight_decay", "norm_weight_decay", "poly_power", "gamma", "warmup_steps",
                      "warmup_factor", "clip_norm"):
             check(getattr(self, name) >= 0, f"solver.{name}", ">= 0", getattr(self, name))

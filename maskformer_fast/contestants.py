@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, TextIO
 
 import numpy as np
 
-from maskformer_fast.config import Task
+from maskformer_fast.config import Amp, Task
 from maskformer_fast.deploy.backend import StageSeconds
 from maskformer_fast.deploy.bundle import read_manifest
 from maskformer_fast.deploy.selection import tensorrt_obstacle
@@ -48,7 +48,7 @@ class Setting:
     device: str  # a bundle: the backend asked for; PyTorch: cpu or cuda:N
     device_index: int
     in_flight: int
-    amp: Literal["off", "bf16", "fp16"]
+    amp: Amp
     digest: str | None = None
     pictures: str | None = None
 
@@ -100,10 +100,14 @@ class TorchContestant:
     """By `Predictor`, from the checkpoint that the bundle was made of."""
 
     def __init__(self, setting: Setting) -> None:
-        from maskformer_fast.predictor import Predictor, load
+        from maskformer_fast.predictor import Predictor, load, load_network
 
         self.task = setting.task
-        predictor = load(setting.path, setting.device)
+        compiled = setting.kind == "compile"
+        # the compiler is to have the network as it is
+        predictor = load_network(setting.path, setting.device) if compiled else load(
+            setting.path, setting.device, amp=setting.amp
+        )  # fmt: skip
         if not isinstance(predictor, Predictor):
             raise ValueError(f"checkpoint: expected a checkpoint, got the bundle {setting.path}")
         config = predictor.config
@@ -113,7 +117,7 @@ class TorchContestant:
         )  # fmt: skip
         self.predictor = predictor
         self.backend = str(predictor.device)
-        self.network = timed_network(predictor, compiled=setting.kind == "compile")
+        self.network = timed_network(predictor, compiled)
         predictor.network = self.network
 
     def predict(self, frames: Sequence[np.ndarray]) -> list[Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from maskformer_fast.bundle_predictor import Backend
 from maskformer_fast.cli import leading_path, parse, run_command
-from maskformer_fast.config import DataConfig, Task, TestConfig, check
+from maskformer_fast.config import Amp, DataConfig, Task, TestConfig, check
 from maskformer_fast.data import build_dataset
 from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
@@ -51,6 +51,8 @@ class EvaluateOptions:
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
     """What runs a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
+    amp: Amp | None = None
+    """Precision of the network; by default that of its training. A bundle's was chosen when it was exported."""
     data: DataConfig = field(default_factory=DataConfig)
     test: TestConfig = field(default_factory=TestConfig)
 
@@ -77,7 +79,7 @@ def evaluate(options: EvaluateOptions) -> None:
     for name in ("output", "picture"):
         target = getattr(options, name)
         check(target is None or not Path(target).is_dir(), name, "a file, not a folder", target)
-    predictor = load(options.checkpoint, options.device, options.test, options.backend)
+    predictor = load(options.checkpoint, options.device, options.test, options.backend, options.amp)
     dataset = build_dataset(options.data, "val")
     check_classes(predictor.metadata, dataset.metadata)
     predictor.metadata = dataset.metadata  # its things, ids and colours count

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from maskformer_fast.bundle_predictor import Backend
 from maskformer_fast.cli import leading_path, parse, run_command
-from maskformer_fast.config import Task, TestConfig
+from maskformer_fast.config import Amp, Task, TestConfig
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
 from maskformer_fast.predictor import carried_options, load
@@ -49,6 +49,8 @@ class PredictOptions:
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
     """What runs a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
+    amp: Amp | None = None
+    """Precision of the network; by default that of its training. A bundle's was chosen when it was exported."""
     test: TestConfig = field(default_factory=TestConfig)
 
 
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m maskformer_fast.predict",
         default=PredictOptions(tyro.MISSING, tyro.MISSING, test=carried[1]) if carried else None,
     )
-    predictor = load(options.checkpoint, options.device, options.test, options.backend)
+    predictor = load(options.checkpoint, options.device, options.test, options.backend, options.amp)
     for task in options.task:
         predictor.check_task(task)
     if "instance" in options.task:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ from maskformer_fast.bundle_predictor import (
     load_bundle,
 )
 from maskformer_fast.checkpoint import load_into, load_weights
-from maskformer_fast.config import TASKS, Config, DataConfig, Task, TestConfig, check, check_choice
+from maskformer_fast.config import TASKS, Amp, Config, DataConfig, Task, TestConfig, check, check_choice
 from maskformer_fast.data import dataset_metadata
 from maskformer_fast.data.images import ImageLike, as_rgb_array
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
 from maskformer_fast.deploy.bundle import read_manifest
 from maskformer_fast.modeling import build_model
+from maskformer_fast.modeling.inference import prepare_for_inference
 from maskformer_fast.ops import resize_images
 from maskformer_fast.recipes import load_recipe, recipe_names
 from maskformer_fast.resizing import short_edge_size
@@ -172,23 +173,37 @@ class Predictor:
 
 
 def load(
-    path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None, backend: Backend = "auto"
-) -> Predictor | BundlePredictor:
+    path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None, backend: Backend = "auto",
+    amp: Amp | None = None,
+) -> Predictor | BundlePredictor:  # fmt: skip
     """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
+
+    On a CPU its network is rebuilt for inference (`modeling.inference`), so its weights are no longer a checkpoint's;
+    `load_network` leaves it as it is.
 
     Args:
         test: replaces the resizing and thresholds that the checkpoint or recipe carries; a bundle's cannot be replaced.
         backend: what runs a bundle, see `maskformer_fast.deploy.runtime.load`; of the others PyTorch is the only one.
+        amp: precision of the network, by default that of its training; a bundle's is fixed.
 
     Raises:
         FileNotFoundError: neither a path nor a recipe.
         CheckpointError, BundleError: a damaged checkpoint or bundle.
-        ValueError: `backend` for something that is not a bundle, or `test` that is not the bundle's.
+        ValueError: `backend` for what is not a bundle, `amp` for a bundle, or `test` that is not the bundle's.
     """
     if is_bundle(path_or_recipe):
+        check(amp is None, "amp", "none, as a bundle's precision was chosen when it was exported", amp)
         return load_bundle(path_or_recipe, device, test, backend)
     check(backend == "auto", "backend", f"auto, as {path_or_recipe} is not a bundle and runs in PyTorch", backend)
-    return load_network(path_or_recipe, device, test)
+    predictor = load_network(path_or_recipe, device, test)
+    if amp is not None:
+        check_choice("amp", amp, get_args(Amp))
+        config = predictor.config
+        predictor.config = replace(config, solver=replace(config.solver, amp=amp))
+    if predictor.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        half = predictor.config.solver.amp == "bf16"
+        prepare_for_inference(predictor.network, torch.bfloat16 if half else torch.float32)
+    return predictor
 
 
 def load_network(path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None) -> Predictor:

@@ -46,7 +46,8 @@ def setting(kind: Any, path: Path | str, **changes: Any) -> Setting:
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """A bundle; PyTorch contestants get the predictor of the same weights, and a compiler that takes no time."""
     bundle, predictor = tiny_bundle(tmp_path / "bundle", SURE)
-    monkeypatch.setattr("maskformer_fast.predictor.load", lambda *_: predictor)
+    for name in ("load", "load_network"):
+        monkeypatch.setattr(f"maskformer_fast.predictor.{name}", lambda *_, **options: predictor)
     in_eager = partial(torch.compile, backend="eager")
     monkeypatch.setattr("maskformer_fast.compilation.compile_whole", in_eager)
     return bundle

@@ -1,0 +1,106 @@
+"""Networks rebuilt for inference on the CPU against themselves before."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import maskformer_fast
+from maskformer_fast.checkpoint import save_weights
+from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, ModelConfig, PixelDecoderConfig
+from maskformer_fast.modeling import build_model
+from maskformer_fast.modeling.inference import FusedBottleneck, FusedConv, prepare_for_inference
+from maskformer_fast.predictor import load_network
+from maskformer_fast.structures import Metadata
+
+BACKBONES = {
+    "frozen": BackboneConfig("resnet_micro", norm="frozen", depths=(2, 1, 2, 2)),
+    "batch, wider": BackboneConfig(
+        "resnet_micro", norm="batch", stem_channels=32, bottleneck_channels=32, res2_channels=64
+    ),
+    "deep stem": BackboneConfig("resnet_micro", norm="sync", stem="deep", stem_channels=32, multi_grid=True),
+    "input is the shortcut": BackboneConfig("resnet_micro", norm="batch", stem_channels=32, res2_channels=32),
+    "swin": BackboneConfig("swin_micro"),
+}
+
+
+def make_network(backbone, kind="maskformer", encoder_layers=0):
+    """With statistics that a trained network could have, so that folding them matters."""
+    torch.manual_seed(0)
+    network = build_model(ModelConfig(
+        type=kind, num_classes=7, backbone=backbone,
+        pixel_decoder=PixelDecoderConfig(conv_dim=32, mask_dim=32, norm_groups=8, encoder_layers=encoder_layers),
+        decoder=DecoderConfig(layers=2, hidden_dim=32, num_heads=4, ffn_dim=64, num_queries=10),
+    ))  # fmt: skip
+    for module in network.modules():
+        if hasattr(module, "running_var"):
+            with torch.no_grad():
+                module.running_mean.uniform_(-0.5, 0.5), module.running_var.uniform_(0.3, 3)
+                module.weight.uniform_(-0.5, 1.5), module.bias.uniform_(-0.5, 0.5)
+    return network.eval()
+
+
+def error(got, wanted):
+    return ((got.float() - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("size", [(64, 96), (45, 131)])
+@torch.no_grad()
+def test_predictions_stay_the_same(name, size):
+    network = make_network(BACKBONES[name], encoder_layers=1 if name == "frozen" else 0)
+    fast = copy.deepcopy(network)
+    prepare_for_inference(fast)
+    kinds = {type(module) for module in fast.modules()}
+    assert FusedConv in kinds and (FusedBottleneck in kinds) == (name != "swin")
+    assert nn.BatchNorm2d not in kinds and nn.SyncBatchNorm not in kinds
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    sizes = torch.tensor([size, (size[0] - 9, size[1] - 20)])
+    wanted, got = network(images, sizes), fast(images, sizes)
+    again = fast(images, sizes)  # what a call writes into its inputs is its own
+    for one in (got, again):
+        assert error(one.class_logits, wanted.class_logits) < 2e-5
+        assert error(one.mask_logits(), wanted.mask_logits()) < 5e-5
+
+
+@torch.no_grad()
+def test_per_pixel_baselines_too():
+    for kind in ("per_pixel", "per_pixel_plus"):
+        network = make_network(BACKBONES["frozen"], kind)
+        fast = copy.deepcopy(network)
+        prepare_for_inference(fast)
+        images = torch.randint(0, 256, (1, 3, 64, 80), dtype=torch.uint8)
+        assert error(fast(images).logits, network(images).logits) < 2e-5
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_close_as_autocast():
+    network = make_network(BACKBONES["batch, wider"])
+    fast = copy.deepcopy(network)
+    prepare_for_inference(fast, torch.bfloat16)
+    images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
+    wanted = network(images).mask_logits()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, autocast = error(fast(images).mask_logits(), wanted), error(network(images).mask_logits(), wanted)
+    assert 1e-5 < ours < max(2 * autocast, 0.05)
+
+
+def test_load_prepares_and_load_network_does_not(tmp_path):
+    network = make_network(BACKBONES["frozen"])
+    metadata = Metadata("test", tuple("abcdefg"), (True,) * 7, tuple(range(7)), ((0, 0, 0),) * 7)
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, network, Config(model=network.config), metadata, step=0)
+    image = torch.randint(0, 256, (3, 70, 50), dtype=torch.uint8)
+    plain = load_network(path, "cpu")
+    assert not any(isinstance(module, FusedConv) for module in plain.network.modules())
+    assert plain.network.state_dict().keys() == network.state_dict().keys()
+    for amp, dtype in ((None, torch.float32), ("bf16", torch.bfloat16)):
+        fast = maskformer_fast.load(path, "cpu", amp=amp)
+        assert {module.dtype for module in fast.network.modules() if isinstance(module, FusedConv)} == {dtype}
+        same = (fast.predict(image).labels == plain.predict(image).labels).float().mean()
+        assert same >= (0.999 if amp is None else 0.5)
+    with pytest.raises(ValueError, match="amp: expected one of 'off', 'bf16', 'fp16', got 'fp8'"):
+        maskformer_fast.load(path, "cpu", amp="fp8")
