@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,9 @@ def new_figure(height: float) -> Figure:
 
 def draw_curve(axes: Axes, curve: Row, key: str, unit: str) -> None:
     """Both sides over the points, on logarithmic axes."""
-    from matplotlib.ticker import NullLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+    names = []
     for side, name in ((OURS, OURS), ("peer", curve["peer"])):
         points = known(curve, side, key)
         if not points:
@@ -131,15 +133,21 @@ def draw_curve(axes: Axes, curve: Row, key: str, unit: str) -> None:
         # a peak of nothing cannot be shown on a logarithmic axis; 0.1 MiB is what can be told from nothing
         xs, ys = [x for x, _ in points], [max(y, 0.1) if key == "peak_mib" else y for _, y in points]
         exponent = curve.get(f"{side}_exponent") if key == "ms" else None
+        names.append(name)
         axes.plot(xs, ys, label=name if exponent is None else f"{name}: ~ n$^{{{exponent:.2f}}}$", **style)
     axes.set(xscale="log", yscale="log", title=curve["name"], ylabel=unit, xlabel=curve["unit"])
     ticks = [point["x"] for point in curve["points"]]
     axes.set_xticks(ticks, [str(point.get("label", point["x"])) for point in curve["points"]])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     low, high = axes.get_ylim()
-    axes.set_ylim(low / 1.2, high * 2.2)  # room for the legend above the lines
-    axes.legend(loc="upper left", ncols=2, columnspacing=1.2, handlelength=2.4)
+    low = min(low, high / 8)  # a narrow range would make much of little
+    columns = 2 if sum(map(len, names)) < 24 else 1
+    axes.set_ylim(low / 1.2, high * (high / low) ** (0.4 / columns) * 2)  # room for the legend above the lines
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(loc="upper left", ncols=columns, columnspacing=1.2, handlelength=2.4)
 
 
 def side_style(side: str, peer: str) -> Row:
@@ -188,8 +196,8 @@ def speedups(content: Content) -> Figure | None:
             groups.setdefault((row.get("subject", "operators"), row["peer"]), []).append(row)
     if not groups:
         return None
-    figure = new_figure(1.2 + 0.3 * len(groups))
-    names = [shortened(f"{subject.replace('_', ' ')}: {peer}") for subject, peer in groups]
+    figure = new_figure(1.2 + 0.36 * len(groups))
+    names = [two_lines(f"{subject.replace('_', ' ')}: {peer}") for subject, peer in groups]
     first = None
     for place, (title, ratio) in enumerate((("time", time_ratio), ("peak memory", memory_ratio))):
         axes = figure.add_subplot(1, 2, place + 1, sharey=first)
@@ -206,8 +214,8 @@ def speedups(content: Content) -> Figure | None:
     return figure
 
 
-def shortened(text: str, most: int = 44) -> str:
-    return text if len(text) <= most else text[: most - 1].rstrip(" ,") + "…"
+def two_lines(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 38, max_lines=2, placeholder=" …"))
 
 
 def time_ratio(row: Row) -> float | None:
