@@ -100,7 +100,7 @@ def known(curve: Row, side: str, key: str) -> list[tuple[float, float]]:
 
 
 def timed(curve: Row) -> bool:
-    return bool(known(curve, OURS, "ms"))
+    return len(known(curve, OURS, "ms")) > 1
 
 
 def panels(curves: Sequence[Row], draw: Callable[[Axes, Row], None]) -> Figure | None:
@@ -137,7 +137,8 @@ def draw_curve(axes: Axes, curve: Row, key: str, unit: str) -> None:
         axes.plot(xs, ys, label=name if exponent is None else f"{name}: ~ n$^{{{exponent:.2f}}}$", **style)
     axes.set(xscale="log", yscale="log", title=curve["name"], ylabel=unit, xlabel=curve["unit"])
     ticks = [point["x"] for point in curve["points"]]
-    axes.set_xticks(ticks, [str(point.get("label", point["x"])) for point in curve["points"]])
+    texts = [str(point.get("label", point["x"])) for point in curve["points"]]
+    axes.set_xticks(ticks, [text.replace("x", "\n×") for text in texts])  # sizes side by side would not fit
     axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
     low = min(low, high / 8)  # a narrow range would make much of little
