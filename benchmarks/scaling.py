@@ -94,7 +94,7 @@ def add_fit(curve: Row) -> None:
         found = fit_exponent([(p["x"], p[f"{side}_ms"]) for p in curve["points"] if p[f"{side}_ms"] is not None])
         curve[f"{side}_exponent"] = None if found is None else found.exponent
         curve[f"{side}_exponent_error"] = None if found is None else found.error
-        texts.append("none, too few points" if found is None else f"points {found.low:g}..{found.high:g}")
+        texts.append("none, too few points" if found is None else f"points {found.low:.0f}..{found.high:.0f}")
     curve["fit"] = f"log-log least squares over {texts[0]}" + ("" if texts[0] == texts[1] else f"; peer: {texts[1]}")
 
 
@@ -213,6 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     used = time.monotonic() - start
     ascending = sorted(chosen, key=lambda curve: curve.weight)  # what short curves leave goes to the long ones
     measure("time", [(curve.name, None) for curve in ascending], TIME_SHARE * total - used, received)
+    for row in rows.values():
+        if not row["points"] and "error" not in row:
+            received({"curve": row["name"], "error": f"time: nothing was left of {options.minutes:g} minutes"})
     work = memory_work(rows, {curve.name for curve in chosen if curve.memory})
     measure("memory", work, total - (time.monotonic() - start), received)
     print(json.dumps(machine, indent=2))

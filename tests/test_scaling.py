@@ -307,6 +307,10 @@ def test_command_writes_point_by_point(
         "x": 2, "label": "2", "ours_ms": 4.0, "peer_ms": 6.0, "ours_peak_mib": 0.5, "peer_peak_mib": 4.0
     }  # fmt: skip
     assert "FAILED: RuntimeError: too dear" in capsys.readouterr().out
+    monkeypatch.setattr(scaling, "measure", lambda *arguments: None)
+    assert scaling.main(["--only", "cheap", "--minutes", "0.5", "--output", str(tmp_path / "none.json")]) == 1
+    (row,) = json.loads((tmp_path / "none.json").read_text())["curves"]
+    assert row["error"] == "time: nothing was left of 0.5 minutes" and row["points"] == []
     with pytest.raises(ValueError, match="only: expected a part of a curve's name or peer, got 'nothing'"):
         scaling.main(["--only", "nothing"])
 
