@@ -82,7 +82,7 @@ def curves() -> list[Curve]:
         Curve("matching by queries", "operators", "queries", "queries", HUGGINGFACE, qs,
               lambda q: pair(sides.matching(queries=q)), 8),
         Curve("assignment, queries = targets", "operators", "queries", "queries", "SciPy",
-              (50, 100, 200, 400, 800), lambda n: assignment("matcher-like", (1, n, n)), 6),
+              (50, 100, 200, 400, 800), square_assignment, 6),
         Curve("matching by targets", "operators", "targets", "targets an image", HUGGINGFACE, (5, 10, 20, 40, 80),
               lambda t: pair(sides.matching(targets=t)), 7),
     ]  # fmt: skip
@@ -91,6 +91,12 @@ def curves() -> list[Curve]:
 def pair(operations: Operations, peer: str = HUGGINGFACE) -> Sides:
     """Ours and one peer of the operations of `benchmarks.sides`."""
     return operations[OURS], operations[peer]
+
+
+def square_assignment(queries: int) -> Sides:
+    """One problem of as many targets as queries."""
+    ours, theirs, *_ = assignment("matcher-like", (1, queries, queries))
+    return ours, theirs
 
 
 @lru_cache(maxsize=1)
