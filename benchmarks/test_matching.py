@@ -23,7 +23,10 @@ def test_assignment(measure: Measure, device: str, solver: str, shape: tuple[int
     if solver == "scipy":
         solve = linear_sum_assignment_eager  # SciPy in a loop
     elif solver == "torch-linear-assignment":
-        solve = pytest.importorskip("torch_linear_assignment").batch_linear_assignment
+        batched = pytest.importorskip("torch_linear_assignment").batch_linear_assignment
+
+        def solve(cost: torch.Tensor) -> torch.Tensor:
+            return batched(cost.mT.contiguous())  # a row a target, as it gives one column to each row
     else:
         solve = linear_sum_assignment
     cost = torch.rand(BATCH, *shape).to(device)
