@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -125,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{options.checkpoint} is shown at http://{f'[{name}]' if ':' in name else name}:{port} "
               "(Ctrl-C ends it)", flush=True)  # fmt: skip
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-        server.run(sockets=[at])
+        with contextlib.suppress(KeyboardInterrupt):  # how the page is ended
+            server.run(sockets=[at])
     return 0
 
 

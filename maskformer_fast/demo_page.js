@@ -14,7 +14,7 @@
       const context = canvas.getContext("2d", { willReadFrequently: true });
       context.drawImage(map, 0, 0);
       const pixels = context.getImageData(0, 0, width, height).data;
-      facts = { ...JSON.parse(view.dataset.facts), source: map.src, width, height, pixels, row: null };
+      facts = { ...JSON.parse(view.querySelector(".mf-stage").dataset.facts), source: map.src, width, height, pixels, row: null };
       known.set(map, facts);
     }
     return facts;

@@ -16,7 +16,7 @@ from maskformer_fast.config import Task
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import IMAGE_SUFFIXES, MAX_PIXELS, read_image
 from maskformer_fast.demo_stages import StagedPredictor
-from maskformer_fast.demo_view import error_html, make_view, times_html, view_html
+from maskformer_fast.demo_view import error_html, make_view, result_html, times_html, view_html
 
 __all__ = ["MAX_EDGE", "DemoImage", "build_app", "import_gradio"]
 
@@ -65,20 +65,18 @@ class DemoImage:
         except BrokenExampleError as error:
             raise ValueError(f"{Path(path).name}: {error.reason}".replace(str(path), Path(path).name)) from error
         self.seconds = {"decode": perf_counter() - start}
-        self.note = ""
+        self._decoded_size = image.shape[:2]
         if max(image.shape[:2]) > MAX_EDGE:
             start = perf_counter()
-            height, width = image.shape[:2]
             image = _reduced(image)
             self.seconds["reduce"] = perf_counter() - start
-            self.note = f"{width} × {height} pixels, reduced to {image.shape[1]} × {image.shape[0]}"
         self.image = image
         self._staged = staged
         self._opened = staged.open(image)
-        self._shown: dict[Task, tuple[str, str]] = {}
+        self._shown: dict[Task, str] = {}
 
-    def show(self, task: Task) -> tuple[str, str]:
-        """HTML of a task's result, and of the stages' times. Errors are those of `StagedImage.result`."""
+    def show(self, task: Task) -> str:
+        """HTML of a task's result with the stages' times. Errors are those of `StagedImage.result`."""
         if task not in self._shown:
             is_first = not self._opened.seconds
             result, postprocessing = self._opened.result(task)
@@ -91,16 +89,20 @@ class DemoImage:
             else:
                 scores = None
             start = perf_counter()
-            shown = view_html(make_view(self.image, result, self._staged.metadata, scores))
+            stage, legend = view_html(make_view(self.image, result, self._staged.metadata, scores))
             seconds["drawing"] = perf_counter() - start
-            kept = () if is_first else SHARED_STAGES
-            height, width = self.image.shape[:2]
-            notes = [self.note or f"{width} × {height} pixels", f"on {self._staged.runs_on}"]
-            if not is_first:
-                notes.append("grey: done for the first task, kept")
-            self._shown[task] = shown, times_html(seconds, [stage for stage in seconds if stage in kept],
-                                                  "; ".join(notes))  # fmt: skip
+            kept = [] if is_first else [stage for stage in seconds if stage in SHARED_STAGES]
+            self._shown[task] = result_html(task, stage, legend, times_html(seconds, kept, self._note(bool(kept))))
         return self._shown[task]
+
+    def _note(self, some_kept: bool) -> str:
+        (height, width), (shown_height, shown_width) = self._decoded_size, self.image.shape[:2]
+        parts = [f"{width} × {height} pixels"]
+        if (height, width) != (shown_height, shown_width):
+            parts.append(f"reduced to {shown_width} × {shown_height}")
+        if some_kept:
+            parts.append("grey stages ran for the first task and are kept")
+        return ", ".join(parts)
 
 
 def _reduced(image: np.ndarray) -> np.ndarray:
@@ -151,26 +153,24 @@ def build_app(staged: StagedPredictor, title: str, scenes: Sequence[Path], hosts
 def _build_page(gr: Any, staged: StagedPredictor, title: str, scenes: Sequence[Path]) -> Any:
     first = staged.tasks[0]
 
-    def attempt(work: Callable[[], tuple[DemoImage, str, str]]) -> tuple[DemoImage | None, str, str]:
+    def attempt(work: Callable[[], tuple[DemoImage, str]]) -> tuple[DemoImage | None, str]:
         try:
             return work()
         except (ValueError, OSError, MemoryError) as error:  # what an image can be blamed for
-            return None, error_html(str(error) or type(error).__name__), ""
+            return None, error_html(str(error) or type(error).__name__)
 
-    def open_path(path: str | Path, task: Task) -> tuple[DemoImage | None, str, str]:
-        def work() -> tuple[DemoImage, str, str]:
+    def open_path(path: str | Path, task: Task) -> tuple[DemoImage | None, str]:
+        def work() -> tuple[DemoImage, str]:
             image = DemoImage(staged, path)
-            return image, *image.show(task)
+            return image, image.show(task)
 
         return attempt(work)
 
-    def segment(path: str | None, task: Task) -> tuple[DemoImage | None, str, str]:
-        return (None, EMPTY, "") if path is None else open_path(path, task)
+    def segment(path: str | None, task: Task) -> tuple[DemoImage | None, str]:
+        return (None, EMPTY) if path is None else open_path(path, task)
 
     def switch(image: DemoImage | None, task: Task) -> Any:
-        if image is None:
-            return None, gr.skip(), gr.skip()
-        return attempt(lambda: (image, *image.show(task)))
+        return (None, gr.skip()) if image is None else attempt(lambda: (image, image.show(task)))
 
     def choose(task: Task, event: Any) -> Any:
         return (None, *open_path(scenes[event.index], task))
@@ -188,7 +188,7 @@ def _build_page(gr: Any, staged: StagedPredictor, title: str, scenes: Sequence[P
         opened = gr.State(time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                file = gr.File(label="image", file_types=list(IMAGE_SUFFIXES), height=140, elem_id="mf-file")
+                file = gr.File(label="your image", file_types=list(IMAGE_SUFFIXES), height=140, elem_id="mf-file")
                 task = gr.Radio(
                     [(name.capitalize(), name) for name in staged.tasks], value=first, label="task", elem_id="mf-task"
                 )
@@ -197,14 +197,14 @@ def _build_page(gr: Any, staged: StagedPredictor, title: str, scenes: Sequence[P
                     object_fit="cover", allow_preview=False, interactive=False, buttons=[], format="png",
                     elem_id="mf-scenes",
                 )  # fmt: skip
-                times = gr.HTML("", label="times", elem_id="mf-times")
-            with gr.Column(scale=5, min_width=320):
+            with gr.Column(scale=7, min_width=320):
                 view = gr.HTML(EMPTY, elem_id="mf-result")
-        outputs = [opened, view, times]
+        outputs = [opened, view]
         # One queue for everything that computes: one image at a time.
         alone = {"concurrency_limit": 1, "concurrency_id": "network", "show_progress": "minimal"}
+        page.load(lambda task: open_path(scenes[0], task), [task], outputs, api_visibility="private", **alone)
         file.upload(segment, [file, task], outputs, api_name="segment", **alone)
-        file.clear(lambda: (None, EMPTY, ""), None, outputs, api_visibility="private")
+        file.clear(lambda: (None, EMPTY), None, outputs, api_visibility="private")
         task.change(switch, [opened, task], outputs, api_name="switch", **alone)
         gallery.select(choose, [task], [file, *outputs], api_visibility="private", **alone)
     return page.queue(max_size=32)

@@ -22,11 +22,25 @@ from maskformer_fast.id_maps import result_rows
 from maskformer_fast.structures import VOID, InstanceResult, Metadata, PanopticResult, Result, SemanticResult
 from maskformer_fast.visualize import MIN_SCORE, draw_result, segment_colors
 
-__all__ = ["Segment", "View", "error_html", "hover_png", "make_view", "read_hover_png", "times_html", "view_html"]
+__all__ = [
+    "Segment",
+    "View",
+    "error_html",
+    "hover_png",
+    "make_view",
+    "result_html",
+    "times_html",
+    "view_html",
+]
 
 DRAWN_EDGE = 640  # smaller images are enlarged by an integer factor before they are drawn, so that names can be read
 _JPEG_QUALITY = 92
 _NOTHING = {"semantic": "no class", "instance": "no instance", "panoptic": "no segment"}
+_SCORES = {
+    "semantic": "mean over the pixels; of mask classification a sum over queries, which may be above 1",
+    "instance": "class probability x mean mask probability",
+    "panoptic": "class probability",
+}
 
 
 class Segment(NamedTuple):
@@ -152,17 +166,11 @@ def hover_png(view: View) -> tuple[bytes, float]:
     return file.getvalue(), unit
 
 
-def read_hover_png(data: bytes, unit: float) -> tuple[np.ndarray, np.ndarray]:
-    """What the page's script reads of `hover_png` -> rows [H, W] int, scores [H, W] float."""
-    pixels = np.asarray(Image.open(io.BytesIO(data))).astype(np.int64)
-    return pixels[..., 0] + 256 * pixels[..., 1] - 1, pixels[..., 2] * unit / 255
-
-
 # HTML
 
 
-def view_html(view: View) -> str:
-    """The picture, with what `demo_page.js` needs beside it, and the legend."""
+def view_html(view: View) -> tuple[str, str]:
+    """-> the picture, with what `demo_page.js` needs of it, and the legend; `result_html` puts them together."""
     hover, unit = hover_png(view)
     facts = {
         "nothing": _NOTHING[view.task],
@@ -173,14 +181,17 @@ def view_html(view: View) -> str:
     Image.fromarray(view.picture).save(picture, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
     height, width = view.rows.shape
     return (
-        f'<div class="mf-view" data-task="{view.task}" data-facts="{html.escape(json.dumps(facts))}">'
-        f'<div class="mf-stage" style="--ratio: {width / height:.5f}">'
+        f'<div class="mf-stage" data-facts="{html.escape(json.dumps(facts))}" style="--ratio: {width / height:.5f}">'
         f'<img class="mf-picture" alt="{view.task} segmentation" draggable="false" '
         f'src="{_data_url("image/jpeg", picture.getvalue())}">'
         f'<img class="mf-map" alt="" hidden src="{_data_url("image/png", hover)}">'
         '<canvas class="mf-shade"></canvas><div class="mf-tip" role="tooltip" hidden></div></div>'
-        f"{_legend(view)}</div>"
-    )
+    ), _legend(view)
+
+
+def result_html(task: Task, stage: str, legend: str, times: str) -> str:
+    """A result as the page shows it, of the parts that `view_html` and `times_html` give."""
+    return f'<div class="mf-view" data-task="{task}">{stage}<div class="mf-side">{legend}{times}</div></div>'
 
 
 def _legend(view: View) -> str:
@@ -189,14 +200,19 @@ def _legend(view: View) -> str:
     lines = "".join(
         f'<tr data-row="{row}"><td><span class="mf-swatch" style="background: rgb{segment.color}"></span>'
         f"{html.escape(segment.name)}</td><td>{segment.kind}</td>"
-        f"<td>{'–' if segment.score is None else f'{segment.score:.2f}'}</td><td>{segment.share * 100:.1f} %</td></tr>"
+        + _number("–" if segment.score is None else f"{segment.score:.2f}")
+        + _number(f"{segment.share * 100:.1f} %")
+        + "</tr>"
         for row, segment in enumerate(view.segments)
     )
-    what = "class" if view.task == "semantic" else "segment"
-    return (
-        f'<div class="mf-scroll"><table class="mf-legend"><thead><tr><th>{what}</th><th>kind</th><th>score</th>'
-        f"<th>area</th></tr></thead><tbody>{lines}</tbody></table></div>"
-    )
+    head = f"<tr><th>{'class' if view.task == 'semantic' else 'segment'}</th><th>kind</th>"
+    head += _number(f'<span title="{_SCORES[view.task]}">score</span>', "th") + _number("area", "th") + "</tr>"
+    return f'<div class="mf-scroll"><table class="mf-legend"><thead>{head}</thead><tbody>{lines}</tbody></table></div>'
+
+
+def _number(text: str, tag: str = "td") -> str:
+    """A cell of a table, aligned to the right."""
+    return f'<{tag} class="mf-number">{text}</{tag}>'
 
 
 def times_html(seconds: Mapping[str, float], kept: Sequence[str] = (), note: str = "") -> str:
@@ -207,17 +223,16 @@ def times_html(seconds: Mapping[str, float], kept: Sequence[str] = (), note: str
     """
     longest = max(seconds.values(), default=0.0) or 1.0
     lines = "".join(
-        f'<tr class="{"mf-kept" if stage in kept else ""}" data-stage="{html.escape(stage)}">'
-        f"<td>{html.escape(stage)}</td><td>{_milliseconds(took)}</td>"
+        f'<tr class="{"mf-kept" if stage in kept else "mf-new"}" data-stage="{html.escape(stage)}">'
+        f"<td>{html.escape(stage)}</td>{_number(_milliseconds(took))}"
         f'<td><span class="mf-bar" style="width: {took / longest * 100:.1f}%"></span></td></tr>'
         for stage, took in seconds.items()
     )
-    total = sum(took for stage, took in seconds.items() if stage not in kept)
-    what = "sum of what was new" if kept else "sum"
+    total = _number(_milliseconds(sum(took for stage, took in seconds.items() if stage not in kept)))
     return (
-        f'<table class="mf-times"><thead><tr><th>stage</th><th>ms</th><th></th></tr></thead><tbody>{lines}</tbody>'
-        f"<tfoot><tr><td>{what}</td><td>{_milliseconds(total)}</td><td></td></tr></tfoot></table>"
-        + (f'<p class="mf-note">{html.escape(note)}</p>' if note else "")
+        f'<div><table class="mf-times"><thead><tr><th>stage</th>{_number("ms", "th")}<th></th></tr></thead>'
+        f"<tbody>{lines}</tbody><tfoot><tr><td>{'sum of the new' if kept else 'sum'}</td>{total}<td></td></tr></tfoot>"
+        f'</table><p class="mf-note">{html.escape(note)}</p></div>'
     )
 
 
