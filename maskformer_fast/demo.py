@@ -101,8 +101,10 @@ def listen(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        raise OSError(f"port: cannot listen on {host} port {port} ({error.strerror}); name another with --port, "
-                      "0 takes any that is free") from error
+        raise OSError(
+            f"port: cannot listen on {host} port {port} ({error.strerror}); name another with --port, "
+            "0 takes any that is free"
+        ) from error
     return bound
 
 
@@ -113,7 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import uvicorn
 
     check_checkpoint(options.checkpoint)
-    with tempfile.TemporaryDirectory(prefix="maskformer_fast_demo_") as folder, listen(options.host, options.port) as at:
+    with (
+        tempfile.TemporaryDirectory(prefix="maskformer_fast_demo_") as folder,
+        listen(options.host, options.port) as at,
+    ):
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # what visitors upload goes when the page does
         predictor = load(options.checkpoint, options.device, backend=options.backend)
         staged = StagedPredictor(predictor)

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskformer_fast.config import TASKS
 from maskformer_fast.demo import listen, write_scenes
 from maskformer_fast.demo_page import build_app
 from maskformer_fast.demo_stages import StagedPredictor
@@ -35,7 +34,7 @@ pytest.importorskip("gradio", reason='needs gradio: pip install -e ".[demo]"')
 LOCAL = ("127.0.0.1", "localhost", "::1")
 ASKED_FOR: list[str] = []
 """Hosts that this process connected to or looked up, since the page was made."""
-PATIENCE = 40  # seconds; a busy machine takes long to start a browser
+PATIENCE = 120  # seconds; a busy machine takes long to start a browser
 
 
 def _note_hosts(event: str, arguments: tuple[Any, ...]) -> None:
@@ -112,7 +111,8 @@ def test_tasks_by_the_api(command: tuple[str, Predictor], image_file: Path, brok
                 assert got == pytest.approx(score, abs=0.02)
         assert right >= 140  # of 144; onnxruntime and PyTorch differ where two classes are equally likely
     page = client.predict(handle_file(broken_file), "semantic", api_name="/segment")
-    assert 'class="mf-error"' in page and "broken.png: cannot be decoded" in page and str(broken_file.parent) not in page
+    assert 'class="mf-error"' in page and "broken.png: cannot be decoded" in page
+    assert str(broken_file.parent) not in page
     with pytest.raises(Exception, match="cake"):
         client.predict(handle_file(image_file), "cake", api_name="/segment")
     assert Shown(client.predict(handle_file(image_file), "instance", api_name="/segment")).task == "instance"
@@ -231,7 +231,6 @@ def visitor() -> Iterator[Visitor]:
     driver = webdriver.Chrome(options=options, service=Service(program))
     try:
         yield Visitor(driver)
-        driver.save_screenshot("/tmp/s13/visit.png")
     finally:
         driver.quit()
 
@@ -306,4 +305,3 @@ def test_a_visit(
     assert [entry for entry in visitor.driver.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert visitor.requests(address) == []
     assert set(ASKED_FOR) <= {*LOCAL, "None"}, ASKED_FOR
-    assert TASKS == staged.tasks
