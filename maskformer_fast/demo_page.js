@@ -76,7 +76,11 @@
     leave(view);
     if (!view) return;
     const [facts, tip] = [read(view), view.querySelector(".mf-tip")];
-    if (!facts) return;
+    if (!facts) {
+      // a new result, which the browser is still decoding
+      view.querySelector(".mf-map").addEventListener("load", () => point(event), { once: true });
+      return;
+    }
     if (line) {
       tip.hidden = true;
       highlight(view, facts, Number(line.dataset.row));

@@ -194,10 +194,12 @@ class Visitor:
         from selenium.webdriver.common.action_chains import ActionChains
 
         picture = self.one(".mf-view .mf-picture")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", picture)
         shown = picture.size
         at = (x + 0.5) / size[1] * shown["width"], (y + 0.5) / size[0] * shown["height"]
         right, down = round(at[0] - shown["width"] / 2), round(at[1] - shown["height"] / 2)
-        ActionChains(self.driver, duration=0).move_to_element_with_offset(picture, right, down).perform()
+        moves = ActionChains(self.driver, duration=0).move_to_element_with_offset(picture, right - 1, down)
+        moves.move_to_element_with_offset(picture, right, down).perform()  # a pointer that stays says nothing
         tip = self.one(".mf-tip")
         corner = (tip.location["x"] - picture.location["x"], tip.location["y"] - picture.location["y"])
         reach = (tip.size["width"] + 30, tip.size["height"] + 30)
@@ -225,7 +227,7 @@ def visitor() -> Iterator[Visitor]:
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
-                     "--window-size=1280,1000"):  # fmt: skip
+                     "--window-size=1280,1600"):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(program))
@@ -262,7 +264,7 @@ def test_a_visit(
     visitor.wait.until(lambda _: [s for s in visitor.all(".mf-stage") if s.get_attribute("style") != ratio])
     assert len(runs) == 2
     for width, task in ((1280, "semantic"), (1280, "instance"), (700, "panoptic"), (460, "semantic")):
-        visitor.driver.set_window_size(width, 1000)  # the picture is scaled to what room there is
+        visitor.driver.set_window_size(width, 1600)  # the picture is scaled to what room there is
         visitor.choose_task(task)
         visitor.one(f".mf-view[data-task={task}]")
         result = reference.predict(photo(), task)  # type: ignore[arg-type]
@@ -295,7 +297,7 @@ def test_a_visit(
     assert len(visitor.all("tr[data-row]")) == len(np.unique(reference.predict(photo()).labels))
     visitor.driver.execute_script("document.documentElement.dispatchEvent(new PointerEvent('pointerleave'))")
     assert not visitor.all(".mf-tip")[0].is_displayed()
-    visitor.driver.set_window_size(1280, 1000)
+    visitor.driver.set_window_size(1280, 1600)
     visitor.one("#mf-file button[aria-label=Clear], #mf-file button[aria-label=Remove]").click()
     visitor.one(".mf-empty")
     visitor.upload(broken_file)
