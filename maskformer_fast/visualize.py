@@ -13,7 +13,21 @@ from maskformer_fast.config import TASKS, Task, check_choice
 from maskformer_fast.id_maps import result_rows, segment_rows
 from maskformer_fast.structures import VOID, Example, InstanceResult, Metadata, PanopticResult, Result, SemanticResult
 
-__all__ = ["display_scale", "draw_instances", "draw_panoptic", "draw_result", "draw_semantic", "draw_truth", "grid"]
+__all__ = [
+    "MIN_SCORE",
+    "display_scale",
+    "draw_instances",
+    "draw_panoptic",
+    "draw_result",
+    "draw_semantic",
+    "draw_truth",
+    "grid",
+    "segment_colors",
+]
+
+MIN_SCORE = 0.5
+"""Instances below this score are not drawn."""
+
 
 _OPACITY = 0.55  # of a segment's colour over the image
 _MIN_EDGE = 320  # images with a shorter long edge are enlarged, so that names can be read
@@ -68,14 +82,14 @@ def draw_panoptic(
     _check_size("id_map", tuple(result.id_map.shape), image)
     rows = result_rows(result)
     categories = [segment.category for segment in result.segments]
-    return _paint(image, rows, _shades(categories, metadata), [metadata.class_names[c] for c in categories])
+    return _paint(image, rows, segment_colors(categories, metadata), [metadata.class_names[c] for c in categories])
 
 
 def draw_instances(
     image: np.ndarray,  # [H, W, 3] uint8 RGB
     result: InstanceResult,
     metadata: Metadata,
-    min_score: float = 0.5,
+    min_score: float = MIN_SCORE,
 ) -> np.ndarray:
     """Colour, name and score the instances of at least `min_score` over the image, the best on top.
 
@@ -93,7 +107,7 @@ def draw_instances(
     masks = np.unpackbits(packed, axis=-1, count=result.size[1], bitorder="little").view(np.bool_)
     categories = result.labels.cpu()[keep].tolist()
     names = [f"{metadata.class_names[c]} {s:.2f}" for c, s in zip(categories, scores[keep].tolist(), strict=True)]
-    return _paint_masks(image, masks, _shades(categories, metadata), names)
+    return _paint_masks(image, masks, segment_colors(categories, metadata), names)
 
 
 def draw_result(image: np.ndarray, result: Result, metadata: Metadata) -> np.ndarray:
@@ -119,7 +133,7 @@ def draw_truth(example: Example, metadata: Metadata, task: Task) -> np.ndarray:
         return draw_semantic(example.image, example.semantic_map(), metadata)
     segments = example.segments if task == "panoptic" else [
         segment for segment in example.segments if metadata.is_thing[segment.category]]
-    colors = _shades([segment.category for segment in segments], metadata)
+    colors = segment_colors([segment.category for segment in segments], metadata)
     names = [metadata.class_names[segment.category] + " (crowd)" * segment.is_crowd for segment in segments]
     if task == "panoptic" and example.id_map is not None:
         return _paint(example.image, segment_rows(example.id_map, segments), colors, names)
@@ -229,7 +243,7 @@ def _thicken(edge: np.ndarray) -> np.ndarray:
     return thick
 
 
-def _shades(categories: Sequence[int], metadata: Metadata) -> list[Color]:
+def segment_colors(categories: Sequence[int], metadata: Metadata) -> list[Color]:
     """The class's colour for its first segment, and shades of it, in hue and lightness, for those that follow."""
     seen: dict[int, int] = {}
     colors: list[Color] = []

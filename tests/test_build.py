@@ -54,7 +54,8 @@ def wheel(sources: Path) -> Path:
 
 def test_wheel_holds_the_whole_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    data = [p for pattern in ("*.yaml", "*.json", "py.typed") for p in (ROOT / "maskformer_fast").rglob(pattern)]
+    patterns = ("*.yaml", "*.json", "*.css", "*.js", "py.typed")
+    data = [p for pattern in patterns for p in (ROOT / "maskformer_fast").rglob(pattern)]
     assert any(path.suffix == ".yaml" for path in data), "no recipes found: is this test looking in the right place?"
     expected = {
         str(path.relative_to(ROOT)) for path in [*(ROOT / "maskformer_fast").rglob("*.py"), *data]

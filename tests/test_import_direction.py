@@ -22,8 +22,8 @@ LEVELS = {
     "data": 3, "visualize": 3, "formats": 3, "evaluation": 3,
     "checkpoint": 4, "interop": 4, "solver": 4, "runlog": 4, "predictor": 4, "validation": 4, "writer": 4, "trainer": 4,
     "nonfinite": 4, "step": 4, "meter": 4, "tracing": 4, "compilation": 4, "faults": 4, "deploy": 4,
-    "bundle_predictor": 4, "contestants": 4, "benchmark_report": 4,
-    "train": 5, "evaluate": 5, "predict": 5, "export": 5, "convert": 5, "benchmark": 5,
+    "bundle_predictor": 4, "contestants": 4, "benchmark_report": 4, "demo_stages": 4, "demo_view": 4, "demo_page": 4,
+    "train": 5, "evaluate": 5, "predict": 5, "export": 5, "convert": 5, "benchmark": 5, "demo": 5,
     "": 5,  # the package itself offers the public API
 }  # fmt: skip
 ON_BASE_ONLY = {"data", "visualize", "formats", "evaluation"}  # beside their own files

@@ -164,10 +164,27 @@ class Runtime:
 
     def timed(self, frames: Sequence[np.ndarray], task: Task = "semantic") -> tuple[list[Result], StageSeconds]:
         """One batch of frames of one size, and the time that its stages took; arguments and errors as for `predict`."""
-        check_choice("task", task, self.tasks)
+        results, seconds = self.timed_tasks(frames, (task,))
+        return results[task], seconds
+
+    def timed_tasks(
+        self, frames: Sequence[np.ndarray], tasks: Sequence[Task]
+    ) -> tuple[dict[Task, list[Result]], StageSeconds]:
+        """`timed` for several tasks; where the network runs for each of them (TensorRT), the times are added up."""
+        check(len(tasks) > 0, "tasks", "at least one", tasks)
+        for task in tasks:
+            check_choice("task", task, self.tasks)
         for index, frame in enumerate(frames):
             check_image(frame, f"frames[{index}]")
-        return self._finish(self._start(frames, (task,)))
+        results: dict[Task, list[Result]] = {}
+        seconds: list[StageSeconds] = []
+        at_once = self._open_backend().max_tasks
+        for first in range(0, len(tasks), at_once):
+            group = tasks[first : first + at_once]
+            found, took = self._finish(self._start(frames, group))
+            results |= {task: found[at * len(frames) : (at + 1) * len(frames)] for at, task in enumerate(group)}
+            seconds.append(took)
+        return results, StageSeconds(*(sum(stage) for stage in zip(*seconds, strict=True)))
 
     def close(self) -> None:
         """Wait for what is under way, and give everything back; a second call does nothing, nor does a forked process's
