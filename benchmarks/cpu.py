@@ -105,11 +105,13 @@ def plan(paths: Sequence[Path], only: str = "") -> Plan:
         for case in files.get(path.stem, ()):
             if case.name != only if exact else only not in f"{path.stem}: {case.name}, {case.peer}":
                 continue
-            check(case.name not in found.cases, "cases", "a name each", f"{case.name!r} in {path} and before")
+            if case.name in found.cases:
+                raise ValueError(f"cases: expected a name each, got {case.name!r} in {path} and before")
             found.cases[case.name] = (path.stem, case)
-            memory_rank = case.rank + (MEMORY_RANK if case.memory_goal is None else 0)
-            for rank, kind in ((case.rank, TIME), (memory_rank, MEMORY)):
-                ranked.append((rank, index, kind, case.threads, (case.name, kind)))
+            ranked.append((case.rank, index, TIME, case.threads, (case.name, TIME)))
+            if case.memory:
+                rank = case.rank + (MEMORY_RANK if case.memory_goal is None else 0)
+                ranked.append((rank, index, MEMORY, case.threads, (case.name, MEMORY)))
     ranked.sort(key=lambda entry: (entry[0], entry[1], entry[2] == MEMORY, entry[3]))  # stable
     for (_, index, kind, threads), batch in groupby(ranked, key=lambda entry: entry[:4]):
         found.batches.append(Batch(paths[index], kind, threads, [entry[4] for entry in batch]))

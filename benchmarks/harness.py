@@ -65,6 +65,7 @@ class Case:
     threads: int = 2
     rank: int = 0  # units of rank 0 are measured first, of all files
     bound: Bound | Callable[[], Bound] | None = None  # what it cannot do without; a function is called after the setup
+    memory: bool = True  # no: it is other processes', or not worth its time
     memory_goal: float | None = None  # our peak memory / peer's, at most: memory is measured along with the time
     patience: float = 0.0  # seconds that a unit may take beyond others': something large is built
 

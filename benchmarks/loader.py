@@ -105,7 +105,8 @@ def cases() -> list[Case]:
     """Those of the suite: the start of the processes is part of a call, as otherwise both sides' would work at once."""
     return [
         Case(f"loader, {CASE_IMAGES} images of {SIZE[0]}x{SIZE[1]} to 512x512, {workers} process{'es' * (workers > 1)}",
-             "dense float32 masks from the same processes", None, partial(setup, workers, CASE_IMAGES), rank=1)
+             "dense float32 masks from the same processes", None, partial(setup, workers, CASE_IMAGES), rank=1,
+             memory=False)
         for workers in (1, 2)
     ]
 

@@ -44,7 +44,7 @@ def run_units(
 
     `changed` is called with the results so far after each unit, `summary` says a unit's result in a few words.
     """
-    done, at_work = 0, False
+    done, at_work, said = 0, False, 0
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
@@ -61,6 +61,8 @@ def run_units(
                 result = results.setdefault(unit, {})
                 result |= message["result"]
                 at_work = message["stage"] != "done"
+                if message["stage"] == "begun":  # what was said of units before does not explain this one's end
+                    said = os.fstat(errors.fileno()).st_size
                 guard.silence = silence[unit[0]]
                 guard.restart(final=message["stage"] == "done" and unit == units[-1])
                 if message["stage"] == "done":
@@ -69,7 +71,7 @@ def run_units(
                     changed(results)
         status = process.wait()
         guard.cancel()
-        errors.seek(0)
+        errors.seek(said)
         text = errors.read().strip().splitlines()
     if done == len(units):
         return done
