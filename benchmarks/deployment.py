@@ -48,9 +48,7 @@ def setup(peer: str, model: ModelConfig = MODEL, size: Size = SIZE) -> Sides:
     folder = shared(f"deployment_{size[0]}x{size[1]}", partial(export, model=model, size=size))
     checkpoint = folder / "checkpoint.safetensors"
     frames = [draw_frame(np.random.default_rng(0), size)]
-    ours = BundleContestant(
-        Setting("bundle", str(folder / "bundle"), 1, size, "semantic", "onnxruntime", 0, 1, "off")
-    )
+    ours = BundleContestant(Setting("bundle", str(folder / "bundle"), 1, size, "semantic", "onnxruntime", 0, 1, "off"))
     theirs: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
     if peer == HUGGING_FACE:
         theirs = partial(by_hugging_face, path=checkpoint, device=CPU)
@@ -77,4 +75,4 @@ def cases() -> list[Case]:
         Case(f"bundle resnet50 {SIZE[0]}x{SIZE[1]}, K={CLASSES}, B=1, float32, vs {peer}", peer, None,
              partial(setup, peer), rank=rank, patience=PATIENCE_SECONDS)
         for peer, rank in ((EAGER, 1), (HUGGING_FACE, 1), (COMPILED, 2))
-    ]
+    ]  # fmt: skip

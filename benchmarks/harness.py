@@ -244,8 +244,8 @@ class Worker:
         self.cases = {case.name: case for case in load_cases(path)}
         self.out = out
 
-    def report(self, name: str, kind: str, stage: str, result: Row) -> None:
-        self.out.write(json.dumps({"unit": (name, kind), "stage": stage, "result": result}) + "\n")
+    def report(self, **message: Any) -> None:
+        self.out.write(json.dumps(message) + "\n")
         self.out.flush()
 
     def run(self, units: Sequence[tuple[str, str]]) -> None:
@@ -253,10 +253,10 @@ class Worker:
             for module in PRELOADED:
                 with contextlib.suppress(ImportError):
                     importlib.import_module(module)
-        for name, kind in units:
-            self.report(name, kind, "begun", {})
-            measure = self.measure if kind == TIME else self.measure_forked
-            self.report(name, kind, "done", measure(self.cases[name], kind))
+        for unit in units:
+            self.report(unit=unit, stage="begun", result={}, said=os.fstat(2).st_size)
+            measure = self.measure if unit[1] == TIME else self.measure_forked
+            self.report(unit=unit, stage="done", result=measure(self.cases[unit[0]], unit[1]))
 
     def measure(self, case: Case, kind: str) -> Row:
         """-> a part of the row; ``error`` or ``absent`` says why there is none."""

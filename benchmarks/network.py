@@ -7,11 +7,9 @@ in inference, so the whole network's rows are of mask logits of all queries.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks.bounds import Bound, count_operations
 from benchmarks.harness import Case, Sides
-from maskformer_fast.config import BackboneConfig, Config, ModelConfig
-from maskformer_fast.interop.huggingface import write_folder
+from benchmarks.train_step import huggingface_model
+from maskformer_fast.config import BackboneConfig, ModelConfig
 from maskformer_fast.modeling import build_model
-from maskformer_fast.structures import Metadata
 
 CLASSES, SIZE = 150, (512, 512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,21 +43,13 @@ class Pair(NamedTuple):
 @cache
 def networks(name: str) -> tuple[Any, Any]:
     """Our network and theirs, with the same weights, for inference."""
-    import transformers
-
     torch.manual_seed(0)
     model = ModelConfig(num_classes=CLASSES, backbone=BackboneConfig(name))
     network = build_model(model).eval()
     for module in network.modules():  # statistics and biases by chance: zeros and ones would hide a mistake
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             nn.init.normal_(module.bias, std=0.1)
-    names = tuple(f"class {k}" for k in range(CLASSES))
-    metadata = Metadata("benchmark", names, (True,) * CLASSES, tuple(range(CLASSES)), ((0, 0, 0),) * CLASSES)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model"
-        write_folder(path, network.state_dict(), Config(model=model), metadata)
-        theirs = transformers.MaskFormerForInstanceSegmentation.from_pretrained(path).eval()
-    return network, theirs
+    return network, huggingface_model(network, model, training=False)
 
 
 @torch.no_grad()

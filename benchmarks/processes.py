@@ -1,7 +1,8 @@
 """Runs units of a benchmark in processes of many units each, so that neither a crash nor time loses the rest.
 
 A unit is a case and a part of it. A process reads a list of units from its input and reports each as it comes, as lines
-``{"unit", "stage", "result"}`` of JSON; the stage is "done" when it goes on to the next.
+``{"unit", "stage", "result"}`` of JSON; the stage is "done" when it goes on to the next. ``"said"`` may tell how much
+was on the error stream before the unit: what comes after it explains the unit's end.
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ def run_units(
                 result = results.setdefault(unit, {})
                 result |= message["result"]
                 at_work = message["stage"] != "done"
-                if message["stage"] == "begun":  # what was said of units before does not explain this one's end
-                    said = os.fstat(errors.fileno()).st_size
+                said = message.get("said", said)
                 guard.silence = silence[unit[0]]
                 guard.restart(final=message["stage"] == "done" and unit == units[-1])
                 if message["stage"] == "done":

@@ -116,20 +116,21 @@ def optimizer_step(
     return step
 
 
-def huggingface_model(network: nn.Module, model: ModelConfig) -> Any:
-    """Their model with the weights of ours, in training mode, with their auxiliary losses."""
+def huggingface_model(network: nn.Module, model: ModelConfig, training: bool = True) -> Any:
+    """Their model with the weights of ours: in training mode with their auxiliary losses, or for inference."""
     import transformers
 
+    count = model.num_classes
     metadata = Metadata(
-        "benchmark", tuple(f"class {k}" for k in range(CLASSES)), (True,) * CLASSES, tuple(range(CLASSES)),
-        ((0, 0, 0),) * CLASSES,
+        "benchmark", tuple(f"class {k}" for k in range(count)), (True,) * count, tuple(range(count)),
+        ((0, 0, 0),) * count,
     )
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder) / "model", network.state_dict(), Config(model=model), metadata)
         theirs = transformers.MaskFormerForInstanceSegmentation.from_pretrained(
-            Path(folder) / "model", use_auxiliary_loss=True
+            Path(folder) / "model", use_auxiliary_loss=training
         )
-    return theirs.train()
+    return theirs.train(training)
 
 
 def random_batch(batch: int, size: tuple[int, int]) -> tuple[Tensor, Targets, list[Tensor], list[Tensor]]:

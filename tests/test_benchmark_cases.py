@@ -56,7 +56,6 @@ def tiny_network():
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(network, "ModelConfig", lambda **_: model)
-        patched.setattr(network, "CLASSES", 6)
         for cached in (network.networks, network.least_work):
             cached.cache_clear()
         yield
