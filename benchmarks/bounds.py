@@ -31,3 +31,22 @@ def count_operations(run: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
+
+
+def network_work(model: Any, size: tuple[int, int], training: bool = False) -> tuple[float, float]:
+    """Parameters of a network of this `ModelConfig`, multiplications and additions of its forward pass on one image.
+
+    Without numbers, on the meta device. In training the pixel embeddings are computed, for the losses; in inference
+    mask logits, of all queries.
+    """
+    import torch
+
+    from maskformer_fast.modeling import build_model
+
+    with torch.device("meta"), torch.no_grad():
+        network = build_model(model).train(training)
+        images = torch.zeros((1, 3, *size), dtype=torch.uint8)
+        count = sum(parameter.numel() for parameter in network.parameters())
+        if training:
+            return count, count_operations(lambda: network(images))
+        return count, count_operations(lambda: network(images).mask_logits())

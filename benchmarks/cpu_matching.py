@@ -37,9 +37,9 @@ def cases() -> list[Case]:
                     goal = 3.0 if not small else 4.0 if threads == 1 else 7.0
                     # costs read, the query of each target written
                     bound = Bound(4.0 * batch * queries * targets + 8.0 * batch * targets)
-                    rows.append(Case(name, "SciPy in a loop", goal, setup, threads=threads, bound=bound))
+                    rows.append(Case(name, "SciPy in a loop", goal, setup, threads=threads, bound=bound, memory=False))
     rows.append(Case(f"assignment {BATCH} x 100x20, matcher-like, vs {TORCH_ASSIGNMENT}", TORCH_ASSIGNMENT, None,
-                     partial(beside_torch_assignment, (BATCH, 100, 20))))
+                     partial(beside_torch_assignment, (BATCH, 100, 20)), memory=False))
     size = f"{LAYERS} layers, batch {BATCH}, Q={QUERIES}, {TARGETS} targets, 128x128"
     rows.append(Case(f"matching cost and assignment, {size}, from mask logits", "Hugging Face's matcher", 4.0,
                      from_logits, bound=cost_bound(True)))

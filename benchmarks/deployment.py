@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.bounds import Bound, network_work
 from benchmarks.gpu_deploy import (
     CLASSES,
     COMPILED,
@@ -59,6 +60,12 @@ def setup(peer: str, model: ModelConfig = MODEL, size: Size = SIZE) -> Sides:
     return Sides(lambda: labels(ours, frames), lambda: theirs(frames), partial(check_labels, least=LEAST_EQUAL[peer]))
 
 
+def bound(model: ModelConfig = MODEL, size: Size = SIZE) -> Bound:
+    """The network's: weights and a frame read, labels written."""
+    parameters, operations = network_work(model, size)
+    return Bound(4 * parameters + 4 * size[0] * size[1], operations, "fp32")
+
+
 def labels(contestant: BundleContestant | TorchContestant, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [result.labels for result in contestant.predict(frames)]
 
@@ -73,6 +80,6 @@ def cases() -> list[Case]:
     """Rows of the table."""
     return [
         Case(f"bundle resnet50 {SIZE[0]}x{SIZE[1]}, K={CLASSES}, B=1, float32, vs {peer}", peer, None,
-             partial(setup, peer), rank=rank, patience=PATIENCE_SECONDS)
+             partial(setup, peer), rank=rank, bound=bound, patience=PATIENCE_SECONDS)
         for peer, rank in ((EAGER, 1), (HUGGING_FACE, 1), (COMPILED, 2))
     ]  # fmt: skip

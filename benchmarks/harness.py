@@ -37,7 +37,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 SAMPLE_SECONDS = 0.01  # at least, for one sample: short operations are repeated, as reading a clock takes time too
 SLOW_SECONDS = 1.0  # a first call of so long is not followed by a second look: it is slow, whatever disturbed it
-ROUNDS_SECONDS = 2.0  # rounds go on up to this time, between these numbers of them
+ROUNDS_SECONDS = 1.5  # rounds go on up to this time, between these numbers of them
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 SHARED_VARIABLE = "BENCHMARKS_SHARED"
 """Environment variable: folder for what is costly to make and serves several processes of a run."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bounds import Bound, network_work
 from benchmarks.cpu import BenchmarkOptions, measure
 from benchmarks.harness import Case, Operation
 from maskformer_fast.cli import parse, run_command
@@ -50,7 +51,8 @@ def cases() -> list[Case]:
     """The CPU's."""
     return [
         Case(f"training step {name}, 2x3x512x512, 6 layers, float32", "Hugging Face MaskFormer", 1.35,
-             partial(cpu_steps, name, 2, (512, 512)), memory_goal=MAX_MEMORY, patience=PATIENCE)
+             partial(cpu_steps, name, 2, (512, 512)), bound=partial(step_bound, name, 2, (512, 512)),
+             memory_goal=MAX_MEMORY, patience=PATIENCE)
         for name in ("resnet50", "swin_tiny")
     ]
 
@@ -62,10 +64,22 @@ def cpu_steps(name: str, batch: int, size: tuple[int, int]) -> tuple[Operation, 
     return partial(our_step(network), images, targets), partial(their_step(peer), normalized, masks, labels)
 
 
+def step_bound(name: str, batch: int, size: tuple[int, int]) -> Bound:
+    """The optimiser's traffic: weights, gradients and two moments read, all but the gradients written. The network's
+    forward pass, and twice that backward; matching and losses not counted.
+    """
+    parameters, operations = network_work(model_config(name), size, training=True)
+    return Bound(28 * parameters, 3 * batch * operations, "fp32")
+
+
+def model_config(name: str) -> ModelConfig:
+    backbone = BackboneConfig(name, norm="batch") if "resnet" in name else BackboneConfig(name, drop_path_rate=0.0)
+    return ModelConfig(num_classes=CLASSES, backbone=backbone, decoder=DecoderConfig(dropout=0.0))
+
+
 def networks(name: str) -> tuple[Any, Any]:
     """Our network and theirs, with the same weights, in training mode."""
-    backbone = BackboneConfig(name, norm="batch") if "resnet" in name else BackboneConfig(name, drop_path_rate=0.0)
-    model = ModelConfig(num_classes=CLASSES, backbone=backbone, decoder=DecoderConfig(dropout=0.0))
+    model = model_config(name)
     network = build_model(model).train()
     return network, huggingface_model(network, model)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import cpu, cpu_criterion, cpu_matching, cpu_semantic, deployment, gpu_deploy, loader, network
+from benchmarks.bounds import network_work
 from benchmarks.harness import SHARED_VARIABLE, Sides
 from maskformer_fast.config import AugmentConfig, BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.config import TestConfig as Testing
@@ -61,6 +62,15 @@ def tiny_network():
         yield
         for cached in (network.networks, network.least_work):
             cached.cache_clear()
+
+
+def test_work_is_told_without_numbers(tiny_network: None) -> None:
+    model = network.ModelConfig()
+    parameters, operations = network_work(model, SIZE)
+    assert parameters == sum(parameter.numel() for parameter in network.networks("resnet50")[0].parameters())
+    run = network.bound("resnet50", "network", "float32", SIZE).operations
+    assert operations == pytest.approx(run, rel=0.01), "what attention runs as differs by device"
+    assert network_work(model, SIZE, training=True)[1] > 0
 
 
 @pytest.mark.parametrize("part", network.PARTS)

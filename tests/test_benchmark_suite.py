@@ -63,7 +63,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_goals_first_and_memory_last_but_that_with_a_goal(scripted: Path) -> None:
+def test_goals_first_and_memory_later_but_that_with_a_goal(scripted: Path) -> None:
     todo = cpu.plan([scripted / "script.py"])
     assert [(batch.threads, *batch.units) for batch in todo.batches] == [
         (1, ("one thread", TIME)),

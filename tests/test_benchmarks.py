@@ -144,8 +144,8 @@ def test_peak_memory_is_none_where_the_system_does_not_tell(monkeypatch: pytest.
     ("seconds", "rounds", "calls"),
     [
         (1e-5, 25, 5 + 25 * 1000),  # a look, four more, and samples of 10 ms
-        (0.06, 25, 5 + 25),
-        (0.5, 4, 2 + 4),  # up to two seconds
+        (0.03, 25, 5 + 25),
+        (0.3, 5, 2 + 5),  # up to a second and a half
         (0.9, 3, 2 + 3),
         (4.0, 3, 1 + 3),  # slow is slow: no second look
     ],
