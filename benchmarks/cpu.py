@@ -154,7 +154,7 @@ def measure(subjects: Sequence[str], options: BenchmarkOptions, results: Path) -
     """
     deadline = time.monotonic() + 60 * options.minutes
     paths = [FOLDER / f"{subject}.py" for subject in subjects]
-    todo = plan([path for path in paths if path.exists()], options.only)
+    todo = plan([path for path in paths if path.exists()], options.only)  # a checkout may lack a subject
     if not todo.cases and not todo.failures:
         raise ValueError(f"only: expected a part of a case's subject, name or peer, got {options.only!r}")
     output = options.output or (None if options.only else results)

@@ -146,7 +146,7 @@ MEASURES: dict[str, Callable[[Case], Row]] = {TIME: measure_time, MEMORY: measur
 def time_interleaved(
     first: Operation, second: Operation, repeats: int = MIN_ROUNDS,
     check: Callable[[Any, Any], None] | None = None,
-) -> tuple[list[float], list[float]]:
+) -> tuple[list[float], list[float]]:  # fmt: skip
     """Seconds per call of each operation, one sample a round; they take turns in going first.
 
     The first calls tell how often a short operation is repeated for a sample. There are `repeats` rounds at least, and
