@@ -108,7 +108,7 @@ def test_bundle_and_predictor_agree(folder: Path, monkeypatch: pytest.MonkeyPatc
     bundle, predictor = tiny_bundle(folder / "tiny", Testing(short_edge=None))
     monkeypatch.setattr(deployment, "write_checkpoint", lambda path, model: path.write_text("stands in"))
     monkeypatch.setattr(deployment, "write_bundle", lambda path, place, *_: place.symlink_to(bundle.folder))
-    monkeypatch.setattr("maskformer_fast.predictor.load", lambda *_: predictor)
+    monkeypatch.setattr("maskformer_fast.predictor.load", lambda *_, **__: predictor)
     sides = deployment.setup(gpu_deploy.EAGER, size=SIZE)
     ours, theirs = compare(sides)
     assert ours[0].shape == theirs[0].shape == SIZE
