@@ -24,7 +24,8 @@ help:
 	@echo "make demo    install, train the demo recipe, evaluate it: runs/demo/metrics.json and pictures"
 	@echo "make test    install, lint, all tests with coverage"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   operators beside their peers on this machine's CPU -> benchmarks/results/cpu.json"
+	@echo "make bench   this machine's CPU in 20 minutes: operators, network, training step, loader and deployment beside"
+	@echo "             their peers, scaling curves, plots -> benchmarks/results/cpu.json, cpu.md, scaling.json, plots/"
 	@echo "make docs-check  every command of README.md and docs/, run on small data or at least parsed"
 	@echo "make gpu     tests and benchmarks that need a CUDA device, in nine minutes -> benchmarks/results/GPU-NAME.json, .md"
 	@echo "make clean   remove builds and caches (not $(VENV), not runs/)"
@@ -41,10 +42,13 @@ lint: $(TEST_READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
+# Twenty minutes at most on two cores: 2.5 for the first, 12.5 for the second, 4 for the third.
 bench: $(TEST_READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only --benchmark-json=benchmarks/results/pytest_cpu.json
 	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.plots
 
 docs-check: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.docs.run

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Case, Operation
+from benchmarks.bounds import Bound
+from benchmarks.harness import Case, Operation, Sides
 from maskformer_fast.ops.pruned_semantic import pruned_semantic_inference
 from maskformer_fast.ops.semantic_inference import semantic_inference
 from maskformer_fast.projection import Projection, mask_product
@@ -38,7 +39,7 @@ def mask_setup(wanted: int) -> tuple[Operation, Operation]:
     )
 
 
-def label_setup() -> tuple[Operation, Operation]:
+def label_setup() -> Sides:
     """Labels at 512x512 of peaky predictions: 20 queries with a class each cut the image into pieces."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, QUERIES, 8, 8, generator=generator)
@@ -67,15 +68,27 @@ def label_setup() -> tuple[Operation, Operation]:
         masks = usual_masks(embeddings[None], features, projection)
         return semantic_inference(masks, class_logits[None], *window).labels[0]
 
-    assert torch.equal(ours(), theirs())
-    return ours, theirs
+    return Sides(ours, theirs, check_labels)
+
+
+def check_labels(ours: Tensor, theirs: Tensor) -> None:
+    if not torch.equal(ours, theirs):
+        raise RuntimeError("the labels differ")
+
+
+def bound(masks: int, labels: int = 0) -> Bound:
+    """Of so many masks: features, weight and embeddings read, masks or labels written; the folding, the convolution."""
+    pixels, weight = SIZE * SIZE, 9 * DIM * DIM
+    floats = DIM * pixels + weight + masks * DIM + (0 if labels else masks * pixels)
+    return Bound(4 * floats + labels, 2.0 * masks * (weight + 9 * DIM * pixels), "fp32")
 
 
 def cases() -> list[Case]:
     """Rows of the table."""
     peer = "convolution to 256 channels, then the product"
     return [
-        Case("mask logits 512x512, semantic Q=100", peer, 2.0, lambda: mask_setup(QUERIES)),
-        Case("mask logits 512x512, panoptic 25 of 100", peer, 4.0, lambda: mask_setup(25)),
-        Case("mask logits and labels 512x512, semantic K=150, peaky", f"{peer}, our labels", 2.5, label_setup),
+        Case("mask logits 512x512, semantic Q=100", peer, 2.0, lambda: mask_setup(QUERIES), bound=bound(QUERIES)),
+        Case("mask logits 512x512, panoptic 25 of 100", peer, 4.0, lambda: mask_setup(25), bound=bound(25)),
+        Case("mask logits and labels 512x512, semantic K=150, peaky", f"{peer}, our labels", 2.5, label_setup,
+             bound=bound(LIVE, 16 * SIZE * SIZE)),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,43 +10,58 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Case, Operation
+from benchmarks.bounds import Bound
+from benchmarks.harness import Case, Sides
 from maskformer_fast.config import LossConfig
 from maskformer_fast.criterion import Criterion
 from maskformer_fast.structures import Predictions, Targets, pack_masks
 
-BATCH, QUERIES, CLASSES, DEPTH = 16, 100, 150, 256
-COUNTS = range(7, 23)  # targets of each image, 14.5 on average
+QUERIES, CLASSES, DEPTH = 100, 150, 256
+COUNTS = range(7, 23)  # targets of each of 16 images, 14.5 on average
 MASK_SIZE, INPUT_SIZE = (128, 128), (512, 512)
 NO_OBJECT_WEIGHT, ALPHA, GAMMA = 0.1, 0.25, 2.0
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 1.0, 20.0, 1.0
 
 
 def cases() -> list[Case]:
-    size = f"batch {BATCH} at 512x512, Q={QUERIES}, 7 to 22 targets"
     peer = "official formula in eager PyTorch"
-    rows = [Case(f"criterion, 1 layer, {size}", peer, 6.0, partial(criterion, 1))]
-    # A layer of the peer at a time, gradients added up: all six at once take six times one layer's memory.
-    rows.append(Case(f"criterion, 6 layers, {size}", f"{peer}, a layer at a time", 6.0, partial(criterion, 6)))
-    return rows
+    # A layer of the peer at a time, gradients added up: all six at once take six times one layer's memory. Two images,
+    # as it takes half a minute for 16.
+    settings = ((1, COUNTS, "1 layer", peer), (6, (COUNTS[3], COUNTS[-4]), "6 layers", f"{peer}, a layer at a time"))
+    return [
+        Case(
+            f"criterion, {text}, batch {len(counts)} at 512x512, Q={QUERIES}, {counts[0]} to {counts[-1]} targets",
+            theirs, 6.0, partial(criterion, layers, counts), bound=bound(layers, counts),
+        )
+        for layers, counts, text, theirs in settings
+    ]  # fmt: skip
 
 
-def criterion(layers: int) -> tuple[Operation, Operation]:
+def bound(layers: int, counts: Sequence[int]) -> Bound:
+    """Predictions and packed targets read, gradients written; the masks of all queries for the costs, and with the
+    gradients three products for those of the matched ones.
+    """
+    batch, pixels, found = len(counts), MASK_SIZE[0] * MASK_SIZE[1], sum(counts)
+    floats = batch * (layers * QUERIES * (CLASSES + 1 + DEPTH) + DEPTH * pixels)
+    packed = found * INPUT_SIZE[0] * INPUT_SIZE[1] / 8
+    return Bound(8 * floats + packed, 2.0 * layers * DEPTH * pixels * (batch * QUERIES + 3 * found), "fp32")
+
+
+def criterion(layers: int, counts: Sequence[int]) -> Sides:
     """Both give the loss and its gradients by class logits, mask embeddings and pixel embeddings."""
-    slots = max(COUNTS)
-    counts = torch.tensor(COUNTS)
-    ids = torch.stack([torch.randint(count, (8, 8)) for count in COUNTS])
+    slots, batch = max(counts), len(counts)
+    ids = torch.stack([torch.randint(count, (8, 8)) for count in counts])
     ids = ids.repeat_interleave(INPUT_SIZE[0] // 8, 1).repeat_interleave(INPUT_SIZE[1] // 8, 2)
     masks = ids.unsqueeze(1) == torch.arange(slots)[:, None, None]  # tile the image, as a panoptic map's do
-    labels = torch.randint(CLASSES, (BATCH, slots)) * (torch.arange(slots) < counts[:, None])
-    valid_sizes = torch.tensor([INPUT_SIZE] * BATCH)
-    targets = Targets(labels, counts, pack_masks(masks), valid_sizes, INPUT_SIZE)
-    truth = [(labels[b, :n], masks[b, :n].clone()) for b, n in enumerate(COUNTS)]
+    labels = torch.randint(CLASSES, (batch, slots)) * (torch.arange(slots) < torch.tensor(counts)[:, None])
+    valid_sizes = torch.tensor([INPUT_SIZE] * batch)
+    targets = Targets(labels, torch.tensor(counts), pack_masks(masks), valid_sizes, INPUT_SIZE)
+    truth = [(labels[b, :n], masks[b, :n].clone()) for b, n in enumerate(counts)]
     del masks
     leaves = (
-        torch.randn(layers, BATCH, QUERIES, CLASSES + 1).requires_grad_(),
-        (torch.randn(layers, BATCH, QUERIES, DEPTH) / 8).requires_grad_(),
-        torch.randn(BATCH, DEPTH, *MASK_SIZE).requires_grad_(),
+        torch.randn(layers, batch, QUERIES, CLASSES + 1).requires_grad_(),
+        (torch.randn(layers, batch, QUERIES, DEPTH) / 8).requires_grad_(),
+        torch.randn(batch, DEPTH, *MASK_SIZE).requires_grad_(),
     )
     ours = Criterion(CLASSES, LossConfig(CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT, no_object_weight=NO_OBJECT_WEIGHT))
 
@@ -63,10 +79,13 @@ def criterion(layers: int) -> tuple[Operation, Operation]:
                 (gradient if gradient.shape == own.shape else gradient[layer]).add_(own)
         return (total, *gradients)
 
-    for name, got, expected in zip(("loss", "logits", "embeddings", "pixels"), fused(), official(), strict=True):
+    return Sides(fused, official, check_results)
+
+
+def check_results(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    for name, got, expected in zip(("loss", "logits", "embeddings", "pixels"), ours, theirs, strict=True):
         if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             raise RuntimeError(f"{name}: ours and the peer's differ")
-    return fused, official
 
 
 def official_loss(

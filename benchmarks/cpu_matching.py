@@ -1,4 +1,6 @@
-"""Matching on the CPU: batched assignment beside SciPy in a loop, cost and assignment beside Hugging Face's matcher."""
+"""Matching on the CPU: batched assignment beside SciPy in a loop and, where it is installed, torch-linear-assignment;
+cost and assignment beside Hugging Face's matcher.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Operation
+from benchmarks.bounds import Bound
+from benchmarks.harness import Case, Operation, Sides
 from maskformer_fast.config import LossConfig
 from maskformer_fast.matcher import match
 from maskformer_fast.ops import linear_sum_assignment
@@ -18,6 +21,7 @@ from maskformer_fast.structures import Predictions, Targets, pack_masks
 
 LAYERS, BATCH, QUERIES, TARGETS, CLASSES, DEPTH = 6, 16, 100, 20, 150, 256
 MASK_SIZE, INPUT_SIZE = (128, 128), (512, 512)
+TORCH_ASSIGNMENT = "torch-linear-assignment"
 SHAPES = {(100, 20): (16, 256), (100, 100): (16,), (300, 300): (4,), (1000, 1000): (1,)}  # rows, columns: batches
 
 
@@ -31,13 +35,30 @@ def cases() -> list[Case]:
                     name = f"assignment {batch} x {queries}x{targets}, {kind}, {threads} thread{'s' * (threads > 1)}"
                     setup = partial(assignment, kind, (batch, queries, targets))
                     goal = 3.0 if not small else 4.0 if threads == 1 else 7.0
-                    rows.append(Case(name, "SciPy in a loop", goal, setup, threads=threads))
+                    # costs read, the query of each target written
+                    bound = Bound(4.0 * batch * queries * targets + 8.0 * batch * targets)
+                    rows.append(Case(name, "SciPy in a loop", goal, setup, threads=threads, bound=bound, memory=False))
+    rows.append(Case(f"assignment {BATCH} x 100x20, matcher-like, vs {TORCH_ASSIGNMENT}", TORCH_ASSIGNMENT, None,
+                     partial(beside_torch_assignment, (BATCH, 100, 20)), memory=False))
     size = f"{LAYERS} layers, batch {BATCH}, Q={QUERIES}, {TARGETS} targets, 128x128"
     rows.append(Case(f"matching cost and assignment, {size}, from mask logits", "Hugging Face's matcher", 4.0,
-                     from_logits))
+                     from_logits, bound=cost_bound(True)))
     rows.append(Case(f"matching cost and assignment, {size}, from embeddings",
-                     "einsum and Hugging Face's matcher, a layer at a time", 4.0, from_embeddings))
+                     "einsum and Hugging Face's matcher, a layer at a time", 4.0, from_embeddings,
+                     bound=cost_bound(False)))
     return rows
+
+
+def cost_bound(from_logits: bool) -> Bound:
+    """Logits or embeddings and packed targets read, the assignment written; three products with the targets, and masks
+    of embeddings.
+    """
+    masks = LAYERS * BATCH * QUERIES * MASK_SIZE[0] * MASK_SIZE[1]
+    embeddings = LAYERS * BATCH * QUERIES * DEPTH + BATCH * DEPTH * MASK_SIZE[0] * MASK_SIZE[1]
+    floats = LAYERS * BATCH * QUERIES * (CLASSES + 1) + (masks if from_logits else embeddings)
+    packed = BATCH * TARGETS * INPUT_SIZE[0] * INPUT_SIZE[1] / 8
+    operations = 2.0 * masks * (3 * TARGETS + (0 if from_logits else DEPTH))
+    return Bound(4 * floats + packed + 8 * LAYERS * BATCH * TARGETS, operations, "fp32")
 
 
 def costs(kind: str, shape: tuple[int, int, int]) -> Tensor:
@@ -68,6 +89,20 @@ def assignment(kind: str, shape: tuple[int, int, int]) -> tuple[Operation, Opera
 
     problems = list(cost.numpy())
     return lambda: linear_sum_assignment(cost), lambda: [solve_one(problem) for problem in problems]
+
+
+def beside_torch_assignment(shape: tuple[int, int, int]) -> Sides:
+    from torch_linear_assignment import batch_linear_assignment
+
+    cost = costs("matcher-like", shape)
+
+    def check(ours: Tensor, theirs: Tensor) -> None:
+        totals = [cost.double().gather(1, rows.long().unsqueeze(1)).sum((1, 2)) for rows in (ours, theirs)]
+        if not torch.allclose(*totals, rtol=1e-9):
+            raise RuntimeError("the assignments differ in cost")
+
+    # it assigns a column to each row
+    return Sides(lambda: linear_sum_assignment(cost), lambda: batch_linear_assignment(cost.mT.contiguous()), check)
 
 
 def batch_of_targets() -> tuple[Targets, list[Tensor], list[Tensor]]:

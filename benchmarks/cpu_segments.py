@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.bounds import Bound
 from benchmarks.harness import Case, Operation
 from maskformer_fast import postprocess
 from maskformer_fast.ops import instance_inference, panoptic_inference
@@ -168,6 +169,14 @@ def instance() -> tuple[Operation, Operation]:
     return lambda: our_instances(classes, logits), theirs
 
 
+def panoptic_bound(from_logits: bool) -> Bound:
+    """The kept queries' masks, or pixel embeddings read, and the map written; the product for these masks."""
+    low, high = LOW[0] * LOW[1], HIGH[0] * HIGH[1]
+    if from_logits:
+        return Bound(4 * (KEPT * low + high))
+    return Bound(4 * (CHANNELS * (low + KEPT) + high), 2.0 * KEPT * CHANNELS * low, "fp32")
+
+
 def huggingface_processor() -> Any:
     import transformers  # comes with the extra `test`
 
@@ -181,7 +190,8 @@ def cases() -> list[Case]:
     for peer, text, goal in (("official", "eager official formula", 25.0), ("huggingface", "Hugging Face", 8.0)):
         for from_logits, source in ((False, "predictions"), (True, "mask logits")):
             name = f"panoptic 160x240 -> 640x960 from {source}, {KEPT} of {QUERIES} queries kept ({peer})"
-            rows.append(Case(name, text, goal, partial(panoptic, from_logits, peer)))
+            rows.append(Case(name, text, goal, partial(panoptic, from_logits, peer), bound=panoptic_bound(from_logits)))
     name = f"instance 160x240 -> 640x960 from mask logits, {QUERIES} results as RLE"
-    rows.append(Case(name, "Hugging Face", 10.0, instance))
+    masks = Bound(QUERIES * (4 * LOW[0] * LOW[1] + HIGH[0] * HIGH[1] / 8))
+    rows.append(Case(name, "Hugging Face", 10.0, instance, bound=masks))
     return rows

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case
+from benchmarks.bounds import Bound
+from benchmarks.harness import Case, Sides
 from maskformer_fast.ops import semantic_inference
+from maskformer_fast.ops.semantic_inference import SemanticMap
 
 QUERIES = 100
 LIVE = 20
@@ -81,18 +83,27 @@ def huggingface(mask_logits: Tensor, class_logits: Tensor, size: Size) -> Callab
     return partial(processor.post_process_semantic_segmentation, outputs, target_sizes=[size])
 
 
-def setup(
-    logits: Callable[[int, Size], tuple[Tensor, Tensor]], classes: int, size: Size, peer: str
-) -> tuple[Callable[[], object], Callable[[], object]]:
+def setup(logits: Callable[[int, Size], tuple[Tensor, Tensor]], classes: int, size: Size, peer: str) -> Sides:
     masks, class_logits = logits(classes, size)
     output = (4 * size[0], 4 * size[1])
     ours = partial(semantic_inference, masks, class_logits, size, output)
     if peer == OFFICIAL:
-        theirs = partial(official, masks, class_logits, output)
-        # the official resampling computes in another order, which moves labels whose scores all but tie
-        assert (ours().labels != theirs()).float().mean() < 1e-3, "ours and the official formula disagree"
-        return ours, theirs
-    return ours, huggingface(masks, class_logits, output)
+        return Sides(ours, partial(official, masks, class_logits, output), check_labels)
+    return Sides(ours, huggingface(masks, class_logits, output))
+
+
+def check_labels(ours: SemanticMap, theirs: Tensor) -> None:
+    # the official resampling computes in another order, which moves labels whose scores all but tie
+    if (ours.labels != theirs).float().mean() > 1e-3:
+        raise RuntimeError("ours and the official formula disagree")
+
+
+def bound(classes: int, size: Size, dense: bool) -> Bound:
+    """Logits read, labels written; where nothing can be pruned also the product of classes and masks."""
+    pixels = size[0] * size[1]
+    written = 16 * pixels * (1 if classes <= 255 else 2)
+    products = 2.0 * QUERIES * classes * 16 * pixels if dense else 0.0
+    return Bound(4 * QUERIES * (pixels + classes + 1) + written, products, "fp32")
 
 
 def cases() -> list[Case]:
@@ -117,6 +128,7 @@ def cases() -> list[Case]:
             peer=peer,
             goal=goal,
             setup=partial(setup, logits, classes, size, peer),
+            bound=bound(classes, size, kind == "random"),
         )
         for logits, kind, size, classes, *by_peer in goals
         for peer, short, goal in zip((OFFICIAL, HUGGINGFACE), ("official", "Hugging Face"), by_peer, strict=True)

@@ -60,13 +60,18 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
 def checkpoint(model: ModelConfig) -> Path:
     """The checkpoint that is named, else one of weights by chance. It takes frames as they are."""
     path = Path(temporary_folder().name) / "checkpoint.safetensors"
+    write_checkpoint(path, model)
+    return path
+
+
+def write_checkpoint(path: Path, model: ModelConfig) -> None:
     test = TestConfig(short_edge=None)
     if VARIABLE in os.environ:
         config, metadata, weights, _ = load_weights(os.environ[VARIABLE])
         network = build_model(config.model)
         load_into(network, weights, os.environ[VARIABLE])
         save_weights(path, network, replace(config, test=replace(config.test, short_edge=None)), metadata, 0)
-        return path
+        return
     torch.manual_seed(0)
     names = tuple(f"class {k}" for k in range(model.num_classes))
     count = len(names)
@@ -74,7 +79,6 @@ def checkpoint(model: ModelConfig) -> Path:
     network = build_model(model).eval()
     spread_queries(network)
     save_weights(path, network, Config(model=model, test=test), metadata, 0)
-    return path
 
 
 @torch.no_grad()
@@ -143,21 +147,22 @@ def in_pytorch(
 
 
 @cache
-def hugging_face(model: ModelConfig, device: torch.device) -> tuple[Any, Any]:
-    """Their processor, and their model with the checkpoint's weights."""
+def hugging_face(path: Path, device: torch.device) -> tuple[Any, Any]:
+    """Their processor, and their model with the checkpoint's weights, which it writes beside it."""
     import transformers
     from transformers.models.maskformer.image_processing_pil_maskformer import MaskFormerImageProcessorPil
 
-    config, metadata, weights, _ = load_weights(checkpoint(model))
-    folder = Path(temporary_folder().name) / "hugging_face"
-    write_folder(folder, weights, config, metadata)
+    folder = path.with_name("hugging_face")
+    if not folder.exists():
+        config, metadata, weights, _ = load_weights(path)
+        write_folder(folder, weights, config, metadata)
     network = transformers.MaskFormerForInstanceSegmentation.from_pretrained(folder).eval().to(device)
     return MaskFormerImageProcessorPil(do_resize=False), network
 
 
 @torch.no_grad()
-def by_hugging_face(frames: Sequence[np.ndarray], model: ModelConfig, device: torch.device) -> list[np.ndarray]:
-    processor, network = hugging_face(model, device)
+def by_hugging_face(frames: Sequence[np.ndarray], path: Path, device: torch.device) -> list[np.ndarray]:
+    processor, network = hugging_face(path, device)
     pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"].to(device)
     with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
         outputs = network(pixel_values=pixels)
@@ -183,7 +188,7 @@ def setup(device: torch.device, batch: int, size: Size = SIZE, model: ModelConfi
         return labels(contestant(kind, amp).predict(list(frames.numpy())))
 
     def theirs(frames: Tensor) -> np.ndarray:
-        return np.stack(by_hugging_face(list(frames.numpy()), model, device))
+        return np.stack(by_hugging_face(list(frames.numpy()), checkpoint(model), device))
 
     def shares(frames: Tensor) -> dict[str, float]:
         stages = bundle(model, batch, size, device).timed(list(frames.numpy()))

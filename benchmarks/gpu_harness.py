@@ -21,35 +21,16 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from benchmarks.bounds import Bound
 from benchmarks.gpu_clock import WARM_UP_CALLS, Clock, open_clock, sample
-from benchmarks.harness import Row, load_cases
+from benchmarks.harness import Row, describe, load_cases
+from benchmarks.processes import BROKEN_STATUS, Unit
 
 OURS = "ours"
 MAX_COPIES = 256
 """Sets of inputs, at most."""
 CAPTURED_MS = 100.0
 """Calls of together about this time are captured as one graph, at most: a slow call's temporaries fill the cache."""
-BROKEN_STATUS = 77
-"""Exit status of the process where the device works no more."""
-
-Unit = tuple[str, str]  # case, side
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What the operation cannot do without: memory traffic, and multiplications and additions by a matrix unit."""
-
-    bytes: float  # each input read once, each output written once
-    operations: float = 0.0
-    rate: str = "fp16"  # whose: "fp16", "bf16", "tf32" or "fp32"
-
-    def milliseconds(self, machine: Row) -> float | None:
-        """On a machine of this copy bandwidth and these matrix rates; None where they were not measured."""
-        bandwidth, rates = machine.get("copy_gb_per_s"), machine.get("matrix_tflop_per_s") or {}
-        if not bandwidth or (self.operations and not rates.get(self.rate)):
-            return None
-        matrix = self.operations / (1e9 * rates[self.rate]) if self.operations else 0.0
-        return max(self.bytes / (1e6 * bandwidth), matrix)
 
 
 @dataclass(frozen=True)
@@ -134,12 +115,6 @@ def measure(clock: Clock, side: Callable[..., object], inputs: list[tuple[Any, .
             raise
         row["no_graph"] = describe(error)
     return row
-
-
-def describe(error: BaseException) -> str:
-    """One line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 class Worker:

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.gpu_harness import OURS, Case, Peer
 from benchmarks.gpu_schedule import Plan, Results
 from benchmarks.harness import Row
+from benchmarks.report import machine_text, number, table
 
 NOTE = """\
 Times are medians of a call in µs, each call on inputs that have left the L2 cache. *Graph*: the device's time, a CUDA
@@ -96,20 +97,13 @@ def has_errors(rows: Iterable[Row]) -> bool:
 def markdown(report: dict[str, Any]) -> str:
     """The page of a report {"machine", "tests", "rows"}."""
     machine, rows = report["machine"], report["rows"]
-    parts = [f"# {machine.get('gpu', 'GPU')}", _machine_text(machine)]
+    parts = [f"# {machine.get('gpu', 'GPU')}", machine_text(machine)]
     if report["tests"] is not None:
         parts += ["## Tests", _tests_text(report["tests"])]
-    parts += ["## Goals", _table(("operation", "goal", "measured", ""), _goal_lines(rows)), "## Figures", NOTE]
+    parts += ["## Goals", table(("operation", "goal", "measured", ""), _goal_lines(rows)), "## Figures", NOTE]
     heads = ("operation", "side", "graph", "call", "bound", "% of bound", "peak", "ratio", "call ratio", "peak ratio")
-    parts.append(_table((*heads, "remarks"), [line for row in rows for line in _row_lines(row)]))
+    parts.append(table((*heads, "remarks"), [line for row in rows for line in _row_lines(row)]))
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def _machine_text(machine: Row) -> str:
-    def text(value: object) -> str:
-        return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-
-    return _table(("", ""), [(key, text(value)) for key, value in machine.items()])
 
 
 def _tests_text(tests: Row) -> str:
@@ -117,14 +111,14 @@ def _tests_text(tests: Row) -> str:
     lines = [f"{counts}; {tests['seconds']:.0f} s."]
     for kind, title in (("failures", "Failed"), ("skips", "Skipped"), ("missing", "Not run")):
         if tests[kind]:
-            lines.append(_table((title, "reason"), [(entry["name"], entry["reason"]) for entry in tests[kind]]))
+            lines.append(table((title, "reason"), [(entry["name"], entry["reason"]) for entry in tests[kind]]))
     return "\n\n".join(lines)
 
 
 def _goal_lines(rows: list[Row]) -> list[tuple[str, ...]]:
     words = {True: "reached", False: "MISSED", None: "not measured"}
     return [
-        (row["name"], goal["text"], _number(goal["value"]), words[goal["reached"]])
+        (row["name"], goal["text"], number(goal["value"]), words[goal["reached"]])
         for row in rows
         for goal in row["goals"]
     ]
@@ -135,16 +129,16 @@ def _row_lines(row: Row) -> Iterable[tuple[str, ...]]:
         yield (row["name"], *[""] * 9, f"FAILED: {row['error']}")
         return
     share = "" if row["bound_share"] is None else f"{100 * row['bound_share']:.0f}"
-    bound = "" if row["bound_ms"] is None else _number(1e3 * row["bound_ms"])
-    yield (row["name"], OURS, *_times(row["ours"]), bound, share, _number(row["ours"].get("peak_mib")), "", "", "",
+    bound = "" if row["bound_ms"] is None else number(1e3 * row["bound_ms"])
+    yield (row["name"], OURS, *_times(row["ours"]), bound, share, number(row["ours"].get("peak_mib")), "", "", "",
            _remarks(row["ours"]))  # fmt: skip
     for peer in row["peers"]:
-        ratios = (_number(peer[key]) for key in ("ratio", "call_ratio", "memory_ratio"))
-        yield ("", peer["name"], *_times(peer), "", "", _number(peer.get("peak_mib")), *ratios, _remarks(peer))
+        ratios = (number(peer[key]) for key in ("ratio", "call_ratio", "memory_ratio"))
+        yield ("", peer["name"], *_times(peer), "", "", number(peer.get("peak_mib")), *ratios, _remarks(peer))
 
 
 def _times(side: Row) -> tuple[str, str]:
-    graph, call = (_number(1e3 * side[key]["ms"]) if key in side else "-" for key in ("graph", "call"))
+    graph, call = (number(1e3 * side[key]["ms"]) if key in side else "-" for key in ("graph", "call"))
     return graph, call
 
 
@@ -155,14 +149,3 @@ def _remarks(side: Row) -> str:
     remarks += [f"agrees {side['agreement']:.4f}"] if "agreement" in side else []
     remarks += [f"{name} {100 * share:.1f} %" for name, share in side.get("shares", {}).items()]
     return "; ".join(remarks)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def _table(heads: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return "\n".join([line(heads), line("---" for _ in heads), *(line(cells) for cells in lines)])

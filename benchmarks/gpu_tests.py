@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_pytest import BROKEN_STATUS, PART_VARIABLE, RESULTS_VARIABLE
-from benchmarks.gpu_schedule import end_group
 from benchmarks.harness import ROOT
+from benchmarks.processes import end_group
 
 AT_ONCE = 8
 """Processes. They share the GPU; most of their time is the compiler's, on the CPU."""

@@ -9,12 +9,13 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, environment
 
-PACKAGES = ("torch", "numpy", "scipy", "transformers")
+PACKAGES = ("torch", "numpy", "scipy", "transformers", "onnxruntime")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -49,28 +50,37 @@ def version(package: str) -> str | None:
         return None
 
 
-def _fresh_peaks(threads: int) -> dict[str, float]:
+def _fresh_peaks(threads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.machine", str(threads)]
     process = subprocess.run(
         command, cwd=ROOT, env=environment("time", threads), stdout=subprocess.PIPE, text=True, check=True
     )
-    found: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return found
 
 
-def measure_peaks(threads: int, size: int = 2048, mebibytes: int = 256) -> dict[str, float]:
-    """The best of ten: a float32 matrix product of `size` in GFLOP/s, a copy in GB/s read and written."""
+def measure_peaks(threads: int, size: int = 2048, mebibytes: int = 256) -> dict[str, Any]:
+    """The best of ten: a copy in GB/s read and written, and TFLOP/s of float32 and bfloat16 with matrices of `size`.
+
+    These are those of a matrix product or of a 3x3 convolution of 256 channels, which is a matrix product too, by
+    another library: on some processors it is the faster of the two by far.
+    """
     import torch
+    from torch.nn import functional as F
 
     torch.set_num_threads(threads)
-    a, b, product = (torch.rand(size, size) for _ in range(3))
     source = torch.zeros(mebibytes * 2**18)
     target = torch.ones_like(source)
-    return {
-        "threads": threads,
-        "matmul_gflop_per_s": round(2e-9 * size**3 / _best(lambda: torch.mm(a, b, out=product)), 1),
-        "copy_gb_per_s": round(2e-9 * source.numel() * source.element_size() / _best(lambda: target.copy_(source)), 1),
-    }
+    copy = 2e-9 * source.numel() * source.element_size() / _best(lambda: target.copy_(source))
+    rates = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b, product = (torch.rand(size, size, dtype=dtype) for _ in range(3))
+        side = max(8, size // 32)
+        pixels, weight = torch.rand(1, 256, side, side, dtype=dtype), torch.rand(256, 256, 3, 3, dtype=dtype)
+        product_rate = 2 * size**3 / _best(partial(torch.mm, a, b, out=product))
+        convolution_rate = 2 * weight.numel() * side**2 / _best(partial(F.conv2d, pixels, weight, padding=1))
+        rates[name] = round(1e-12 * max(product_rate, convolution_rate), 4)
+    return {"threads": threads, "copy_gb_per_s": round(copy, 1), "matrix_tflop_per_s": rates}
 
 
 def _best(operation: Any, repeats: int = 10) -> float:

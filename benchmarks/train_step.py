@@ -1,15 +1,15 @@
 """A whole training step beside Hugging Face's: same network, weights, batch, losses, optimiser and dtype.
 
-    python -m benchmarks.train_step [--only TEXT] [--output FILE]
+    python -m benchmarks.train_step [--only TEXT] [--minutes MINUTES] [--output FILE]
 
 Forward, six supervised decoder layers matched and compared, backward, clipping, fused AdamW. Both networks train their
-BatchNorm and have no dropout; the peer reads images that are normalised already, and float masks. This runs the CPU's
-rows and writes benchmarks/results/train_step.json; those of a GPU are in `benchmarks.gpu_train_step`.
+BatchNorm and have no dropout; the peer reads images that are normalised already, and float masks. By itself
+the command writes benchmarks/results/train_step.json. Those are the CPU's rows; a GPU's are in
+`benchmarks.gpu_train_step`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cpu import format_table
-from benchmarks.harness import Case, Operation, run_fresh
-from benchmarks.machine import describe_machine
+from benchmarks.bounds import Bound, network_work
+from benchmarks.cpu import BenchmarkOptions, measure
+from benchmarks.harness import Case, Operation
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.compilation import compile_whole
 from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, LossConfig, ModelConfig
 from maskformer_fast.criterion import Criterion
-from maskformer_fast.files import atomic_write
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
 from maskformer_fast.structures import Metadata, Targets, pack_masks
@@ -37,25 +36,23 @@ RESULTS = Path(__file__).parent / "results" / "train_step.json"
 CLASSES, TARGETS, CLIP = 150, 14, 0.01
 MAX_MEMORY = 0.65
 """Goal for our peak memory over the peer's."""
+PATIENCE = 300.0
+"""Seconds: a step takes several, and on one slow core many."""
 
 Step = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class TrainStepOptions:
-    """Time a training step on this machine's CPU beside Hugging Face's."""
-
-    only: str = ""
-    """Run the cases with this in their name. Writes no file unless --output names one."""
-    output: Path | None = None
-    """JSON file; by default benchmarks/results/train_step.json."""
+class TrainStepOptions(BenchmarkOptions):
+    """The training step of python -m benchmarks.cpu by itself; its file is benchmarks/results/train_step.json."""
 
 
 def cases() -> list[Case]:
     """The CPU's."""
     return [
         Case(f"training step {name}, 2x3x512x512, 6 layers, float32", "Hugging Face MaskFormer", 1.35,
-             partial(cpu_steps, name, 2, (512, 512)))
+             partial(cpu_steps, name, 2, (512, 512)), bound=partial(step_bound, name, 2, (512, 512)),
+             memory_goal=MAX_MEMORY, patience=PATIENCE)
         for name in ("resnet50", "swin_tiny")
     ]
 
@@ -67,10 +64,22 @@ def cpu_steps(name: str, batch: int, size: tuple[int, int]) -> tuple[Operation, 
     return partial(our_step(network), images, targets), partial(their_step(peer), normalized, masks, labels)
 
 
+def step_bound(name: str, batch: int, size: tuple[int, int]) -> Bound:
+    """The optimiser's traffic: weights, gradients and two moments read, all but the gradients written. The network's
+    forward pass, and twice that backward; matching and losses not counted.
+    """
+    parameters, operations = network_work(model_config(name), size, training=True)
+    return Bound(28 * parameters, 3 * batch * operations, "fp32")
+
+
+def model_config(name: str) -> ModelConfig:
+    backbone = BackboneConfig(name, norm="batch") if "resnet" in name else BackboneConfig(name, drop_path_rate=0.0)
+    return ModelConfig(num_classes=CLASSES, backbone=backbone, decoder=DecoderConfig(dropout=0.0))
+
+
 def networks(name: str) -> tuple[Any, Any]:
     """Our network and theirs, with the same weights, in training mode."""
-    backbone = BackboneConfig(name, norm="batch") if "resnet" in name else BackboneConfig(name, drop_path_rate=0.0)
-    model = ModelConfig(num_classes=CLASSES, backbone=backbone, decoder=DecoderConfig(dropout=0.0))
+    model = model_config(name)
     network = build_model(model).train()
     return network, huggingface_model(network, model)
 
@@ -121,20 +130,21 @@ def optimizer_step(
     return step
 
 
-def huggingface_model(network: nn.Module, model: ModelConfig) -> Any:
-    """Their model with the weights of ours, in training mode, with their auxiliary losses."""
+def huggingface_model(network: nn.Module, model: ModelConfig, training: bool = True) -> Any:
+    """Their model with the weights of ours: in training mode with their auxiliary losses, or for inference."""
     import transformers
 
+    count = model.num_classes
     metadata = Metadata(
-        "benchmark", tuple(f"class {k}" for k in range(CLASSES)), (True,) * CLASSES, tuple(range(CLASSES)),
-        ((0, 0, 0),) * CLASSES,
+        "benchmark", tuple(f"class {k}" for k in range(count)), (True,) * count, tuple(range(count)),
+        ((0, 0, 0),) * count,
     )
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder) / "model", network.state_dict(), Config(model=model), metadata)
         theirs = transformers.MaskFormerForInstanceSegmentation.from_pretrained(
-            Path(folder) / "model", use_auxiliary_loss=True
+            Path(folder) / "model", use_auxiliary_loss=training
         )
-    return theirs.train()
+    return theirs.train(training)
 
 
 def random_batch(batch: int, size: tuple[int, int]) -> tuple[Tensor, Targets, list[Tensor], list[Tensor]]:
@@ -150,21 +160,9 @@ def random_batch(batch: int, size: tuple[int, int]) -> tuple[Tensor, Targets, li
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
     options = parse(TrainStepOptions, sys.argv[1:] if argv is None else argv, prog="python -m benchmarks.train_step")
-    chosen = [case for case in cases() if options.only in case.name]
-    if not chosen:
-        raise ValueError(f"only: expected a part of a case's name, got {options.only!r}")
-    rows = [run_fresh(Path(__file__), case) for case in chosen]
-    for row in rows:
-        if not row.get("error") and row["ours_peak_mib"] is not None:
-            row["memory_ratio"] = row["ours_peak_mib"] / row["peer_peak_mib"]
-            row["memory_goal"] = MAX_MEMORY
-    output = options.output or (None if options.only else RESULTS)
-    if output is not None:
-        with atomic_write(output) as file:
-            file.write((json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n").encode())
-    print(format_table(rows))
-    return 1 if any(row.get("error") for row in rows) else 0
+    return measure(("train_step",), options, RESULTS)
 
 
 if __name__ == "__main__":
