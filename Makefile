@@ -42,11 +42,12 @@ lint: $(TEST_READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-# Twenty minutes at most on two cores: 2.5 for the first, 12.5 for the second, 4 for the third.
+# Twenty minutes at most on two cores: two, eleven, two and three and a half.
 bench: $(TEST_READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only --benchmark-json=benchmarks/results/pytest_cpu.json
 	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.end_to_end --count 3 --kinds random
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.plots
 

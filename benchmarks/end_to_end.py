@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +30,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.harness import ROOT, Case, Operation, environment
+from benchmarks.bounds import Bound, network_work
+from benchmarks.harness import ROOT, Case, Sides, environment, shared
 from benchmarks.machine import describe_machine
 from maskformer_fast.checkpoint import save_weights
 from maskformer_fast.cli import parse, run_command
@@ -167,12 +167,15 @@ def open_side(name: str, network: Path) -> Ours | HuggingFace:
     return Ours(network / "ours.safetensors", dtype) if who == "ours" else HuggingFace(network / "theirs", dtype)
 
 
+def network_config(classes: int) -> ModelConfig:
+    return ModelConfig(num_classes=classes, backbone=BackboneConfig("resnet50", norm="batch"))
+
+
 def make_network(folder: Path, classes: int, kind: Kind, files: Sequence[Path]) -> None:
     """Our checkpoint and their folder, of the same weights."""
     torch.manual_seed(0)
-    model = ModelConfig(num_classes=classes, backbone=BackboneConfig("resnet50", norm="batch"))
-    config = Config(model=model)
-    network: Any = build_model(model).eval()
+    config = Config(model=network_config(classes))
+    network: Any = build_model(config.model).eval()
     if kind == "confident":
         with torch.no_grad():
             make_confident(network, torch.from_numpy(read_image(files[0])).permute(2, 0, 1)[None])
@@ -317,23 +320,31 @@ def prepared(images: Path | None, count: int) -> Iterator[tuple[Path, list[Path]
 
 
 def cases() -> list[Case]:
-    """For the suite: one drawn image, ours beside their float32."""
+    """For the suite: one drawn image, ours beside their float32; memory is this file's own business."""
     return [
-        Case(f"image file -> label PNG, ResNet-50 512x512, K={classes}, {dtype}, {kind}", THEIRS, goal,
-             partial(file_operations, classes, dtype, kind), threads=THREADS)
-        for kind in ("confident", "random")
+        Case(f"image file -> label PNG, ResNet-50 512x512, K={classes}, {dtype}", THEIRS, goal,
+             partial(file_sides, classes, dtype), threads=THREADS, memory=False,
+             bound=partial(network_bound, classes, dtype))
         for (classes, dtype), goal in GOALS.items()
     ]  # fmt: skip
 
 
-def file_operations(classes: int, dtype: str, kind: Kind) -> tuple[Operation, Operation]:
-    temporary = tempfile.TemporaryDirectory()
-    folder = Path(temporary.name)
-    (file,) = prepare_images(None, 1, folder / "images")
-    make_network(folder / "network", classes, kind, [file])
+def file_sides(classes: int, dtype: str) -> Sides:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        make_network(folder / "network", classes, "random", prepare_images(None, 1, folder / "images"))
+
+    folder = shared(f"end_to_end_{classes}", make)
+    (file,) = (folder / "images").iterdir()
     ours, theirs = (open_side(name, folder / "network") for name in (f"ours, {dtype}", THEIRS))
-    weakref.finalize(ours, temporary.cleanup)
-    return partial(ours.segment, file, folder / "a"), partial(theirs.segment, file, folder / "b")
+    return Sides(partial(ours.segment, file, folder / "ours"), partial(theirs.segment, file, folder / "theirs"))
+
+
+def network_bound(classes: int, dtype: str) -> Bound:
+    """The network's alone: weights read, and its multiplications by the plain sum."""
+    parameters, operations = network_work(network_config(classes), (SIDE, SIDE))
+    size, rate = (2, "bf16") if dtype == "bfloat16" else (4, "fp32")
+    return Bound(size * parameters, operations, rate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,8 @@ LONGEST = (
     "test_distributed.py", "test_cross_compile.py", "test_compiled_training.py", "test_export.py",
     "deploy/test_tapes.py", "test_step_sync.py", "test_build.py", "test_benchmark.py", "docs/test_pages.py",
     "test_demo_page.py", "test_benchmarks.py", "deploy/test_tensorrt.py", "test_faults.py", "test_trainer.py",
-    "test_commands.py",
+    "test_commands.py", "test_pytest_benchmark.py", "test_benchmark_cases.py", "test_scaling.py", "test_end_to_end.py",
+    "modeling/test_inference.py", "test_winograd.py",
 )  # fmt: skip
 """Files of more than a few seconds, the longest first: a process that is left with one at the end works alone."""
 

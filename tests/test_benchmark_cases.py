@@ -57,10 +57,10 @@ def tiny_network():
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(network, "ModelConfig", lambda **_: model)
-        for cached in (network.networks, network.least_work):
+        for cached in (network.networks, network.prepared, network.least_work):
             cached.cache_clear()
         yield
-        for cached in (network.networks, network.least_work):
+        for cached in (network.networks, network.prepared, network.least_work):
             cached.cache_clear()
 
 
