@@ -28,7 +28,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     test = TestConfig(short_edge=None)
     bundle, predictor = tiny_bundle(tmp_path / "bundle", test)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr("maskformer_fast.predictor.load", lambda *_: predictor)
+    for name in ("load", "load_network"):
+        monkeypatch.setattr(f"maskformer_fast.predictor.{name}", lambda *_, **options: predictor)
     monkeypatch.setattr(gpu_deploy, "checkpoint", lambda model: tmp_path)
     monkeypatch.setattr(gpu_deploy, "write_bundle", lambda path, folder, *_: folder.symlink_to(bundle.folder))
     monkeypatch.setattr(gpu_deploy, "temporary_folder", lambda: type("Folder", (), {"name": str(tmp_path)}))
