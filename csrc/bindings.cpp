@@ -293,9 +293,9 @@ void convolve_winograd(uintptr_t images, const std::string& type, const std::arr
                        uintptr_t weights, uintptr_t bias, bool relu, uintptr_t result, int threads) {
   check_sizes(sizes);
   check_threads(threads);
-  const auto [count, height, width, in_channels, out_channels] = sizes;
+  const int64_t count = sizes[0];
   const maskformer_fast::WinogradConvolution conv{
-      height, width, in_channels, out_channels, pointer<const float>("weights", weights), pointer<const float>(bias),
+      sizes[1], sizes[2], sizes[3], sizes[4], pointer<const float>("weights", weights), pointer<const float>(bias),
       relu};
   const auto run = [&](auto element) {
     using Element = decltype(element);

@@ -23,7 +23,8 @@ void convolve_winograd(const WinogradConvolution& conv, const Element* images, i
     throw std::invalid_argument("in_channels: expected a multiple of " + std::to_string(kPanel) + ", got " +
                                 std::to_string(conv.in_channels));
   }
-  const int64_t tiles = count * ((conv.height + kOutputTile - 1) / kOutputTile) * ((conv.width + kOutputTile - 1) / kOutputTile);
+  const int64_t rows = (conv.height + kOutputTile - 1) / kOutputTile;
+  const int64_t columns = (conv.width + kOutputTile - 1) / kOutputTile, tiles = count * rows * columns;
   if (tiles == 0 || conv.out_channels == 0) return;
   // as many blocks as keep all threads busy to the end
   int64_t blocks = (tiles + kBlockTiles - 1) / kBlockTiles;

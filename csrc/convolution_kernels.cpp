@@ -1,6 +1,6 @@
 // Winograd's algorithm with the points 0, +-1/sqrt(2), +-sqrt(2) and infinity, whose rounding errors are smaller than
 // those of the usual 0, +-1, +-2: Y = A^T [(G g G^T) * (B^T d B)] A for a tile d of 6x6 inputs and 3x3 weights g. The
-// weights come transformed (maskformer_fast/ops/winograd.py); the element-wise products, summed over input channels,
+// weights come transformed (maskformer_fast/winograd.py); the element-wise products, summed over input channels,
 // are 36 matrix products of [tiles, in_channels] with [in_channels, out_channels].
 #include "convolution_kernels.h"
 
@@ -12,8 +12,8 @@ namespace {
 
 constexpr float kA = 0.70710678118654752f;  // 1 / sqrt(2)
 constexpr float kB = 1.41421356237309505f;  // sqrt(2)
-constexpr int kSide = kOutputTile + 2;            // inputs of a side that a tile reads
-constexpr int kRows = 6;                    // tiles whose sums are in registers at a time
+constexpr int kSide = kOutputTile + 2;  // inputs of a side that a tile reads
+constexpr int kRows = 6;                // tiles whose sums are in registers at a time
 #if defined(__AVX512F__)
 constexpr int kVectors = 4;  // vectors of output channels likewise
 #else
@@ -80,7 +80,8 @@ struct Tile {
 };
 
 MF_INLINE Tile tile_at(const WinogradConvolution& conv, int64_t index) {
-  const int64_t columns = (conv.width + kOutputTile - 1) / kOutputTile, rows = (conv.height + kOutputTile - 1) / kOutputTile;
+  const int64_t columns = (conv.width + kOutputTile - 1) / kOutputTile;
+  const int64_t rows = (conv.height + kOutputTile - 1) / kOutputTile;
   return {index / (rows * columns), index / columns % rows * kOutputTile, index % columns * kOutputTile};
 }
 

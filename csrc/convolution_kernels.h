@@ -6,9 +6,9 @@
 
 namespace maskformer_fast {
 
-constexpr int kOutputTile = 4;        // pixels of a side that one tile computes
-constexpr int kTaps = 36;       // products a tile and pair of channels, for 4 x 4 pixels of 9 taps each
-constexpr int kPanel = 16;      // output channels that lie together in the packed weights
+constexpr int kOutputTile = 4;   // pixels of a side that one tile computes
+constexpr int kTaps = 36;        // products a tile and pair of channels, for 4 x 4 pixels of 9 taps each
+constexpr int kPanel = 16;       // output channels that lie together in the packed weights
 constexpr int kChunkPanels = 4;  // panels whose products are kept at a time
 
 // Channels are innermost in both images. Elements are float or bfloat16, which is a uint16_t here.

@@ -29,7 +29,7 @@ from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
 from maskformer_fast.deploy.bundle import read_manifest
 from maskformer_fast.modeling import build_model
-from maskformer_fast.modeling.inference import prepare_for_inference
+from maskformer_fast.modeling.inference import convolves_bfloat16, prepare_for_inference
 from maskformer_fast.ops import resize_images
 from maskformer_fast.recipes import load_recipe, recipe_names
 from maskformer_fast.resizing import short_edge_size
@@ -178,8 +178,8 @@ def load(
 ) -> Predictor | BundlePredictor:  # fmt: skip
     """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
 
-    On a CPU its network is rebuilt for inference (`modeling.inference`), so its weights are no longer a checkpoint's;
-    `load_network` leaves it as it is.
+    On a CPU its network is rebuilt for inference (`modeling.inference`) and cannot be trained, saved, moved to another
+    device or exported; `load_network` leaves it as it is.
 
     Args:
         test: replaces the resizing and thresholds that the checkpoint or recipe carries; a bundle's cannot be replaced.
@@ -201,7 +201,7 @@ def load(
         config = predictor.config
         predictor.config = replace(config, solver=replace(config.solver, amp=amp))
     if predictor.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        half = predictor.config.solver.amp == "bf16"
+        half = predictor.config.solver.amp == "bf16" and convolves_bfloat16()
         prepare_for_inference(predictor.network, torch.bfloat16 if half else torch.float32)
     return predictor
 

@@ -74,7 +74,7 @@ def _folding_pays(embeddings: Tensor, pixels: Tensor, projection: Projection) ->
 def _fold_and_convolve(image: Tensor, embeddings: Tensor, projection: Projection) -> Tensor:
     """Mask logits of one image: [1, C, h, w], [N, D] -> [1, N, h, w]."""
     folded = projection.fold(embeddings)
-    if suits_winograd(image, folded.weight):
+    if suits_winograd(image, folded.weight, folded.bias):
         packed = pack_winograd_weights(folded.weight)
         return conv3x3_winograd(image, packed, folded.bias.float(), len(embeddings))
     return _convolve(image, folded.weight, folded.bias)

@@ -51,9 +51,9 @@ torch.library.register_fake("maskformer_fast::conv3x3_winograd", _conv3x3_fake, 
 _operator = torch.ops.maskformer_fast.conv3x3_winograd.default
 
 
-def suits_winograd(images: Tensor, weight: Tensor) -> bool:
+def suits_winograd(images: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether `conv3x3_winograd` can convolve these: on the CPU, without gradients, and not while exporting."""
-    wanted = torch.is_grad_enabled() and (images.requires_grad or weight.requires_grad)
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (images, weight, bias))
     return (
         images.device.type == "cpu" and images.dtype in DTYPES and not wanted and not torch.compiler.is_compiling()
         and weight.shape[1] % PANEL == 0 and tuple(weight.shape[2:]) == (3, 3)
@@ -65,11 +65,12 @@ def pack_winograd_weights(
 ) -> Tensor:
     """Transform and pack a convolution's weights -> float32 [36, ceil(N / 16), C, 16], four times their memory.
 
-    Raises ``ValueError`` for other kernels than 3x3, and where C is no multiple of 16.
+    Raises ``ValueError`` for other kernels than 3x3, where N is 0, and where C is 0 or no multiple of 16.
     """
     check(weight.dim() == 4 and weight.shape[2:] == (3, 3), "weight", "shape [N, C, 3, 3]", tuple(weight.shape))
     channels, in_channels = weight.shape[:2]
-    check(in_channels % PANEL == 0, "weight", f"a multiple of {PANEL} input channels", in_channels)
+    check(channels > 0, "weight", "at least one output channel", channels)
+    check(in_channels > 0 and in_channels % PANEL == 0, "weight", f"a multiple of {PANEL} input channels", in_channels)
     rows = F.pad(weight.detach().float().flatten(2), (0, 0, 0, 0, 0, -channels % PANEL))
     rows = rows.unflatten(0, (-1, PANEL)).permute(3, 0, 2, 1)  # [9, N / 16, C, 16]
     with torch.autocast("cpu", enabled=False):
@@ -110,6 +111,7 @@ def conv3x3_winograd(
         raise TypeError(f"images: expected torch.float32 or torch.bfloat16, got {images.dtype}")
     check(images.device.type == "cpu", "images", "a tensor on the CPU", images.device)
     check(images.dim() == 4, "images", "shape [B, C, H, W]", tuple(images.shape))
+    check(channels > 0, "channels", ">= 1", channels)
     expected = (36, -(-channels // PANEL), images.shape[1], PANEL)
     check(tuple(packed.shape) == expected, "packed", f"shape {expected}", tuple(packed.shape))
     for name, tensor in (("packed", packed), ("bias", bias)):

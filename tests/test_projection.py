@@ -95,6 +95,14 @@ def test_gradients_agree_with_the_plain_order(queries: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_a_bias_that_alone_is_trained_has_its_gradient() -> None:
+    embeddings, features, (weight, bias) = random_case(4, 1, 3, 32, 16, (8, 9))
+    bias = bias.clone().requires_grad_()
+    mask_product(embeddings, features, Projection(weight, bias)).sum().backward()
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad, embeddings.sum((0, 1)) * 72)
+
+
 def test_the_features_dtype_counts_not_the_weights() -> None:
     embeddings, features, projection = random_case(3, 1, 4, 16, 8, (5, 5))
     assert projection.embed(features.bfloat16()).dtype == torch.bfloat16

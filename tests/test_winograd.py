@@ -77,6 +77,17 @@ def test_random_shapes_equal_float64(seed, batch, blocks, height, width, channel
         assert_close(got, expected(images, weight, bias, relu), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_are_read_where_they_lie(dtype):
+    images, weight, bias = random_case(6, (4, 32, 22, 19), 20, dtype)
+    last = images.contiguous(memory_format=torch.channels_last)
+    wide = torch.cat([images, images], dim=1).contiguous(memory_format=torch.channels_last)
+    packed = pack_winograd_weights(weight)
+    for view in (last[1:, :, 3:, 2:9], last[::2, :, ::3, 1::2], last.flip(-1), last.mT, wide[:, 16:48],
+                 images[:1].expand(3, -1, -1, -1), last[..., 4:5], last[:1, :, 5:6], last[:, :, :1, :1]):  # fmt: skip
+        assert_close(conv3x3_winograd(view, packed, bias, 20), expected(view, weight, bias, False), dtype)
+
+
 def test_threads_do_not_change_a_bit():
     images, weight, bias = random_case(1, (2, 64, 37, 50), 100, torch.float32)
     packed = pack_winograd_weights(weight)
@@ -107,15 +118,16 @@ def test_it_passes_opcheck():
 
 
 def test_packing_ignores_autocast_and_gradients_rule_it_out():
-    images, weight, _ = random_case(4, (1, 16, 8, 8), 16, torch.float32)
+    images, weight, bias = random_case(4, (1, 16, 8, 8), 16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(pack_winograd_weights(weight), pack_winograd_weights(weight))
         assert pack_winograd_weights(weight).dtype == torch.float32
-    assert suits_winograd(images, weight)
-    assert not suits_winograd(images, weight.clone().requires_grad_())
-    assert not suits_winograd(images.double(), weight)
-    assert not suits_winograd(images[:, :8], weight[:, :8])
-    assert not suits_winograd(images, weight[..., :1, :1])
+    assert suits_winograd(images, weight, bias)
+    assert not suits_winograd(images, weight.clone().requires_grad_(), bias)
+    assert not suits_winograd(images, weight, bias.clone().requires_grad_())
+    assert not suits_winograd(images.double(), weight, bias)
+    assert not suits_winograd(images[:, :8], weight[:, :8], bias)
+    assert not suits_winograd(images, weight[..., :1, :1], bias)
 
 
 def test_bad_arguments_are_named():
@@ -133,5 +145,11 @@ def test_bad_arguments_are_named():
         conv3x3_winograd(images[0], packed, bias, 20)
     with pytest.raises(ValueError, match=r"weight: expected a multiple of 16 input channels, got 8"):
         pack_winograd_weights(weight[:, :8])
+    with pytest.raises(ValueError, match=r"weight: expected a multiple of 16 input channels, got 0"):
+        pack_winograd_weights(weight[:, :0])
+    with pytest.raises(ValueError, match=r"weight: expected at least one output channel, got 0"):
+        pack_winograd_weights(weight[:0])
+    with pytest.raises(ValueError, match=r"channels: expected >= 1, got -3"):
+        conv3x3_winograd(images, packed, None, -3)
     with pytest.raises(ValueError, match=r"weight: expected shape \[N, C, 3, 3\], got \(20, 16, 1, 3\)"):
         pack_winograd_weights(weight[..., :1, :])

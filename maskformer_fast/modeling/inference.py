@@ -8,6 +8,7 @@ network's but for rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from maskformer_fast.winograd import PANEL, conv3x3_winograd, pack_winograd_weig
 
 MAX_WINOGRAD_WEIGHTS = 256 * 256
 """Channels in times out: above, the transformed weights take more memory than the fewer multiplications are worth."""
+ADVICE = "maskformer_fast.predictor.load_network gives one as it was trained"
 
 
 def prepare_for_inference(network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Replace the convolutions of a network on the CPU; it can neither be trained nor saved afterwards.
+    """Replace the convolutions of a network on the CPU; afterwards it cannot be trained, saved, moved or exported.
+
+    Copies and pickles of it work.
 
     Args:
         network: a `SegmentationNetwork`. Its other layers are kept; call it without gradients, in evaluation mode.
@@ -32,6 +36,11 @@ def prepare_for_inference(network: nn.Module, dtype: torch.dtype = torch.float32
     """
     _replace_children(network, dtype)
     network.eval().requires_grad_(False)
+
+
+def convolves_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 convolutions for this processor; without AVX-512 and the like it refuses them."""
+    return bool(_mkldnn()._is_mkldnn_bf16_supported())
 
 
 def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
@@ -64,7 +73,7 @@ class FusedConv(nn.Module):
         else:
             self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
             if conv.kernel_size != (1, 1):  # reordered weights make some 1x1 convolutions several times slower
-                self.weight = _mkldnn()._reorder_convolution_weight(self.weight, *self.geometry)
+                self._reorder_weight()
             self.bias = None if bias is None else bias.to(dtype)
 
     def forward(
@@ -85,6 +94,30 @@ class FusedConv(nn.Module):
             )
         x = x if self.norm is None else self.norm(x)
         return F.relu_(x) if self.late_relu else x
+
+    def _reorder_weight(self) -> None:
+        """Into a layout of oneDNN's choice, which is opaque: it can neither be copied nor pickled."""
+        self.weight = _mkldnn()._reorder_convolution_weight(self.weight, *self.geometry)
+
+    def __getstate__(self) -> dict[str, Any]:
+        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        return {**self.__dict__, "weight": weight, "reordered": self.weight.is_mkldnn}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        reordered = state.pop("reordered")
+        super().__setstate__(state)
+        if reordered:
+            self._reorder_weight()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv:
+        """What moves and converts modules comes here."""
+        probe = fn(torch.empty(0))
+        if probe.device.type != "cpu" or probe.dtype != torch.float32:
+            raise RuntimeError(f"network: it was rebuilt for the CPU and stays in its precision; {ADVICE}")
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        raise RuntimeError(f"network: it was rebuilt for inference and has no checkpoint's weights; {ADVICE}")
 
 
 class FusedBottleneck(nn.Module):
