@@ -118,7 +118,7 @@ def test_tasks_by_the_api(command: tuple[str, Predictor], image_file: Path, brok
     assert Shown(client.predict(handle_file(image_file), "instance", api_name="/segment")).task == "instance"
 
 
-def test_visitors_at_once_have_their_own_image(command: tuple[str, Predictor], image_file: Path) -> None:
+def test_people_at_once_have_their_own_image(command: tuple[str, Predictor], image_file: Path) -> None:
     from gradio_client import Client, handle_file
 
     address, predictor = command
@@ -332,6 +332,11 @@ def test_a_visit(
         wanted = ["decode", "resize", "network", "post-processing", "drawing"]
         assert [stage for stage in stages if stage != "scores to hover"] == wanted
         assert all(re.search(r"\d+\.\d$", text) for text in stages.values()), stages
+    # Elements are kept from one result to the next where they are alike, and another task can have the same map.
+    rename = "const s = document.querySelector('.mf-stage'), f = JSON.parse(s.dataset.facts);"
+    rename += "f.segments.forEach((segment) => (segment.name = 'renamed')); s.dataset.facts = JSON.stringify(f);"
+    visitor.driver.execute_script(rename)
+    assert visitor.hover(*pixels[0], size).startswith("renamed score ")
     assert len(runs) == 2, "the network ran again for another task"
     assert len(visitor.all("tr[data-row]")) == len(np.unique(reference.predict(photo()).labels))
     visitor.driver.execute_script("document.documentElement.dispatchEvent(new PointerEvent('pointerleave'))")
