@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import uvicorn
 
     check_checkpoint(options.checkpoint)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the page as Ctrl-C does: nothing is left behind
     with (
         tempfile.TemporaryDirectory(prefix="maskformer_fast_demo_") as folder,
         listen(options.host, options.port) as at,

@@ -1,5 +1,6 @@
-// Names the segment under the pointer, over the picture and over the legend. The page puts its HTML anew for every
-// result, so that events are listened to on the document and what was read of a result is kept with its element.
+// Names the segment under the pointer, over the picture and over the legend. gradio keeps the elements of one result for
+// the next where they are alike: events are listened to on the document, and what was read of a result is kept with its
+// element for as long as the element says the same.
 (() => {
   "use strict";
   const known = new WeakMap(); // .mf-map image -> what it says
@@ -7,14 +8,15 @@
   function read(view) {
     const map = view.querySelector(".mf-map");
     if (!map || !map.complete || !map.naturalWidth) return null;
+    const said = view.querySelector(".mf-stage").dataset.facts;
     let facts = known.get(map);
-    if (!facts || facts.source !== map.src) {
+    if (!facts || facts.source !== map.src || facts.said !== said) {
       const canvas = document.createElement("canvas");
       const [width, height] = [(canvas.width = map.naturalWidth), (canvas.height = map.naturalHeight)];
       const context = canvas.getContext("2d", { willReadFrequently: true });
       context.drawImage(map, 0, 0);
       const pixels = context.getImageData(0, 0, width, height).data;
-      facts = { ...JSON.parse(view.querySelector(".mf-stage").dataset.facts), source: map.src, width, height, pixels, row: null };
+      facts = { ...JSON.parse(said), said, source: map.src, width, height, pixels, row: null };
       known.set(map, facts);
     }
     return facts;
@@ -52,10 +54,11 @@
     tip.append(score === null ? "" : ` score ${score.toFixed(2)}`, ` · ${segment.kind}`);
   }
 
+  // Below the pointer, or above it where there is no room, and within the picture.
   function place(tip, stage, x, y) {
     const [width, height] = [stage.clientWidth, stage.clientHeight];
     const [w, h] = [tip.offsetWidth, tip.offsetHeight];
-    tip.style.left = `${x + 14 + w > width ? Math.max(0, x - 14 - w) : x + 14}px`;
+    tip.style.left = `${Math.max(0, Math.min(x + 14, width - w))}px`;
     tip.style.top = `${y + 14 + h > height ? Math.max(0, y - 14 - h) : y + 14}px`;
   }
 

@@ -207,6 +207,8 @@ def _build_page(gr: Any, staged: StagedPredictor, title: str, scenes: Sequence[P
         file.clear(lambda: (None, EMPTY), None, outputs, api_visibility="private")
         task.change(switch, [opened, task], outputs, api_name="switch", **alone)
         gallery.select(choose, [task], [file, *outputs], api_visibility="private", **alone)
+    # gradio sets it where it serves a page itself; without it, a request may name any file of the machine as its upload
+    page.has_launched = True
     return page.queue(max_size=32)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from maskformer_fast.config import Task
 from maskformer_fast.id_maps import result_rows
 from maskformer_fast.structures import VOID, InstanceResult, Metadata, PanopticResult, Result, SemanticResult
-from maskformer_fast.visualize import MIN_SCORE, draw_result, segment_colors
+from maskformer_fast.visualize import MIN_SCORE, class_rows, draw_result, segment_colors
 
 __all__ = [
     "Segment",
@@ -77,8 +77,7 @@ def make_view(
     scores: Sequence[float | None]
     if isinstance(result, SemanticResult):
         task: Task = "semantic"
-        classes, rows = np.unique(result.labels.cpu().numpy().astype(np.int64), return_inverse=True)
-        rows, categories = rows.reshape(image.shape[:2]), classes.tolist()
+        categories, rows = class_rows(result.labels.cpu().numpy())
         colors = [metadata.colors[category] for category in categories]
         scores = [None] * len(categories)
         if pixel_scores is not None:

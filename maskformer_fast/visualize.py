@@ -15,6 +15,7 @@ from maskformer_fast.structures import VOID, Example, InstanceResult, Metadata, 
 
 __all__ = [
     "MIN_SCORE",
+    "class_rows",
     "display_scale",
     "draw_instances",
     "draw_panoptic",
@@ -42,6 +43,15 @@ def display_scale(size: tuple[int, int]) -> int:
     return max(1, -(-_MIN_EDGE // max(1, *size)))
 
 
+def class_rows(
+    labels: np.ndarray,  # [H, W] integers from VOID
+) -> tuple[list[int], np.ndarray]:
+    """The classes that are there, ascending, and the index of each pixel's among them -> [H, W] int64, VOID stays."""
+    found = np.bincount(labels.ravel().astype(np.int64) - VOID) > 0  # counts, where `np.unique` sorts every pixel
+    table = np.append(VOID, np.cumsum(found[1:]) - 1)
+    return np.flatnonzero(found[1:]).tolist(), table[labels.astype(np.int64) - VOID]
+
+
 def draw_semantic(
     image: np.ndarray,  # [H, W, 3] uint8 RGB
     result: SemanticResult | np.ndarray | Tensor,  # or its labels, [H, W] integers, VOID where unlabelled
@@ -58,11 +68,10 @@ def draw_semantic(
     labels = result.labels if isinstance(result, SemanticResult) else result
     labels = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     _check_size("labels", labels.shape, image)
-    classes, rows = np.unique(labels.astype(np.int64), return_inverse=True)
-    if classes.size and not VOID <= classes[0] <= classes[-1] < metadata.num_classes:
-        raise ValueError(f"labels: expected {VOID}..{metadata.num_classes - 1}, got {classes[0]}..{classes[-1]}")
-    present = [int(c) for c in classes if c != VOID]
-    rows = rows.reshape(labels.shape) - (len(classes) - len(present))  # void sorts first: its row becomes VOID
+    lowest, highest = (int(labels.min()), int(labels.max())) if labels.size else (VOID, VOID)
+    if not VOID <= lowest <= highest < metadata.num_classes:
+        raise ValueError(f"labels: expected {VOID}..{metadata.num_classes - 1}, got {lowest}..{highest}")
+    present, rows = class_rows(labels)
     return _paint(image, rows, [metadata.colors[c] for c in present], [metadata.class_names[c] for c in present])
 
 

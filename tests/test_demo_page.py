@@ -78,7 +78,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pre
         address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
         assert address, (folder / "errors").read_text()
         yield address[0], predictor
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # which, unlike Ctrl-C, ends a process without a clean-up unless asked
         assert process.wait(timeout=60) == 0, (folder / "errors").read_text()
         assert not list(temporary.glob("maskformer_fast_demo_*")), "what visitors uploaded was left"
     finally:
@@ -116,6 +116,45 @@ def test_tasks_by_the_api(command: tuple[str, Predictor], image_file: Path, brok
     with pytest.raises(Exception, match="cake"):
         client.predict(handle_file(image_file), "cake", api_name="/segment")
     assert Shown(client.predict(handle_file(image_file), "instance", api_name="/segment")).task == "instance"
+
+
+def test_people_at_once_have_their_own_image(command: tuple[str, Predictor], image_file: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    address, predictor = command
+    others = photo(3, 33, 70)
+    Image.fromarray(others).save(image_file.with_name("other.png"))
+    files = [image_file, image_file.with_name("other.png")]
+    clients = [Client(address, verbose=False, analytics_enabled=False) for _ in files]
+    for task in ("semantic", "panoptic"):
+        if task == "semantic":
+            jobs = [c.submit(handle_file(f), task, api_name="/segment") for c, f in zip(clients, files, strict=True)]
+        else:
+            jobs = [client.submit(task, api_name="/switch") for client in clients]
+        for job, image in zip(jobs, (photo(), others), strict=True):
+            shown, result = Shown(job.result(timeout=PATIENCE)), predictor.predict(image, task)  # type: ignore[arg-type]
+            assert shown.task == task and shown.map.shape == image.shape
+            points = [(y, x) for y in range(0, image.shape[0], 6) for x in range(0, image.shape[1], 7)]
+            names = [None if (found := expected_at(result, *at)[0]) is None else predictor.metadata.class_names[found]
+                     for at in points]  # fmt: skip
+            right = [shown.at(*at)[0] == name for at, name in zip(points, names, strict=True)]
+            assert np.mean(right) > 0.97
+
+
+@pytest.mark.parametrize("url", [None, "same"])
+def test_only_uploads_are_opened(command: tuple[str, Predictor], image_file: Path, url: str | None) -> None:
+    """A request that names a file of this machine, in place of one that was uploaded, is refused."""
+    upload = {"path": str(image_file), "url": url and str(image_file), "meta": {"_type": "gradio.FileData"}}
+    call = f"{command[0]}/gradio_api/call/segment"
+    request = urllib.request.Request(call, json.dumps({"data": [upload, "semantic"]}).encode())
+    request.add_header("content-type", "application/json")
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{call}/{event}", timeout=PATIENCE) as answer:
+        text = answer.read().decode()
+    assert "event: error" in text and "not uploaded" in text and "mf-view" not in text
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{command[0]}/gradio_api/file={image_file}", timeout=PATIENCE)
 
 
 def test_the_page_is_answered_to_this_machine_alone(command: tuple[str, Predictor]) -> None:
@@ -293,6 +332,11 @@ def test_a_visit(
         wanted = ["decode", "resize", "network", "post-processing", "drawing"]
         assert [stage for stage in stages if stage != "scores to hover"] == wanted
         assert all(re.search(r"\d+\.\d$", text) for text in stages.values()), stages
+    # Elements are kept from one result to the next where they are alike, and another task can have the same map.
+    rename = "const s = document.querySelector('.mf-stage'), f = JSON.parse(s.dataset.facts);"
+    rename += "f.segments.forEach((segment) => (segment.name = 'renamed')); s.dataset.facts = JSON.stringify(f);"
+    visitor.driver.execute_script(rename)
+    assert visitor.hover(*pixels[0], size).startswith("renamed score ")
     assert len(runs) == 2, "the network ran again for another task"
     assert len(visitor.all("tr[data-row]")) == len(np.unique(reference.predict(photo()).labels))
     visitor.driver.execute_script("document.documentElement.dispatchEvent(new PointerEvent('pointerleave'))")

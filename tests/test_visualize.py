@@ -18,6 +18,7 @@ from maskformer_fast.structures import (
     pack_masks,
 )
 from maskformer_fast.visualize import (
+    class_rows,
     display_scale,
     draw_instances,
     draw_panoptic,
@@ -52,6 +53,17 @@ def test_default_colors(count: int) -> None:
     if 1 < count <= 19:
         distance = [np.abs(np.subtract(a, b)).sum() for i, a in enumerate(colors) for b in colors[:i]]
         assert min(distance) > 40, "few classes can be told apart"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shape"),
+    [(-1, 9, (7, 5)), (3, 4, (1, 1)), (-1, 0, (4, 4)), (0, 800, (60, 50)), (0, 3, (0, 0))],
+)
+def test_rows_are_those_of_the_sorted_classes(low: int, high: int, shape: tuple[int, int]) -> None:
+    labels = np.random.default_rng(0).integers(low, high, shape).astype(np.int16)
+    classes, rows = class_rows(labels)
+    assert classes == [int(label) for label in np.unique(labels) if label != VOID]
+    np.testing.assert_array_equal(np.append(classes, VOID)[rows], labels)
 
 
 def test_default_colors_bad_count() -> None:
