@@ -1,6 +1,6 @@
 """How cost grows with classes, queries, targets, pixels and images, ours beside its peers, with fitted exponents.
 
-    python -m benchmarks.scaling [--minutes 3.5] [--only TEXT] [--output FILE]
+    python -m benchmarks.scaling [--minutes 4] [--only TEXT] [--output FILE]
 
 Both sides run in one process with the same inputs, taking turns, on two threads; times are medians. Peak memory is
 measured in a process of its own, as far as the time goes. A peer too slow for the time leaves its largest points out.
@@ -46,7 +46,7 @@ class ScalingOptions:
     The status is 1 where a curve could not be measured.
     """
 
-    minutes: float = 3.5
+    minutes: float = 4.0
     """Time for all curves."""
     only: str = ""
     """Measure the curves with this in their name or peer. Writes no file unless --output names one."""
