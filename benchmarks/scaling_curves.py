@@ -22,6 +22,7 @@ from benchmarks.sides import CLASSES, HUGGINGFACE, OFFICIAL, OURS, SIDE, Operati
 from benchmarks.train_step import huggingface_model
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig
 from maskformer_fast.modeling import build_model
+from maskformer_fast.modeling.inference import prepare_for_inference
 
 Sides = tuple[Operation, Operation]
 
@@ -108,7 +109,8 @@ def networks() -> tuple[nn.Module, Any]:
     ours = build_model(model)
     theirs = huggingface_model(ours, model)
     theirs.config.use_auxiliary_loss = False  # it would multiply out the masks of all six layers
-    return ours.eval(), theirs.eval()
+    prepare_for_inference(ours)  # as `maskformer_fast.load` does it
+    return ours, theirs.eval()
 
 
 def network(batch: int, size: Size) -> Sides:

@@ -186,16 +186,24 @@ void multiply_rows(int64_t rows, const float* inputs, const float* weights, int6
 void multiply_chunk(int64_t tiles, int64_t panels, const float* inputs, const float* weights, int64_t channels,
                     float* products) {
   constexpr int kSplit = kPanel / kLanes;
-  int64_t vectors = panels * kSplit;
-  // a vector's offset is that of its panel, and within it: only whole groups begin a panel or lie within one
-  for (int64_t v = 0; vectors > 0;) {
+  const int64_t vectors = panels * kSplit;
+  for (int64_t v = 0; v < vectors;) {
     const float* own = weights + v / kSplit * channels * kPanel + v % kSplit * kLanes;
-    if (vectors >= kVectors) {
-      multiply_rows<kVectors>(tiles, inputs, own, channels, products + v * kLanes);
-      v += kVectors, vectors -= kVectors;
+    float* out = products + v * kLanes;
+    // whole groups begin a panel or lie within one; where a vector is a panel, the rest may be any number
+    const int64_t rest = vectors - v;
+    if (rest >= kVectors) {
+      multiply_rows<kVectors>(tiles, inputs, own, channels, out);
+      v += kVectors;
+    } else if (rest == 3) {
+      multiply_rows<3>(tiles, inputs, own, channels, out);
+      v += 3;
+    } else if (rest == 2) {
+      multiply_rows<2>(tiles, inputs, own, channels, out);
+      v += 2;
     } else {
-      multiply_rows<1>(tiles, inputs, own, channels, products + v * kLanes);
-      ++v, --vectors;
+      multiply_rows<1>(tiles, inputs, own, channels, out);
+      ++v;
     }
   }
 }
