@@ -39,7 +39,8 @@ def test_real_cases_are_well_formed() -> None:
     todo = cpu.plan([path for name in cpu.SUBJECTS if (path := cpu.FOLDER / f"{name}.py").exists()])
     assert not todo.failures and {subject for subject, _ in todo.cases.values()} <= set(cpu.SUBJECTS)
     for subject, case in todo.cases.values():
-        assert case.goal is None or case.rank == 0, "goals are measured first"
+        late = "training step swin" in case.name  # one of two goals of four minutes together
+        assert case.goal is None or case.rank == 0 or late, "goals are measured first"
         assert case.bound is not None or subject != "operators" or case.goal is None, case.name
         assert " --" not in case.name, "it can be given on the command line"
     assert len(todo.batches) <= 24, "each starts a process"

@@ -94,10 +94,12 @@ def test_compiles_whole() -> None:
 
 
 def test_says_what_to_install_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from maskformer_fast import kernels
     from maskformer_fast.ops import resize
 
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "maskformer_fast.kernels.preprocess", raising=False)
+    monkeypatch.delattr(kernels, "preprocess", raising=False)
     with pytest.raises(ImportError, match="pip install triton"):
         resize._load_kernel()
 
