@@ -42,7 +42,7 @@ lint: $(TEST_READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-# Twenty minutes at most on two cores: one and a half, fourteen, one, three. What fails does not keep the rest from running.
+# Twenty minutes at most on two cores: one and a half, thirteen, one and a half, three. What fails does not keep the rest from running.
 bench: $(TEST_READY)
 	mkdir -p benchmarks/results
 	@status=0; set -x; \

@@ -1,6 +1,6 @@
 """The benchmarks of the CPU: the cases of every subject within a time limit -> table, cpu.json and cpu.md.
 
-    python -m benchmarks.cpu [--only TEXT] [--minutes 14] [--output FILE]
+    python -m benchmarks.cpu [--only TEXT] [--minutes 13] [--output FILE]
 
 All files are written anew after every figure, so that whatever ends the command leaves what it had.
 """
@@ -34,7 +34,7 @@ MEMORY_RANK = 2
 UNIT_SECONDS = 180.0
 """After so long without a word from a process it is ended: its unit hangs. A case's patience comes on top."""
 WORKER = [sys.executable, "-m", "benchmarks.harness"]
-MINUTES = 14.0
+MINUTES = 13.0
 
 logger = logging.getLogger("benchmarks.cpu")
 
