@@ -80,7 +80,7 @@ def huggingface(mask_logits: Tensor, class_logits: Tensor, size: Size) -> Callab
     outputs = MaskFormerForInstanceSegmentationOutput(
         class_queries_logits=class_logits, masks_queries_logits=mask_logits
     )
-    return partial(processor.post_process_semantic_segmentation, outputs, target_sizes=[size])
+    return partial(processor.post_process_semantic_segmentation, outputs, target_sizes=[size] * len(mask_logits))
 
 
 def setup(logits: Callable[[int, Size], tuple[Tensor, Tensor]], classes: int, size: Size, peer: str) -> Sides:

@@ -12,7 +12,6 @@ benchmarks/results/end_to_end.json.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from benchmarks.bounds import Bound, network_work
 from benchmarks.harness import ROOT, Case, Sides, environment, shared
 from benchmarks.machine import describe_machine
+from benchmarks.train_step import class_metadata
 from maskformer_fast.checkpoint import save_weights
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig, check
@@ -43,7 +43,6 @@ from maskformer_fast.formats import write_index_png
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
 from maskformer_fast.predictor import Predictor, load
-from maskformer_fast.structures import Metadata
 from maskformer_fast.writer import ResultWriter
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
@@ -179,10 +178,7 @@ def make_network(folder: Path, classes: int, kind: Kind, files: Sequence[Path]) 
     if kind == "confident":
         with torch.no_grad():
             make_confident(network, torch.from_numpy(read_image(files[0])).permute(2, 0, 1)[None])
-    metadata = Metadata(
-        "benchmark", tuple(f"class {k}" for k in range(classes)), (False,) * classes, tuple(range(classes)),
-        tuple((k * 37 % 256, k * 91 % 256, k * 151 % 256) for k in range(classes)),
-    )  # fmt: skip
+    metadata = class_metadata(classes)
     folder.mkdir()
     save_weights(folder / "ours.safetensors", network, config, metadata, step=0)
     write_folder(folder / "theirs", network.state_dict(), config, metadata)
@@ -353,7 +349,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_alone(*arguments[1:])
         return 0
     options = parse(EndToEndOptions, arguments, prog="python -m benchmarks.end_to_end")
-    os.environ.update(environment("time", THREADS))
     rows = []
     with prepared(options.images, options.count) as (folder, files):
         for classes in options.classes:

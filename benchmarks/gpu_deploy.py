@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_harness import OURS, Bound, Case, Peer, Work
+from benchmarks.train_step import class_metadata
 from maskformer_fast.checkpoint import load_into, load_weights, save_weights
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig, TestConfig
 from maskformer_fast.contestants import BundleContestant, Setting, TorchContestant, draw_frame
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
-from maskformer_fast.structures import Metadata
 
 EAGER, COMPILED, HUGGING_FACE, FP32 = "PyTorch eager", "torch.compile", "Hugging Face", "PyTorch eager, FP32"
 VARIABLE = "MASKFORMER_FAST_CHECKPOINT"
@@ -73,12 +73,9 @@ def write_checkpoint(path: Path, model: ModelConfig) -> None:
         save_weights(path, network, replace(config, test=replace(config.test, short_edge=None)), metadata, 0)
         return
     torch.manual_seed(0)
-    names = tuple(f"class {k}" for k in range(model.num_classes))
-    count = len(names)
-    metadata = Metadata("by chance", names, (True,) * count, tuple(range(count)), ((0, 0, 0),) * count)
     network = build_model(model).eval()
     spread_queries(network)
-    save_weights(path, network, Config(model=model, test=test), metadata, 0)
+    save_weights(path, network, Config(model=model, test=test), class_metadata(model.num_classes), 0)
 
 
 @torch.no_grad()

@@ -107,10 +107,9 @@ def networks() -> tuple[nn.Module, Any]:
         num_classes=CLASSES, backbone=BackboneConfig("resnet50", norm="batch"), decoder=DecoderConfig(dropout=0.0)
     )
     ours = build_model(model)
-    theirs = huggingface_model(ours, model)
-    theirs.config.use_auxiliary_loss = False  # it would multiply out the masks of all six layers
+    theirs = huggingface_model(ours, model, training=False)
     prepare_for_inference(ours)  # as `maskformer_fast.load` does it
-    return ours, theirs.eval()
+    return ours, theirs
 
 
 def network(batch: int, size: Size) -> Sides:

@@ -29,17 +29,6 @@ CLASSES, QUERIES, DEPTH, TARGETS = 150, 100, 256, 20
 SIDE = 512
 
 
-class Outputs:
-    """What Hugging Face's functions read of a network's output."""
-
-    def __init__(
-        self,
-        class_logits: Tensor,  # [B, Q, K+1]
-        mask_logits: Tensor,  # [B, Q, h, w]
-    ) -> None:
-        self.class_queries_logits, self.masks_queries_logits = class_logits, mask_logits
-
-
 def semantic(
     kind: str, classes: int = CLASSES, queries: int = QUERIES, size: Size = (SIDE, SIDE), batch: int = 1,
     device: str = "cpu",
@@ -48,11 +37,9 @@ def semantic(
     low = (size[0] // 4, size[1] // 4)
     images = [semantic_logits(kind, classes, queries, low) for _ in range(batch)]
     masks, class_logits = (torch.cat(parts).to(device) for parts in zip(*images, strict=True))
-    output = Outputs(class_logits, masks)
-    theirs = cpu_segments.huggingface_processor().post_process_semantic_segmentation
     return {
         OURS: partial(semantic_inference, masks, class_logits, low, size),
-        HUGGINGFACE: lambda: theirs(output, target_sizes=[size] * batch),
+        HUGGINGFACE: cpu_semantic.huggingface(masks, class_logits, size),
         OFFICIAL: partial(cpu_semantic.official, masks, class_logits, size),
     }
 
@@ -83,7 +70,7 @@ def panoptic(queries: int = QUERIES, size: Size = (SIDE, SIDE), device: str = "c
             masks[kept][None], scores[None], categories[None], things, low, size, cpu_segments.OVERLAP_THRESHOLD
         )
 
-    output = Outputs(classes[None], masks[None])
+    output = cpu_segments.huggingface_outputs(classes, masks)
     theirs = cpu_segments.huggingface_processor().post_process_panoptic_segmentation
     stuff = {k for k, is_thing in enumerate(cpu_segments.IS_THING) if not is_thing}
     return {

@@ -134,17 +134,20 @@ def huggingface_model(network: nn.Module, model: ModelConfig, training: bool = T
     """Their model with the weights of ours: in training mode with their auxiliary losses, or for inference."""
     import transformers
 
-    count = model.num_classes
-    metadata = Metadata(
-        "benchmark", tuple(f"class {k}" for k in range(count)), (True,) * count, tuple(range(count)),
-        ((0, 0, 0),) * count,
-    )
+    metadata = class_metadata(model.num_classes)
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder) / "model", network.state_dict(), Config(model=model), metadata)
         theirs = transformers.MaskFormerForInstanceSegmentation.from_pretrained(
             Path(folder) / "model", use_auxiliary_loss=training
         )
     return theirs.train(training)
+
+
+def class_metadata(count: int) -> Metadata:
+    """Of `count` classes, all things, of different colours as far as these go."""
+    colors = tuple((k * 37 % 256, k * 91 % 256, k * 151 % 256) for k in range(count))
+    names = tuple(f"class {k}" for k in range(count))
+    return Metadata("benchmark", names, (True,) * count, tuple(range(count)), colors)
 
 
 def random_batch(batch: int, size: tuple[int, int]) -> tuple[Tensor, Targets, list[Tensor], list[Tensor]]:
