@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from maskformer_fast.ops.mask_product import layer_mask_logits
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -49,4 +51,4 @@ def network_work(model: Any, size: tuple[int, int], training: bool = False) -> t
         count = sum(parameter.numel() for parameter in network.parameters())
         if training:
             return count, count_operations(lambda: network(images))
-        return count, count_operations(lambda: network(images).mask_logits())
+        return count, count_operations(lambda: layer_mask_logits(network(images)))

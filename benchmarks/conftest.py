@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     """The versions and the instruction set that the figures depend on."""
-    from maskformer_fast._extension import load_extension
+    from maskformer_fast.core.extension import load_extension
 
     machine_info["packages"] = {name: version(name) for name in ("torch", "numpy", "scipy", "transformers")}
     machine_info["isa"] = load_extension().available_isas()[-1]

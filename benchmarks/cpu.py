@@ -22,8 +22,8 @@ from benchmarks.machine import describe_machine
 from benchmarks.processes import NOT_RUN, Results, Unit, run_units
 from benchmarks.report import build_row, markdown, text_table
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.config import check
-from maskformer_fast.files import atomic_write
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import atomic_write
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "cpu.json"

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from benchmarks.bounds import Bound
 from benchmarks.harness import Case, Operation, Sides
-from maskformer_fast.ops.pruned_semantic import pruned_semantic_inference
-from maskformer_fast.ops.semantic_inference import semantic_inference
-from maskformer_fast.projection import Projection, mask_product
+from maskformer_fast.ops.mask_product import mask_product
+from maskformer_fast.ops.semantic import semantic_inference
+from maskformer_fast.ops.semantic_pruned import pruned_semantic_inference
+from maskformer_fast.structures import Projection
 
 DIM, SIZE, QUERIES, LIVE, CLASSES = 256, 128, 100, 20, 150
 

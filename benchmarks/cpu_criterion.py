@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from benchmarks.bounds import Bound
 from benchmarks.harness import Case, Sides
 from maskformer_fast.config import LossConfig
-from maskformer_fast.criterion import Criterion
 from maskformer_fast.structures import Predictions, Targets, pack_masks
+from maskformer_fast.training.criterion import Criterion
 
 QUERIES, CLASSES, DEPTH = 100, 150, 256
 COUNTS = range(7, 23)  # targets of each of 16 images, 14.5 on average

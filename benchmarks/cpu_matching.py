@@ -13,11 +13,12 @@ from torch import Tensor
 from benchmarks.bounds import Bound
 from benchmarks.harness import Case, Operation, Sides
 from maskformer_fast.config import LossConfig
-from maskformer_fast.matcher import match
 from maskformer_fast.ops import linear_sum_assignment
-from maskformer_fast.ops.linear_sum_assignment import linear_sum_assignment_eager
+from maskformer_fast.ops.assignment import linear_sum_assignment_eager
+from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
 from maskformer_fast.structures import Predictions, Targets, pack_masks
+from maskformer_fast.training.matcher import match
 
 LAYERS, BATCH, QUERIES, TARGETS, CLASSES, DEPTH = 6, 16, 100, 20, 150, 256
 MASK_SIZE, INPUT_SIZE = (128, 128), (512, 512)
@@ -150,6 +151,6 @@ def from_embeddings() -> tuple[Operation, Operation]:
 
     def theirs() -> list[object]:
         layers = range(LAYERS)
-        return [peer(predictions.mask_logits(k), predictions.class_logits[k], masks, labels) for k in layers]
+        return [peer(layer_mask_logits(predictions, k), predictions.class_logits[k], masks, labels) for k in layers]
 
     return lambda: match(predictions, targets, loss), theirs

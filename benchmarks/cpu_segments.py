@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from benchmarks.bounds import Bound
 from benchmarks.harness import Case, Operation
-from maskformer_fast import postprocess
+from maskformer_fast.core.metadata import VOID
+from maskformer_fast.inference import postprocess
 from maskformer_fast.ops import instance_inference, panoptic_inference
-from maskformer_fast.rle import encode_packed_masks
-from maskformer_fast.structures import VOID, Predictions
+from maskformer_fast.ops.mask_product import layer_mask_logits
+from maskformer_fast.ops.rle_encoding import encode_packed_masks
+from maskformer_fast.structures import Predictions
 
 Size = tuple[int, int]
 
@@ -134,7 +136,7 @@ def huggingface_outputs(classes: Tensor, masks: Tensor) -> SimpleNamespace:
 def panoptic(from_logits: bool, peer: str) -> tuple[Operation, Operation]:
     """Ours and one peer, "official" or "huggingface"."""
     predictions = panoptic_predictions()
-    classes, logits = predictions.class_logits[-1, 0], predictions.mask_logits()[0]
+    classes, logits = predictions.class_logits[-1, 0], layer_mask_logits(predictions)[0]
 
     def ours() -> object:
         if from_logits:
@@ -144,7 +146,7 @@ def panoptic(from_logits: bool, peer: str) -> tuple[Operation, Operation]:
     processor = huggingface_processor() if peer == "huggingface" else None
 
     def theirs() -> object:
-        masks = logits if from_logits else predictions.mask_logits()[0]
+        masks = logits if from_logits else layer_mask_logits(predictions)[0]
         if processor is None:
             return official_panoptic(classes, masks)
         return processor.post_process_panoptic_segmentation(
@@ -158,7 +160,7 @@ def panoptic(from_logits: bool, peer: str) -> tuple[Operation, Operation]:
 def instance() -> tuple[Operation, Operation]:
     """Ours, with run lengths of each of 100 masks, and Hugging Face's, with those of the map they are painted on."""
     predictions = instance_predictions()
-    classes, logits = predictions.class_logits[-1, 0], predictions.mask_logits()[0]
+    classes, logits = predictions.class_logits[-1, 0], layer_mask_logits(predictions)[0]
     processor = huggingface_processor()
 
     def theirs() -> object:

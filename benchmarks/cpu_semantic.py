@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.bounds import Bound
 from benchmarks.harness import Case, Sides
 from maskformer_fast.ops import semantic_inference
-from maskformer_fast.ops.semantic_inference import SemanticMap
+from maskformer_fast.ops.semantic import SemanticMap
 
 QUERIES = 100
 LIVE = 20

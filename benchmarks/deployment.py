@@ -26,8 +26,8 @@ from benchmarks.gpu_deploy import (
     write_checkpoint,
 )
 from benchmarks.harness import Case, Sides, shared
+from maskformer_fast.benchmark.runners import BundleContestant, Setting, TorchContestant, draw_frame
 from maskformer_fast.config import ModelConfig
-from maskformer_fast.contestants import BundleContestant, Setting, TorchContestant, draw_frame
 
 CPU = torch.device("cpu")
 LEAST_EQUAL = {EAGER: 0.999, COMPILED: 0.999, HUGGING_FACE: 0.8}

@@ -33,17 +33,20 @@ from benchmarks.bounds import Bound, network_work
 from benchmarks.harness import ROOT, Case, Sides, environment, shared
 from benchmarks.machine import describe_machine
 from benchmarks.train_step import class_metadata
-from maskformer_fast.checkpoint import save_weights
+from maskformer_fast.benchmark.runners import draw_frame, peak_rss_mib
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.config import BackboneConfig, Config, ModelConfig, check
-from maskformer_fast.contestants import draw_frame, peak_rss_mib
+from maskformer_fast.config import BackboneConfig, Config, ModelConfig
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import atomic_write
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
-from maskformer_fast.files import atomic_write
-from maskformer_fast.formats import write_index_png
+from maskformer_fast.inference.load import load
+from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
-from maskformer_fast.predictor import Predictor, load
-from maskformer_fast.writer import ResultWriter
+from maskformer_fast.modeling.weights import save_weights
+from maskformer_fast.ops.mask_product import layer_mask_logits
+from maskformer_fast.output.formats import write_index_png
+from maskformer_fast.output.writer import ResultWriter
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 SIDE, THREADS = 512, 2
@@ -188,7 +191,7 @@ def make_confident(network: Any, images: Tensor) -> None:
     """Rescale the heads: classes of a few queries certain, the rest "no object"; mask logits of deviation 5."""
     head = network.predictor
     last = head.mask_embed.layers[-1]
-    scale = 5 / network(images).mask_logits().std()
+    scale = 5 / layer_mask_logits(network(images)).std()
     last.weight.mul_(scale), last.bias.mul_(scale)
     states = head.decode(network.embed(images, torch.tensor([images.shape[-2:]]))[1], False)[0, 0]
     weight = head.class_embed.weight

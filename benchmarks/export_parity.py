@@ -16,8 +16,8 @@ import torch
 
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import BackboneConfig, ModelConfig
-from maskformer_fast.deploy.manifest import Shape
-from maskformer_fast.deploy.onnx import ParityError, check_parity, export_graphs
+from maskformer_fast.deploy.build.onnx import ParityError, check_parity, export_graphs
+from maskformer_fast.deploy.bundle.manifest import Shape
 from maskformer_fast.modeling import build_model
 
 

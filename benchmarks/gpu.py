@@ -22,7 +22,7 @@ from benchmarks.gpu_report import build_rows, has_errors, markdown
 from benchmarks.gpu_schedule import Results, plan, run
 from benchmarks.gpu_tests import run_tests
 from benchmarks.harness import ROOT
-from maskformer_fast.files import atomic_write
+from maskformer_fast.core.files import atomic_write
 
 FOLDER = Path(__file__).parent
 TESTS = ROOT / "tests"

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_harness import OURS, Bound, Case, Peer, Work
 from benchmarks.train_step import class_metadata
-from maskformer_fast.checkpoint import load_into, load_weights, save_weights
+from maskformer_fast.benchmark.runners import BundleContestant, Setting, TorchContestant, draw_frame
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig, TestConfig
-from maskformer_fast.contestants import BundleContestant, Setting, TorchContestant, draw_frame
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
+from maskformer_fast.modeling.weights import load_into, load_weights, save_weights
+from maskformer_fast.ops.mask_product import layer_mask_logits
 
 EAGER, COMPILED, HUGGING_FACE, FP32 = "PyTorch eager", "torch.compile", "Hugging Face", "PyTorch eager, FP32"
 VARIABLE = "MASKFORMER_FAST_CHECKPOINT"
@@ -93,7 +94,7 @@ def spread_queries(network: nn.Module) -> None:
         scale = SPREAD / (seen[-1] - mean).std()
         layer.weight.mul_(scale)
         layer.bias.sub_(mean).mul_(scale)
-    scale = SPREAD / network(frame, sizes).mask_logits().std()
+    scale = SPREAD / layer_mask_logits(network(frame, sizes)).std()
     masks.weight.mul_(scale)
     masks.bias.mul_(scale)
 

@@ -11,7 +11,7 @@ from benchmarks.cpu_matching import costs
 from benchmarks.gpu_harness import OURS, Bound, Case, Peer, Work
 from maskformer_fast.config import LossConfig
 from maskformer_fast.ops import linear_sum_assignment, matching_cost
-from maskformer_fast.ops.linear_sum_assignment import linear_sum_assignment_eager
+from maskformer_fast.ops.assignment import linear_sum_assignment_eager
 from maskformer_fast.ops.matching_cost import matching_cost_eager, matching_cost_from_logits
 from maskformer_fast.structures import Predictions, Targets, pack_masks
 

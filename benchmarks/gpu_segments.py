@@ -24,15 +24,17 @@ from benchmarks.cpu_segments import (
     panoptic_predictions,
 )
 from benchmarks.gpu_harness import OURS, Bound, Case, Peer, Work
-from maskformer_fast import postprocess
+from maskformer_fast.core.results import PanopticResult
+from maskformer_fast.inference import postprocess
 from maskformer_fast.ops import instance_inference, panoptic_inference
-from maskformer_fast.ops.segment_inference import (
+from maskformer_fast.ops.mask_product import layer_mask_logits
+from maskformer_fast.ops.segments import (
     InstanceMasks,
     PanopticSegments,
     instance_inference_eager,
     panoptic_inference_eager,
 )
-from maskformer_fast.structures import PanopticResult, Predictions
+from maskformer_fast.structures import Predictions
 
 OFFICIAL, HUGGINGFACE, TWIN = "official formula", "Hugging Face", "our eager twin"
 KEPT, QUERIES = 30, 100
@@ -85,7 +87,7 @@ def kept_setup(device: torch.device, low: Size = LOW, high: Size = HIGH) -> Work
     things = torch.tensor(IS_THING, device=device)
 
     def draw(seed: int) -> tuple[Tensor, ...]:
-        masks = rolled(predictions, seed).mask_logits()[0, kept]
+        masks = layer_mask_logits(rolled(predictions, seed))[0, kept]
         return classes[kept], masks, scores[None], categories[None]
 
     def ours(_: Tensor, masks: Tensor, scores: Tensor, categories: Tensor) -> PanopticSegments:
@@ -112,9 +114,9 @@ def predictions_setup(device: torch.device, low: Size = LOW, high: Size = HIGH) 
 
     sides = {
         OURS: ours,
-        OFFICIAL: lambda predictions: official(predictions.class_logits[-1, 0], predictions.mask_logits()[0], high),
+        OFFICIAL: lambda predictions: official(predictions.class_logits[-1, 0], layer_mask_logits(predictions)[0], high),
         HUGGINGFACE: lambda predictions: huggingface(
-            predictions.class_logits[-1, 0], predictions.mask_logits()[0], high
+            predictions.class_logits[-1, 0], layer_mask_logits(predictions)[0], high
         ),
     }
     return Work(lambda seed: (rolled(base, seed),), sides, same_segments, 0.9)
@@ -131,7 +133,7 @@ def instances_setup(device: torch.device, low: Size = LOW, high: Size = HIGH) ->
         OURS: lambda masks: instance_inference(masks, low, high),
         TWIN: lambda masks: instance_inference_eager(masks, low, high),
     }
-    return Work(lambda seed: (rolled(predictions, seed).mask_logits(),), sides, agreement, 0.999)
+    return Work(lambda seed: (layer_mask_logits(rolled(predictions, seed)),), sides, agreement, 0.999)
 
 
 def to_device(predictions: Predictions, device: torch.device) -> Predictions:

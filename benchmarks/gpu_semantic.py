@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.cpu_semantic import official, peaky_logits
 from benchmarks.gpu_harness import OURS, Bound, Case, Peer, Work
 from maskformer_fast.ops import semantic_inference
-from maskformer_fast.ops.semantic_inference import label_dtype, semantic_inference_eager
+from maskformer_fast.ops.semantic import label_dtype, semantic_inference_eager
 
 QUERIES, DEPTH = 100, 256
 SCALE = 4

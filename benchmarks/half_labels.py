@@ -19,13 +19,13 @@ import onnx
 import torch
 import tyro
 
-from maskformer_fast.checkpoint import load_into, load_weights
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.data import build_dataset
-from maskformer_fast.deploy.onnx import export_graphs, padded_size
-from maskformer_fast.deploy.precision import PINNED, to_half
+from maskformer_fast.deploy.build.onnx import export_graphs, padded_size
+from maskformer_fast.deploy.build.precision import PINNED, to_half
 from maskformer_fast.modeling import build_model
-from maskformer_fast.ops.semantic_inference import semantic_inference
+from maskformer_fast.modeling.weights import load_into, load_weights
+from maskformer_fast.ops.semantic import semantic_inference
 
 BATCH = 4
 

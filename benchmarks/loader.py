@@ -29,10 +29,11 @@ from PIL import Image
 from benchmarks.harness import Case, Operation, Sides, shared
 from benchmarks.machine import describe_machine
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.config import AugmentConfig, Config, DataConfig, ShapesConfig, SolverConfig, check
+from maskformer_fast.config import AugmentConfig, Config, DataConfig, ShapesConfig, SolverConfig
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import atomic_write
 from maskformer_fast.data import build_dataset
 from maskformer_fast.data.loader import Batch, train_loader
-from maskformer_fast.files import atomic_write
 from maskformer_fast.structures import unpack_masks
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"

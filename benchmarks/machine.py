@@ -20,7 +20,7 @@ PACKAGES = ("torch", "numpy", "scipy", "transformers", "onnxruntime")
 
 def describe_machine() -> dict[str, Any]:
     """Processor, instruction set, versions and measured peaks on one thread and on two."""
-    from maskformer_fast._extension import load_extension
+    from maskformer_fast.core.extension import load_extension
 
     return {
         "cpu": _processor(),

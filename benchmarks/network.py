@@ -21,7 +21,8 @@ from benchmarks.harness import Case, Sides
 from benchmarks.train_step import huggingface_model
 from maskformer_fast.config import BackboneConfig, ModelConfig
 from maskformer_fast.modeling import build_model
-from maskformer_fast.modeling.inference import prepare_for_inference
+from maskformer_fast.modeling.fuse_for_cpu import fuse_for_cpu
+from maskformer_fast.ops.mask_product import layer_mask_logits
 
 CLASSES, SIZE = 150, (512, 512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,7 +60,7 @@ def networks(name: str) -> tuple[Any, Any]:
 def prepared(name: str, dtype: str) -> Any:
     """Our network as `Predictor` runs it."""
     network = copy.deepcopy(networks(name)[0])
-    prepare_for_inference(network, DTYPES[dtype])
+    fuse_for_cpu(network, DTYPES[dtype])
     return network
 
 
@@ -75,7 +76,7 @@ def pair(name: str, part: str, size: tuple[int, int] = SIZE, dtype: str | None =
 
         def ours(images: Tensor) -> tuple[Tensor, Tensor]:
             found = network(images)
-            return found.class_logits[-1], found.mask_logits()
+            return found.class_logits[-1], layer_mask_logits(found)
 
         def theirs(pixels: Tensor) -> tuple[Tensor, Tensor]:
             found = peer(pixels, output_auxiliary_logits=False)

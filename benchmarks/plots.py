@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import Row
-from maskformer_fast.benchmark_report import require_matplotlib
+from maskformer_fast.benchmark.report import require_matplotlib
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.files import atomic_write
+from maskformer_fast.core.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

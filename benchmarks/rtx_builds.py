@@ -21,8 +21,8 @@ import tyro
 
 from benchmarks.machine import describe_machine
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.deploy.tensorrt import EngineConfig, EngineError, build_engine
-from maskformer_fast.files import atomic_write
+from maskformer_fast.core.files import atomic_write
+from maskformer_fast.deploy.build.tensorrt import EngineConfig, EngineError, build_engine
 
 RESULTS = Path(__file__).parent / "results" / "rtx_builds.json"
 

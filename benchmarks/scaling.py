@@ -26,8 +26,8 @@ from benchmarks.harness import ROOT, Row, environment
 from benchmarks.machine import describe_machine
 from benchmarks.scaling_measure import THREADS
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.config import check
-from maskformer_fast.files import atomic_write
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 TIME_SHARE = 0.85  # of the minutes; memory gets the rest

@@ -22,7 +22,8 @@ from benchmarks.sides import CLASSES, HUGGINGFACE, OFFICIAL, OURS, SIDE, Operati
 from benchmarks.train_step import huggingface_model
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig
 from maskformer_fast.modeling import build_model
-from maskformer_fast.modeling.inference import prepare_for_inference
+from maskformer_fast.modeling.fuse_for_cpu import fuse_for_cpu
+from maskformer_fast.ops.mask_product import layer_mask_logits
 
 Sides = tuple[Operation, Operation]
 
@@ -108,7 +109,7 @@ def networks() -> tuple[nn.Module, Any]:
     )
     ours = build_model(model)
     theirs = huggingface_model(ours, model, training=False)
-    prepare_for_inference(ours)  # as `maskformer_fast.load` does it
+    fuse_for_cpu(ours)  # as `maskformer_fast.load` does it
     return ours, theirs
 
 
@@ -121,7 +122,7 @@ def network(batch: int, size: Size) -> Sides:
     @torch.no_grad()
     def our_call() -> object:
         found = ours(images)
-        return found.class_logits, found.mask_logits()
+        return found.class_logits, layer_mask_logits(found)
 
     @torch.no_grad()
     def their_call() -> object:

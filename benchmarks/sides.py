@@ -16,10 +16,11 @@ from benchmarks import cpu_segments, cpu_semantic
 from benchmarks.cpu_criterion import official_loss
 from benchmarks.harness import Operation
 from maskformer_fast.config import LossConfig
-from maskformer_fast.criterion import Criterion
-from maskformer_fast.matcher import match
 from maskformer_fast.ops import panoptic_inference, semantic_inference
+from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import Predictions, Targets, pack_masks
+from maskformer_fast.training.criterion import Criterion
+from maskformer_fast.training.matcher import match
 
 Size = tuple[int, int]
 Operations = dict[str, Operation]
@@ -107,7 +108,7 @@ def matching(queries: int = QUERIES, targets: int = TARGETS, batch: int = 2, dev
     floats, labels = [mask.float() for mask in masks], list(truth.labels)
     return {
         OURS: lambda: match(predictions, truth, loss),
-        HUGGINGFACE: lambda: peer(predictions.mask_logits(), predictions.class_logits[-1], floats, labels),
+        HUGGINGFACE: lambda: peer(layer_mask_logits(predictions), predictions.class_logits[-1], floats, labels),
     }
 
 

@@ -11,7 +11,7 @@ from benchmarks import sides
 from benchmarks.conftest import Measure
 from benchmarks.sides import HUGGINGFACE, OFFICIAL, OURS
 from maskformer_fast.ops import linear_sum_assignment
-from maskformer_fast.ops.linear_sum_assignment import linear_sum_assignment_eager
+from maskformer_fast.ops.assignment import linear_sum_assignment_eager
 
 BATCH = 16
 

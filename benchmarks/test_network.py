@@ -14,7 +14,9 @@ from maskformer_fast.config import TASKS, AugmentConfig, DataConfig, ShapesConfi
 from maskformer_fast.data import build_dataset
 from maskformer_fast.data.loader import collate
 from maskformer_fast.data.transforms import Sample, TrainTransform
-from maskformer_fast.predictor import Predictor, load
+from maskformer_fast.inference.load import load
+from maskformer_fast.inference.predictor import Predictor
+from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import Example, pack_masks, unpack_masks
 
 SIZE = (480, 640)
@@ -44,7 +46,7 @@ def test_network_forward(measure: Measure, device: str, batch: int) -> None:
     @torch.no_grad()
     def forward() -> tuple[Tensor, Tensor]:
         found = network(images)
-        return found.class_logits[-1], found.mask_logits()
+        return found.class_logits[-1], layer_mask_logits(found)
 
     classes, masks = measure(f"network of the demo, {batch} x 256x256", forward)
     assert classes.shape[:2] == masks.shape[:2] == (batch, 20) and masks.shape[2:] == (64, 64)

@@ -25,12 +25,13 @@ from benchmarks.bounds import Bound, network_work
 from benchmarks.cpu import BenchmarkOptions, measure
 from benchmarks.harness import Case, Operation
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.compilation import compile_whole
 from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, LossConfig, ModelConfig
-from maskformer_fast.criterion import Criterion
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
-from maskformer_fast.structures import Metadata, Targets, pack_masks
+from maskformer_fast.modeling.compile import compile_single_graph
+from maskformer_fast.structures import Targets, pack_masks
+from maskformer_fast.training.criterion import Criterion
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 CLASSES, TARGETS, CLIP = 150, 14, 0.01
@@ -90,7 +91,7 @@ def our_step(network: nn.Module, dtype: torch.dtype = torch.float32, compiled: b
     forward: Any = network
     criterion: Any = Criterion(CLASSES, LossConfig(padding="include")).to(device)  # padding counts, as for the peer
     if compiled:
-        forward, criterion = compile_whole(forward), compile_whole(criterion)
+        forward, criterion = compile_single_graph(forward), compile_single_graph(criterion)
 
     def loss(images: Tensor, targets: Targets) -> Tensor:
         total: Tensor = criterion(forward(images, targets.valid_sizes), targets).total

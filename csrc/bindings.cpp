@@ -5,15 +5,15 @@
 #include <stdexcept>
 #include <string>
 
-#include "assignment_cpu.h"
-#include "assignment_cuda.h"
-#include "convolution_cpu.h"
-#include "cpu_isa.h"
-#include "mask_loss_cpu.h"
-#include "matching_cpu.h"
-#include "segments_cpu.h"
-#include "segments_rle.h"
-#include "semantic.h"
+#include "assignment/assignment.h"
+#include "assignment/assignment_cuda.h"
+#include "convolution/convolution.h"
+#include "common/cpu_isa.h"
+#include "mask_loss/mask_loss.h"
+#include "matching_cost/matching_cost.h"
+#include "segments/segments.h"
+#include "rle/rle.h"
+#include "semantic/semantic.h"
 
 namespace py = pybind11;
 
@@ -245,7 +245,7 @@ void mask_sums_backward(uintptr_t upstream, const MaskAddresses& addresses, cons
 void define_mask_sums(py::module_& module) {
   module.def("mask_sums", &mask_sums, py::arg("addresses"), py::arg("sizes"), py::arg("focal"), py::arg("sums"),
              py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-             "Addresses of what csrc/mask_loss_cpu.h names: logits, masks, rows and valid_sizes (0: padding counts), "
+             "Addresses of what csrc/mask_loss/mask_loss.h names: logits, masks, rows and valid_sizes (0: padding counts), "
              "all contiguous, and of the float32 sums. sizes: pairs, height, width, targets, input height and width; "
              "focal: weight on, weight off, exponent.");
   module.def("mask_sums_backward", &mask_sums_backward, py::arg("upstream"), py::arg("addresses"), py::arg("sizes"),
@@ -325,7 +325,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("pixel_strides"), py::arg("labels"), py::arg("counts"), py::arg("masks"), py::arg("valid_sizes"),
              py::arg("sizes"), py::arg("weights"), py::arg("focal"), py::arg("cost"), py::arg("threads"),
              py::call_guard<py::gil_scoped_release>(),
-             "Addresses of what csrc/matching_cpu.h names (pixels 0: embeddings are mask logits; valid_sizes 0: "
+             "Addresses of what csrc/matching_cost/matching_cost.h names (pixels 0: embeddings are mask logits; valid_sizes 0: "
              "padding counts). sizes: layers, images, queries, classes, depth, height, width, slots, input height and "
              "width; weights: class, mask, dice; focal: weight on, weight off, exponent.");
   module.def("semantic_inference", &semantic_inference, py::arg("masks"), py::arg("mask_type"), py::arg("mask_sizes"),
@@ -339,7 +339,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("weights"), py::arg("bias"), py::arg("relu"), py::arg("result"), py::arg("threads"),
              py::call_guard<py::gil_scoped_release>(),
              "Addresses of images and result, channels innermost, float32 or bfloat16, and of float32 weights and bias "
-             "(0: none) as csrc/convolution_kernels.h has them. sizes: images, height, width, channels in and out.");
+             "(0: none) as csrc/convolution/kernels.h has them. sizes: images, height, width, channels in and out.");
   module.def("available_isas", &maskformer_fast::available_isas, "Instruction sets that this processor runs.");
   module.def("use_isa", &maskformer_fast::use_isa, py::arg("name"),
              "For tests: force the kernels' instruction set; 'auto' takes the widest.");

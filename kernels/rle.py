@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.segments import (
+from maskformer_fast.kernels.segments_taps import (
     STRIDES,
     WINDOW,
     interpolate,

@@ -1,5 +1,5 @@
 """Labels of semantic inference from those queries alone that can matter in a tile; exact, as on the CPU
-(csrc/semantic_kernel.cpp).
+(csrc/semantic/kernels.cpp).
 
 In a tile query q adds at most ``b_q = max_c P[q, c] * sigmoid(largest of the tile's taps)`` to any score, as bilinear
 interpolation is convex. The `LIVE` queries of largest bounds are scored, the others together miss at most R = sum b_q.
@@ -23,11 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.class_probabilities import (
-    SCALE,
-    class_probabilities,
-    class_probabilities_variant,
-)
+from maskformer_fast.kernels.class_probabilities import SCALE, class_probabilities, class_probabilities_variant
 from maskformer_fast.kernels.resample import limit_taps, sigmoid, tile_at
 from maskformer_fast.kernels.semantic_tile import (
     CLASS_BLOCK,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskformer_fast.predictor import Predictor, load
+    from maskformer_fast.inference.load import load
+    from maskformer_fast.inference.predictor import Predictor
 
 __all__ = ["Predictor", "__version__", "load"]
 __version__ = "0.1.0"
@@ -13,8 +14,12 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Load the API on first use: parts of the package serve where torch is not installed."""
-    if name in ("Predictor", "load"):
-        from maskformer_fast import predictor
+    if name == "load":
+        from maskformer_fast.inference.load import load
 
-        return getattr(predictor, name)
+        return load
+    if name == "Predictor":
+        from maskformer_fast.inference.predictor import Predictor
+
+        return Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

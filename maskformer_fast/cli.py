@@ -7,11 +7,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from dataclasses import replace
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
+from maskformer_fast.config import BackboneConfig, Config
+from maskformer_fast.recipes import load_recipe, recipe_names
+
 Options = TypeVar("Options")
+Command = TypeVar("Command")
+Recipe = Annotated[Config, tyro.conf.arg(name="")]
+"""Type of a command's field ``config``: its options carry no prefix."""
 
 USAGE_STATUS = 2
 """Exit status of a command that was asked for something it cannot do."""
@@ -90,3 +97,59 @@ def run_command(main: Callable[[], int | None], *expected: type[Exception]) -> N
     with cli_errors(*expected):
         status = main()
     sys.exit(status or 0)
+
+
+def parse_command(command: type[Command], argv: Sequence[str], default: str = "demo", *, prog: str) -> Command:
+    """Options of a command: a recipe (``--config NAME_OR_PATH``) with typed overrides, and options of its own.
+
+    Raises ``SystemExit``: status 0 after ``--help`` and ``--list-recipes``; status 2, with what is wrong on stderr.
+    ``default`` is the recipe where none is named; ``command`` is a dataclass with a field ``config: Recipe`` and
+    defaults for all other fields::
+
+        @dataclass(frozen=True)
+        class TrainOptions:
+            \"\"\"Train a recipe.\"\"\"
+
+            config: Recipe
+            resume: bool = False
+            \"\"\"Continue the run in ``output``.\"\"\"
+
+        options = parse_command(TrainOptions, ["--config", "demo", "--resume", "--solver.lr", "1e-3"], prog="train")
+    """
+    recipe, rest, usage = _choose_recipe(argv, default)
+    return parse(command, rest, prog=prog, default=command(config=recipe),  # type: ignore[call-arg]
+                 description=f"{command.__doc__}\n\n{usage}")
+
+
+def _choose_recipe(argv: Sequence[str], default: str) -> tuple[Config, list[str], str]:
+    """Recipe that the arguments name, the other arguments, and a line on ``--config`` for ``--help``."""
+    if "--list-recipes" in argv:
+        print("\n".join(recipe_names()))
+        raise SystemExit(0)
+    with cli_errors():
+        name, rest = _take_option(argv, "--config", default)
+        recipe = load_recipe(name)
+        backbone, _ = _take_option(rest, "--model.backbone.name", recipe.model.backbone.name)
+    usage = (
+        f"Options below override the recipe that --config NAME_OR_PATH chooses (now {name}; a packaged recipe or a "
+        ".yaml file). --list-recipes prints the packaged ones. Naming another --model.backbone.name drops what "
+        "the recipe says of its own backbone (its weights too)."
+    )
+    if backbone != recipe.model.backbone.name:
+        recipe = replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(backbone)))
+    return recipe, rest, usage
+
+
+def _take_option(argv: Sequence[str], option: str, default: str) -> tuple[str, list[str]]:
+    """Value of the last ``option VALUE`` or ``option=VALUE``, and the arguments without it."""
+    value, rest, arguments = default, [], iter(argv)
+    for argument in arguments:
+        if argument == option:
+            value = next(arguments, "")
+            if not value or value.startswith("--"):
+                raise ValueError(f"{option}: expected a value after it, got {value or 'nothing'}")
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    return value, rest

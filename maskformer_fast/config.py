@@ -9,23 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from maskformer_fast.core.checks import check, check_choice
+
 Task = Literal["semantic", "instance", "panoptic"]
 Amp = Literal["off", "bf16", "fp16"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
 PanopticOrder = Literal["direct", "official"]
 PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
-
-
-def check(condition: bool, name: str, expected: str, got: object) -> None:
-    """Raise ``ValueError`` naming the argument, what it must be and what it is."""
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
-    """``Literal`` is not enforced at run time; this does."""
-    check(value in choices, name, "one of " + ", ".join(map(repr, choices)), value)
 
 
 @dataclass(frozen=True)
@@ -272,12 +263,12 @@ class TestConfig:
     overlap_threshold: float = 0.8
     """Panoptic: segments that keep less of their own mask than this are dropped."""
     semantic_order: SemanticOrder = "direct"
-    """Semantic: where masks are resized, see `maskformer_fast.postprocess`. The default resizes once and takes least
+    """Semantic: where masks are resized, see `maskformer_fast.inference.postprocess`. The default resizes once and takes least
     time and memory; ``official`` and ``huggingface`` give the numbers of those implementations."""
     panoptic_order: PanopticOrder = "direct"
     """Panoptic: the same; ``official`` gives the official numbers."""
     panoptic_rule: PanopticRule = "maskformer"
-    """Panoptic: whose segments, see `maskformer_fast.ops.segment_inference.panoptic_inference`."""
+    """Panoptic: whose segments, see `maskformer_fast.ops.segments.panoptic_inference`."""
     top_k: int = 100
     """Instance: results an image."""
     multi_scale: tuple[float, ...] = ()

@@ -16,21 +16,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskformer_fast.checkpoint import FORMAT, WEIGHTS_NAME, load_into, load_weights, save_weights
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.config import BackboneConfig, Config, check, to_dict
-from maskformer_fast.files import atomic_write
+from maskformer_fast.config import BackboneConfig, Config, to_dict
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import atomic_write
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.inference.load import load_network
 from maskformer_fast.interop.architecture import check_fit, meta_backbone, meta_model
 from maskformer_fast.interop.files import read_weights
 from maskformer_fast.interop.huggingface import read_folder, write_folder
 from maskformer_fast.interop.names import Renamed
 from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours, no_object_weight
 from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
-from maskformer_fast.interop.recording import read_recordings
-from maskformer_fast.interop.verify import verify
+from maskformer_fast.interop.verification.recording import read_recordings
+from maskformer_fast.interop.verification.verify import verify
 from maskformer_fast.modeling import build_model
-from maskformer_fast.predictor import load_network
-from maskformer_fast.structures import Metadata
+from maskformer_fast.modeling.weights import FORMAT, WEIGHTS_NAME, load_into, load_weights, save_weights
 
 logger = logging.getLogger(__name__)
 

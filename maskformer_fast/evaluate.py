@@ -12,17 +12,17 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from maskformer_fast.bundle_predictor import Backend
 from maskformer_fast.cli import leading_path, parse, run_command
-from maskformer_fast.config import Amp, DataConfig, Task, TestConfig, check
+from maskformer_fast.config import Amp, DataConfig, Task, TestConfig
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.data import build_dataset
 from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
-from maskformer_fast.files import atomic_write
-from maskformer_fast.formats import write_json
-from maskformer_fast.predictor import carried_options, load
-from maskformer_fast.validation import check_classes, measure
-from maskformer_fast.writer import ResultWriter
+from maskformer_fast.evaluation.measure import check_classes, measure
+from maskformer_fast.inference.bundle_predictor import Backend
+from maskformer_fast.inference.load import carried_options, load
+from maskformer_fast.output.writer import ResultWriter
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,11 @@ import tyro
 
 import maskformer_fast
 from maskformer_fast.cli import leading_path, parse, run_command
-from maskformer_fast.config import TASKS, Task, TestConfig, check
-from maskformer_fast.deploy.bundle import Bundle, check_destination, extend_bundle, write_bundle
-from maskformer_fast.deploy.manifest import (
+from maskformer_fast.config import TASKS, Task, TestConfig
+from maskformer_fast.core.checks import check
+from maskformer_fast.deploy.build.tensorrt import EngineConfig
+from maskformer_fast.deploy.bundle.folder import Bundle, check_destination, extend_bundle, write_bundle
+from maskformer_fast.deploy.bundle.manifest import (
     MANIFEST_NAME,
     Engine,
     FileEntry,
@@ -25,11 +27,12 @@ from maskformer_fast.deploy.manifest import (
     Preprocess,
     Shape,
 )
-from maskformer_fast.deploy.tensorrt import EngineConfig
 from maskformer_fast.recipes import load_recipe, recipe_names
 
 if TYPE_CHECKING:
-    from maskformer_fast.predictor import Predictor  # needs torch, which a device that adds an engine may lack
+    from maskformer_fast.inference.predictor import (
+        Predictor,
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
         ValueError: options that do not fit each other or the network, or settings that a bundle has no means to follow.
         deploy.onnx.ParityError: a graph does not compute what PyTorch does; no bundle is written.
     """
-    from maskformer_fast.deploy.onnx import FLAVOURS, check_parity, export_graphs
+    from maskformer_fast.deploy.build.onnx import FLAVOURS, check_parity, export_graphs
 
     output = options.output
     if output is None:
@@ -151,7 +154,7 @@ def check_test(test: TestConfig) -> None:
 
 def compile_kernels(manifest: Manifest, frames: Sequence[Shape], options: ExportOptions) -> dict[str, bytes]:
     """Launch tapes and cubins -> files for the bundle."""
-    from maskformer_fast.deploy.record import compile_tapes, record_tapes
+    from maskformer_fast.deploy.build.record_launches import compile_tapes, record_tapes
 
     logger.info("compiling kernels for %s", ", ".join(options.target))
     recording = record_tapes(manifest, frames, options.tasks, options.engine.mask_dtype)
@@ -162,7 +165,7 @@ def add_engine(
     manifest: Manifest, raw_onnx: bytes, config: EngineConfig, files: dict[str, bytes]
 ) -> tuple[Engine, ...]:
     """Build an engine, add its file to ``files`` -> the bundle's engines; one of the same name is replaced."""
-    from maskformer_fast.deploy.tensorrt import build_engine
+    from maskformer_fast.deploy.build.tensorrt import build_engine
 
     content, engine = build_engine(raw_onnx, config)
     files[engine.file] = content
@@ -197,7 +200,7 @@ def default_test(path: str) -> TestConfig | None:
         return None
     if not Path(path).exists() and path in recipe_names():
         return load_recipe(path).test
-    from maskformer_fast.checkpoint import load_weights
+    from maskformer_fast.modeling.weights import load_weights
 
     return load_weights(path).config.test
 
@@ -219,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         is_bundle = (Path(options.checkpoint) / MANIFEST_NAME).is_file()
         check(not is_bundle, "checkpoint", "a checkpoint, or a bundle with --engine-only", options.checkpoint)
-        from maskformer_fast.predictor import load_network
+        from maskformer_fast.inference.load import load_network
 
         bundle = make_bundle(load_network(options.checkpoint, "cpu", test=options.test), options)
     print(f"{bundle.folder}: {listing(bundle.manifest.files)}\ndigest {bundle.digest}")
@@ -236,6 +239,6 @@ def listing(files: Mapping[str, FileEntry]) -> str:
 if __name__ == "__main__":
     if "--engine-only" in sys.argv:  # done where torch may be missing
         run_command(main)
-    from maskformer_fast.deploy.onnx import ParityError
+    from maskformer_fast.deploy.build.onnx import ParityError
 
     run_command(main, ParityError)

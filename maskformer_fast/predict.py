@@ -14,14 +14,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from maskformer_fast.bundle_predictor import Backend
 from maskformer_fast.cli import leading_path, parse, run_command
 from maskformer_fast.config import Amp, Task, TestConfig
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
-from maskformer_fast.predictor import carried_options, load
-from maskformer_fast.rle import coco_tools
-from maskformer_fast.writer import ResultWriter
+from maskformer_fast.inference.bundle_predictor import Backend
+from maskformer_fast.inference.load import carried_options, load
+from maskformer_fast.ops.rle_encoding import coco_tools
+from maskformer_fast.output.writer import ResultWriter
 
 logger = logging.getLogger(__name__)
 

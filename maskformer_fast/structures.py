@@ -1,4 +1,4 @@
-"""The tensors that flow between the parts: predictions, targets, examples and results.
+"""The tensors that flow between the parts: predictions, targets and examples.
 
 Masks are bit-packed along the width, 8 pixels to a byte, least significant bit first (``numpy.packbits`` with
 ``bitorder="little"``): pixel ``x`` is bit ``x % 8`` of byte ``x // 8``. Padding bits are zero.
@@ -6,31 +6,16 @@ Masks are bit-packed along the width, 8 pixels to a byte, least significant bit 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from maskformer_fast.metadata import VOID, Metadata, SegmentInfo
-from maskformer_fast.projection import Projection, mask_product
+from maskformer_fast.core.metadata import VOID, SegmentInfo
 
-__all__ = [
-    "VOID",
-    "Example",
-    "InstanceResult",
-    "Metadata",
-    "PanopticResult",
-    "PixelPredictions",
-    "Predictions",
-    "Result",
-    "SegmentInfo",
-    "SemanticResult",
-    "Targets",
-    "pack_masks",
-    "unpack_masks",
-]
 
 def pack_masks(
     masks: Tensor,  # [..., H, W] bool
@@ -58,8 +43,31 @@ def unpack_masks(
     return bits.flatten(-2)[..., :width].to(torch.bool)
 
 
+class Projection(NamedTuple):
+    """A convolution, linear and of unchanged size (odd k, zeros around), not yet applied to its input."""
+
+    weight: Tensor  # [D, C, k, k]
+    bias: Tensor  # [D]
+
+    def embed(
+        self,
+        features: Tensor,  # [B, C, h, w]
+    ) -> Tensor:
+        """Apply it, in the precision of the features -> [B, D, h, w]."""
+        weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
+        return F.conv2d(features, weight, bias, padding=weight.shape[-1] // 2)
+
+    def fold(
+        self,
+        embeddings: Tensor,  # [N, D]
+    ) -> Projection:
+        """The convolution whose output is the embeddings times this one's output: weight [N, C, k, k], bias [N]."""
+        weight, bias = self.weight.to(embeddings.dtype), self.bias.to(embeddings.dtype)
+        return Projection((embeddings @ weight.flatten(1)).unflatten(1, weight.shape[1:]), embeddings @ bias)
+
+
 class Predictions(NamedTuple):
-    """What the network says of a batch. Mask logits stay factored: ``mask_logits`` multiplies them out.
+    """What the network says of a batch. Mask logits stay factored: `ops.mask_product.layer_mask_logits` multiplies them.
 
     L is the number of decoder layers kept (all with deep supervision, else 1), the final one last. Where only masks are
     wanted, in inference, the convolution that ends the pixel decoder is left to do as ``projection``, so that it may
@@ -77,10 +85,6 @@ class Predictions(NamedTuple):
     def pixel_embeddings(self) -> Tensor:
         """[B, D, h, w]; computed at every call where there is a projection."""
         return self.pixel_features if self.projection is None else self.projection.embed(self.pixel_features)
-
-    def mask_logits(self, layer: int = -1) -> Tensor:
-        """Mask logits of one decoder layer -> [B, Q, h, w]."""
-        return mask_product(self.mask_embeddings[layer], self.pixel_features, self.projection)
 
 
 class PixelPredictions(NamedTuple):
@@ -153,33 +157,3 @@ class Example:
             known = ids[row] == self.id_map
             labels[known] = categories[row[known]]
         return labels
-
-
-@dataclass
-class SemanticResult:
-    """Label of every pixel at the asked size."""
-
-    labels: Tensor  # [H, W] uint8 (K <= 255) or int16
-    scores: Tensor | None = None  # [H, W] float32, sum over queries of the winning class
-
-
-@dataclass
-class PanopticResult:
-    """Non-overlapping segments; ids count from 1, `VOID` where no segment is."""
-
-    id_map: Tensor  # [H, W] int32
-    segments: list[SegmentInfo] = field(default_factory=list)
-
-
-@dataclass
-class InstanceResult:
-    """Scored, possibly overlapping instances, best first."""
-
-    labels: Tensor  # [N] int64
-    scores: Tensor  # [N] float32
-    masks: Tensor  # [N, H, ceil(W/8)] uint8, packed
-    boxes: Tensor  # [N, 4] float32: x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask
-    size: tuple[int, int]  # H, W
-
-
-Result = SemanticResult | PanopticResult | InstanceResult

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from maskformer_fast.cli import INTERRUPTED_STATUS, run_command
+from maskformer_fast.cli import INTERRUPTED_STATUS, Recipe, parse_command, run_command
 from maskformer_fast.config import Config
 from maskformer_fast.distributed import RankError, is_main, on_main, process_group, restarted
 from maskformer_fast.evaluation import format_table
-from maskformer_fast.faults import OutOfMemory, WorkerLost
-from maskformer_fast.nonfinite import TrainingDiverged
-from maskformer_fast.recipes import Recipe, load_recipe, parse_command, save_config
-from maskformer_fast.trainer import Trainer
+from maskformer_fast.recipes import load_recipe, save_config
+from maskformer_fast.training.interruptions import OutOfMemory, WorkerLost
+from maskformer_fast.training.skipped_steps import TrainingDiverged
+from maskformer_fast.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 BUILD_FILES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "constraints.txt", "LICENSE", "README.md")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc")
 

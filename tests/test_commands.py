@@ -5,7 +5,6 @@ import os
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +13,15 @@ from PIL import Image
 
 import maskformer_fast
 from maskformer_fast import evaluate, predict, train
-from maskformer_fast.checkpoint import load_weights
 from maskformer_fast.config import TestConfig
+from maskformer_fast.core.metadata import VOID, SegmentInfo
+from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
 from maskformer_fast.data import build_dataset
 from maskformer_fast.evaluation import build_evaluator
-from maskformer_fast.structures import VOID, InstanceResult, PanopticResult, SegmentInfo, SemanticResult
+from maskformer_fast.modeling.weights import load_weights
+from tests.support.paths import TINY_RECIPE
 
-TINY = Path(__file__).parent / "tiny.yaml"
+TINY = TINY_RECIPE
 
 
 def command(name, *arguments, **options):

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.cli import TRACEBACK_VARIABLE, cli_errors, leading_path, parse, run_command
+from maskformer_fast.cli import TRACEBACK_VARIABLE, Recipe, cli_errors, leading_path, parse, parse_command, run_command
 from maskformer_fast.config import (
     AugmentConfig,
     BackboneConfig,
@@ -26,7 +26,7 @@ from maskformer_fast.config import (
     TestConfig,
     to_dict,
 )
-from maskformer_fast.recipes import Recipe, from_dict, load_recipe, parse_command, save_config
+from maskformer_fast.recipes import from_dict, load_recipe, save_config
 
 
 @dataclasses.dataclass(frozen=True)

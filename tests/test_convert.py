@@ -20,13 +20,13 @@ from torch import Tensor
 
 import maskformer_fast
 from maskformer_fast import convert
-from maskformer_fast.checkpoint import load_backbone, load_weights
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.interop.names import ConvertError
 from maskformer_fast.modeling import build_model
+from maskformer_fast.modeling.weights import load_backbone, load_weights
 from maskformer_fast.recipes import load_recipe
+from tests.support.paths import ORACLES
 
-ORACLES = Path(__file__).resolve().parents[1].parent / "shared/oracles/official"
 needs_oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason="no recorded outputs of the official implementation")
 
 SMALL = ModelConfig(

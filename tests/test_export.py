@@ -11,14 +11,14 @@ import torch
 
 from maskformer_fast import export
 from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, ModelConfig, PixelDecoderConfig, TestConfig
-from maskformer_fast.deploy import onnx as onnx_module
-from maskformer_fast.deploy import tensorrt
-from maskformer_fast.deploy.bundle import Bundle
-from maskformer_fast.deploy.manifest import Engine, Profile, Shape
-from maskformer_fast.deploy.onnx import ParityError
-from maskformer_fast.metadata import Metadata
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.deploy.build import onnx as onnx_module
+from maskformer_fast.deploy.build import tensorrt
+from maskformer_fast.deploy.build.onnx import ParityError
+from maskformer_fast.deploy.bundle.folder import Bundle
+from maskformer_fast.deploy.bundle.manifest import Engine, Profile, Shape
+from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.modeling import build_model
-from maskformer_fast.predictor import Predictor
 
 METADATA = Metadata("three", ("a", "b", "c"), (True, False, True), (1, 2, 3), ((0, 0, 0), (1, 1, 1), (2, 2, 2)))
 CONFIG = Config(
@@ -46,7 +46,7 @@ def commanded(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
         return Predictor(predictor.network, replace(CONFIG, test=test), METADATA, device)
 
     monkeypatch.setattr(export, "default_test", lambda _: CONFIG.test)
-    monkeypatch.setattr("maskformer_fast.predictor.load_network", load)
+    monkeypatch.setattr("maskformer_fast.inference.load.load_network", load)
 
 
 def build_nothing(raw_onnx: bytes, config: tensorrt.EngineConfig) -> tuple[bytes, Engine]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 PACKAGE = "maskformer_fast"
 FORBIDDEN = {"torchvision", "timm", "detectron2"}
 MAX_LINES = 420
@@ -147,9 +148,9 @@ def test_file_is_short_and_in_a_package(module: str) -> None:
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("from ..trainer import Trainer", "imports maskformer_fast.trainer"),
-        ("from .. import trainer", "imports maskformer_fast.trainer"),
-        ("from maskformer_fast.matcher import match", "imports maskformer_fast.matcher"),
+        ("from ..trainer import Trainer", "imports maskformer_fast.training.trainer"),
+        ("from .. import trainer", "imports maskformer_fast.training.trainer"),
+        ("from maskformer_fast.training.matcher import match", "imports maskformer_fast.training.matcher"),
         ("def f():\n    import maskformer_fast.train", "imports maskformer_fast.train"),
         ("import torchvision.ops", "does without"),
         ("from . import mask_loss\nfrom ..config import check\nimport torch", ""),

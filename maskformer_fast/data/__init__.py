@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from maskformer_fast.config import DataConfig, check, check_choice
+from maskformer_fast.config import DataConfig
+from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.cache import CachedDataset
 from maskformer_fast.data.coco_instances import coco_instances_dataset
@@ -14,7 +16,6 @@ from maskformer_fast.data.coco_panoptic import coco_panoptic_dataset
 from maskformer_fast.data.folder import folder_dataset
 from maskformer_fast.data.presets import INDEX_PRESETS, PRESETS, preset_metadata
 from maskformer_fast.data.shapes import ShapesDataset
-from maskformer_fast.structures import Metadata
 
 __all__ = ["DATASETS", "BrokenExampleError", "SegmentationDataset", "build_dataset", "dataset_metadata"]
 

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 from maskformer_fast.config import Task
-from maskformer_fast.structures import Example, Metadata
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.structures import Example
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
 _LISTED = 8  # paths an error message spells out; a log line lists them all

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from maskformer_fast.config import Task
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
-from maskformer_fast.structures import Example, Metadata
+from maskformer_fast.structures import Example
 
 _SAMPLE = 16  # examples by whose size that of all is judged
 _SHARE = 0.7  # of the free memory, which training needs too

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from maskformer_fast.colors import default_colors
+from maskformer_fast.core.colors import default_colors
+from maskformer_fast.core.metadata import VOID, Metadata
 from maskformer_fast.data.coco_json import check_color, load_json
-from maskformer_fast.structures import VOID, Metadata
 
 UNKNOWN = VOID - 1
 """What `ClassList.lookup` gives for a value that is neither a class nor ignored."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskformer_fast.colors import default_colors
+from maskformer_fast.core.colors import default_colors
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import inside
-from maskformer_fast.structures import Metadata
 
 _PROBED = 16  # images looked for when a folder of images is chosen
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from maskformer_fast.config import DataConfig, Task
+from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.data.base import (
     BrokenExampleError,
     check_same_size,
@@ -39,7 +40,7 @@ from maskformer_fast.data.coco_json import (
     split_names,
 )
 from maskformer_fast.data.images import read_image, read_panoptic_png
-from maskformer_fast.structures import VOID, Example, Metadata, SegmentInfo
+from maskformer_fast.structures import Example
 
 PANOPTIC_TASKS: tuple[Task, ...] = ("panoptic", "semantic", "instance")
 """What targets can be made of panoptic truth."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskformer_fast.config import AugmentConfig, Config, Task, TestConfig, check
+from maskformer_fast.config import AugmentConfig, Config, Task, TestConfig
+from maskformer_fast.core.checks import check
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
 from maskformer_fast.data.transforms import Sample, TrainTransform, resize_image

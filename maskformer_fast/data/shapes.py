@@ -10,7 +10,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from maskformer_fast.config import ShapesConfig, Task, check, check_choice
+from maskformer_fast.config import ShapesConfig, Task
+from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.data.scene import (
     EXTENT,
     GROUNDS,
@@ -24,7 +26,7 @@ from maskformer_fast.data.scene import (
     shape_pattern,
     signed_distance,
 )
-from maskformer_fast.structures import VOID, Example, Metadata, SegmentInfo
+from maskformer_fast.structures import Example
 
 MIN_AREA = 0.015
 """Share of the image that a shape must show; one that would not is not painted."""

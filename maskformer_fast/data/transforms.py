@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskformer_fast.config import TASKS, AugmentConfig, Task, check_choice
-from maskformer_fast.resizing import resize_array, short_edge_size
-from maskformer_fast.structures import Example, Metadata, SegmentInfo
+from maskformer_fast.config import TASKS, AugmentConfig, Task
+from maskformer_fast.core.checks import check_choice
+from maskformer_fast.core.image_resize import resize_array, short_edge_size
+from maskformer_fast.core.metadata import Metadata, SegmentInfo
+from maskformer_fast.structures import Example
 
 _CROP_TRIES = 10
 _DETR_SHORT_EDGES = (400, 500, 600)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from maskformer_fast.config import TASKS, Task, check_choice
+from maskformer_fast.config import TASKS, Task
+from maskformer_fast.core.checks import check_choice
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.evaluation.common import Evaluator
 from maskformer_fast.evaluation.instance import InstanceEvaluator
 from maskformer_fast.evaluation.panoptic import PanopticEvaluator
 from maskformer_fast.evaluation.semantic import SemanticEvaluator
 from maskformer_fast.evaluation.table import format_table
-from maskformer_fast.structures import Metadata
 
 __all__ = [
     "Evaluator", "InstanceEvaluator", "PanopticEvaluator", "SemanticEvaluator", "build_evaluator", "format_table",

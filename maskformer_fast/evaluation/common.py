@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeVar
 
-from maskformer_fast.structures import Example, InstanceResult, Metadata, Result
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.results import InstanceResult, Result
+from maskformer_fast.structures import Example
 
 _R = TypeVar("_R", bound=Result)
 

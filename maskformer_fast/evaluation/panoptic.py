@@ -6,9 +6,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.results import PanopticResult, Result
 from maskformer_fast.evaluation.common import Evaluator, check_merge, check_truth, class_keys, expect_result, where
-from maskformer_fast.id_maps import result_rows, segment_rows
-from maskformer_fast.structures import Example, Metadata, PanopticResult, Result
+from maskformer_fast.output.id_maps import result_rows, segment_rows
+from maskformer_fast.structures import Example
 
 __all__ = ["PanopticEvaluator"]
 

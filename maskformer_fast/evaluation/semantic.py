@@ -6,8 +6,10 @@ from typing import Any, cast
 
 import numpy as np
 
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.results import Result, SemanticResult
 from maskformer_fast.evaluation.common import Evaluator, check_merge, check_truth, class_keys, expect_result, where
-from maskformer_fast.structures import Example, Metadata, Result, SemanticResult
+from maskformer_fast.structures import Example
 
 __all__ = ["SemanticEvaluator"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from maskformer_fast.config import TASKS, Task, check_choice
+from maskformer_fast.config import TASKS, Task
+from maskformer_fast.core.checks import check_choice
 
 __all__ = ["format_table"]
 

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maskformer_fast.config import BackboneConfig, Config
-from maskformer_fast.formats import write_json
+from maskformer_fast.core.files import write_json
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.interop.architecture import check_fit, meta_model
 from maskformer_fast.interop.files import read_folder_weights
 from maskformer_fast.interop.huggingface_config import (
@@ -36,7 +37,6 @@ from maskformer_fast.interop.huggingface_config import (
 from maskformer_fast.interop.names import ConvertError, Renamed, Rule, from_ours, to_ours
 from maskformer_fast.modeling.backbone import is_swin, resolve_backbone
 from maskformer_fast.modeling.swin import WindowAttention
-from maskformer_fast.structures import Metadata
 
 CONFIG_NAME = "config.json"
 PROCESSOR_NAME = "preprocessor_config.json"

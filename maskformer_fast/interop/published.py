@@ -6,11 +6,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from maskformer_fast.colors import default_colors
 from maskformer_fast.config import Config, ModelConfig
+from maskformer_fast.core.colors import default_colors
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.presets import preset_metadata
 from maskformer_fast.recipes import load_recipe, recipe_names
-from maskformer_fast.structures import Metadata
 
 _FOLDERS = {
     19: "cityscapes_19",

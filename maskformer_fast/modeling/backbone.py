@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from maskformer_fast.config import BackboneConfig, check
+from maskformer_fast.config import BackboneConfig
+from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.resnet import ResNet
 from maskformer_fast.modeling.swin import SwinTransformer
 

@@ -7,7 +7,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskformer_fast.config import DecoderConfig, check
+from maskformer_fast.config import DecoderConfig
+from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.conv import xavier_fill
 from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.transformer import TransformerDecoder

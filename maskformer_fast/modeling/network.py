@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maskformer_fast.config import ModelConfig, check
+from maskformer_fast.config import ModelConfig
+from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.backbone import build_backbone
 from maskformer_fast.modeling.pixel_decoder import PixelDecoder
 

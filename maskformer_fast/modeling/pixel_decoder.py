@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskformer_fast.config import PixelDecoderConfig, check
+from maskformer_fast.config import PixelDecoderConfig
+from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.conv import ConvNorm, xavier_fill
 from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.transformer import TransformerEncoder
-from maskformer_fast.projection import Projection
+from maskformer_fast.structures import Projection
 
 
 class PixelDecoder(nn.Module):

@@ -1,12 +1,12 @@
 """Operators: one file each, holding schema, fake, eager twin and backends."""
 
-from maskformer_fast.ops.instance_rle import encode_instances, instance_rle
-from maskformer_fast.ops.linear_sum_assignment import linear_sum_assignment
+from maskformer_fast.ops.assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import mask_loss
 from maskformer_fast.ops.matching_cost import matching_cost
 from maskformer_fast.ops.resize import resize_images
-from maskformer_fast.ops.segment_inference import instance_inference, panoptic_inference
-from maskformer_fast.ops.semantic_inference import (
+from maskformer_fast.ops.rle import encode_instances, instance_rle
+from maskformer_fast.ops.segments import instance_inference, panoptic_inference
+from maskformer_fast.ops.semantic import (
     pixel_semantic_inference,
     pixel_semantic_scores,
     semantic_inference,

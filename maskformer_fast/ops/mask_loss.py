@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskformer_fast._extension import load_extension, load_kernels
-from maskformer_fast.config import LossConfig, check
+from maskformer_fast.config import LossConfig
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.structures import Predictions, Targets, unpack_masks
 
 # Pixels worked on at a time: temporaries stay within the cache on a CPU, within a few hundred MB each on a GPU.

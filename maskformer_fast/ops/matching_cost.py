@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskformer_fast._extension import load_extension, load_kernels
-from maskformer_fast.config import LossConfig, check
+from maskformer_fast.config import LossConfig
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.ops.mask_loss import focal_parameters, inside
 from maskformer_fast.structures import Predictions, Targets
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from maskformer_fast.config import check
+from maskformer_fast.core.checks import check
 
 CPU_TILE_BYTES = 4 << 20
 """Temporaries of one tile on the CPU: about one core's cache (1 to 16 MiB run alike, whole images 1.6 times slower)."""

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskformer_fast.config import check
+from maskformer_fast.core.checks import check
 from maskformer_fast.kernels.resize_table import columns_first
 
 _library = torch.library.Library("maskformer_fast", "FRAGMENT")
@@ -65,7 +65,7 @@ def filters_columns_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool
 
 def _load_kernel() -> ModuleType:
     try:
-        from maskformer_fast.kernels import preprocess
+        from maskformer_fast.kernels import resize as preprocess
     except ImportError as error:
         raise ImportError(
             f"resizing images on a CUDA device needs Triton, which cannot be imported: {error}. "

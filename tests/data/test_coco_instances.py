@@ -17,8 +17,9 @@ from pycocotools import mask as coco_mask
 from maskformer_fast.config import DataConfig
 from maskformer_fast.data import BrokenExampleError, build_dataset
 from maskformer_fast.data.coco_instances import rasterize
+from tests.support.paths import SHARED
 
-SHARED = Path(__file__).parents[2] / "../shared/data"
+SHARED_DATA = SHARED / "data"
 H, W = 20, 30
 SQUARE = [[4, 3, 14, 3, 14, 9, 4, 9]]  # x 4..13, y 3..8
 
@@ -256,10 +257,10 @@ def test_only_instances(tmp_path, task):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not here")
 def test_real_polygons_have_the_listed_areas():
-    data = json.loads((SHARED / "fruits_nuts/annotations/instances_train.json").read_text())
+    data = json.loads((SHARED_DATA / "fruits_nuts/annotations/instances_train.json").read_text())
     areas = {item["id"]: item["area"] for item in data["annotations"]}
-    dataset = build(SHARED / "fruits_nuts")
-    assert (len(dataset), len(build(SHARED / "fruits_nuts", "val"))) == (12, 3)
+    dataset = build(SHARED_DATA / "fruits_nuts")
+    assert (len(dataset), len(build(SHARED_DATA / "fruits_nuts", "val"))) == (12, 3)
     seen = 0
     for index in range(len(dataset)):
         example = dataset[index]

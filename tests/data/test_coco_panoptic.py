@@ -14,11 +14,12 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from maskformer_fast.config import DataConfig
+from maskformer_fast.core.metadata import VOID
 from maskformer_fast.data import BrokenExampleError, build_dataset
 from maskformer_fast.data.coco_panoptic import segment_areas
-from maskformer_fast.structures import VOID
+from tests.support.paths import SHARED
 
-SAMPLE = Path(__file__).parents[2] / "../shared/data/coco_panoptic_sample"
+SAMPLE = SHARED / "data/coco_panoptic_sample"
 H, W = 12, 17
 CAR, CROWD, SKY = 1 + 256 * 2 + 65536 * 3, 70_000, 9
 

@@ -15,10 +15,11 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from maskformer_fast.config import DataConfig
+from maskformer_fast.core.metadata import VOID
 from maskformer_fast.data import BrokenExampleError, build_dataset
-from maskformer_fast.structures import VOID
+from tests.support.paths import SHARED
 
-CAMVID = Path(__file__).parents[2] / "../shared/data/camvid"
+CAMVID = SHARED / "data/camvid"
 SIZE = (6, 9)
 
 

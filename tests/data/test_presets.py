@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from maskformer_fast.config import DataConfig
+from maskformer_fast.core.metadata import VOID
 from maskformer_fast.data import BrokenExampleError, build_dataset, dataset_metadata
 from maskformer_fast.data.presets import INDEX_PRESETS, PRESETS
-from maskformer_fast.structures import VOID
+from tests.support.paths import SHARED
 
-SHARED = Path(__file__).parents[2] / "../shared/data"
+SHARED_DATA = SHARED / "data"
 SIZE = (5, 8)
 
 # For each: number of classes, things, a few names by index.
@@ -224,9 +225,9 @@ def test_semantic_presets_refuse_other_tasks(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not here")
 def test_real_samples():
-    camvid = build("camvid", SHARED / "camvid")
-    assert (len(camvid), len(build("camvid", SHARED / "camvid", "val"))) == (367, 101)
+    camvid = build("camvid", SHARED_DATA / "camvid")
+    assert (len(camvid), len(build("camvid", SHARED_DATA / "camvid", "val"))) == (367, 101)
     assert camvid[0].id_map.max() <= 10
-    coco = build("coco_panoptic_133", SHARED / "coco_panoptic_sample", "val")
+    coco = build("coco_panoptic_133", SHARED_DATA / "coco_panoptic_sample", "val")
     assert coco.metadata == dataset_metadata(DataConfig(dataset="coco_panoptic_133"))
     assert len(coco[1].segments) > 10

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from maskformer_fast.config import ShapesConfig
+from maskformer_fast.core.metadata import VOID
 from maskformer_fast.data.scene import KINDS, signed_distance
 from maskformer_fast.data.shapes import (
     MAX_STUFF,
@@ -16,7 +17,6 @@ from maskformer_fast.data.shapes import (
     stuff_class,
     thing_class,
 )
-from maskformer_fast.structures import VOID
 
 CONFIGS = {
     "demo": ShapesConfig(train_images=24, val_images=24),

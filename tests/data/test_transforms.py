@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from maskformer_fast.config import AugmentConfig, Task
+from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.data.transforms import (
     Sample,
     TrainTransform,
@@ -19,7 +20,7 @@ from maskformer_fast.data.transforms import (
     short_edge_size,
     target_segments,
 )
-from maskformer_fast.structures import VOID, Example, Metadata, SegmentInfo, pack_masks, unpack_masks
+from maskformer_fast.structures import Example, pack_masks, unpack_masks
 
 PLAIN = AugmentConfig(scale_mode="none", crop_size=None, single_category_max_area=1.0, flip=False)
 

@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 SHELL = ("", "sh")
 LISTINGS = ("text", "json", "mermaid", "math")
 PROGRAMS = ("python", "pip", "make", "torchrun", "docker", "cmake", "git")

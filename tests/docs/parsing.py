@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from maskformer_fast.cli import parse
-from maskformer_fast.recipes import load_recipe, parse_command
+from maskformer_fast.cli import parse, parse_command
+from maskformer_fast.recipes import load_recipe
 from maskformer_fast.train import with_own_recipe
 from tests.docs.pages import ROOT, Command
 

@@ -233,7 +233,7 @@ def check_page(path: Path) -> Report:
 def main() -> int:
     """Check all pages, or those named; returns the exit status."""
     import maskformer_fast.interop.huggingface
-    import maskformer_fast.trainer  # noqa: F401  # once, for all that is forked
+    import maskformer_fast.training.trainer  # noqa: F401  # once, for all that is forked
 
     started, counts, reasons = time.perf_counter(), Counter[str](), Counter[str]()
     wanted = [path for path in pages() if not sys.argv[1:] or path.relative_to(ROOT).as_posix() in sys.argv[1:]]

@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from maskformer_fast.checkpoint import WEIGHTS_NAME, save_weights
 from maskformer_fast.config import ShapesConfig
+from maskformer_fast.core.metadata import VOID
 from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.inference.load import with_classes
 from maskformer_fast.modeling import build_model
-from maskformer_fast.predictor import with_classes
+from maskformer_fast.modeling.weights import WEIGHTS_NAME, save_weights
 from maskformer_fast.recipes import load_recipe, save_config
-from maskformer_fast.structures import VOID, Example
+from maskformer_fast.structures import Example
+from tests.support.paths import TINY_RECIPE
 
-TINY = Path(__file__).parents[1] / "tiny.yaml"
+TINY = TINY_RECIPE
 IMAGES = 4
 RUNS = ("runs/demo", "runs/mine")
 

@@ -12,17 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.colors import default_colors
+from maskformer_fast.core.colors import default_colors
+from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
+from maskformer_fast.core.results import InstanceResult, SemanticResult
 from maskformer_fast.evaluation import InstanceEvaluator, format_table
-from maskformer_fast.structures import (
-    VOID,
-    Example,
-    InstanceResult,
-    Metadata,
-    SegmentInfo,
-    SemanticResult,
-    pack_masks,
-)
+from maskformer_fast.structures import Example, pack_masks
 
 pytest.importorskip("pycocotools")
 METADATA = Metadata("t", ("cat", "sky", "dog"), (True, False, True), (1, 2, 3), default_colors(3))

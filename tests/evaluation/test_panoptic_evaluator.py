@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskformer_fast.colors import default_colors
+from maskformer_fast.core.colors import default_colors
+from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
+from maskformer_fast.core.results import PanopticResult, SemanticResult
 from maskformer_fast.evaluation import PanopticEvaluator, format_table
-from maskformer_fast.structures import VOID, Example, Metadata, PanopticResult, SegmentInfo, SemanticResult
+from maskformer_fast.structures import Example
+from tests.support.paths import SHARED
 
-SAMPLE = Path(__file__).parents[2] / "../shared/data/coco_panoptic_sample"
+SAMPLE = SHARED / "data/coco_panoptic_sample"
 THINGS = (True, False, True, False)
 METADATA = Metadata("t", ("cat", "sky", "dog", "sea"), THINGS, (1, 2, 3, 4), default_colors(4))
 

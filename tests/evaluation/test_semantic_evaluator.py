@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.colors import default_colors
+from maskformer_fast.core.colors import default_colors
+from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
+from maskformer_fast.core.results import PanopticResult, SemanticResult
 from maskformer_fast.evaluation import SemanticEvaluator, build_evaluator, format_table
-from maskformer_fast.structures import VOID, Example, Metadata, PanopticResult, SegmentInfo, SemanticResult
+from maskformer_fast.structures import Example
 
 
 def metadata(k: int) -> Metadata:

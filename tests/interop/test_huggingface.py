@@ -23,13 +23,14 @@ from maskformer_fast.config import (
     PixelDecoderConfig,
     TestConfig,
 )
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.presets import preset_metadata
 from maskformer_fast.interop import huggingface
 from maskformer_fast.interop.huggingface import RULES, read_folder, write_folder
 from maskformer_fast.interop.huggingface_config import Section, read_config, write_config
 from maskformer_fast.interop.names import ConvertError, from_ours, to_ours
 from maskformer_fast.modeling import BACKBONES, build_model, resolve_backbone
-from maskformer_fast.structures import Metadata
+from maskformer_fast.ops.mask_product import layer_mask_logits
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -93,7 +94,7 @@ def assert_transformers_agrees(folder: Path, model: ModelConfig, weights: dict[s
         expected = theirs.eval()(network.normalize(images, torch.tensor([[75, 101]])))
     for a, b in (
         (got.class_logits[-1], expected.class_queries_logits),
-        (got.mask_logits(), expected.masks_queries_logits),
+        (layer_mask_logits(got), expected.masks_queries_logits),
     ):
         assert a.shape == b.shape and (a - b).abs().max() < 1e-4 * b.abs().max()
 

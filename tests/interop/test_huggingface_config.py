@@ -11,19 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.config import (
-    BackboneConfig,
-    Config,
-    DecoderConfig,
-    ModelConfig,
-    PixelDecoderConfig,
-    TestConfig,
-)
+from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, ModelConfig, PixelDecoderConfig, TestConfig
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.presets import preset_metadata
 from maskformer_fast.interop.huggingface_config import Section, read_config, write_config, write_processor
 from maskformer_fast.interop.names import ConvertError
 from maskformer_fast.modeling import resolve_backbone
-from maskformer_fast.structures import Metadata
 
 METADATA = Metadata("mine", tuple("abcde"), (True,) * 5, tuple(range(5)), ((1, 2, 3),) * 5)
 RESNET = BackboneConfig("resnet50", depths=(1, 2, 1, 2), stem_channels=8, bottleneck_channels=4, res2_channels=16)

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskformer_fast.checkpoint import load_backbone
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.interop import official
 from maskformer_fast.interop.files import read_weights
@@ -23,8 +22,9 @@ from maskformer_fast.interop.official import backbone_to_ours, is_model, model_t
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.backbone import build_backbone
 from maskformer_fast.modeling.swin import WindowAttention
+from maskformer_fast.modeling.weights import load_backbone
+from tests.support.paths import ORACLES
 
-ORACLES = Path(__file__).resolve().parents[2].parent / "shared/oracles/official"
 needs_oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason="no recorded outputs of the official implementation")
 
 FROZEN = BackboneConfig("resnet50", norm="frozen")

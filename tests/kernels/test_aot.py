@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 pytest.importorskip("triton", reason="needs Triton")
 
 from maskformer_fast.kernels import aot
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.no_cover  # kernels/ is not measured anyway
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 FOLDER = str(Path(__file__).parent / "interpreted")
 
 pytest.importorskip("triton", reason="needs Triton")

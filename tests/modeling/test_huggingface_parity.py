@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskformer_fast import postprocess
 from maskformer_fast.config import Config, LossConfig
-from maskformer_fast.criterion import Criterion
+from maskformer_fast.inference import postprocess
 from maskformer_fast.interop.huggingface import RULES, read_folder
 from maskformer_fast.interop.names import to_ours
-from maskformer_fast.matcher import match
 from maskformer_fast.modeling import build_model
+from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import Predictions, Targets, pack_masks, unpack_masks
+from maskformer_fast.training.criterion import Criterion
+from maskformer_fast.training.matcher import match
 
 transformers = pytest.importorskip("transformers")
 
@@ -153,7 +154,7 @@ def assert_same_logits(networks: Pair, got: Predictions, expected: Any) -> None:
     """Every layer. Their auxiliary predictions are no peer: they start with the zero states before the first layer and
     leave out the final LayerNorm, so their states go through their own norm and heads here."""
     assert_close("class logits", got.class_logits[-1], expected.class_queries_logits)
-    assert_close("mask logits", got.mask_logits(), expected.masks_queries_logits)
+    assert_close("mask logits", layer_mask_logits(got), expected.masks_queries_logits)
     states = expected.transformer_decoder_hidden_states
     assert len(states) == len(got.class_logits) + 1 and not states[0].any()
     norm = networks.theirs.model.transformer_module.decoder.layernorm
@@ -163,7 +164,7 @@ def assert_same_logits(networks: Pair, got: Predictions, expected: Any) -> None:
             embeddings = networks.theirs.mask_embedder(norm(state))
         masks = torch.einsum("bqc,bchw->bqhw", embeddings, expected.pixel_decoder_last_hidden_state)
         assert_close(f"class logits of layer {layer}", got.class_logits[layer], classes)
-        assert_close(f"mask logits of layer {layer}", got.mask_logits(layer), masks)
+        assert_close(f"mask logits of layer {layer}", layer_mask_logits(got, layer), masks)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.modeling import build_model
+from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import PixelPredictions, Predictions
 
 BACKBONES = ("resnet_micro", "swin_micro")
@@ -94,11 +95,11 @@ def test_the_last_convolution_may_wait(batch: int) -> None:
     torch.testing.assert_close(waiting.pixel_embeddings, projected.pixel_embeddings, rtol=0, atol=0)
     for a, b in zip(waiting[:2], projected[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    torch.testing.assert_close(waiting.mask_logits(), projected.mask_logits(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer_mask_logits(waiting), layer_mask_logits(projected), rtol=1e-4, atol=1e-5)
 
     every = model(images, sizes, all_layers=True)
     assert every.projection is None
-    torch.testing.assert_close(every.mask_logits(), projected.mask_logits(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer_mask_logits(every), layer_mask_logits(projected), rtol=1e-5, atol=1e-5)
     model.train()
     assert model(images, sizes).projection is None
     assert model(images, sizes, project=False).projection is not None
@@ -113,7 +114,7 @@ def test_exports_whole(project: bool) -> None:
     got, expected = exported.module()(other, project=project), model(other, project=project)
     assert isinstance(got, Predictions)
     torch.testing.assert_close(got.class_logits, expected.class_logits)
-    torch.testing.assert_close(got.mask_logits(), expected.mask_logits())
+    torch.testing.assert_close(layer_mask_logits(got), layer_mask_logits(expected))
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -159,7 +160,7 @@ def test_every_parameter_gets_a_finite_gradient(backbone: str, kind: str) -> Non
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     predictions = model(random_images(2, 64, 75))
     outputs = (
-        [predictions.class_logits, *(predictions.mask_logits(layer) for layer in range(LAYERS))]
+        [predictions.class_logits, *(layer_mask_logits(predictions, layer) for layer in range(LAYERS))]
         if isinstance(predictions, Predictions)
         else [predictions.logits]
     )
@@ -186,8 +187,8 @@ def test_channels_last_and_bfloat16_stay_close(backbone: str) -> None:
         assert c.dtype == torch.bfloat16
         assert torch.isfinite(c).all()
         assert (c - a).norm() < 0.1 * a.norm()
-    masks = half.mask_logits()
-    assert (masks - expected.mask_logits()).norm() < 0.1 * expected.mask_logits().norm()
+    masks = layer_mask_logits(half)
+    assert (masks - layer_mask_logits(expected)).norm() < 0.1 * layer_mask_logits(expected).norm()
 
 
 # One shifted block is enough, and one transformer encoder: tracing symbolic sizes takes its time.
@@ -211,6 +212,6 @@ def test_compiles_whole_and_once_for_all_sizes(model_config: ModelConfig) -> Non
             got, expected = compiled(images, valid_sizes), model(images, valid_sizes)
         for a, b in zip(got[:3], expected[:3], strict=True):
             torch.testing.assert_close(a, b)
-        torch.testing.assert_close(got.mask_logits(), expected.mask_logits())
+        torch.testing.assert_close(layer_mask_logits(got), layer_mask_logits(expected))
         assert got.input_size == (height, width)
     assert counter.frame_count == 1

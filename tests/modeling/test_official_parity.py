@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from maskformer_fast.config import BackboneConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.modeling import build_model
-
-ORACLES = Path(__file__).resolve().parents[2].parent / "shared/oracles/official"
+from tests.support.paths import ORACLES
 
 pytestmark = pytest.mark.skipif(not ORACLES.is_dir(), reason="no recorded outputs of the official implementation here")
 

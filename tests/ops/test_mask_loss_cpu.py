@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskformer_fast import _extension
+from maskformer_fast.core import extension as _extension
 from maskformer_fast.ops.mask_loss import mask_sums_backward_eager, mask_sums_eager
 
 operator = torch.ops.maskformer_fast.mask_sums

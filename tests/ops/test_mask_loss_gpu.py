@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskformer_fast import _extension
 from maskformer_fast.config import LossConfig
+from maskformer_fast.core import extension as _extension
 from maskformer_fast.ops.mask_loss import _mask_sums_cuda, mask_loss, mask_sums_backward_eager, mask_sums_eager
 from maskformer_fast.structures import Predictions, Targets
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskformer_fast import _extension
 from maskformer_fast.config import LossConfig
+from maskformer_fast.core import extension as _extension
+from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.ops.matching_cost import matching_cost, matching_cost_eager, matching_cost_from_logits
 from maskformer_fast.structures import Predictions, Targets, pack_masks, unpack_masks
 
@@ -60,9 +61,9 @@ def random_batch(
 def pair_cost(predictions: Predictions, targets: Targets, loss: LossConfig, place: tuple[int, int, int, int]) -> float:
     """Cost of one (layer, image, query, target) in float64, straight from the definitions."""
     layer, image, query, target = place
-    x = predictions._replace(
+    x = layer_mask_logits(predictions._replace(
         mask_embeddings=predictions.mask_embeddings.double(), pixel_features=predictions.pixel_embeddings.double()
-    ).mask_logits(layer)[image, query]
+    ), layer)[image, query]
     mask = unpack_masks(targets.masks, targets.input_size[1])[image, target].double()
     counted = torch.zeros_like(mask)
     height, width = targets.valid_sizes[image] if loss.padding == "exclude" else targets.input_size
@@ -139,7 +140,7 @@ def test_random_shapes_equal_float64(seed, height, width, counts, layers, querie
 @pytest.mark.parametrize("padding", ["exclude", "include"])
 def test_from_logits_equals_from_embeddings(isa, padding):
     predictions, targets = random_batch(9, (50, 90), [4, 0, 7], queries=41)
-    logits = torch.stack([predictions.mask_logits(layer) for layer in range(2)])
+    logits = torch.stack([layer_mask_logits(predictions, layer) for layer in range(2)])
     loss = LossConfig(padding=padding)
     cost = matching_cost_from_logits(predictions.class_logits, logits, targets, loss)
     assert_equals_oracle(cost, predictions, targets, loss)
@@ -326,7 +327,7 @@ def operator_arguments(dtype: torch.dtype, padding: str, factored: bool) -> tupl
     predictions, targets = random_batch(12, (16, 24), [3, 0, 2])
     floats = [predictions.class_logits, predictions.mask_embeddings, predictions.pixel_embeddings]
     if not factored:
-        floats[1:] = [torch.stack([predictions.mask_logits(layer) for layer in range(2)])]
+        floats[1:] = [torch.stack([layer_mask_logits(predictions, layer) for layer in range(2)])]
     valid = targets.valid_sizes if padding == "exclude" else None
     converted = [tensor.to(dtype) for tensor in floats] + ([] if factored else [None])
     return *converted, *targets[:3], valid, [16, 24], [1.0, 20.0, 1.0], [0.25, 0.75, 2.0]

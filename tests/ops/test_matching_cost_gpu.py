@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskformer_fast import _extension
 from maskformer_fast.config import LossConfig
+from maskformer_fast.core import extension as _extension
+from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.ops.matching_cost import (
     _matching_cost_cuda,
     matching_cost,
@@ -88,7 +89,7 @@ def test_equals_double_precision(dtype: torch.dtype, case: tuple) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_from_logits(dtype: torch.dtype) -> None:
     predictions, targets = random_batch([5, 40], 70, 16, (33, 21), (130, 84), dtype=dtype)
-    logits = torch.stack([predictions.mask_logits(layer) for layer in range(2)])
+    logits = torch.stack([layer_mask_logits(predictions, layer) for layer in range(2)])
     for view in (logits, logits.mT.contiguous().mT):
         cost = matching_cost_from_logits(predictions.class_logits, view, targets, LossConfig())
         exact = matching_cost_from_logits(predictions.class_logits, view.double(), targets, LossConfig())

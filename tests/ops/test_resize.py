@@ -98,7 +98,7 @@ def test_says_what_to_install_without_triton(monkeypatch: pytest.MonkeyPatch) ->
     from maskformer_fast.ops import resize
 
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "maskformer_fast.kernels.preprocess", raising=False)
+    monkeypatch.delitem(sys.modules, "maskformer_fast.kernels.resize", raising=False)
     monkeypatch.delattr(kernels, "preprocess", raising=False)
     with pytest.raises(ImportError, match="pip install triton"):
         resize._load_kernel()

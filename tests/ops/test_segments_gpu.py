@@ -13,18 +13,19 @@ from typing import get_args
 import pytest
 import torch
 
-from maskformer_fast import _extension
 from maskformer_fast.config import PanopticRule
+from maskformer_fast.core import extension as _extension
+from maskformer_fast.core.metadata import VOID
 from maskformer_fast.ops import encode_instances, instance_inference, instance_rle, panoptic_inference
-from maskformer_fast.ops.instance_rle import _instance_rle_cuda
-from maskformer_fast.ops.segment_inference import (
+from maskformer_fast.ops.rle import _instance_rle_cuda
+from maskformer_fast.ops.rle_encoding import encode_packed_masks
+from maskformer_fast.ops.segments import (
     PanopticSegments,
     _instance_inference_cuda,
     _panoptic_inference_cuda,
     panoptic_inference_eager,
 )
-from maskformer_fast.rle import encode_packed_masks
-from maskformer_fast.structures import VOID, unpack_masks
+from maskformer_fast.structures import unpack_masks
 
 gpu = pytest.mark.gpu
 RULES = get_args(PanopticRule)

@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from maskformer_fast import _extension
+from maskformer_fast.core import extension as _extension
 from maskformer_fast.ops import semantic_inference
-from maskformer_fast.ops.semantic_inference import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
+from maskformer_fast.ops.semantic import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
 
 gpu = pytest.mark.gpu
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}

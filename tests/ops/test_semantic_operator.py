@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +14,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast import _extension
-from maskformer_fast._extension import load_extension
+from maskformer_fast.core import extension as _extension
+from maskformer_fast.core.extension import load_extension
 from maskformer_fast.ops import semantic_inference
-from maskformer_fast.ops.semantic_inference import PATHS, SemanticMap, semantic_inference_eager
-
-ROOT = Path(__file__).parents[2]
+from maskformer_fast.ops.semantic import PATHS, SemanticMap, semantic_inference_eager
+from tests.support.paths import ROOT
 
 
 def axis_weights(source: int, extent: float, output: int) -> np.ndarray:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskformer_fast.core.metadata import VOID
 from maskformer_fast.kernels.class_scores import class_scores
-from maskformer_fast.structures import VOID
 
 INF, NAN = float("inf"), float("nan")
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from maskformer_fast.config import PanopticRule
-from maskformer_fast.kernels.instances import instance_masks
-from maskformer_fast.kernels.panoptic import panoptic_segments
+from maskformer_fast.core.metadata import VOID
 from maskformer_fast.kernels.rle import BYTES_LAUNCH, RUN_BLOCK, _bytes_kernel
-from maskformer_fast.ops.instance_rle import _instance_rle_cuda, encode_instances, instance_rle
-from maskformer_fast.ops.segment_inference import (
+from maskformer_fast.kernels.segments_instances import instance_masks
+from maskformer_fast.kernels.segments_panoptic import panoptic_segments
+from maskformer_fast.ops.rle import _instance_rle_cuda, encode_instances, instance_rle
+from maskformer_fast.ops.segments import (
     InstanceMasks,
     PanopticSegments,
     _instance_inference_cuda,
@@ -27,7 +28,7 @@ from maskformer_fast.ops.segment_inference import (
     instance_inference,
     panoptic_inference,
 )
-from maskformer_fast.structures import VOID, unpack_masks
+from maskformer_fast.structures import unpack_masks
 
 RULES = get_args(PanopticRule)
 MARGIN = 1e-5  # of scores and probabilities
@@ -326,7 +327,7 @@ def test_buffer_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = ((3, 4), (3.0, 4.0), (9, 11))
     logits = clear_logits(7, 1, 2, grid)
     expected = encode_instances(logits, *grid[1:])
-    module = sys.modules["maskformer_fast.ops.instance_rle"]
+    module = sys.modules["maskformer_fast.ops.rle"]
     monkeypatch.setattr(module, "instance_rle", _instance_rle_cuda)
     for columns in (0, 4):
         monkeypatch.setattr(module, "BYTES_PER_COLUMN", columns)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maskformer_fast.kernels.resample import axis_tiles, narrow_maps, tap_place
 from maskformer_fast.kernels.semantic import semantic_from_embeddings, semantic_from_logits
-from maskformer_fast.ops.semantic_inference import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
+from maskformer_fast.ops.semantic import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 

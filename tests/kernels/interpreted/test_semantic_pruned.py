@@ -12,7 +12,7 @@ from maskformer_fast.kernels import semantic, semantic_pruned
 from maskformer_fast.kernels.class_probabilities import class_probabilities
 from maskformer_fast.kernels.semantic import semantic_from_embeddings, semantic_from_logits
 from maskformer_fast.kernels.semantic_tile import TILE_H, TILE_W, plan_tiles
-from maskformer_fast.ops.semantic_inference import _semantic_inference_cuda
+from maskformer_fast.ops.semantic import _semantic_inference_cuda
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 Size = tuple[int, int]

@@ -1,0 +1,46 @@
+// A task is a block of tiles, of whatever image; its transformed inputs stay in the processor's cache.
+#include "convolution/convolution.h"
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "common/cpu_isa.h"
+#include "common/threads.h"
+
+namespace maskformer_fast {
+namespace {
+
+constexpr int64_t kBlockTiles = 36;  // a multiple of the tiles whose sums are in registers at a time
+
+}  // namespace
+
+template <class Element>
+void convolve_winograd(const WinogradConvolution& conv, const Element* images, int64_t count, Element* result,
+                       int threads) {
+  if (conv.in_channels % kPanel != 0) {
+    throw std::invalid_argument("in_channels: expected a multiple of " + std::to_string(kPanel) + ", got " +
+                                std::to_string(conv.in_channels));
+  }
+  const int64_t rows = (conv.height + kOutputTile - 1) / kOutputTile;
+  const int64_t columns = (conv.width + kOutputTile - 1) / kOutputTile, tiles = count * rows * columns;
+  if (tiles == 0 || conv.out_channels == 0) return;
+  // as many blocks as keep all threads busy to the end
+  int64_t blocks = (tiles + kBlockTiles - 1) / kBlockTiles;
+  blocks = std::min(tiles, (blocks + threads - 1) / threads * threads);
+  const int64_t most = (tiles + blocks - 1) / blocks;
+  threads = static_cast<int>(std::min<int64_t>(threads, blocks));
+  const int64_t inputs = kTaps * most * conv.in_channels, products = kTaps * most * kChunkPanels * kPanel;
+  const std::unique_ptr<float[]> scratch(new float[threads * (inputs + products)]);
+  parallel_for(blocks, threads, [&](int worker, int64_t block) {
+    float* own = scratch.get() + worker * (inputs + products);
+    MF_DISPATCH(convolve_tiles, conv, images, result, tiles * block / blocks, tiles * (block + 1) / blocks,
+                {own, own + inputs});
+  });
+}
+
+template void convolve_winograd(const WinogradConvolution&, const float*, int64_t, float*, int);
+template void convolve_winograd(const WinogradConvolution&, const uint16_t*, int64_t, uint16_t*, int);
+
+}  // namespace maskformer_fast

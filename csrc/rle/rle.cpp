@@ -1,0 +1,128 @@
+#include "rle/rle.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+
+#include "common/threads.h"
+
+namespace maskformer_fast {
+namespace {
+
+// Writes runs as they end.
+class RunWriter {
+ public:
+  explicit RunWriter(std::string& out) : out_(out) {}
+
+  // The next pixel in which the value changes, or the end of the mask.
+  void change(int64_t position) {
+    const int64_t run = position - last_;
+    last_ = position;
+    write(written_ > 2 ? run - before_last_run_ : run);
+    before_last_run_ = last_run_;
+    last_run_ = run;
+    ++written_;
+  }
+
+ private:
+  void write(int64_t value) {
+    for (bool more = true; more;) {
+      const int64_t bits = value & 31;
+      value >>= 5;
+      more = value != (bits & 16 ? -1 : 0);  // until the rest is the sign
+      out_.push_back(static_cast<char>(48 + (bits | (more ? 32 : 0))));
+    }
+  }
+
+  std::string& out_;
+  int64_t last_ = 0, last_run_ = 0, before_last_run_ = 0, written_ = 0;
+};
+
+struct RowChanges {
+  int64_t row;
+  uint64_t columns;
+};
+
+// What one thread needs, reused from mask to mask.
+struct RleScratch {
+  std::vector<RowChanges> rows;
+  std::vector<int64_t> positions;  // of the changes, by column
+};
+
+// 64 pixels of a row.
+uint64_t load_word(const uint8_t* row, int64_t row_bytes, int64_t word) {
+  uint64_t bits = 0;
+  const int64_t first = 8 * word, bytes = std::min<int64_t>(8, row_bytes - first);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  if (bytes == 8) {
+    std::memcpy(&bits, row + first, 8);
+    return bits;
+  }
+#endif
+  for (int64_t b = 0; b < bytes; ++b) bits |= static_cast<uint64_t>(row[first + b]) << (8 * b);
+  return bits;
+}
+
+// Changes down 64 columns at a time: few rows differ from the row above, and these few are sorted by column.
+void encode_mask(const uint8_t* mask, int64_t height, int64_t width, RleScratch& scratch, std::string& out) {
+  const int64_t row_bytes = (width + 7) / 8;
+  RunWriter runs(out);
+  uint64_t carry = 0;  // last pixel of the column before these 64
+  for (int64_t word = 0; 64 * word < width; ++word) {
+    const int64_t columns = std::min<int64_t>(64, width - 64 * word);
+    const uint64_t real = columns == 64 ? ~uint64_t{0} : (uint64_t{1} << columns) - 1;
+    // above the first row stands the end of the column to the left
+    uint64_t above = (load_word(mask + (height - 1) * row_bytes, row_bytes, word) & real) << 1 | carry;
+    int64_t ends[64] = {};
+    scratch.rows.clear();
+    for (int64_t row = 0; row < height; ++row) {
+      const uint64_t here = load_word(mask + row * row_bytes, row_bytes, word) & real;
+      const uint64_t changes = (here ^ above) & real;
+      above = here;
+      if (changes == 0) continue;
+      scratch.rows.push_back({row, changes});
+      for (uint64_t left = changes; left; left &= left - 1) ++ends[__builtin_ctzll(left)];
+    }
+    carry = above >> 63;
+    int64_t total = 0;
+    for (int64_t& end : ends) {  // for now where the column's positions begin
+      const int64_t count = end;
+      end = total;
+      total += count;
+    }
+    scratch.positions.resize(total);
+    for (const RowChanges& changes : scratch.rows) {
+      for (uint64_t left = changes.columns; left; left &= left - 1) {
+        const int column = __builtin_ctzll(left);
+        scratch.positions[ends[column]++] = (64 * word + column) * height + changes.row;
+      }
+    }
+    for (const int64_t position : scratch.positions) runs.change(position);
+  }
+  runs.change(height * width);
+}
+
+}  // namespace
+
+std::vector<std::string> encode_masks(const uint8_t* masks, int64_t count, int64_t height, int64_t width,
+                                      int threads) {
+  constexpr int64_t kPixelsPerThread = 1 << 20;
+  const int64_t stride = height * ((width + 7) / 8);
+  const int64_t useful = std::min(count, 1 + count * height * width / kPixelsPerThread);
+  threads = static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, useful)));
+  std::vector<std::string> encoded(count);
+  std::vector<RleScratch> scratch(threads);
+  std::atomic<bool> out_of_memory{false};  // results grow as they are written, and no exception may leave a thread
+  parallel_for(count, threads, [&](int worker, int64_t i) {
+    try {
+      encode_mask(masks + i * stride, height, width, scratch[worker], encoded[i]);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+  return encoded;
+}
+
+}  // namespace maskformer_fast

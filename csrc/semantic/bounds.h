@@ -1,0 +1,258 @@
+// What can matter in a tile: ranges of masks, bounds of scores; part of semantic_kernel.cpp.
+#pragma once
+
+#include "semantic/scratch.h"
+
+namespace maskformer_fast {
+namespace MF_ISA {
+namespace {
+
+constexpr int kRangeColumns = 512;  // of the maps, that the ranges of a strip are found by vectors for
+
+// Least and largest logit of every query in the windows of a strip of tiles side by side -> [tile, queries rounded up];
+// false if a NaN is near. A query's rows are read once for the strip: maps lie at distances that share few lines of the
+// caches, so the next tile would not find them there.
+template <class T>
+bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, float* least, float* largest) {
+  const int64_t row_stride = image.mask_strides[1], column_stride = image.mask_strides[2];
+  const int64_t out_stride = round_up(image.queries + 1, 16);
+  int rows[2 * kTile], count = 0;  // what the tiles read, ascending
+  for (int i = 0; i < 2 * kTile; ++i) {
+    const int y = i % 2 ? windows->high[i / 2] : windows->low[i / 2];
+    if (!count || y > rows[count - 1]) rows[count++] = y;
+  }
+  const int last_start = image.map_width - kLanes, last = windows[tiles - 1].last_column;
+  const int base = windows->first_column < last_start ? windows->first_column : last_start;
+  if (last_start < 0 || column_stride != 1 || last - base >= kRangeColumns) {
+    bool valid = true;
+    for (int query = 0; query < image.queries; ++query) {
+      const T* map = static_cast<const T*>(image.masks) + query * image.mask_strides[0];
+      for (int tile = 0; tile < tiles; ++tile) {
+        float low = kInfinity, high = -kInfinity;
+        for (int i = 0; i < count; ++i) {
+          for (int64_t x = windows[tile].first_column; x <= windows[tile].last_column; ++x) {
+            const float tap = load_float(map + rows[i] * row_stride + x * column_stride);
+            valid = valid && tap == tap;
+            low = tap < low ? tap : low;
+            high = tap > high ? tap : high;
+          }
+        }
+        least[tile * out_stride + query] = low;
+        largest[tile * out_stride + query] = high;
+      }
+    }
+    return valid;
+  }
+  // of each column; two queries take turns, as reading what was just written in other pieces would wait for it
+  float low_columns[2][kRangeColumns + 2 * kLanes] = {}, high_columns[2][kRangeColumns + 2 * kLanes] = {};
+  Ints unordered{};
+  for (int query = 0; query <= image.queries; ++query) {
+    if (query < image.queries) {
+      const T* map = static_cast<const T*>(image.masks) + query * image.mask_strides[0];
+      const int ahead = query + 2 < image.queries ? query + 2 : query;  // no processor foresees these jumps
+      const T* next = static_cast<const T*>(image.masks) + ahead * image.mask_strides[0];
+      for (int x = base; x <= last; x += kLanes) {
+        const int start = x < last_start ? x : last_start;
+        Floats low = broadcast(kInfinity), high = broadcast(-kInfinity);
+        for (int i = 0; i < count; ++i) {
+          __builtin_prefetch(next + rows[i] * row_stride + start);
+          const Floats taps = load_floats(map + rows[i] * row_stride + start);
+          unordered |= taps != taps;
+          low = min(low, taps);
+          high = max(high, taps);
+        }
+        store(low_columns[query % 2] + start - base, low);
+        store(high_columns[query % 2] + start - base, high);
+      }
+    }
+    if (query == 0) continue;
+    const int done = query - 1;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const float* lows = low_columns[done % 2] - base;
+      const float* highs = high_columns[done % 2] - base;
+      Floats low = broadcast(kInfinity), high = broadcast(-kInfinity);
+      for (int x = windows[tile].first_column; x <= windows[tile].last_column; x += kLanes) {
+        const Ints inside = first_lanes(windows[tile].last_column + 1 - x);
+        low = min(low, select(inside, load(lows + x), low));
+        high = max(high, select(inside, load(highs + x), high));
+      }
+      least[tile * out_stride + done] = -highest(-low);
+      largest[tile * out_stride + done] = highest(high);
+    }
+  }
+  return !any(unordered);
+}
+
+bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, const Scratch& s) {
+  switch (image.mask_type) {
+    case FloatType::float32: return find_ranges<float>(image, windows, tiles, s.least, s.largest);
+    case FloatType::bfloat16: return find_ranges<BFloat16>(image, windows, tiles, s.least, s.largest);
+    case FloatType::float16: return find_ranges<Float16>(image, windows, tiles, s.least, s.largest);
+  }
+  return false;
+}
+
+// What a sum of at most all queries' terms may be off by, relative to itself: no term is negative, and adding one
+// rounds by at most 2^-24 of the sum so far, twice where there is no fused multiply-add (the second time of the term
+// alone).
+MF_INLINE float rounding(const SemanticImage& image) { return (image.queries + 16) * 0x1p-24f; }
+
+// Middle, half width and bound of every query's part in a tile, from the range of its logits; the largest bound.
+//
+// The interpolation is monotone in the taps as computed, and of equal taps x it is within 6 * 2^-24 |x| of x: two axes
+// with two products and the rounding of 1 - t. The probability is within 4 units in the last place. So what a pixel's
+// mask is computed as lies in [lo, hi], widened by 2^-20 on both counts.
+MF_INLINE float bound_queries(const SemanticImage& image, int tile, const Scratch& s) {
+  const int64_t stride = round_up(image.queries + 1, 16);
+  float* least = s.least + tile * stride;
+  float* largest = s.largest + tile * stride;
+  for (int q = image.queries; q < round_up(image.queries, kLanes); ++q) least[q] = largest[q] = -kInfinity;
+  Floats top{};
+  for (int q = 0; q < image.queries; q += kLanes) {
+    const Floats low = limit_logits(load(least + q)), high = limit_logits(load(largest + q));
+    const Floats lo = mask_probability(low - max(low, -low) * 0x1p-20f) * (1.0f - 0x1p-20f);
+    const Floats hi = mask_probability(high + max(high, -high) * 0x1p-20f) * (1.0f + 0x1p-20f);
+    const Floats bound = hi * load(image.largest + q);
+    store(s.middle + q, 0.5f * (lo + hi));
+    store(s.half + q, 0.5f * (hi - lo) + hi * 0x1p-22f);
+    store(s.bound + q, bound);
+    top = max(top, bound);
+  }
+  return highest(top);
+}
+
+// The largest of 16 falling thresholds below or at which the `count` weights sum to at most `budget`, or 0; the sum.
+float find_threshold(const SemanticImage& image, const float* weights, int count, float budget, float* sum) {
+  constexpr int kThresholds = 16, kVectors = kThresholds / kLanes;
+  float thresholds[kThresholds], sums[kThresholds];
+  float threshold = budget;
+  for (int i = 0; i < kThresholds; ++i, threshold *= 0.6f) thresholds[i] = threshold;
+  for (int v = 0; v < kVectors; ++v) {
+    const Floats limit = load(thresholds + v * kLanes);
+    Floats even{}, odd{};
+    int i = 0;
+    for (; i + 1 < count; i += 2) {
+      const Floats a = broadcast(weights[i]), b = broadcast(weights[i + 1]);
+      even += select(a <= limit, a, Floats{});
+      odd += select(b <= limit, b, Floats{});
+    }
+    if (i < count) even += select(broadcast(weights[i]) <= limit, broadcast(weights[i]), Floats{});
+    store(sums + v * kLanes, (even + odd) * (1.0f + rounding(image)));
+  }
+  for (int i = 0; i < kThresholds; ++i) {
+    *sum = sums[i];
+    if (sums[i] <= budget) return thresholds[i];
+  }
+  *sum = 0.0f;
+  return -1.0f;
+}
+
+// Rounding is relative only above the least normal number: what hundreds of sums below it may be off by.
+constexpr float kTiny = 1e-30f;
+
+struct ClassBounds {
+  Floats first, second;  // the two largest lower bounds in each lane
+};
+
+// Bounds of kVectors vectors of classes from c on.
+template <int kVectors>
+MF_INLINE void bound_class_vectors(const SemanticImage& image, const Scratch& s, int c, int live, float slack,
+                                   ClassBounds& bounds) {
+  const float error = rounding(image);
+  Floats middle[kVectors]{}, half[kVectors]{};
+  int32_t classes[kVectors * kLanes];
+  const int count = image.classes - c < kVectors * kLanes ? image.classes - c : kVectors * kLanes;
+  if (!image.probabilities) {
+    for (int i = 0; i < count; ++i) classes[i] = c + i;
+    for (int v = 0; v < kVectors; ++v) store(s.row + v * kLanes, broadcast(0.0f));
+  }
+  for (int i = 0; i < live; ++i) {
+    const int q = s.live[i];
+    const float* row = image.probabilities + q * image.probability_stride + c;
+    if (!image.probabilities) {
+      fetch(image, q, classes, count, s.row);
+      row = s.row;
+    }
+    const Floats query_middle = broadcast(s.middle[q]), query_half = broadcast(s.half[q]);
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats p = load(row + v * kLanes);
+      middle[v] += p * query_middle;
+      half[v] += p * query_half;
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const Floats upper = (middle[v] + half[v]) * (1.0f + error) + (slack + kTiny);
+    const Floats lower = middle[v] * (1.0f - error) - half[v] * (1.0f + error);
+    store(s.upper + c + v * kLanes, upper);
+    bounds.second = max(bounds.second, min(bounds.first, lower));
+    bounds.first = max(bounds.first, lower);
+  }
+}
+
+// Classes that can win somewhere in the tile (with `runner_up`: or come second) -> scratch.classes. The live queries
+// count with their ranges, `slack` bounds what the others add to a score.
+MF_INLINE int bound_classes(const SemanticImage& image, const Scratch& s, int live, float slack, bool runner_up) {
+  ClassBounds bounds{};
+  int c = 0;
+  for (; c + 4 * kLanes <= image.classes; c += 4 * kLanes) bound_class_vectors<4>(image, s, c, live, slack, bounds);
+  for (; c < image.classes; c += kLanes) bound_class_vectors<1>(image, s, c, live, slack, bounds);
+  float bar = highest(bounds.first);
+  if (runner_up) {  // the second largest over all lanes
+    float one = 0.0f, two = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (const float x : {bounds.first[lane], bounds.second[lane]}) {
+        const float lesser = x < one ? x : one;
+        two = lesser > two ? lesser : two;
+        one = x > one ? x : one;
+      }
+    }
+    bar = two;
+  }
+  int found = 0;
+  for (int v = 0; v < image.classes; v += kLanes) {
+    if (!any(load(s.upper + v) >= bar)) continue;
+    for (int i = v; i < v + kLanes && i < image.classes; ++i) {
+      s.classes[found] = i;
+      found += s.upper[i] >= bar;
+    }
+  }
+  return found;
+}
+
+// Leaves those of the live queries in scratch.live whose masks matter and puts the others, which may be taken by their
+// middle, in scratch.dropped. `change` is what that does to the difference of two scores (with `values`: to twice a
+// score), at most budget.
+MF_INLINE void choose_queries(const SemanticImage& image, const Scratch& s, float budget, int classes, bool values,
+                              int* live, int* dropped, float* change) {
+  for (int i = 0; i < *live; ++i) {
+    const int q = s.live[i];
+    float spread = image.largest[q];
+    if (classes <= kClassBlock) {
+      fetch(image, q, s.classes, classes, s.row);
+      Floats low = broadcast(kInfinity), high = broadcast(0.0f);
+      for (int c = 0; c < classes; c += kLanes) {
+        const Floats p = load(s.row + c);
+        low = min(low, select(first_lanes(classes - c), p, low));
+        high = max(high, p);
+      }
+      spread = values ? highest(high) : highest(high) + highest(-low);
+    }
+    s.weight[i] = (values ? 2.0f * spread : spread) * s.half[q] * (1.0f + 0x1p-20f);
+  }
+  const float cut = find_threshold(image, s.weight, *live, budget, change);
+  int kept = 0;
+  *dropped = 0;
+  for (int i = 0; i < *live; ++i) {
+    const int q = s.live[i];
+    const bool keep = s.weight[i] > cut;
+    s.dropped[*dropped] = q;
+    *dropped += !keep;
+    s.live[kept] = q;
+    kept += keep;
+  }
+  *live = kept;
+}
+
+}  // namespace
+}  // namespace MF_ISA
+}  // namespace maskformer_fast

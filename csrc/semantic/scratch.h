@@ -1,0 +1,99 @@
+// A worker's scratch memory, and the probabilities of classes; part of semantic_kernel.cpp.
+#pragma once
+
+#include "semantic/masks.h"
+
+namespace maskformer_fast {
+namespace MF_ISA {
+namespace {
+
+constexpr int kTilePixels = kPanels * kPanelPixels;
+
+// The parts of a worker's scratch memory; sizes as semantic_scratch_floats counts them.
+struct Scratch {
+  float* masks;    // [kPanels, kQueryBlock or fewer, kPanelPixels]
+  float* block;    // [kQueryBlock or fewer, kBlockStride], probabilities of some queries and classes
+  float* partial;  // [kPanels, kClassBlock, kPanelPixels], sums so far, if there are several blocks of queries
+  float* upper;    // [classes], upper bounds of the scores
+  int32_t* classes;  // [classes], those that can win, ascending
+  float *least, *largest;  // [kStripTiles, queries], range of the logits in each tile of a strip
+  float *middle, *half;    // [queries], middle and half width of the range of the masks in the tile
+  float* bound;            // [queries], the most that a query adds to any score
+  float* weight;           // [queries], the most that a query taken by its middle changes
+  int32_t *live, *dropped;  // [queries]
+  float *best, *second;     // [kTilePixels]
+  int32_t* label;           // [kTilePixels]
+  float *row, *bias;        // [kBlockStride]
+};
+
+MF_INLINE Scratch carve(const SemanticImage& image, float* memory) {
+  const int64_t block = image.queries < kQueryBlock ? image.queries : kQueryBlock;
+  const int64_t queries = round_up(image.queries + 1, 16);
+  const int64_t classes = semantic_probability_stride(image.classes);
+  memory += (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float);
+  const auto take = [&](int64_t count) {
+    float* part = memory;
+    memory += count;
+    return part;
+  };
+  Scratch scratch;
+  scratch.masks = take(block * kTilePixels);
+  scratch.best = take(kTilePixels);
+  scratch.second = take(kTilePixels);
+  scratch.label = reinterpret_cast<int32_t*>(take(kTilePixels));
+  scratch.partial = take(image.queries > kQueryBlock ? kClassBlock * kTilePixels : 0);
+  scratch.block = take(block * kBlockStride);
+  scratch.row = take(kBlockStride);
+  scratch.bias = take(kBlockStride);
+  scratch.upper = take(classes);
+  scratch.classes = reinterpret_cast<int32_t*>(take(classes));
+  scratch.least = take(kStripTiles * queries);
+  scratch.largest = take(kStripTiles * queries);
+  scratch.middle = take(queries);
+  scratch.half = take(queries);
+  scratch.bound = take(queries);
+  scratch.weight = take(queries);
+  scratch.live = reinterpret_cast<int32_t*>(take(queries));
+  scratch.dropped = reinterpret_cast<int32_t*>(take(queries));
+  return scratch;
+}
+
+// e^x for x <= 0, 0 below -87; NaN stays NaN
+MF_INLINE Floats softmax_exp(Floats x) {
+  return select(x >= -87.0f, exp(x), select(x == x, broadcast(0.0f), x));
+}
+
+MF_INLINE float logit(const SemanticImage& image, int query, int c) {
+  const int64_t at = query * image.logit_strides[0] + c * image.logit_strides[1];
+  switch (image.logit_type) {
+    case FloatType::bfloat16: return load_float(static_cast<const BFloat16*>(image.logits) + at);
+    case FloatType::float16: return load_float(static_cast<const Float16*>(image.logits) + at);
+    default: return static_cast<const float*>(image.logits)[at];
+  }
+}
+
+// P[query, classes[0..count)] and zeros up to a whole vector -> out
+MF_INLINE void fetch(const SemanticImage& image, int query, const int32_t* classes, int count, float* out) {
+  const int whole = static_cast<int>(round_up(count, kLanes));
+  if (image.probabilities) {
+    const float* row = image.probabilities + query * image.probability_stride;
+    const bool side_by_side = classes[count - 1] - classes[0] == count - 1;
+    for (int c = 0; c < whole; c += kLanes) {
+      const Ints inside = first_lanes(count - c);
+      // what lies after the last class of a row is zero or another class
+      const Floats p = side_by_side ? load(row + classes[0] + c)
+                                    : gather(row, select(inside, load_ints(classes + c), Ints{}));
+      store(out + c, select(inside, p, Floats{}));
+    }
+    return;
+  }
+  for (int c = 0; c < count; ++c) out[c] = logit(image, query, classes[c]);
+  for (int c = count; c < whole; ++c) out[c] = -kInfinity;
+  for (int c = 0; c < whole; c += kLanes) {
+    store(out + c, softmax_exp(load(out + c) - image.peak[query]) * image.scale[query]);
+  }
+}
+
+}  // namespace
+}  // namespace MF_ISA
+}  // namespace maskformer_fast

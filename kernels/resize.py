@@ -1,0 +1,193 @@
+"""Camera or decoder frame -> resized, padded network input, bit for bit as Pillow resizes, in one kernel.
+
+Pillow's antialiased bilinear resize (``Image.resize(..., BILINEAR)``) filters rows, rounds to 8 bits, then filters
+columns, with coefficients of 22 binary places: integer arithmetic from end to end, so every backend can agree.
+
+A program owns a tile of the output, one column a lane. It walks down the source rows that the tile needs, once: of
+each row it computes the tile's part of the horizontal pass, rounds it to 8 bits, and adds it to those of the tile's
+rows whose filter reaches it. So the intermediate image lives in registers, a row at a time, and only the few source
+rows at which neighbouring tiles' filters overlap are filtered twice.
+
+Where bytes lie is told by strides: interleaved or planar source, with or without alpha, rows padded to any pitch;
+blue first is a negative stride of the channels; and where Pillow filters the columns first (`columns_first`), the same
+kernel runs with rows and columns exchanged on both sides. That reads across rows, slower, for tall images only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from maskformer_fast.kernels.resize_table import PRECISION_BITS, resize_table
+from maskformer_fast.kernels.variant import KernelVariant
+
+BLOCK_H = 8
+BLOCK_W = 32
+NUM_WARPS = 1  # one column a lane: nothing passes through shared memory
+NUM_STAGES = 1
+_SHIFT = tl.constexpr(PRECISION_BITS)
+_HALF = tl.constexpr(1 << (PRECISION_BITS - 1))
+_SIZES = (
+    "height", "width", "image_stride", "pitch", "pixel_stride", "channel_stride", "out_height", "out_width",
+    "x_taps", "y_taps", "canvas_height", "canvas_width", "out_pitch", "out_pixel_stride",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "image", "out"])  # every frame size runs the same binary
+def _resize_kernel(
+    image,  # uint8, first byte of the red channel; the rest by the strides below, in bytes
+    out,  # [N, 3, canvas] without gaps, in it by the strides below; uint8 without levels, else of their type
+    x_table,  # int32 [1 + x_taps, out_width], of resize_table
+    y_table,  # int32 [1 + y_taps, out_height]
+    levels,  # None, or [3, 256]: the output for each channel's each 8-bit value
+    height,
+    width,
+    image_stride,
+    pitch,
+    pixel_stride,
+    channel_stride,
+    out_height,
+    out_width,
+    x_taps,
+    y_taps,
+    canvas_height,
+    canvas_width,
+    out_pitch,
+    out_pixel_stride,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    left = tl.program_id(0) * BLOCK_W
+    top = tl.program_id(1) * BLOCK_H
+    index = tl.program_id(2).to(tl.int64)
+    x = left + tl.arange(0, BLOCK_W)[None, :]
+    y = top + tl.arange(0, BLOCK_H)[:, None]
+    in_x = x < out_width
+    in_y = y < out_height
+    x_first = tl.load(x_table + x, mask=in_x, other=0)
+    y_first = tl.load(y_table + y, mask=in_y, other=0)
+
+    # source rows of the tile; none where it is padding only
+    row_begin = tl.load(y_table + tl.minimum(top, out_height - 1))
+    row_end = tl.load(y_table + tl.minimum(top + BLOCK_H, out_height) - 1) + y_taps
+    row_end = tl.where((top < out_height) & (left < out_width), tl.minimum(row_end, height), row_begin)
+
+    # addresses only ever advance; those of masked lanes may leave the image
+    line = image + index * image_stride + row_begin.to(tl.int64) * pitch + x_first.to(tl.int64) * pixel_stride
+    plane = channel_stride.to(tl.int64)
+    y_place = (1 + row_begin - y_first) * out_height + y
+    acc0 = tl.full((BLOCK_H, BLOCK_W), _HALF, tl.int32)
+    acc1 = tl.full((BLOCK_H, BLOCK_W), _HALF, tl.int32)
+    acc2 = tl.full((BLOCK_H, BLOCK_W), _HALF, tl.int32)
+    for row in range(row_begin, row_end):
+        row0 = tl.full((1, BLOCK_W), _HALF, tl.int32)
+        row1 = tl.full((1, BLOCK_W), _HALF, tl.int32)
+        row2 = tl.full((1, BLOCK_W), _HALF, tl.int32)
+        pixel = line
+        x_place = out_width + x
+        for tap in range(x_taps):
+            inside = in_x & (x_first + tap < width)
+            weight = tl.load(x_table + x_place, mask=inside, other=0)
+            row0 += weight * tl.load(pixel, mask=inside, other=0).to(tl.int32)
+            row1 += weight * tl.load(pixel + plane, mask=inside, other=0).to(tl.int32)
+            row2 += weight * tl.load(pixel + 2 * plane, mask=inside, other=0).to(tl.int32)
+            pixel += pixel_stride
+            x_place += out_width
+        tap_y = row - y_first
+        reached = in_y & (tap_y >= 0) & (tap_y < y_taps)
+        weight_y = tl.load(y_table + y_place, mask=reached, other=0)
+        # rounded coefficients can add up to a little more than one
+        acc0 += weight_y * tl.minimum(row0 >> _SHIFT, 255)
+        acc1 += weight_y * tl.minimum(row1 >> _SHIFT, 255)
+        acc2 += weight_y * tl.minimum(row2 >> _SHIFT, 255)
+        line += pitch
+        y_place += out_height
+
+    area = canvas_height.to(tl.int64) * canvas_width
+    place = out + index * 3 * area + y.to(tl.int64) * out_pitch + x.to(tl.int64) * out_pixel_stride
+    valid = in_x & in_y
+    on_canvas = (x < canvas_width) & (y < canvas_height)
+    for channel in tl.static_range(3):
+        acc = acc0 if channel == 0 else (acc1 if channel == 1 else acc2)
+        value = tl.minimum(acc >> _SHIFT, 255)
+        if levels is not None:
+            value = tl.load(levels + channel * 256 + value)
+        value = tl.where(valid, value, 0)
+        tl.store(place + channel * area, value.to(out.dtype.element_ty), mask=on_canvas)
+
+
+@functools.lru_cache(maxsize=256)  # a table costs the host more than the kernel costs the device
+def _device_table(size: int, out_size: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(resize_table(size, out_size)).to(device)
+
+
+def resize_forward(
+    images: Tensor,  # [N, H, W, C] uint8, C >= 3, any strides
+    size: tuple[int, int],  # height, width after the resize
+    out: Tensor,  # [N, 3, canvas height, canvas width] contiguous; uint8, or of the type of levels
+    columns_first: bool,
+    bgr: bool = False,
+    levels: Tensor | None = None,  # [3, 256]
+) -> None:
+    """Resize images of one size into the top left of their canvases as planar RGB, zero elsewhere.
+
+    ``columns_first`` is the order of the passes, by `resize_table.columns_first` that of Pillow 13. ``levels`` maps the
+    8-bit result: for a network that does not normalise by itself, ``(v - mean) / std`` of every channel and value
+    in float16 or float32. Channels after the third (alpha) are left out.
+
+    Tables of coefficients are made by the host and kept on the device for the 256 pairs of sides used last, so a size's
+    first call copies to the device: to capture a CUDA graph, run it once before. Arguments are the caller's to check.
+    """
+    image_stride, *strides, channel_stride = images.stride()
+    shape, canvas, out_strides = images.shape[1:3], out.shape[2:], out.stride()[2:]
+    y, x = (1, 0) if columns_first else (0, 1)
+    y_table, x_table = (_device_table(shape[axis], size[axis], images.device) for axis in (y, x))
+    grid = (triton.cdiv(canvas[x], BLOCK_W), triton.cdiv(canvas[y], BLOCK_H), len(images))
+    _resize_kernel[grid](
+        images[..., 2:] if bgr else images,
+        out,
+        x_table,
+        y_table,
+        levels,
+        shape[y],
+        shape[x],
+        image_stride,
+        strides[y],
+        strides[x],
+        -channel_stride if bgr else channel_stride,
+        size[y],
+        size[x],
+        x_table.shape[0] - 1,
+        y_table.shape[0] - 1,
+        canvas[y],
+        canvas[x],
+        out_strides[y],
+        out_strides[x],
+        BLOCK_H=BLOCK_H,
+        BLOCK_W=BLOCK_W,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+
+
+def variants() -> list[KernelVariant]:
+    """What is compiled ahead of time: 8 bits for our networks, floats for those that do not normalise by themselves."""
+    strides = ("image_stride", "pitch", "pixel_stride", "channel_stride")
+    sizes = {name: "i64" if name in strides else "i32" for name in _SIZES}
+    blocks = {"BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W}
+    found = []
+    for dtype in ("u8", "fp16", "fp32"):
+        pointers = {"image": "*u8", "out": f"*{dtype}", "x_table": "*i32", "y_table": "*i32", "levels": f"*{dtype}"}
+        constants: dict[str, Any] = dict(blocks)
+        if dtype == "u8":
+            del pointers["levels"]
+            constants["levels"] = None
+        found.append(
+            KernelVariant(f"resize_{dtype}", _resize_kernel, pointers | sizes, constants, NUM_WARPS, NUM_STAGES)
+        )
+    return found

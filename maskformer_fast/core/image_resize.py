@@ -1,0 +1,47 @@
+"""The resize of inference on arrays, without torch: a network and a bundle's runtime feed on the same pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from maskformer_fast.core.checks import check
+
+
+def short_edge_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
+    """Height, width with the shorter side at ``short_edge``, or less where the longer would exceed ``max_size``."""
+    scale = min(short_edge / min(height, width), max_size / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def check_image(image: np.ndarray, name: str = "image") -> None:
+    """Raise ``TypeError`` unless the image is uint8, ``ValueError`` unless it is [H, W, 3] with pixels."""
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"{name}: expected an array [H, W, 3], got {type(image).__name__}")
+    if image.dtype != np.uint8:
+        raise TypeError(f"{name}: expected uint8, got {image.dtype}")
+    check(image.ndim == 3 and image.shape[2] == 3 and image.size > 0, name, "shape [H, W, 3]", image.shape)
+
+
+def resize_array(
+    image: np.ndarray,  # [H, W, 3] uint8
+    short_edge: int | None,
+    max_size: int,
+) -> np.ndarray:
+    """Resize for inference: bilinear with antialiasing -> uint8 [h, w, 3]; ``short_edge`` None keeps the size.
+
+    Raises:
+        TypeError: the image is not uint8.
+        ValueError: the image is not [H, W, 3] or is empty.
+        ModuleNotFoundError: Pillow is not installed.
+    """
+    check_image(image)
+    if short_edge is None:
+        return image
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Pillow is needed to resize images; install it with: pip install pillow", name=error.name
+        ) from error
+    height, width = short_edge_size(image.shape[0], image.shape[1], short_edge, max_size)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))

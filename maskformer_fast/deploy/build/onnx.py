@@ -1,0 +1,355 @@
+"""A network as ONNX graphs, by ``torch.export``, and the proof that they compute what PyTorch does.
+
+Two flavours, both from uint8 images [B, 3, H, W] of any size, normalised and padded inside the graph:
+
+- ``raw``: class logits and mask logits, for runtimes with post-processing of their own.
+- ``complete``: semantic labels at the input's size by plain ONNX operators (`maskformer_fast.inference.postprocess`, order
+  ``direct``), for all others.
+
+The graphs use opset 20, float32, and no control flow. Mask logits are pixel embeddings times mask embeddings here: to
+fold the embeddings into the last convolution, as PyTorch does on the CPU, takes a kernel for each image, computed at
+run time, which TensorRT has no fast convolution for.
+"""
+
+from __future__ import annotations
+
+from maskformer_fast.ops.mask_product import layer_mask_logits
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_config
+from torch.nn import functional as F
+
+from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.deploy.bundle.manifest import Graph, Parity, Shape, TensorSpec
+from maskformer_fast.modeling.maskformer import MaskFormer
+
+logger = logging.getLogger(__name__)
+
+OPSET = 20
+"""TensorRT's builder fails on some operators of later ones (Attention, opset 23)."""
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit."""
+MARGIN = 1e-3
+"""Labels must be equal where the winner's score leads the runner-up's by more than this."""
+
+Flavour = Literal["raw", "complete"]
+FLAVOURS: tuple[Flavour, ...] = ("raw", "complete")
+
+# Sizes while tracing. Far from 1, from each other, and from whole windows, so that no comparison of sizes is decided by
+# coincidence; nothing is computed at them.
+_TRACED = Shape(3, 1501, 2203)
+_NAMES = ("B", "H", "W")
+
+
+class ParityError(RuntimeError):
+    """A graph that does not compute what PyTorch computes."""
+
+
+class RawGraph(nn.Module):
+    """Images -> class logits, mask logits of the last decoder layer."""
+
+    def __init__(self, network: MaskFormer) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        images: Tensor,  # [B, 3, H, W] uint8 RGB, each image filling it
+    ) -> tuple[Tensor, Tensor]:
+        """-> class logits [B, Q, K+1], mask logits [B, Q, h, w] at stride 4 of the padded input."""
+        network = self.network
+        height, width = padded_size(images.shape[2], images.shape[3], network.config.size_divisibility)
+        x = (images.to(torch.float32) - network.pixel_mean) / network.pixel_std
+        x = F.pad(x, (0, width - images.shape[3], 0, height - images.shape[2]))  # zero: the mean colour
+        features, memory = network.pixel_decoder.fuse(network.backbone(x))
+        class_logits, embeddings = network.predictor(memory, all_layers=False)
+        pixels = network.pixel_decoder.projection.embed(features)
+        masks = torch.matmul(embeddings[-1], pixels.flatten(2)).unflatten(2, pixels.shape[2:])
+        return class_logits[-1], masks
+
+
+class LabelGraph(nn.Module):
+    """What turns logits into semantic labels at the images' size: the end of the flavour ``complete``."""
+
+    def __init__(self, divisibility: int) -> None:
+        super().__init__()
+        self.divisibility = divisibility
+
+    def forward(
+        self,
+        images: Tensor,  # [B, 3, H, W] uint8, for their size
+        class_logits: Tensor,  # [B, Q, K+1]
+        mask_logits: Tensor,  # [B, Q, h, w]
+    ) -> Tensor:
+        """-> labels [B, H, W] int32."""
+        return label_scores(class_logits, mask_logits, images.shape[2:], self.divisibility)[0]
+
+
+def padded_size(height: int, width: int, divisibility: int) -> tuple[int, int]:
+    """Height, width of the network's input: the images', rounded up to multiples (0: as they are)."""
+    step = max(divisibility, 1)
+    return (height + step - 1) // step * step, (width + step - 1) // step * step
+
+
+def label_scores(
+    class_logits: Tensor,  # [B, Q, K+1]
+    mask_logits: Tensor,  # [B, Q, h, w]
+    image_size: Sequence[int],
+    divisibility: int,
+) -> tuple[Tensor, Tensor]:
+    """Semantic inference in the order ``direct`` -> labels [B, H, W] int32, class scores [B, K, H, W]."""
+    height, width = image_size
+    size = padded_size(height, width, divisibility)
+    masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False)
+    # Sigmoid spelled out: onnxruntime's own is 0 below -18, where pixels far from every mask still have a best class.
+    masks = (1 + masks[:, :, :height, :width].neg().exp()).reciprocal()
+    classes = class_logits.softmax(-1)[..., :-1].transpose(1, 2)  # [B, K, Q]
+    scores = torch.matmul(classes, masks.flatten(2)).unflatten(2, (height, width))
+    return scores.argmax(1).to(torch.int32), scores
+
+
+def export_graphs(
+    network: nn.Module,
+    flavours: Sequence[Flavour] = FLAVOURS,
+    static: Shape | None = None,
+    any_batch: bool = False,
+) -> dict[Flavour, tuple[bytes, Graph]]:
+    """Export a network -> of each flavour the ONNX file, and its description for the manifest (``FLAVOUR.onnx``).
+
+    Takes the time of one export: ``complete`` is ``raw`` with a few operators behind it.
+
+    Args:
+        network: a `MaskFormer` on the CPU, in evaluation mode.
+        static: the one shape that the graphs will take; ``None`` takes any batch, height and width.
+        any_batch: of `static` the height and width count alone.
+
+    Raises:
+        ValueError: the network is a per-pixel baseline, which has no queries to give.
+    """
+    for flavour in flavours:
+        check_choice("flavours", flavour, FLAVOURS)
+    maskformer = _checked(network)
+    config = maskformer.config
+    traced = static or _TRACED
+    if any_batch:
+        traced = replace(traced, batch=_TRACED.batch)
+    queries, classes = config.decoder.num_queries, config.num_classes
+    pixels = mask_size(traced, config.size_divisibility)
+    names: tuple[int | str, ...] = _NAMES if static is None else (static.batch, static.height, static.width)
+    if any_batch:
+        names = (_NAMES[0], *names[1:])
+    image = TensorSpec("images", "uint8", (names[0], 3, *names[1:]))
+    logits = (
+        TensorSpec("class_logits", "float32", (names[0], queries, classes + 1)),
+        TensorSpec("mask_logits", "float32", (names[0], queries, *(("h", "w") if static is None else pixels))),
+    )
+    labels = TensorSpec("labels", "int32", names)
+
+    images = torch.zeros(1, dtype=torch.uint8).expand(traced.batch, 3, traced.height, traced.width)
+    raw = _export(RawGraph(maskformer), (images,), (image,), logits)
+    graphs: dict[Flavour, tuple[bytes, Graph]] = {}
+    for flavour in flavours:
+        outputs: tuple[TensorSpec, ...] = logits
+        if flavour == "complete":
+            given = (
+                images,
+                torch.zeros(traced.batch, queries, classes + 1),
+                torch.zeros(1).expand(traced.batch, queries, *pixels),
+            )
+            outputs = (labels,)
+            tail = _export(LabelGraph(config.size_divisibility), given, (image, *logits), outputs)
+            model = _append(raw, tail)
+        else:
+            model = raw
+        content = model.SerializeToString(deterministic=True)
+        graphs[flavour] = content, Graph(f"{flavour}.onnx", (image,), outputs, OPSET, static is None or any_batch)
+    return graphs
+
+
+def _checked(network: nn.Module) -> MaskFormer:
+    if not isinstance(network, MaskFormer):
+        raise ValueError(f"model.type: expected maskformer, got {type(network).__name__}: only it can be exported")
+    check(not network.training, "network", "one in evaluation mode", "training mode")
+    return network
+
+
+def mask_size(shape: Shape, divisibility: int) -> tuple[int, int]:
+    """Height, width of the mask logits of images of this shape."""
+    height, width = padded_size(shape.height, shape.width, divisibility)
+    return -(-height // 4), -(-width // 4)
+
+
+def _export(
+    module: nn.Module, inputs: tuple[Tensor, ...], given: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> Any:
+    """-> onnx.ModelProto with inputs and outputs as the specs say; a size with a name is dynamic."""
+    shapes = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in given
+    )
+    # PyTorch asks of many sizes whether they are 1, to choose a memory layout, which no ONNX graph has. Size-oblivious
+    # tracing answers no without a condition on the size; what still is asked (padding >= 0) holds for all sizes.
+    oblivious = symbolic_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # installed at run time
+    with torch.no_grad(), oblivious, _quiet():
+        program = torch.export.export(
+            module, inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+        )
+        exported = torch.onnx.export(
+            program, opset_version=OPSET, dynamo=True, verbose=False, input_names=[spec.name for spec in given],
+            output_names=[spec.name for spec in outputs],
+        )  # fmt: skip
+    assert exported is not None  # None is for exports to a file
+    model = exported.model_proto
+    for value, spec in zip([*model.graph.input, *model.graph.output], [*given, *outputs], strict=True):
+        assert value.name == spec.name
+        for dimension, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
+            if isinstance(size, str):
+                dimension.dim_param = size
+            else:
+                dimension.dim_value = size
+    # Shapes of inner values repeat what inference finds, under the exporter's names for sizes.
+    del model.graph.value_info[:]
+    return model
+
+
+def _append(first: Any, second: Any) -> Any:
+    """Connect the second model to the first, whose input and outputs it takes by their names -> a new model."""
+    shared = {value.name for value in second.graph.input}
+    shared.update(value.name for value in second.graph.output)
+    model = type(first)()
+    model.CopyFrom(first)
+    added = type(first)()
+    added.CopyFrom(second)
+    for node in added.graph.node:
+        node.name = f"labels/{node.name}"
+        for slots in (node.input, node.output):
+            for index, name in enumerate(slots):
+                slots[index] = name if name in shared or not name else f"labels/{name}"
+    for initializer in added.graph.initializer:
+        initializer.name = f"labels/{initializer.name}"
+    model.graph.node.extend(added.graph.node)
+    model.graph.initializer.extend(added.graph.initializer)
+    del model.graph.output[:]
+    model.graph.output.extend(added.graph.output)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress and its notes on packages that this project does without."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [talker.level for talker in loggers]
+    for talker in loggers:
+        talker.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for talker, level in zip(loggers, levels, strict=True):
+            talker.setLevel(level)
+
+
+@torch.no_grad()
+def check_parity(
+    network: nn.Module, graphs: Mapping[Flavour, bytes], shapes: Sequence[Shape]
+) -> tuple[Parity, ...]:
+    """Run each graph in onnxruntime on random images of each shape, beside PyTorch.
+
+    The reference of ``raw`` is the network as `Predictor` runs it, of ``complete`` semantic inference on its logits.
+
+    Raises:
+        ParityError: logits differ by more than `TOLERANCE` of the largest one, or labels differ where the winner leads
+            by more than `MARGIN`, or a graph fails; with flavour and shape.
+        ModuleNotFoundError: onnxruntime is not installed.
+    """
+    maskformer = _checked(network)
+    divisibility = maskformer.config.size_divisibility
+    sessions = {flavour: _session(content) for flavour, content in graphs.items()}
+    results = []
+    for number, shape in enumerate(shapes):
+        images = _test_images(shape, seed=number)
+        reference = _reference(maskformer, images, divisibility)
+        for flavour, session in sessions.items():
+            try:
+                outputs = session.run(None, {"images": images.numpy()})
+            except Exception as error:  # onnxruntime's errors share no base class
+                raise ParityError(f"{flavour}.onnx, {shape}: onnxruntime fails: {error}") from error
+            tensors = [torch.from_numpy(output) for output in outputs]
+            results.append(_compare(flavour, shape, reference, tensors, divisibility))
+    return tuple(results)
+
+
+def _session(content: bytes) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "onnxruntime is not installed: pip install maskformer_fast[deploy]", name="onnxruntime"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _test_images(shape: Shape, seed: int) -> Tensor:
+    """Noise over blocks of 16 pixels: something for every layer to see."""
+    generator = np.random.default_rng(seed)
+    rows, columns = math.ceil(shape.height / 16), math.ceil(shape.width / 16)
+    blocks = generator.integers(0, 224, (shape.batch, 3, rows, columns)).repeat(16, 2).repeat(16, 3)
+    blocks = blocks[:, :, : shape.height, : shape.width]
+    return torch.from_numpy((blocks + generator.integers(0, 32, blocks.shape)).astype(np.uint8))
+
+
+def _reference(network: nn.Module, images: Tensor, divisibility: int) -> tuple[Tensor, Tensor]:
+    """Logits of the network itself, its input padded as `Predictor` does."""
+    batch, _, height, width = images.shape
+    size = padded_size(height, width, divisibility)
+    padded = F.pad(images, (0, size[1] - width, 0, size[0] - height))
+    predictions = network(padded, torch.tensor([[height, width]]).expand(batch, -1))
+    return predictions.class_logits[-1], layer_mask_logits(predictions)
+
+
+def _compare(
+    flavour: Flavour, shape: Shape, reference: tuple[Tensor, Tensor], outputs: list[Tensor], divisibility: int
+) -> Parity:
+    """Errors of one graph on one batch. Raises `ParityError`."""
+    where = f"{flavour}.onnx, {shape}"
+    size = (shape.height, shape.width)
+    expected, scores = label_scores(*reference, size, divisibility)
+    top = scores.topk(min(2, scores.shape[1]), dim=1).values
+    clear = top[:, 0] - top[:, -1] > MARGIN if scores.shape[1] > 1 else torch.ones_like(expected, dtype=torch.bool)
+    del scores, top
+    error = 0.0
+    if flavour == "raw":
+        for got, logits in zip(outputs, reference, strict=True):
+            if got.shape != logits.shape:
+                raise ParityError(f"{where}: expected logits of shape {list(logits.shape)}, got {list(got.shape)}")
+            difference = float((got - logits).abs().max() / logits.abs().max())
+            error = difference if math.isnan(difference) else max(error, difference)
+        labels = label_scores(outputs[0], outputs[1], size, divisibility)[0]
+    else:
+        labels = outputs[0]
+        if labels.shape != expected.shape:
+            raise ParityError(f"{where}: expected labels of shape {list(expected.shape)}, got {list(labels.shape)}")
+    equal = labels == expected
+    result = Parity(
+        flavour, shape, error, float(equal.double().mean()),
+        float(equal[clear].double().mean()) if bool(clear.any()) else 1.0,
+    )  # fmt: skip
+    if not error <= TOLERANCE:  # NaN among them
+        raise ParityError(f"{where}: logits differ from PyTorch's by {error:.3g} of the largest, over {TOLERANCE}")
+    if result.labels_equal_at_margin < 1.0:
+        share = 1.0 - result.labels_equal_at_margin
+        raise ParityError(f"{where}: {share:.3g} of the labels that lead by {MARGIN} differ from PyTorch's")
+    logger.info("%s: logits within %.1e of the largest, %.4f of labels equal", where, error, result.labels_equal)
+    return result

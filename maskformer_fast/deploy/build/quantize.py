@@ -1,0 +1,206 @@
+"""INT8 and FP8 by explicit Q/DQ nodes: nvidia-modelopt places them, the user's images set their ranges.
+
+Convolutions and linear layers are quantised, with one range for each output channel of a weight. Left alone are the
+first convolution, whose few channels gain nothing, and products of two activations: attention, and the mask product,
+whose result is what queries are compared by. Percentile ranges are computed here, as modelopt offers entropy and max.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from maskformer_fast.data import BrokenExampleError
+from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
+
+if TYPE_CHECKING:
+    import onnx
+
+PERCENTILE = 99.99
+"""Share of the activations, in per cent, that a range of the method "percentile" holds."""
+QUANTIZED_OPERATORS = ("Conv", "Gemm", "MatMul")
+"""Operators that are quantised where one input is a weight."""
+_BINS = 2048
+
+
+def quantize(
+    model: onnx.ModelProto,
+    precision: Literal["int8", "fp8"],
+    images: Path,
+    size: tuple[int, int],
+    *,
+    method: Literal["entropy", "percentile", "max"] = "entropy",
+    limit: int = 256,
+    progress: bool = True,
+) -> onnx.ModelProto:
+    """A copy of a float32 graph with Q/DQ nodes around what is to run in eight bits.
+
+    Args:
+        model: float32 graph with one input, ``images`` uint8 [B, 3, H, W].
+        precision: "int8", or "fp8" (E4M3).
+        images: folder of typical images, searched recursively.
+        size: height and width that they are brought to (scaled to cover it, then cut at the centre).
+        method: how a range follows from the activations seen: least information lost, a percentile, or their maximum.
+        limit: at most so many images are used, spread evenly over the folder.
+        progress: show a bar on stderr.
+
+    Raises:
+        ModuleNotFoundError: modelopt or what it needs is not installed.
+        FileNotFoundError: no images there.
+        ValueError: no image that can be read, a method that "fp8" does not have, or a graph with nothing to quantise.
+    """
+    if precision == "fp8" and method == "percentile":
+        raise ValueError("calibration_method: expected entropy or max for fp8 (its range is not cut), got 'percentile'")
+    files = image_files(images, limit)
+    modelopt = _modelopt()
+    import onnx
+
+    # The libraries narrate on both streams; what is worth showing is this module's own bar.
+    with (
+        tempfile.TemporaryDirectory(prefix="maskformer_fast_quantize_") as folder,
+        open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere),
+    ):
+        source, target = Path(folder) / "model.onnx", Path(folder) / "quantized.onnx"
+        onnx.save(model, source)
+        modelopt.quantize(
+            str(source),
+            quantize_mode=precision,
+            calibration_method="max" if method == "percentile" else method,
+            calibration_data_reader=_Reader(files, size, progress),
+            calibration_eps=["cpu"],
+            op_types_to_quantize=list(QUANTIZED_OPERATORS),
+            nodes_to_exclude=kept_nodes(model),
+            disable_mha_qdq=True,
+            high_precision_dtype="fp32",  # `maskformer_fast.deploy.build.precision` does the rest
+            output_path=str(target),
+            log_level="ERROR",
+        )
+        if not target.exists():
+            raise ValueError("model: expected a graph with something to quantise, got none from modelopt")
+        quantized = onnx.load(str(target))
+    if not any(node.op_type == "QuantizeLinear" for node in quantized.graph.node):
+        raise ValueError("model: expected a graph with convolutions or linear layers to quantise, got none")
+    if method == "percentile":
+        _cut_ranges(model, quantized, files, size, progress)
+    return quantized
+
+
+def image_files(folder: Path, limit: int) -> list[Path]:
+    """At most ``limit`` images below a folder, evenly spread. Raises ``FileNotFoundError`` where there are none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"calibration: expected a folder of images, got {str(folder)!r}")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not files:
+        raise FileNotFoundError(f"calibration: no image in {str(folder)!r} (looked for {', '.join(IMAGE_SUFFIXES)})")
+    return [files[index * len(files) // min(limit, len(files))] for index in range(min(limit, len(files)))]
+
+
+def covering_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The largest centred part of [H, W, 3] uint8 with the sides' ratio of ``size``, scaled to it as inference does
+    -> [1, 3, *size] uint8. Takes no more memory for images that are very long."""
+    height, width = image.shape[:2]
+    scale = max(size[0] / height, size[1] / width)
+    part = (min(size[1] / scale, width), min(size[0] / scale, height))
+    left, top = (width - part[0]) / 2, (height - part[1]) / 2
+    box = (left, top, left + part[0], top + part[1])
+    array = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+    return np.ascontiguousarray(array.transpose(2, 0, 1)[None])
+
+
+def kept_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes that stay: the first convolution, and products of two activations (attention, masks)."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:  # weights may reach their operator through a transposition
+        if node.input and all(name in weights for name in node.input):
+            weights.update(node.output)
+    first = next((node.name for node in model.graph.node if node.op_type == "Conv"), None)
+    products = [
+        node.name for node in model.graph.node if node.op_type == "MatMul" and not weights.intersection(node.input)
+    ]
+    return [name for name in (first, *products) if name]
+
+
+class _Reader:
+    """What modelopt reads from: one image at a time; it starts again from the first when asked to."""
+
+    def __init__(self, files: Sequence[Path], size: tuple[int, int], progress: bool) -> None:
+        self.files, self.size, self.progress = files, size, progress
+        self.rewind()
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next image, None after the last."""
+        return next(self.arrays, None)
+
+    def get_first(self) -> dict[str, np.ndarray]:
+        """An image to learn shapes from; does not count as read."""
+        return next(_arrays(self.files, self.size, progress=False))
+
+    def rewind(self) -> None:
+        """Start again."""
+        self.arrays = _arrays(self.files, self.size, self.progress)
+
+
+def _arrays(files: Sequence[Path], size: tuple[int, int], progress: bool) -> Iterator[dict[str, np.ndarray]]:
+    """Every image that can be read, as the network's input; ``ValueError`` if none can."""
+    problem: BrokenExampleError | None = None
+    read = 0
+    for path in tqdm(files, desc="calibrate", unit="img", file=sys.__stderr__, disable=not progress, leave=False):
+        try:
+            image = read_image(path)
+        except BrokenExampleError as error:  # one bad file of hundreds changes no range
+            problem = error
+            continue
+        read += 1
+        yield {"images": covering_crop(image, size)}
+    if not read:
+        raise ValueError(f"calibration: expected images that can be read, got none; the last: {problem}")
+
+
+def _cut_ranges(
+    model: onnx.ModelProto, quantized: onnx.ModelProto, files: Sequence[Path], size: tuple[int, int], progress: bool
+) -> None:
+    """Narrow activation ranges from the maximum to `PERCENTILE`, in place, by histograms over all images."""
+    import onnxruntime
+    from onnx import helper, numpy_helper
+
+    scales = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    produced = {name for node in model.graph.node for name in node.output}
+    tensors = {  # activation -> the scale of its Q/DQ pair
+        node.input[0]: node.input[1] for node in quantized.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] in produced and node.input[1] in scales
+    }
+    largest = {name: float(numpy_helper.to_array(scales[scale])) * 127 for name, scale in tensors.items()}
+    probe = type(model)()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in tensors)
+    session = onnxruntime.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    counts = {name: np.zeros(_BINS) for name in tensors}
+    for inputs in _arrays(files, size, progress):
+        for name, value in zip(tensors, session.run(list(tensors), inputs), strict=True):
+            counts[name] += np.histogram(np.abs(value), bins=_BINS, range=(0.0, largest[name]))[0]
+    for name, scale in tensors.items():
+        share = np.cumsum(counts[name]) / counts[name].sum()
+        end = (int(np.searchsorted(share, PERCENTILE / 100)) + 1) / _BINS
+        tensor = scales[scale]
+        tensor.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(tensor) * np.float32(end)), tensor.name))
+
+
+def _modelopt() -> Any:
+    try:
+        return importlib.import_module("modelopt.onnx.quantization")
+    except ImportError as error:
+        missing = str(error).splitlines()[0]
+        raise ModuleNotFoundError(
+            f"int8 and fp8 need nvidia-modelopt and its ONNX tools (pip install maskformer_fast[quantize]): {missing}"
+        ) from error

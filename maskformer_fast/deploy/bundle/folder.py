@@ -1,0 +1,290 @@
+"""A bundle: a folder with graphs, engines and kernels, and the manifest that vouches for every byte of them.
+
+Nothing of a bundle is used before all of it is verified, and what is used are the bytes that were hashed. Writing and
+extending prepare a whole folder beside the bundle and exchange the two, so that a reader finds the old bundle or the
+new one, whatever ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from maskformer_fast.core.files import atomic_write
+from maskformer_fast.deploy.bundle.manifest import (
+    MANIFEST_NAME,
+    MAX_BYTES,
+    BundleError,
+    FileEntry,
+    Manifest,
+    check_file_name,
+    expect,
+    manifest_bytes,
+    parse_manifest,
+)
+
+_CHUNK = 2**20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle."""
+
+    folder: Path
+    manifest: Manifest
+    digest: str
+    """SHA-256 of the manifest, which names those of all files: who pins it admits this bundle and no other."""
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], digest: str | None = None) -> Bundle:
+        """Verify every file of a bundle; nothing is deserialised but the manifest.
+
+        Args:
+            folder: the bundle.
+            digest: the `digest` that the bundle must have, where it comes from a place that is not trusted.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            BundleError: a file is missing, changed, not listed, or not a plain file; or the manifest is not one.
+        """
+        manifest, found = read_manifest(folder)
+        path = Path(os.path.realpath(folder))
+        expect(digest is None or digest == found, "digest", f"{digest}, which was asked for", found)
+        _check_references(manifest)
+        listed = manifest.files
+        present = set()
+        for name in _walk(path):
+            expect(name in listed or name == MANIFEST_NAME, str(path), "files of the manifest only", name)
+            present.add(name)
+        missing = sorted(listed.keys() - present)
+        expect(not missing, str(path), "every file of the manifest", f"none of {missing}")
+        for name, entry in listed.items():
+            _verify(path / name, name, entry)
+        return cls(path, manifest, found)
+
+    def read(self, name: str) -> bytes:
+        """Content of a file of the bundle: read once, hashed, and returned if it is what the manifest says.
+
+        Raises:
+            BundleError: the bundle has no such file, or it has changed since the bundle was opened.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{self.folder}: expected a file of the bundle, got {name!r}")
+        content = _read(self.folder / name, entry.bytes)
+        _check_entry(name, entry, len(content), hashlib.sha256(content).hexdigest())
+        return content
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> tuple[Manifest, str]:
+    """What a bundle says of itself, and its digest. Its files may be others: `Bundle.open` looks, this does not.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        BundleError: there is no manifest, or it was changed.
+    """
+    path = Path(os.path.realpath(folder))
+    if not path.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "folder: expected a bundle, got no folder", str(folder))
+    return parse_manifest(_read(path / MANIFEST_NAME, MAX_BYTES))
+
+
+def write_bundle(folder: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+    """Write a bundle whole, in the place of a bundle that is there; a failure leaves what was there.
+
+    Args:
+        folder: where; missing parent folders are made.
+        manifest: what to say; its ``files`` are computed here.
+        files: content of each file, by its relative path.
+
+    Raises:
+        BundleError: the folder holds something that is no intact bundle, or the manifest names a file not given.
+    """
+    target = check_destination(folder)
+    entries = {name: _entry(content) for name, content in files.items()}
+    return _replace_folder(target, replace(manifest, files=entries), files, None)
+
+
+def check_outside(bundle: Bundle, output: str | os.PathLike[str]) -> None:
+    """Raise ``ValueError`` for an output folder in the bundle, which would refuse to open with files of others."""
+    path = Path(os.path.realpath(output))
+    if path.is_relative_to(bundle.folder):
+        raise ValueError(f"output: expected a folder outside of the bundle {bundle.folder}, got {output}")
+
+
+def check_destination(folder: str | os.PathLike[str]) -> Path:
+    """The folder's real path, if a bundle may be written there: nothing but an empty folder or an intact bundle is ever
+    replaced, for it might be someone's data. Raises `BundleError`.
+    """
+    target = Path(os.path.realpath(folder))
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return target
+    try:
+        expect(target.is_dir(), str(target), "a folder", "something else")
+        Bundle.open(target)
+    except BundleError as error:
+        raise BundleError(
+            f"{target}: expected a new folder, an empty one, or an intact bundle to replace; remove it first ({error})"
+        ) from None
+    return target
+
+
+def extend_bundle(bundle: Bundle, files: Mapping[str, bytes], **manifest_changes: Any) -> Bundle:
+    """Add files to a bundle (or replace some), with the fields of the manifest that change; a failure changes nothing.
+
+    Files that the changed manifest does not refer to any more stay. Raises `BundleError` as `write_bundle` does, and
+    where the folder holds another bundle by now: what somebody else has added meanwhile is not taken away.
+    """
+    entries = bundle.manifest.files | {name: _entry(content) for name, content in files.items()}
+    manifest = replace(bundle.manifest, **manifest_changes, files=entries)
+    return _replace_folder(bundle.folder, manifest, files, bundle)
+
+
+def _replace_folder(target: Path, manifest: Manifest, files: Mapping[str, bytes], old: Bundle | None) -> Bundle:
+    """Prepare a bundle beside ``target``, of new content and links to the other files of an old one, and put it there.
+
+    The old one, if given, must be what is there.
+    """
+    _check_references(manifest)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        staging.mkdir()
+        for name, content in files.items():
+            check_file_name(name)
+            with atomic_write(staging / name) as file:
+                file.write(content)
+        for name in manifest.files.keys() - files.keys() if old else ():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(target / name, staging / name)
+        content, _ = manifest_bytes(manifest)
+        with atomic_write(staging / MANIFEST_NAME) as file:
+            file.write(content)
+        made = Bundle.open(staging)  # what cannot be opened is not left behind
+        if old is not None:
+            _check_unchanged(old)
+        _put(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # by now the old bundle, or what failed
+    return replace(made, folder=target)
+
+
+def _check_unchanged(bundle: Bundle) -> None:
+    try:
+        digest: str | None = read_manifest(bundle.folder)[1]
+    except (BundleError, FileNotFoundError):
+        digest = None
+    if digest != bundle.digest:
+        raise BundleError(f"{bundle.folder}: expected the bundle that was opened (digest {bundle.digest}), got one "
+                          f"that was changed since (digest {digest}); do it again")
+
+
+def _put(staging: Path, target: Path) -> None:
+    """Give ``staging`` the name ``target``; a bundle that was there gets the name ``staging``."""
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(staging, target)
+        return
+    if _exchange(staging, target):
+        return
+    aside = target.parent / f".{secrets.token_hex(8)}.tmp"  # two steps where the system cannot exchange names
+    os.rename(target, aside)
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    os.rename(aside, staging)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names at once, by Linux's renameat2; False where that is not to be had."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the file system has no such links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _check_references(manifest: Manifest) -> None:
+    """Files that the manifest speaks of are among its files."""
+    for name in [graph.file for graph in manifest.graphs.values()] + [engine.file for engine in manifest.engines]:
+        expect(name in manifest.files, name, "a file of the bundle", "none of that name")
+
+
+def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
+    """Relative paths of all files below a folder; links and other oddities are refused, not followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                expect(prefix.count("/") < 4, str(folder), "folders of a bundle", name)
+                yield from _walk(folder / entry.name, name + "/")
+            else:
+                expect(entry.is_file(follow_symlinks=False), name, "a plain file", "a link or a special file")
+                yield name
+
+
+@contextlib.contextmanager
+def _plain_file(path: Path) -> Iterator[int]:
+    """Descriptor of a plain file; links are not followed, and a pipe put in its place does not block."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise BundleError(f"{path}: expected a file of a bundle, got {error.strerror}") from None
+    try:
+        expect(stat.S_ISREG(os.fstat(descriptor).st_mode), str(path), "a plain file", "a folder or a special file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Content of a plain file, of which one byte more than the limit is read, for the caller to refuse it."""
+    with _plain_file(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
+        return file.read(limit + 1)
+
+
+def _verify(path: Path, name: str, entry: FileEntry) -> None:
+    digest, size = hashlib.sha256(), 0
+    with _plain_file(path) as descriptor:
+        _check_size(name, entry, os.fstat(descriptor).st_size)  # before reading gigabytes
+        while chunk := os.read(descriptor, _CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    _check_entry(name, entry, size, digest.hexdigest())
+
+
+def _entry(content: bytes) -> FileEntry:
+    return FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def _check_size(name: str, entry: FileEntry, size: int) -> None:
+    expect(size == entry.bytes, name, f"{entry.bytes} bytes, as the manifest says", size)
+
+
+def _check_entry(name: str, entry: FileEntry, size: int, digest: str) -> None:
+    _check_size(name, entry, size)
+    expect(digest == entry.sha256, name, f"the SHA-256 {entry.sha256}, as the manifest says", digest)

@@ -1,0 +1,328 @@
+"""What a bundle says of itself: typed, checked, and written as one canonical text whose every byte counts.
+
+The text is ``json.dumps(..., sort_keys=True, indent=2)`` and a newline. Its key ``manifest_sha256`` is the SHA-256 of
+the same text without that key. A reader writes the text again from what it parsed and demands the same bytes, so that
+no byte can change unseen. That makes accidents and careless edits visible; against someone who rewrites the whole
+bundle, pin its digest (`maskformer_fast.deploy.bundle.folder.Bundle.open`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from maskformer_fast.config import PanopticRule
+from maskformer_fast.core.metadata import Metadata
+
+FORMAT = "maskformer_fast.bundle.1"
+"""Value of the manifest's key ``format``; another one is another layout."""
+MANIFEST_NAME = "manifest.json"
+MAX_BYTES = 4 * 2**20
+"""Largest manifest that is read."""
+DIGEST_KEY = "manifest_sha256"
+
+_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")
+_MAX_SIDE = 1 << 16
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_TARGET = re.compile(r"sm_[1-9][0-9]{1,3}[a-z]?")
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+class BundleError(ValueError):
+    """A bundle that is damaged, was changed, or does not fit."""
+
+
+def expect(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raise `BundleError` naming the key, what it must be and what it is."""
+    if not condition:
+        shown = repr(got)
+        raise BundleError(f"{name}: expected {expected}, got {shown if len(shown) <= 200 else shown[:200] + '...'}")
+
+
+def check_file_name(name: str) -> None:
+    """A relative path of one to four plain parts, as the bundle's files have. Raises `BundleError`."""
+    parts = name.split("/")
+    plain = len(parts) <= 4 and all(_PART.fullmatch(part) for part in parts)
+    expect(plain and name != MANIFEST_NAME, "files", "relative paths of letters, digits, '.', '_' and '-'", name)
+
+
+def check_file_names(names: Iterable[str]) -> None:
+    """`check_file_name` for each; and no two are one where case does not count, nor is one the folder of another."""
+    kept: dict[str, str] = {MANIFEST_NAME: MANIFEST_NAME}
+    files = set(names)
+    for name in sorted(files):
+        check_file_name(name)
+        parts = name.split("/")
+        for path in ("/".join(parts[:count]) for count in range(1, len(parts) + 1)):
+            other = kept.setdefault(path.lower(), path)
+            expect(other == path, "files", "names that differ by more than case", f"{path!r} beside {other!r}")
+            expect(path == name or path not in files, "files", "a file or a folder of a name", f"both {path!r}")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's or an engine's input or output; dimensions are numbers, or names where they are dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        expect(self.dtype in _DTYPES, "dtype", f"one of {', '.join(_DTYPES)}", self.dtype)
+        expect(all(isinstance(size, str) or size > 0 for size in self.shape), "shape", "positive sizes", self.shape)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX file; ``images`` uint8 [B, 3, H, W] in."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    opset: int
+    dynamic: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of images of one size, in pixels."""
+
+    batch: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            expect(getattr(self, f.name) > 0, f.name, "a positive integer", getattr(self, f.name))
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """``HxW`` (batch 1) or ``BxHxW``. Raises ``ValueError``."""
+        numbers = text.lower().split("x")
+        if len(numbers) not in (2, 3) or not all(n.isascii() and n.isdecimal() and int(n) > 0 for n in numbers):
+            raise ValueError(f"shape: expected HEIGHTxWIDTH or BATCHxHEIGHTxWIDTH, got {text!r}")
+        sizes = [int(n) for n in numbers]
+        return cls(*([1] if len(sizes) == 2 else []), *sizes)
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Shapes that an engine takes: from the minimum to the maximum, in every dimension; fastest at the optimum."""
+
+    minimum: Shape
+    optimum: Shape
+    maximum: Shape
+
+    def __post_init__(self) -> None:
+        for f in fields(Shape):
+            low, best, high = (getattr(shape, f.name) for shape in (self.minimum, self.optimum, self.maximum))
+            expect(low <= best <= high, f.name, "minimum <= optimum <= maximum", (low, best, high))
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether the engine takes images of this shape."""
+        return all(
+            getattr(self.minimum, f.name) <= getattr(shape, f.name) <= getattr(self.maximum, f.name)
+            for f in fields(shape)
+        )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A TensorRT engine file of the flavour ``raw``, and what it was built by and for."""
+
+    file: str
+    api: Literal["tensorrt", "tensorrt_rtx"]
+    api_version: str
+    precision: str
+    targets: tuple[str, ...]  # "sm_87" ...: what it may run on
+    profile: Profile
+    options: dict[str, str | int | bool]
+    outputs: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        _check_targets("targets", self.targets)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From a frame to the network's input. Resizing is the runtime's part, normalisation and padding the graph's."""
+
+    mean: tuple[float, float, float]  # RGB, on the 0..255 scale
+    std: tuple[float, float, float]
+    short_edge: int | None  # None: frames enter as they are
+    max_size: int
+    size_divisibility: int  # 0: no padding
+
+    def __post_init__(self) -> None:
+        expect(all(s > 0 for s in self.std), "std", "positive numbers", self.std)
+        fits = self.short_edge is None or 1 <= self.short_edge <= _MAX_SIDE
+        expect(fits, "short_edge", f"1..{_MAX_SIDE} or null", self.short_edge)
+        expect(1 <= self.max_size < 1 << 31, "max_size", f"1..{(1 << 31) - 1}", self.max_size)
+        fits = 0 <= self.size_divisibility <= _MAX_SIDE
+        expect(fits, "size_divisibility", f"0..{_MAX_SIDE}", self.size_divisibility)
+
+
+@dataclass(frozen=True)
+class Postprocess:
+    """From predictions to results; the names are `maskformer_fast.config.TestConfig`'s."""
+
+    object_mask_threshold: float
+    overlap_threshold: float
+    top_k: int
+    panoptic_rule: PanopticRule
+
+    def __post_init__(self) -> None:
+        for name in ("object_mask_threshold", "overlap_threshold"):
+            expect(0.0 <= getattr(self, name) <= 1.0, name, "0..1", getattr(self, name))
+        expect(self.top_k > 0, "top_k", "> 0", self.top_k)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One comparison of a graph with PyTorch, made when the bundle was written."""
+
+    flavour: str
+    shape: Shape
+    logit_error: float  # largest absolute difference / largest logit
+    labels_equal: float  # share of the pixels
+    labels_equal_at_margin: float  # the same, of pixels whose winner leads by more than `deploy.onnx.MARGIN`
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file of the bundle must be."""
+
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        expect(_HEX.fullmatch(self.sha256) is not None, "sha256", "64 hexadecimal digits", self.sha256)
+        expect(self.bytes >= 0, "bytes", ">= 0", self.bytes)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All a runtime must know of a bundle. ``files`` covers every file but the manifest itself."""
+
+    name: str
+    created_with: dict[str, str]
+    num_queries: int
+    num_classes: int
+    metadata: Metadata
+    preprocess: Preprocess
+    postprocess: Postprocess
+    graphs: dict[str, Graph]
+    engines: tuple[Engine, ...] = ()
+    kernels: tuple[str, ...] = ()  # targets with compiled kernels
+    parity: tuple[Parity, ...] = ()
+    files: dict[str, FileEntry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expect(self.num_queries > 0, "num_queries", "> 0", self.num_queries)
+        expect(self.num_classes == self.metadata.num_classes, "num_classes",
+               f"{self.metadata.num_classes}, as many as metadata names", self.num_classes)
+        shades = [shade for color in self.metadata.colors for shade in color]
+        expect(all(0 <= shade <= 255 for shade in shades), "metadata.colors", "0..255", self.metadata.colors)
+        _check_targets("kernels", self.kernels)
+        check_file_names(self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers, as `from_json` reads them."""
+        return {"format": FORMAT, **plain(self, Manifest)}
+
+    @classmethod
+    def from_json(cls, data: object) -> Manifest:
+        """Inverse of `to_json`. Raises `BundleError` naming an unknown or missing key, or one of a wrong type."""
+        if not isinstance(data, dict):
+            raise BundleError(f"manifest: expected an object, got {type(data).__name__}")
+        expect(data.get("format") == FORMAT, "format", repr(FORMAT), data.get("format"))
+        return typed({key: value for key, value in data.items() if key != "format"}, cls, "manifest")
+
+
+def manifest_bytes(manifest: Manifest) -> tuple[bytes, str]:
+    """The canonical file of a manifest, and its digest."""
+    data = manifest.to_json()
+    digest = _digest(data)
+    return _canonical({**data, DIGEST_KEY: digest}), digest
+
+
+def parse_manifest(content: bytes) -> tuple[Manifest, str]:
+    """Manifest and digest of a file's content. Raises `BundleError` for what `manifest_bytes` does not write."""
+    expect(len(content) <= MAX_BYTES, MANIFEST_NAME, f"at most {MAX_BYTES} bytes", len(content))
+    try:
+        data = json.loads(content.decode("ascii"))
+        canonical = _canonical(data)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST_NAME}: expected JSON text, got {type(error).__name__}: {error}") from None
+    expect(isinstance(data, dict), MANIFEST_NAME, "an object", type(data).__name__)
+    digest = data.pop(DIGEST_KEY, None)
+    if content != canonical or digest != _digest(data):
+        raise BundleError(f"{MANIFEST_NAME} was changed after it was written: it does not match its own {DIGEST_KEY}")
+    return Manifest.from_json(data), digest
+
+
+def _canonical(data: object) -> bytes:
+    return (json.dumps(data, sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(_canonical(data)).hexdigest()
+
+
+def _check_targets(name: str, targets: tuple[str, ...]) -> None:
+    expect(all(_TARGET.fullmatch(target) for target in targets), name, "targets as sm_87", targets)
+
+
+def plain(value: Any, kind: Any) -> Any:
+    """A value of a declared type -> JSON's types; whole numbers in float fields become floats."""
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return {f.name: plain(getattr(value, f.name), hints[f.name]) for f in fields(kind)}
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return [plain(item, arguments[0]) for item in value]  # all of this module's tuples are of one type
+    if typing.get_origin(kind) is dict:
+        return {key: plain(item, arguments[1]) for key, item in value.items()}
+    return float(value) if kind is float else value
+
+
+def typed(value: Any, kind: Any, where: str) -> Any:
+    """JSON's types -> a value of a declared type; nothing is converted on the way. Raises `BundleError`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        expect(isinstance(value, dict), where, "an object", value)
+        unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
+        expect(not unknown, where, f"the keys {', '.join(hints)}", f"also {unknown}")
+        expect(not missing, where, f"the keys {', '.join(hints)}", f"none of {missing}")
+        items = {name: typed(value[name], hint, f"{where}.{name}") for name, hint in hints.items()}
+        try:
+            return typing.cast(Any, kind)(**items)
+        except ValueError as error:
+            raise BundleError(f"{where}.{error}") from None
+    if origin is tuple:
+        expect(isinstance(value, list), where, "a list", value)
+        length = len(value) if arguments[-1] is Ellipsis else len(arguments)
+        expect(len(value) == length, where, f"{length} entries", value)
+        return tuple(typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        expect(isinstance(value, dict), where, "an object", value)
+        return {key: typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    if origin is Literal:
+        expect(isinstance(value, str) and value in arguments, where, f"one of {', '.join(arguments)}", value)
+        return value
+    choices = arguments if origin is types.UnionType else (kind,)
+    # By type and not by isinstance: a bool is no number here.
+    expect(type(value) in choices, where, " or ".join(choice.__name__ for choice in choices), value)
+    expect(not isinstance(value, float) or math.isfinite(value), where, "a finite number", value)
+    return value

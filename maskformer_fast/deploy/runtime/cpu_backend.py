@@ -1,0 +1,163 @@
+"""A bundle on the CPU: onnxruntime runs the graph, the package's C++ operators do the rest.
+
+Batches are worked on by a few threads, each batch by one of them from pixels to results. onnxruntime, Pillow and the
+operators leave Python's lock, so while the network runs for one batch, the next is prepared and the one before is
+post-processed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from maskformer_fast.config import TASKS, Task
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.image_resize import resize_array
+from maskformer_fast.core.results import Result
+from maskformer_fast.deploy.bundle.folder import Bundle
+from maskformer_fast.deploy.bundle.manifest import Graph, expect
+from maskformer_fast.deploy.runtime.backend import StageSeconds
+from maskformer_fast.deploy.runtime.cpu_postprocess import HostPostprocessor, Maps
+
+FLAVOUR = "raw"
+INPUT, OUTPUTS = "images", ["class_logits", "mask_logits"]
+_Outcome = tuple[list[Result], StageSeconds]
+
+
+class HostBackend:
+    """A `maskformer_fast.deploy.runtime.backend.Backend` that needs no GPU."""
+
+    max_tasks = len(TASKS)
+    graph_obstacle: str | None = None
+
+    def __init__(self, bundle: Bundle, in_flight: int, threads: int | None = None) -> None:
+        """Load the graph.
+
+        Args:
+            in_flight: batches that are worked on at once.
+            threads: for each batch; None: as many as OMP_NUM_THREADS says, else as this process has cores.
+
+        Raises:
+            BundleError: the bundle has no graph of the flavour ``raw``, or one that onnxruntime does not take.
+            ModuleNotFoundError: onnxruntime is not installed.
+            ImportError: the package's extension is not built.
+        """
+        check(in_flight > 0, "in_flight", "> 0", in_flight)
+        check(threads is None or threads > 0, "threads", "> 0", threads)
+        manifest = bundle.manifest
+        threads = threads or default_threads()
+        self._preprocess = manifest.preprocess
+        self._postprocess = HostPostprocessor(manifest.postprocess, manifest.metadata.is_thing, threads)
+        expect(FLAVOUR in manifest.graphs, "graphs", f"one of the flavour {FLAVOUR}", sorted(manifest.graphs))
+        graph = manifest.graphs[FLAVOUR]
+        self._batch, self._size = _fixed_sizes(graph)
+        self._session = _session(bundle.read(graph.file), threads)
+        self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="maskformer_fast")
+        self._tickets = itertools.count()
+        self._batches: dict[int, Future[_Outcome]] = {}
+
+    def max_batch(self, height: int, width: int, task: Task) -> int:
+        """One, unless the graph was exported for a batch: here several frames at once take as long as one by one."""
+        return self._batch or 1
+
+    def submit(self, frames: Sequence[np.ndarray], *tasks: Task) -> int:
+        """Begin a batch of frames of one size -> a ticket."""
+        ticket = next(self._tickets)
+        self._batches[ticket] = self._pool.submit(self._run, list(frames), tasks)
+        return ticket
+
+    def collect(self, ticket: int) -> _Outcome:
+        """Wait for a batch and forget it; raises what went wrong with it."""
+        return self._batches.pop(ticket).result()
+
+    def close(self) -> None:
+        """Wait for the batches that were begun, drop the others."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._batches.clear()
+
+    def _run(self, frames: list[np.ndarray], tasks: Sequence[Task]) -> _Outcome:
+        start = perf_counter()
+        images = self._prepare(frames)
+        prepared = perf_counter()
+        class_logits, mask_logits = self._session.run(OUTPUTS, {INPUT: images})
+        predicted = perf_counter()
+        size = (frames[0].shape[0], frames[0].shape[1])
+        extent = self._extent(images.shape[2:], mask_logits.shape[2:])
+        results = [
+            self._postprocess(Maps(class_logits[row], mask_logits[row], extent, size), task)
+            for task in tasks
+            for row in range(len(frames))
+        ]
+        end = perf_counter()
+        return results, StageSeconds(prepared - start, predicted - prepared, end - predicted, end - start)
+
+    def _prepare(self, frames: Sequence[np.ndarray]) -> np.ndarray:
+        """Resized frames, a batch as the graph wants it -> uint8 [B, 3, h, w]."""
+        most = self._batch or len(frames)
+        check(0 < len(frames) <= most, "frames", f"1 to {most} of them", len(frames))
+        sizes = {frame.shape for frame in frames}
+        check(len(sizes) == 1, "frames", "frames of one size", sorted(sizes))
+        images: np.ndarray | None = None
+        for row, frame in enumerate(frames):
+            image = resize_array(frame, self._preprocess.short_edge, self._preprocess.max_size)
+            if images is None:
+                self._check_size(image, frame)
+                images = np.zeros((most, 3, *image.shape[:2]), dtype=np.uint8)
+            images[row] = image.transpose(2, 0, 1)
+        assert images is not None  # there is a frame
+        return images
+
+    def _check_size(self, image: np.ndarray, frame: np.ndarray) -> None:
+        for got, wanted in zip(image.shape, self._size, strict=False):
+            check(wanted in (0, got), "frames", f"a size that becomes {self._size} (height, width; 0: any), which "
+                  "the graph was exported for", f"{frame.shape[:2]}, which becomes {image.shape[:2]}")
+
+    def _extent(self, size: tuple[int, ...], maps: tuple[int, ...]) -> tuple[float, float]:
+        """Part of the mask logits that the images cover: the graph pads them at the bottom and the right."""
+        step = max(1, self._preprocess.size_divisibility)
+        height, width = (side * cells / (-(-side // step) * step) for side, cells in zip(size, maps, strict=True))
+        return height, width
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS where it is set, as for other libraries of this kind, else the cores this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fixed_sizes(graph: Graph) -> tuple[int, tuple[int, int]]:
+    """Batch, (height, width) that the graph takes; 0 where any."""
+    shape = graph.inputs[0].shape if graph.inputs else ()
+    expect(len(shape) == 4, f"graphs.{FLAVOUR}.inputs", "images [B, 3, H, W]", graph.inputs)
+    batch, _, height, width = (0 if isinstance(side, str) else side for side in shape)
+    return batch, (height, width)
+
+
+def _session(graph: bytes, threads: int) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "onnxruntime is needed to run a bundle on the CPU; install it with: pip install onnxruntime "
+            "(or maskformer_fast[deploy])", name=error.name
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors: its warnings are about its own optimisations
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has no class of its own for a graph that it cannot read or run
+        expect(False, f"graphs.{FLAVOUR}", "a graph that onnxruntime runs", f"{type(error).__name__}: {error}")
+        raise
+    inputs, outputs = ([tensor.name for tensor in part] for part in (session.get_inputs(), session.get_outputs()))
+    expect(inputs == [INPUT] and set(OUTPUTS) <= set(outputs), f"graphs.{FLAVOUR}",
+           f"a graph from {INPUT} to {' and '.join(OUTPUTS)}", f"one from {inputs} to {outputs}")  # fmt: skip
+    return session

@@ -1,0 +1,303 @@
+"""Runs a bundle: frames in, results out, with several frames in flight. Needs NumPy and the backend's libraries alone.
+
+    with load("bundle") as runtime:
+        result = runtime.predict(frame)                              # one frame, or a sequence of any sizes
+        for result in runtime.stream(camera, task="panoptic"):       # in order, `in_flight` frames at once
+            ...
+
+Backends: ``tensorrt`` (an engine and compiled kernels for this GPU) and ``onnxruntime`` (any CPU). Results are NumPy
+arrays at the frames' own sizes (`maskformer_fast.core.results`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from maskformer_fast.config import TASKS, Task
+from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.core.image_resize import check_image
+from maskformer_fast.core.results import Result
+from maskformer_fast.deploy.bundle.folder import Bundle
+from maskformer_fast.deploy.runtime.backend import Backend, StageSeconds
+from maskformer_fast.deploy.runtime.selection import BackendName, tensorrt_obstacle
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    bundle: str | Path | Bundle,
+    backend: Literal["auto", "onnxruntime", "tensorrt"] = "auto",
+    *,
+    digest: str | None = None,
+    device: int = 0,
+    in_flight: int = 2,
+) -> Runtime:
+    """Verify a bundle and make it ready to run.
+
+    Args:
+        bundle: its folder, or the bundle where it is open already.
+        backend: ``auto`` takes TensorRT where the bundle has an engine for this GPU and the libraries are installed,
+            else onnxruntime, and logs which and why. One that is asked for by name is taken, or an error says why not.
+        digest: what `Bundle.digest` must be, see `Bundle.open`.
+        device: number of the CUDA device.
+        in_flight: frames (or batches) that are worked on at once.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        BundleError: a damaged or changed bundle, another digest, or no engine for this GPU.
+        ModuleNotFoundError: a library that the backend needs is not installed.
+        ValueError: another argument of a wrong value.
+    """
+    check_choice("backend", backend, ("auto", "onnxruntime", "tensorrt"))
+    check(in_flight > 0, "in_flight", "> 0", in_flight)
+    check(device >= 0, "device", ">= 0", device)
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(bundle, digest)
+    elif digest is not None:
+        check(bundle.digest == digest, "digest", f"{digest}, which was asked for", bundle.digest)
+    name: BackendName = "onnxruntime"
+    if backend != "onnxruntime":
+        obstacle = tensorrt_obstacle(bundle.manifest, device)
+        if obstacle is None:
+            name = "tensorrt"
+        elif backend == "tensorrt":
+            raise obstacle
+        else:
+            logger.info("%s runs on the CPU by onnxruntime, not by TensorRT: %s", bundle.folder, obstacle)
+    return Runtime(bundle, name, device, in_flight)
+
+
+class Runtime:
+    """A bundle that is ready to run, made by `load`; a context manager. Any thread may use it."""
+
+    tasks: tuple[Task, ...] = TASKS
+
+    def __init__(self, bundle: Bundle, backend: BackendName, device: int, in_flight: int) -> None:
+        self.manifest = bundle.manifest
+        self.backend: BackendName = backend
+        self.in_flight = in_flight
+        self._backend: Backend | None = _open_backend(bundle, backend, device, in_flight)
+        self._jobs: deque[_Job] = deque()  # what the backend may still hold, oldest first
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def predict(self, images: np.ndarray | Sequence[np.ndarray], task: Task = "semantic") -> Any:
+        """Segment one image (-> one result) or several (-> a list of results, in order).
+
+        Images of one size are batched as the backend can. The network sees each image as if it were alone.
+
+        Args:
+            images: uint8 RGB arrays [H, W, 3] of any sizes; one or a sequence.
+            task: "semantic" -> `SemanticResult`, "panoptic" -> `PanopticResult`, "instance" -> `InstanceResult`.
+
+        Raises:
+            TypeError, ValueError: something that is not such an image, an unknown task, or a size that the bundle does
+                not take.
+            RuntimeError: the runtime is closed, or belongs to the process that this one was forked from.
+        """
+        check_choice("task", task, self.tasks)
+        if isinstance(images, np.ndarray) and images.ndim == 3:
+            return self.predict([images], task)[0]
+        return self.predict_tasks(list(images), (task,))[task]
+
+    def predict_tasks(self, images: Sequence[np.ndarray], tasks: Sequence[Task]) -> dict[Task, list[Result]]:
+        """Several tasks' results of images, each as `predict` gives them; onnxruntime runs the network once for all."""
+        for task in tasks:
+            check_choice("task", task, self.tasks)
+        frames = list(images)
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, frame in enumerate(frames):
+            check_image(frame, f"images[{index}]")
+            by_size.setdefault(frame.shape[:2], []).append(index)
+        results: dict[Task, dict[int, Result]] = {task: {} for task in tasks}
+        under_way: deque[tuple[Sequence[Task], list[int], _Job]] = deque()
+
+        def finish() -> None:
+            group, indices, job = under_way.popleft()
+            places = ((task, index) for task in group for index in indices)
+            for (task, index), result in zip(places, self._finish(job)[0], strict=True):
+                results[task][index] = result
+
+        backend = self._open_backend()
+        wanted = list(results)
+        for first in range(0, len(wanted), backend.max_tasks):
+            group = wanted[first : first + backend.max_tasks]
+            for (height, width), indices in by_size.items():
+                most = min(backend.max_batch(height, width, task) for task in group)
+                for start in range(0, len(indices), most):
+                    part = indices[start : start + most]
+                    under_way.append((group, part, self._start([frames[index] for index in part], group)))
+                    if len(under_way) == self.in_flight:
+                        finish()
+        while under_way:
+            finish()
+        return {task: [found[index] for index in range(len(frames))] for task, found in results.items()}
+
+    def stream(self, frames: Iterable[np.ndarray], task: Task = "semantic") -> Iterator[Result]:
+        """Results of frames in their order, `in_flight` frames at once: for a camera or a video.
+
+        Frames are taken from the iterable while earlier ones are worked on, and not before they are needed. An error
+        of one frame is raised in its place; ``next`` then goes on with the frame after it.
+
+        Args:
+            frames: uint8 RGB arrays [H, W, 3]; they must not be changed until their result is there.
+            task: as for `predict`.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        check_choice("task", task, self.tasks)
+        return _Stream(self, iter(frames), task)
+
+    @property
+    def graph_obstacle(self) -> str | None:
+        """Why a GPU runs batches by single launches and not from a CUDA graph; known after the first of a kind."""
+        return self._open_backend().graph_obstacle
+
+    def timed(self, frames: Sequence[np.ndarray], task: Task = "semantic") -> tuple[list[Result], StageSeconds]:
+        """One batch of frames of one size, and the time that its stages took; arguments and errors as for `predict`."""
+        results, seconds = self.timed_tasks(frames, (task,))
+        return results[task], seconds
+
+    def timed_tasks(
+        self, frames: Sequence[np.ndarray], tasks: Sequence[Task]
+    ) -> tuple[dict[Task, list[Result]], StageSeconds]:
+        """`timed` for several tasks; where the network runs for each of them (TensorRT), the times are added up."""
+        check(len(tasks) > 0, "tasks", "at least one", tasks)
+        for task in tasks:
+            check_choice("task", task, self.tasks)
+        for index, frame in enumerate(frames):
+            check_image(frame, f"frames[{index}]")
+        results: dict[Task, list[Result]] = {}
+        seconds: list[StageSeconds] = []
+        at_once = self._open_backend().max_tasks
+        for first in range(0, len(tasks), at_once):
+            group = tasks[first : first + at_once]
+            found, took = self._finish(self._start(frames, group))
+            results |= {task: found[at * len(frames) : (at + 1) * len(frames)] for at, task in enumerate(group)}
+            seconds.append(took)
+        return results, StageSeconds(*(sum(stage) for stage in zip(*seconds, strict=True)))
+
+    def close(self) -> None:
+        """Wait for what is under way, and give everything back; a second call does nothing, nor does a forked process's
+        (it has neither the threads nor the GPU).
+        """
+        if os.getpid() != self._process:
+            return
+        with self._lock:
+            backend, self._backend = self._backend, None
+            jobs = list(self._jobs)
+            self._jobs.clear()
+        for job in jobs:  # streams that are still read get what was begun
+            job.settle()
+        if backend is not None:
+            backend.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open_backend(self) -> Backend:
+        if os.getpid() != self._process:
+            raise RuntimeError("runtime: expected to be used by the process that loaded it, got one forked from it; "
+                               "load the bundle there")
+        if self._backend is None:
+            raise RuntimeError("runtime: expected an open one, but it was closed")
+        return self._backend
+
+    def _start(self, frames: Sequence[np.ndarray], tasks: Sequence[Task]) -> _Job:
+        """Hand a batch to the backend; if it is full, the oldest batch is waited for, whoever began it."""
+        self._open_backend()  # before the lock, which a fork may have copied as held
+        with self._lock:
+            backend = self._open_backend()
+            while len(self._jobs) >= self.in_flight:
+                self._jobs.popleft().settle()
+            job = _Job(backend, frames, tasks)
+            self._jobs.append(job)
+        return job
+
+    def _finish(self, job: _Job) -> tuple[list[Result], StageSeconds]:
+        job.settle()
+        with self._lock, contextlib.suppress(ValueError):  # it is gone where room was made for another
+            self._jobs.remove(job)
+        return job.outcome()
+
+
+class _Job:
+    """A batch in the hands of the backend. Its outcome is fetched once, by whoever needs it or its place first."""
+
+    def __init__(self, backend: Backend, frames: Sequence[np.ndarray], tasks: Sequence[Task]) -> None:
+        self._backend = backend
+        self._ticket = backend.submit(frames, *tasks)
+        self._lock = threading.Lock()
+        self._outcome: tuple[list[Result], StageSeconds] | Exception | None = None
+
+    def settle(self) -> None:
+        """Wait for the outcome, good or bad."""
+        with self._lock:
+            if self._outcome is None:
+                try:
+                    self._outcome = self._backend.collect(self._ticket)
+                except Exception as error:  # belongs to whoever began the batch
+                    self._outcome = error
+
+    def outcome(self) -> tuple[list[Result], StageSeconds]:
+        """What was settled; raises what went wrong."""
+        assert self._outcome is not None  # settled
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+
+class _Stream(Iterator[Result]):
+    """Results of a stream's frames. What is left in flight when nobody reads on is the runtime's to clear away."""
+
+    def __init__(self, runtime: Runtime, frames: Iterator[np.ndarray], task: Task) -> None:
+        self._runtime = runtime
+        self._frames: Iterator[np.ndarray] | None = frames
+        self._task: Task = task
+        self._under_way: deque[_Job | Exception] = deque()
+
+    def __next__(self) -> Result:
+        while self._frames is not None and len(self._under_way) < self._runtime.in_flight:
+            self._under_way.append(self._start_next(self._frames))
+        job = self._under_way.popleft()
+        if isinstance(job, StopIteration):
+            self._under_way.append(job)  # the end stays the end
+        if isinstance(job, Exception):
+            raise job
+        return self._runtime._finish(job)[0][0]
+
+    def _start_next(self, frames: Iterator[np.ndarray]) -> _Job | Exception:
+        """The next frame's job; or the error that takes its place, which the frames before it must not suffer from."""
+        try:
+            frame = next(frames)
+        except Exception as error:  # the end, or a camera that failed
+            self._frames = None if isinstance(error, StopIteration) else frames
+            return error
+        try:
+            check_image(frame, "frame")
+            return self._runtime._start([frame], (self._task,))
+        except Exception as error:
+            return error
+
+
+def _open_backend(bundle: Bundle, name: BackendName, device: int, in_flight: int) -> Backend:
+    if name == "onnxruntime":
+        from maskformer_fast.deploy.runtime.cpu_backend import HostBackend
+
+        return HostBackend(bundle, in_flight)
+    from maskformer_fast.deploy.runtime.cuda_backend import TensorRTBackend
+
+    return TensorRTBackend(bundle, device, in_flight)

@@ -1,0 +1,120 @@
+"""Run a predictor over a data set and measure it: the one evaluation loop of training and of `evaluate`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from maskformer_fast.config import Task
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.results import Result
+from maskformer_fast.data import SegmentationDataset
+from maskformer_fast.data.loader import eval_loader, eval_shard
+from maskformer_fast.distributed import gather_on_main, is_main, on_main, rank, world_size
+from maskformer_fast.evaluation import Evaluator, build_evaluator
+from maskformer_fast.inference.bundle_predictor import BundlePredictor
+from maskformer_fast.inference.predictor import Predictor
+from maskformer_fast.output import visualize
+from maskformer_fast.output.writer import ResultWriter
+from maskformer_fast.structures import Example
+
+logger = logging.getLogger(__name__)
+
+
+def check_classes(expected: Metadata, got: Metadata) -> None:
+    """Hold the classes of the data set that is measured on against those that were trained.
+
+    Raises:
+        ValueError: another number of classes, or the same ones in another order. Other names only give a warning.
+    """
+    pairs = list(zip_longest(expected.class_names, got.class_names, fillvalue="(none)"))
+    different = [f"{index}: {a} / {b}" for index, (a, b) in enumerate(pairs) if a != b]
+    shown = "; ".join(different[:5])
+    reordered = bool(different) and set(expected.class_names) == set(got.class_names)
+    if reordered or expected.num_classes != got.num_classes:
+        raise ValueError(f"data: expected the {expected.num_classes} classes of training in their order, got "
+                         f"{got.num_classes} (training / this data set: {shown})")
+    if different:
+        logger.warning("%d classes have other names than in training (training / here: %s)", len(different), shown)
+
+
+def measure(
+    predictor: Predictor | BundlePredictor,
+    dataset: SegmentationDataset,
+    tasks: Sequence[Task],
+    *,
+    workers: int,
+    skip_broken: bool = False,
+    pictures: int = 0,
+    limit: int | None = None,
+    writer: ResultWriter | None = None,
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Metrics of each task, and a picture grid (image, truth, results) of the first ``pictures`` images.
+
+    ``writer`` is given every result. Headline numbers stand flat in the returned dictionary; each task's whole report
+    stands under its name. Several ranks share the images out among them and all get the metrics, which equal those of
+    one process; rank 0 alone gets the pictures.
+
+    Args:
+        limit: measure the first so many examples only (broken ones count).
+    """
+    evaluators = {task: build_evaluator(task, dataset.metadata) for task in tasks}
+    rows: list[list[np.ndarray]] = []
+    batch_size = predictor.test.batch_size
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    shard = eval_shard(total, batch_size, rank(), world_size())
+    loader = eval_loader(dataset, predictor.input_test, workers, skip_broken, shard)
+    with tqdm(total=len(shard), desc="evaluate", unit="img", leave=False, dynamic_ncols=True,
+              disable=not is_main()) as progress:
+        for batch in loader.batches(batch_size):
+            if not batch:
+                continue
+            examples = [example for example, _ in batch]
+            results = predictor.infer([image for _, image in batch], [e.image for e in examples], tasks)
+            for index, example in enumerate(examples):
+                own = {task: results[task][index] for task in tasks}
+                for task, evaluator in evaluators.items():
+                    evaluator.process(example, own[task])
+                if writer is not None:
+                    writer.write(_file_name(example), example.image_id, example.image, own)
+                if shard.start + len(rows) < pictures:
+                    rows.append(_row(example, list(own.values()), dataset))
+            progress.update(len(batch))
+    parts = gather_on_main((evaluators, rows, loader.broken))
+    report = on_main(lambda: _report([part[0] for part in parts]))
+    rows = [row for part in parts for row in part[1]][:pictures]
+    if broken := [entry for part in parts for entry in part[2]]:
+        listing = "\n  ".join(f"{path}: {reason}" for path, reason in broken)
+        logger.warning("%d images were left out as broken:\n  %s", len(broken), listing)
+    metrics: dict[str, Any] = {}
+    for values in report.values():
+        metrics.update({key: value for key, value in values.items() if not isinstance(value, dict)})
+    titles = ["image", "truth", *tasks]
+    metrics.update({str(task): values for task, values in report.items()})
+    return metrics, visualize.grid(rows, titles) if rows else None
+
+
+def _report(parts: Sequence[dict[Task, Evaluator]]) -> dict[Task, dict[str, Any]]:
+    """Every task's metrics over the images of all ranks."""
+    whole, *others = parts
+    for part in others:
+        for task, evaluator in part.items():
+            whole[task].merge(evaluator)
+    return {task: evaluator.evaluate() for task, evaluator in whole.items()}
+
+
+def _file_name(example: Example) -> Path:
+    """Name for an image's results: a textual id keeps its folders, a number goes with the file's own name."""
+    named_by_file = isinstance(example.image_id, int) and example.path
+    return Path(Path(example.path).name if named_by_file else f"{example.image_id}.png")
+
+
+def _row(example: Example, results: list[Result], dataset: SegmentationDataset) -> list[np.ndarray]:
+    drawn = [visualize.draw_result(example.image, result, dataset.metadata) for result in results]
+    return [example.image, visualize.draw_truth(example, dataset.metadata, dataset.task), *drawn]

@@ -1,0 +1,93 @@
+"""Predictors from files: a checkpoint, a bundle or, untrained, a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from maskformer_fast.config import Amp, Config, DataConfig, TestConfig
+from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.data import dataset_metadata
+from maskformer_fast.deploy.bundle.folder import read_manifest
+from maskformer_fast.distributed import resolve_device
+from maskformer_fast.inference.bundle_predictor import (
+    Backend,
+    BundlePredictor,
+    bundle_data,
+    bundle_test,
+    is_bundle,
+    load_bundle,
+)
+from maskformer_fast.inference.predictor import Predictor
+from maskformer_fast.modeling import build_model
+from maskformer_fast.modeling.fuse_for_cpu import convolves_bfloat16, fuse_for_cpu
+from maskformer_fast.modeling.weights import load_into, load_weights
+from maskformer_fast.recipes import load_recipe, recipe_names
+
+
+def load(
+    path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None, backend: Backend = "auto",
+    amp: Amp | None = None,
+) -> Predictor | BundlePredictor:  # fmt: skip
+    """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
+
+    On a CPU its network is rebuilt for inference (`modeling.fuse_for_cpu`) and cannot be trained, saved, moved to another
+    device or exported; `load_network` leaves it as it is.
+
+    Args:
+        test: replaces the resizing and thresholds that the checkpoint or recipe carries; a bundle's cannot be replaced.
+        backend: what runs a bundle, see `maskformer_fast.deploy.runtime.load`; of the others PyTorch is the only one.
+        amp: precision of the network, by default that of its training; a bundle's is fixed.
+
+    Raises:
+        FileNotFoundError: neither a path nor a recipe.
+        CheckpointError, BundleError: a damaged checkpoint or bundle.
+        ValueError: `backend` for what is not a bundle, `amp` for a bundle, or `test` that is not the bundle's.
+    """
+    if is_bundle(path_or_recipe):
+        check(amp is None, "amp", "none, as a bundle's precision was chosen when it was exported", amp)
+        return load_bundle(path_or_recipe, device, test, backend)
+    check(backend == "auto", "backend", f"auto, as {path_or_recipe} is not a bundle and runs in PyTorch", backend)
+    predictor = load_network(path_or_recipe, device, test)
+    if amp is not None:
+        check_choice("amp", amp, get_args(Amp))
+        predictor.amp = amp
+    if predictor.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        half = predictor.amp == "bf16" and convolves_bfloat16()
+        fuse_for_cpu(predictor.network, torch.bfloat16 if half else torch.float32)
+    return predictor
+
+
+def load_network(path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None) -> Predictor:
+    """`load` for what runs in PyTorch: checkpoints and recipes."""
+    where = resolve_device(device)
+    if not Path(path_or_recipe).exists() and str(path_or_recipe) in recipe_names():
+        config = load_recipe(str(path_or_recipe))
+        metadata = dataset_metadata(config.data)
+        config = with_classes(config, metadata)
+        network = build_model(config.model)
+    else:
+        config, metadata, weights, _ = load_weights(path_or_recipe)
+        network = build_model(config.model)
+        load_into(network, weights, path_or_recipe)
+    return Predictor(network.to(where).eval(), replace(config, test=test or config.test), metadata, where)
+
+
+def carried_options(path: str | Path) -> tuple[DataConfig, TestConfig]:
+    """Data and test options that a checkpoint or a bundle carries. Errors are those of `load`."""
+    if is_bundle(path):
+        manifest, _ = read_manifest(path)  # `load` verifies the files
+        return bundle_data(manifest), bundle_test(manifest)
+    config = load_weights(path).config
+    return config.data, config.test
+
+
+def with_classes(config: Config, metadata: Metadata) -> Config:
+    """The configuration with ``model.num_classes`` taken from the data set; a different explicit number is an error."""
+    got = config.model.num_classes
+    check(got in (0, metadata.num_classes), "model.num_classes", f"0 or the data set's {metadata.num_classes}", got)
+    return replace(config, model=replace(config.model, num_classes=metadata.num_classes))

@@ -1,0 +1,360 @@
+"""From what the network says of a batch to results at the sizes asked for (paper section 3.4).
+
+Each function takes the final decoder layer of a batch and one output size an image; images of one geometry (valid size
+and output size) are worked on together. Predictions may live on any device and in any floating type: everything is
+computed in float32, nothing has a gradient, and results stay on the device except the lists of segments.
+
+**Order of operations.** Published implementations resample at different points, which moves a few percent of the
+labels:
+
+- ``direct`` (default): mask logits go straight from stride 4 to the output size, then sigmoid and classes. One
+  resampling, and nothing of full size per query or class need ever exist. Where the output size is the image's size in
+  the network, it is the official result.
+- ``official``: the semantic models of the official code upsample logits to the padded input, apply sigmoid and
+  classes, crop the padding and resize the scores. Its panoptic models and per-pixel baselines resize the cropped
+  logits instead: for semantic results of a panoptic model this is ``official_panoptic``.
+- ``huggingface``: sigmoid and classes at stride 4, then the scores are resized; padding is not cropped, so parity holds
+  for images that fill the padded input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder
+from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.core.metadata import VOID, segments_of_rows
+from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
+from maskformer_fast.ops.mask_product import mask_product
+from maskformer_fast.ops.segments import InstanceMasks, instance_inference, panoptic_inference
+from maskformer_fast.ops.semantic import (
+    label_dtype,
+    pixel_semantic_inference,
+    pixel_semantic_scores,
+    semantic_inference,
+)
+from maskformer_fast.ops.semantic import semantic_scores as query_semantic_scores
+from maskformer_fast.ops.semantic_pruned import pruned_semantic_inference
+from maskformer_fast.structures import PixelPredictions, Predictions
+
+Size = tuple[int, int]
+
+
+class _Group(NamedTuple):
+    """Images of a batch with one geometry."""
+
+    images: list[int]
+    valid_size: Size
+    output_size: Size
+    whole: bool  # all of the batch
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Rows of a [B, ...] tensor."""
+        return tensor if self.whole else tensor[self.images]
+
+    def extent(self, maps: Tensor, input_size: Size) -> tuple[float, float]:
+        """Part of [..., h, w] maps that the images cover, in map pixels."""
+        height, width = (v * m / i for v, m, i in zip(self.valid_size, maps.shape[-2:], input_size, strict=True))
+        return height, width
+
+
+@torch.no_grad()
+def semantic(
+    predictions: Predictions | PixelPredictions,
+    output_sizes: Sequence[Size],
+    with_scores: bool = False,
+    order: SemanticOrder = "direct",
+) -> list[SemanticResult]:
+    """Class of every pixel: argmax over classes of the sum over queries of class probability x mask probability.
+
+    Args:
+        output_sizes: height, width of each image's result.
+        with_scores: also give the winner's score (of per-pixel models: its softmax probability).
+        order: where resampling happens, see the module; per-pixel models know ``direct`` and ``official``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, number, or value.
+    """
+    _check_order(predictions, order)
+    results: dict[int, SemanticResult] = {}
+    scores: Tensor | None
+    for group in _groups(predictions, output_sizes):
+        if order in ("official", "huggingface") and isinstance(predictions, Predictions):
+            scores, labels = _resized_scores(predictions, group, order).max(1)
+            labels = labels.to(label_dtype(predictions.class_logits.shape[-1] - 1))
+        elif order == "direct" and not with_scores and isinstance(predictions, Predictions):
+            labels, scores = _direct_labels(predictions, group), None
+        else:
+            maps, extent = _window(_maps(predictions, group), predictions.input_size, group, order != "direct")
+            if isinstance(predictions, PixelPredictions):
+                labels, scores = pixel_semantic_inference(maps, extent, group.output_size, with_scores)
+            else:
+                classes = group.take(predictions.class_logits[-1])
+                labels, scores, _ = semantic_inference(maps, classes, extent, group.output_size, with_scores)
+        for row, image in enumerate(group.images):
+            results[image] = SemanticResult(labels[row], scores[row] if with_scores and scores is not None else None)
+    return [results[image] for image in range(len(results))]
+
+
+@torch.no_grad()
+def semantic_scores(
+    predictions: Predictions | PixelPredictions,
+    output_sizes: Sequence[Size],
+    order: SemanticOrder = "direct",
+) -> list[Tensor]:
+    """Scores of every class at every pixel, one [K, H, W] float32 tensor an image.
+
+    For averaging over scales and flips, and for evaluation that wants more than labels; `semantic` needs far less
+    memory. Mask classification gives sums over queries (0..Q), per-pixel models softmax probabilities.
+    Arguments and errors are those of `semantic`.
+    """
+    _check_order(predictions, order)
+    results: dict[int, Tensor] = {}
+    for group in _groups(predictions, output_sizes):
+        if order in ("official", "huggingface") and isinstance(predictions, Predictions):
+            scores = _resized_scores(predictions, group, order)
+        else:
+            maps, extent = _window(_maps(predictions, group), predictions.input_size, group, order != "direct")
+            if isinstance(predictions, PixelPredictions):
+                scores = pixel_semantic_scores(maps, extent, group.output_size)
+            else:
+                classes = group.take(predictions.class_logits[-1])
+                scores = query_semantic_scores(maps, classes, extent, group.output_size)
+        results.update(zip(group.images, scores, strict=True))
+    return [results[image] for image in range(len(results))]
+
+
+@torch.no_grad()
+def panoptic(
+    predictions: Predictions,
+    output_sizes: Sequence[Size],
+    is_thing: Sequence[bool],
+    object_mask_threshold: float,
+    overlap_threshold: float,
+    order: PanopticOrder = "direct",
+    rule: PanopticRule = "maskformer",
+) -> list[PanopticResult]:
+    """Non-overlapping segments (`panoptic_inference`); the defaults but for `order` are the official MaskFormer's.
+
+    Queries whose best class is an object and whose probability of it is above `object_mask_threshold` take part; only
+    their masks are computed. A segment's score is that probability (the highest, where stuff merged).
+
+    Args:
+        output_sizes: height, width of each image's result.
+        is_thing: one flag a class; stuff segments of one class are merged.
+        overlap_threshold: least share of its own mask (sigmoid >= 0.5) that a segment must win.
+        order: where resampling happens, see the module.
+        rule: whose segments, see `panoptic_inference`: what Hugging Face or Mask2Former would give of these masks.
+
+    Raises:
+        TypeError: predictions of a per-pixel model.
+        ValueError: an argument of the wrong number or value.
+    """
+    _check_queries(predictions, "panoptic segments")
+    check_choice("order", order, ("direct", "official"))
+    for name, value in (("object_mask_threshold", object_mask_threshold), ("overlap_threshold", overlap_threshold)):
+        check(0.0 <= value <= 1.0, name, "0..1", value)
+    class_logits = predictions.class_logits[-1]
+    things = _thing_flags(is_thing, class_logits)
+    scores, categories = class_logits.to(torch.float32).softmax(-1).max(-1)
+    kept = (categories < len(things)) & (scores > object_mask_threshold)
+    categories = categories.masked_fill(~kept, VOID)
+    slots = _compact(kept)
+    scores, categories = scores.gather(1, slots), categories.gather(1, slots)
+
+    maps: dict[int, Tensor] = {}
+    tables: dict[int, Tensor] = {}
+    for group in _groups(predictions, output_sizes):
+        logits = _mask_logits(predictions, group, slots)
+        logits, extent = _window(logits, predictions.input_size, group, order == "official")
+        group_scores, group_categories = group.take(scores), group.take(categories)
+        found = panoptic_inference(
+            logits, group_scores, group_categories, things, extent, group.output_size, overlap_threshold, rule
+        )
+        columns = [found.ids, group_categories, found.areas, group_scores]
+        table = torch.stack([column.to(torch.float64) for column in columns], -1)  # exact: all below 2**53
+        for row, image in enumerate(group.images):
+            maps[image], tables[image] = found.id_map[row], table[row]
+    if not tables:
+        return []
+    rows = torch.stack([tables[image] for image in range(len(tables))]).tolist()  # the only transfer of results
+    return [PanopticResult(maps[image], segments_of_rows(rows[image], is_thing)) for image in range(len(rows))]
+
+
+@torch.no_grad()
+def instances(
+    predictions: Predictions,
+    output_sizes: Sequence[Size],
+    is_thing: Sequence[bool],
+    top_k: int,
+) -> list[InstanceResult]:
+    """Scored instances, best first: the `top_k` best pairs of query and thing class, less those with an empty mask.
+
+    A query may give several results of different classes; its mask is computed once. The score is the class
+    probability (softmax with "no object") times the mean sigmoid over the mask, as in Mask2Former and Hugging Face. A
+    query with NaN among its class logits gives none.
+
+    Args:
+        output_sizes: height, width of each image's result.
+        is_thing: one flag a class; stuff classes give no result and take no place among the `top_k`.
+
+    Raises:
+        TypeError: predictions of a per-pixel model.
+        ValueError: an argument of the wrong number or value.
+    """
+    _check_queries(predictions, "instances")
+    check(top_k > 0, "top_k", "> 0", top_k)
+    class_logits = predictions.class_logits[-1]
+    things = _thing_flags(is_thing, class_logits).nonzero().flatten()
+    probabilities = class_logits.to(torch.float32).softmax(-1).index_select(-1, things).nan_to_num(-1.0)  # NaN last
+    best, pairs = probabilities.flatten(1).topk(min(top_k, probabilities.shape[1:].numel()))
+    queries, labels = pairs // max(1, len(things)), things[pairs % max(1, len(things))]
+    used = torch.zeros(class_logits.shape[:2], dtype=torch.bool, device=best.device).scatter_(1, queries, True)
+    slots = _compact(used)
+    slot_of_pair = (used.cumsum(1) - 1).gather(1, queries)
+
+    ranked: dict[int, tuple[InstanceMasks, int, Tensor, Tensor, Size]] = {}
+    for group in _groups(predictions, output_sizes):
+        logits = _mask_logits(predictions, group, slots)
+        found = instance_inference(logits, group.extent(logits, predictions.input_size), group.output_size)
+        pair_slots = group.take(slot_of_pair)
+        scores = group.take(best) * found.scores.gather(1, pair_slots)
+        scores = scores.masked_fill(found.areas.gather(1, pair_slots) == 0, -1.0)  # empty masks go last
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        for row, image in enumerate(group.images):
+            ranked[image] = (found, row, scores[row], order[row], group.output_size)
+    if not ranked:
+        return []
+    counts = torch.stack([(ranked[image][2] >= 0).sum() for image in range(len(ranked))]).tolist()
+
+    results = []
+    for image, count in enumerate(counts):
+        found, row, scores, order, size = ranked[image]
+        chosen = order[:count]
+        slot = slot_of_pair[image, chosen]
+        # index_select copies whole masks: five times faster here than masks[row, slot]
+        masks, boxes = (tensor[row].index_select(0, slot) for tensor in (found.masks, found.boxes))
+        results.append(InstanceResult(labels[image, chosen], scores[:count], masks, boxes, size))
+    return results
+
+
+def _groups(predictions: Predictions | PixelPredictions, output_sizes: Sequence[Size]) -> Iterator[_Group]:
+    """Images by geometry; reads the valid sizes from the device."""
+    valid_sizes = [(int(height), int(width)) for height, width in predictions.valid_sizes.tolist()]
+    check(len(output_sizes) == len(valid_sizes), "output_sizes", f"{len(valid_sizes)} sizes", len(output_sizes))
+    images: dict[tuple[Size, Size], list[int]] = {}
+    for image, (valid, (height, width)) in enumerate(zip(valid_sizes, output_sizes, strict=True)):
+        inside = all(0 < v <= i for v, i in zip(valid, predictions.input_size, strict=True))
+        check(inside, "valid_sizes", f"sizes within {predictions.input_size}", valid)
+        images.setdefault((valid, (int(height), int(width))), []).append(image)
+    for (valid, size), members in images.items():
+        yield _Group(members, valid, size, len(images) == 1)
+
+
+def _maps(predictions: Predictions | PixelPredictions, group: _Group) -> Tensor:
+    """Low-resolution maps of the last layer: mask logits of all queries or class logits -> [b, N, h, w]."""
+    if isinstance(predictions, PixelPredictions):
+        return group.take(predictions.logits[-1])
+    return _mask_logits(predictions, group, None)
+
+
+def _mask_logits(
+    predictions: Predictions,
+    group: _Group,
+    slots: Tensor | None,  # [B, N] int64, the queries wanted; None for all
+) -> Tensor:
+    """Mask logits of the last layer for a group's images -> [b, N, h, w] float32."""
+    embeddings, features = _factors(predictions, group, slots)
+    with torch.autocast(features.device.type, enabled=False):
+        return mask_product(embeddings, features, predictions.projection)
+
+
+def _factors(predictions: Predictions, group: _Group, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `_mask_logits` multiplies: mask embeddings [b, N, D] and pixel features [b, C, h, w], float32."""
+    embeddings = predictions.mask_embeddings[-1]
+    if slots is not None:
+        embeddings = embeddings.gather(1, slots[..., None].expand(-1, -1, embeddings.shape[-1]))
+    return group.take(embeddings).to(torch.float32), group.take(predictions.pixel_features).to(torch.float32)
+
+
+def _direct_labels(predictions: Predictions, group: _Group) -> Tensor:
+    """Semantic labels of a group's images; where it pays, masks of the queries that can matter alone -> [b, H, W]."""
+    classes = group.take(predictions.class_logits[-1])
+    extent = group.extent(predictions.pixel_features, predictions.input_size)
+    if predictions.projection is None or classes.device.type != "cpu":  # elsewhere, reading counts costs too much
+        maps = _mask_logits(predictions, group, None)
+        return semantic_inference(maps, classes, extent, group.output_size).labels
+    embeddings, features = _factors(predictions, group, None)
+    images = []
+    for row in range(len(group.images)):
+        one = slice(row, row + 1)
+        with torch.autocast("cpu", enabled=False):
+            labels = pruned_semantic_inference(
+                embeddings[row], features[one], predictions.projection, classes[row], extent, group.output_size
+            )
+            if labels is None:
+                maps = mask_product(embeddings[one], features[one], predictions.projection)
+                labels = semantic_inference(maps, classes[one], extent, group.output_size).labels[0]
+        images.append(labels)
+    return torch.stack(images)
+
+
+def _window(maps: Tensor, input_size: Size, group: _Group, resize_twice: bool) -> tuple[Tensor, tuple[float, float]]:
+    """Maps and extent for an operator; in the official order already at the output size, where it changes nothing."""
+    if not resize_twice:
+        return maps, group.extent(maps, input_size)
+    return _resize(_crop(_resize(maps.to(torch.float32), input_size), group), group.output_size), group.output_size
+
+
+def _resized_scores(predictions: Predictions, group: _Group, order: SemanticOrder) -> Tensor:
+    """Class scores formed before the last resize, as ``official`` or ``huggingface`` says -> [b, K, H, W] float32."""
+    masks = _mask_logits(predictions, group, None)
+    if order == "official":
+        masks = _resize(masks, predictions.input_size)
+    probabilities = group.take(predictions.class_logits[-1]).to(torch.float32).softmax(-1)[..., :-1]
+    with torch.autocast(masks.device.type, enabled=False):
+        scores = torch.einsum("bqk,bqhw->bkhw", probabilities, masks.sigmoid())
+    return _resize(_crop(scores, group) if order == "official" else scores, group.output_size)
+
+
+def _resize(maps: Tensor, size: Size) -> Tensor:
+    if maps.shape[1] == 0:  # no query takes part, which interpolate refuses
+        return maps.new_empty((*maps.shape[:2], *size))
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _crop(maps: Tensor, group: _Group) -> Tensor:
+    return maps[..., : group.valid_size[0], : group.valid_size[1]]
+
+
+def _compact(
+    used: Tensor,  # [B, Q] bool
+) -> Tensor:
+    """Indices of the used queries of each image, in order, first -> [B, N] int64, N the most that any image uses.
+
+    Reads N from the device: the one transfer before masks are computed, so that only these are.
+    """
+    most = max(used.sum(1).tolist(), default=0)
+    return used.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
+def _thing_flags(is_thing: Sequence[bool], class_logits: Tensor) -> Tensor:
+    """-> [K] bool on the device of the logits."""
+    num_classes = class_logits.shape[-1] - 1
+    check(len(is_thing) == num_classes, "is_thing", f"{num_classes} flags", len(is_thing))
+    return torch.tensor(list(is_thing), dtype=torch.bool, device=class_logits.device)
+
+
+def _check_queries(predictions: object, wanted: str) -> None:
+    if isinstance(predictions, PixelPredictions):
+        raise TypeError(f"predictions: expected Predictions, got PixelPredictions: per-pixel models give no {wanted}")
+
+
+def _check_order(predictions: Predictions | PixelPredictions, order: SemanticOrder) -> None:
+    queries = isinstance(predictions, Predictions)
+    check_choice("order", order, ("direct", "official", *(("official_panoptic", "huggingface") if queries else ())))

@@ -1,0 +1,166 @@
+"""A network with its classes and thresholds: images in, results out. `maskformer_fast.load` returns one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from maskformer_fast.config import TASKS, Amp, Config, Task, TestConfig
+from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.core.image_resize import short_edge_size
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.results import Result, SemanticResult
+from maskformer_fast.data.images import ImageLike, as_rgb_array
+from maskformer_fast.data.loader import pad_images
+from maskformer_fast.data.transforms import resize_image
+from maskformer_fast.inference import postprocess
+from maskformer_fast.modeling.autocast import autocast
+from maskformer_fast.ops import resize_images
+
+
+class Predictor:
+    """Runs a network on images of any size and turns its predictions into results at the images' own size."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: Config,
+        metadata: Metadata,
+        device: str | torch.device,
+        amp: Amp | None = None,
+    ) -> None:
+        """``amp`` is the precision of inference, by default that of the training."""
+        self.network = network
+        self.config = config
+        self.metadata = metadata
+        self.device = torch.device(device)
+        self.amp: Amp = config.solver.amp if amp is None else amp
+
+    @property
+    def test(self) -> TestConfig:
+        """Resizing, thresholds and batch size."""
+        return self.config.test
+
+    @property
+    def input_test(self) -> TestConfig:
+        """How a loader resizes the images that go to `infer`."""
+        return self.config.test
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """Tasks this network can do: a per-pixel baseline cannot tell instances apart."""
+        return TASKS if self.config.model.type == "maskformer" else ("semantic",)
+
+    def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic") -> Any:
+        """Segment one image (-> one result) or several (-> a list of results, in order).
+
+        Args:
+            images: paths, PIL images, uint8 RGB arrays [H, W, 3] or uint8 RGB tensors [3, H, W]; one or a sequence.
+            task: "semantic" -> `SemanticResult`, "panoptic" -> `PanopticResult`, "instance" -> `InstanceResult`.
+
+        Raises:
+            TypeError, ValueError: for something that is not such an image, or a task the network cannot do.
+        """
+        self.check_task(task)
+        if isinstance(images, ImageLike):
+            return self.predict([images], task)[0]
+        arrays = [as_rgb_array(image) for image in images]
+        results: list[Result] = []
+        for start in range(0, len(arrays), self.config.test.batch_size):
+            batch = arrays[start : start + self.config.test.batch_size]
+            results += self.infer([self.resize(array) for array in batch], batch, (task,))[task]
+        return results
+
+    def check_task(self, task: Task) -> None:
+        """Raise ``ValueError`` for an unknown task or one that this kind of network cannot do."""
+        check_choice("task", task, TASKS)
+        check(task in self.tasks, "task", f"one that a {self.config.model.type} network can do {self.tasks}", task)
+
+    def resize(self, image: np.ndarray) -> Tensor:
+        """Image [H, W, 3] uint8 -> network input [3, h, w] uint8, by ``config.test``; on a GPU by the GPU."""
+        test = self.config.test
+        if self.device.type != "cuda" or test.short_edge is None:
+            return resize_image(image, test.short_edge, test.max_size)
+        check(image.size > 0, "image", "shape [H, W, 3]", image.shape)
+        size = short_edge_size(image.shape[0], image.shape[1], test.short_edge, test.max_size)
+        frames = torch.tensor(np.ascontiguousarray(image), device=self.device).unsqueeze(0)
+        return resize_images(frames, [size])[0][0]
+
+    def infer(
+        self,
+        inputs: Sequence[Tensor],  # each [3, h, w] uint8, already resized
+        originals: Sequence[np.ndarray],  # each [H, W, 3] uint8
+        tasks: Sequence[Task],
+    ) -> dict[Task, list[Result]]:
+        """One forward pass, then each task's results at the originals' sizes."""
+        sizes = [(image.shape[0], image.shape[1]) for image in originals]
+        test = self.config.test
+        results: dict[Task, list[Result]] = {}
+        with self._inference():
+            if "semantic" in tasks and (test.multi_scale or test.flip):
+                results["semantic"] = [self._augmented(image) for image in originals]
+            remaining = [task for task in tasks if task not in results]
+            if not remaining:
+                return results
+            predictions = self._forward(inputs)
+            for task in remaining:
+                if task == "semantic":
+                    results[task] = list(postprocess.semantic(predictions, sizes, order=test.semantic_order))
+                elif task == "panoptic":
+                    results[task] = list(
+                        postprocess.panoptic(
+                            predictions,
+                            sizes,
+                            self.metadata.is_thing,
+                            test.object_mask_threshold,
+                            test.overlap_threshold,
+                            test.panoptic_order,
+                            test.panoptic_rule,
+                        )
+                    )
+                else:
+                    results[task] = list(
+                        postprocess.instances(predictions, sizes, self.metadata.is_thing, test.top_k)
+                    )
+        return results
+
+    def _forward(self, images: Sequence[Tensor]) -> Any:
+        batch, valid_sizes = pad_images(list(images), self.config.model.size_divisibility)
+        return self.network(batch.to(self.device), valid_sizes.to(self.device))
+
+    def _augmented(self, image: np.ndarray) -> SemanticResult:
+        """Average class scores over scales of the short edge and, if asked, the mirrored image."""
+        test = self.config.test
+        size = (image.shape[0], image.shape[1])
+        total: Tensor | None = None
+        for scale in test.multi_scale or (1.0,):
+            short_edge = round((test.short_edge or min(size)) * scale)
+            resized = resize_image(image, short_edge, round(test.max_size * scale))
+            for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
+                scores = postprocess.semantic_scores(self._forward([view]), [size], test.semantic_order)[0]
+                scores = scores if view is resized else scores.flip(-1)
+                total = scores if total is None else total.add_(scores)
+        assert total is not None  # at least one scale
+        best = total.max(dim=0)
+        views = len(test.multi_scale or (1.0,)) * (2 if test.flip else 1)
+        dtype = torch.uint8 if total.shape[0] <= 255 else torch.int16
+        return SemanticResult(best.indices.to(dtype), best.values / views)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients, in the predictor's precision; the former mode comes back after."""
+        training = self.network.training
+        self.network.eval()
+        amp = "off" if self.amp == "fp16" and self.device.type == "cpu" else self.amp  # CPUs only emulate fp16
+        try:
+            with torch.no_grad(), autocast(self.device, amp):
+                yield
+        finally:
+            self.network.train(training)
+
+

@@ -1,0 +1,154 @@
+"""A network rebuilt to run on the CPU only forward: what its convolutions are followed by is done within them.
+
+BatchNorm with its running statistics is a scale and an offset of each channel: the scale goes into the weights, the
+offset becomes the bias. oneDNN adds the residual and takes the ReLU where it writes a convolution's output; most 3x3
+convolutions are Winograd's (`maskformer_fast.ops.convolution`). Channels are innermost in memory throughout. Results are the
+network's but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskformer_fast.modeling.conv import ConvNorm
+from maskformer_fast.modeling.resnet import Bottleneck
+from maskformer_fast.ops.convolution import PANEL, conv3x3_winograd, pack_winograd_weights
+
+MAX_WINOGRAD_WEIGHTS = 256 * 256
+"""Channels in times out: above, the transformed weights take more memory than the fewer multiplications are worth."""
+ADVICE = "maskformer_fast.inference.load.load_network gives one as it was trained"
+
+
+def fuse_for_cpu(network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Replace the convolutions of a network on the CPU; afterwards it cannot be trained, saved, moved or exported.
+
+    Copies and pickles of it work.
+
+    Args:
+        network: a `SegmentationNetwork`. Its other layers are kept; call it without gradients, in evaluation mode.
+        dtype: of what its convolutions read and write, float32 or bfloat16. The latter goes with
+            ``torch.autocast("cpu", torch.bfloat16)``.
+    """
+    _replace_children(network, dtype)
+    network.eval().requires_grad_(False)
+
+
+def convolves_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 convolutions for this processor; without AVX-512 and the like it refuses them."""
+    return bool(_mkldnn()._is_mkldnn_bf16_supported())
+
+
+def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, Bottleneck):
+            setattr(module, name, FusedBottleneck(child, dtype))
+        elif isinstance(child, ConvNorm):
+            setattr(module, name, FusedConv(child, dtype))
+        else:
+            _replace_children(child, dtype)
+
+
+class FusedConv(nn.Module):
+    """A `ConvNorm` for inference, perhaps with a residual added before its ReLU."""
+
+    def __init__(self, conv: ConvNorm, dtype: torch.dtype, relu: bool | None = None) -> None:
+        super().__init__()
+        weight, bias, self.norm = _folded(conv)
+        relu = conv.relu if relu is None else relu
+        # a norm that stays comes between the convolution and its ReLU
+        self.relu, self.late_relu = relu and self.norm is None, relu and self.norm is not None
+        self.dtype, self.channels = dtype, conv.out_channels
+        self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), 1)  # type: ignore[arg-type]
+        self.winograd = (
+            conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1)
+            and conv.in_channels % PANEL == 0 and conv.in_channels * conv.out_channels <= MAX_WINOGRAD_WEIGHTS
+        )  # fmt: skip
+        if self.winograd:
+            self.weight, self.bias = pack_winograd_weights(weight), bias
+        else:
+            self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+            if conv.kernel_size != (1, 1):  # reordered weights make some 1x1 convolutions several times slower
+                self._reorder_weight()
+            self.bias = None if bias is None else bias.to(dtype)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        residual: Tensor | None = None,  # [B, N, h, w], overwritten
+    ) -> Tensor:
+        """-> [B, N, h, w], channels last."""
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if self.winograd:
+            x = conv3x3_winograd(x, self.weight, self.bias, self.channels, self.relu)
+        elif residual is None:
+            after = "relu" if self.relu else "none"
+            x = _mkldnn()._convolution_pointwise(x, self.weight, self.bias, *self.geometry, after, [], "")
+        else:
+            x = _mkldnn()._convolution_pointwise_.binary(
+                residual, x, self.weight, self.bias, *self.geometry, "add", 1.0, "relu" if self.relu else None, [], ""
+            )
+        x = x if self.norm is None else self.norm(x)
+        return F.relu_(x) if self.late_relu else x
+
+    def _reorder_weight(self) -> None:
+        """Into a layout of oneDNN's choice, which is opaque: it can neither be copied nor pickled."""
+        self.weight = _mkldnn()._reorder_convolution_weight(self.weight, *self.geometry)
+
+    def __getstate__(self) -> dict[str, Any]:
+        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        return {**self.__dict__, "weight": weight, "reordered": self.weight.is_mkldnn}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        reordered = state.pop("reordered")
+        super().__setstate__(state)
+        if reordered:
+            self._reorder_weight()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv:
+        """What moves and converts modules comes here."""
+        probe = fn(torch.empty(0))
+        if probe.device.type != "cpu" or probe.dtype != torch.float32:
+            raise RuntimeError(f"network: it was rebuilt for the CPU and stays in its precision; {ADVICE}")
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        raise RuntimeError(f"network: it was rebuilt for inference and has no checkpoint's weights; {ADVICE}")
+
+
+class FusedBottleneck(nn.Module):
+    """A `Bottleneck` for inference. It writes its result into its input where that is the shortcut."""
+
+    def __init__(self, block: Bottleneck, dtype: torch.dtype) -> None:
+        super().__init__()
+        shortcut = block.shortcut
+        self.shortcut = FusedConv(shortcut, dtype) if isinstance(shortcut, ConvNorm) else shortcut
+        self.conv1, self.conv2 = FusedConv(block.conv1, dtype), FusedConv(block.conv2, dtype)
+        self.conv3 = FusedConv(block.conv3, dtype, relu=True)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+    ) -> Tensor:
+        """-> [B, N, h, w], channels last."""
+        inner = self.conv2(self.conv1(x))
+        return self.conv3(inner, self.shortcut(x))
+
+
+def _folded(conv: ConvNorm) -> tuple[Tensor, Tensor | None, nn.Module | None]:
+    """Weights and bias with BatchNorm in them, and a norm of another kind, which stays."""
+    norm: Any = conv.norm
+    weight = conv.weight.detach()
+    if isinstance(norm, nn.GroupNorm):
+        return weight, None, norm
+    scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+    return weight * scale[:, None, None, None], norm.bias.detach() - norm.running_mean * scale, None
+
+
+def _mkldnn() -> Any:
+    """oneDNN's convolutions with what follows them, which PyTorch has for its compiler."""
+    return torch.ops.mkldnn

@@ -1,0 +1,166 @@
+"""Results as files that other tools read: index PNG, COCO panoptic PNG + JSON, COCO RLE JSON. All writes are atomic."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from maskformer_fast.core.files import atomic_write, write_json
+from maskformer_fast.core.metadata import VOID, Metadata
+from maskformer_fast.core.results import InstanceResult, PanopticResult
+from maskformer_fast.ops.rle_encoding import encode_packed_masks
+from maskformer_fast.output.id_maps import result_rows
+
+__all__ = ["instances_to_coco", "panoptic_png", "write_index_png", "write_panoptic_json",
+           "write_panoptic_png"]
+
+
+def write_index_png(
+    path: str | os.PathLike[str],
+    labels: np.ndarray | Tensor,  # [H, W] integers, VOID or 0..65534
+    palette: Sequence[tuple[int, int, int]] | None = None,
+) -> None:
+    """Write a PNG whose values are class indices.
+
+    It has 8 bits (void 255) when no label and no entry of the palette is beyond 254, else 16 bits (void 65535): files
+    of one data set written with its palette all have the same depth.
+
+    Args:
+        path: the file.
+        labels: class index of each pixel, `VOID` where there is none.
+        palette: RGB of each class, for viewers; kept in 8-bit files only (PNG has no 16-bit palettes).
+
+    Raises:
+        TypeError: labels are not integers.
+        ValueError: labels are not of rank 2, empty, or out of range.
+        OSError: as `files.atomic_write`.
+    """
+    values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"labels: expected integers, got {values.dtype}")
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"labels: expected [H, W] with at least one pixel, got shape {values.shape}")
+    low, high = int(values.min()), int(values.max())
+    if low < VOID or high > 65534:
+        raise ValueError(f"labels: expected {VOID} (void) or 0..65534, got values in {low}..{high}")
+    if high <= 254 and (palette is None or len(palette) <= 255):
+        image = Image.fromarray(np.where(values == VOID, 255, values).astype(np.uint8))
+        if palette is not None:
+            # All 256 entries: with fewer, Pillow stores fewer bits a pixel and void (255) is cut off.
+            image.putpalette(list(np.array([*palette, *[(0, 0, 0)] * (256 - len(palette))], dtype=np.uint8).tobytes()))
+    else:
+        image = Image.fromarray(np.where(values == VOID, 65535, values).astype(np.uint16))
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")
+
+
+def panoptic_png(result: PanopticResult, metadata: Metadata) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """A panoptic result as COCO has it.
+
+    Returns:
+        uint8 [H, W, 3], the segment's id as R + 256 G + 65536 B, 0 where void; and the list ``segments_info`` with id,
+        category_id (the data set's own), area in pixels, bbox (x, y, width, height) and iscrowd.
+
+    Raises:
+        TypeError, ValueError: the id map and the list of segments disagree, or an id is not in 1..2^24-1.
+    """
+    for segment in result.segments:
+        if not 1 <= segment.id < 2**24:
+            raise ValueError(f"segments: expected ids in 1..{2**24 - 1}, got {segment.id}")
+    rows = result_rows(result)
+    count = len(result.segments)
+    # Row `count` collects the void pixels: VOID is -1, the last one.
+    in_row = np.zeros((count + 1, rows.shape[0]), dtype=bool)
+    in_column = np.zeros((count + 1, rows.shape[1]), dtype=bool)
+    in_row[rows, np.arange(rows.shape[0])[:, None]] = True
+    in_column[rows, np.arange(rows.shape[1])] = True
+    areas = np.bincount(rows.ravel() + 1, minlength=count + 1)[1:]
+    infos = []
+    for index, segment in enumerate(result.segments):
+        ys, xs = np.flatnonzero(in_row[index]), np.flatnonzero(in_column[index])
+        infos.append({
+            "id": segment.id,
+            "category_id": metadata.category_ids[segment.category],
+            "area": int(areas[index]),
+            "bbox": [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0]) + 1, int(ys[-1] - ys[0]) + 1],
+            "iscrowd": int(segment.is_crowd),
+        })
+    ids = np.array([*(segment.id for segment in result.segments), 0], dtype=np.uint32)
+    table = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
+    return table[rows], infos
+
+
+def write_panoptic_png(
+    path: str | os.PathLike[str], result: PanopticResult, image_id: int | str, metadata: Metadata
+) -> dict[str, Any]:
+    """Write a COCO panoptic PNG and return its entry for `write_panoptic_json`.
+
+    Raises:
+        TypeError, ValueError: as `panoptic_png`.
+        OSError: as `files.atomic_write`.
+    """
+    rgb, infos = panoptic_png(result, metadata)
+    with atomic_write(path) as file:
+        Image.fromarray(rgb).save(file, format="PNG")
+    return {"image_id": image_id, "file_name": Path(path).name, "segments_info": infos}
+
+
+def write_panoptic_json(
+    path: str | os.PathLike[str],
+    images: Sequence[dict[str, Any]],
+    annotations: Sequence[dict[str, Any]],
+    metadata: Metadata,
+) -> None:
+    """Write the JSON that goes with COCO panoptic PNGs.
+
+    Args:
+        path: the file.
+        images: COCO image entries: id, file_name, height, width.
+        annotations: what `write_panoptic_png` returned, one an image.
+        metadata: the classes, for the list of categories.
+
+    Raises:
+        ValueError: an annotation belongs to none of the images.
+        OSError: as `files.atomic_write`.
+    """
+    strangers = {annotation["image_id"] for annotation in annotations} - {image["id"] for image in images}
+    if strangers:
+        raise ValueError(f"annotations: expected image ids from images, got {sorted(strangers, key=str)[:8]}")
+    categories = [
+        {"id": category, "name": name, "isthing": int(is_thing), "color": list(color)}
+        for category, name, is_thing, color in zip(
+            metadata.category_ids, metadata.class_names, metadata.is_thing, metadata.colors, strict=True)
+    ]
+    write_json(path, {"images": list(images), "annotations": list(annotations), "categories": categories}, indent=None)
+
+
+def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Metadata) -> list[dict[str, Any]]:
+    """Instances as entries of a COCO results file, in their order.
+
+    Returns:
+        image_id, category_id (the data set's own), segmentation (compressed RLE, its counts a str), bbox (x, y, width,
+        height; zeros for an empty mask) and score.
+
+    Raises:
+        TypeError, ValueError: the masks are not packed as the result's size says.
+        ModuleNotFoundError: pycocotools is missing.
+    """
+    rles = encode_packed_masks(result.masks.cpu().numpy(), result.size[1])
+    entries = []
+    for rle, label, score, (x0, y0, x1, y1) in zip(
+        rles, result.labels.tolist(), result.scores.tolist(), result.boxes.tolist(), strict=True
+    ):
+        entries.append({
+            "image_id": image_id,
+            "category_id": metadata.category_ids[label],
+            "segmentation": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")},
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": score,
+        })
+    return entries

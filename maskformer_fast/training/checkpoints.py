@@ -1,0 +1,246 @@
+"""Checkpoints of a run: one file for the weights (`modeling.weights`), one for the trainer's state.
+
+```
+runs/demo/checkpoints/
+  step_00002000/model.safetensors     weights; the header carries configuration and classes as JSON
+  step_00002000/trainer.pt            optimiser and counters, tensors and plain containers only
+  step_00002000/checksums.json        SHA-256 of both
+  last -> step_00002000   best -> step_00001500
+```
+
+A checkpoint is written under a temporary name and renamed when complete, so a run killed at any moment leaves
+only whole checkpoints behind. The two newest and the best are kept: where the newest turns out to be damaged, a run
+resumes from the one before. Checkpoints are the same however many processes wrote them, and by `solver.parallel`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from maskformer_fast.config import Config, to_dict
+from maskformer_fast.core.files import write_json
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.distributed import on_main
+from maskformer_fast.modeling.weights import (
+    WEIGHTS_NAME,
+    CheckpointError,
+    load_weights,
+    write_weights,
+)
+from maskformer_fast.training.parallel import gather_full_state
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "trainer.pt"
+CHECKSUMS_NAME = "checksums.json"
+KEPT = 2
+"""Newest checkpoints of a run that are kept, beside the best."""
+TEMPORARY_PREFIX = ".writing-"
+
+
+def save_checkpoint(
+    folder: Path,
+    network: nn.Module,
+    config: Config,
+    metadata: Metadata,
+    step: int,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write ``folder/step_N`` atomically, point ``last`` to it, and drop what is neither new nor the best.
+
+    All ranks call it, since they put sharded tensors together; rank 0 writes.
+
+    Raises:
+        OSError: on every rank: the disk is full or cannot be written. The error names the room that is left; the
+            checkpoints that stand there are untouched and nothing is left of this one.
+    """
+    final = folder / f"step_{step:08d}"
+    weights, state = gather_full_state(network.state_dict()), gather_full_state(state)
+
+    def write() -> OSError | None:
+        try:
+            _write_checkpoint(final, weights, config, metadata, step, state)
+        except OSError as error:
+            return error
+        return None
+
+    if failure := on_main(write):
+        raise failure
+    return final
+
+
+def _write_checkpoint(
+    final: Path, weights: Mapping[str, Tensor], config: Config, metadata: Metadata, step: int, state: Mapping[str, Any]
+) -> None:
+    folder = final.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{TEMPORARY_PREFIX}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write_weights(temporary / WEIGHTS_NAME, weights, config, metadata, step)
+        torch.save(dict(state), temporary / STATE_NAME)
+        (temporary / CHECKSUMS_NAME).write_text(json.dumps(_checksums(temporary)))
+        for file in (*temporary.iterdir(), temporary):
+            _flush(file)
+        shutil.rmtree(final, ignore_errors=True)  # what an interrupted removal left of one
+        os.rename(temporary, final)
+        _flush(folder)
+        _point(folder / "last", final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors and torch.save have exceptions of their own for a full disk.
+        if isinstance(error, (OSError, SafetensorError, RuntimeError)):
+            free = shutil.disk_usage(folder).free / 2**20
+            raise OSError(f"{final}: the checkpoint could not be written ({free:.1f} MiB free), earlier ones stand: "
+                          f"{error}") from error
+        raise
+    _prune(folder)
+
+
+def mark_best(folder: Path, checkpoint: Path, score: float) -> None:
+    """Point ``best`` to a checkpoint of the folder and note its score for `best_score`."""
+    _point(folder / "best", checkpoint)
+    write_json(folder / "best.json", {"step": checkpoint.name, "score": score})
+    _prune(folder)
+
+
+def best_score(folder: Path) -> float | None:
+    """Score of the best checkpoint so far; ``None`` before the first validation."""
+    path = folder / "best.json"
+    return float(json.loads(path.read_text())["score"]) if path.exists() else None
+
+
+def _prune(folder: Path) -> None:
+    keep = {(folder / name).resolve() for name in ("last", "best") if (folder / name).exists()}
+    for old in complete_checkpoints(folder)[:-KEPT]:
+        if old.resolve() not in keep:
+            leftover = folder / f"{TEMPORARY_PREFIX}{old.name}"  # so that a kill leaves no half of a checkpoint
+            old.rename(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first: all were written to their end, but a disk may have damaged one since."""
+    return sorted(path for path in folder.glob("step_*") if (path / STATE_NAME).is_file())
+
+
+def check_undamaged(path: Path) -> None:
+    """Raise `CheckpointError` unless a checkpoint folder is as it was written."""
+    sums = path / CHECKSUMS_NAME
+    if not sums.exists():  # of an earlier version: what can be read is taken for whole
+        load_weights(path / WEIGHTS_NAME)
+        load_state(path)
+        return
+    try:
+        expected, got = dict(json.loads(sums.read_text())), _checksums(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+    if changed := [str(path / name) for name in got if expected.get(name) != got[name]]:
+        raise CheckpointError(f"{', '.join(changed)}: damaged, the SHA-256 is not the one noted in {sums}")
+
+
+def newest_undamaged(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that is undamaged, ``None`` where a run has none at all, and the damaged ones after it.
+
+    Raises:
+        CheckpointError: there are checkpoints and each is damaged, said of each.
+    """
+    problems: dict[Path, CheckpointError] = {}
+    for path in reversed(complete_checkpoints(folder)):
+        try:
+            check_undamaged(path)
+        except CheckpointError as error:
+            problems[path] = error
+            logger.warning("%s; trying the checkpoint before it", error)
+        else:
+            return path, list(problems)
+    if problems:
+        listing = "\n  ".join(str(error) for error in problems.values())
+        raise CheckpointError(f"{folder}: no checkpoint to resume from, all are damaged:\n  {listing}")
+    return None, []
+
+
+def set_aside(damaged: Iterable[Path], newest: Path) -> None:
+    """Rename damaged checkpoints, so that the steps they stood for can be saved anew, and point ``last`` to ``newest``.
+
+    Where the best one is among them, there is no best one until the next validation.
+    """
+    folder = newest.parent
+    for path in damaged:
+        number, aside = 0, folder / f"damaged_{path.name}"
+        while aside.exists():
+            number += 1
+            aside = folder / f"damaged_{path.name}.{number}"
+        path.rename(aside)
+        logger.warning("%s is damaged: moved to %s", path, aside)
+    _point(folder / "last", newest)
+    if not (folder / "best").exists():
+        for name in ("best", "best.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read the trainer's state of a checkpoint folder (no pickled code: tensors and plain containers only)."""
+    try:
+        return dict(torch.load(path / STATE_NAME, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise CheckpointError(f"{path / STATE_NAME}: not a readable trainer state: {error}") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete half-written checkpoints of a killed run."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def config_differences(old: Config, new: Config, sections: Iterable[str]) -> list[str]:
+    """Dotted keys below the given sections that differ -> ``["solver.lr: 0.1 -> 0.2", ...]``."""
+    found: list[str] = []
+
+    def compare(prefix: str, a: Any, b: Any) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in a:
+                compare(f"{prefix}.{key}", a[key], b[key])
+        elif a != b:
+            found.append(f"{prefix}: {a} -> {b}")
+
+    before, after = to_dict(old), to_dict(new)
+    for section in sections:
+        compare(section, before[section], after[section])
+    return found
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files of a checkpoint folder."""
+    sums = {}
+    for name in (WEIGHTS_NAME, STATE_NAME):
+        with (path / name).open("rb") as file:
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _point(link: Path, target: Path) -> None:
+    temporary = link.with_name(f"{TEMPORARY_PREFIX}{link.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,97 @@
+// Runs every operator on every instruction set of this processor, on one thread and on several, and from several
+// threads at once. tests/csrc/test_sanitizers.py builds it with sanitizers, which report what goes wrong; the own checks of
+// the runs are few.
+//
+//   run_operators [SEED]             all of them
+//   run_operators --plant MISTAKE    out-of-bounds, overflow or race: must fail under the sanitizer that looks for it
+#include "run_operators.h"
+
+#include <climits>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "common/cpu_isa.h"
+
+namespace maskformer_fast {
+namespace {
+
+struct Operator {
+  const char* name;
+  void (*run)(Random& random, int threads);
+};
+
+constexpr Operator kOperators[] = {
+    {"threads", run_threads},
+    {"assignment", run_assignment},
+    {"assignment teams", run_teams},
+    {"convolution", run_convolution},
+    {"matching cost", run_matching},
+    {"mask loss", run_mask_loss},
+    {"segments", run_segments},
+    {"semantic", run_semantic},
+};
+constexpr int kRuns = 40;  // of each operator, instruction set and number of threads
+
+void run_alone(uint32_t seed) {
+  for (const std::string& isa : available_isas()) {
+    use_isa(isa);
+    for (const Operator& op : kOperators) {
+      for (const int threads : {1, 2, 5}) {
+        Random random(seed);
+        for (int k = 0; k < kRuns; ++k) op.run(random, threads);
+      }
+      std::printf("%s on %s: done\n", op.name, isa.c_str());
+    }
+  }
+  use_isa("auto");
+}
+
+void run_at_once(uint32_t seed) {
+  std::vector<std::thread> callers;
+  for (uint32_t caller = 0; caller < 3; ++caller) {
+    callers.emplace_back([seed, caller] {
+      Random random(seed + caller);
+      for (int k = 0; k < kRuns; ++k) {
+        for (const Operator& op : kOperators) op.run(random, 3);
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  std::printf("several callers at once: done\n");
+}
+
+int plant(const std::string& mistake) {
+  volatile int seen = 0;
+  if (mistake == "out-of-bounds") {
+    const std::unique_ptr<int[]> numbers(new int[4]());
+    volatile int place = 4;
+    seen = numbers[place];
+  } else if (mistake == "overflow") {
+    volatile int large = INT_MAX;
+    seen = large + 1;
+  } else if (mistake == "race") {
+    int shared = 0;
+    std::thread other([&] { ++shared; });
+    ++shared;
+    other.join();
+    seen = shared;
+  } else {
+    std::fprintf(stderr, "plant: expected out-of-bounds, overflow or race, got %s\n", mistake.c_str());
+    return 2;
+  }
+  std::printf("the planted %s went unseen (%d)\n", mistake.c_str(), seen);
+  return 0;
+}
+
+}  // namespace
+}  // namespace maskformer_fast
+
+int main(int argc, char** argv) {
+  if (argc == 3 && std::strcmp(argv[1], "--plant") == 0) return maskformer_fast::plant(argv[2]);
+  const uint32_t seed = argc > 1 ? std::strtoul(argv[1], nullptr, 10) : 0;
+  maskformer_fast::run_alone(seed);
+  maskformer_fast::run_at_once(seed);
+  return 0;
+}

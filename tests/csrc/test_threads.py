@@ -1,0 +1,75 @@
+"""The threads that the operators share, across fork, exit and threads of Python; races: test_sanitizers.py."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from maskformer_fast.ops import linear_sum_assignment
+from tests.support.paths import ROOT
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_costs(seed: int) -> torch.Tensor:
+    return torch.rand(64, 60, 40, generator=torch.Generator().manual_seed(seed))
+
+
+def solve_in_child(seed: int, queue: multiprocessing.SimpleQueue) -> None:
+    torch.set_num_threads(2)
+    queue.put([linear_sum_assignment(random_costs(seed)).tolist() for _ in range(3)])
+
+
+@pytest.mark.parametrize("rest", [0.0, 0.02])  # the parent's helper is still looking for work, or asleep
+def test_a_forked_process_has_threads_of_its_own(two_threads, rest: float) -> None:
+    expected = linear_sum_assignment(random_costs(0)).tolist()
+    context = multiprocessing.get_context("fork")
+    if rest:
+        time.sleep(rest)
+    queue = context.SimpleQueue()
+    children = [context.Process(target=solve_in_child, args=(0, queue)) for _ in range(2)]
+    for child in children:
+        child.start()
+    results = [queue.get() for _ in children]
+    for child in children:
+        child.join(30)
+        assert child.exitcode == 0
+    assert results == [[expected] * 3] * 2
+    assert linear_sum_assignment(random_costs(0)).tolist() == expected
+
+
+def test_concurrent_calls(two_threads) -> None:
+    costs = [random_costs(seed) for seed in range(8)]
+    expected = [linear_sum_assignment(cost) for cost in costs]
+    with ThreadPoolExecutor(4) as executor:
+        results = list(executor.map(linear_sum_assignment, costs * 20))
+    assert all(torch.equal(result, expected[i % 8]) for i, result in enumerate(results))
+
+
+@pytest.mark.no_cover
+def test_threads_are_kept_and_do_not_hinder_exit() -> None:
+    code = """
+import os, torch
+from maskformer_fast.ops import linear_sum_assignment
+torch.set_num_threads(3)
+cost = torch.rand(64, 60, 40)
+before = len(os.listdir("/proc/self/task"))
+for _ in range(200):
+    linear_sum_assignment(cost)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "2"

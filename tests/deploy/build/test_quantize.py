@@ -1,0 +1,136 @@
+"""Eight bits: which images and nodes, ranges, labels, and what is missing said clearly."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from maskformer_fast.deploy.build.precision import to_half
+from maskformer_fast.deploy.build.quantize import covering_crop, image_files, kept_nodes, quantize
+from maskformer_fast.deploy.build.tensorrt import EngineConfig, build_engine
+from tests.support.graphs import images, labels, raw_graph, run
+
+
+def modelopt_missing() -> str:
+    """Why modelopt's ONNX part cannot be used; empty where it can."""
+    try:
+        importlib.import_module("modelopt.onnx.quantization")
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine images of several sizes in two folders, one of them damaged."""
+    root = tmp_path_factory.mktemp("calibration")
+    (root / "more").mkdir()
+    for index, (height, width) in enumerate([(64, 96), (96, 64), (40, 50), (128, 128)] * 2):
+        array = images(1, height, width, seed=index)[0].transpose(1, 2, 0)
+        Image.fromarray(array).save(root / ("more" if index % 2 else ".") / f"{index}.png")
+    (root / "damaged.png").write_bytes(b"\x89PNG")
+    return root
+
+
+def test_image_files(folder: Path, tmp_path: Path) -> None:
+    assert len(image_files(folder, 256)) == 9
+    assert len(set(image_files(folder, 4))) == 4
+    with pytest.raises(FileNotFoundError, match="calibration: expected a folder of images"):
+        image_files(folder / "0.png", 4)
+    with pytest.raises(FileNotFoundError, match="calibration: no image in"):
+        image_files(tmp_path, 4)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (33, 47), (1, 1), (256, 16)])
+def test_covering_crop(size: tuple[int, int]) -> None:
+    """Always the size asked for, from the centre, undistorted."""
+    image = np.zeros((80, 120, 3), np.uint8)
+    image[30:50, 50:70] = 255
+    crop = covering_crop(image, size)
+    assert crop.shape == (1, 3, *size) and crop.dtype == np.uint8
+    if size != (1, 1):  # one pixel is the mean of a square
+        assert crop[0, :, size[0] // 2, size[1] // 2].min() > 200
+    assert covering_crop(np.full((1, 200_000, 3), 7, np.uint8), size).max() == 7  # scaled whole: up to 39 GiB
+    same = covering_crop(image, (80, 120))
+    assert np.array_equal(same[0].transpose(1, 2, 0), image)
+
+
+def test_kept_nodes() -> None:
+    """The first convolution and products of activations; linear layers are not among them."""
+    assert kept_nodes(raw_graph()) == ["conv1", "seen"]
+
+
+def test_missing_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: object) -> object:
+        if name.startswith("modelopt"):
+            raise ImportError("No module named 'onnx_graphsurgeon'")
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install maskformer_fast\[quantize\].*onnx_graphsurgeon"):
+        quantize(raw_graph(), "int8", folder, (64, 96))
+    with pytest.raises(ValueError, match="expected entropy or max for fp8"):
+        quantize(raw_graph(), "fp8", folder, (64, 96), method="percentile")
+
+
+MISSING = modelopt_missing()
+needs_modelopt = pytest.mark.skipif(bool(MISSING), reason=f"modelopt's ONNX part cannot be used: {MISSING}")
+
+
+@needs_modelopt
+@pytest.mark.parametrize("method", ["entropy", "percentile", "max"])
+def test_int8_keeps_labels(folder: Path, method: str) -> None:
+    """Convolutions and linear layers are quantised, the kept nodes are not, and most labels stay."""
+    model, inputs = raw_graph(seed=3), images(2, 128, 192)
+    quantized = quantize(model, "int8", folder, (64, 96), method=method, progress=False)  # type: ignore[arg-type]
+    makers = {name: node.op_type for node in quantized.graph.node for name in node.output}
+    inputs_of = {node.name: [makers.get(name) for name in node.input] for node in quantized.graph.node}
+    assert inputs_of["conv2"][:2] == ["DequantizeLinear"] * 2
+    assert inputs_of["key"][:2] == ["DequantizeLinear"] * 2
+    assert "DequantizeLinear" not in inputs_of["conv1"]
+    assert inputs_of["seen"] == ["Softmax", "DequantizeLinear"]  # it reads what `key` reads, but is not in eight bits
+    exact = labels(run(model, inputs))
+    for version in (quantized, to_half(quantized, "fp16")):
+        assert (labels(run(version, inputs)) == exact).mean() > 0.9
+
+
+@needs_modelopt
+def test_percentile_is_narrower_than_max(folder: Path) -> None:
+    def scales(method: str) -> dict[str, np.ndarray]:
+        model = quantize(raw_graph(seed=3), "int8", folder, (64, 96), method=method, progress=False)  # type: ignore[arg-type]
+        return {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("scale")}
+
+    narrow, wide = scales("percentile"), scales("max")
+    assert narrow.keys() == wide.keys()
+    assert all((narrow[name] <= wide[name] * 1.000001).all() for name in wide)
+    assert any((narrow[name] < wide[name]).any() for name in wide)
+
+
+@needs_modelopt
+def test_unreadable_images(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"images that can be read, got none; the last: .*x\.jpg"):
+        quantize(raw_graph(), "int8", tmp_path, (64, 96), progress=False)
+
+
+@needs_modelopt
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_rtx_builds_eight_bits(folder: Path, precision: str) -> None:
+    config = EngineConfig(
+        precision=precision, calibration=str(folder), calibration_method="max", targets=("sm_89", "sm_120"),  # type: ignore[arg-type]
+        min_shape=(1, 64, 64), opt_shape=(1, 64, 96), max_shape=(2, 128, 128), mask_dtype="float16",
+    )  # fmt: skip
+    content, engine = build_engine(raw_graph().SerializeToString(), config, progress=False)
+    assert len(content) > 10_000
+    assert engine.options["calibration_method"] == "max"
+    assert [o.dtype for o in engine.outputs] == ["float32", "float16"]

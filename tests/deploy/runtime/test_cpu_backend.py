@@ -1,0 +1,133 @@
+"""The onnxruntime backend: batches at once, fixed graphs, and what it refuses."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maskformer_fast.config import TestConfig
+from maskformer_fast.deploy.bundle.folder import Bundle, write_bundle
+from maskformer_fast.deploy.bundle.manifest import BundleError
+from maskformer_fast.deploy.runtime.backend import Backend
+from maskformer_fast.deploy.runtime.cpu_backend import HostBackend, default_threads
+from tests.support.tiny_bundle import tiny_bundle
+
+TEST = TestConfig(short_edge=None, object_mask_threshold=0.3, overlap_threshold=0.3, top_k=6)
+RNG = np.random.default_rng(0)
+FRAMES = [RNG.integers(0, 256, (37, 50, 3), dtype=np.uint8) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return tiny_bundle(tmp_path_factory.mktemp("host") / "bundle", TEST)[0]
+
+
+def labels_of(backend: Backend, frames: list[np.ndarray]) -> list[np.ndarray]:
+    return [result.labels for result in backend.collect(backend.submit(frames, "semantic"))[0]]  # type: ignore[union-attr]
+
+
+class WatchedSession:
+    """Lets a batch through the network only when another is in it."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.barrier = threading.Barrier(2)
+
+    def run(self, *arguments: Any) -> Any:
+        self.barrier.wait(timeout=30)
+        return self.session.run(*arguments)
+
+
+def test_batches_overlap_and_each_ticket_gives_its_own(bundle: Bundle) -> None:
+    backend = HostBackend(bundle, in_flight=2, threads=1)
+    expected = [labels_of(backend, [frame])[0] for frame in FRAMES]
+    backend._session = WatchedSession(backend._session)
+    tickets = [backend.submit([FRAMES[n]], "semantic") for n in (0, 1, 2, 0)]
+    for ticket, number in reversed(list(zip(tickets, (0, 1, 2, 0), strict=True))):
+        results, seconds = backend.collect(ticket)
+        np.testing.assert_array_equal(results[0].labels, expected[number])  # type: ignore[union-attr]
+        assert min(seconds) >= 0 and sum(seconds[:3]) == pytest.approx(seconds.total)
+        with pytest.raises(KeyError):
+            backend.collect(ticket)
+    backend.close()
+
+
+def test_an_error_stays_with_its_batch(bundle: Bundle) -> None:
+    backend = HostBackend(bundle, in_flight=2)
+    bad = backend.submit([FRAMES[0], FRAMES[0][:5]], "semantic")
+    empty = backend.submit([], "semantic")
+    good = backend.submit(FRAMES, "semantic")
+    with pytest.raises(ValueError, match="frames: expected frames of one size"):
+        backend.collect(bad)
+    with pytest.raises(ValueError, match="frames: expected 1 to"):
+        backend.collect(empty)
+    assert len(backend.collect(good)[0]) == 3
+    assert backend.max_batch(37, 50, "semantic") == 1
+    backend.close()
+
+
+def test_closing_waits_for_the_batch_in_work(bundle: Bundle) -> None:
+    backend = HostBackend(bundle, in_flight=1)
+    begun, go_on = threading.Event(), threading.Event()
+    prepare = backend._prepare
+
+    def slowly(frames: Any) -> np.ndarray:
+        begun.set()
+        assert go_on.wait(30)
+        return prepare(frames)
+
+    backend._prepare = slowly  # type: ignore[method-assign]
+    backend.submit([FRAMES[0]], "semantic")
+    assert begun.wait(30)
+    closing = threading.Thread(target=backend.close)
+    closing.start()
+    assert closing.is_alive()
+    go_on.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    with pytest.raises(RuntimeError):
+        backend.submit([FRAMES[0]], "semantic")
+
+
+def test_a_graph_of_fixed_size(tmp_path: Path, bundle: Bundle) -> None:
+    fixed, free = HostBackend(tiny_bundle(tmp_path / "fixed", TEST, size=(2, 37, 50))[0], 1), HostBackend(bundle, 1)
+    assert fixed.max_batch(37, 50, "semantic") == 2
+    for frames in (FRAMES[:2], FRAMES[2:]):  # a batch that is not full is filled up
+        for got, wanted in zip(labels_of(fixed, frames), labels_of(free, frames), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    with pytest.raises(ValueError, match="frames: expected 1 to 2 of them, got 3"):
+        labels_of(fixed, FRAMES)
+    with pytest.raises(ValueError, match=r"becomes \(37, 50\) .*got '\(36, 50\), which becomes \(36, 50\)'"):
+        labels_of(fixed, [FRAMES[0][:36]])
+    fixed.close()
+    free.close()
+
+
+def test_bundles_it_cannot_run(tmp_path: Path, bundle: Bundle) -> None:
+    nothing = write_bundle(tmp_path / "nothing", tiny_bundle(tmp_path / "a", TEST, graphs={})[0].manifest, {})
+    with pytest.raises(BundleError, match="graphs: expected one of the flavour raw"):
+        HostBackend(nothing, 1)
+    garbage = write_bundle(tmp_path / "garbage", bundle.manifest, {"raw.onnx": b"no graph"})
+    with pytest.raises(BundleError, match="graphs.raw: expected a graph that onnxruntime runs"):
+        HostBackend(garbage, 1)
+    for arguments in ({"in_flight": 0}, {"in_flight": 1, "threads": 0}):
+        with pytest.raises(ValueError, match="> 0, got 0"):
+            HostBackend(bundle, **arguments)
+
+
+def test_graphs_with_other_inputs_or_outputs(tmp_path: Path, bundle: Bundle) -> None:
+    content = bundle.read("raw.onnx")
+    for old, new in ((b"images", b"frames"), (b"mask_logits", b"mask_scores")):
+        other = write_bundle(tmp_path / new.decode(), bundle.manifest, {"raw.onnx": content.replace(old, new)})
+        with pytest.raises(BundleError, match=rf"graphs.raw: expected .*{old.decode()}.*, got .*{new.decode()}"):
+            HostBackend(other, 1)
+
+
+@pytest.mark.parametrize(("variable", "expected"), [("3", 3), ("2,4", 2), ("0", None), ("many", None), ("", None)])
+def test_default_threads(monkeypatch: pytest.MonkeyPatch, variable: str, expected: int | None) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert default_threads() == expected or (expected is None and default_threads() >= 1)

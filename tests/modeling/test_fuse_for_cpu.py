@@ -1,0 +1,161 @@
+"""Networks rebuilt for inference on the CPU against themselves before."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import maskformer_fast
+from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, ModelConfig, PixelDecoderConfig
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.inference.load import load_network
+from maskformer_fast.modeling import build_model
+from maskformer_fast.modeling.fuse_for_cpu import FusedBottleneck, FusedConv, convolves_bfloat16, fuse_for_cpu
+from maskformer_fast.modeling.weights import save_weights
+from maskformer_fast.ops.mask_product import layer_mask_logits
+
+BACKBONES = {
+    "frozen": BackboneConfig("resnet_micro", norm="frozen", depths=(2, 1, 2, 2)),
+    "batch, wider": BackboneConfig(
+        "resnet_micro", norm="batch", stem_channels=32, bottleneck_channels=32, res2_channels=64
+    ),
+    "deep stem": BackboneConfig("resnet_micro", norm="sync", stem="deep", stem_channels=32, multi_grid=True),
+    "input is the shortcut": BackboneConfig("resnet_micro", norm="batch", stem_channels=32, res2_channels=32),
+    "swin": BackboneConfig("swin_micro"),
+}
+
+
+def make_network(backbone, kind="maskformer", encoder_layers=0):
+    """With statistics that a trained network could have, so that folding them matters."""
+    torch.manual_seed(0)
+    network = build_model(ModelConfig(
+        type=kind, num_classes=7, backbone=backbone,
+        pixel_decoder=PixelDecoderConfig(conv_dim=32, mask_dim=32, norm_groups=8, encoder_layers=encoder_layers),
+        decoder=DecoderConfig(layers=2, hidden_dim=32, num_heads=4, ffn_dim=64, num_queries=10),
+    ))  # fmt: skip
+    for module in network.modules():
+        if hasattr(module, "running_var"):
+            with torch.no_grad():
+                module.running_mean.uniform_(-0.5, 0.5), module.running_var.uniform_(0.3, 3)
+                module.weight.uniform_(-0.5, 1.5), module.bias.uniform_(-0.5, 0.5)
+    return network.eval()
+
+
+def error(got, wanted):
+    return ((got.float() - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("size", [(64, 96), (45, 131)])
+@torch.no_grad()
+def test_predictions_stay_the_same(name, size):
+    network = make_network(BACKBONES[name], encoder_layers=1 if name == "frozen" else 0)
+    fast = copy.deepcopy(network)
+    fuse_for_cpu(fast)
+    kinds = {type(module) for module in fast.modules()}
+    assert FusedConv in kinds and (FusedBottleneck in kinds) == (name != "swin")
+    assert nn.BatchNorm2d not in kinds and nn.SyncBatchNorm not in kinds
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    sizes = torch.tensor([size, (size[0] - 9, size[1] - 20)])
+    wanted, got = network(images, sizes), fast(images, sizes)
+    again = fast(images, sizes)  # what a call writes into its inputs is its own
+    for one in (got, again):
+        assert error(one.class_logits, wanted.class_logits) < 2e-5
+        assert error(layer_mask_logits(one), layer_mask_logits(wanted)) < 5e-5
+
+
+@torch.no_grad()
+def test_per_pixel_baselines_too():
+    for kind in ("per_pixel", "per_pixel_plus"):
+        network = make_network(BACKBONES["frozen"], kind)
+        fast = copy.deepcopy(network)
+        fuse_for_cpu(fast)
+        images = torch.randint(0, 256, (1, 3, 64, 80), dtype=torch.uint8)
+        assert error(fast(images).logits, network(images).logits) < 2e-5
+
+
+needs_bfloat16 = pytest.mark.skipif(not convolves_bfloat16(), reason="this processor has no bfloat16 convolutions")
+
+
+@needs_bfloat16
+@torch.no_grad()
+def test_bfloat16_is_as_close_as_autocast():
+    network = make_network(BACKBONES["batch, wider"])
+    fast = copy.deepcopy(network)
+    fuse_for_cpu(fast, torch.bfloat16)
+    images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
+    wanted = layer_mask_logits(network(images))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, autocast = error(layer_mask_logits(fast(images)), wanted), error(layer_mask_logits(network(images)), wanted)
+    assert 1e-5 < ours < max(2 * autocast, 0.05)
+
+
+@torch.no_grad()
+def test_images_of_a_pixel_and_no_images():
+    network = make_network(BACKBONES["input is the shortcut"], encoder_layers=1)
+    fast = copy.deepcopy(network)
+    fuse_for_cpu(fast)
+    for shape in ((1, 3, 1, 1), (3, 3, 1, 1), (2, 3, 33, 1), (1, 3, 2, 77)):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        assert error(layer_mask_logits(fast(images)), layer_mask_logits(network(images))) < 5e-5
+    assert fast(images[:0]).class_logits.shape == network(images[:0]).class_logits.shape
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
+@torch.no_grad()
+def test_copies_predict_the_same(copier, dtype):
+    network = make_network(BACKBONES["batch, wider"])
+    fuse_for_cpu(network, dtype)
+    images = torch.randint(0, 256, (1, 3, 50, 70), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert torch.equal(layer_mask_logits(copier(network)(images)), layer_mask_logits(network(images)))
+
+
+def test_what_it_cannot_do_is_refused():
+    network = make_network(BACKBONES["frozen"])
+    fuse_for_cpu(network)
+    for move in (lambda: network.to("meta"), network.double, network.bfloat16):
+        with pytest.raises(RuntimeError, match=r"rebuilt for the CPU and stays in its precision; .*load_network"):
+            move()
+    with pytest.raises(RuntimeError, match=r"has no checkpoint's weights; .*load_network"):
+        network.state_dict()
+    network.to("cpu").float().train().eval()  # these change nothing
+    assert not network(torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)).class_logits.isnan().any()
+
+
+def write_weights(path):
+    network = make_network(BACKBONES["frozen"])
+    metadata = Metadata("test", tuple("abcdefg"), (True,) * 7, tuple(range(7)), ((0, 0, 0),) * 7)
+    save_weights(path, network, Config(model=network.config), metadata, step=0)
+    return network
+
+
+def test_bfloat16_convolutions_are_left_to_processors_that_have_them(tmp_path, monkeypatch):
+    write_weights(tmp_path / "weights.safetensors")
+    monkeypatch.setattr("maskformer_fast.inference.load.convolves_bfloat16", lambda: False)
+    predictor = maskformer_fast.load(tmp_path / "weights.safetensors", "cpu", amp="bf16")
+    assert {module.dtype for module in predictor.network.modules() if isinstance(module, FusedConv)} == {torch.float32}
+    assert predictor.amp == "bf16"
+    assert predictor.predict(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)).labels.shape == (40, 50)
+
+
+def test_load_prepares_and_load_network_does_not(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    network = write_weights(path)
+    image = torch.randint(0, 256, (3, 70, 50), dtype=torch.uint8)
+    plain = load_network(path, "cpu")
+    assert not any(isinstance(module, FusedConv) for module in plain.network.modules())
+    assert plain.network.state_dict().keys() == network.state_dict().keys()
+    half = torch.bfloat16 if convolves_bfloat16() else torch.float32
+    for amp, dtype in ((None, torch.float32), ("fp16", torch.float32), ("bf16", half)):
+        fast = maskformer_fast.load(path, "cpu", amp=amp)
+        assert {module.dtype for module in fast.network.modules() if isinstance(module, FusedConv)} == {dtype}
+        same = (fast.predict(image).labels == plain.predict(image).labels).float().mean()
+        assert same >= (0.5 if amp == "bf16" else 0.999)
+    with pytest.raises(ValueError, match="amp: expected one of 'off', 'bf16', 'fp16', got 'fp8'"):
+        maskformer_fast.load(path, "cpu", amp="fp8")

@@ -1,0 +1,186 @@
+"""The 30 published configurations as recipes, and how recipe files are found and merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from maskformer_fast.config import Config
+from maskformer_fast.data.presets import PRESETS
+from maskformer_fast.modeling.backbone import resolve_backbone
+from maskformer_fast.recipes import CONFIG_DIR, load_recipe, recipe_names
+from tests.support.paths import ROOT
+
+# Facts of the published configurations, one line a data set:
+# steps, batch, crop, first and last short edge, their number, longest side in training, test size.
+FACTS = {
+    "ade20k_150": (160_000, 16, (512, 512), 256, 1024, 16, 2048, (512, 2048)),
+    "ade20k_full_847": (200_000, 16, (512, 512), 256, 1024, 16, 2048, (512, 2048)),
+    "ade20k_panoptic": (720_000, 16, (640, 640), 320, 1280, 16, 2560, (640, 2560)),
+    "cityscapes_19": (90_000, 16, (512, 1024), 512, 2048, 16, 4096, (1024, 2048)),
+    "coco_stuff_10k_171": (60_000, 32, (640, 640), 320, 960, 11, 2560, (640, 2560)),
+    "coco_panoptic": (554_400, 64, None, 480, 800, 11, 1333, (800, 1333)),
+    "mapillary_vistas_65": (300_000, 16, (1280, 1280), 1024, 4096, 16, 8192, (2048, 2048)),
+}
+COUNTS = {"ade20k_150": 9, "ade20k_full_847": 5, "ade20k_panoptic": 2, "cityscapes_19": 2, "coco_stuff_10k_171": 5,
+          "coco_panoptic": 6, "mapillary_vistas_65": 1}
+OFFICIAL = [name for name in recipe_names() if name.split("/")[0] in COUNTS]
+BACKBONES = {"r50": "resnet50", "r101": "resnet101", "r101c": "resnet101c", "tiny": "swin_tiny", "small": "swin_small",
+             "base": "swin_base", "large": "swin_large"}
+
+
+def test_all_30_are_there() -> None:
+    assert len(OFFICIAL) == 30
+    folders = [name.split("/")[0] for name in OFFICIAL]
+    assert {folder: folders.count(folder) for folder in folders} == COUNTS
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_loads_and_its_backbone_resolves(name: str) -> None:
+    config = load_recipe(name)
+    assert config.output == f"runs/{name}"
+    assert resolve_backbone(config.model.backbone).depths is not None
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_data_set_is_a_preset_of_the_recipes_task(name: str) -> None:
+    dataset = load_recipe(name).data.dataset
+    assert dataset in PRESETS
+    assert ("panoptic" in dataset) == ("panoptic" in name)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_schedule_crop_and_sizes(name: str) -> None:
+    config, augment = load_recipe(name), load_recipe(name).data.augment
+    steps, batch, crop, low, high, count, longest, test = FACTS[name.split("/")[0]]
+    if "res640" in name:
+        crop, low, high, longest, test = (640, 640), 320, 1280, 2560, (640, 2560)
+    if name == "coco_panoptic/maskformer_panoptic_swin_large_in21k_384":
+        longest = 1000
+    assert (config.solver.max_steps, config.solver.batch_size) == (steps, batch)
+    assert augment.crop_size == crop and augment.max_size == longest and augment.scale_mode == "short_edge"
+    assert (augment.short_edge[0], augment.short_edge[-1], len(augment.short_edge)) == (low, high, count)
+    assert list(augment.short_edge) == sorted(augment.short_edge)
+    assert (config.test.short_edge, config.test.max_size) == test
+    assert augment.flip and augment.single_category_max_area == 1.0
+    coco = name.startswith("coco_panoptic")
+    assert augment.detr_crop == coco and augment.color_jitter != coco
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_backbone_and_optimiser(name: str) -> None:
+    config = load_recipe(name)
+    solver, backbone = config.solver, config.model.backbone
+    assert backbone.name == next(BACKBONES[part] for part in name.split("_") if part in BACKBONES)
+    if "swin" in name:
+        assert (solver.lr, solver.backbone_factor, solver.weight_decay) == (6e-5, 1.0, 0.01)
+        assert (solver.warmup_steps, solver.warmup_factor) == (1500, 1e-6)
+        assert backbone.norm is None and resolve_backbone(backbone).drop_path_rate == 0.3
+    else:
+        assert (solver.lr, solver.backbone_factor, solver.weight_decay) == (1e-4, 0.1, 1e-4)
+        assert (solver.warmup_steps, backbone.norm) == (0, "frozen")
+    assert (solver.clip_norm, solver.norm_weight_decay) == (0.01, 0.0)
+    if name.startswith("coco_panoptic"):
+        assert (solver.schedule, solver.milestones, solver.gamma) == ("step", (369_600,), 0.1)
+    else:
+        assert (solver.schedule, solver.poly_power) == ("poly", 0.9)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_network_loss_and_thresholds(name: str) -> None:
+    config = load_recipe(name)
+    model, loss = config.model, config.loss
+    kind = next(k for part, k in (("plus", "per_pixel_plus"), ("per_pixel", "per_pixel"), ("", "maskformer"))
+                if part in name)
+    assert model.type == kind
+    unpadded = kind != "maskformer" or name.startswith("coco_panoptic")
+    assert model.size_divisibility == (0 if unpadded else 32)
+    assert model.pixel_decoder.encoder_layers == (6 if "panoptic_r" in name else 0)
+    assert (model.decoder.layers, model.decoder.num_queries, model.decoder.dropout) == (6, 100, 0.1)
+    assert (loss.class_weight, loss.mask_weight, loss.dice_weight, loss.no_object_weight) == (1.0, 20.0, 1.0, 0.1)
+    assert config.test.overlap_threshold == 0.8
+    assert config.test.object_mask_threshold == (0.7 if name.startswith("ade20k_panoptic") else 0.8)
+
+
+def table_row(name: str) -> str:
+    """The recipe's row of docs/recipes.md."""
+    config = load_recipe(name)
+    crop, solver, test = config.data.augment.crop_size, config.solver, config.test
+    cells = [
+        f"`{name}`",
+        config.model.type,
+        config.model.backbone.name,
+        "whole" if crop is None else f"{crop[0]} x {crop[1]}",
+        f"{solver.batch_size}",
+        f"{solver.max_steps:,}",
+        f"{solver.lr:g} x {solver.backbone_factor:g}",
+        f"{test.short_edge} / {test.max_size}",
+        f"{test.object_mask_threshold:g} / {test.overlap_threshold:g}" if "panoptic" in name else "-",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_table_in_the_documentation_is_true(name: str) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert table_row(name) in text.splitlines()
+
+
+def test_bases_are_no_recipes() -> None:
+    assert (CONFIG_DIR / "ade20k_150" / "_base.yaml").is_file()
+    assert not any("_base" in name.split("/")[-1][:5] for name in recipe_names())
+
+
+# Files
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_an_empty_mapping_is_the_defaults(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, mine="{}")) == Config(output="runs/mine")
+
+
+def test_bases_merge_deeply_and_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, root="base: ade20k_150/maskformer_r50\noutput: runs/root\nsolver: {lr: 1e-3}\n")
+    write(tmp_path / "sub", middle="base: ../root.yaml\nsolver: {batch_size: 2}\n")
+    leaf = write(tmp_path, leaf="base: sub/middle.yaml\ndata: {augment: {crop_size: null, short_edge: [64]}}\n")
+    config, official = load_recipe(str(leaf)), load_recipe("ade20k_150/maskformer_r50")
+    assert (config.solver.lr, config.solver.batch_size, config.solver.max_steps) == (1e-3, 2, 160_000)
+    assert config.data.augment.crop_size is None and config.data.augment.short_edge == (64,)
+    assert config.data.augment.max_size == 2048 and config.model == official.model
+    assert config.output == "runs/leaf"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "base: b.yaml", "b": "base: a.yaml"}, "base: expected recipes that do not base on themselves"),
+        ({"a": "base: a.yaml"}, "base: expected recipes that do not base on themselves"),
+        ({"a": "base: [x, y]"}, "base: expected the name or path of one recipe"),
+        ({"a": "base: demoo"}, "got 'demoo' .did you mean demo"),
+        ({"a": "[1, 2]"}, r"a.yaml: expected a mapping, got \[1, 2\]"),
+        ({"a": ""}, "a.yaml: expected a mapping, got None"),
+        ({"a": "solver: {lr: 1"}, "a.yaml: expected YAML"),
+        ({"a": "seed: 1\nseed: 2"}, "key 'seed' is there twice"),
+        ({"a": "solver: {lr: -1}"}, r"a.yaml: solver.lr: expected > 0"),
+        ({"a": "solver: !!python/object/apply:os.getcwd []"}, "a.yaml: expected YAML"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path, **files))
+
+
+def test_a_missing_file_and_an_unknown_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.yaml: no such recipe file"):
+        load_recipe(tmp_path / "gone.yaml")
+    with pytest.raises(ValueError, match="did you mean cityscapes_19/maskformer_r101"):
+        load_recipe("cityscapes/maskformer_r101")
+    with pytest.raises(FileNotFoundError, match="did you mean demo"):
+        load_recipe("demo.yaml")

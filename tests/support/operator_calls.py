@@ -1,0 +1,142 @@
+"""Small calls of each operator, for programs that watch a process: ``python -m tests.support.operator_calls cuda NAME``.
+
+Sizes are ragged, so that the last tile, row and problem of a launch reach over every edge.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from maskformer_fast.config import LossConfig
+from maskformer_fast.core.metadata import VOID
+from maskformer_fast.ops import (
+    instance_inference,
+    instance_rle,
+    linear_sum_assignment,
+    mask_loss,
+    matching_cost,
+    panoptic_inference,
+    resize_images,
+    semantic_inference,
+)
+from maskformer_fast.ops.matching_cost import matching_cost_from_logits
+from maskformer_fast.structures import Predictions, Targets, pack_masks
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def semantic(device: str, path: str) -> None:
+    for dtype in DTYPES:
+        masks = 4 * torch.randn(2, 37, 11, 13, device=device)
+        classes = 3 * torch.randn(2, 37, 20, device=device)
+        classes[:, 5:, -1] += 9  # most queries are no objects, which is what pruning looks for
+        for view in (masks.to(dtype), masks.to(dtype, memory_format=torch.channels_last)):
+            values = path == "dense"  # which take every score: asked for them, nothing would be pruned
+            semantic_inference(view, classes.to(dtype), (10.5, 13.0), (41, 50), values, values, path)
+
+
+def semantic_embeddings(device: str) -> None:
+    from maskformer_fast.kernels.semantic import semantic_from_embeddings
+
+    labels = torch.empty(2, 41, 50, dtype=torch.uint8, device=device)
+    for dtype in DTYPES:
+        embeddings = torch.randn(2, 37, 19, device=device, dtype=dtype)
+        pixels = torch.randn(2, 19, 11, 13, device=device, dtype=dtype)
+        for fused in (True, False):
+            classes = torch.randn(2, 37, 20, device=device)
+            semantic_from_embeddings(embeddings, pixels, classes, (10.5, 13.0), labels, fused=fused)
+
+
+def panoptic(device: str) -> None:
+    masks = 4 * torch.randn(2, 9, 11, 13, device=device)
+    scores = torch.rand(2, 9, device=device)
+    categories = torch.randint(VOID, 6, (2, 9), device=device)
+    things = torch.arange(6, device=device) < 3
+    for rule in ("maskformer", "mask2former", "huggingface"):
+        panoptic_inference(masks, scores, categories, things, (10.5, 13.0), (41, 50), 0.3, rule)
+
+
+def instance(device: str) -> None:
+    instance_inference(4 * torch.randn(2, 9, 11, 13, device=device), (10.5, 13.0), (41, 50))
+
+
+def run_lengths(device: str) -> None:
+    masks = 4 * torch.randn(2, 9, 11, 13, device=device)
+    for capacity in (20000, 301, 0):  # enough, and too little for the bytes and for the runs
+        instance_rle(masks, (10.5, 13.0), (41, 50), capacity)
+
+
+def batch(device: str, dtype: torch.dtype) -> tuple[Predictions, Targets]:
+    """Two layers of two images, of which one has padding and fewer targets."""
+    size, input_size = (10, 14), (40, 56)
+    valid = torch.tensor([[40, 56], [33, 47]], device=device)
+    shapes = ((2, 2, 11, 8), (2, 2, 11, 19), (2, 19, *size))
+    floats = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+    predictions = Predictions(*floats, valid, input_size)
+    masks = pack_masks(torch.rand(2, 5, *input_size, device=device) < 0.4)
+    counts = torch.tensor([5, 3], device=device)
+    return predictions, Targets(torch.randint(7, (2, 5), device=device), counts, masks, valid, input_size)
+
+
+def cost(device: str) -> None:
+    for dtype in DTYPES:
+        predictions, targets = batch(device, dtype)
+        for loss in (LossConfig(), LossConfig(mask_loss="bce", padding="include")):
+            matching_cost(predictions, targets, loss)
+            logits = torch.randn(2, 2, 11, 10, 14, device=device, dtype=dtype)
+            matching_cost_from_logits(predictions.class_logits, logits, targets, loss)
+
+
+def losses(device: str) -> None:
+    for dtype in DTYPES:
+        predictions, targets = batch(device, dtype)
+        inputs = [tensor.requires_grad_() for tensor in (predictions.mask_embeddings, predictions.pixel_features)]
+        query = torch.rand(2, 2, 11, device=device).argsort(-1)[..., :5]
+        query = query.masked_fill(torch.arange(5, device=device) >= targets.counts[:, None], -1)
+        for loss in (LossConfig(), LossConfig(mask_loss="bce", padding="include")):
+            mask, dice = mask_loss(predictions, targets, query, loss)
+            torch.autograd.grad(mask.sum() + dice.sum(), inputs)
+
+
+def assignment(device: str) -> None:
+    for shape in ((5, 100, 20), (3, 20, 100), (2, 150, 140), (1, 30, 600)):
+        costs = torch.rand(shape, device=device)
+        counts = torch.randint(shape[-1] + 1, shape[:1], device=device)
+        linear_sum_assignment(costs)
+        linear_sum_assignment((4 * costs).round().double(), counts)
+
+
+def resize(device: str) -> None:
+    frames = torch.randint(256, (2, 37, 53, 4), dtype=torch.uint8, device=device)
+    for size in ((19, 70), (90, 20), (37, 53)):
+        resize_images(frames[:, :, 3:], [size, size], 32, bgr=True)
+
+
+CALLS: dict[str, Callable[[str], None]] = {
+    "semantic": lambda device: semantic(device, "dense"),
+    "semantic_pruned": lambda device: semantic(device, "pruned"),
+    "semantic_embeddings": semantic_embeddings,
+    "panoptic": panoptic,
+    "instance": instance,
+    "instance_rle": run_lengths,
+    "matching_cost": cost,
+    "mask_loss": losses,
+    "assignment": assignment,
+    "resize": resize,
+}
+
+
+def main(device: str, *names: str) -> None:
+    torch.manual_seed(0)
+    for name in names:
+        CALLS[name](device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("called", *names)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

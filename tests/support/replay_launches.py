@@ -1,0 +1,71 @@
+"""Plays a fake bundle's tapes with Triton's interpreter for a GPU: ``python -m tests.support.replay_launches BUNDLE OUT``.
+
+For a process of its own: Triton looks at TRITON_INTERPRET when it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskformer_fast.config import TASKS
+from maskformer_fast.deploy.bundle.folder import Bundle
+from maskformer_fast.deploy.bundle.launches import ELEMENT_BYTES, FILE, Kernel, TapeFile
+from tests.support.fake_cuda import FakeDriver
+from tests.support.fake_engine import array_at
+from tests.support.launch_cases import fake_gpu, make_frames, read_parameters
+
+ELEMENTS = {"u8": "uint8", "i16": "int16", "i32": "int32", "i64": "int64", "fp16": "float16", "fp32": "float32"}
+
+
+class Interpreter:
+    """Runs kernels of a file of tapes on the memory of the host."""
+
+    def __init__(self, tapes: TapeFile) -> None:
+        self.kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in tapes.kernels}
+        self.tapes = tapes.tapes
+        self.launched = 0
+
+    def __call__(self, name: str, grid: tuple[int, int, int], threads: int, parameters: int) -> None:
+        kernel = self.kernels[name]
+        assert threads == 32 * kernel.num_warps
+        types = [parameter.type for parameter in kernel.parameters]
+        values: dict[str, Any] = {}
+        for parameter, value in zip(kernel.parameters, read_parameters(parameters, types, 2), strict=True):
+            assert not parameter.aligned or value % 16 == 0, parameter
+            if parameter.type in ELEMENT_BYTES:
+                value = torch.from_numpy(array_at(value, ELEMENTS[parameter.type[1:]], (1,)))
+            values[parameter.name] = value
+        jitted = getattr(importlib.import_module(f"maskformer_fast.kernels.{kernel.module}"), kernel.function)
+        jitted[grid](**values, **kernel.constants)
+        self.launched += 1
+
+
+def main(folder: str, out: str) -> None:
+    from maskformer_fast.deploy.runtime.cuda_backend import TensorRTBackend
+
+    bundle = Bundle.open(folder)
+    interpreter = Interpreter(TapeFile.parse(bundle.read(FILE), bundle.manifest))
+    driver = FakeDriver(interpreter)
+    driver.eager = False
+    results = {}
+    with fake_gpu(driver):
+        backend = TensorRTBackend(bundle, 0, 1)
+        for shape in {tape.frames for tape in interpreter.tapes}:
+            for task in TASKS:
+                frames = make_frames(shape, 1)
+                found, seconds = backend.collect(backend.submit(frames, task))
+                assert len(found) == shape.batch and seconds.total > 0
+                results[str(shape), task] = found
+        backend.close()
+    assert not driver.alive and interpreter.launched > 0
+    Path(out).write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

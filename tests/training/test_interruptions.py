@@ -1,0 +1,284 @@
+"""What ends a run early: it says what to do, and the resumed run ends with the weights of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from maskformer_fast import train
+from maskformer_fast.modeling.weights import load_weights
+from maskformer_fast.recipes import load_recipe
+from maskformer_fast.training import interruptions as faults
+from maskformer_fast.training.interruptions import (
+    OutOfMemory,
+    Stopped,
+    StopSignals,
+    WorkerLost,
+    is_lost_worker,
+    is_out_of_memory,
+    training_advice,
+    worker_lost,
+)
+from maskformer_fast.training.train_step import TrainStep
+from maskformer_fast.training.trainer import Trainer
+from tests.support.paths import TINY_RECIPE
+
+RECIPE = TINY_RECIPE
+TINY = load_recipe(RECIPE)
+STEPS = 5
+
+
+def config_in(folder, workers=0):
+    """A run that saves and validates at its end only."""
+    return replace(
+        TINY,
+        output=str(folder),
+        metrics=("semantic",),
+        data=replace(TINY.data, workers=workers),
+        solver=replace(TINY.solver, max_steps=STEPS, accumulate=2),
+        log=replace(TINY.log, checkpoint_every=1000, pictures=0),
+    )
+
+
+def last(folder):
+    return load_weights(folder / "checkpoints" / "last")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("faults") / "whole"
+    Trainer(config_in(folder)).run()
+    return last(folder).weights
+
+
+def assert_resumes(folder, whole, workers=0):
+    assert Trainer(config_in(folder, workers), resume=True).run()["step"] == STEPS
+    weights = last(folder).weights
+    assert weights.keys() == whole.keys()
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+def in_step(monkeypatch, number, what):
+    """Do something between forward and backward pass of a step's second micro-batch."""
+    gradients = TrainStep._gradients
+
+    def disturbed(self, micro, *arguments):
+        if self.step == number and micro == 1:
+            criterion = self.criterion.forward
+
+            def disturb(*inputs):
+                self.criterion.forward = criterion
+                losses = criterion(*inputs)
+                what()
+                return losses
+
+            self.criterion.forward = disturb
+        return gradients(self, micro, *arguments)
+
+    monkeypatch.setattr(TrainStep, "_gradients", disturbed)
+
+
+# Signals
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "status"), [(signal.SIGTERM, 1, 0), (signal.SIGTERM, 2, 0), (signal.SIGINT, 1, 130)]
+)
+def test_a_signal_saves_the_current_step_and_ends_the_run(tmp_path, monkeypatch, whole, number, times, status, capfd):
+    in_step(monkeypatch, 2, lambda: [os.kill(os.getpid(), number) for _ in range(times)])
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    line = ["--config", str(RECIPE), "--output", str(tmp_path / "run"), "--metrics", "semantic", "--log.pictures", "0",
+            "--log.checkpoint-every", "1000", "--solver.max-steps", str(STEPS), "--solver.accumulate", "2"]  # fmt: skip
+    assert train.main(line) == status
+    assert capfd.readouterr().err.count(f"{number.name}: finishing the step") == 1
+    assert last(tmp_path / "run").step == 3 and not (tmp_path / "run" / "metrics.json").exists()
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    monkeypatch.undo()
+    assert_resumes(tmp_path / "run", whole)
+
+
+@pytest.mark.no_cover
+def test_a_process_group_gets_sigterm_and_the_command_exits_0(tmp_path):
+    """As clusters do it: loader processes are sent the signal too."""
+    line = [sys.executable, "-m", "maskformer_fast.train", "--config", str(RECIPE), "--output", str(tmp_path / "run"),
+            "--solver.max-steps", "100000", "--data.workers", "2", "--log.checkpoint-every", "100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text()):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said and "stopped at step" in said
+    steps = [json.loads(row)["step"] for row in log.read_text().splitlines()]
+    assert last(tmp_path / "run").step == steps[-1]
+
+
+def test_a_signal_ends_a_validation_at_once_and_it_is_made_up_for(tmp_path, monkeypatch, whole):
+    from maskformer_fast.training import trainer as module
+
+    trainer = Trainer(config_in(tmp_path))
+
+    def measure(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "measure", measure)
+        assert trainer.run() == {} and trainer.stopped
+    assert last(tmp_path).step == STEPS and not (tmp_path / "metrics.json").exists()
+    assert_resumes(tmp_path, whole)
+
+
+def test_a_second_signal_acts_as_it_used_to():
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received is signal.SIGINT
+            with pytest.raises(Stopped), signals.at_once():
+                pytest.fail("work that is not waited for was begun")
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def test_a_second_sigterm_counts_once_it_cannot_be_the_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(faults, "ECHO", 0.05)
+    former = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.06)
+            assert signals.received is signal.SIGTERM and not seen
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    failures = []
+
+    def enter():
+        try:
+            with StopSignals():
+                pass
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert not failures
+
+
+# Memory
+
+
+def too_much():
+    return torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def cuda_too_much():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\nmore lines")
+
+
+@pytest.mark.parametrize("fault", [too_much, cuda_too_much], ids=["cpu", "cuda"])
+def test_running_out_of_memory_saves_the_run_and_says_what_helps(tmp_path, monkeypatch, whole, fault):
+    in_step(monkeypatch, 3, fault)
+    with pytest.raises(OutOfMemory) as raised:
+        Trainer(config_in(tmp_path)).run()
+    message = str(raised.value)
+    assert "a step of 4 images in 2 micro-batches of 2 of 32x32 pixels" in message
+    assert "GiB" in message and "--solver.accumulate 4" in message and "--data.augment.crop-size" in message
+    assert "--resume continues from" in message and "step_00000003" in message and "\n" not in message
+    assert last(tmp_path).step == 3
+    monkeypatch.undo()
+    assert_resumes(tmp_path, whole)
+
+
+def test_out_of_memory_before_the_first_checkpoint_says_so(tmp_path, monkeypatch):
+    in_step(monkeypatch, 0, too_much)
+    with pytest.raises(OutOfMemory, match="There is no checkpoint yet"):
+        Trainer(config_in(tmp_path)).run()
+
+
+def test_out_of_memory_in_validation_names_its_own_options(tmp_path, monkeypatch, whole):
+    from maskformer_fast.training import trainer as module
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "measure", lambda *_, **__: too_much())
+        with pytest.raises(OutOfMemory, match=r"validation with 1 images.*--test\.short-edge.*step_00000005"):
+            Trainer(config_in(tmp_path)).run()
+    assert_resumes(tmp_path, whole)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("x"), KeyError("memory")])
+def test_other_errors_are_left_as_they_are(tmp_path, monkeypatch, error):
+    def fail():
+        raise error
+
+    assert not is_out_of_memory(error) and not is_lost_worker(error)
+    in_step(monkeypatch, 1, fail)
+    with pytest.raises(type(error)) as raised:
+        Trainer(config_in(tmp_path)).run()
+    assert raised.value is error and not (tmp_path / "checkpoints").exists()
+
+
+def test_errors_that_mean_no_memory_are_known():
+    for kind in (torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("CUDA error: out of memory")):
+        assert is_out_of_memory(kind)
+    with pytest.raises(RuntimeError) as raised:
+        too_much()
+    assert is_out_of_memory(raised.value)
+
+
+def test_advice_names_only_what_can_still_be_changed():
+    config = config_in("x")
+    at_end = replace(config, solver=replace(config.solver, accumulate=4))
+    assert "--solver.accumulate" not in training_advice(at_end, torch.device("cpu"), (32, 32))
+    uncropped = replace(config, data=replace(config.data, augment=replace(config.data.augment, crop_size=None)))
+    assert "so that no image is larger" in training_advice(uncropped, torch.device("cpu"), None)
+
+
+# Loader processes
+
+
+@pytest.mark.parametrize(("noticed", "step"), [("by its signal", 2), ("when data are wanted", 3)])
+def test_a_killed_loader_process_is_explained_and_the_run_resumes(tmp_path, monkeypatch, whole, noticed, step):
+    def kill():
+        victim = multiprocessing.active_children()[0]
+        if step == 3:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        victim.kill()
+        os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+
+    in_step(monkeypatch, 2, kill)
+    former = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(WorkerLost, match=r"OOM killer.*fewer --data\.workers.*--resume continues from") as raised:
+        Trainer(config_in(tmp_path, workers=1)).run()
+    if step == 3:
+        signal.signal(signal.SIGCHLD, former)
+    assert is_lost_worker(raised.value.__cause__) and last(tmp_path).step == step
+    monkeypatch.undo()
+    assert_resumes(tmp_path, whole, workers=1)
+
+
+def test_a_bus_error_is_shared_memory():
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that")
+    assert "--shm-size" in str(worker_lost(error, "saved"))
