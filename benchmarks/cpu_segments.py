@@ -24,7 +24,7 @@ from maskformer_fast.core.metadata import VOID
 from maskformer_fast.inference import postprocess
 from maskformer_fast.ops import instance_inference, panoptic_inference
 from maskformer_fast.ops.mask_product import layer_mask_logits
-from maskformer_fast.ops.rle_encoding import encode_packed_masks
+from maskformer_fast.ops.rle import encode_packed_masks
 from maskformer_fast.structures import Predictions
 
 Size = tuple[int, int]

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from maskformer_fast.cli import leading_path, parse, run_command
 from maskformer_fast.config import Amp, Task, TestConfig
+from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
 from maskformer_fast.inference.bundle_predictor import Backend
 from maskformer_fast.inference.load import carried_options, load
-from maskformer_fast.ops.rle_encoding import coco_tools
 from maskformer_fast.output.writer import ResultWriter
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import InstanceResult, Result
 from maskformer_fast.evaluation.common import Evaluator, check_merge, check_truth, class_keys, expect_result, where
-from maskformer_fast.ops.rle_encoding import coco_tools, encode_masks, encode_packed_masks
+from maskformer_fast.ops.rle import encode_masks, encode_packed_masks
 from maskformer_fast.structures import Example
 
 __all__ = ["InstanceEvaluator"]

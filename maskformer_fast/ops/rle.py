@@ -1,6 +1,6 @@
-"""Instance masks straight to compressed COCO run lengths.
+"""Masks as compressed COCO run lengths (RLE): of boolean or packed arrays, and straight from mask logits.
 
-On CUDA no mask is stored, dense or packed, on the way (kernels/rle.py); on the CPU each is packed, then encoded, in
+`instance_rle` is the operator. On CUDA no mask is stored, dense or packed, on the way (kernels/rle.py); on the CPU each is packed, then encoded, in
 C++. The strings are those that pycocotools makes of the masks of `instance_inference`. No function has a gradient.
 """
 
@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.extension import load_kernels
-from maskformer_fast.ops.rle_encoding import encode_packed_masks
+from maskformer_fast.core.coco_tools import coco_tools
+from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.ops.segments import check_logits, instance_inference, narrowed
 
 BYTES_PER_COLUMN = 4
-"""Of a mask, at first: as much as two runs in every column take, of most objects that is."""
+"""Bytes that `encode_instances` reserves at first for each column of a mask: two runs a column, enough for most objects."""
+_CHUNK_PIXELS = 8 * 2**20  # pixels of masks encoded at a time
 
 
 class EncodedMasks(NamedTuple):
@@ -118,3 +120,52 @@ def _instance_rle_fake(
 _library.impl("instance_rle", _instance_rle_cpu, "CPU")
 _library.impl("instance_rle", _instance_rle_cuda, "CUDA")
 torch.library.register_fake("maskformer_fast::instance_rle", _instance_rle_fake, lib=_library)
+
+
+def encode_masks(
+    masks: np.ndarray,  # [N, H, W] bool
+) -> list[dict[str, Any]]:
+    """Compressed COCO RLE of each mask -> {"size": [H, W], "counts": bytes}.
+
+    Raises:
+        TypeError: masks are not bool.
+        ValueError: masks are not of rank 3.
+        ModuleNotFoundError: pycocotools is missing.
+    """
+    if masks.dtype != np.bool_:
+        raise TypeError(f"masks: expected bool, got {masks.dtype}")
+    if masks.ndim != 3:
+        raise ValueError(f"masks: expected [N, H, W], got shape {masks.shape}")
+    count, height, width = masks.shape
+    step = max(1, _CHUNK_PIXELS // max(1, height * width))
+    return [rle for start in range(0, count, step) for rle in _encode(masks[start : start + step])]
+
+
+def encode_packed_masks(
+    packed: np.ndarray,  # [N, H, ceil(W/8)] uint8, as `structures.pack_masks`
+    width: int,
+) -> list[dict[str, Any]]:
+    """Compressed COCO RLE of bit-packed masks, straight from the bits in C++; equal to pycocotools'.
+
+    Padding bits are ignored. Runs on ``torch.get_num_threads()`` threads.
+
+    Raises:
+        TypeError: packed is not uint8.
+        ValueError: packed has another rank, no pixels, or another width than `width` packs to.
+        ImportError: the extension is not built.
+    """
+    if packed.dtype != np.uint8:
+        raise TypeError(f"packed: expected uint8, got {packed.dtype}")
+    if packed.ndim != 3 or packed.shape[-1] != (width + 7) // 8 or 0 in packed.shape[1:]:
+        raise ValueError(f"packed: expected [N, H, {(width + 7) // 8}] for width {width}, got shape {packed.shape}")
+    packed = np.ascontiguousarray(packed)
+    count, height = packed.shape[:2]
+    address = packed.__array_interface__["data"][0]
+    counts = load_extension().encode_packed_masks(address, (count, height, width), torch.get_num_threads())
+    return [{"size": [height, width], "counts": run_lengths} for run_lengths in counts]
+
+
+def _encode(masks: np.ndarray) -> list[dict[str, Any]]:
+    # The encoder reads columns first: [N, W, H] in C order is the [H, W, N] in Fortran order that it asks for.
+    columns_first = np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8)
+    return list(coco_tools().mask.encode(columns_first.transpose(2, 1, 0)))

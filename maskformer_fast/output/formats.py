@@ -14,7 +14,7 @@ from torch import Tensor
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.metadata import VOID, Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult
-from maskformer_fast.ops.rle_encoding import encode_packed_masks
+from maskformer_fast.ops.rle import encode_packed_masks
 from maskformer_fast.output.id_maps import result_rows
 
 __all__ = ["instances_to_coco", "panoptic_png", "write_index_png", "write_panoptic_json",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment as scipy_assignment
 from torch import Tensor
 
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.ops import linear_sum_assignment
 from maskformer_fast.ops.assignment import linear_sum_assignment_eager
 
@@ -351,7 +351,7 @@ def test_compiles_without_graph_break() -> None:
 
 
 def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    _extension.load_extension.cache_clear()
+    extension.load_extension.cache_clear()
     monkeypatch.setitem(sys.modules, "maskformer_fast._C", None)
     with pytest.raises(ImportError, match=r"cannot be loaded: .*Build it .* pip install -e \."):
         linear_sum_assignment(torch.zeros(2, 2))
@@ -370,7 +370,7 @@ def test_scipy_is_not_needed() -> None:
 
 
 def test_bindings_refuse_nonsense() -> None:
-    assign = _extension.load_extension().linear_sum_assignment_f32
+    assign = extension.load_extension().linear_sum_assignment_f32
     good = torch.zeros(1, 2, 3), torch.zeros(1, 3, dtype=torch.int64)
     arguments = [good[0].data_ptr(), (1, 2, 3), (6, 3, 1), 0, good[1].data_ptr(), 1]
     for index, value, message in (

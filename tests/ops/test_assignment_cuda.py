@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.core.extension import load_extension
 from maskformer_fast.ops import linear_sum_assignment
 from maskformer_fast.ops.assignment import _linear_sum_assignment_cuda, linear_sum_assignment_eager
@@ -250,7 +250,7 @@ def test_too_little_scratch_is_refused() -> None:
 
 
 def test_extension_without_cuda_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "load_extension", lambda: SimpleNamespace(has_cuda=False))
+    monkeypatch.setattr(extension, "load_extension", lambda: SimpleNamespace(has_cuda=False))
     with pytest.raises(ImportError, match=r"without its CUDA operators. .*nvcc .*: MF_CUDA=ON pip install -e \."):
         _linear_sum_assignment_cuda(torch.zeros(2, 2))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.ops.mask_loss import mask_sums_backward_eager, mask_sums_eager
 
 operator = torch.ops.maskformer_fast.mask_sums
@@ -21,7 +21,7 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, int, list[float]]
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    extension = _extension.load_extension()
+    extension = extension.load_extension()
     if request.param not in extension.available_isas():
         pytest.skip(f"this processor has no {request.param}")
     extension.use_isa(request.param)
@@ -94,7 +94,7 @@ def test_every_instruction_set_equals_float64(isa, cells, size, gamma):
 )  # fmt: skip
 @settings(max_examples=120, deadline=None)
 def test_random_shapes_equal_float64(seed, h, w, height, width, pairs, gamma, padding, steepness, isa):
-    extension = _extension.load_extension()
+    extension = extension.load_extension()
     extension.use_isa(isa if isa in extension.available_isas() else "auto")
     try:
         # a pair's logit errs by 1e-7 of itself, and its loss where it is small by as much as that of its probability

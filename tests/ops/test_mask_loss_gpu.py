@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskformer_fast.config import LossConfig
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.ops.mask_loss import _mask_sums_cuda, mask_loss, mask_sums_backward_eager, mask_sums_eager
 from maskformer_fast.structures import Predictions, Targets
 
@@ -231,8 +231,8 @@ def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     def fail(name: str) -> None:
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(_extension.importlib, "import_module", fail)
-    _extension.load_kernels.cache_clear()
+    monkeypatch.setattr(extension.importlib, "import_module", fail)
+    extension.load_kernels.cache_clear()
     rows = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
         _mask_sums_cuda(torch.zeros(1, 2, 2), torch.zeros(1, 4, 1), rows, None, 4, [1.0, 1.0, 0.0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskformer_fast.config import LossConfig
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.ops.matching_cost import matching_cost, matching_cost_eager, matching_cost_from_logits
 from maskformer_fast.structures import Predictions, Targets, pack_masks, unpack_masks
@@ -23,7 +23,7 @@ KINDS = [("focal", 0.25, 2.0), ("focal", 0.6, 1.5), ("focal", 0.3, 0.0), ("bce",
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request):
-    extension = _extension.load_extension()
+    extension = extension.load_extension()
     if request.param not in extension.available_isas():
         pytest.skip(f"this processor has no {request.param}")
     extension.use_isa(request.param)
@@ -356,7 +356,7 @@ def test_cuda_equals_cpu():
 
 def test_missing_extension_says_how_to_build(monkeypatch):
     predictions, targets = random_batch(14, (16, 16), [1])
-    _extension.load_extension.cache_clear()
+    extension.load_extension.cache_clear()
     monkeypatch.setitem(sys.modules, "maskformer_fast._C", None)
     with pytest.raises(ImportError, match=r"cannot be loaded: .*Build it .* pip install -e \."):
         matching_cost(predictions, targets, LossConfig())
@@ -393,7 +393,7 @@ def test_bad_input(changes, message):
 
 
 def test_bindings_refuse_nonsense():
-    compute = _extension.load_extension().matching_cost
+    compute = extension.load_extension().matching_cost
     held = torch.zeros(64)
     address = held.data_ptr()
     sizes = [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]

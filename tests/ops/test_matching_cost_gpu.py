@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskformer_fast.config import LossConfig
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.ops.matching_cost import (
     _matching_cost_cuda,
@@ -188,8 +188,8 @@ def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     def fail(name: str) -> None:
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(_extension.importlib, "import_module", fail)
-    _extension.load_kernels.cache_clear()
+    monkeypatch.setattr(extension.importlib, "import_module", fail)
+    extension.load_kernels.cache_clear()
     floats = (torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 4), torch.zeros(1, 4, 2, 2))
     packed = (torch.zeros(1, 1).long(), torch.ones(1).long(), torch.zeros(1, 1, 4, 1, dtype=torch.uint8))
     with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.ops.rle_encoding import encode_masks, encode_packed_masks
+from maskformer_fast.ops.rle import encode_masks, encode_packed_masks
 from maskformer_fast.structures import pack_masks
 
 

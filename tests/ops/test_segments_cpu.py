@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskformer_fast.config import PanopticRule
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.core.extension import load_extension
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.ops.segments import (
@@ -386,7 +386,7 @@ def test_cuda_equals_cpu(rule: PanopticRule) -> None:
 
 def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = large_scene()
-    _extension.load_extension.cache_clear()
+    extension.load_extension.cache_clear()
     monkeypatch.setitem(sys.modules, "maskformer_fast._C", None)
     with pytest.raises(ImportError, match=r"cannot be loaded: .*Build it .* pip install -e \."):
         panoptic_inference(*scene)

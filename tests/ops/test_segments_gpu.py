@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from maskformer_fast.config import PanopticRule
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.ops import encode_instances, instance_inference, instance_rle, panoptic_inference
-from maskformer_fast.ops.rle import _instance_rle_cuda
-from maskformer_fast.ops.rle_encoding import encode_packed_masks
+from maskformer_fast.ops.rle import _instance_rle_cuda, encode_packed_masks
 from maskformer_fast.ops.segments import (
     PanopticSegments,
     _instance_inference_cuda,
@@ -223,8 +222,8 @@ def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     def fail(name: str) -> None:
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(_extension.importlib, "import_module", fail)
-    _extension.load_kernels.cache_clear()
+    monkeypatch.setattr(extension.importlib, "import_module", fail)
+    extension.load_kernels.cache_clear()
     logits, window = torch.zeros(1, 2, 3, 3), ((3, 3), (5, 5))
     categories = torch.zeros(1, 2, dtype=torch.int64)
     for call, arguments in (

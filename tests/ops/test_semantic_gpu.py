@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.ops import semantic_inference
 from maskformer_fast.ops.semantic import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
 
@@ -104,8 +104,8 @@ def test_pruned_labels_are_those_of_all_queries(make, dtype, queries, classes, s
 
 @gpu
 def test_peaky_predictions_leave_few_tiles_unproven() -> None:
-    kernels = _extension.load_kernels("semantic_pruned")
-    tiles = _extension.load_kernels("semantic_tile")
+    kernels = extension.load_kernels("semantic_pruned")
+    tiles = extension.load_kernels("semantic_tile")
     masks, logits = peaky_case(100, 150, (64, 64), torch.float16)
     labels = torch.empty(2, 256, 256, dtype=torch.uint8, device="cuda")
     tiling = tiles.plan_tiles(masks, masks.shape[2:], (64.0, 64.0), labels)
@@ -118,7 +118,7 @@ def test_peaky_predictions_leave_few_tiles_unproven() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("queries, depth", [(100, 256), (200, 65)])
 def test_embeddings_equal_definition(fused, dtype, queries: int, depth: int) -> None:
-    kernels = _extension.load_kernels("semantic")
+    kernels = extension.load_kernels("semantic")
     generator = torch.Generator().manual_seed(depth)
     _, logits = random_case(0, 2, queries, 33, (1, 1), torch.float32)
     embeddings = torch.randn(2, queries, depth, generator=generator).to("cuda", dtype)
@@ -180,7 +180,7 @@ def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     def fail(name: str) -> None:
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(_extension.importlib, "import_module", fail)
-    _extension.load_kernels.cache_clear()
+    monkeypatch.setattr(extension.importlib, "import_module", fail)
+    extension.load_kernels.cache_clear()
     with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
         _semantic_inference_cuda(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 4), [3.0, 3.0], [5, 5])

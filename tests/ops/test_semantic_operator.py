@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.core import extension as _extension
+from maskformer_fast.core import extension
 from maskformer_fast.core.extension import load_extension
 from maskformer_fast.ops import semantic_inference
 from maskformer_fast.ops.semantic import PATHS, SemanticMap, semantic_inference_eager
@@ -325,13 +325,13 @@ def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) ->
     def fail(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(_extension.importlib, "import_module", fail)
-    _extension.load_extension.cache_clear()
+    monkeypatch.setattr(extension.importlib, "import_module", fail)
+    extension.load_extension.cache_clear()
     try:
         with pytest.raises(ImportError, match="pip install"):
             semantic_inference(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 4), (3, 3), (5, 5))
     finally:
-        _extension.load_extension.cache_clear()
+        extension.load_extension.cache_clear()
 
 
 def test_unknown_path_is_named() -> None:

@@ -18,7 +18,7 @@ from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, PanopticResult
-from maskformer_fast.ops.rle_encoding import encode_masks, encode_packed_masks
+from maskformer_fast.ops.rle import encode_masks, encode_packed_masks
 from maskformer_fast.output.formats import (
     instances_to_coco,
     panoptic_png,
