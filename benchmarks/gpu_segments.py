@@ -114,7 +114,9 @@ def predictions_setup(device: torch.device, low: Size = LOW, high: Size = HIGH) 
 
     sides = {
         OURS: ours,
-        OFFICIAL: lambda predictions: official(predictions.class_logits[-1, 0], layer_mask_logits(predictions)[0], high),
+        OFFICIAL: lambda predictions: official(
+            predictions.class_logits[-1, 0], layer_mask_logits(predictions)[0], high
+        ),
         HUGGINGFACE: lambda predictions: huggingface(
             predictions.class_logits[-1, 0], layer_mask_logits(predictions)[0], high
         ),

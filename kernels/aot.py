@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from maskformer_fast.kernels.variant import KernelVariant
 
 KERNEL_MODULES = (
-    "class_scores", "mask_loss", "matching_cost", "resize", "rle", "segments_instances", "segments_panoptic", "semantic",
+    "class_scores", "mask_loss", "matching_cost", "resize", "rle", "segments_instances", "segments_panoptic",
+    "semantic",
     "semantic_pruned",
 )  # fmt: skip
 """Modules of this folder with a function ``variants() -> list[KernelVariant]``. A new kernel is one name here."""

@@ -263,7 +263,7 @@ class TestConfig:
     overlap_threshold: float = 0.8
     """Panoptic: segments that keep less of their own mask than this are dropped."""
     semantic_order: SemanticOrder = "direct"
-    """Semantic: where masks are resized, see `maskformer_fast.inference.postprocess`. The default resizes once and takes least
+    """Semantic: where masks are resized, see `inference.postprocess`. The default resizes once and takes least
     time and memory; ``official`` and ``huggingface`` give the numbers of those implementations."""
     panoptic_order: PanopticOrder = "direct"
     """Panoptic: the same; ``official`` gives the official numbers."""

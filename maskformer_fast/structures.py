@@ -67,7 +67,7 @@ class Projection(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What the network says of a batch. Mask logits stay factored: `ops.mask_product.layer_mask_logits` multiplies them.
+    """Output of the network for a batch. Mask logits stay factored; `ops.mask_product.layer_mask_logits` computes them.
 
     L is the number of decoder layers kept (all with deep supervision, else 1), the final one last. Where only masks are
     wanted, in inference, the convolution that ends the pixel decoder is left to do as ``projection``, so that it may

@@ -35,8 +35,8 @@ def load(
 ) -> Predictor | BundlePredictor:  # fmt: skip
     """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
 
-    On a CPU its network is rebuilt for inference (`modeling.fuse_for_cpu`) and cannot be trained, saved, moved to another
-    device or exported; `load_network` leaves it as it is.
+    On a CPU its network is rebuilt for inference (`modeling.fuse_for_cpu`) and cannot be trained, saved, moved to
+    another device or exported; `load_network` leaves it as it is.
 
     Args:
         test: replaces the resizing and thresholds that the checkpoint or recipe carries; a bundle's cannot be replaced.

@@ -2,7 +2,7 @@
 
 BatchNorm with its running statistics is a scale and an offset of each channel: the scale goes into the weights, the
 offset becomes the bias. oneDNN adds the residual and takes the ReLU where it writes a convolution's output; most 3x3
-convolutions are Winograd's (`maskformer_fast.ops.convolution`). Channels are innermost in memory throughout. Results are the
+convolutions are Winograd's (`ops.convolution`). Channels are innermost in memory throughout. Results are the
 network's but for rounding.
 """
 

@@ -1,7 +1,8 @@
 """Masks as compressed COCO run lengths (RLE): of boolean or packed arrays, and straight from mask logits.
 
-`instance_rle` is the operator. On CUDA no mask is stored, dense or packed, on the way (kernels/rle.py); on the CPU each is packed, then encoded, in
-C++. The strings are those that pycocotools makes of the masks of `instance_inference`. No function has a gradient.
+`instance_rle` is the operator. On CUDA no mask is stored, dense or packed, on the way (kernels/rle.py);
+on the CPU each is packed, then encoded, in C++. The strings are those that pycocotools makes of the masks of
+`instance_inference`. No function has a gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.ops.segments import check_logits, instance_inference, narrowed
 
 BYTES_PER_COLUMN = 4
-"""Bytes that `encode_instances` reserves at first for each column of a mask: two runs a column, enough for most objects."""
+"""Bytes that `encode_instances` reserves at first for each column of a mask: enough for two runs."""
 _CHUNK_PIXELS = 8 * 2**20  # pixels of masks encoded at a time
 
 

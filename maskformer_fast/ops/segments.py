@@ -1,8 +1,8 @@
 """Panoptic and instance inference: segments from the masks of the kept queries (paper section 3.4).
 
-On the CPU one pass over pixels in C++ (csrc/segments/kernels.h), on CUDA one in Triton (kernels/segments_panoptic.py, instances.py); in
-both, bounds settle most tiles. The eager twins are plain PyTorch by tiles of rows, with no loop over queries and no
-transfer to the host: oracle of the tests and baseline of the benchmarks. No function has a gradient.
+On the CPU one pass over pixels in C++ (csrc/segments/), on CUDA one in Triton (kernels/segments_*.py); in both, bounds
+settle most tiles. The eager twins are plain PyTorch by tiles of rows, with no loop over queries and no transfer
+to the host: oracle of the tests and baseline of the benchmarks. No function has a gradient.
 
 Logits should be finite. In the operators NaN counts as -1e30 (no mask covers it), and what is beyond +-1e30, infinities
 too, as that, and a negative or NaN score as 0; the eager twins let NaN spread to the pixels around.

@@ -1,6 +1,6 @@
 """Semantic inference: a class for every pixel of the output (paper section 3.4, "semantic inference").
 
-`semantic_inference` is one fused operator: in C++ on the CPU (csrc/semantic/semantic.h; tiles of pixels over threads, exact
+`semantic_inference` is one fused operator: in C++ on the CPU (csrc/semantic/; tiles of pixels over threads, exact
 pruning of classes and queries, temporaries below 16 MiB), in Triton on CUDA (kernels/semantic.py, semantic_pruned.py).
 `semantic_inference_eager` and everything else here is plain PyTorch: oracle of the tests, baseline of the benchmarks,
 and what runs where there is no faster backend. No function has a gradient. Eager work goes by tiles of rows: beside

@@ -41,7 +41,8 @@ def random_predictions(
 def upsampled_logits(predictions: Predictions, image: int) -> torch.Tensor:
     """Mask logits at the network's input size, cropped -> [Q, vh, vw]."""
     height, width = predictions.valid_sizes[image].tolist()
-    masks = F.interpolate(layer_mask_logits(predictions)[image, None], size=INPUT_SIZE, mode="bilinear", align_corners=False)
+    logits = layer_mask_logits(predictions)[image, None]
+    masks = F.interpolate(logits, size=INPUT_SIZE, mode="bilinear", align_corners=False)
     return masks[0, :, :height, :width]
 
 

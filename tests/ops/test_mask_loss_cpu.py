@@ -21,12 +21,12 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, int, list[float]]
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    extension = extension.load_extension()
-    if request.param not in extension.available_isas():
+    module = extension.load_extension()
+    if request.param not in module.available_isas():
         pytest.skip(f"this processor has no {request.param}")
-    extension.use_isa(request.param)
+    module.use_isa(request.param)
     yield request.param
-    extension.use_isa("auto")
+    module.use_isa("auto")
 
 
 def random_arguments(
@@ -94,15 +94,15 @@ def test_every_instruction_set_equals_float64(isa, cells, size, gamma):
 )  # fmt: skip
 @settings(max_examples=120, deadline=None)
 def test_random_shapes_equal_float64(seed, h, w, height, width, pairs, gamma, padding, steepness, isa):
-    extension = extension.load_extension()
-    extension.use_isa(isa if isa in extension.available_isas() else "auto")
+    module = extension.load_extension()
+    module.use_isa(isa if isa in module.available_isas() else "auto")
     try:
         # a pair's logit errs by 1e-7 of itself, and its loss where it is small by as much as that of its probability
         tolerance = 2e-6 + 2e-7 * steepness
         arguments = random_arguments(seed, (h, w), (height, width), pairs, gamma, padding, steepness)
         assert_equals_float64(arguments, tolerance)
     finally:
-        extension.use_isa("auto")
+        module.use_isa("auto")
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0, 1.3])

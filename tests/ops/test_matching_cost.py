@@ -23,12 +23,12 @@ KINDS = [("focal", 0.25, 2.0), ("focal", 0.6, 1.5), ("focal", 0.3, 0.0), ("bce",
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request):
-    extension = extension.load_extension()
-    if request.param not in extension.available_isas():
+    module = extension.load_extension()
+    if request.param not in module.available_isas():
         pytest.skip(f"this processor has no {request.param}")
-    extension.use_isa(request.param)
+    module.use_isa(request.param)
     yield request.param
-    extension.use_isa("auto")
+    module.use_isa("auto")
 
 
 def random_batch(

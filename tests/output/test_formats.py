@@ -218,7 +218,7 @@ def test_instances_to_coco(seed: int, height: int, width: int, count: int, densi
 
 def test_masks_are_encoded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     coco_mask = pytest.importorskip("pycocotools.mask")
-    monkeypatch.setattr("maskformer_fast.ops.rle_encoding._CHUNK_PIXELS", 300)
+    monkeypatch.setattr("maskformer_fast.ops.rle._CHUNK_PIXELS", 300)
     masks = np.random.default_rng(0).random((7, 9, 13)) < 0.4  # 2 masks a chunk, the last one alone
     packed = pack_masks(torch.from_numpy(masks)).numpy()
     for rles in (encode_masks(masks), encode_packed_masks(packed, 13)):

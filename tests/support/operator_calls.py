@@ -1,4 +1,4 @@
-"""Small calls of each operator, for programs that watch a process: ``python -m tests.support.operator_calls cuda NAME``.
+"""Small calls of each operator, for programs that watch a process: ``python -m tests.support.operator_calls cuda X``.
 
 Sizes are ragged, so that the last tile, row and problem of a launch reach over every edge.
 """

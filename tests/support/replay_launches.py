@@ -1,4 +1,4 @@
-"""Plays a fake bundle's tapes with Triton's interpreter for a GPU: ``python -m tests.support.replay_launches BUNDLE OUT``.
+"""Replays a fake bundle's launches in Triton's interpreter: ``python -m tests.support.replay_launches BUNDLE OUT``.
 
 For a process of its own: Triton looks at TRITON_INTERPRET when it is imported.
 """

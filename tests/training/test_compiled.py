@@ -51,7 +51,8 @@ def test_no_shape_is_compiled_twice(backbone: BackboneConfig) -> None:
     # tracing gradients too takes long: of the networks, only what is computed twice needs it
     backends = ("aot_eager" if backbone.checkpointing else "eager", "aot_eager")
     counters = [CompileCounterWithBackend(backend) for backend in backends]
-    compiled = [compile_single_graph(module, counter) for module, counter in zip((network, criterion), counters, strict=True)]
+    pairs = zip((network, criterion), counters, strict=True)
+    compiled = [compile_single_graph(module, counter) for module, counter in pairs]
 
     def losses_and_gradients(forward, compare, images, targets):
         torch.manual_seed(5)  # of dropout and stochastic depth

@@ -2,7 +2,7 @@
 torch and Triton.
 
 A tape belongs to one task, batch and size of frames: which kernels, how many programs, which numbers, which places in
-which buffers. `maskformer_fast.deploy.build.record_launches` makes tapes, `maskformer_fast.deploy.runtime.replay` plays them. They travel in
+which buffers. `deploy.build.record_launches` makes tapes, `deploy.runtime.replay` plays them. They travel in
 the bundle as ``kernels/tapes.json``; the kernels as ``kernels/TARGET/NAME.cubin``.
 
 A file of tapes is checked as a whole before anything is launched: all that a launch says must lie within its buffers

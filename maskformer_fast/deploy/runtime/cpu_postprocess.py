@@ -1,6 +1,6 @@
 """Predictions of one image as NumPy arrays -> a result, by the C++ operators that PyTorch calls on the CPU.
 
-The counterpart of `maskformer_fast.inference.postprocess` in its ``direct`` order, without torch: the same selection of queries,
+The counterpart of `inference.postprocess` in its ``direct`` order, without torch: the same selection of queries,
 the same operators, so results are equal where the logits are (softmax may round the last bit differently).
 """
 

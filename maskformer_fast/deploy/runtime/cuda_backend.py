@@ -57,7 +57,7 @@ class _Recorded(NamedTuple):
 
 
 class TensorRTBackend:
-    """A `maskformer_fast.deploy.runtime.backend.Backend` for one GPU. Several may live in a process, on one GPU or several."""
+    """A `Backend` for one GPU. Several may live in a process, on one GPU or several."""
 
     max_tasks = 1
     """A tape holds one task's kernels."""
