@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT",
                         help="the case of this name, or those with this in their subject, name or peer")  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="N",
-                        help="time for all, goals first: 15 on the CPU, 5 on a GPU")  # fmt: skip
+                        help="time for measuring, goals first: 15 on the CPU, 5 on a GPU")  # fmt: skip
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"by default {OUTPUT.name}/")
     parser.add_argument("--list", action="store_true", help="print the cases, with peer and goal, and measure nothing")
     options = parser.parse_args(argv)
@@ -80,10 +80,10 @@ def list_cases(todo: Plan) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = parse(sys.argv[1:] if argv is None else argv)
-    deadline = time.monotonic() + 60 * options.minutes
     todo = plan(MODULES, options.device, options.only)
     if not todo.cases and not todo.failures:
-        print(f"error: --only: expected a part of a case's subject, name or peer, got {options.only!r}", file=sys.stderr)
+        expected = "a part of a case's subject, name or peer"
+        print(f"error: --only: expected {expected}, got {options.only!r}", file=sys.stderr)
         return 2
     if options.list:
         print(list_cases(todo))
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         content["rows"] = build_rows(todo.cases, todo.failures, results, machine, options.device)
         write(path, content)
 
-    run(todo, deadline, changed)
+    run(todo, time.monotonic() + 60 * options.minutes, changed)
     print(json.dumps(machine, indent=2))
     print(text_table(content["rows"]))
     print(f"\nwritten: {path}, {path.with_suffix('.md')}")

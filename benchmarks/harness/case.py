@@ -75,6 +75,8 @@ class Case:
                 raise ValueError(f"{name}: expected >= {low}, got {value!r} in the case {self.name!r}")
 
 
-def beside(name: str, peers: Mapping[str, float | None], setup: Callable[[torch.device], Work], **options: Any) -> list[Case]:
+def beside(
+    name: str, peers: Mapping[str, float | None], setup: Callable[[torch.device], Work], **options: Any
+) -> list[Case]:
     """A case for each peer, given with its goal; the peer ends the case's name."""
     return [Case(f"{name}, vs {peer}", peer, goal, setup, **options) for peer, goal in peers.items()]

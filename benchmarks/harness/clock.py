@@ -18,7 +18,7 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 25
 ROUNDS_SECONDS = 1.5
 """Rounds go on up to this time, between these numbers of them."""
 SLOW_SECONDS = 1.0
-"""On the CPU the first call of a slower operation tells its time, whatever disturbed it: another would take too long."""
+"""A first call of more seconds on the CPU is not followed by a second look, which would take too long."""
 MIB = 2**20
 
 Call = Callable[[], Any]
@@ -149,7 +149,7 @@ def open_clock(device: str) -> Clock:
 
 
 def warm_up(clock: Clock, operation: Call) -> tuple[Any, float]:
-    """First calls: code is loaded or compiled, buffers are made -> the first result, and the seconds of a later call."""
+    """Call first: code is loaded or compiled, buffers are made -> the first result, and the seconds of a later call."""
     start = time.perf_counter()
     result = operation()
     seconds = time.perf_counter() - start

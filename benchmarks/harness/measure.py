@@ -35,13 +35,14 @@ def measure_time(case: Case, work: Work, inputs: Sequence[Inputs], clock: Clock)
     implementations = {OURS: work.ours} | ({} if case.peer is None else {"peer": work.peers[case.peer]})
     calls = {name: partial(call_next, run, itertools.cycle(inputs)) for name, run in implementations.items()}
     row: Row = {"agreement": None, "shares": None}
-    results, expected = zip(*(warm_up(clock, partial(run, *inputs[0])) for run in implementations.values()), strict=True)
+    first_calls = [warm_up(clock, partial(run, *inputs[0])) for run in implementations.values()]
+    results, expected = zip(*first_calls, strict=True)
     if case.peer in work.least and work.agreement is not None:
         row["agreement"] = float(work.agreement(*results))
         if not row["agreement"] >= work.least[case.peer]:
             least = work.least[case.peer]
             raise RuntimeError(f"the results agree to {row['agreement']:.6g}, expected at least {least:.6g}")
-    del results
+    del first_calls, results
     samples = dict(zip(calls, take_turns(clock, list(calls.values()), expected), strict=True))
     if clock.device.type == "cuda":
         for name, run in implementations.items():

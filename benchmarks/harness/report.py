@@ -19,8 +19,8 @@ alone.
 """
 NOTES = {
     "cpu": "Peak memory is measured in a fresh process.",
-    "cuda": "Times are the device's: a CUDA graph replayed between two events, each call on inputs that have left the L2"
-    " cache. The remarks have the ratio of calls through Python, launches included. What waits for the host cannot be"
+    "cuda": "Times are the device's: a CUDA graph replayed between two events, each call on inputs that have left the"
+    " L2 cache. The remarks have the ratio of calls through Python, launches included. What waits for the host cannot be"
     " captured: its time is that of the call.",
 }
 NUMBERS = (
@@ -151,7 +151,7 @@ def text_table(rows: Sequence[Row]) -> str:
     remarks = ["", *map(_remarks, rows)]
     missed = ["", *("MISSED" if any(g["reached"] is False for g in row["goals"]) else "" for row in rows)]
     return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=True)), "; ".join(filter(None, notes))]).rstrip()
+        "  ".join([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] + list(filter(None, notes))).rstrip()
         for line, *notes in zip(lines, missed, remarks, strict=True)
     )
 

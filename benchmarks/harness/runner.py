@@ -6,6 +6,7 @@ units of one module one after the other. One that dies or hangs costs the unit a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -192,11 +193,8 @@ def run_process(
 def _forward(process: subprocess.Popen[str], request: str, lines: queue.Queue[str | None]) -> None:
     """Write a process's input, then put its lines into a queue, and None at their end."""
     assert process.stdin is not None and process.stdout is not None
-    try:
-        with process.stdin as stdin:
-            stdin.write(request)
-    except BrokenPipeError:  # it ended at once; its status says more
-        pass
+    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # it may end at once; its status says more
+        stdin.write(request)
     with process.stdout as stdout:
         for line in stdout:
             lines.put(line)
@@ -205,10 +203,8 @@ def _forward(process: subprocess.Popen[str], request: str, lines: queue.Queue[st
 
 def _end_session(process: subprocess.Popen[Any]) -> None:
     """Kill a process of a session of its own and what it started: compilers, for one."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def summary(result: Row) -> str:

@@ -1,9 +1,9 @@
 """The process that measures: ``python -m benchmarks.harness.worker MODULE DEVICE``.
 
 It reads a list of units from its input, pairs of a case of MODULE and of what is measured of it, "time" or "memory".
-It reports each as lines ``{"unit", "stage", "result"}`` of JSON. Units of time share the process, and so what the module
-caches. Each unit of memory has a process of its own, forked from this one, which has imported modules and run nothing:
-that is as fresh as a new process, and starts in no time.
+It reports each as lines ``{"unit", "stage", "result"}`` of JSON. Units of time share the process, and so what the
+module caches. Each unit of memory has a process of its own, forked from this one, which has imported modules and run
+nothing: that is as fresh as a new process, and starts in no time.
 """
 
 from __future__ import annotations
