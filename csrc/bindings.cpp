@@ -30,13 +30,13 @@ template <size_t N>
 using Numbers = std::array<double, N>;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
-// Address of an array that may be left out, or that may be empty.
+// Converts the address of an array that may be missing or empty.
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Address of an array. Throws std::invalid_argument where it is null and the array is `needed`.
+// Converts the address of an array. Throws std::invalid_argument where it is null and the array is `needed`.
 template <class T>
 T* pointer(const char* name, uintptr_t address, bool needed = true) {
   if (needed && address == 0) throw std::invalid_argument(std::string(name) + ": expected a pointer, got null");
@@ -54,6 +54,7 @@ void check_threads(int threads) {
   if (threads < 1) throw std::invalid_argument("threads: expected >= 1, got " + std::to_string(threads));
 }
 
+// Finds the value of a name. Throws std::invalid_argument for an unknown one.
 template <class Enum>
 Enum choose(const char* name, const std::string& value,
             const std::initializer_list<std::pair<const char*, Enum>>& known) {

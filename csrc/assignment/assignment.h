@@ -30,10 +30,9 @@ int64_t assignment_scratch_bytes(const AssignmentBatch<T>& batch, int device);
 
 // Launches the solution of the batch on a stream (a cudaStream_t) of `device`, where all pointers of the batch lie, and
 // returns without waiting. Allocates nothing, so it can be captured into a graph. The calling thread's current device
-// stays as it was. A problem with a count outside 0..columns gets all -1: the host would have to wait to raise an
-// error. scratch: assignment_scratch_bytes bytes, aligned to 16, used by nothing else until the stream has passed this
-// call. Throws std::invalid_argument on sizes that are too large and on too few bytes, std::runtime_error with CUDA's
-// reason.
+// stays as it was. A problem with a count outside 0..columns gets all -1, because raising an error would need a wait.
+// scratch: assignment_scratch_bytes bytes, aligned to 16, used by nothing else until the stream has passed this call.
+// Throws std::invalid_argument on too large sizes and on too few bytes, std::runtime_error with CUDA's reason.
 template <class T>
 void linear_sum_assignment_cuda(const AssignmentBatch<T>& batch, void* scratch, int64_t scratch_bytes, int device,
                                 void* stream);

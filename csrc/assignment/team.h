@@ -1,7 +1,7 @@
 // Teams of device threads for solver.h, and the solution of one problem of a batch by such a team.
 //
 // `Hardware` provides the primitives of a warp and a block, so that the same code runs on a device (assignment_cuda.cu)
-// and on host threads, where ThreadSanitizer checks it for races (tests/csrc/run_teams.cpp):
+// and on host threads, where ThreadSanitizer checks it for races (tests/csrc/run_assignment_teams.cpp):
 //   lane(), lanes()   index and number of threads in the warp
 //   warp(), warps()   index and number of warps in the block; warps() <= lanes()
 //   sync_warp(), sync_block()

@@ -36,8 +36,8 @@ struct MaskGradient {
 
 struct MaskScratch {
   float* cells;      // [width + kMostLanes], zeros at the end: a row of pixels, upsampled vertically
-  float* low_rows;   // [pixels of a row, rounded up to a multiple of kMostLanes]: gradient at the pixels' columns and
-                     // one row of cells
+  float* low_rows;   // [pixels of a row, rounded up to a multiple of kMostLanes]: gradient by a row of cells, not yet
+                     // downsampled horizontally
   float* high_rows;  // as low_rows, of the next row of cells
 };
 

@@ -88,7 +88,7 @@ void encode_mask(const uint8_t* mask, int64_t height, int64_t width, RleScratch&
     }
     carry = above >> 63;
     int64_t total = 0;
-    for (int64_t& end : ends) {  // now the begin of each column's positions, which moves to their end below
+    for (int64_t& end : ends) {  // first the start of each column's positions; moves to their end below
       const int64_t count = end;
       end = total;
       total += count;

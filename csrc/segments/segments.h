@@ -30,7 +30,7 @@ struct PanopticInput {
 struct PanopticOutput {
   int32_t* id_map;  // [batch, height, width], segment of each pixel, or -1
   int32_t* ids;     // [batch, queries], segment of each query, or -1
-  int64_t* areas;   // [batch, queries], pixels that each query contributes, whether it has a segment or not
+  int64_t* areas;   // [batch, queries], pixels of each query, whether it has a segment or not
 };
 
 struct InstanceOutput {

@@ -201,7 +201,8 @@ MF_INLINE int bound_classes(const SemanticImage& image, const Scratch& s, int li
   if (runner_up) {  // the second largest over all lanes
     float one = 0.0f, two = 0.0f;
     for (int lane = 0; lane < kLanes; ++lane) {
-      for (const float x : {bounds.first[lane], bounds.second[lane]}) {
+      const float pair[2] = {bounds.first[lane], bounds.second[lane]};
+      for (const float x : pair) {
         const float lesser = x < one ? x : one;
         two = lesser > two ? lesser : two;
         one = x > one ? x : one;

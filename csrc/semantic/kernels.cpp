@@ -13,7 +13,8 @@ namespace maskformer_fast {
 namespace MF_ISA {
 namespace {
 
-constexpr int kClassRows = 6;  // classes and vectors of pixels of one register block
+// Classes and vectors of pixels of one register block.
+constexpr int kClassRows = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kPixelVectors = 4;
 #else
@@ -31,10 +32,11 @@ constexpr float kSlacks[] = {0.02f, 0.001f, 5e-5f};
 // Allowed absolute change where scores or margins are asked for. Scores may be off by half of it.
 constexpr float kScoreSlacks[] = {2e-6f};
 
-// Scores classes[0..count) at the pixels of one panel and continues the argmax in best, second and label. masks:
-// [queries, kPanelPixels]. block: [queries, kBlockStride], probabilities. With the first block of queries the sums
-// start from bias [classes], later from partial [classes, kPanelPixels]. With the last block they enter the argmax,
+// Scores classes[0..count) at the pixels of one panel and continues the argmax in best, second and label. The sums
+// start from `bias` with the first block of queries, later from `partial`. They enter the argmax with the last block,
 // earlier they are stored in `partial`.
+// masks: [queries, kPanelPixels]; block: [queries, kBlockStride], probabilities; bias: [classes]; partial: [classes,
+// kPanelPixels].
 template <bool kSecond>
 void score_panel(const float* masks, const float* block, int queries, const int32_t* classes, int count,
                  const float* bias, float* partial, bool first, bool last, float* best, float* second,

@@ -22,9 +22,10 @@ struct Scratch {
   float* weight;           // [queries], upper bound of the change of a score where the middle replaces the mask
   int32_t* live;           // [queries], queries that are scored with their masks
   int32_t* dropped;        // [queries], queries whose masks are replaced by their middles
-  float *best, *second;     // [kTilePixels]
-  int32_t* label;           // [kTilePixels]
-  float *row, *bias;        // [kBlockStride]
+  float *best, *second;    // [kTilePixels], scores of winner and runner-up
+  int32_t* label;          // [kTilePixels], winner
+  float* row;              // [kBlockStride], probabilities of one query
+  float* bias;             // [kBlockStride], scores by the dropped queries
 };
 
 MF_INLINE Scratch split_scratch(const SemanticImage& image, float* memory) {
@@ -82,7 +83,7 @@ MF_INLINE void load_probabilities(const SemanticImage& image, int query, const i
     const bool adjacent = classes[count - 1] - classes[0] == count - 1;
     for (int c = 0; c < padded; c += kLanes) {
       const Ints inside = first_lanes(count - c);
-      // beyond the last class of a row are zeros or another query's probabilities
+      // lanes beyond `count` read other classes or the zeros at the end of the row
       const Floats p = adjacent ? load(row + classes[0] + c)
                                 : gather(row, select(inside, load_ints(classes + c), Ints{}));
       store(out + c, select(inside, p, Floats{}));
