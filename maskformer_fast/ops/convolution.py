@@ -34,7 +34,7 @@ def _conv3x3_cpu(images: Tensor, packed: Tensor, bias: Tensor | None, channels: 
     images = images.contiguous(memory_format=torch.channels_last)
     result = _conv3x3_fake(images, packed, bias, channels, relu)
     count, in_channels, height, width = images.shape
-    load_extension().convolve_winograd(
+    load_extension().conv3x3_winograd(
         images.data_ptr(), str(images.dtype).removeprefix("torch."), (count, height, width, in_channels, channels),
         packed.data_ptr(), 0 if bias is None else bias.data_ptr(), relu, result.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
