@@ -11,11 +11,11 @@ from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.cache import CachedDataset
-from maskformer_fast.data.coco_instances import coco_instances_dataset
-from maskformer_fast.data.coco_panoptic import coco_panoptic_dataset
-from maskformer_fast.data.folder import folder_dataset
-from maskformer_fast.data.presets import INDEX_PRESETS, PRESETS, preset_metadata
-from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.data.datasets.coco_instances import coco_instances_dataset
+from maskformer_fast.data.datasets.coco_panoptic import coco_panoptic_dataset
+from maskformer_fast.data.datasets.folder import folder_dataset
+from maskformer_fast.data.datasets.presets import INDEX_PRESETS, PRESETS, preset_metadata
+from maskformer_fast.data.datasets.shapes import ShapesDataset
 
 __all__ = ["DATASETS", "BrokenExampleError", "SegmentationDataset", "build_dataset", "dataset_metadata"]
 

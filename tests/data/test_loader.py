@@ -26,6 +26,7 @@ from maskformer_fast.config import (
     TestConfig,
 )
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
+from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.data.loader import (
     Batch,
     EvalLoader,
@@ -36,7 +37,6 @@ from maskformer_fast.data.loader import (
     pad_images,
     train_loader,
 )
-from maskformer_fast.data.shapes import ShapesDataset
 from maskformer_fast.data.transforms import Sample
 from maskformer_fast.structures import Example, pack_masks, unpack_masks
 
@@ -300,7 +300,7 @@ def test_a_process_ends_with_a_loader_half_read() -> None:
     script = (
         "from maskformer_fast.config import Config, DataConfig, ShapesConfig, SolverConfig\n"
         "from maskformer_fast.data.loader import train_loader\n"
-        "from maskformer_fast.data.shapes import ShapesDataset\n"
+        "from maskformer_fast.data.datasets.shapes import ShapesDataset\n"
         "config = Config(data=DataConfig(workers=2), solver=SolverConfig(batch_size=2))\n"
         "dataset = ShapesDataset(ShapesConfig(size=(16, 16), train_images=64, val_images=2), 'train')\n"
         "batches = iter(train_loader(dataset, config, 'panoptic'))\n"

@@ -17,7 +17,7 @@ import pytest
 from maskformer_fast.benchmark.__main__ import BenchmarkOptions
 from maskformer_fast.cli import parse
 from maskformer_fast.config import TestConfig
-from maskformer_fast.data.presets import PRESETS
+from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.deploy.runtime import session as runtime
 from maskformer_fast.deploy.triton_server.__main__ import TritonServerOptions
 from maskformer_fast.evaluate import EvaluateOptions

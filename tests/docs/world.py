@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskformer_fast.config import ShapesConfig
 from maskformer_fast.core.metadata import VOID
-from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.inference.load import with_classes
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.weights import WEIGHTS_NAME, save_weights

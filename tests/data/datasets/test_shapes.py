@@ -7,8 +7,8 @@ import pytest
 
 from maskformer_fast.config import ShapesConfig
 from maskformer_fast.core.metadata import VOID
-from maskformer_fast.data.scene import KINDS, signed_distance
-from maskformer_fast.data.shapes import (
+from maskformer_fast.data.datasets.scene import KINDS, signed_distance
+from maskformer_fast.data.datasets.shapes import (
     MAX_STUFF,
     MAX_THINGS,
     MIN_AREA,

@@ -24,7 +24,14 @@ from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.metadata import SegmentInfo
 from maskformer_fast.data.base import BrokenExampleError, check_same_size, first_existing, resolve_task
-from maskformer_fast.data.coco_json import Records, image_paths, load_coco, read_categories, read_images, split_names
+from maskformer_fast.data.datasets.coco_json import (
+    Records,
+    image_paths,
+    load_coco,
+    read_categories,
+    read_images,
+    split_names,
+)
 from maskformer_fast.data.images import read_image
 from maskformer_fast.structures import Example
 

@@ -12,7 +12,7 @@ from PIL import Image
 from maskformer_fast.config import DataConfig
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.data import BrokenExampleError, build_dataset, dataset_metadata
-from maskformer_fast.data.presets import INDEX_PRESETS, PRESETS
+from maskformer_fast.data.datasets.presets import INDEX_PRESETS, PRESETS
 from tests.support.paths import SHARED
 
 SHARED_DATA = SHARED / "data"

@@ -12,14 +12,14 @@ import numpy as np
 
 from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import VOID, Metadata
-from maskformer_fast.data.coco_json import check_color, load_json
+from maskformer_fast.data.datasets.coco_json import check_color, load_json
 
 UNKNOWN = VOID - 1
 """What `ClassList.lookup` gives for a value that is neither a class nor ignored."""
 
 _MAX_VALUE = 65535
 _DEFAULT_IGNORE = 255
-_FOLDER = Path(__file__).with_name("classes")
+_FOLDER = Path(__file__).parents[1] / "classes"
 _KEYS = {"name", "id", "isthing", "is_thing", "color", "supercategory"}
 
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from maskformer_fast.config import DataConfig
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import SegmentationDataset, first_existing, inside, resolve_task
-from maskformer_fast.data.class_list import ClassList, read_preset_classes
-from maskformer_fast.data.coco_json import ImageInfo
-from maskformer_fast.data.coco_panoptic import PANOPTIC_TASKS, CocoPanoptic, coco_panoptic_dataset
-from maskformer_fast.data.folder import SemanticDataset, find_pairs
+from maskformer_fast.data.datasets.class_list import ClassList, read_preset_classes
+from maskformer_fast.data.datasets.coco_json import ImageInfo
+from maskformer_fast.data.datasets.coco_panoptic import PANOPTIC_TASKS, CocoPanoptic, coco_panoptic_dataset
+from maskformer_fast.data.datasets.folder import SemanticDataset, find_pairs
 
 _TRAINING = {"train": "training", "val": "validation"}
 

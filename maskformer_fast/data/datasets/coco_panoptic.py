@@ -29,7 +29,7 @@ from maskformer_fast.data.base import (
     leave_out,
     resolve_task,
 )
-from maskformer_fast.data.coco_json import (
+from maskformer_fast.data.datasets.coco_json import (
     ImageInfo,
     Records,
     image_paths,

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from maskformer_fast.config import DataConfig
 from maskformer_fast.data import BrokenExampleError, build_dataset
-from maskformer_fast.data.coco_instances import rasterize
+from maskformer_fast.data.datasets.coco_instances import rasterize
 from tests.support.paths import SHARED
 
 SHARED_DATA = SHARED / "data"

@@ -16,7 +16,7 @@ from PIL import Image
 from maskformer_fast.config import DataConfig
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.data import BrokenExampleError, build_dataset
-from maskformer_fast.data.coco_panoptic import segment_areas
+from maskformer_fast.data.datasets.coco_panoptic import segment_areas
 from tests.support.paths import SHARED
 
 SAMPLE = SHARED / "data/coco_panoptic_sample"
@@ -194,7 +194,7 @@ def test_real_images_agree_with_their_json_and_with_the_same_as_instances():
     examples = [dataset[0], dataset[1]]
     assert {s.id: s.area for example in examples for s in example.segments} == areas
 
-    from maskformer_fast.data.coco_instances import CocoInstances
+    from maskformer_fast.data.datasets.coco_instances import CocoInstances
 
     path = SAMPLE / "annotations/instances_val2017_from_panoptic.json"
     instances = CocoInstances(path, SAMPLE, "val", drop_empty=False, name="same")

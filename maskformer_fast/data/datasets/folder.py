@@ -22,7 +22,7 @@ import numpy as np
 from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
 from maskformer_fast.data.base import BrokenExampleError, check_same_size, leave_out, resolve_task
-from maskformer_fast.data.class_list import UNKNOWN, ClassList, numbered_class_list, read_class_list
+from maskformer_fast.data.datasets.class_list import UNKNOWN, ClassList, numbered_class_list, read_class_list
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image, read_index_png
 from maskformer_fast.structures import Example
 

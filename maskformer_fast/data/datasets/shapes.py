@@ -13,7 +13,7 @@ import numpy as np
 from maskformer_fast.config import ShapesConfig, Task
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
-from maskformer_fast.data.scene import (
+from maskformer_fast.data.datasets.scene import (
     EXTENT,
     GROUNDS,
     HUES,
