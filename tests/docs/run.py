@@ -60,9 +60,10 @@ ABSENT = {
     "--engine-only": "needs the GPU that the engine is for",
     "engine": "needs the GPU that the engine is for",
     "tensorrt": "needs the GPU that the engine is for",
-    "--target": "compiles kernels for a minute",
 }
 """Pattern of an argument with which a command is parsed only -> the reason."""
+OMITTED = ("--target", "--frames")
+"""Options that are left out, with their values, because they would compile kernels for a minute."""
 
 
 def why_not_run(call: Call, reason: str) -> str:
@@ -121,6 +122,15 @@ def in_child(work: Callable[[], None], log: Path) -> int:
         os._exit(status)
 
 
+def without_options(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """Leave options out of a command's arguments, together with their values."""
+    kept, skips = [], False
+    for word in arguments:
+        skips = word in names if word.startswith("--") else skips
+        kept += [] if skips else [word]
+    return kept
+
+
 def run_module(call: Call) -> None:
     """Run a command with its reductions; ``--help`` is run unchanged."""
     module = call.program.removeprefix("python -m ")
@@ -129,7 +139,7 @@ def run_module(call: Call) -> None:
     if "--resume" in call.arguments:  # one step more than the run has
         more = [word if word != "2" or more[at - 1] != "--solver.max-steps" else "3" for at, word in enumerate(more)]
     os.environ.update({"PYTHONPATH": str(ROOT), **call.variables})  # for child processes of the command
-    sys.argv = [module, *call.arguments, *more]
+    sys.argv = [module, *without_options(call.arguments, OMITTED), *more]
     for name in (module, f"{module}.__main__"):  # parsing imported it, but the command must run it anew
         sys.modules.pop(name, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)

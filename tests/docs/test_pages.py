@@ -194,6 +194,11 @@ def test_commands_are_run_unless_there_is_a_reason(text: str, reason: str) -> No
     assert (reason in why) if reason else not why
 
 
+def test_options_that_take_long_are_omitted_with_their_values() -> None:
+    arguments = split_command("python -m x runs/mine --target sm_87 sm_90 --output bundle --frames 1x2x3").arguments
+    assert run.without_options(arguments, run.OMITTED) == ["runs/mine", "--output", "bundle"]
+
+
 def test_a_failing_command_fails_the_check(tmp_path: Path) -> None:
     make_world(tmp_path / "world")
     report = run.Report()

@@ -1,4 +1,4 @@
-"""Generated scenes: overlapping shapes (things) over textured regions (stuff).
+"""Synthetic scenes: overlapping shapes (things) over textured regions (stuff).
 
 They need no download and have exact truth for the three tasks. A scene is a pure function of (seed, split, index).
 """
