@@ -34,31 +34,37 @@ _FILE_ENDINGS = (".json", ".jsonl", ".png", ".pt", ".py", ".safetensors", ".yaml
 
 def problems(path: Path, root: Path = ROOT) -> list[str]:
     """List everything that a page names and that does not exist, with its place."""
-    found = []
+    missing = []
     for place, code in inline_code(path, root):
         words = code.split(" ")
         if words[0] in PROGRAMS and len(words) > 1:
             try:
                 check(Command(place, code, ""))
             except CommandError as error:
-                found.append(str(error))
+                missing.append(str(error))
         elif words[0].startswith("--"):
             names = [word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
-            found += [f"{place}: no command has the option {name}" for name in names if name not in option_names()]
+            missing += [f"{place}: no command has the option {name}" for name in names if name not in option_names()]
         elif (setting := _SETTING.match(code)) and setting[1] in SECTIONS and not code.endswith(_FILE_ENDINGS):
             if f"--{code.replace('_', '-')}" not in option_names() and code not in sections():
-                found.append(f"{place}: no setting {code}")
+                missing.append(f"{place}: no setting {code}")
         elif _SOURCE.match(code) and "NAME" not in code and code not in FILES_OF_OTHERS:
             folders = [*(root / folder for folder in FOLDERS), path.parent]
-            found += [] if any((folder / code).exists() for folder in folders) else [f"{place}: no file {code}"]
+            missing += [] if any((folder / code).exists() for folder in folders) else [f"{place}: no file {code}"]
+    return missing + broken_links(path, root)
+
+
+def broken_links(path: Path, root: Path = ROOT) -> list[str]:
+    """List the links of a page to files and sections that do not exist, with their places."""
+    broken = []
     for place, target in links(path, root):
         name, _, anchor = target.partition("#")
         file = path.parent / name if name else path
         if not file.exists():
-            found.append(f"{place}: no file {target}")
+            broken.append(f"{place}: no file {target}")
         elif anchor and anchor not in anchors(file):
-            found.append(f"{place}: no section {target}")
-    return found
+            broken.append(f"{place}: no section {target}")
+    return broken
 
 
 @functools.cache
