@@ -25,7 +25,7 @@ from benchmarks.harness import ROOT
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write
-from maskformer_fast.data.shapes import MAX_STUFF
+from maskformer_fast.data.datasets.shapes import MAX_STUFF
 
 RESULTS = Path(__file__).parent / "results" / "class_count.json"
 MODELS = ("maskformer", "per_pixel_plus")

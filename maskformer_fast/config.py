@@ -224,7 +224,7 @@ class DataConfig:
     """Where images and truth come from."""
 
     dataset: str = "shapes"
-    """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, or a preset of `maskformer_fast.data.presets`."""
+    """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, or a preset of `data.datasets.presets`."""
     root: str | None = None
     """Folder of the data set; presets document the layout below it."""
     train_split: str = "train"

@@ -1,7 +1,7 @@
-"""Batches: padding, collation, and loaders whose every batch is a pure function of (seed, step).
+"""Loaders, padding and collation. Every training batch is a pure function of (seed, step).
 
 Sample number n of a run (step x batch size + position) is item ``n % len`` of the permutation of epoch ``n // len``.
-So a run resumes anywhere by its step alone, and neither the number of workers nor of micro-batches changes a step.
+So a run can resume from its step number, and the numbers of workers and micro-batches do not change a step's samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from maskformer_fast.data.transforms import Sample, TrainTransform, resize_image
 from maskformer_fast.data.worker import worker_setup
 from maskformer_fast.structures import Example, Targets
 
-_PERMUTATION_STREAM = 1  # apart from [seed, epoch, index], which numpy reads as [seed, epoch, index, 0]
+_PERMUTATION_STREAM = 1  # last part of the permutations' seed; examples have 0 there, as NumPy appends zeros
 
 Broken = tuple[str, str]
 """Path and reason of an example that could not be read."""
@@ -45,13 +45,13 @@ def pad_images(
     divisor: int,
     canvas: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """Stack at the top left of a canvas -> images [B, 3, H, W], valid sizes int64 [B, 2] (height, width).
+    """Stack images at the top left of zeros -> images [B, 3, H, W], valid sizes int64 [B, 2] (height, width).
 
-    H and W are the largest height and width (of the images and ``canvas``), rounded up to a multiple of ``divisor`` (0
+    H and W are the largest height and width of the images and of ``canvas``, rounded up to a multiple of ``divisor`` (0
     and 1: not rounded).
 
     Raises:
-        ValueError: no image, or one that is not [3, h, w].
+        ValueError: there is no image, or an image is not [3, h, w].
     """
     check(len(images) > 0, "images", "at least one", len(images))
     check(divisor >= 0, "divisor", ">= 0", divisor)
@@ -74,8 +74,7 @@ def collate(
     canvas: tuple[int, int] = (0, 0),
     slots: int = 1,
 ) -> Batch:
-    """Pad images and targets to one size, at least ``canvas``; T is the largest number of targets, at least ``slots``.
-    """
+    """Pad samples to a batch: images to at least ``canvas``, targets to the largest number and at least ``slots``."""
     images, valid_sizes = pad_images([sample.image for sample in samples], divisor, canvas)
     height, width = images.shape[2:]
     counts = torch.tensor([len(sample.labels) for sample in samples], dtype=torch.int64)
@@ -92,7 +91,7 @@ def collate(
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
-    """Endless micro-batches of (epoch, index), from ``start_step`` on; see the module for their order."""
+    """Endless micro-batches of (epoch, index) from step ``start_step`` on, in the order of the module's docstring."""
 
     def __init__(
         self, length: int, batch_size: int, seed: int, *, accumulate: int = 1, start_step: int = 0, rank: int = 0,
@@ -130,16 +129,16 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
 
 
 class TrainLoader:
-    """Endless iterable of `Batch`; each iterator starts at the loader's first step. See `train_loader`."""
+    """Endless iterable of `Batch`, made by `train_loader`; each iterator starts at the loader's first step."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises BrokenExampleError where an example cannot be read and is not to be skipped."""
+        """Iterate over batches; raises BrokenExampleError if an example cannot be read and is not skipped."""
         for item in self._loader:
             batch: Batch = _raise_broken(item)
-            height, width = batch.targets.input_size  # a list where PyTorch's way of pinning memory makes one
+            height, width = batch.targets.input_size  # pinning memory makes a list of the tuple
             yield batch._replace(targets=batch.targets._replace(input_size=(height, width)))
 
 
@@ -151,13 +150,13 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainLoader:
-    """Micro-batches of this rank, ``config.solver.accumulate`` of them a step, from ``start_step`` on.
+    """Make the loader of this rank's micro-batches, ``config.solver.accumulate`` for each step from ``start_step`` on.
 
-    With ``config.data.skip_broken`` an example that cannot be read is replaced by the next one of the data set and
-    listed in ``Batch.broken``; without it BrokenExampleError reaches the caller.
+    With ``config.data.skip_broken`` the next example of the data set replaces one that cannot be read, and
+    ``Batch.broken`` lists it. Without it, iterating raises BrokenExampleError.
 
     Raises:
-        ValueError: an empty data set, or a batch size that ranks and micro-batches do not divide.
+        ValueError: the data set is empty, or the batch size is not a multiple of ranks times micro-batches.
     """
     transform = TrainTransform(config.data.augment, task, dataset.metadata)
     sampler = TrainSampler(
@@ -179,7 +178,7 @@ def train_loader(
             ),
             worker_init_fn=worker_setup(),
             pin_memory=on_gpu,
-            generator=torch.Generator(),  # the workers' base seed would otherwise advance the training's generator
+            generator=torch.Generator(),  # otherwise drawing the workers' seed would advance the training's generator
         )
     )
 
@@ -240,9 +239,10 @@ def eval_loader(
 
 
 def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> range:
-    """This rank's share of the first ``length`` examples, perhaps empty; the ranks' shares in order are the whole.
+    """Return the examples of this rank, which may be none; in order of ranks, the parts make up ``range(length)``.
 
-    Cut between batches, so that an image meets the same others, and thus the same padding, in any number of ranks.
+    Parts begin and end between batches, so that the batches, and with them the padding of each image, are the same for
+    any number of ranks.
     """
     batches = -(-length // batch_size)
     start, stop = (batches * n // world_size * batch_size for n in (rank, rank + 1))
@@ -252,7 +252,7 @@ def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> rang
 class _TrainSamples(Dataset[Any]):
     """Transformed samples by (epoch, index).
 
-    An error is returned, not raised: raised in a worker process it would reach the user wrapped in a traceback.
+    An error is returned instead of raised: PyTorch would wrap an error raised in a worker in that worker's traceback.
     """
 
     def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, skip_broken: bool) -> None:
@@ -299,7 +299,7 @@ def _collate_read(
     items: list[tuple[Sample, list[Broken]] | BrokenExampleError],
     divisor: int,
     canvas: tuple[int, int],
-    buckets: AugmentConfig | None,  # whose levels sizes are padded to, None for no such levels
+    buckets: AugmentConfig | None,  # its levels are those of `bucket_side`; None: no padding to levels
 ) -> Batch | BrokenExampleError:
     samples: list[Sample] = []
     broken: list[Broken] = []

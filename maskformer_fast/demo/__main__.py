@@ -18,7 +18,7 @@ from PIL import Image
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import ShapesConfig
 from maskformer_fast.core.checks import check
-from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.demo.page import DemoImage, build_app, import_gradio
 from maskformer_fast.demo.stages import StagedPredictor
 from maskformer_fast.inference.bundle_predictor import Backend, BundlePredictor

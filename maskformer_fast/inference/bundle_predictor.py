@@ -17,8 +17,8 @@ from maskformer_fast.config import DataConfig, Task, TestConfig
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.data.images import ImageLike, as_rgb_array
-from maskformer_fast.data.presets import PRESETS
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import MANIFEST_NAME, Manifest
 from maskformer_fast.deploy.runtime.session import Runtime

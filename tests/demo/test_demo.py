@@ -19,7 +19,7 @@ import maskformer_fast
 from maskformer_fast.config import TASKS, Config, DataConfig, ShapesConfig, Task
 from maskformer_fast.core.metadata import VOID, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
-from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.demo import __main__ as demo
 from maskformer_fast.demo.page import MAX_EDGE, DemoImage, import_gradio
 from maskformer_fast.demo.stages import StagedPredictor

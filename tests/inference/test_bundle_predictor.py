@@ -17,7 +17,7 @@ from maskformer_fast import evaluate, predict
 from maskformer_fast.config import DataConfig, ShapesConfig, TestConfig
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
 from maskformer_fast.data import build_dataset
-from maskformer_fast.data.presets import PRESETS
+from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.deploy.bundle.manifest import BundleError
 from maskformer_fast.evaluation.measure import measure
 from maskformer_fast.inference import bundle_predictor, postprocess

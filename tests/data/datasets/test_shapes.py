@@ -1,4 +1,4 @@
-"""Synthetic scenes: the truth's invariants, purity, and classes by the hundred."""
+"""Synthetic scenes: consistent truth, reproducibility, and hundreds of classes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 
 from maskformer_fast.config import ShapesConfig
 from maskformer_fast.core.metadata import VOID
-from maskformer_fast.data.scene import KINDS, signed_distance
-from maskformer_fast.data.shapes import (
+from maskformer_fast.data.datasets.scene import KINDS, signed_distance
+from maskformer_fast.data.datasets.shapes import (
     MAX_STUFF,
     MAX_THINGS,
     MIN_AREA,
@@ -69,13 +69,13 @@ def test_splits_seeds_and_indices_give_different_scenes() -> None:
     assert len(maps) == 3 * 24
 
 
-def test_demo_scenes_hold_every_class_overlaps_and_several_shapes() -> None:
+def test_demo_scenes_have_every_class_overlaps_and_several_shapes() -> None:
     dataset = ShapesDataset(ShapesConfig(), "val")
     examples = [dataset[index] for index in range(100)]
     assert {s.category for e in examples for s in e.segments} == set(range(dataset.metadata.num_classes))
     counts = [sum(s.is_thing for s in e.segments) for e in examples]
     assert min(counts) >= 0 and max(counts) == 6 and 2.5 < np.mean(counts) < 5
-    covered = 0  # truth of a lower shape that touches a higher one
+    covered = 0  # number of scenes in which two shapes touch
     for example in examples:
         things = [s.id for s in example.segments if s.is_thing]
         left, right = example.id_map[:, :-1], example.id_map[:, 1:]
@@ -83,21 +83,21 @@ def test_demo_scenes_hold_every_class_overlaps_and_several_shapes() -> None:
     assert covered > 15
 
 
-def test_picture_shows_what_the_truth_says() -> None:
+def test_the_pixels_of_a_segment_have_the_colour_of_its_class() -> None:
     dataset = ShapesDataset(ShapesConfig(), "val")
     assert dataset.metadata.class_names[0] == "red plain circle"
     assert dataset.metadata.class_names[6] == "green grass"
-    seen = 0
+    circles = 0
     for index in range(60):
         example = dataset[index]
         for segment in example.segments:
             red, green, blue = example.image[example.id_map == segment.id].mean(0)
             if segment.category == 0:
-                seen += 1
+                circles += 1
                 assert red > 1.4 * max(green, blue)
             elif segment.category == 6:
                 assert green > 1.1 * max(red, blue)
-    assert seen > 10
+    assert circles > 10
 
 
 def test_hundreds_of_classes_are_distinct() -> None:
@@ -105,12 +105,12 @@ def test_hundreds_of_classes_are_distinct() -> None:
     assert len(set(metadata.class_names)) == metadata.num_classes == MAX_THINGS + MAX_STUFF
     assert len({thing_class(i) for i in range(MAX_THINGS)}) == MAX_THINGS
     assert len({stuff_class(i) for i in range(MAX_STUFF)}) == MAX_STUFF
-    few = [thing_class(i) for i in range(10)]
-    assert len({c.kind for c in few}) == len({c.hue for c in few}) == 10
+    neighbours = [thing_class(i) for i in range(10)]
+    assert len({c.kind for c in neighbours}) == len({c.hue for c in neighbours}) == 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shapes_have_about_the_same_area_and_stay_in_their_extent(kind: str) -> None:
+def test_shapes_have_similar_areas_and_stay_within_the_extent(kind: str) -> None:
     y, x = np.mgrid[-2:2:0.01, -2:2:0.01].astype(np.float32)
     inside = signed_distance(kind, x, y) < 0
     assert 1.5 < inside.sum() * 1e-4 < 3.2

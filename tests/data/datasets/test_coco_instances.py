@@ -1,4 +1,4 @@
-"""COCO instances: outlines of every kind against oracles, folders, and precise errors."""
+"""COCO instances: rasterised outlines against oracles, folder layouts, and errors with file and key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from maskformer_fast.config import DataConfig
 from maskformer_fast.data import BrokenExampleError, build_dataset
-from maskformer_fast.data.coco_instances import rasterize
+from maskformer_fast.data.datasets.coco_instances import rasterize
 from tests.support.paths import SHARED
 
 SHARED_DATA = SHARED / "data"
@@ -62,7 +62,7 @@ def build(root, split="train", **options):
     return build_dataset(DataConfig(dataset="coco_instances", root=str(root), **options), split)
 
 
-def test_examples(tmp_path):
+def test_an_example_has_the_annotated_masks_and_segments(tmp_path):
     dataset = build(store(tmp_path))
     assert (dataset.task, dataset.metadata.class_names) == ("instance", ("b", "a"))
     assert dataset.metadata.category_ids == (20, 10)
@@ -80,7 +80,7 @@ def test_examples(tmp_path):
 
 def test_images_without_objects_are_left_out_of_training_only(tmp_path):
     store(tmp_path)
-    assert [build(tmp_path)[i].image_id for i in range(len(build(tmp_path)))] == [1]  # 2 has only a crowd
+    assert [build(tmp_path)[i].image_id for i in range(len(build(tmp_path)))] == [1]  # image 2 has only a crowd
     validation = build(tmp_path, "val", val_split="train")
     assert [validation[i].image_id for i in range(3)] == [1, 2, 3]
     assert validation[2].masks.shape == (0, H, W)
@@ -89,18 +89,18 @@ def test_images_without_objects_are_left_out_of_training_only(tmp_path):
 
 @pytest.mark.parametrize("name", ["instances_train.json", "instances_train2017.json"])
 @pytest.mark.parametrize("folder", ["train", "train2017", "images/train", "images/train2017", "images", "."])
-def test_layouts(tmp_path, name, folder):
+def test_images_are_found_in_every_layout(tmp_path, name, folder):
     assert build(store(tmp_path, folder=folder, name=name))[0].image[0, 0, 0] == 1
 
 
-def test_file_names_with_their_own_folder(tmp_path):
+def test_file_names_may_begin_with_a_folder(tmp_path):
     data = content()
     for image in data["images"]:
         image["file_name"] = "train2017/" + image["file_name"]
     assert build(store(tmp_path, data, folder="train2017"))[0].image_id == 1
 
 
-def test_missing_files(tmp_path):
+def test_errors_name_missing_and_damaged_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"instances_val\.json, .*instances_val2017\.json"):
         build(store(tmp_path), "val")
     (tmp_path / "train").rename(tmp_path / "elsewhere")
@@ -129,8 +129,8 @@ def test_run_lengths_agree_with_pycocotools(mask):
     np.testing.assert_array_equal(rasterize(listed, height, width), mask)
 
 
-def test_long_runs(tmp_path):
-    mask = np.zeros((700, 900), bool)  # runs of several characters, of both signs of difference
+def test_runs_of_several_characters_are_decoded():
+    mask = np.zeros((700, 900), bool)  # differences of both signs, encoded in several characters
     mask[100:650, 30:800] = True
     mask[300:310] = False
     compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -140,7 +140,7 @@ def test_long_runs(tmp_path):
 
 @settings(max_examples=80, deadline=None)
 @given(text=st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=12), height=st.integers(1, 9))
-def test_any_text_gives_a_mask_or_an_error(text, height):
+def test_any_encoded_text_gives_a_mask_or_a_value_error(text, height):
     try:
         mask = rasterize({"size": [height, 7], "counts": text}, height, 7)
     except ValueError as error:
@@ -167,7 +167,7 @@ def test_any_text_gives_a_mask_or_an_error(text, height):
     {"size": [H, W], "counts": "~~"},
     {"size": [H, W], "counts": "o" * 100_000},
 ])
-def test_bad_outlines_name_the_annotation(tmp_path, outline):
+def test_errors_of_bad_outlines_name_the_annotation(tmp_path, outline):
     data = content()
     data["annotations"] = [ann(77, outline=outline)]
     dataset = build(store(tmp_path, data))
@@ -236,42 +236,42 @@ def test_errors_name_file_and_key(tmp_path, edit, message):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"images": ', "\udcff"])
-def test_what_is_not_json(tmp_path, text):
+def test_errors_name_files_that_are_not_json(tmp_path, text):
     store(tmp_path)
     (tmp_path / "annotations/instances_train.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"instances_train\.json: (malformed JSON|expected a JSON object)"):
         build(tmp_path)
 
 
-def test_repeated_names_are_told_apart(tmp_path):
+def test_repeated_category_names_get_their_ids_appended(tmp_path):
     data = content()
     data["categories"] = [{"id": 20, "name": "fruit"}, {"id": 10, "name": "fruit"}]
     assert build(store(tmp_path, data)).metadata.class_names == ("fruit (20)", "fruit (10)")
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic"])
-def test_only_instances(tmp_path, task):
+def test_other_tasks_are_refused(tmp_path, task):
     with pytest.raises(ValueError, match=r"data\.task: expected one of 'instance'"):
         build(store(tmp_path), task=task)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the samples of real data sets")
 def test_real_polygons_have_the_listed_areas():
     data = json.loads((SHARED_DATA / "fruits_nuts/annotations/instances_train.json").read_text())
     areas = {item["id"]: item["area"] for item in data["annotations"]}
     dataset = build(SHARED_DATA / "fruits_nuts")
     assert (len(dataset), len(build(SHARED_DATA / "fruits_nuts", "val"))) == (12, 3)
-    seen = 0
+    count = 0
     for index in range(len(dataset)):
         example = dataset[index]
         for segment, mask in zip(example.segments, example.masks, strict=True):
             assert mask.sum() == pytest.approx(areas[segment.id], rel=0.05)
             assert segment.area == int(areas[segment.id])
-            seen += 1
-    assert seen == len(areas)
+            count += 1
+    assert count == len(areas)
 
 
-def test_the_listed_area_is_kept_for_cocos_size_groups(tmp_path):
+def test_segments_keep_the_listed_area(tmp_path):
     data = content()
     data["annotations"][0]["area"] = 55.5
     data["annotations"][1]["area"] = 0

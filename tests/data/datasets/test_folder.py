@@ -1,4 +1,4 @@
-"""The plain folder: pairing, classes with and without classes.json, ignored and unknown values."""
+"""The plain folder: pairs of files, classes with and without classes.json, ignored and unknown values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_an_example(root):
+def test_an_example_has_the_annotated_classes(root):
     dataset = build(root)
     assert (len(dataset), dataset.task, dataset.metadata.name) == (2, "semantic", root.name)
     first, second = dataset[0], dataset[1]
@@ -66,7 +66,7 @@ def test_an_example(root):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(dataset))[0].id_map, first.id_map)
 
 
-def test_classes_are_counted_in_training_for_both_splits(root):
+def test_both_splits_have_the_classes_of_the_training_annotations(root):
     for split in ("train", "val"):
         assert build(root, split).metadata.class_names == ("class 0", "class 1", "class 2", "class 3")
     (root / "annotations/train").rename(root / "annotations/elsewhere")
@@ -74,7 +74,7 @@ def test_classes_are_counted_in_training_for_both_splits(root):
         build(root, "val")
 
 
-def test_an_ignored_value_is_no_class(root):
+def test_the_ignored_value_is_not_a_class(root):
     write(root, "train", "b.jpg", values(0, 2, 3))
     dataset = build(root, ignore_index=0)
     assert dataset.metadata.category_ids == (1, 2, 3)
@@ -82,7 +82,7 @@ def test_an_ignored_value_is_no_class(root):
     np.testing.assert_array_equal(dataset[1].id_map, np.where(raw == 0, VOID, raw - 1))
 
 
-def test_counting_gives_up_on_what_cannot_be_classes(root):
+def test_values_that_cannot_be_classes_are_refused(root):
     write(root, "train", "b.jpg", values(5, 30_000, dtype=np.uint16))
     with pytest.raises(ValueError, match=r"b\.png: expected class indices below 4096, got 30000"):
         build(root)
@@ -132,14 +132,14 @@ def test_pixel_values_from_classes_json(root):
     ("9" * 5000, "malformed JSON"),
     ("[" * 100_000, "malformed JSON"),
 ])
-def test_errors_in_classes_json(root, content, message):
+def test_errors_in_classes_json_name_the_file(root, content, message):
     (root / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
         build(root)
     assert str(root / "classes.json") in str(caught.value)
 
 
-def test_unknown_values_are_counted(root):
+def test_the_error_of_unknown_values_counts_their_pixels(root):
     (root / "classes.json").write_text('["a", "b"]')
     with pytest.raises(BrokenExampleError, match=r"b\.png: expected values of the 2 classes.* got 2 \(18 pixels\)"):
         build(root)[1]
@@ -153,7 +153,7 @@ def test_unknown_values_are_counted(root):
     ids=st.lists(st.sampled_from([0, 2, 40, 256, 65535]), min_size=1, unique=True),
     ignore=st.sampled_from([1, 3, 255]),
 )
-def test_mapping_agrees_with_a_dictionary(tmp_path, raw, ids, ignore):
+def test_pixel_values_map_to_classes_like_a_dictionary(tmp_path, raw, ids, ignore):
     write(tmp_path, "train", "x.png", raw)
     classes = [{"name": f"n{i}", "id": i} for i in ids]
     (tmp_path / "classes.json").write_text(json.dumps({"classes": classes, "ignore_index": ignore}))
@@ -171,7 +171,7 @@ def test_mapping_agrees_with_a_dictionary(tmp_path, raw, ids, ignore):
             dataset[0]
 
 
-def test_a_mask_of_another_size(root):
+def test_an_annotation_of_another_size_is_refused(root):
     write(root, "train", "b.jpg", values(0, 2), size=(7, 9))
     with pytest.raises(BrokenExampleError, match=r"b\.png: .*size of its image, 7 x 9, got 6 x 9"):
         build(root)[1]
@@ -180,7 +180,7 @@ def test_a_mask_of_another_size(root):
         build(root)[1]
 
 
-def test_missing_annotations(root, caplog):
+def test_missing_annotations_are_listed_or_skipped(root, caplog):
     for index in range(12):
         write(root, "train", f"m{index}.jpg", values(0))
         (root / f"annotations/train/m{index}.png").unlink()
@@ -192,7 +192,7 @@ def test_missing_annotations(root, caplog):
     assert all(f"m{index}.jpg" in caplog.text for index in range(12))
 
 
-def test_a_broken_annotation_stops_counting_unless_skipped(root):
+def test_a_broken_annotation_is_an_error_unless_skipped(root):
     (root / "annotations/train/b.png").write_bytes(b"no image")
     with pytest.raises(BrokenExampleError, match=r"b\.png"):
         build(root)
@@ -202,7 +202,7 @@ def test_a_broken_annotation_stops_counting_unless_skipped(root):
         dataset[1]
 
 
-def test_missing_folders(root):
+def test_errors_name_missing_folders_and_files(root):
     with pytest.raises(FileNotFoundError, match=r"(?s)no folder .*images/test.*annotations/test"):
         build(root, train_split="test")
     (root / "images/empty").mkdir()
@@ -217,7 +217,7 @@ def test_missing_folders(root):
         build(root / "nowhere")
 
 
-def test_two_images_for_one_annotation(root):
+def test_two_images_for_one_annotation_are_refused(root):
     write(root, "train", "b.png", values(0))
     with pytest.raises(ValueError, match=r"b\.png: expected one image for each annotation, got b\.jpg"):
         build(root)
@@ -229,24 +229,24 @@ def test_two_images_for_one_annotation(root):
     ({"dataset": "folder", "root": ".", "task": "panoptic"}, r"data\.task: expected one of 'semantic'"),
     ({"dataset": "shapes", "ignore_index": 3}, r"data\.ignore_index: expected None"),
 ])
-def test_bad_configurations(options, message):
+def test_errors_name_the_configured_field(options, message):
     with pytest.raises(ValueError, match=message):
         build_dataset(DataConfig(**options), "train")
 
 
-def test_the_split_is_checked():
+def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split"):
         build_dataset(DataConfig(), "test")
 
 
-def test_shapes_take_the_task_asked_for():
+def test_the_task_of_shapes_is_configurable():
     assert build_dataset(DataConfig(), "val").task == "panoptic"
     assert build_dataset(DataConfig(task="semantic"), "val").task == "semantic"
     assert build_dataset(DataConfig(), "val").task == "panoptic"
 
 
-@pytest.mark.skipif(not CAMVID.is_dir(), reason="the CamVid sample is not here")
-def test_camvid_with_and_without_its_void():
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="needs the CamVid sample")
+def test_camvid_is_read_with_and_without_its_ignored_value():
     dataset = build(CAMVID, "val", ignore_index=11)
     assert (len(dataset), dataset.metadata.num_classes) == (101, 11)
     example = dataset[0]
@@ -255,7 +255,7 @@ def test_camvid_with_and_without_its_void():
     assert build(CAMVID, "val").metadata.num_classes == 12
 
 
-def test_binary_masks_are_not_taken_for_one_class_and_void(root):
+def test_masks_of_0_and_255_need_a_class_list_or_an_ignored_value(root):
     for split, name in (("train", "b.jpg"), ("train", "a/one.two.PNG"), ("val", "v.webp")):
         write(root, split, name, values(0, 255))
     with pytest.raises(ValueError, match=r"only 0 and 255.*classes\.json.*data\.ignore_index"):

@@ -6,8 +6,8 @@ Layout, where ``{split}`` is ``data.train_split`` or ``data.val_split``::
     root/annotations/panoptic_{split}/         PNGs, in the folder named as the JSON file
     root/{split}/                              images; see `coco_json.image_paths` for other places
 
-Id 0 is void. Every other id of a PNG must be listed in the JSON, and every segment listed must show in the PNG.
-Categories are those of the JSON, or of ``annotations/panoptic_coco_categories.json`` where it lists none.
+Id 0 is void. Every other id of a PNG must be listed in the JSON, and every listed segment must have pixels in the PNG.
+Categories are those of the JSON, or of ``annotations/panoptic_coco_categories.json`` if the JSON lists none.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from maskformer_fast.data.base import (
     BrokenExampleError,
     check_same_size,
     first_existing,
-    inside,
-    leave_out,
+    path_below,
+    raise_or_log,
     resolve_task,
 )
-from maskformer_fast.data.coco_json import (
+from maskformer_fast.data.datasets.coco_json import (
     ImageInfo,
     Records,
     image_paths,
@@ -43,25 +43,25 @@ from maskformer_fast.data.images import read_image, read_panoptic_png
 from maskformer_fast.structures import Example
 
 PANOPTIC_TASKS: tuple[Task, ...] = ("panoptic", "semantic", "instance")
-"""What targets can be made of panoptic truth."""
+"""Tasks whose targets can be made from panoptic truth."""
 
-_MAX_ID = 2**24 - 1
-_CATEGORIES = "panoptic_coco_categories.json"
+_MAX_ID = 2**24 - 1  # largest id that three bytes of a pixel can hold
+_CATEGORIES = "panoptic_coco_categories.json"  # file of the categories, if the annotation file lists none
 
 
 class CocoPanoptic:
     """Segments of one annotation file.
 
     Args:
-        path: the JSON file; PNGs lie in the folder beside it that has its name.
-        locate: the image files of entries of ``images``.
-        task: what targets are made of.
-        name: of the data set, for its metadata.
-        skip_broken: leave out images without annotation instead of stopping.
+        path: the JSON file; the PNGs are in the folder of the same name beside it.
+        locate: function that finds the image files of entries of ``images``.
+        task: task of the training targets.
+        name: name of the data set in its metadata.
+        skip_broken: leave out images without annotation instead of raising an error.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: the JSON is malformed, lacks a key, names unknown ids or one twice, or images lack annotations.
+        ValueError: the JSON is malformed, lacks a key, has unknown or repeated ids, or images lack annotations.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class CocoPanoptic:
         images = read_images(content, path)
         truth = _truth_by_image(content, path, set(images), self.metadata)
         missing = [f"image {info.id!r} ({info.file_name})" for info in images.values() if info.id not in truth]
-        leave_out(missing, f"images without annotation in {path}", skip_broken)
+        raise_or_log(missing, f"images without annotation in {path}", skip_broken)
         self._images = [info for info in images.values() if info.id in truth]
         if not self._images:
             raise ValueError(f"{path}: expected annotated images, found none")
@@ -87,14 +87,14 @@ class CocoPanoptic:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: expected the folder of panoptic PNGs of {path.name}, found none")
         self._files = locate(self._images)
-        self._pngs = [inside(folder, truth[info.id][0], str(path)) for info in self._images]
+        self._pngs = [path_below(folder, truth[info.id][0], str(path)) for info in self._images]
         self._segments = [truth[info.id][1] for info in self._images]
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        """Read one example with an id map; ids are those of the annotations.
+        """Read one example with an id map of the annotations' ids.
 
         Raises:
             BrokenExampleError: a file is missing or damaged, sizes differ, or JSON and PNG disagree on the segments.
@@ -126,14 +126,14 @@ class CocoPanoptic:
 def segment_areas(
     ids: np.ndarray,  # [H, W] int32
 ) -> dict[int, int]:
-    """Number of pixels of each id."""
+    """Count the pixels of each id."""
     flat = ids.ravel()
-    # Sorting runs of equal ids instead of pixels is fifty times less to sort.
+    # There are about fifty times fewer runs of equal ids to sort than pixels.
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     lengths = np.diff(starts, append=flat.size)
-    found, row = np.unique(flat[starts], return_inverse=True)
+    distinct, row = np.unique(flat[starts], return_inverse=True)
     areas = np.bincount(row, weights=lengths).astype(np.int64)
-    return dict(zip(found.tolist(), areas.tolist(), strict=True))
+    return dict(zip(distinct.tolist(), areas.tolist(), strict=True))
 
 
 def _categories(content: dict[str, Any], path: Path, name: str) -> Metadata:
@@ -146,7 +146,7 @@ def _categories(content: dict[str, Any], path: Path, name: str) -> Metadata:
 def _truth_by_image(
     content: dict[str, Any], path: Path, image_ids: set[int | str], metadata: Metadata
 ) -> dict[int | str, tuple[str, np.ndarray]]:
-    """File name and segments (id, class index, crowd: int32 [n, 3]) of each annotated image."""
+    """Read file name and segments (id, class index, crowd: int32 [n, 3]) of each annotated image."""
     records = Records(content, "annotations", path)
     category_index = {category: index for index, category in enumerate(metadata.category_ids)}
     truth: dict[int | str, tuple[str, np.ndarray]] = {}
@@ -172,9 +172,8 @@ def _truth_by_image(
 
 
 def coco_panoptic_dataset(config: DataConfig, root: Path, split: str, name: str) -> CocoPanoptic:
-    """Data set in the layout described at the top of this file; raises as `CocoPanoptic` does."""
+    """Open a data set in the layout of the module's docstring; raises as `CocoPanoptic` does."""
     task = resolve_task(config.task, "panoptic", PANOPTIC_TASKS, config.dataset)
     candidates = [root / "annotations" / f"panoptic_{text}.json" for text in split_names(split)]
     path = first_existing(candidates, "panoptic annotations")
-
     return CocoPanoptic(path, partial(image_paths, root, split), task, name, config.skip_broken)

@@ -1,4 +1,4 @@
-"""Lists of classes: names, pixel values, things and stuff, colours, and the values that mean "unlabelled"."""
+"""Class lists: names, pixel values, things and stuff, colours, and the pixel values that mean "unlabelled"."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 
 from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import VOID, Metadata
-from maskformer_fast.data.coco_json import check_color, load_json
+from maskformer_fast.data.datasets.coco_json import check_color, load_json
 
 UNKNOWN = VOID - 1
-"""What `ClassList.lookup` gives for a value that is neither a class nor ignored."""
+"""Entry of `ClassList.lookup` for a pixel value that is neither a class nor ignored."""
 
-_MAX_VALUE = 65535
-_DEFAULT_IGNORE = 255
-_FOLDER = Path(__file__).with_name("classes")
+_MAX_VALUE = 65535  # largest pixel value of a 16-bit image
+_DEFAULT_IGNORE = 255  # pixel value of unlabelled pixels unless the class list names another
+_FOLDER = Path(__file__).parents[1] / "classes"
 _KEYS = {"name", "id", "isthing", "is_thing", "color", "supercategory"}
 
 
 @dataclass(frozen=True)
 class ClassList:
-    """Classes in index order, and how index images write them."""
+    """Classes in the order of their indices, and their pixel values in index images."""
 
     names: tuple[str, ...]
     values: tuple[int, ...]  # pixel value of each class
@@ -34,21 +34,24 @@ class ClassList:
     ignore: tuple[int, ...]  # pixel values of unlabelled pixels
 
     def metadata(self, name: str) -> Metadata:
-        """As metadata of the data set ``name``."""
+        """Return the classes as metadata of the data set ``name``."""
         return Metadata(name, self.names, self.is_thing, self.values, self.colors)
 
     def lookup(self) -> np.ndarray:
-        """Class index of each pixel value -> int32 [n], `VOID` where ignored, `UNKNOWN` elsewhere and at the end."""
+        """Return the class index of each pixel value -> int32 [n].
+
+        Ignored values give `VOID`, all others `UNKNOWN`. The last entry is always `UNKNOWN`, for all larger values.
+        """
         table = np.full(max(*self.values, *self.ignore, 0) + 2, UNKNOWN, dtype=np.int32)
         table[list(self.ignore)] = VOID
         table[list(self.values)] = np.arange(len(self.values))
         return table
 
     def with_ignore(self, value: int) -> ClassList:
-        """The same classes with one other value for unlabelled pixels.
+        """Return the same classes with ``value`` as the only value of unlabelled pixels.
 
         Raises:
-            ValueError: the value is a class's.
+            ValueError: a class has this value.
         """
         _check_ignore("data.ignore_index", (value,), self.values)
         return dataclasses.replace(self, ignore=(value,))
@@ -64,7 +67,7 @@ def _is_value(value: object) -> bool:
 
 
 def numbered_class_list(values: Sequence[int], ignore: int | None = None) -> ClassList:
-    """A class named by its value for each of ``values`` but the ignored one: 255 unless told otherwise."""
+    """Make a class "class N" of each pixel value N, except for the value to ignore (255 if ``ignore`` is None)."""
     ignored = _DEFAULT_IGNORE if ignore is None else ignore
     kept = tuple(value for value in values if value != ignored)
     names = tuple(f"class {value}" for value in kept)
@@ -74,10 +77,10 @@ def numbered_class_list(values: Sequence[int], ignore: int | None = None) -> Cla
 def read_class_list(path: Path) -> ClassList:
     """Read a ``classes.json``.
 
-    It holds a list, or an object ``{"classes": [...], "ignore_index": 255}`` with the list and one value (or a list
-    of values) of unlabelled pixels. An entry is a name, or an object with ``name`` and, if wanted, ``id`` (the pixel
-    value, its position in the list otherwise), ``isthing`` (0, 1, true, false; stuff otherwise) and ``color`` (RGB).
-    Without ``ignore_index``, 255 is ignored where no class has that value.
+    The file holds a list of classes, or an object ``{"classes": [...], "ignore_index": 255}`` in which
+    ``ignore_index`` is one value of unlabelled pixels or a list of such values. A class is a name, or an object with
+    ``name`` and optionally ``id`` (pixel value; default: its position in the list), ``isthing`` (0, 1, true or false;
+    default: stuff) and ``color`` (RGB). Without ``ignore_index``, 255 is ignored unless a class has that value.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -92,8 +95,8 @@ def read_class_list(path: Path) -> ClassList:
     values = tuple(entry["id"] for entry in parsed)
     for key, column in (("name", names), ("id", values)):
         if len(set(column)) != len(column):
-            twice = next(value for value in column if column.count(value) > 1)
-            raise ValueError(f"{path}: {key}: expected distinct values, got {twice!r} twice")
+            repeated = next(value for value in column if column.count(value) > 1)
+            raise ValueError(f"{path}: {key}: expected distinct values, got {repeated!r} twice")
     defaults = default_colors(len(parsed))
     colors = tuple(entry["color"] or default for entry, default in zip(parsed, defaults, strict=True))
     ignore = _ignored(path, content, values)
@@ -133,5 +136,5 @@ def _entry(path: Path, position: int, entry: object) -> dict[str, Any]:
 
 
 def read_preset_classes(name: str) -> ClassList:
-    """Classes of a preset, from the package's own files."""
+    """Read the class list of a preset from the package's files."""
     return read_class_list(_FOLDER / f"{name}.json")

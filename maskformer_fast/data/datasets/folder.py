@@ -1,13 +1,13 @@
-"""Semantic data sets of image files with index images beside them; the plain folder is one of them.
+"""Semantic data sets of images with index images, among them the plain folder.
 
-The plain folder needs no code::
+Layout of the plain folder::
 
     root/images/{split}/**/NAME.jpg            (or png, webp, bmp, tiff, ppm)
-    root/annotations/{split}/**/NAME.png       value of a pixel = index of its class
+    root/annotations/{split}/**/NAME.png       pixel value = class index
     root/classes.json                          optional, see `class_list.read_class_list`
 
-Without ``classes.json`` there are as many classes as the training annotations have indices. ``data.ignore_index``
-is the value of unlabelled pixels, 255 if nothing says otherwise.
+Without ``classes.json`` the classes are the indices from 0 to the largest in the training annotations.
+``data.ignore_index`` is the value of unlabelled pixels, 255 by default.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
-from maskformer_fast.data.base import BrokenExampleError, check_same_size, leave_out, resolve_task
-from maskformer_fast.data.class_list import UNKNOWN, ClassList, numbered_class_list, read_class_list
+from maskformer_fast.data.base import BrokenExampleError, check_same_size, raise_or_log, resolve_task
+from maskformer_fast.data.datasets.class_list import UNKNOWN, ClassList, numbered_class_list, read_class_list
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image, read_index_png
 from maskformer_fast.structures import Example
 
-_MAX_INFERRED = 4096  # more indices than this are hardly classes: instance ids, depth, a colour image made grey
+_MAX_INFERRED = 4096  # most classes that are inferred; larger values are probably instance ids, depth or grey values
 
 
 class Pair(NamedTuple):
@@ -38,12 +38,12 @@ class Pair(NamedTuple):
 
 
 class SemanticDataset:
-    """Images with index images: every pixel's value says its class.
+    """Images with index images, whose pixel values are classes.
 
     Args:
         pairs: the files.
-        classes: what the values mean.
-        name: of the data set, for its metadata.
+        classes: the classes and their pixel values.
+        name: name of the data set in its metadata.
     """
 
     task: Task = "semantic"
@@ -57,16 +57,16 @@ class SemanticDataset:
         return len(self._pairs)
 
     def __getitem__(self, index: int) -> Example:
-        """Read one example; its segments are the classes present, and their ids the class indices.
+        """Read one example; its segments are the classes present, with the class indices as ids.
 
         Raises:
-            BrokenExampleError: a file is missing or damaged, sizes differ, or a value is no class's and not ignored.
+            BrokenExampleError: a file is missing or damaged, sizes differ, or a value is neither a class nor ignored.
         """
         pair = self._pairs[index]
         image = read_image(pair.image)
         values = read_index_png(pair.annotation)
         check_same_size(pair.annotation, values.shape, image.shape[:2])
-        # Values outside the table all fall on its last entry, which is UNKNOWN.
+        # All values beyond the table read its last entry, which is UNKNOWN.
         labels = self._lookup[np.minimum(values.view(np.uint32), len(self._lookup) - 1)]
         counts = np.bincount((labels - UNKNOWN).ravel(), minlength=self.metadata.num_classes + 2)
         if counts[0]:
@@ -80,23 +80,23 @@ class SemanticDataset:
 
     def _unknown(self, values: np.ndarray) -> str:
         ids, counts = np.unique(values, return_counts=True)
-        found = ", ".join(f"{i} ({n} pixels)" for i, n in zip(ids[:8], counts[:8], strict=True))
+        listed = ", ".join(f"{i} ({n} pixels)" for i, n in zip(ids[:8], counts[:8], strict=True))
         more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
         names = f"{self.metadata.num_classes} classes of {self.metadata.name}"
-        return f"expected values of the {names} or ignored ones, got {found}{more}; see data.ignore_index"
+        return f"expected values of the {names} or ignored ones, got {listed}{more}; see data.ignore_index"
 
 
 def _files(folder: Path, suffixes: tuple[str, ...], ending: str) -> list[str]:
-    """Relative paths (with forward slashes) of files below a folder, sorted; hidden ones left out."""
-    found = []
+    """List relative paths (with forward slashes) of files below a folder, sorted, without hidden ones."""
+    paths = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         prefix = Path(parent).relative_to(folder)
         for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in suffixes and stem.endswith(ending) and not name.startswith("."):
-                found.append((prefix / name).as_posix())
-    return sorted(found)
+                paths.append((prefix / name).as_posix())
+    return sorted(paths)
 
 
 def find_pairs(
@@ -114,10 +114,9 @@ def find_pairs(
         FileNotFoundError: a folder is missing or holds no image.
         ValueError: two images share an annotation, or images have none (unless ``skip_broken``).
     """
-    if lost := [str(folder) for folder in (images, annotations) if not folder.is_dir()]:
-        raise FileNotFoundError(
-            f"no folder {' and no folder '.join(lost)}; looked for images in {images} and annotations in {annotations}"
-        )
+    if absent := [str(folder) for folder in (images, annotations) if not folder.is_dir()]:
+        searched = f"looked for images in {images} and annotations in {annotations}"
+        raise FileNotFoundError(f"no folder {' and no folder '.join(absent)}; {searched}")
     by_stem: dict[str, str] = {}
     for name in _files(images, IMAGE_SUFFIXES, image_ending):
         stem = os.path.splitext(name)[0].removesuffix(image_ending)
@@ -134,19 +133,19 @@ def find_pairs(
     if len(missing) == len(pairs):
         example = f"{pairs[0].annotation} for {pairs[0].image}"
         raise FileNotFoundError(f"{annotations}: expected annotations such as {example}, found none of the images'")
-    leave_out(
+    raise_or_log(
         [f"{pair.image} (expected {pair.annotation})" for pair in missing], "images without annotation", skip_broken
     )
     return [pair for pair in pairs if pair.image_id + annotation_ending in present]
 
 
 def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False) -> ClassList:
-    """A class for every index from 0 to the largest in the annotations below a folder, the ignored one left out.
+    """Make a class of every index from 0 to the largest in the annotations below a folder, except the ignored one.
 
     Raises:
         FileNotFoundError: there are no annotations.
-        BrokenExampleError: one cannot be read (unless ``skip_broken``).
-        ValueError: there are too many indices, or none at all.
+        BrokenExampleError: an annotation cannot be read (unless ``skip_broken``).
+        ValueError: there are too many indices, or none.
     """
     names = _files(folder, (".png",), "")
     if not names:
@@ -179,10 +178,10 @@ def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False
 
 
 def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDataset:
-    """The plain folder described at the top of this file.
+    """Open a plain folder in the layout of the module's docstring.
 
     Raises:
-        FileNotFoundError: a folder of it is missing or empty.
+        FileNotFoundError: one of its folders is missing or empty.
         ValueError: ``classes.json`` is malformed, images have no annotation, or the task is not semantic.
         BrokenExampleError: without ``classes.json``, a training annotation cannot be read.
     """
@@ -194,7 +193,7 @@ def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDatase
         if config.ignore_index is not None:
             classes = classes.with_ignore(config.ignore_index)
     else:
-        # Validation must see the classes of training, whatever its own annotations show.
+        # Validation must have the classes of training, even if its own annotations show fewer.
         classes = infer_class_list(
             root / "annotations" / config.train_split, config.ignore_index, config.skip_broken
         )

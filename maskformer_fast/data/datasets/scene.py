@@ -1,6 +1,6 @@
 """Painting of the synthetic scenes: signed distances of the shapes, patterns, regions and light.
 
-Everything here is vectorised numpy on float32, in pixels of the scene unless said otherwise.
+All functions are vectorised NumPy on float32. Lengths are in pixels of the scene unless a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ GROUNDS = ("grass", "water", "sand", "brick", "clouds", "planks", "gravel", "til
 HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
 
 EXTENT = 1.5
-"""No shape reaches further from its centre than this many radii."""
+"""Largest distance, in radii, of any shape's points from its centre."""
 
 
 def hsv_to_rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    """One colour, every number in 0..1 (the hue wraps) -> [3] float32."""
+    """Convert one colour, all numbers in 0..1 (the hue wraps) -> [3] float32."""
     k = (np.array([5.0, 3.0, 1.0]) + hue * 6.0) % 6.0
     return (value - value * saturation * np.minimum(np.minimum(k, 4.0 - k), 1.0).clip(0.0)).astype(np.float32)
 
 
 @lru_cache(maxsize=256)
 def _lerp_matrix(cells: int, size: int) -> np.ndarray:
-    """Linear interpolation of ``cells + 1`` knots onto ``size`` pixels -> [size, cells + 1]."""
+    """Make the matrix that interpolates ``cells + 1`` knots linearly at ``size`` pixels -> [size, cells + 1]."""
     position = (np.arange(size) + 0.5) * cells / size
     left = np.minimum(position.astype(np.int64), cells - 1)
     matrix = np.zeros((size, cells + 1), dtype=np.float32)
@@ -37,7 +37,7 @@ def _lerp_matrix(cells: int, size: int) -> np.ndarray:
 
 
 def smooth_noise(rng: np.random.Generator, size: tuple[int, int], cell: tuple[float, float]) -> np.ndarray:
-    """Value noise whose knots are ``cell`` (height, width) pixels apart -> [H, W], mean 0, roughly -1..1."""
+    """Draw value noise with knots ``cell`` (height, width) pixels apart -> [H, W], mean 0, roughly -1..1."""
     down, across = (max(1, round(side / step)) for side, step in zip(size, cell, strict=True))
     knots = rng.random((down + 1, across + 1), dtype=np.float32) * 2.0 - 1.0
     return _lerp_matrix(down, size[0]) @ knots @ _lerp_matrix(across, size[1]).T
@@ -48,7 +48,10 @@ def signed_distance(
     x: np.ndarray,  # [h, w], in radii, from the shape's centre
     y: np.ndarray,  # [h, w]
 ) -> np.ndarray:
-    """Distance to the outline in radii, negative inside; areas are near 2.5 radii squared for every kind."""
+    """Compute the distance to a shape's outline in radii, negative inside -> [h, w].
+
+    Every kind has an area of about 2.5 radii squared.
+    """
     if kind == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.82
     if kind == "triangle":
@@ -86,7 +89,7 @@ def shape_pattern(
     y: np.ndarray,  # [h, w]
     period: float,
 ) -> np.ndarray | None:
-    """Where a shape carries its second tone -> [h, w] 0..1 (soft edges), or None for a plain one."""
+    """Compute the weight of a shape's second tone -> [h, w] 0..1 (soft edges), or None for a plain shape."""
     k = np.float32(2 * np.pi / period)
     if pattern == "plain":
         return None
@@ -104,8 +107,8 @@ def shape_pattern(
 
 
 def ground_texture(rng: np.random.Generator, ground: str, size: tuple[int, int]) -> np.ndarray:
-    """Relief of one stuff class over the whole scene -> [H, W], about -1..1."""
-    unit = min(size) / 128 * rng.uniform(0.85, 1.2)  # the texture grows with the picture
+    """Draw the relief of one ground over the complete scene -> [H, W], about -1..1."""
+    unit = min(size) / 128 * rng.uniform(0.85, 1.2)  # the texture scales with the scene
     y, x = (axis * np.float32(1 / unit) for axis in _pixel_grid(size))
     if ground == "grass":
         return smooth_noise(rng, size, (7 * unit, 1.6 * unit)) * 1.3
@@ -139,7 +142,7 @@ def region_map(rng: np.random.Generator, size: tuple[int, int], regions: int) ->
     y, x = _pixel_grid(size)
     short = min(size)
     wander = smooth_noise(rng, size, (short / 4, short / 4)) * (0.10 * short)
-    if rng.random() < 0.5:  # bands: mostly horizons, sometimes steep
+    if rng.random() < 0.5:  # bands, mostly near horizontal
         turned = _turned(x - size[1] / 2, y - size[0] / 2, rng.normal(0.0, 0.5))[1] + wander
         span = 0.42 * size[0]
         borders = np.linspace(-span, span, regions + 1)[1:-1] + rng.uniform(-0.35, 0.35, regions - 1) * span / regions
@@ -150,13 +153,16 @@ def region_map(rng: np.random.Generator, size: tuple[int, int], regions: int) ->
 
 
 def light_field(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """Brightness of the scene's light -> [H, W], around 1."""
+    """Draw the brightness of the scene's light -> [H, W], around 1."""
     short = min(size)
     return rng.uniform(0.8, 1.1) * (1.0 + 0.18 * smooth_noise(rng, size, (0.8 * short, 0.8 * short)))
 
 
 def _spread_points(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Best of a few draws by smallest distance, so that no Voronoi cell is a sliver -> [count, 2] of 0..1."""
+    """Draw points several times and keep the draw of largest minimal distance -> [count, 2] of 0..1.
+
+    Distant points avoid very thin Voronoi cells.
+    """
     draws = rng.uniform(0.1, 0.9, (8, count, 2))
     gaps = np.square(draws[:, :, None] - draws[:, None]).sum(-1) + 9.0 * np.eye(count)
     return draws[gaps.min((1, 2)).argmax()]
@@ -164,7 +170,7 @@ def _spread_points(rng: np.random.Generator, count: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _pixel_grid(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of every pixel centre, float32 [H, W] each; shared, not to be written to."""
+    """Return row and column of every pixel's centre, float32 [H, W] each; cached, and therefore read-only."""
     y, x = np.mgrid[0 : size[0], 0 : size[1]].astype(np.float32) + np.float32(0.5)
     y.setflags(write=False)
     x.setflags(write=False)
@@ -172,6 +178,6 @@ def _pixel_grid(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates in axes turned by ``angle`` radians."""
+    """Rotate the axes by ``angle`` radians."""
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return cos * x + sin * y, cos * y - sin * x

@@ -1,6 +1,6 @@
-"""Synthetic scenes, generated on the fly: overlapping shapes (things) over textured regions (stuff).
+"""Synthetic scenes: overlapping shapes (things) over textured regions (stuff).
 
-They need no download and carry exact truth for the three tasks. A scene is a pure function of (seed, split, index).
+They need no download and have exact truth for the three tasks. A scene is a pure function of (seed, split, index).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from maskformer_fast.config import ShapesConfig, Task
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
-from maskformer_fast.data.scene import (
+from maskformer_fast.data.datasets.scene import (
     EXTENT,
     GROUNDS,
     HUES,
@@ -29,21 +29,21 @@ from maskformer_fast.data.scene import (
 from maskformer_fast.structures import Example
 
 MIN_AREA = 0.015
-"""Share of the image that a shape must show; one that would not is not painted."""
+"""Smallest visible area of a shape, as a share of the image; a shape with less is not painted."""
 MIN_VISIBLE = 0.45
-"""Share of a shape that later ones must leave uncovered."""
+"""Smallest share of a shape that later shapes leave uncovered."""
 MIN_STUFF_AREA = 0.005
-"""Share of the image below which the rest of a stuff region is void."""
-_SHARE = (0.022, 0.11)  # full area of a shape, share of the image, drawn log-uniformly
-_TRIES = 8  # placements tried for each shape
+"""Share of the image below which a stuff class becomes void."""
+_SHARE = (0.022, 0.11)  # range of a shape's full area, as a share of the image, drawn log-uniformly
+_TRIES = 8  # number of placements that are tried for each shape
 _SPLITS = ("train", "val")
-_STREAM = 20210713  # keeps scenes apart from other generators seeded with the same numbers
-_GROUND_HUES = (4, 8, 1, 0, 7, 2, 9, 5)  # where each ground starts: green grass, blue water, orange sand...
+_STREAM = 20210713  # last part of the seed: separates scenes from other generators of the same seed
+_GROUND_HUES = (4, 8, 1, 0, 7, 2, 9, 5)  # first hue of each ground: green grass, blue water, orange sand...
 
 
 @dataclass(frozen=True)
 class ThingClass:
-    """A thing is a shape, a hue and a pattern, each by index into its tuple of `scene`, and whether it is pale."""
+    """A thing class: shape, hue and pattern as indices into the tuples of `scene`, and whether it is pale."""
 
     kind: int
     hue: int
@@ -56,13 +56,13 @@ class ThingClass:
 
     @property
     def color(self) -> tuple[float, float, float]:
-        """Hue, saturation, value of 0..1 before jitter."""
+        """Hue, saturation and value in 0..1, before jitter."""
         return (self.hue / len(HUES), 0.35, 0.96) if self.pale else (self.hue / len(HUES), 0.75, 0.88)
 
 
 @dataclass(frozen=True)
 class StuffClass:
-    """Stuff is a ground texture, a hue and whether it is pale."""
+    """A stuff class: ground and hue as indices into the tuples of `scene`, and whether it is pale."""
 
     ground: int
     hue: int
@@ -74,16 +74,18 @@ class StuffClass:
 
     @property
     def color(self) -> tuple[float, float, float]:
-        """Hue, saturation, value of 0..1 before jitter."""
+        """Hue, saturation and value in 0..1, before jitter."""
         return (self.hue / len(HUES), 0.22, 0.80) if self.pale else (self.hue / len(HUES), 0.42, 0.55)
 
 
 MAX_THINGS = len(KINDS) * len(HUES) * len(PATTERNS) * 2
+"""Number of different thing classes."""
 MAX_STUFF = len(GROUNDS) * len(HUES) * 2
+"""Number of different stuff classes."""
 
 
 def thing_class(index: int) -> ThingClass:
-    """Enumerate tone x shape x hue x pattern without repetition; neighbours differ in shape and in hue."""
+    """Return thing class number ``index``; all classes differ, and neighbours differ in shape and hue."""
     block, kind = divmod(index, len(KINDS))
     lap, shift = divmod(block, len(HUES))
     pale, lap = divmod(lap, len(PATTERNS))
@@ -91,17 +93,17 @@ def thing_class(index: int) -> ThingClass:
 
 
 def stuff_class(index: int) -> StuffClass:
-    """Enumerate ground x hue x tone without repetition; neighbours differ in texture and mostly in hue."""
+    """Return stuff class number ``index``; all classes differ, and neighbours differ in ground and mostly in hue."""
     block, ground = divmod(index, len(GROUNDS))
     lap, shift = divmod(block, len(HUES))
     return StuffClass(ground, (_GROUND_HUES[ground] + 5 * shift) % len(HUES), bool(lap))
 
 
 class ShapesDataset:
-    """Panoptic examples; things are classes 0..num_things-1, stuff follows.
+    """Panoptic examples; things are classes 0..num_things-1, and stuff classes follow.
 
-    Every visible shape is a segment, every stuff class one segment whatever its number of regions. Shapes show at
-    least `MIN_AREA` of the image and `MIN_VISIBLE` of themselves. Train and val draw from different streams.
+    Every shape is a segment, and so is every stuff class, even if it has several regions. The visible part of a shape
+    is at least `MIN_AREA` of the image and `MIN_VISIBLE` of the shape. The splits have different random streams.
     """
 
     task: Task = "panoptic"
@@ -128,7 +130,7 @@ class ShapesDataset:
         return self._config.train_images if self._split == "train" else self._config.val_images
 
     def __getitem__(self, index: int) -> Example:
-        """Scene number ``index``; IndexError outside 0..len-1."""
+        """Make scene number ``index``; raises IndexError outside 0..len-1."""
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0..{len(self) - 1}, got {index}")
         rng = np.random.default_rng([self._config.seed, _SPLITS.index(self._split), index, _STREAM])
@@ -147,7 +149,7 @@ class ShapesDataset:
         return Example(image, segments, id_map=id_map, image_id=index, path=path)
 
     def _paint(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """One scene -> image uint8 [H, W, 3], id map int32 [H, W] counting from 1, class index of each id."""
+        """Paint one scene -> image uint8 [H, W, 3], id map int32 [H, W] counting from 1, class index of each id."""
         size = self._config.size
         regions = min(int(rng.integers(2, 5)), len(self._stuff))
         chosen = rng.choice(len(self._stuff), regions, replace=False)
@@ -161,20 +163,20 @@ class ShapesDataset:
         id_map = (where + 1).astype(np.int32)
         categories = [len(self._things) + int(stuff) for stuff in chosen]
 
-        sun = rng.uniform(0.0, 2 * np.pi)  # where the light comes from, the same for every shape
+        sun = rng.uniform(0.0, 2 * np.pi)  # direction of the light in radians, the same for every shape
         visible: dict[int, _Visibility] = {}
         for _ in range(int(rng.integers(1, self._config.max_shapes + 1))):
             known = categories[regions:]
-            again = len(known) > 0 and rng.random() < 0.2  # several of one class must be told apart
-            category = int(rng.choice(known)) if again else int(rng.integers(len(self._things)))
+            repeat = len(known) > 0 and rng.random() < 0.2  # several shapes of one class, to train their separation
+            category = int(rng.choice(known)) if repeat else int(rng.integers(len(self._things)))
             for _ in range(_TRIES):
                 shape = _place(rng, self._things[category], size)
-                if _claim(shape, id_map, visible, len(categories) + 1):
+                if _write_ids(shape, id_map, visible, len(categories) + 1):
                     categories.append(category)
                     _draw(rng, shape, self._things[category], canvas, sun)
                     break
 
-        # White balance and the 8-bit scale ride on the light, so that the canvas is passed over once.
+        # Light, white balance and the 8-bit scale are multiplied in one pass over the canvas.
         tint = 255.0 * rng.uniform(0.94, 1.06, 3).astype(np.float32)
         canvas *= light_field(rng, size)[..., None] * tint
         grain = rng.standard_normal((*size, 3), dtype=np.float32)
@@ -184,15 +186,15 @@ class ShapesDataset:
 
 
 class _Visibility(NamedTuple):
-    """Pixels that a shape covered inside the image when it was painted, and those still seen."""
+    """Number of pixels of a shape when it was painted, and number of those still visible."""
 
     painted: int
-    seen: int
+    remaining: int
 
 
 @dataclass
 class _Shape:
-    """One placed shape on the part of the image around it."""
+    """A placed shape, on the part of the image around it."""
 
     top: int
     left: int
@@ -209,9 +211,9 @@ class _Shape:
 
 
 def _place(rng: np.random.Generator, thing: ThingClass, size: tuple[int, int]) -> _Shape:
-    """Draw position, size, rotation and stretch."""
+    """Place a shape with random position, size, rotation and stretch."""
     area = size[0] * size[1] * np.exp(rng.uniform(*np.log(_SHARE)))
-    radius = float(np.sqrt(area / 2.5))  # every kind covers about 2.5 radii squared
+    radius = float(np.sqrt(area / 2.5))  # every kind has an area of about 2.5 radii squared
     cy, cx = (float(rng.uniform(0.06, 0.94) * side) for side in size)
     angle = float(rng.uniform(0.0, 2 * np.pi))
     stretch = float(np.exp(rng.uniform(-0.12, 0.12)))
@@ -227,8 +229,8 @@ def _place(rng: np.random.Generator, thing: ThingClass, size: tuple[int, int]) -
     return _Shape(top, left, x, y, distance, radius, angle)
 
 
-def _claim(shape: _Shape, id_map: np.ndarray, visible: dict[int, _Visibility], new_id: int) -> bool:
-    """Write the shape's id into the map, unless it or a shape below it would then show too little."""
+def _write_ids(shape: _Shape, id_map: np.ndarray, visible: dict[int, _Visibility], new_id: int) -> bool:
+    """Write the shape's id into the map, unless this shape or one below it would then be visible too little."""
     inside = shape.distance < 0
     below = id_map[shape.box]
     painted = int(np.count_nonzero(inside))
@@ -236,18 +238,18 @@ def _claim(shape: _Shape, id_map: np.ndarray, visible: dict[int, _Visibility], n
     if painted < least:
         return False
     hidden = np.bincount(below[inside], minlength=new_id)
-    for segment, (full, seen) in visible.items():
-        if hidden[segment] and seen - hidden[segment] < max(least, MIN_VISIBLE * full):
+    for segment, (full, remaining) in visible.items():
+        if hidden[segment] and remaining - hidden[segment] < max(least, MIN_VISIBLE * full):
             return False
-    for segment, (full, seen) in visible.items():
-        visible[segment] = _Visibility(full, seen - int(hidden[segment]))
+    for segment, (full, remaining) in visible.items():
+        visible[segment] = _Visibility(full, remaining - int(hidden[segment]))
     visible[new_id] = _Visibility(painted, painted)
     below[inside] = new_id
     return True
 
 
 def _draw(rng: np.random.Generator, shape: _Shape, thing: ThingClass, canvas: np.ndarray, sun: float) -> None:
-    """Blend the shadow and then the shape onto the canvas, with soft edges and shading."""
+    """Blend a shadow and then the shaded shape onto the canvas, with soft edges."""
     part = canvas[shape.box]
     depth = rng.uniform(0.06, 0.16) * shape.radius
     dy, dx = round(depth * np.sin(sun)), round(depth * np.cos(sun))
@@ -259,7 +261,7 @@ def _draw(rng: np.random.Generator, shape: _Shape, thing: ThingClass, canvas: np
 
     color = _jittered(rng, thing.color, hue=0.022, value=0.12)
     tone = shape_pattern(PATTERNS[thing.pattern], shape.x, shape.y, rng.uniform(0.42, 0.6))
-    toward = sun + np.pi - shape.angle  # the light in the shape's own axes; shadows fall away from it
+    toward = sun + np.pi - shape.angle  # direction of the light in the shape's axes; shadows fall the other way
     shade = 1.0 + rng.uniform(0.05, 0.22) * (shape.x * np.cos(toward) + shape.y * np.sin(toward)).astype(np.float32)
     if tone is not None:
         shade = shade * (1.0 - np.float32(rng.uniform(0.35, 0.5)) * tone)
@@ -268,13 +270,13 @@ def _draw(rng: np.random.Generator, shape: _Shape, thing: ThingClass, canvas: np
 
 
 def _jittered(rng: np.random.Generator, color: tuple[float, float, float], hue: float, value: float) -> np.ndarray:
-    """RGB [3] float32 near a class's colour."""
+    """Draw a colour near that of a class -> RGB [3] float32."""
     h, s, v = color
     return hsv_to_rgb((h + rng.uniform(-hue, hue)) % 1.0, s * rng.uniform(0.8, 1.15), v + rng.uniform(-value, value))
 
 
 def _display_color(color: tuple[float, float, float], row: int) -> tuple[int, int, int]:
-    """Colour of a class in pictures: its own, a little lighter or darker from one class to the next."""
+    """Return the colour of a class in pictures: its own, with a brightness that varies between classes."""
     hue, saturation, value = color
     red, green, blue = hsv_to_rgb(hue, saturation, value * (0.75 + 0.25 * (row * 0.618 % 1.0))) * 255
     return int(red), int(green), int(blue)

@@ -1,4 +1,4 @@
-"""Reading and checking of what COCO's instance and panoptic annotation files have in common."""
+"""Reading and checking of the parts that COCO's instance and panoptic annotation files share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import Metadata
-from maskformer_fast.data.base import inside
+from maskformer_fast.data.base import path_below
 
-_PROBED = 16  # images looked for when a folder of images is chosen
+_PROBED = 16  # number of images that are searched to find the folder of images
 
 
 class ImageInfo(NamedTuple):
-    """One entry of ``images``."""
+    """One entry of the list ``images``."""
 
     id: int | str
     file_name: str
@@ -28,7 +28,7 @@ def load_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON; the message names file and place.
+        ValueError: it is not JSON; the message names the file and the position.
     """
     try:
         return json.loads(path.read_bytes())
@@ -41,10 +41,10 @@ def load_json(path: Path) -> Any:
 
 
 def check_color(color: object, where: str) -> tuple[int, int, int] | None:
-    """An optional ``[red, green, blue]`` of a JSON file.
+    """Check an optional ``[red, green, blue]`` of a JSON file; None if there is no colour.
 
     Raises:
-        ValueError: neither missing nor three integers 0..255.
+        ValueError: the colour is not three integers 0..255.
     """
     if color is None:
         return None
@@ -58,7 +58,11 @@ def check_color(color: object, where: str) -> tuple[int, int, int] | None:
 
 
 def load_coco(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that must hold an object."""
+    """Parse a JSON file whose top level is an object.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_json` does; the top level is something else.
+    """
     content = load_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -66,10 +70,10 @@ def load_coco(path: Path) -> dict[str, Any]:
 
 
 class Records:
-    """The objects of one list of an annotation file, with errors that say which of them lacks what.
+    """Objects of one list of an annotation file; errors name the list, the index and the key.
 
     Raises:
-        ValueError: the file has no such list, or it holds something else than objects.
+        ValueError: the file has no such list, or an entry is not an object.
     """
 
     def __init__(self, content: dict[str, Any], section: str, path: Path | str) -> None:
@@ -85,11 +89,11 @@ class Records:
         self.path = path
 
     def where(self, index: int) -> str:
-        """Name of one record in messages."""
+        """Return the file, list and index of one record, for messages."""
         return f"{self.path}: {self.section}[{index}]"
 
     def number(self, index: int, key: str, low: int = 0, default: int | None = None) -> int:
-        """An integer of at least ``low`` (true and false count as 1 and 0)."""
+        """Read an integer of at least ``low``; true and false are 1 and 0."""
         value = self.items[index].get(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -98,31 +102,32 @@ class Records:
         return int(value)
 
     def text(self, index: int, key: str) -> str:
-        """A text that is not empty."""
+        """Read a text that is not empty."""
         value = self.items[index].get(key)
         if not isinstance(value, str) or not value:
             raise self.error(index, key, "a text")
         return value
 
     def identity(self, index: int, key: str) -> int | str:
-        """An image id: an integer or a text."""
+        """Read an image id: an integer or a text."""
         value = self.items[index].get(key)
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise self.error(index, key, "an integer or a text")
         return value
 
     def error(self, index: int, key: str, expected: str) -> ValueError:
-        """What to raise about one key of one record."""
+        """Make the error about one key of one record."""
         record = self.items[index]
         got = repr(record[key])[:80] if key in record else "no such key"
         return ValueError(f"{self.where(index)}: {key}: expected {expected}, got {got}")
 
 
 def read_images(content: dict[str, Any], path: Path) -> dict[int | str, ImageInfo]:
-    """The list ``images`` by id.
+    """Read the list ``images`` -> id to entry.
 
     Raises:
-        ValueError: empty, a key is missing or wrong, an id comes twice, or a file name leaves its folder.
+        ValueError: the list is empty, a key is missing or wrong, an id is repeated, or a file name leads out of its
+            folder.
     """
     records = Records(content, "images", path)
     images: dict[int | str, ImageInfo] = {}
@@ -131,7 +136,7 @@ def read_images(content: dict[str, Any], path: Path) -> dict[int | str, ImageInf
         if image_id in images:
             raise ValueError(f"{records.where(index)}: id: expected distinct ids, got {image_id!r} twice")
         name, height = records.text(index, "file_name"), records.number(index, "height", 1)
-        inside(path.parent, name, records.where(index))
+        path_below(path.parent, name, records.where(index))
         images[image_id] = ImageInfo(image_id, name, height, records.number(index, "width", 1))
     if not images:
         raise ValueError(f'{path}: expected at least one entry in "images"')
@@ -139,13 +144,13 @@ def read_images(content: dict[str, Any], path: Path) -> dict[int | str, ImageInf
 
 
 def read_categories(content: dict[str, Any], path: Path, name: str, things_only: bool) -> Metadata:
-    """The list ``categories``, in its order, as metadata of the data set ``name``.
+    """Read the list ``categories``, in its order, as metadata of the data set ``name``.
 
-    ``things_only`` takes every category for a thing (instances); else ``isthing`` is required. A name that comes
-    twice, as some export tools write it, gets its id appended.
+    With ``things_only`` every category is a thing (instances); otherwise ``isthing`` is required. Some export tools
+    write a name twice: such a name gets its id appended.
 
     Raises:
-        ValueError: empty, a key is missing or wrong, or an id comes twice.
+        ValueError: the list is empty, a key is missing or wrong, or an id is repeated.
     """
     records = Records(content, "categories", path)
     count = len(records.items)
@@ -164,18 +169,19 @@ def read_categories(content: dict[str, Any], path: Path, name: str, things_only:
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """A split as configured, then as COCO's 2017 release names it."""
+    """Return the configured name of a split, and its name in COCO's 2017 release."""
     return (split, f"{split}2017")
 
 
 def image_paths(root: Path, split: str, images: Sequence[ImageInfo]) -> list[Path]:
-    """Files of the images of a split, as `read_images` gives them.
+    """Find the files of the images of a split.
 
-    They lie below ``{split}``, ``{split}2017``, the same below ``images``, ``images`` itself or the root: the first of
-    them with one of the first few images is taken. File names may carry a folder of their own.
+    These folders are searched in order: ``{split}`` and ``{split}2017``, both of them below ``images``, then ``images``
+    and the root itself. The first folder that has one of the first `_PROBED` images is taken. File names may begin with
+    folders.
 
     Raises:
-        FileNotFoundError: no folder does; the message lists them.
+        FileNotFoundError: no folder has one of these images; the message lists the folders.
     """
     names = split_names(split)
     folders = [root / name for name in names] + [root / "images" / name for name in names] + [root / "images", root]

@@ -5,9 +5,9 @@ Layout, where ``{split}`` is ``data.train_split`` or ``data.val_split``::
     root/annotations/instances_{split}.json    (or instances_{split}2017.json)
     root/{split}/                              images; see `coco_json.image_paths` for other places
 
-Classes are the ``categories`` in their order, all of them things. For training, images without an object that is
-no crowd are left out; validation keeps them, since a false detection there counts. Polygons of fewer than three points
-and masks without a pixel are dropped; objects without any usable outline are dropped and logged.
+Classes are the ``categories`` in their order; all of them are things. Training leaves out images that have no object
+or only crowds. Validation keeps them, because false detections in them count. Polygons of fewer than three points and
+masks without pixels are dropped. Objects without a usable outline are dropped and logged.
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.metadata import SegmentInfo
 from maskformer_fast.data.base import BrokenExampleError, check_same_size, first_existing, resolve_task
-from maskformer_fast.data.coco_json import Records, image_paths, load_coco, read_categories, read_images, split_names
+from maskformer_fast.data.datasets.coco_json import (
+    Records,
+    image_paths,
+    load_coco,
+    read_categories,
+    read_images,
+    split_names,
+)
 from maskformer_fast.data.images import read_image
 from maskformer_fast.structures import Example
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
-_FAR = 1e9  # no coordinate; nor are NaN and the infinities below it
+_COORDINATE_LIMIT = 1e9  # pixels; coordinates beyond it, NaN and infinities are errors
 
 
 class CocoInstances:
@@ -37,20 +44,20 @@ class CocoInstances:
 
     Args:
         path: the JSON file.
-        root, split: where its images are looked for, see `coco_json.image_paths`.
-        drop_empty: leave out images without an object that is no crowd.
-        name: of the data set, for its metadata.
+        root, split: where the images are searched, see `coco_json.image_paths`.
+        drop_empty: leave out images that have no object or only crowds.
+        name: name of the data set in its metadata.
 
     Raises:
         FileNotFoundError: annotations or images are missing.
-        ValueError: the JSON is malformed, lacks a key, names unknown ids or one twice, or has boxes but no masks.
+        ValueError: the JSON is malformed, lacks a key, has unknown or repeated ids, or has boxes but no masks.
         ModuleNotFoundError: pycocotools is not installed.
     """
 
     task: Task = "instance"
 
     def __init__(self, path: Path, root: Path, split: str, drop_empty: bool, name: str) -> None:
-        coco_tools()  # a missing package should not wait for the first example
+        coco_tools()  # reports a missing package now and not at the first example
         content = load_coco(path)
         self.path = path
         self.metadata = read_categories(content, path, name, things_only=True)
@@ -63,17 +70,17 @@ class CocoInstances:
         if not self._images:
             raise ValueError(f"{path}: expected images with objects, found none")
         self._files = image_paths(root, split, self._images)
-        # Text takes a fifth of the memory of parsed coordinates, and loader processes share it without copying.
+        # JSON text takes a fifth of the memory of parsed coordinates, and forked processes share it without copying.
         self._objects = [json.dumps(objects.get(image.id, [])).encode() for image in self._images]
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        """Read one example with masks, which may overlap; ids are those of the annotations.
+        """Read one example with masks, which may overlap, and with the annotations' ids.
 
         Raises:
-            BrokenExampleError: the image is missing, damaged or not of the size listed, or an outline is invalid.
+            BrokenExampleError: the image is missing, damaged or of another size than listed, or an outline is invalid.
         """
         info, file = self._images[index], self._files[index]
         image = read_image(file)
@@ -121,7 +128,7 @@ def _objects_by_image(
         if not outline:
             dropped.append(number)
             continue
-        area = record.get("area")  # COCO groups objects by size with it
+        area = record.get("area")  # COCO's evaluation groups objects by this area
         objects[image].append({
             "id": number, "category": category_index[category], "crowd": int(bool(crowd)), "outline": outline,
             "area": int(area) if isinstance(area, (int, float)) and 0 < area < 2**31 else 0,
@@ -134,10 +141,10 @@ def _objects_by_image(
 
 
 def rasterize(outline: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
-    """Polygons [[x0, y0, x1, y1, ...], ...] in pixels, or a run-length encoding, to a mask -> bool [height, width].
+    """Rasterise polygons [[x0, y0, x1, y1, ...], ...] in pixels, or a run-length encoding -> bool [height, width].
 
     Raises:
-        ValueError: the outline is malformed, of another size, or reaches further than one image beyond the image.
+        ValueError: the outline is malformed, of another size, or more than one image width or height outside the image.
     """
     if isinstance(outline, dict):
         runs = _checked_runs(outline, height, width)
@@ -148,9 +155,9 @@ def rasterize(outline: list[list[float]] | dict[str, Any], height: int, width: i
 
 
 def _checked_polygon(part: list[float], height: int, width: int) -> list[float]:
-    if len(part) % 2 or not all(isinstance(value, int | float) and abs(value) < _FAR for value in part):
+    if len(part) % 2 or not all(isinstance(value, int | float) and abs(value) < _COORDINATE_LIMIT for value in part):
         raise ValueError(f"segmentation: expected pairs of finite numbers, got {str(part)[:80]}")
-    # The rasteriser walks the outline step by step: a wild coordinate would take all memory.
+    # The rasteriser stores every step along the outline: one huge coordinate would take all memory.
     for values, size in ((part[0::2], width), (part[1::2], height)):
         if min(values) < -size or max(values) > 2 * size:
             raise ValueError(
@@ -160,7 +167,7 @@ def _checked_polygon(part: list[float], height: int, width: int) -> list[float]:
 
 
 def _checked_runs(rle: dict[str, Any], height: int, width: int) -> list[int]:
-    """Lengths of runs of 0 and 1 in turn, down the columns."""
+    """Read the lengths of alternating runs of 0 and 1, in column-major order."""
     counts, size = rle.get("counts"), rle.get("size")
     if size != [height, width]:
         raise ValueError(f"segmentation: size: expected [{height}, {width}], got {size!r}")
@@ -178,7 +185,7 @@ def _checked_runs(rle: dict[str, Any], height: int, width: int) -> list[int]:
 
 
 def _decode_counts(text: str) -> list[int]:
-    """Run lengths of a compressed encoding: 5 bits a character, differences to the run before the last."""
+    """Decode COCO's compressed run lengths: 5 bits in each character, differences to the run before the last."""
     runs: list[int] = []
     value = shift = 0
     for character in text:
@@ -197,7 +204,7 @@ def _decode_counts(text: str) -> list[int]:
 
 
 def coco_instances_dataset(config: DataConfig, root: Path, split: str, drop_empty: bool) -> CocoInstances:
-    """Data set in the layout described at the top of this file; raises as `CocoInstances` does."""
+    """Open a data set in the layout of the module's docstring; raises as `CocoInstances` does."""
     resolve_task(config.task, "instance", ("instance",), config.dataset)
     candidates = [root / "annotations" / f"instances_{name}.json" for name in split_names(split)]
     path = first_existing(candidates, "instance annotations")

@@ -1,4 +1,4 @@
-"""COCO panoptic: ids, void and areas, and what happens where JSON and PNG disagree."""
+"""COCO panoptic: ids, void, areas, and errors where JSON and PNG disagree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from maskformer_fast.config import DataConfig
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.data import BrokenExampleError, build_dataset
-from maskformer_fast.data.coco_panoptic import segment_areas
+from maskformer_fast.data.datasets.coco_panoptic import segment_areas
 from tests.support.paths import SHARED
 
 SAMPLE = SHARED / "data/coco_panoptic_sample"
@@ -65,7 +65,7 @@ def build(root, split="train", **options):
     return build_dataset(DataConfig(dataset="coco_panoptic", root=str(root), **options), split)
 
 
-def test_an_example(tmp_path):
+def test_an_example_has_the_annotated_ids_and_segments(tmp_path):
     dataset = build(store(tmp_path))
     assert (len(dataset), dataset.task) == (1, "panoptic")
     assert dataset.metadata.class_names == ("sky", "car")
@@ -85,7 +85,7 @@ def test_an_example(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
-def test_the_truth_allows_every_task(tmp_path, task):
+def test_panoptic_truth_allows_every_task(tmp_path, task):
     dataset = build(store(tmp_path), task=task)
     assert dataset.task == task
     assert len(dataset[0].segments) == 3
@@ -93,11 +93,11 @@ def test_the_truth_allows_every_task(tmp_path, task):
 
 @pytest.mark.parametrize("stem", ["panoptic_train", "panoptic_train2017"])
 @pytest.mark.parametrize("folder", ["train", "train2017", "images/train"])
-def test_layouts(tmp_path, stem, folder):
+def test_images_are_found_in_every_layout(tmp_path, stem, folder):
     assert build(store(tmp_path, stem=stem, folder=folder))[0].image_id == "x"
 
 
-def test_categories_of_their_own_file(tmp_path):
+def test_categories_may_be_in_a_file_of_their_own(tmp_path):
     data = content()
     categories = data.pop("categories")
     store(tmp_path, data)
@@ -107,7 +107,7 @@ def test_categories_of_their_own_file(tmp_path):
     assert build(tmp_path).metadata.class_names == ("sky", "car")
 
 
-def test_json_and_png_must_agree(tmp_path):
+def test_json_and_png_that_disagree_are_an_error(tmp_path):
     ids = id_map()
     ids[0, :3] = 77
     with pytest.raises(BrokenExampleError, match=r"x\.png: expected ids listed in .*, got \[77\] \(3 pixels"):
@@ -120,7 +120,7 @@ def test_json_and_png_must_agree(tmp_path):
         build(store(tmp_path, ids=id_map()[1:]))[0]
 
 
-def test_an_image_of_void_only(tmp_path):
+def test_an_image_may_be_all_void(tmp_path):
     data = content()
     data["annotations"][0]["segments_info"] = []
     example = build(store(tmp_path, data, ids=np.zeros((H, W), int)))[0]
@@ -128,7 +128,7 @@ def test_an_image_of_void_only(tmp_path):
     assert (example.id_map == VOID).all()
 
 
-def test_missing_files(tmp_path):
+def test_errors_name_missing_files(tmp_path):
     store(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"panoptic_val\.json, .*panoptic_val2017\.json"):
         build(tmp_path, "val")
@@ -141,7 +141,7 @@ def test_missing_files(tmp_path):
         build(tmp_path)
 
 
-def test_images_without_annotation(tmp_path, caplog):
+def test_images_without_annotation_are_listed_or_skipped(tmp_path, caplog):
     data = content()
     data["images"].append({"id": 2, "file_name": "y.jpg", "height": H, "width": W})
     message = r"(?s)1 images without annotation in .*panoptic_train\.json.*image 2 \(y\.jpg\)"
@@ -180,13 +180,13 @@ def test_errors_name_file_and_key(tmp_path, edit, message):
 @settings(max_examples=60, deadline=None)
 @given(ids=hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=15),
                       elements=st.sampled_from([0, 1, 2, 255, 256, 2**24 - 1])))
-def test_areas_agree_with_counting(ids):
-    found, counts = np.unique(ids, return_counts=True)
-    assert segment_areas(ids) == dict(zip(found.tolist(), counts.tolist(), strict=True))
+def test_areas_equal_the_counts_of_numpy(ids):
+    distinct, counts = np.unique(ids, return_counts=True)
+    assert segment_areas(ids) == dict(zip(distinct.tolist(), counts.tolist(), strict=True))
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the COCO panoptic sample is not here")
-def test_real_images_agree_with_their_json_and_with_the_same_as_instances():
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs the COCO panoptic sample")
+def test_real_images_agree_with_their_json_and_with_their_instance_annotations():
     data = json.loads((SAMPLE / "annotations/panoptic_val2017.json").read_text())
     areas = {s["id"]: s["area"] for a in data["annotations"] for s in a["segments_info"]}
     dataset = build(SAMPLE, train_split="val")
@@ -194,7 +194,7 @@ def test_real_images_agree_with_their_json_and_with_the_same_as_instances():
     examples = [dataset[0], dataset[1]]
     assert {s.id: s.area for example in examples for s in example.segments} == areas
 
-    from maskformer_fast.data.coco_instances import CocoInstances
+    from maskformer_fast.data.datasets.coco_instances import CocoInstances
 
     path = SAMPLE / "annotations/instances_val2017_from_panoptic.json"
     instances = CocoInstances(path, SAMPLE, "val", drop_empty=False, name="same")

@@ -1,4 +1,4 @@
-"""Each preset on a few files in its real layout."""
+"""Each preset with a few files in the layout of the real data set."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image
 from maskformer_fast.config import DataConfig
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.data import BrokenExampleError, build_dataset, dataset_metadata
-from maskformer_fast.data.presets import INDEX_PRESETS, PRESETS
+from maskformer_fast.data.datasets.presets import INDEX_PRESETS, PRESETS
 from tests.support.paths import SHARED
 
 SHARED_DATA = SHARED / "data"
 SIZE = (5, 8)
 
-# For each: number of classes, things, a few names by index.
+# Preset -> number of classes, number of things, some names by index.
 CLASSES = {
     "ade20k_150": (150, 100, {0: "wall", 12: "person", 19: "chair", 149: "flag"}),
     "ade20k_full_847": (847, 0, {0: "wall", 12: "grass", 846: "adding machine, totalizer, totaliser"}),
@@ -53,7 +53,7 @@ def build(name, root, split="train", **options):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_classes(name):
+def test_presets_have_the_published_classes(name):
     count, things, names = CLASSES[name]
     metadata = dataset_metadata(DataConfig(dataset=name))
     assert (metadata.name, metadata.num_classes, sum(metadata.is_thing)) == (name, count, things)
@@ -66,7 +66,7 @@ def test_index_presets_are_presets():
     assert set(INDEX_PRESETS) == {name for name in PRESETS if "panoptic" not in name}
 
 
-# name -> {split: (image, annotation)}, pixel values, classes they stand for, more options of the index image
+# Preset -> {split: (image, annotation)}, pixel values, their classes, options of `index_image`.
 SEMANTIC = {
     "ade20k_150": (
         {"train": ("images/training/ADE_train_1.jpg", "annotations/training/ADE_train_1.png"),
@@ -103,12 +103,12 @@ SEMANTIC = {
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("name", SEMANTIC)
-def test_semantic_layouts(tmp_path, name, split):
+def test_semantic_presets_read_their_layout(tmp_path, name, split):
     files, values, expected, options = SEMANTIC[name]
     for image_file, annotation in files.values():
         image(tmp_path / image_file)
         raw = index_image(tmp_path / annotation, *values, **options)
-    # What else the real folders hold must not be taken for annotations.
+    # Other files of the real folders must not be read as annotations.
     if name == "cityscapes":
         index_image(tmp_path / f"gtFine/{split}/ulm/ulm_000000_000019_gtFine_instanceIds.png", 7)
     dataset = build(name, tmp_path, split)
@@ -130,7 +130,7 @@ def test_unknown_values_are_errors(tmp_path, name):
     assert (build(name, tmp_path, ignore_index=200 if name != "ade20k_full_847" else 847)[0].id_map == VOID).all()
 
 
-def test_cityscapes_train_ids(tmp_path):
+def test_cityscapes_reads_train_ids_if_there_are_no_label_ids(tmp_path):
     image(tmp_path / "leftImg8bit/val/ulm/ulm_1_2_leftImg8bit.png")
     raw = index_image(tmp_path / "gtFine/val/ulm/ulm_1_2_gtFine_labelTrainIds.png", 0, 18, 255)
     dataset = build("cityscapes", tmp_path, "val")
@@ -173,7 +173,7 @@ PANOPTIC = [
 
 
 @pytest.mark.parametrize(("arguments", "contiguous"), PANOPTIC, ids=lambda value: str(value)[:30])
-def test_panoptic_layouts(tmp_path, arguments, contiguous):
+def test_panoptic_presets_read_their_layout(tmp_path, arguments, contiguous):
     name = arguments[-1]
     expected = panoptic(tmp_path, *arguments, contiguous)
     dataset = build(name, tmp_path, "val")
@@ -186,7 +186,7 @@ def test_panoptic_layouts(tmp_path, arguments, contiguous):
     assert build(name, tmp_path, "val", task="semantic").task == "semantic"
 
 
-def test_panoptic_presets_insist_on_their_classes(tmp_path):
+def test_panoptic_presets_check_the_number_of_classes(tmp_path):
     panoptic(tmp_path, *PANOPTIC[3][0])
     path = tmp_path / "annotations/panoptic_val2017.json"
     content = json.loads(path.read_text())
@@ -198,7 +198,7 @@ def test_panoptic_presets_insist_on_their_classes(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_wrong_root_lists_what_was_looked_for(tmp_path, name):
+def test_the_error_of_a_wrong_root_lists_the_searched_paths(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="looked for") as caught:
         build(name, tmp_path)
     assert str(caught.value).count(str(tmp_path)) >= (1 if "ade20k_panoptic" in name else 2)
@@ -223,8 +223,8 @@ def test_semantic_presets_refuse_other_tasks(tmp_path):
             build(name, tmp_path, task="panoptic")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not here")
-def test_real_samples():
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the samples of real data sets")
+def test_presets_read_real_samples():
     camvid = build("camvid", SHARED_DATA / "camvid")
     assert (len(camvid), len(build("camvid", SHARED_DATA / "camvid", "val"))) == (367, 101)
     assert camvid[0].id_map.max() <= 10

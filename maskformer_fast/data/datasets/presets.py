@@ -1,8 +1,8 @@
 """Known data sets by name: their folders, classes, ids of unlabelled pixels, and splits.
 
-``data.root`` is the folder named in each preset's text. A split called "train" or "val" is the data set's own training
-or validation part, whatever it calls it; other names are taken as they are. Preset functions raise FileNotFoundError,
-with the paths looked for, where the files are not in their places.
+``data.root`` is the folder that each function's docstring names. The splits "train" and "val" are the data set's
+training and validation parts, even if its folders have other names; other splits are folder names. The functions raise
+FileNotFoundError with the paths that were searched, if files are missing.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import NamedTuple
 
 from maskformer_fast.config import DataConfig
 from maskformer_fast.core.metadata import Metadata
-from maskformer_fast.data.base import SegmentationDataset, first_existing, inside, resolve_task
-from maskformer_fast.data.class_list import ClassList, read_preset_classes
-from maskformer_fast.data.coco_json import ImageInfo
-from maskformer_fast.data.coco_panoptic import PANOPTIC_TASKS, CocoPanoptic, coco_panoptic_dataset
-from maskformer_fast.data.folder import SemanticDataset, find_pairs
+from maskformer_fast.data.base import SegmentationDataset, first_existing, path_below, resolve_task
+from maskformer_fast.data.datasets.class_list import ClassList, read_preset_classes
+from maskformer_fast.data.datasets.coco_json import ImageInfo
+from maskformer_fast.data.datasets.coco_panoptic import PANOPTIC_TASKS, CocoPanoptic, coco_panoptic_dataset
+from maskformer_fast.data.datasets.folder import SemanticDataset, find_pairs
 
-_TRAINING = {"train": "training", "val": "validation"}
+_FOLDER_NAMES = {"train": "training", "val": "validation"}  # split -> its folder in ADE20K and Mapillary Vistas
 
 
 class Preset(NamedTuple):
-    """How to read a data set, and where detectron2 users keep it."""
+    """Function that opens a data set, its folder in a detectron2 collection, and its class list."""
 
     read: Callable[[DataConfig, Path, str], SegmentationDataset]
-    """Takes the configuration, the root and the split."""
+    """Function of the configuration, the root and the split."""
     folder: str
-    """Below ``$DETECTRON2_DATASETS``."""
+    """Folder below ``$DETECTRON2_DATASETS``."""
     classes: str
-    """File of its class list."""
+    """Name of the class list, a file of ``data/classes`` without its ending."""
     contiguous: bool = False
-    """The data set's own category ids are 0, 1, 2... and not the pixel values in the class list."""
+    """Whether the data set's category ids are 0, 1, 2... instead of the pixel values in the class list."""
 
 
 def preset_metadata(name: str) -> Metadata:
-    """Classes of a preset as its documentation has them, with no need of its files."""
+    """Return the published classes of a preset, without reading its files."""
     preset = PRESETS[name]
     metadata = read_preset_classes(preset.classes).metadata(name)
     if preset.contiguous:
@@ -74,7 +74,7 @@ def ade20k_150(config: DataConfig, root: Path, split: str) -> SemanticDataset:
     ``images/{training,validation}/*.jpg``, ``annotations/{training,validation}/*.png``: 1..150 are classes 0..149,
     0 (other objects) is unlabelled.
     """
-    folder = _TRAINING.get(split, split)
+    folder = _FOLDER_NAMES.get(split, split)
     return _index_images(config, root / "images" / folder, root / "annotations" / folder)
 
 
@@ -84,7 +84,7 @@ def ade20k_full_847(config: DataConfig, root: Path, split: str) -> SemanticDatas
     ``images_detectron2/{training,validation}/*.jpg``, ``annotations_detectron2/{training,validation}/*.tif`` of 16
     bits: 0..846, unlabelled 65535.
     """
-    folder = _TRAINING.get(split, split)
+    folder = _FOLDER_NAMES.get(split, split)
     images, annotations = root / "images_detectron2" / folder, root / "annotations_detectron2" / folder
     return _index_images(config, images, annotations, annotation_ending=".tif")
 
@@ -101,8 +101,8 @@ def cityscapes(config: DataConfig, root: Path, split: str) -> SemanticDataset:
     """Cityscapes, the 19 classes evaluated, as ``leftImg8bit_trainvaltest.zip`` and ``gtFine_trainvaltest.zip`` unpack.
 
     ``leftImg8bit/{train,val}/CITY/*_leftImg8bit.png``, ``gtFine/{train,val}/CITY/*_gtFine_labelIds.png``: label ids are
-    mapped to the classes, those not evaluated are unlabelled. Where there are no ``labelIds``, ``labelTrainIds``
-    (0..18, unlabelled 255) are read.
+    mapped to the classes, and those that are not evaluated are unlabelled. If there are no ``labelIds``,
+    ``labelTrainIds`` (0..18, unlabelled 255) are read.
     """
     annotations = root / "gtFine" / split
     classes, ending = read_preset_classes("cityscapes"), "_gtFine_labelIds.png"
@@ -129,7 +129,7 @@ def mapillary_vistas(config: DataConfig, root: Path, split: str) -> SemanticData
     ``{training,validation}/images/*.jpg``, ``{training,validation}/labels/*.png`` (palette images): 0..64, unlabelled
     65.
     """
-    folder = _TRAINING.get(split, split)
+    folder = _FOLDER_NAMES.get(split, split)
     return _index_images(config, root / folder / "images", root / folder / "labels")
 
 
@@ -141,7 +141,7 @@ def ade20k_panoptic(config: DataConfig, root: Path, split: str) -> CocoPanoptic:
     """
     task = resolve_task(config.task, "panoptic", PANOPTIC_TASKS, config.dataset)
     path = first_existing([root / f"ade20k_panoptic_{split}.json"], "panoptic annotations")
-    images = root / "images" / _TRAINING.get(split, split)
+    images = root / "images" / _FOLDER_NAMES.get(split, split)
 
     def locate(infos: list[ImageInfo]) -> list[Path]:
         return [images / info.file_name for info in infos]
@@ -162,15 +162,15 @@ def cityscapes_panoptic(config: DataConfig, root: Path, split: str) -> CocoPanop
     images = root / "leftImg8bit" / split
 
     def locate(infos: list[ImageInfo]) -> list[Path]:
-        # The file names listed are no image's (they carry "gtFine"); ids start with the city.
+        # The listed file names are not those of images (they contain "gtFine"); ids begin with the city.
         stems = [str(info.id) for info in infos]
-        return [inside(images, f"{stem.split('_')[0]}/{stem}_leftImg8bit.png", str(path)) for stem in stems]
+        return [path_below(images, f"{stem.split('_')[0]}/{stem}_leftImg8bit.png", str(path)) for stem in stems]
 
     return _checked(config, CocoPanoptic(path, locate, task, config.dataset, config.skip_broken))
 
 
 def coco_panoptic_133(config: DataConfig, root: Path, split: str) -> CocoPanoptic:
-    """COCO panoptic 2017, 80 things and 53 stuff classes: `coco_panoptic` that insists on them.
+    """COCO panoptic 2017, 80 things and 53 stuff classes: `coco_panoptic` with a check of the number of classes.
 
     ``annotations/panoptic_{train,val}2017.json``, folders of PNGs with the same names, ``{train,val}2017/*.jpg``.
     """
@@ -188,7 +188,7 @@ PRESETS = {
     "coco_stuff_10k": Preset(coco_stuff_10k, "coco/coco_stuff_10k", "coco_stuff_10k"),
     "mapillary_vistas": Preset(mapillary_vistas, "mapillary_vistas", "mapillary_vistas"),
 }
-"""Names for ``data.dataset``."""
+"""Preset of each name for ``data.dataset``."""
 
 INDEX_PRESETS = ("ade20k_150", "ade20k_full_847", "camvid", "cityscapes", "coco_stuff_10k", "mapillary_vistas")
-"""Those that read index images, so that ``data.ignore_index`` means something."""
+"""Presets that read index images; only these accept ``data.ignore_index``."""
