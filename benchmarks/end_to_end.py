@@ -109,6 +109,7 @@ class Ours:
         predictor.config = replace(config, test=replace(config.test, semantic_order=order))  # type: ignore[arg-type]
         self.predictor, self.clock = predictor, Clock()
         network: Any = predictor.network
+        network.register_forward_pre_hook(lambda *_: self.clock.mark("resize"))
         self.clock.watch(network.backbone, "backbone", before="normalize")
         # between the backbone and the head there is the pixel decoder alone
         self.clock.watch(network.predictor, "transformer", before="pixel_decoder")
@@ -118,9 +119,7 @@ class Ours:
         self.clock.last = time.perf_counter()
         image = read_image(file)
         self.clock.mark("decode")
-        inputs = [self.predictor.resize(image)]
-        self.clock.mark("resize")
-        results = self.predictor.infer(inputs, [image], ("semantic",))["semantic"]
+        results = self.predictor.infer([image], ("semantic",))["semantic"]
         self.clock.mark("postprocess")
         ResultWriter(folder, self.predictor.metadata, overlays=False).write(Path(file.name), 1, image, {
             "semantic": results[0]

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(total=len(files), unit="img", dynamic_ncols=True) as progress:
         for batch in read_batches(files, options.test.batch_size, problems):
             images = [image for _, image in batch]
-            results = predictor.infer([predictor.resize(image) for image in images], images, options.task)
+            results = predictor.infer(images, options.task)
             for index, (name, image) in enumerate(batch):
                 writer.write(name, ids[name], image, {task: results[task][index] for task in options.task})
             progress.update(len(batch))

@@ -69,23 +69,22 @@ def measure(
     batch_size = predictor.test.batch_size
     total = len(dataset) if limit is None else min(limit, len(dataset))
     shard = eval_shard(total, batch_size, rank(), world_size())
-    loader = eval_loader(dataset, predictor.input_test, workers, skip_broken, shard)
+    loader = eval_loader(dataset, workers, skip_broken, shard)
     with tqdm(total=len(shard), desc="evaluate", unit="img", leave=False, dynamic_ncols=True,
               disable=not is_main()) as progress:
-        for batch in loader.batches(batch_size):
-            if not batch:
+        for examples in loader.batches(batch_size):
+            if not examples:
                 continue
-            examples = [example for example, _ in batch]
-            results = predictor.infer([image for _, image in batch], [e.image for e in examples], tasks)
+            results = predictor.infer([example.image for example in examples], tasks)
             for index, example in enumerate(examples):
-                own = {task: results[task][index] for task in tasks}
+                by_task = {task: results[task][index] for task in tasks}
                 for task, evaluator in evaluators.items():
-                    evaluator.process(example, own[task])
+                    evaluator.process(example, by_task[task])
                 if writer is not None:
-                    writer.write(_file_name(example), example.image_id, example.image, own)
+                    writer.write(_file_name(example), example.image_id, example.image, by_task)
                 if shard.start + len(rows) < pictures:
-                    rows.append(_row(example, list(own.values()), dataset))
-            progress.update(len(batch))
+                    rows.append(_row(example, list(by_task.values()), dataset))
+            progress.update(len(examples))
     parts = gather_on_main((evaluators, rows, loader.broken))
     report = on_main(lambda: _report([part[0] for part in parts]))
     rows = [row for part in parts for row in part[1]][:pictures]

@@ -73,7 +73,7 @@ def test_semantic_results_are_the_predictors(pair: tuple[BundlePredictor, Predic
     for image, got, expected in zip(images, predictor.predict(images), reference.predict(images), strict=True):
         assert isinstance(got, SemanticResult) and got.labels.dtype == expected.labels.dtype and got.scores is None
         with torch.no_grad():
-            scores = postprocess.semantic_scores(reference._forward([reference.resize(image)]), [image.shape[:2]])[0]
+            scores = postprocess.semantic_scores(reference.run_network([image]), [image.shape[:2]])[0]
         top = scores.topk(2, 0).values
         sure = top[0] - top[1] > 1e-3
         assert sure.any() and torch.equal(got.labels[sure], expected.labels[sure])
@@ -116,7 +116,7 @@ def test_one_forward_pass_serves_all_tasks(pair: tuple[BundlePredictor, Predicto
 
     backend._session = Counting
     try:
-        found = predictor.infer([predictor.resize(image) for image in images], images, predictor.tasks)
+        found = predictor.infer(images, predictor.tasks)
     finally:
         backend._session = session
     assert len(passes) == len(images) and list(found) == list(predictor.tasks)
