@@ -100,7 +100,7 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-import maskformer_fast.deploy.tensorrt
+import maskformer_fast.deploy.build.tensorrt
 
 def build_engine(raw_onnx, config):
     raise ValueError(f"asked for {config.precision}")
