@@ -1,4 +1,4 @@
-"""Run a predictor over a data set and measure it: the one evaluation loop of training and of `evaluate`."""
+"""The evaluation loop of training and of `evaluate`: run a predictor over a data set and measure its results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_classes(expected: Metadata, got: Metadata) -> None:
-    """Hold the classes of the data set that is measured on against those that were trained.
+    """Compare the classes of the measured data set with those of the training.
 
     Raises:
         ValueError: another number of classes, or the same ones in another order. Other names only give a warning.
@@ -55,14 +55,15 @@ def measure(
     limit: int | None = None,
     writer: ResultWriter | None = None,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Metrics of each task, and a picture grid (image, truth, results) of the first ``pictures`` images.
+    """Metrics of each task, and a grid of pictures (image, truth, results) of the first ``pictures`` images.
 
-    ``writer`` is given every result. Headline numbers stand flat in the returned dictionary; each task's whole report
-    stands under its name. Several ranks share the images out among them and all get the metrics, which equal those of
-    one process; rank 0 alone gets the pictures.
+    The dictionary has the headline metrics of all tasks, and each task's complete metrics under the task's name.
+    Several ranks share out the images. All ranks get the metrics, which equal those of one process; rank 0 alone gets
+    the grid.
 
     Args:
-        limit: measure the first so many examples only (broken ones count).
+        limit: number of examples to measure, the first ones; broken ones count.
+        writer: gets every result.
     """
     evaluators = {task: build_evaluator(task, dataset.metadata) for task in tasks}
     rows: list[list[np.ndarray]] = []
@@ -100,20 +101,21 @@ def measure(
 
 
 def _report(parts: Sequence[dict[Task, Evaluator]]) -> dict[Task, dict[str, Any]]:
-    """Every task's metrics over the images of all ranks."""
-    whole, *others = parts
+    """Metrics of each task over the images of all ranks."""
+    merged, *others = parts
     for part in others:
         for task, evaluator in part.items():
-            whole[task].merge(evaluator)
-    return {task: evaluator.evaluate() for task, evaluator in whole.items()}
+            merged[task].merge(evaluator)
+    return {task: evaluator.evaluate() for task, evaluator in merged.items()}
 
 
 def _file_name(example: Example) -> Path:
-    """Name for an image's results: a textual id keeps its folders, a number goes with the file's own name."""
+    """File name of an image's results: its id if that is a text, which may have folders, else the image file's name."""
     named_by_file = isinstance(example.image_id, int) and example.path
     return Path(Path(example.path).name if named_by_file else f"{example.image_id}.png")
 
 
 def _row(example: Example, results: list[Result], dataset: SegmentationDataset) -> list[np.ndarray]:
+    """A row of the grid: image, truth, results."""
     drawn = [visualize.draw_result(example.image, result, dataset.metadata) for result in results]
     return [example.image, visualize.draw_truth(example, dataset.metadata, dataset.task), *drawn]

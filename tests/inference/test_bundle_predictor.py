@@ -22,7 +22,7 @@ from maskformer_fast.deploy.bundle.manifest import BundleError
 from maskformer_fast.evaluation.measure import measure
 from maskformer_fast.inference import bundle_predictor, postprocess
 from maskformer_fast.inference.bundle_predictor import BundlePredictor, _backend_of, bundle_data, bundle_test, is_bundle
-from maskformer_fast.inference.load import carried_options
+from maskformer_fast.inference.load import stored_options
 from maskformer_fast.inference.predictor import Predictor
 from tests.support.tiny_bundle import metadata_of, tiny_bundle
 
@@ -179,10 +179,10 @@ def test_predict_takes_a_bundle(shapes: tuple[Path, Predictor], photos: Path, tm
         predict.main([str(shapes[0]), str(photos), "-o", str(tmp_path), "--test.short-edge", "32"])
 
 
-def test_what_a_bundle_carries(pair: tuple[BundlePredictor, Predictor], folder: Path) -> None:
+def test_a_bundle_stores_its_test_options_and_its_preset(pair: tuple[BundlePredictor, Predictor], folder: Path) -> None:
     manifest = pair[0].runtime.manifest
     assert replace(bundle_test(manifest), batch_size=1) == TEST and pair[0].test == bundle_test(manifest)
-    assert carried_options(folder / "resizing") == (DataConfig(), bundle_test(manifest))
+    assert stored_options(folder / "resizing") == (DataConfig(), bundle_test(manifest))
     for name in PRESETS:
         assert bundle_data(replace(manifest, metadata=replace(manifest.metadata, name=name))).dataset == name
     changed = maskformer_fast.load(folder / "resizing", test=replace(TEST, batch_size=7))
