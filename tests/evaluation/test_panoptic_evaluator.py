@@ -26,7 +26,7 @@ METADATA = Metadata("t", ("cat", "sky", "dog", "sea"), THINGS, (1, 2, 3, 4), def
 
 
 def example(id_map: np.ndarray, *segments: tuple[int, int] | tuple[int, int, bool]) -> Example:
-    """Segments as (id, class[, crowd])."""
+    """An example of segments (id, class[, crowd])."""
     infos = [SegmentInfo(s[0], s[1], THINGS[s[1]], bool(s[2:] and s[2])) for s in segments]
     return Example(np.zeros((*id_map.shape, 3), np.uint8), infos, id_map=id_map.astype(np.int32))
 
@@ -41,7 +41,7 @@ def pixels(id_map: np.ndarray, segment_id: int) -> set[int]:
 
 
 def naive(pairs: list[tuple[Example, PanopticResult]], metadata: Metadata) -> dict[str, Any]:
-    """The definition, segment pair by segment pair, over sets of pixels."""
+    """Panoptic quality by its definition, pair by pair of segments, over sets of pixels."""
     counts = [[0.0, 0, 0, 0] for _ in metadata.class_names]  # IoU sum, TP, FP, FN
     for truth, found in pairs:
         assert truth.id_map is not None
@@ -94,7 +94,7 @@ def check_against_naive(pairs: list[tuple[Example, PanopticResult]], metadata: M
     return metrics
 
 
-def test_by_hand() -> None:
+def test_pq_equals_hand_computed_values() -> None:
     evaluator = PanopticEvaluator(METADATA)
     truth = np.repeat([[1, 1, 1, 1, 2, 2, 2, 2, VOID, VOID]], 2, axis=0)
     found = np.repeat([[5, 5, 5, 6, 6, 7, 7, 7, 7, 8]], 2, axis=0)
@@ -107,7 +107,7 @@ def test_by_hand() -> None:
     assert metrics["pq_things"] == pytest.approx(0.375) and metrics["pq_stuff"] == 0.75
 
 
-def test_half_is_no_match_and_not_excused() -> None:
+def test_an_iou_of_one_half_is_no_match_and_half_void_is_an_error() -> None:
     truth = np.array([[1, 1, VOID, VOID]])
     exactly_half = check_against_naive([(example(truth, (1, 0)), result(np.array([[3, VOID, VOID, VOID]]), (3, 0)))])
     assert exactly_half["rq"] == 0.0, "IoU of exactly 0.5 is no match"
@@ -116,7 +116,7 @@ def test_half_is_no_match_and_not_excused() -> None:
     assert evaluator.fp.tolist() == [0, 0, 1, 0], "half on void is still an error"
 
 
-def test_crowds() -> None:
+def test_crowds_are_not_missed_and_excuse_results_on_them() -> None:
     truth = np.array([[1, 1, 1, 1, 2, 2, 3, 3]])
     evaluator = PanopticEvaluator(METADATA)
     # 5 lies on its class's crowd: excused. 6 lies on it with another class: an error. Neither crowd is missed.
@@ -158,7 +158,7 @@ def pairs(draw: st.DrawFn) -> tuple[Example, PanopticResult]:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(pairs(), min_size=1, max_size=3))
-def test_equals_definition_and_merges(images: list[tuple[Example, PanopticResult]]) -> None:
+def test_pq_equals_the_definition_and_merged_parts(images: list[tuple[Example, PanopticResult]]) -> None:
     metrics = check_against_naive(images)
     merged = PanopticEvaluator(METADATA)
     for truth, found in images:
@@ -171,7 +171,7 @@ def test_equals_definition_and_merges(images: list[tuple[Example, PanopticResult
 
 @settings(max_examples=30, deadline=None)
 @given(pairs())
-def test_the_truth_is_perfect(pair: tuple[Example, PanopticResult]) -> None:
+def test_the_truth_as_a_result_has_a_pq_of_one(pair: tuple[Example, PanopticResult]) -> None:
     truth, _ = pair
     assert truth.id_map is not None
     present = [s for s in truth.segments if not s.is_crowd and (truth.id_map == s.id).any()]
@@ -184,7 +184,7 @@ def test_the_truth_is_perfect(pair: tuple[Example, PanopticResult]) -> None:
     assert evaluator.tp.sum() == 2 * len(present)
 
 
-def test_empty_truth_and_unlisted_ids() -> None:
+def test_empty_segments_and_unlisted_ids_are_void() -> None:
     void = np.full((3, 3), VOID)
     check_against_naive([(example(void), result(void))])
     ones = np.ones((3, 3))
@@ -194,7 +194,7 @@ def test_empty_truth_and_unlisted_ids() -> None:
     assert check_against_naive([(example(ones, (2, 0)), result(ones, (1, 0)))])["pq"] is None
 
 
-def test_bad_input() -> None:
+def test_bad_results_are_refused_and_not_counted_in_part() -> None:
     evaluator, ones = PanopticEvaluator(METADATA), np.ones((2, 2))
     truth = example(ones, (1, 0))
     with pytest.raises(ValueError, match=r"result: id_map: expected ids of listed segments or -1, got \[1\]"):
@@ -217,7 +217,7 @@ def test_bad_input() -> None:
     assert not (evaluator.tp.any() or evaluator.fp.any() or evaluator.fn.any())
 
 
-def test_table() -> None:
+def test_table_has_every_figure() -> None:
     evaluator = PanopticEvaluator(METADATA)
     evaluator.process(example(np.ones((2, 2)), (1, 0)), result(np.ones((2, 2)), (1, 0)))
     text = format_table("panoptic", evaluator.evaluate())
@@ -244,7 +244,7 @@ def load_sample() -> tuple[Metadata, list[Example]]:
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} is not there")
 @pytest.mark.parametrize("shift", [0, 3, 17])
-def test_coco_sample(shift: int) -> None:
+def test_pq_equals_the_definition_on_a_coco_sample(shift: int) -> None:
     metadata, examples = load_sample()
     images = []
     for truth in examples:
