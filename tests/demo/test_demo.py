@@ -86,9 +86,9 @@ def test_a_bundle_gives_all_tasks_with_one_run(tmp_path: Path) -> None:
     assert list(opened.seconds) == ["resize", "network"] and min(opened.seconds.values()) > 0
     assert opened.pixel_scores() is None and staged.runs_on == "onnxruntime"
     results, seconds = predictor.runtime.timed_tasks([photo(), photo(1)], ("panoptic", "semantic"))
-    assert [len(found) for found in results.values()] == [2, 2] and min(seconds) >= 0
-    for task, found in results.items():
-        for image, got in zip((photo(), photo(1)), found, strict=True):
+    assert [len(of_task) for of_task in results.values()] == [2, 2] and min(seconds) >= 0
+    for task, of_task in results.items():
+        for image, got in zip((photo(), photo(1)), of_task, strict=True):
             expected = predictor.runtime.predict(image, task)
             name = "labels" if task == "semantic" else "id_map"
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
@@ -110,9 +110,9 @@ def test_augmentation_is_off_and_scores_are_those_of_the_label() -> None:
     reference = scene_predictor()
     with torch.no_grad():
         scores = postprocess.semantic_scores(reference.run_network([photo()]), [(60, 84)])[0]
-    found = opened.pixel_scores()
-    assert found is not None
-    np.testing.assert_allclose(found, scores.gather(0, labels[None])[0], rtol=1e-4)
+    pixel_scores = opened.pixel_scores()
+    assert pixel_scores is not None
+    np.testing.assert_allclose(pixel_scores, scores.gather(0, labels[None])[0], rtol=1e-4)
 
 
 # Class and score of every pixel

@@ -47,8 +47,8 @@ def result(*instances: tuple[int, float, np.ndarray]) -> InstanceResult:
 
 def evaluate(*pairs: tuple[Example, InstanceResult]) -> dict:
     evaluator = InstanceEvaluator(METADATA)
-    for truth, found in pairs:
-        evaluator.process(truth, found)
+    for truth, instances in pairs:
+        evaluator.process(truth, instances)
     metrics = evaluator.evaluate()
     json.dumps(metrics, allow_nan=False)
     assert evaluator.evaluate() == metrics, "evaluating must not change the state"
@@ -59,10 +59,10 @@ def naive_ap(images: list[tuple[list[np.ndarray], list[tuple[float, np.ndarray]]
     """AP of one class: greedy matching by falling score, precision made monotone, mean over 101 recalls."""
     hits: list[tuple[float, bool]] = []
     total = 0
-    for truth, found in images:
+    for truth, instances in images:
         total += len(truth)
         free = list(range(len(truth)))
-        for score, mask in sorted(found, key=lambda f: -f[0]):
+        for score, mask in sorted(instances, key=lambda f: -f[0]):
             overlaps = [((mask & truth[i]).sum() / (mask | truth[i]).sum(), i) for i in free]
             best = max(overlaps, default=(0.0, -1))
             hits.append((score, best[0] >= threshold))
@@ -145,20 +145,20 @@ def test_ap_equals_a_plain_implementation_and_merged_parts(seed: int, images: in
     single, merged = InstanceEvaluator(METADATA), InstanceEvaluator(METADATA)
     plain: dict[int, list] = {0: [], 2: []}
     for _ in range(images):
-        truth, found = [], []
+        truth, instances = [], []
         for _ in range(rng.integers(1, 5)):
             label, y, x = int(rng.choice([0, 2])), int(rng.integers(size[0] - 6)), int(rng.integers(size[1] - 6))
             truth.append((label, box(x, y, x + 6, y + 6, size)))
             for _ in range(rng.integers(0, 3)):
                 dy, dx = (int(v) for v in rng.integers(0, 4, 2))
                 wrong = int(rng.choice([0, 2])) if rng.random() < 0.2 else label
-                found.append((wrong, float(next(scores)), box(x + dx, y + dy, x + 6, y + 6, size)))
-        found.sort(key=lambda f: -f[1])
-        predicted = result(*found) if found else InstanceResult(
+                instances.append((wrong, float(next(scores)), box(x + dx, y + dy, x + 6, y + 6, size)))
+        instances.sort(key=lambda f: -f[1])
+        predicted = result(*instances) if instances else InstanceResult(
             torch.zeros(0, dtype=torch.int64), torch.zeros(0),
             torch.zeros(0, size[0], (size[1] + 7) // 8, dtype=torch.uint8), torch.zeros(0, 4), size)
         for label, items in plain.items():
-            items.append(([m for c, m in truth if c == label], [(s, m) for c, s, m in found if c == label]))
+            items.append(([m for c, m in truth if c == label], [(s, m) for c, s, m in instances if c == label]))
         part = InstanceEvaluator(METADATA)
         for evaluator in (single, part):
             evaluator.process(example(*truth), predicted)

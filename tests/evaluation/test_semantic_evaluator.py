@@ -34,8 +34,8 @@ def result(labels: np.ndarray, dtype: torch.dtype = torch.uint8) -> SemanticResu
 
 def naive(pairs: list[tuple[np.ndarray, np.ndarray]], k: int) -> dict[str, float | None]:
     """Metrics from their definitions, by loops over pixels."""
-    pixels = [(int(t), int(p)) for truth, found in pairs
-              for t, p in zip(truth.ravel(), found.ravel(), strict=True) if t != VOID]
+    pixels = [(int(t), int(p)) for truth, predicted in pairs
+              for t, p in zip(truth.ravel(), predicted.ravel(), strict=True) if t != VOID]
     iou, recall, weighted = [], [], 0.0
     for c in range(k):
         both = sum(t == c and p == c for t, p in pixels)
@@ -55,8 +55,8 @@ def naive(pairs: list[tuple[np.ndarray, np.ndarray]], k: int) -> dict[str, float
 def test_metrics_equal_hand_computed_values() -> None:
     evaluator = SemanticEvaluator(metadata(4))
     truth = np.array([[0, 0, 1], [1, VOID, 0]])
-    found = np.array([[0, 1, 1], [2, 3, 0]])
-    evaluator.process(example(truth), result(found))
+    predicted = np.array([[0, 1, 1], [2, 3, 0]])
+    evaluator.process(example(truth), result(predicted))
     metrics = evaluator.evaluate()
     # 0: hit 2 of union 3. 1: hit 1 of union 3. 2: predicted once, never true. 3: only on void, so nowhere.
     assert metrics["per_class_iou"] == {"c0": pytest.approx(2 / 3), "c1": pytest.approx(1 / 3), "c2": 0.0, "c3": None}
@@ -78,11 +78,11 @@ def test_metrics_equal_pixel_loops_and_merged_parts(
     for _ in range(images):
         truth = rng.integers(0, k, (height, width))
         truth[rng.random(truth.shape) < void] = VOID
-        found = np.where(rng.random(truth.shape) < 0.5, truth.clip(0), rng.integers(0, k, truth.shape))
-        pairs.append((truth, found))
-        single.process(example(truth), result(found, torch.int16))
+        predicted = np.where(rng.random(truth.shape) < 0.5, truth.clip(0), rng.integers(0, k, truth.shape))
+        pairs.append((truth, predicted))
+        single.process(example(truth), result(predicted, torch.int16))
         part = SemanticEvaluator(metadata(k))
-        part.process(example(truth), result(found))
+        part.process(example(truth), result(predicted))
         merged.merge(part)
     metrics = single.evaluate()
     assert merged.evaluate() == metrics

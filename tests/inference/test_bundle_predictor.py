@@ -111,11 +111,11 @@ def test_one_forward_pass_serves_all_tasks(pair: tuple[BundlePredictor, Predicto
 
     backend._session = Counting
     try:
-        found = predictor.infer(images, predictor.tasks)
+        by_task = predictor.infer(images, predictor.tasks)
     finally:
         backend._session = session
-    assert len(passes) == len(images) and list(found) == list(predictor.tasks)
-    for task, results in found.items():
+    assert len(passes) == len(images) and list(by_task) == list(predictor.tasks)
+    for task, results in by_task.items():
         for got, expected in zip(results, predictor.predict(images, task), strict=True):
             for name, value in vars(expected).items():
                 same = torch.equal(getattr(got, name), value) if isinstance(value, torch.Tensor) else None
