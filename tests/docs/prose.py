@@ -16,7 +16,7 @@ from maskformer_fast.config import Config
 from tests.docs.pages import PROGRAMS, ROOT, Command, anchors, inline_code, links
 from tests.docs.parsing import CommandError, check
 
-OPTION_MODULES = ("train", "evaluate", "predict", "convert", "export", "benchmark", "demo", "deploy.triton_server")
+OPTION_MODULES = ("train", "evaluate", "predict", "convert", "export", "benchmark", "demo", "deploy.triton_server.options")
 OTHERS_OPTIONS = frozenset({"--help", "--config", "--list-recipes", "--rdzv-id", "--shm-size"})
 """Options that are no field of ours: of the recipe's choice, of torchrun, of Docker."""
 SECTIONS = frozenset(field.name for field in dataclasses.fields(Config))
