@@ -94,8 +94,8 @@ def _walk(kind: Any, prefix: str) -> tuple[set[str], set[str]]:
         inner = hints[field.name]
         inner = inner if dataclasses.is_dataclass(inner) else None
         if inner is None:
-            own = field.name.replace("_", "-")
-            options |= {f"--{prefix.replace('_', '-')}{own}", f"--{prefix.replace('_', '-')}no-{own}"}
+            name = field.name.replace("_", "-")
+            options |= {f"--{prefix.replace('_', '-')}{name}", f"--{prefix.replace('_', '-')}no-{name}"}
         else:
             below = "" if field.name == "config" else f"{prefix}{field.name}."
             holders.add(f"{prefix}{field.name}")

@@ -39,7 +39,7 @@ REDUCTIONS = {
     "maskformer_fast.evaluate": "--limit 2 --data.workers 0",
     "maskformer_fast.predict": "",
     "maskformer_fast.convert": "",
-    "maskformer_fast.export": "",
+    "maskformer_fast.export": "--sizes 64x96",
     "maskformer_fast.benchmark": "--seconds 0.05 --batches 1 --size 64x96 --against eager",
     "maskformer_fast.deploy.triton_server": "",
 }
@@ -62,8 +62,8 @@ ABSENT = {
     "tensorrt": "needs the GPU that the engine is for",
 }
 """Pattern of an argument with which a command is parsed only -> the reason."""
-OMITTED = ("--target", "--frames")
-"""Options that are left out, with their values, because they would compile kernels for a minute."""
+OMITTED = ("--target", "--frames", "--sizes")
+"""Options that are left out, with their values: kernels compile for a minute, and large sizes are slow."""
 
 
 def why_not_run(call: Call, reason: str) -> str:
@@ -136,6 +136,8 @@ def run_module(call: Call) -> None:
     module = call.program.removeprefix("python -m ")
     is_help = "--help" in call.arguments or "--list-recipes" in call.arguments
     more = [] if is_help else shlex.split(REDUCTIONS[module])
+    if "--static" in call.arguments:  # it determines the only size of an export
+        more = []
     if "--resume" in call.arguments:  # one step more than the run has
         more = [word if word != "2" or more[at - 1] != "--solver.max-steps" else "3" for at, word in enumerate(more)]
     os.environ.update({"PYTHONPATH": str(ROOT), **call.variables})  # for child processes of the command
