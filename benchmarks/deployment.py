@@ -26,7 +26,7 @@ from benchmarks.gpu_deploy import (
     write_checkpoint,
 )
 from benchmarks.harness import Case, Sides, shared
-from maskformer_fast.benchmark.runners import BundleContestant, Setting, TorchContestant, draw_frame
+from maskformer_fast.benchmark.runners import BundleRunner, Setting, TorchRunner, draw_frame
 from maskformer_fast.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -49,14 +49,14 @@ def setup(peer: str, model: ModelConfig = MODEL, size: Size = SIZE) -> Sides:
     folder = shared(f"deployment_{size[0]}x{size[1]}", partial(export, model=model, size=size))
     checkpoint = folder / "checkpoint.safetensors"
     frames = [draw_frame(np.random.default_rng(0), size)]
-    ours = BundleContestant(Setting("bundle", str(folder / "bundle"), 1, size, "semantic", "onnxruntime", 0, 1, "off"))
+    ours = BundleRunner(Setting("bundle", str(folder / "bundle"), 1, size, "semantic", "onnxruntime", 0, 1, "off"))
     theirs: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
     if peer == HUGGING_FACE:
         theirs = partial(by_hugging_face, path=checkpoint, device=CPU)
     else:
         kind = "eager" if peer == EAGER else "compile"
-        contestant = TorchContestant(Setting(kind, str(checkpoint), 1, size, "semantic", "cpu", 0, 1, "off"))
-        theirs = partial(labels, contestant)
+        runner = TorchRunner(Setting(kind, str(checkpoint), 1, size, "semantic", "cpu", 0, 1, "off"))
+        theirs = partial(labels, runner)
     return Sides(lambda: labels(ours, frames), lambda: theirs(frames), partial(check_labels, least=LEAST_EQUAL[peer]))
 
 
@@ -66,8 +66,8 @@ def bound(model: ModelConfig = MODEL, size: Size = SIZE) -> Bound:
     return Bound(4 * parameters + 4 * size[0] * size[1], operations, "fp32")
 
 
-def labels(contestant: BundleContestant | TorchContestant, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [result.labels for result in contestant.predict(frames)]
+def labels(runner: BundleRunner | TorchRunner, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [result.labels for result in runner.predict(frames)]
 
 
 def check_labels(ours: list[np.ndarray], theirs: list[np.ndarray], least: float) -> None:

@@ -33,11 +33,12 @@ from benchmarks.bounds import Bound, network_work
 from benchmarks.harness import ROOT, Case, Sides, environment, shared
 from benchmarks.machine import describe_machine
 from benchmarks.train_step import class_metadata
-from maskformer_fast.benchmark.runners import draw_frame, peak_rss_mib
+from maskformer_fast.benchmark.runners import draw_frame
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write
+from maskformer_fast.core.machine import peak_resident_bytes
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
 from maskformer_fast.inference.load import load
 from maskformer_fast.inference.predictor import Predictor
@@ -109,6 +110,7 @@ class Ours:
         predictor.config = replace(config, test=replace(config.test, semantic_order=order))  # type: ignore[arg-type]
         self.predictor, self.clock = predictor, Clock()
         network: Any = predictor.network
+        network.register_forward_pre_hook(lambda *_: self.clock.mark("resize"))
         self.clock.watch(network.backbone, "backbone", before="normalize")
         # between the backbone and the head there is the pixel decoder alone
         self.clock.watch(network.predictor, "transformer", before="pixel_decoder")
@@ -118,9 +120,7 @@ class Ours:
         self.clock.last = time.perf_counter()
         image = read_image(file)
         self.clock.mark("decode")
-        inputs = [self.predictor.resize(image)]
-        self.clock.mark("resize")
-        results = self.predictor.infer(inputs, [image], ("semantic",))["semantic"]
+        results = self.predictor.infer([image], ("semantic",))["semantic"]
         self.clock.mark("postprocess")
         ResultWriter(folder, self.predictor.metadata, overlays=False).write(Path(file.name), 1, image, {
             "semantic": results[0]
@@ -275,7 +275,7 @@ def run_alone(name: str, network: str, images: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for file in sorted(Path(images).iterdir()):
             side.segment(file, Path(folder))
-    print(peak_rss_mib())
+    print(peak_resident_bytes() / 2**20)
 
 
 def build_row(classes: int, kind: Kind, sides: dict[str, Any], peaks: dict[str, float]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_harness import OURS, Bound, Case, Peer, Work
 from benchmarks.train_step import class_metadata
-from maskformer_fast.benchmark.runners import BundleContestant, Setting, TorchContestant, draw_frame
+from maskformer_fast.benchmark.runners import BundleRunner, Setting, TorchRunner, draw_frame
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig, TestConfig
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
@@ -129,19 +129,19 @@ def write_bundle(path: Path, folder: Path, shape: str, device: torch.device) -> 
 
 
 @cache
-def bundle(model: ModelConfig, batch: int, size: Size, device: torch.device) -> BundleContestant:
+def bundle(model: ModelConfig, batch: int, size: Size, device: torch.device) -> BundleRunner:
     folder = Path(temporary_folder().name) / f"bundle_{batch}_{size[0]}x{size[1]}"
     write_bundle(checkpoint(model), folder, f"{batch}x{size[0]}x{size[1]}", device)
     backend = "tensorrt" if device.type == "cuda" else "onnxruntime"
     setting = Setting("bundle", str(folder), batch, size, "semantic", backend, device.index or 0, 2, "off")
-    return BundleContestant(setting)
+    return BundleRunner(setting)
 
 
 @cache
 def in_pytorch(
     model: ModelConfig, batch: int, size: Size, device: torch.device, kind: Any, amp: Any
-) -> TorchContestant:
-    return TorchContestant(Setting(kind, str(checkpoint(model)), batch, size, "semantic", str(device), 0, 1, amp))
+) -> TorchRunner:
+    return TorchRunner(Setting(kind, str(checkpoint(model)), batch, size, "semantic", str(device), 0, 1, amp))
 
 
 @cache
@@ -170,7 +170,7 @@ def by_hugging_face(frames: Sequence[np.ndarray], path: Path, device: torch.devi
 
 def setup(device: torch.device, batch: int, size: Size = SIZE, model: ModelConfig = MODEL) -> Work:
     """Sides are made when they are first called: what one lacks, or takes long to build, is not the others' concern."""
-    contestant = partial(in_pytorch, model, batch, size, device)
+    runner = partial(in_pytorch, model, batch, size, device)
 
     def draw(seed: int) -> tuple[Tensor]:
         rng = np.random.default_rng(seed)
@@ -183,7 +183,7 @@ def setup(device: torch.device, batch: int, size: Size = SIZE, model: ModelConfi
         return labels(bundle(model, batch, size, device).predict(list(frames.numpy())))
 
     def torch_side(kind: str, amp: str, frames: Tensor) -> np.ndarray:
-        return labels(contestant(kind, amp).predict(list(frames.numpy())))
+        return labels(runner(kind, amp).predict(list(frames.numpy())))
 
     def theirs(frames: Tensor) -> np.ndarray:
         return np.stack(by_hugging_face(list(frames.numpy()), checkpoint(model), device))

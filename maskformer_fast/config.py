@@ -6,8 +6,8 @@ costs a second and not an evening.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from maskformer_fast.core.checks import check, check_choice
 
@@ -379,14 +379,3 @@ class Config:
         check(self.seed >= 0, "seed", ">= 0", self.seed)
         for task in self.metrics:
             check_choice("metrics", task, TASKS)
-
-
-def to_dict(config: object) -> dict[str, Any]:
-    """Nested plain containers (tuples become lists) for YAML and JSON; `recipes.from_dict` reads them back."""
-
-    def plain(value: object) -> Any:
-        if hasattr(value, "__dataclass_fields__"):
-            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}  # type: ignore[arg-type]
-        return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-    return plain(config)

@@ -315,5 +315,5 @@ def test_a_gpu_resizes_to_the_same_pixels():
     rng = np.random.default_rng(0)
     for height, width in ((37, 50), (300, 90), (64, 64), (1, 5)):
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        resized = on_gpu.resize(image)
-        assert resized.is_cuda and torch.equal(resized.cpu(), on_cpu.resize(image))
+        resized = on_gpu._resize(image, test.short_edge, test.max_size)
+        assert resized.is_cuda and torch.equal(resized.cpu(), on_cpu._resize(image, test.short_edge, test.max_size))

@@ -24,8 +24,8 @@ from maskformer_fast.config import (
     ShapesConfig,
     SolverConfig,
     TestConfig,
-    to_dict,
 )
+from maskformer_fast.core.typed import to_plain
 from maskformer_fast.recipes import from_dict, load_recipe, save_config
 
 
@@ -131,12 +131,12 @@ def test_a_saved_configuration_reads_back_identically(config: Config, tmp_path_f
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     save_config(config, path)
     assert load_recipe(path) == config
-    assert from_dict(to_dict(config)) == config
+    assert from_dict(to_plain(config)) == config
 
 
 def test_tuples_become_lists_in_the_plain_form() -> None:
-    assert to_dict(Config())["data"]["augment"]["crop_size"] == [512, 512]
-    assert yaml.safe_load(yaml.safe_dump(to_dict(Config()))) == to_dict(Config())
+    assert to_plain(Config())["data"]["augment"]["crop_size"] == [512, 512]
+    assert yaml.safe_load(yaml.safe_dump(to_plain(Config()))) == to_plain(Config())
 
 
 @pytest.mark.parametrize("written", ["1e-3", "1.0e-3", "0.001", "!!float 1e-3"])

@@ -45,7 +45,7 @@ def commanded(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (path, device) == ("tiny", "cpu")
         return Predictor(predictor.network, replace(CONFIG, test=test), METADATA, device)
 
-    monkeypatch.setattr(export, "default_test", lambda _: CONFIG.test)
+    monkeypatch.setattr(export, "stored_test", lambda _: CONFIG.test)
     monkeypatch.setattr("maskformer_fast.inference.load.load_network", load)
 
 
@@ -151,5 +151,5 @@ def test_baselines_are_refused(predictor: Predictor, tmp_path: Path) -> None:
 
 
 def test_defaults_come_from_the_recipe() -> None:
-    test = export.default_test("demo")
+    test = export.stored_test("demo")
     assert test is not None and test == export.load_recipe("demo").test

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from maskformer_fast.core.metadata import SegmentInfo
 
 ArrayT = TypeVar("ArrayT")
@@ -21,7 +23,7 @@ class SemanticResult(Generic[ArrayT]):
 
 @dataclass
 class PanopticResult(Generic[ArrayT]):
-    """Segments that do not overlap; ids count from 1, pixels without a segment are `VOID`."""
+    """Segments that do not overlap. Ids count from 1; pixels without a segment are `VOID`."""
 
     id_map: ArrayT  # [H, W] int32
     segments: list[SegmentInfo] = field(default_factory=list)
@@ -39,3 +41,11 @@ class InstanceResult(Generic[ArrayT]):
 
 
 Result = SemanticResult[Any] | PanopticResult[Any] | InstanceResult[Any]
+
+
+def unpack_mask_array(
+    packed: np.ndarray,  # [..., H, ceil(W/8)] uint8
+    width: int,
+) -> np.ndarray:
+    """Masks of an `InstanceResult` of arrays -> bool [..., H, width]; for tensors see `structures.unpack_masks`."""
+    return np.unpackbits(packed, axis=-1, count=width, bitorder="little").view(np.bool_)

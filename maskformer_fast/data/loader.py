@@ -9,35 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskformer_fast.config import AugmentConfig, Config, Task, TestConfig
+from maskformer_fast.config import AugmentConfig, Config, Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
-from maskformer_fast.data.transforms import Sample, TrainTransform, resize_image
+from maskformer_fast.data.transforms import Sample, TrainTransform
 from maskformer_fast.data.worker import worker_setup
-from maskformer_fast.structures import Example, Targets
+from maskformer_fast.structures import Batch, Example, Targets
 
 _PERMUTATION_STREAM = 1  # last part of the permutations' seed; examples have 0 there, as NumPy appends zeros
 
 Broken = tuple[str, str]
 """Path and reason of an example that could not be read."""
-
-
-class Batch(NamedTuple):
-    """One micro-batch of one rank."""
-
-    images: Tensor  # [B, 3, H, W] uint8 RGB, zero outside the valid sizes
-    targets: Targets
-    image_ids: list[int | str]
-    paths: list[str]
-    broken: list[Broken]  # examples left out for these
 
 
 def pad_images(
@@ -184,22 +174,21 @@ def train_loader(
 
 
 class EvalLoader:
-    """Examples in the order of their index, each with its image resized for the network.
+    """Examples in the order of their index.
 
-    Iterating yields (Example, uint8 [3, h, w]). Broken examples are left out and listed in ``broken``, or raise
-    BrokenExampleError. ``indices`` names the examples, by default all.
+    Broken examples are left out and listed in ``broken``, or raise BrokenExampleError. ``indices`` names the examples,
+    by default all.
     """
 
     def __init__(
-        self, dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool,
-        indices: range | None = None,
+        self, dataset: SegmentationDataset, workers: int, skip_broken: bool, indices: range | None = None
     ) -> None:
         indices = range(len(dataset)) if indices is None else indices
         self.broken: list[Broken] = []
         self._skip_broken = skip_broken
         self._length = len(indices)
         self._loader: DataLoader[Any] = DataLoader(
-            _EvalSamples(dataset, test),
+            _EvalSamples(dataset),
             batch_size=None,
             sampler=indices,
             num_workers=workers,
@@ -212,11 +201,11 @@ class EvalLoader:
         """Examples, the broken ones included."""
         return self._length
 
-    def __iter__(self) -> Iterator[tuple[Example, Tensor]]:
+    def __iter__(self) -> Iterator[Example]:
         for batch in self.batches(1):
             yield from batch
 
-    def batches(self, size: int) -> Iterator[list[tuple[Example, Tensor]]]:
+    def batches(self, size: int) -> Iterator[list[Example]]:
         """Consecutive ``size`` indices at a time, without the broken ones among them (perhaps none is left)."""
         self.broken.clear()
         items = iter(self._loader)
@@ -231,11 +220,10 @@ class EvalLoader:
 
 
 def eval_loader(
-    dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool = False,
-    indices: range | None = None,
+    dataset: SegmentationDataset, workers: int, skip_broken: bool = False, indices: range | None = None
 ) -> EvalLoader:
-    """Examples in index order with their images resized by ``test``, read by ``workers`` processes."""
-    return EvalLoader(dataset, test, workers, skip_broken, indices)
+    """Examples in index order, read by ``workers`` processes."""
+    return EvalLoader(dataset, workers, skip_broken, indices)
 
 
 def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> range:
@@ -278,21 +266,19 @@ class _TrainSamples(Dataset[Any]):
 
 
 class _EvalSamples(Dataset[Any]):
-    """Examples with the network's image, or the error that kept one from being read."""
+    """Examples, or the error that kept one from being read."""
 
-    def __init__(self, dataset: SegmentationDataset, test: TestConfig) -> None:
+    def __init__(self, dataset: SegmentationDataset) -> None:
         self._dataset = dataset
-        self._test = test
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int) -> tuple[Example, Tensor] | BrokenExampleError:
+    def __getitem__(self, index: int) -> Example | BrokenExampleError:
         try:
-            example = self._dataset[index]
+            return self._dataset[index]
         except BrokenExampleError as error:
             return error
-        return example, resize_image(example.image, self._test.short_edge, self._test.max_size)
 
 
 def _collate_read(

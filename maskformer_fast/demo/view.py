@@ -19,7 +19,7 @@ from PIL import Image
 
 from maskformer_fast.config import Task
 from maskformer_fast.core.metadata import VOID, Metadata
-from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult, unpack_mask_array
 from maskformer_fast.output.id_maps import result_rows
 from maskformer_fast.output.visualize import MIN_SCORE, class_rows, draw_result, segment_colors
 
@@ -117,7 +117,7 @@ def _instance_rows(result: InstanceResult) -> tuple[np.ndarray, torch.Tensor]:
     rows = np.full(result.size, VOID, dtype=np.int64)
     packed = result.masks.cpu()[kept].numpy()
     for row in range(len(kept) - 1, -1, -1):
-        rows[np.unpackbits(packed[row], axis=-1, count=result.size[1], bitorder="little").view(np.bool_)] = row
+        rows[unpack_mask_array(packed[row], result.size[1])] = row
     return rows, kept.to(result.labels.device)
 
 
@@ -137,7 +137,7 @@ def _enlarged_result(result: Result, factor: int) -> Result:
     if isinstance(result, PanopticResult):
         return replace(result, id_map=_repeated(result.id_map, factor))
     height, width = result.size
-    masks = np.unpackbits(result.masks.cpu().numpy(), axis=-1, count=width, bitorder="little")
+    masks = unpack_mask_array(result.masks.cpu().numpy(), width)
     packed = np.packbits(masks.repeat(factor, 1).repeat(factor, 2), axis=-1, bitorder="little")
     return replace(result, masks=torch.from_numpy(packed), size=(height * factor, width * factor))
 

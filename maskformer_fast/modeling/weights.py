@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskformer_fast.config import Config, to_dict
+from maskformer_fast.config import Config
 from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.typed import to_plain
 from maskformer_fast.distributed import shared_out
 from maskformer_fast.recipes import from_dict
 
@@ -62,7 +63,7 @@ def write_weights(
 ) -> None:
     header = {
         "format": FORMAT,
-        "config": json.dumps(to_dict(config)),
+        "config": json.dumps(to_plain(config)),
         "metadata": json.dumps(dataclasses.asdict(metadata)),
         "step": str(step),
     }

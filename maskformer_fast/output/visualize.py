@@ -12,7 +12,7 @@ from torch import Tensor
 from maskformer_fast.config import TASKS, Task
 from maskformer_fast.core.checks import check_choice
 from maskformer_fast.core.metadata import VOID, Metadata
-from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult, unpack_mask_array
 from maskformer_fast.output.id_maps import result_rows, segment_rows
 from maskformer_fast.structures import Example
 
@@ -115,8 +115,7 @@ def draw_instances(
     scores = result.scores.float().cpu()
     keep = (scores >= min_score).nonzero()[:, 0]
     keep = keep[scores[keep].argsort(descending=True, stable=True)]
-    packed = result.masks.cpu()[keep].numpy()
-    masks = np.unpackbits(packed, axis=-1, count=result.size[1], bitorder="little").view(np.bool_)
+    masks = unpack_mask_array(result.masks.cpu()[keep].numpy(), result.size[1])
     categories = result.labels.cpu()[keep].tolist()
     names = [f"{metadata.class_names[c]} {s:.2f}" for c, s in zip(categories, scores[keep].tolist(), strict=True)]
     return _paint_masks(image, masks, segment_colors(categories, metadata), names)

@@ -28,9 +28,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from maskformer_fast.config import Config, to_dict
+from maskformer_fast.config import Config
 from maskformer_fast.core.files import write_json
 from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.typed import to_plain
 from maskformer_fast.distributed import on_main
 from maskformer_fast.modeling.weights import (
     WEIGHTS_NAME,
@@ -216,7 +217,7 @@ def config_differences(old: Config, new: Config, sections: Iterable[str]) -> lis
         elif a != b:
             found.append(f"{prefix}: {a} -> {b}")
 
-    before, after = to_dict(old), to_dict(new)
+    before, after = to_plain(old), to_plain(new)
     for section in sections:
         compare(section, before[section], after[section])
     return found

@@ -23,12 +23,10 @@ from maskformer_fast.config import (
     ModelConfig,
     ShapesConfig,
     SolverConfig,
-    TestConfig,
 )
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.data.loader import (
-    Batch,
     EvalLoader,
     TrainLoader,
     TrainSampler,
@@ -38,7 +36,7 @@ from maskformer_fast.data.loader import (
     train_loader,
 )
 from maskformer_fast.data.transforms import Sample
-from maskformer_fast.structures import Example, pack_masks, unpack_masks
+from maskformer_fast.structures import Batch, Example, pack_masks, unpack_masks
 
 
 class PartlyBroken:
@@ -151,7 +149,7 @@ def test_input_sizes_are_tuples_even_if_pinning_memory_made_lists() -> None:
 def test_loaders_do_not_advance_the_global_generator() -> None:
     before = torch.get_rng_state()
     take(train_loader(shapes(), config(), "panoptic"), 2)
-    list(EvalLoader(shapes(2), TestConfig(), 0, False))
+    list(EvalLoader(shapes(2), 0, False))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -244,18 +242,17 @@ def test_a_data_set_of_broken_examples_is_an_error() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_keeps_the_order_and_lists_broken_examples(workers: int) -> None:
     dataset = shapes(7)
-    test = TestConfig(short_edge=20, max_size=25)
-    pairs = list(eval_loader(dataset, test, workers))
-    assert [example.image_id for example, _ in pairs] == list(range(7))
-    assert all(image.shape == (3, 18, 25) and image.dtype == torch.uint8 for _, image in pairs)
-    np.testing.assert_array_equal(pairs[3][0].id_map, dataset[3].id_map)
-    loader = eval_loader(PartlyBroken(dataset, [0, 4]), test, workers, skip_broken=True)
+    examples = list(eval_loader(dataset, workers))
+    assert [example.image_id for example in examples] == list(range(7))
+    np.testing.assert_array_equal(examples[3].image, dataset[3].image)
+    np.testing.assert_array_equal(examples[3].id_map, dataset[3].id_map)
+    loader = eval_loader(PartlyBroken(dataset, [0, 4]), workers, skip_broken=True)
     for _ in range(2):
-        assert [example.image_id for example, _ in loader] == [1, 2, 3, 5, 6]
+        assert [example.image_id for example in loader] == [1, 2, 3, 5, 6]
         assert loader.broken == [("images/0.jpg", "truncated"), ("images/4.jpg", "truncated")]
     assert len(loader) == 7
     with pytest.raises(BrokenExampleError, match=r"^images/4\.jpg: truncated$"):
-        list(eval_loader(PartlyBroken(dataset, [4]), test, workers))
+        list(eval_loader(PartlyBroken(dataset, [4]), workers))
 
 
 def test_batches_have_labels_of_hundreds_of_classes() -> None:
@@ -293,7 +290,7 @@ def test_workers_use_one_thread() -> None:
     with threadpoolctl.threadpool_limits(2):  # the number that workers would inherit on a larger machine
         assert dataset[0].image_id == 2
         assert next(iter(train_loader(dataset, config, "panoptic"))).image_ids == [1, 1]
-        assert [example.image_id for example, _ in eval_loader(dataset, TestConfig(), workers=1)] == [1] * 4
+        assert [example.image_id for example in eval_loader(dataset, workers=1)] == [1] * 4
 
 
 def test_a_process_with_an_unfinished_iterator_exits() -> None:

@@ -60,7 +60,7 @@ def test_the_network_runs_once_for_all_tasks_and_results_are_the_predictors() ->
     reference, predictor = built(), built()
     staged = StagedPredictor(predictor)
     runs = []
-    staged.network.inner.register_forward_hook(lambda *_: runs.append(1))  # type: ignore[union-attr]
+    predictor.network.register_forward_hook(lambda *_: runs.append(1))
     images = [photo(0), photo(1, 33, 70)]
     opened = [staged.open(image) for image in images]
     for task in (*TASKS, *reversed(TASKS)):  # in turns, so that one image's predictions could be taken for another's
@@ -123,7 +123,7 @@ def test_augmentation_is_left_out_and_scores_are_those_of_the_winner() -> None:
     assert same(SemanticResult(labels.byte()), built().predict(photo()))
     reference = built()
     with torch.no_grad():
-        scores = postprocess.semantic_scores(reference._forward([reference.resize(photo())]), [(60, 84)])[0]
+        scores = postprocess.semantic_scores(reference.run_network([photo()]), [(60, 84)])[0]
     found = opened.pixel_scores()
     assert found is not None
     np.testing.assert_allclose(found, scores.gather(0, labels[None])[0], rtol=1e-4)

@@ -295,7 +295,7 @@ def test_a_visit(
     size = photo().shape[:2]
     names = reference.metadata.class_names
     runs: list[int] = []
-    staged.network.inner.register_forward_hook(lambda *_: runs.append(1))  # type: ignore[union-attr]
+    staged.predictor.network.register_forward_hook(lambda *_: runs.append(1))  # type: ignore[union-attr]
     visitor.driver.get(address)
     visitor.one(".mf-view[data-task=semantic]")  # a scene, without any file at hand
     ratio = visitor.all(".mf-view .mf-stage")[0].get_attribute("style")
@@ -310,7 +310,6 @@ def test_a_visit(
         if isinstance(result, SemanticResult):
             opened = StagedPredictor(reference).open(photo())
             opened.result("semantic")
-            reference.network = reference.network.inner  # type: ignore[assignment]
             scores = opened.pixel_scores()
         pixels = probes(result, size)
         assert len(pixels) > 1, "a picture with one segment tells little"

@@ -22,7 +22,7 @@ from maskformer_fast.deploy.bundle.manifest import BundleError
 from maskformer_fast.evaluation.measure import measure
 from maskformer_fast.inference import bundle_predictor, postprocess
 from maskformer_fast.inference.bundle_predictor import BundlePredictor, _backend_of, bundle_data, bundle_test, is_bundle
-from maskformer_fast.inference.load import carried_options
+from maskformer_fast.inference.load import stored_options
 from maskformer_fast.inference.predictor import Predictor
 from tests.support.tiny_bundle import metadata_of, tiny_bundle
 
@@ -73,7 +73,7 @@ def test_semantic_results_are_the_predictors(pair: tuple[BundlePredictor, Predic
     for image, got, expected in zip(images, predictor.predict(images), reference.predict(images), strict=True):
         assert isinstance(got, SemanticResult) and got.labels.dtype == expected.labels.dtype and got.scores is None
         with torch.no_grad():
-            scores = postprocess.semantic_scores(reference._forward([reference.resize(image)]), [image.shape[:2]])[0]
+            scores = postprocess.semantic_scores(reference.run_network([image]), [image.shape[:2]])[0]
         top = scores.topk(2, 0).values
         sure = top[0] - top[1] > 1e-3
         assert sure.any() and torch.equal(got.labels[sure], expected.labels[sure])
@@ -116,7 +116,7 @@ def test_one_forward_pass_serves_all_tasks(pair: tuple[BundlePredictor, Predicto
 
     backend._session = Counting
     try:
-        found = predictor.infer([predictor.resize(image) for image in images], images, predictor.tasks)
+        found = predictor.infer(images, predictor.tasks)
     finally:
         backend._session = session
     assert len(passes) == len(images) and list(found) == list(predictor.tasks)
@@ -179,10 +179,10 @@ def test_predict_takes_a_bundle(shapes: tuple[Path, Predictor], photos: Path, tm
         predict.main([str(shapes[0]), str(photos), "-o", str(tmp_path), "--test.short-edge", "32"])
 
 
-def test_what_a_bundle_carries(pair: tuple[BundlePredictor, Predictor], folder: Path) -> None:
+def test_a_bundle_stores_its_test_options_and_its_preset(pair: tuple[BundlePredictor, Predictor], folder: Path) -> None:
     manifest = pair[0].runtime.manifest
     assert replace(bundle_test(manifest), batch_size=1) == TEST and pair[0].test == bundle_test(manifest)
-    assert carried_options(folder / "resizing") == (DataConfig(), bundle_test(manifest))
+    assert stored_options(folder / "resizing") == (DataConfig(), bundle_test(manifest))
     for name in PRESETS:
         assert bundle_data(replace(manifest, metadata=replace(manifest.metadata, name=name))).dataset == name
     changed = maskformer_fast.load(folder / "resizing", test=replace(TEST, batch_size=7))

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from maskformer_fast.config import Task
 from maskformer_fast.core.results import Result
-
-
-class StageSeconds(NamedTuple):
-    """What a batch took in each stage, and from the start of its work to its results; waiting before is not counted."""
-
-    preprocess: float
-    network: float
-    postprocess: float
-    total: float
+from maskformer_fast.core.stages import StageSeconds
 
 
 class Backend(Protocol):

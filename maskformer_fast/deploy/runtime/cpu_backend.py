@@ -11,7 +11,6 @@ import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from maskformer_fast.config import TASKS, Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.image_resize import resize_array
 from maskformer_fast.core.results import Result
+from maskformer_fast.core.stages import StageSeconds, Stopwatch
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import Graph, expect
-from maskformer_fast.deploy.runtime.backend import StageSeconds
 from maskformer_fast.deploy.runtime.cpu_postprocess import HostPostprocessor, Maps
 
 FLAVOUR = "raw"
@@ -82,11 +81,11 @@ class HostBackend:
         self._batches.clear()
 
     def _run(self, frames: list[np.ndarray], tasks: Sequence[Task]) -> _Outcome:
-        start = perf_counter()
+        stopwatch = Stopwatch()
         images = self._prepare(frames)
-        prepared = perf_counter()
+        stopwatch.lap("preprocess")
         class_logits, mask_logits = self._session.run(OUTPUTS, {INPUT: images})
-        predicted = perf_counter()
+        stopwatch.lap("network")
         size = (frames[0].shape[0], frames[0].shape[1])
         extent = self._extent(images.shape[2:], mask_logits.shape[2:])
         results = [
@@ -94,8 +93,8 @@ class HostBackend:
             for task in tasks
             for row in range(len(frames))
         ]
-        end = perf_counter()
-        return results, StageSeconds(prepared - start, predicted - prepared, end - predicted, end - start)
+        stopwatch.lap("postprocess")
+        return results, stopwatch.stage_seconds()
 
     def _prepare(self, frames: Sequence[np.ndarray]) -> np.ndarray:
         """Resized frames, a batch as the graph wants it -> uint8 [B, 3, h, w]."""

@@ -27,10 +27,10 @@ import numpy as np
 from maskformer_fast.config import Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.results import Result
+from maskformer_fast.core.stages import StageSeconds
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.launches import FILE, Buffer, Tape, TapeFile
 from maskformer_fast.deploy.bundle.manifest import expect
-from maskformer_fast.deploy.runtime.backend import StageSeconds
 from maskformer_fast.deploy.runtime.cuda_driver import CAPTURE_LOCK, Device, Driver
 from maskformer_fast.deploy.runtime.cuda_engine import OUTPUTS, Context, Network, check_outputs, choose_engine
 from maskformer_fast.deploy.runtime.device_results import read_results

@@ -26,8 +26,9 @@ from maskformer_fast.config import TASKS, Task
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.image_resize import check_image
 from maskformer_fast.core.results import Result
+from maskformer_fast.core.stages import StageSeconds
 from maskformer_fast.deploy.bundle.folder import Bundle
-from maskformer_fast.deploy.runtime.backend import Backend, StageSeconds
+from maskformer_fast.deploy.runtime.backend import Backend
 from maskformer_fast.deploy.runtime.selection import BackendName, tensorrt_obstacle
 
 logger = logging.getLogger(__name__)

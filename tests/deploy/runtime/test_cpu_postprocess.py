@@ -11,6 +11,7 @@ import torch
 
 from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.metadata import VOID
+from maskformer_fast.core.results import unpack_mask_array
 from maskformer_fast.deploy.bundle.manifest import Postprocess
 from maskformer_fast.deploy.runtime.cpu_postprocess import HostPostprocessor, Maps, label_dtype
 from maskformer_fast.inference import postprocess
@@ -159,7 +160,7 @@ def test_nothing_found() -> None:
     assert panoptic.segments == [] and (panoptic.id_map == VOID).all() and panoptic.id_map.shape == maps.size
     for result in (processor()(nothing, "instance"), processor(is_thing=[False] * 5)(maps, "instance")):
         assert len(result.labels) == len(result.scores) == 0 and result.masks.shape == (0, 31, 6)
-        assert result.boxes.shape == (0, 4) and result.unpacked_masks().shape == (0, 31, 45)
+        assert result.boxes.shape == (0, 4) and unpack_mask_array(result.masks, 45).shape == (0, 31, 45)
     assert processor()(nothing, "panoptic").segments == []
 
 
@@ -176,7 +177,7 @@ def test_stuff_of_one_class_is_one_segment() -> None:
 
 def test_unpacked_masks_have_the_areas_and_boxes() -> None:
     result = processor(top_k=30)(random_maps(10), "instance")
-    masks = result.unpacked_masks()
+    masks = unpack_mask_array(result.masks, 45)
     assert masks.dtype == np.bool_ and len(masks) > 3
     for mask, box in zip(masks, result.boxes.tolist(), strict=True):
         rows, columns = np.nonzero(mask)

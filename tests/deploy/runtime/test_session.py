@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from maskformer_fast.config import Task, TestConfig
 from maskformer_fast.core.results import Result, SemanticResult
+from maskformer_fast.core.stages import StageSeconds
 from maskformer_fast.deploy.bundle.folder import Bundle, extend_bundle
 from maskformer_fast.deploy.bundle.manifest import BundleError, Engine, Profile, Shape
 from maskformer_fast.deploy.runtime import selection
 from maskformer_fast.deploy.runtime import session as runtime_module
-from maskformer_fast.deploy.runtime.backend import StageSeconds
 from maskformer_fast.deploy.runtime.session import load
 from tests.support.fake_cuda import FakeDriver
 from tests.support.paths import ROOT

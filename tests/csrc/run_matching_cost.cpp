@@ -5,21 +5,22 @@
 
 namespace maskformer_fast {
 
-void run_matching(Random& random, int threads) {
+void run_matching_cost(Random& random, int threads) {
   MatchingBatch batch{};
   batch.layers = random.integer(1, 3), batch.images = random.integer(1, 3);
   batch.queries = random.one_of<int64_t>({1, 5, 32, 40}), batch.classes = random.integer(1, 12);
   batch.height = random.integer(1, 20), batch.width = random.integer(1, 20);
   batch.slots = random.integer(1, 6);
   batch.input_height = random.integer(1, 4) * batch.height, batch.input_width = random.integer(1, 4) * batch.width;
-  const bool odd = random.chance(0.3), factors = random.chance(0.5);
+  const bool extreme = random.chance(0.3), factors = random.chance(0.5);
   const int64_t outputs = batch.layers * batch.images * batch.queries, pixels = batch.height * batch.width;
   batch.depth = factors ? random.integer(1, 9) : 0;
 
-  const std::vector<float> class_logits = random.values<float>(outputs * batch.classes, -5, 5, odd);
-  const std::vector<float> embeddings = random.values<float>(outputs * (factors ? batch.depth : pixels), -3, 3, odd);
+  const std::vector<float> class_logits = random.values<float>(outputs * batch.classes, -5, 5, extreme);
+  const std::vector<float> embeddings =
+      random.values<float>(outputs * (factors ? batch.depth : pixels), -3, 3, extreme);
   const std::vector<float> features =
-      random.values<float>(factors ? batch.images * batch.depth * pixels : 0, -3, 3, odd);
+      random.values<float>(factors ? batch.images * batch.depth * pixels : 0, -3, 3, extreme);
   std::vector<int64_t> labels(batch.images * batch.slots), counts(batch.images), valid(2 * batch.images);
   for (int64_t& label : labels) label = random.integer(0, batch.classes - 1);
   for (int64_t& count : counts) count = random.integer(0, batch.slots);
@@ -46,7 +47,7 @@ void run_matching(Random& random, int threads) {
 
   for (int64_t k = 0; k < outputs * batch.slots; ++k) {
     const int64_t image = k / (batch.queries * batch.slots) % batch.images, slot = k % batch.slots;
-    MF_EXPECT(slot < counts[image] ? odd || std::isfinite(cost[k]) : cost[k] == 0);
+    MF_EXPECT(slot < counts[image] ? extreme || std::isfinite(cost[k]) : cost[k] == 0);
   }
 }
 

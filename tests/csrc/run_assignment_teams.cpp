@@ -1,5 +1,5 @@
-// The teams of the CUDA assignment on host threads, one for each lane: the same source but for the hardware, which is
-// barriers and shared arrays here. ThreadSanitizer sees what lanes share without a sync() between.
+// Runs the teams of the CUDA assignment on host threads, one for each lane, with barriers and shared arrays in place of
+// the hardware. ThreadSanitizer reports memory that lanes share without a sync() in between.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -24,10 +24,10 @@ class Barrier {
     if (++arrived_ == threads_) {
       arrived_ = 0;
       ++round_;
-      all_here_.notify_all();
+      all_arrived_.notify_all();
       return;
     }
-    all_here_.wait(lock, [this, round = round_] { return round_ != round; });
+    all_arrived_.wait(lock, [this, round = round_] { return round_ != round; });
   }
 
  private:
@@ -35,11 +35,11 @@ class Barrier {
   int arrived_ = 0;
   int64_t round_ = 0;
   std::mutex mutex_;
-  std::condition_variable all_here_;
+  std::condition_variable all_arrived_;
 };
 
 struct Block {
-  Block(int warps, int lanes) : warps(warps), lanes(lanes), everyone(warps * lanes), slots(2 * warps) {
+  Block(int warps, int lanes) : warps(warps), lanes(lanes), block_barrier(warps * lanes), slots(2 * warps) {
     for (int k = 0; k < warps; ++k) {
       warp_barriers.emplace_back(new Barrier(lanes));
       exchanged.emplace_back(2 * lanes);
@@ -47,10 +47,10 @@ struct Block {
   }
 
   const int warps, lanes;
-  Barrier everyone;
+  Barrier block_barrier;
   std::vector<std::unique_ptr<Barrier>> warp_barriers;
   std::vector<std::vector<std::atomic<uint64_t>>> exchanged;  // [warps][2 * lanes], halves used in turn
-  std::vector<Candidate> slots;
+  std::vector<ColumnKey> slots;
 };
 
 class EmulatedHardware {
@@ -62,9 +62,9 @@ class EmulatedHardware {
   int warp() const { return thread_ / block_->lanes; }
   int warps() const { return block_->warps; }
   void sync_warp() const { block_->warp_barriers[warp()]->wait(); }
-  void sync_block() const { block_->everyone.wait(); }
-  // As on a device, lanes wait for one another but memory is not ordered by it: a table that is read after this and
-  // without a sync() is a race. A number of the call stands above each value.
+  void sync_block() const { block_->block_barrier.wait(); }
+  // As on a device, lanes wait for one another, but this does not order memory: a table that is read afterwards without
+  // a sync() is a race. The upper 32 bits of each value hold the number of the call.
   uint32_t warp_min(uint32_t x) {
     ++call_;
     std::atomic<uint64_t>* values = block_->exchanged[warp()].data() + call_ % 2 * lanes();
@@ -83,12 +83,12 @@ class EmulatedHardware {
   uint32_t call_ = 0;
 };
 
-// Every problem of the batch by one block, a warp alone or several together, with memory of just the promised size.
+// Solves every problem of the batch by one block of one or several warps, with memory of exactly the required size.
 template <class T>
 void assign_with_block(const TeamBatch<T>& batch, int warps, int lanes, bool always_copy) {
   const int64_t short_side = std::min(batch.rows, batch.columns), long_side = std::max(batch.rows, batch.columns);
   std::vector<char> tables(table_bytes(short_side, long_side));
-  std::vector<T> matrix(always_copy || !lies_in_place(batch) ? short_side * copy_stride(long_side) : 0);
+  std::vector<T> matrix(always_copy || !is_contiguous(batch) ? short_side * copy_stride(long_side) : 0);
   Block block(warps, lanes);
   const auto solve_all = [&](auto team) {
     for (int64_t problem = 0; problem < batch.problems; ++problem) {
@@ -111,9 +111,9 @@ void assign_with_block(const TeamBatch<T>& batch, int warps, int lanes, bool alw
   for (std::thread& thread : threads) thread.join();
 }
 
-// Checks that a column's row is in range and used once. Returns the total cost, or NaN where nothing is assigned.
+// Checks that each assigned row is in range and used once. Returns the total cost, or NaN where nothing is assigned.
 template <class T>
-double total(const TeamBatch<T>& batch, int64_t problem, int64_t valid, const std::vector<int64_t>& row_of) {
+double total_cost(const TeamBatch<T>& batch, int64_t problem, int64_t valid, const std::vector<int64_t>& row_of) {
   std::vector<bool> used(batch.rows);
   double sum = 0;
   int64_t assigned = 0;
@@ -136,7 +136,7 @@ void run(Random& random, int lanes) {
   const bool transposed = random.chance(0.3), ragged = random.chance(0.5);
   std::vector<T> cost = random.values<T>(batch * rows * columns, -3, 3);
   const int kind = static_cast<int>(random.integer(0, 3));
-  const double forbidden = random.one_of({0.3, 0.7});  // many: rows with one column left
+  const double forbidden = random.one_of({0.3, 0.7});  // share of forbidden pairs; many leave rows one column
   for (T& value : cost) {
     if (kind == 1) value = std::floor(value);  // ties
     if (kind == 2 && random.chance(forbidden)) value = static_cast<T>(kInfinity);
@@ -147,7 +147,7 @@ void run(Random& random, int lanes) {
   const std::array<int64_t, 3> strides{rows * columns, transposed ? 1 : columns, transposed ? rows : 1};
   std::vector<int64_t> expected(batch * columns), of_warp(batch * columns, -7), of_block(batch * columns, -7);
   const int64_t* valid = ragged ? counts.data() : nullptr;
-  assign_batch<T>({cost.data(), {batch, rows, columns}, strides, valid, expected.data()}, 1);
+  linear_sum_assignment<T>({cost.data(), {batch, rows, columns}, strides, valid, expected.data()}, 1);
 
   TeamBatch<T> problems{cost.data(), batch, static_cast<int>(rows), static_cast<int>(columns), strides[0],
                         strides[1], strides[2], valid, of_warp.data()};
@@ -157,13 +157,14 @@ void run(Random& random, int lanes) {
   MF_EXPECT(of_warp == of_block);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t count = ragged ? counts[b] : columns;
-    const double got = total(problems, b, count, of_warp), wanted = total(problems, b, count, expected);
+    const double got = total_cost(problems, b, count, of_warp);
+    const double wanted = total_cost(problems, b, count, expected);
     MF_EXPECT(std::isnan(got) == std::isnan(wanted));
     MF_EXPECT(std::isnan(got) || std::fabs(got - wanted) < 1e-9);
   }
 }
 
-void run_counts_outside() {
+void run_invalid_counts() {
   const float cost = 0;
   for (const int64_t count : {int64_t{-1}, int64_t{2}, std::numeric_limits<int64_t>::max()}) {
     int64_t row_of = -7;
@@ -174,9 +175,10 @@ void run_counts_outside() {
 
 }  // namespace
 
-void run_teams(Random& random, int threads) {
-  random.chance(0.5) ? run<float>(random, threads) : run<double>(random, threads);  // barriers of threads take long
-  run_counts_outside();
+void run_assignment_teams(Random& random, int threads) {
+  // one type at a time, as barriers of threads are slow
+  random.chance(0.5) ? run<float>(random, threads) : run<double>(random, threads);
+  run_invalid_counts();
 }
 
 }  // namespace maskformer_fast
