@@ -44,19 +44,19 @@ REDUCTIONS = {
     "maskformer_fast.deploy.triton_server": "",
 }
 """Commands that are run -> options that are appended."""
-ABSENT = {
-    "/data/*": "a data set that is not here",
-    "model*.pkl": "a checkpoint of others that is not here",
-    "maskformer-swin-*": "a checkpoint of others that is not here",
-    "maskformer-resnet*": "a checkpoint of others that is not here",
-    "resnet50-imagenet.pth": "a checkpoint of others that is not here",
-    "r50.safetensors": "a checkpoint of others that is not here",
-    "weights/*": "a checkpoint of others that is not here",
-    "case.pt": "recorded outputs that are not here",
-    "runs/ade20k_150/*": "a run that is not here",
-    "runs/coco_panoptic/*": "a run that is not here",
+NOT_RUN = {
+    "/data/*": "needs a data set",
+    "model*.pkl": "needs a published checkpoint",
+    "maskformer-swin-*": "needs a published checkpoint",
+    "maskformer-resnet*": "needs a published checkpoint",
+    "resnet50-imagenet.pth": "needs a published checkpoint",
+    "r50.safetensors": "needs a published checkpoint",
+    "weights/*": "needs a published checkpoint",
+    "case.pt": "needs recorded outputs",
+    "runs/ade20k_150/*": "needs a trained run",
+    "runs/coco_panoptic/*": "needs a trained run",
     "--solver.compile": "compiles for minutes",
-    "--profile": "takes more steps than are run here",
+    "--profile": "needs more steps",
     "--engine-only": "needs the GPU that the engine is for",
     "engine": "needs the GPU that the engine is for",
     "tensorrt": "needs the GPU that the engine is for",
@@ -71,14 +71,14 @@ def why_not_run(call: Call, reason: str) -> str:
     if reason:
         return reason
     if call.program.startswith("torchrun"):
-        return "several processes"
+        return "starts several processes"
     module = call.program.removeprefix("python -m ")
     if module == call.program:
-        return "a program of others"
+        return "no module of this project"
     if module not in REDUCTIONS:
         return "takes too long"
     for word in call.arguments:
-        for pattern, why in ABSENT.items():
+        for pattern, why in NOT_RUN.items():
             if fnmatch(word, pattern):
                 return why
     options = module_options(module, call.arguments)
@@ -86,7 +86,7 @@ def why_not_run(call: Call, reason: str) -> str:
         return "" if "--help" in call.arguments or "--list-recipes" in call.arguments else "help"
     data = getattr(getattr(options, "config", None), "data", None)  # of commands that take a recipe
     if data is not None and data.dataset != "shapes" and (data.root is None or fnmatch(data.root, "/data/*")):
-        return "a data set that is not here"
+        return "needs a data set"
     return ""
 
 
