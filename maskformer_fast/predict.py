@@ -60,22 +60,22 @@ def find_images(patterns: Sequence[str]) -> tuple[list[tuple[Path, Path]], list[
     Names keep the folder structure below a given folder. Of names that are equal but for the suffix, the second and
     later ones get ``_2``, ``_3``...
     """
-    found: list[tuple[Path, Path]] = []
+    matches: list[tuple[Path, Path]] = []
     problems: list[str] = []
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            found += [(file, file.relative_to(path)) for file in files]
+            matches += [(file, file.relative_to(path)) for file in files]
         else:
             files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
             files = [file for file in files if file.is_file()]
-            found += [(file, Path(file.name)) for file in files]
+            matches += [(file, Path(file.name)) for file in files]
         if not files:
             problems.append(f"{pattern}: no image there")
     taken: set[Path] = set()
     unique = []
-    for file, name in found:
+    for file, name in matches:
         candidate, number = name, 1
         while candidate.with_suffix("") in taken:
             number += 1

@@ -28,7 +28,7 @@ class BenchmarkOptions:
 
     Writes ``benchmark.json``, ``benchmark.md`` and ``benchmark.png``. With a checkpoint, the one that the bundle was
     exported from, PyTorch runs beside it on the same frames and the same kind of device: the GPU where the bundle runs
-    by TensorRT, else the CPU. Each runner has a process of its own; they take turns. Exit status 1 if one failed.
+    by TensorRT, else the CPU. Each runs in a separate process; they take turns. Exit status 1 if one failed.
     """
 
     bundle: tyro.conf.Positional[str]
@@ -36,7 +36,7 @@ class BenchmarkOptions:
     checkpoint: str | None = None
     """Checkpoint to compare with; without one the bundle runs alone and torch is not needed."""
     against: tuple[Literal["eager", "compile"], ...] = ("eager", "compile")
-    """How PyTorch runs the checkpoint."""
+    """Modes in which PyTorch runs the checkpoint."""
     batches: tuple[int, ...] = (1, 2, 4, 8)
     """Frames in one call."""
     size: str = "512x512"

@@ -1,4 +1,4 @@
-"""Runs the runners of one batch size in processes of their own, in turn, and makes a row of the report of each."""
+"""Measures the runners at a batch size, in turn and each in a separate process -> rows of the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``python -m maskformer_fast.benchmark`` times: a bundle, and the same network in PyTorch, eager and compiled."""
+"""Runners of ``python -m maskformer_fast.benchmark``: a bundle, and the same network in PyTorch, eager or compiled."""
 
 from __future__ import annotations
 

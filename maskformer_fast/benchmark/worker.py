@@ -1,7 +1,7 @@
 """``python -m maskformer_fast.benchmark.worker``: the process of one runner.
 
-It reads commands as lines of JSON and answers each with a line. A process of its own gives each runner a peak memory of
-its own, and keeps the failure of one from the others.
+It reads commands as lines of JSON and answers each with a line. In separate processes, the peak memory of each runner
+can be measured, and a runner that fails does not end the others.
 """
 
 from __future__ import annotations

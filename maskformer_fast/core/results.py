@@ -1,4 +1,4 @@
-"""Results of the three tasks: tensors from a network in PyTorch, NumPy arrays from a bundle."""
+"""Results of the three tasks, with tensors from PyTorch or NumPy arrays from a bundle."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from maskformer_fast.core.metadata import SegmentInfo
 
 ArrayT = TypeVar("ArrayT")
-"""``torch.Tensor`` or ``numpy.ndarray``; all arrays of one result are of one kind."""
+"""Type of the arrays of one result: ``torch.Tensor`` or ``numpy.ndarray``."""
 
 
 @dataclass
 class SemanticResult(Generic[ArrayT]):
-    """The class of every pixel."""
+    """Class of every pixel."""
 
     labels: ArrayT  # [H, W] uint8 (K <= 255) or int16
     scores: ArrayT | None = None  # [H, W] float32, sum over queries of the winning class

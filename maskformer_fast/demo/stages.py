@@ -24,8 +24,8 @@ __all__ = ["StagedImage", "StagedPredictor"]
 class StagedPredictor:
     """A predictor whose stages are timed. It works on one image at a time, whatever threads call.
 
-    The network runs once an image, so semantic results are without test-time augmentation, whatever the test options
-    say.
+    The network runs once an image, so semantic results are without test-time augmentation, also if the test options
+    ask for it.
     """
 
     def __init__(self, predictor: Predictor | BundlePredictor) -> None:
@@ -116,7 +116,7 @@ class StagedImage:
         with _timed_parts(predictor.network, stopwatch):
             self._predictions = predictor.run_network([self.image], stopwatch)
         seconds = stopwatch.seconds
-        # What follows the last of the timed parts is the stage "network"; its name says what that is.
+        # The stage "network" is the rest of the network, after the timed parts; it gets the name of that rest.
         rest = ("network", "decoders", "transformer decoder")[("backbone" in seconds) + ("pixel decoder" in seconds)]
         if isinstance(getattr(predictor.network, "predictor", None), nn.Conv2d):
             rest = "classifier"
@@ -131,7 +131,7 @@ class StagedImage:
 
 @contextmanager
 def _timed_parts(network: nn.Module, stopwatch: Stopwatch) -> Iterator[None]:
-    """Time the backbone, normalisation included, and the pixel decoder as stages of their own inside the block."""
+    """Time the backbone, normalisation included, and the pixel decoder as separate stages inside the block."""
     backbone, head = getattr(network, "backbone", None), getattr(network, "predictor", None)
     handles = []
     if isinstance(backbone, nn.Module):

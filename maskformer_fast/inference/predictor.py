@@ -86,8 +86,8 @@ class Predictor:
     ) -> dict[Task, list[Result]]:
         """Each task's results at the images' sizes, from one forward pass.
 
-        Test-time augmentation, where ``config.test`` asks for it, takes forward passes of its own for the semantic
-        results. A ``stopwatch``, made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``.
+        Semantic results with test-time augmentation (``config.test``) take additional forward passes. A ``stopwatch``,
+        made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``.
         """
         test = self.config.test
         stopwatch = stopwatch or Stopwatch()
