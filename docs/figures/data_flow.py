@@ -44,14 +44,19 @@ BOXES = {
         ("training/matcher.py", "ops/matching_cost.py", "ops/assignment.py"), 1.2,
     ),
     "loss": Box(13.0, 8.3, 3.0, TRAINING, "losses", ("training/criterion.py", "ops/mask_loss.py")),
-    "step": Box(9.0, 8.3, 3.2, TRAINING, "update, or a skipped step", ("training/train_step.py", "training/skipped_steps.py")),
+    "step": Box(
+        9.0, 8.3, 3.2, TRAINING, "update, or a skipped step", ("training/train_step.py", "training/skipped_steps.py"),
+    ),
     "run": Box(5.0, 8.3, 2.6, TRAINING, "checkpoints, log", ("training/checkpoints.py", "training/run_log.py")),
     "post": Box(
         13.0, 2.2, 3.0, RESULT, "pruning, fused inference",
         ("inference/postprocess.py", "ops/semantic.py", "ops/semantic_pruned.py", "ops/segments.py"), 1.4,
     ),
     "result": Box(9.0, 2.2, 3.2, RESULT, "labels, segments, instances", ("inference/predictor.py", "ops/rle.py")),
-    "files": Box(5.0, 2.2, 2.6, RESULT, "files, pictures, metrics", ("output/writer.py", "output/visualize.py", "evaluation/"), 1.2),
+    "files": Box(
+        5.0, 2.2, 2.6, RESULT, "files, pictures, metrics", ("output/writer.py", "output/visualize.py", "evaluation/"),
+        1.2,
+    ),
 }  # fmt: skip
 ARROWS = (
     ("data", "batch", ""),

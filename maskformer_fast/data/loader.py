@@ -174,14 +174,14 @@ def train_loader(
 
 
 class EvalLoader:
-    """Examples in the order of their index.
+    """Examples in the order of their index, read by ``workers`` processes.
 
-    Broken examples are left out and listed in ``broken``, or raise BrokenExampleError. ``indices`` names the examples,
-    by default all.
+    With ``skip_broken``, broken examples are left out and listed in ``broken``; otherwise they raise
+    BrokenExampleError. ``indices`` are the examples to read, by default all.
     """
 
     def __init__(
-        self, dataset: SegmentationDataset, workers: int, skip_broken: bool, indices: range | None = None
+        self, dataset: SegmentationDataset, workers: int, skip_broken: bool = False, indices: range | None = None
     ) -> None:
         indices = range(len(dataset)) if indices is None else indices
         self.broken: list[Broken] = []
@@ -198,7 +198,7 @@ class EvalLoader:
         )
 
     def __len__(self) -> int:
-        """Examples, the broken ones included."""
+        """Return the number of examples, including broken ones."""
         return self._length
 
     def __iter__(self) -> Iterator[Example]:
@@ -206,24 +206,17 @@ class EvalLoader:
             yield from batch
 
     def batches(self, size: int) -> Iterator[list[Example]]:
-        """Consecutive ``size`` indices at a time, without the broken ones among them (perhaps none is left)."""
+        """Iterate over groups of ``size`` consecutive indices; a group lacks its broken examples and may be empty."""
         self.broken.clear()
         items = iter(self._loader)
-        while found := list(islice(items, size)):
+        while group := list(islice(items, size)):
             batch = []
-            for item in found:
+            for item in group:
                 if isinstance(item, BrokenExampleError) and self._skip_broken:
                     self.broken.append((item.path, item.reason))
                 else:
                     batch.append(_raise_broken(item))
             yield batch
-
-
-def eval_loader(
-    dataset: SegmentationDataset, workers: int, skip_broken: bool = False, indices: range | None = None
-) -> EvalLoader:
-    """Examples in index order, read by ``workers`` processes."""
-    return EvalLoader(dataset, workers, skip_broken, indices)
 
 
 def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> range:
@@ -266,7 +259,7 @@ class _TrainSamples(Dataset[Any]):
 
 
 class _EvalSamples(Dataset[Any]):
-    """Examples, or the error that kept one from being read."""
+    """Examples by index; an error is returned instead of raised, as in `_TrainSamples`."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
         self._dataset = dataset

@@ -15,7 +15,7 @@ from maskformer_fast.config import Task
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import Result
 from maskformer_fast.data import SegmentationDataset
-from maskformer_fast.data.loader import eval_loader, eval_shard
+from maskformer_fast.data.loader import EvalLoader, eval_shard
 from maskformer_fast.distributed import gather_on_main, is_main, on_main, rank, world_size
 from maskformer_fast.evaluation import Evaluator, build_evaluator
 from maskformer_fast.inference.bundle_predictor import BundlePredictor
@@ -70,7 +70,7 @@ def measure(
     batch_size = predictor.test.batch_size
     total = len(dataset) if limit is None else min(limit, len(dataset))
     shard = eval_shard(total, batch_size, rank(), world_size())
-    loader = eval_loader(dataset, workers, skip_broken, shard)
+    loader = EvalLoader(dataset, workers, skip_broken, shard)
     with tqdm(total=len(shard), desc="evaluate", unit="img", leave=False, dynamic_ncols=True,
               disable=not is_main()) as progress:
         for examples in loader.batches(batch_size):

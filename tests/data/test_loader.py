@@ -31,7 +31,6 @@ from maskformer_fast.data.loader import (
     TrainLoader,
     TrainSampler,
     collate,
-    eval_loader,
     pad_images,
     train_loader,
 )
@@ -242,17 +241,17 @@ def test_a_data_set_of_broken_examples_is_an_error() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_keeps_the_order_and_lists_broken_examples(workers: int) -> None:
     dataset = shapes(7)
-    examples = list(eval_loader(dataset, workers))
+    examples = list(EvalLoader(dataset, workers))
     assert [example.image_id for example in examples] == list(range(7))
     np.testing.assert_array_equal(examples[3].image, dataset[3].image)
     np.testing.assert_array_equal(examples[3].id_map, dataset[3].id_map)
-    loader = eval_loader(PartlyBroken(dataset, [0, 4]), workers, skip_broken=True)
+    loader = EvalLoader(PartlyBroken(dataset, [0, 4]), workers, skip_broken=True)
     for _ in range(2):
         assert [example.image_id for example in loader] == [1, 2, 3, 5, 6]
         assert loader.broken == [("images/0.jpg", "truncated"), ("images/4.jpg", "truncated")]
     assert len(loader) == 7
     with pytest.raises(BrokenExampleError, match=r"^images/4\.jpg: truncated$"):
-        list(eval_loader(PartlyBroken(dataset, [4]), workers))
+        list(EvalLoader(PartlyBroken(dataset, [4]), workers))
 
 
 def test_batches_have_labels_of_hundreds_of_classes() -> None:
@@ -290,7 +289,7 @@ def test_workers_use_one_thread() -> None:
     with threadpoolctl.threadpool_limits(2):  # the number that workers would inherit on a larger machine
         assert dataset[0].image_id == 2
         assert next(iter(train_loader(dataset, config, "panoptic"))).image_ids == [1, 1]
-        assert [example.image_id for example in eval_loader(dataset, workers=1)] == [1] * 4
+        assert [example.image_id for example in EvalLoader(dataset, workers=1)] == [1] * 4
 
 
 def test_a_process_with_an_unfinished_iterator_exits() -> None:

@@ -152,9 +152,10 @@ def import_program(module: str) -> ModuleType:
 
 
 def option_classes(program: ModuleType) -> list[Any]:
-    """Return the dataclasses NAMEOptions that a module defines."""
+    """Return the dataclasses NAMEOptions that a module, or the package whose ``__main__`` it is, defines."""
+    place = program.__name__.removesuffix(".__main__")
     named = [value for name, value in vars(program).items() if name.endswith("Options")]
-    return [kind for kind in named if dataclasses.is_dataclass(kind) and kind.__module__ == program.__name__]
+    return [kind for kind in named if dataclasses.is_dataclass(kind) and kind.__module__.startswith(place)]
 
 
 class _Parsed(Exception):

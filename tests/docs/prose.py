@@ -19,7 +19,7 @@ COMMANDS = (
     "maskformer_fast.deploy.triton_server",
 )  # fmt: skip
 """Commands whose options are the fields of a dataclass."""
-ARGPARSE_COMMANDS: dict[str, tuple[str, ...]] = {"maskformer_fast.kernels.aot": ("--check",)}
+ARGPARSE_COMMANDS: dict[str, tuple[str, ...]] = {"benchmarks": (), "maskformer_fast.kernels.aot": ("--check",)}
 """Commands that use argparse, with the arguments that they require."""
 OTHER_OPTIONS = frozenset({"--help", "--config", "--list-recipes", "--rdzv-id", "--shm-size"})
 """Options that are no field of a dataclass: those that choose a recipe, and those of torchrun and Docker."""
@@ -94,8 +94,8 @@ def _walk(kind: Any, prefix: str) -> tuple[set[str], set[str]]:
         inner = hints[field.name]
         inner = inner if dataclasses.is_dataclass(inner) else None
         if inner is None:
-            own = field.name.replace("_", "-")
-            options |= {f"--{prefix.replace('_', '-')}{own}", f"--{prefix.replace('_', '-')}no-{own}"}
+            name = field.name.replace("_", "-")
+            options |= {f"--{prefix.replace('_', '-')}{name}", f"--{prefix.replace('_', '-')}no-{name}"}
         else:
             below = "" if field.name == "config" else f"{prefix}{field.name}."
             holders.add(f"{prefix}{field.name}")

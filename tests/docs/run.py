@@ -39,31 +39,31 @@ REDUCTIONS = {
     "maskformer_fast.evaluate": "--limit 2 --data.workers 0",
     "maskformer_fast.predict": "",
     "maskformer_fast.convert": "",
-    "maskformer_fast.export": "",
+    "maskformer_fast.export": "--sizes 64x96",
     "maskformer_fast.benchmark": "--seconds 0.05 --batches 1 --size 64x96 --against eager",
     "maskformer_fast.deploy.triton_server": "",
 }
 """Commands that are run -> options that are appended."""
-ABSENT = {
-    "/data/*": "a data set that is not here",
-    "model*.pkl": "a checkpoint of others that is not here",
-    "maskformer-swin-*": "a checkpoint of others that is not here",
-    "maskformer-resnet*": "a checkpoint of others that is not here",
-    "resnet50-imagenet.pth": "a checkpoint of others that is not here",
-    "r50.safetensors": "a checkpoint of others that is not here",
-    "weights/*": "a checkpoint of others that is not here",
-    "case.pt": "recorded outputs that are not here",
-    "runs/ade20k_150/*": "a run that is not here",
-    "runs/coco_panoptic/*": "a run that is not here",
+NOT_RUN = {
+    "/data/*": "needs a data set",
+    "model*.pkl": "needs a published checkpoint",
+    "maskformer-swin-*": "needs a published checkpoint",
+    "maskformer-resnet*": "needs a published checkpoint",
+    "resnet50-imagenet.pth": "needs a published checkpoint",
+    "r50.safetensors": "needs a published checkpoint",
+    "weights/*": "needs a published checkpoint",
+    "case.pt": "needs recorded outputs",
+    "runs/ade20k_150/*": "needs a trained run",
+    "runs/coco_panoptic/*": "needs a trained run",
     "--solver.compile": "compiles for minutes",
-    "--profile": "takes more steps than are run here",
+    "--profile": "needs more steps",
     "--engine-only": "needs the GPU that the engine is for",
     "engine": "needs the GPU that the engine is for",
     "tensorrt": "needs the GPU that the engine is for",
 }
 """Pattern of an argument with which a command is parsed only -> the reason."""
-OMITTED = ("--target", "--frames")
-"""Options that are left out, with their values, because they would compile kernels for a minute."""
+OMITTED = ("--target", "--frames", "--sizes")
+"""Options that are left out, with their values: kernels compile for a minute, and large sizes are slow."""
 
 
 def why_not_run(call: Call, reason: str) -> str:
@@ -71,14 +71,14 @@ def why_not_run(call: Call, reason: str) -> str:
     if reason:
         return reason
     if call.program.startswith("torchrun"):
-        return "several processes"
+        return "starts several processes"
     module = call.program.removeprefix("python -m ")
     if module == call.program:
-        return "a program of others"
+        return "no module of this project"
     if module not in REDUCTIONS:
         return "takes too long"
     for word in call.arguments:
-        for pattern, why in ABSENT.items():
+        for pattern, why in NOT_RUN.items():
             if fnmatch(word, pattern):
                 return why
     options = module_options(module, call.arguments)
@@ -86,7 +86,7 @@ def why_not_run(call: Call, reason: str) -> str:
         return "" if "--help" in call.arguments or "--list-recipes" in call.arguments else "help"
     data = getattr(getattr(options, "config", None), "data", None)  # of commands that take a recipe
     if data is not None and data.dataset != "shapes" and (data.root is None or fnmatch(data.root, "/data/*")):
-        return "a data set that is not here"
+        return "needs a data set"
     return ""
 
 
@@ -136,6 +136,8 @@ def run_module(call: Call) -> None:
     module = call.program.removeprefix("python -m ")
     is_help = "--help" in call.arguments or "--list-recipes" in call.arguments
     more = [] if is_help else shlex.split(REDUCTIONS[module])
+    if "--static" in call.arguments:  # it determines the only size of an export
+        more = []
     if "--resume" in call.arguments:  # one step more than the run has
         more = [word if word != "2" or more[at - 1] != "--solver.max-steps" else "3" for at, word in enumerate(more)]
     os.environ.update({"PYTHONPATH": str(ROOT), **call.variables})  # for child processes of the command

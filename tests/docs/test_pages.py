@@ -16,7 +16,7 @@ from tests.docs import run
 from tests.docs.pages import ROOT, SHELL, Block, Command, PageError, Place, blocks, commands, pages
 from tests.docs.parsing import CommandError, check, check_python, check_recipe, split_command
 from tests.docs.prose import problems
-from tests.docs.run import ABSENT, run_python, why_not_run
+from tests.docs.run import NOT_RUN, run_python, why_not_run
 from tests.docs.world import TINY, make_world
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in pages()}
@@ -183,9 +183,9 @@ def test_errors_in_the_prose_are_reported(tmp_path: Path) -> None:
         ("python -m maskformer_fast.train --config ade20k_150/maskformer_r50", "data set"),
         ("python -m maskformer_fast.train --config ade20k_150/maskformer_r50 --data.root /data/x", "data set"),
         ("python -m maskformer_fast.evaluate runs/demo", ""),
-        ("python -m maskformer_fast.convert model_final.pkl x.safetensors", "checkpoint of others"),
+        ("python -m maskformer_fast.convert model_final.pkl x.safetensors", "published checkpoint"),
         ("torchrun --standalone --nproc-per-node 2 -m maskformer_fast.train", "several processes"),
-        ("make demo", "program of others"),
+        ("make demo", "no module"),
         ("python -m maskformer_fast.kernels.aot --check", "too long"),
     ],
 )
@@ -208,4 +208,4 @@ def test_a_failing_command_fails_the_check(tmp_path: Path) -> None:
     assert report.counts == {"ran": 1, "FAILED": 1} and report.failed == 1
     assert "none.jpg: no image there" in report.lines[-1]
     assert (tmp_path / "world" / "predictions" / "semantic" / "photo.png").exists()
-    assert os.getcwd() != str(tmp_path / "world") and "/data/*" in ABSENT
+    assert os.getcwd() != str(tmp_path / "world") and "/data/*" in NOT_RUN

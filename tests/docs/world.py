@@ -90,8 +90,8 @@ def coco_folder(root: Path, examples: list[Example]) -> None:
             panoptic.append({"image_id": number, "file_name": f"{number}.png", "segments_info": segments})
             instance = {"id": number, "image_id": number, "category_id": things[0]["id"], "area": 400.0, "iscrowd": 0}
             instances.append(instance | {"bbox": [8, 8, 20, 20], "segmentation": [[8, 8, 28, 8, 28, 28, 8, 28]]})
-        for name, truth, own in (("panoptic", panoptic, categories), ("instances", instances, things)):
-            content = {"images": images, "annotations": truth, "categories": own}
+        for name, truth, used in (("panoptic", panoptic, categories), ("instances", instances, things)):
+            content = {"images": images, "annotations": truth, "categories": used}
             (root / "annotations" / f"{name}_{split}.json").write_text(json.dumps(content))
 
 

@@ -111,7 +111,7 @@ def find_pairs(
     ``x/NAME{image_ending}.jpg`` below ``images`` belongs to ``x/NAME{annotation_ending}`` below ``annotations``.
 
     Raises:
-        FileNotFoundError: a folder is missing or holds no image.
+        FileNotFoundError: a folder is missing or has no image.
         ValueError: two images share an annotation, or images have none (unless ``skip_broken``).
     """
     if absent := [str(folder) for folder in (images, annotations) if not folder.is_dir()]:
