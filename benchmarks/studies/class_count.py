@@ -26,7 +26,7 @@ from benchmarks.studies import OUTPUT
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import write_json
-from maskformer_fast.data.shapes import MAX_STUFF
+from maskformer_fast.data.datasets.shapes import MAX_STUFF
 
 MODELS = ("maskformer", "per_pixel_plus")
 TRIAL_STEPS = 40

@@ -1,47 +1,56 @@
-"""Reading pickles of numpy arrays without running them.
+"""Reading pickles of NumPy arrays without running them.
 
-Python's own unpickler calls what a file names. This one is a small machine for the few operations that arrays,
-numbers, texts and plain containers need: a name imported by the file is compared with a list, everything on the list
-has a stand-in here, and any other is refused by its name before it is looked up. Nothing is imported or called, numpy's
-reconstructors included, and no array takes more memory than its bytes in the file.
+`load` is the standard library's unpickler with three limits: a list of allowed operations, a list of allowed names,
+each of which has an inert stand-in here, and a stream that never gives more bytes than it has. Nothing is imported or
+called, NumPy's reconstructors included, and arrays take no more memory than the file.
+
+The unpickler is the one written in Python (``pickle._Unpickler``, as joblib uses it), not its twin in C. The twin
+cannot check the keys of dictionaries: it hashes a tuple of 200,000 levels by recursion (the operations TUPLE1 and
+SETITEM), which ends the process (``test_a_deep_tuple_as_a_key_is_refused``). It also takes 64 GiB for one large index
+of its memo (LONG_BINPUT, ``test_bombs_stay_small``).
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import pickletools
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Any, Final
+from typing import IO, Any
 
 import numpy as np
 
 from maskformer_fast.interop.names import ConvertError
 
 _KINDS = frozenset("fiub")
-_MAX_ITEM = 8
+"""NumPy's letters of the kinds of numbers that are read: floating point, integers and booleans."""
+_MAX_ITEM_BYTES = 8
 
+_ALLOWED = frozenset((
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK",
+    "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS",
+    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
+    "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+))  # fmt: skip
+"""Operations that arrays, numbers, texts and plain containers need."""
 
-class _Mark:
-    """Where the operations that take "all since the mark" stop."""
-
-
-_MARK: Final = _Mark()
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Names of modules in pickles of protocol 2 and less -> their names in Python 3."""
 
 
 @dataclass
 class _Dtype:
-    """Stand-in for ``numpy.dtype`` while its byte order is yet to come."""
+    """Stand-in for ``numpy.dtype``; BUILD sets its byte order."""
 
     code: str
     order: str = "="
-
-    def build(self, state: Any) -> None:
-        """Take the state that numpy pickles: version, byte order, then fields that plain numbers do not have."""
-        plain = isinstance(state, tuple) and len(state) >= 5 and state[2:5] == (None, None, None)
-        if not plain or state[1] not in ("<", ">", "=", "|"):
-            raise ConvertError(f"numpy.dtype: expected a plain number, got {_short(state)}")
-        self.order = state[1]
 
     def resolve(self) -> np.dtype[Any]:
         dtype = np.dtype(self.code)
@@ -50,169 +59,196 @@ class _Dtype:
 
 @dataclass
 class _Array:
-    """Stand-in for an array whose contents are yet to come."""
+    """Stand-in for an array; BUILD sets its contents."""
 
     value: np.ndarray | None = None
-
-    def build(self, state: Any) -> None:
-        """Take the state that numpy pickles: version, shape, dtype, Fortran order, bytes."""
-        if not isinstance(state, tuple) or len(state) not in (4, 5):
-            raise ConvertError(f"numpy.ndarray: expected the state of an array, got {_short(state)}")
-        shape, dtype, fortran, data = state[-4:]
-        self.value = _array(data, dtype, shape, "F" if fortran is True or fortran == 1 else "C")
-
-
-class _Ndarray:
-    """Stand-in for the class ``numpy.ndarray``, which pickles name and pass on."""
 
 
 class _Dict(dict[Any, Any]):
     """Stand-in for ``collections.OrderedDict``."""
 
-    def build(self, state: Any) -> None:
-        """Leave out the attributes: torch keeps version numbers there."""
+
+@dataclass(frozen=True)
+class _Name:
+    """Stand-in for an imported class or function."""
+
+    name: str
+    call: Callable[..., Any] | None = None
+    """Computes what a call of the name gives; ``None`` where calls are refused."""
 
 
-def load(stream: IO[bytes]) -> Any:
-    """The object that a pickle describes: containers, numbers, texts, bytes and numpy arrays of numbers.
+class _Stream:
+    """A binary file that raises ``EOFError`` for more bytes than it has, before memory is taken for them."""
 
-    Args:
-        stream: binary file, at the start of the pickle; whatever follows the pickle is not read.
+    def __init__(self, file: IO[bytes]) -> None:
+        start = file.tell()
+        self.bytes = file.seek(0, os.SEEK_END) - start
+        self._left = self.bytes
+        self._file = file
+        file.seek(start)
 
-    Raises:
-        ConvertError: the pickle names anything but numpy's arrays, dtypes and numbers and ``collections.OrderedDict``
-            (the message says what), holds an array of objects, is damaged, or is no pickle.
-    """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of odd escapes in the texts of damaged files
-            return _settle(_Machine().run(stream))
-    except ConvertError:
-        raise
-    except (ValueError, IndexError, KeyError, TypeError, MemoryError, OverflowError) as error:
-        # UnicodeDecodeError is a ValueError; all of them come from a stream that is no pickle, or half of one.
-        raise ConvertError(f"not a readable pickle: {_short(error)}") from error
+    def read(self, size: int) -> bytes:
+        if size > self._left:
+            raise EOFError("the pickle is cut off")
+        self._left -= size
+        return self._file.read(size)
+
+    def readline(self) -> bytes:
+        line = self._file.readline()
+        self._left -= len(line)
+        return line
 
 
-class _Machine:
-    """The stack, the memo, and one method for each group of operations."""
+class _Unpickler(pickle._Unpickler):
+    """The standard library's unpickler; what it could import, call or overwrite is refused."""
 
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+    stack: list[Any]
+    """Values since the last mark; the base class makes it."""
 
-    def run(self, stream: IO[bytes]) -> Any:
-        for opcode, argument, _ in pickletools.genops(stream):
-            name = opcode.name
-            if name == "STOP":
-                return self.stack.pop()
-            if name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[name])
-            elif name in _LITERALS:
-                self.stack.append(argument)
-            elif name in _NEW:
-                self.stack.append(_NEW[name]())
-            elif name in _OPERATIONS:
-                _OPERATIONS[name](self, argument)
-            elif name not in ("PROTO", "FRAME"):
-                raise ConvertError(f"refused: the pickle's operation {name}, which arrays in plain containers do "
-                                   "not need")
-        raise ValueError("the pickle ends before it stops")
+    def __init__(self, stream: _Stream) -> None:
+        super().__init__(stream, encoding="latin-1")  # type: ignore[arg-type]  # it reads, and nothing else
+        self._encodable = stream.bytes
+        names = [
+            _Name("numpy.ndarray"),
+            _Name("numpy.dtype", _dtype),
+            _Name("_codecs.encode", self._encode),
+            _Name("collections.OrderedDict", _Dict),
+        ]
+        for core in ("numpy.core", "numpy._core"):
+            names += [
+                _Name(f"{core}.multiarray._reconstruct", _reconstruct),
+                _Name(f"{core}.multiarray.scalar", lambda dtype, data: self._array(data, dtype, (), "C")[()]),
+                _Name(f"{core}.numeric._frombuffer", lambda *arguments: _Array(self._array(*arguments))),
+            ]
+        self._names = {name.name: name for name in names}
 
-    def pop_to_mark(self) -> list[Any]:
-        items: list[Any] = []
-        while (item := self.stack.pop()) is not _MARK:
-            items.append(item)
-        return items[::-1]
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in of an imported name."""
+        wanted = f"{_PYTHON_2.get(module, module)}.{name}"
+        # A name with dots would be an attribute of the name before it.
+        if wanted not in self._names or "." in name:
+            raise ConvertError(f"refused: the pickle imports {wanted[:200]}, expected numpy arrays in plain containers "
+                               "alone; nothing of it was run")
+        return self._names[wanted]
 
-    def put(self, index: int | None) -> None:
-        self.memo[len(self.memo) if index is None else index] = self.stack[-1]
-
-    def get(self, index: int) -> None:
-        if index not in self.memo:
-            raise ValueError("a reference to something that was never kept")
-        self.stack.append(self.memo[index])
-
-    def pop(self, _: object) -> None:
-        self.stack.pop()
-
-    def pop_mark(self, _: object) -> None:
-        self.pop_to_mark()
-
-    def make_list(self, _: object) -> None:
-        self.stack.append(self.pop_to_mark())
-
-    def make_dict(self, _: object) -> None:
-        items = self.pop_to_mark()
-        self.stack.append({})
-        self.set_items(items)
-
-    def make_tuple(self, _: object) -> None:
-        self.stack.append(tuple(self.pop_to_mark()))
-
-    def make_short_tuple(self, count: int) -> None:
-        if len(self.stack) < count:
-            raise IndexError("the stack is too short for a tuple")
-        self.stack[-count:] = [tuple(self.stack[-count:])]
-
-    def append(self, _: object) -> None:
-        self.extend([self.stack.pop()])
-
-    def appends(self, _: object) -> None:
-        self.extend(self.pop_to_mark())
-
-    def extend(self, items: list[Any]) -> None:
-        if not isinstance(self.stack[-1], list):
-            raise TypeError("items for something that is no list")
-        self.stack[-1].extend(items)
-
-    def set_item(self, _: object) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
-
-    def set_items_to_mark(self, _: object) -> None:
-        self.set_items(self.pop_to_mark())
-
-    def set_items(self, items: list[Any]) -> None:
-        """Keys are texts and numbers: hashing a deep tuple could exhaust the interpreter's own stack."""
-        target = self.stack[-1]
-        if not isinstance(target, dict) or len(items) % 2:
-            raise TypeError("items for something that is no dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, (str, bytes, int, float)):
-                raise ConvertError(f"expected texts and numbers as keys of dictionaries, got {type(key).__name__}")
-            target[key] = value
-
-    def global_name(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self.stack.append(_find(module, name))
-
-    def stack_global(self, _: object) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(_find(module, name))
-
-    def reduce(self, _: object) -> None:
+    def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, _Function) or not isinstance(arguments, tuple):
+        if not isinstance(function, _Name) or function.call is None or not isinstance(arguments, tuple):
             raise ConvertError(f"refused: a call of {_short(function)}")
         self.stack.append(function.call(*arguments))
 
-    def build(self, _: object) -> None:
-        state = self.stack.pop()
-        target = self.stack[-1]
-        if not isinstance(target, (_Array, _Dtype, _Dict)):
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, _Array):
+            # Version, shape, dtype, Fortran order, bytes; the oldest pickles have no version.
+            if not isinstance(state, tuple) or len(state) not in (4, 5):
+                raise ConvertError(f"numpy.ndarray: expected the state of an array, got {_short(state)}")
+            shape, dtype, fortran, data = state[-4:]
+            target.value = self._array(data, dtype, shape, "F" if fortran is True or fortran == 1 else "C")
+        elif isinstance(target, _Dtype):
+            # Version, byte order, then fields that numbers do not have.
+            is_number = isinstance(state, tuple) and len(state) >= 5 and state[2:5] == (None, None, None)
+            if not is_number or state[1] not in ("<", ">", "=", "|"):
+                raise ConvertError(f"numpy.dtype: expected a plain number, got {_short(state)}")
+            target.order = state[1]
+        elif not isinstance(target, _Dict):  # its attributes are left out: torch keeps version numbers there
             raise ConvertError(f"refused: a state for an object of type {type(target).__name__}")
-        target.build(state)
+
+    def load_dict(self) -> None:
+        _check_keys(self.stack[::2])  # the stack since the mark
+        super().load_dict()  # type: ignore[misc]  # as the others: missing from the types of the standard library
+
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()  # type: ignore[misc]
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()  # type: ignore[misc]
+
+    def _encode(self, text: Any, encoding: Any) -> bytes:
+        """Bytes, as pickles of protocol 2 and less hold them."""
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise ConvertError(f"refused: _codecs.encode to {_short(encoding)}")
+        self._encodable -= len(text)
+        if self._encodable < 0:
+            raise ConvertError("refused: bytes that take more memory than the file, from the same text again and again")
+        return text.encode("latin-1")
+
+    def _array(self, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+        """A view of the bytes, if there are exactly as many as the shape needs."""
+        if isinstance(data, list):
+            raise ConvertError("refused: an array of Python objects")
+        raw = self._encode(data, "latin-1") if isinstance(data, str) else data  # Python 2 wrote texts
+        if not isinstance(raw, bytes) or not isinstance(dtype, _Dtype) or order not in ("C", "F"):
+            raise ConvertError(f"numpy.ndarray: expected bytes, a dtype and an order, "
+                               f"got {type(data).__name__}, {_short(dtype)}, {_short(order)}")
+        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
+            raise ConvertError("numpy.ndarray: expected a shape, got something else")
+        resolved = dtype.resolve()
+        needed = resolved.itemsize
+        for size in shape:
+            needed *= size
+        if needed != len(raw):
+            raise ConvertError(f"numpy.ndarray: expected {needed} bytes for shape {shape}, got {len(raw)}")
+        return np.frombuffer(raw, resolved).reshape(shape, order=order)
 
 
-@dataclass(frozen=True)
-class _Function:
-    """Stand-in for a function that pickles of arrays name."""
+def _refuse(operation: str) -> Callable[[_Unpickler], None]:
+    def refuse(unpickler: _Unpickler) -> None:
+        raise ConvertError(f"refused: the pickle's operation {operation}, which arrays in plain containers do not need")
 
-    call: Callable[..., Any]
+    return refuse
+
+
+def _dispatch() -> dict[int, Callable[[Any], None]]:
+    """Operation's byte -> method of `_Unpickler`."""
+    methods: dict[int, Callable[[Any], None]] = {}
+    for operation in pickletools.opcodes:
+        code = ord(operation.code)
+        # The standard library's table holds its own methods; overridden ones are looked up by their names.
+        method = pickle._Unpickler.dispatch[code]
+        allowed = operation.name in _ALLOWED
+        methods[code] = getattr(_Unpickler, method.__name__) if allowed else _refuse(operation.name)
+    # Of the same layout, and without memory for the announced length before the bytes are there.
+    methods[pickle.BYTEARRAY8[0]] = methods[pickle.BINBYTES8[0]]
+    return methods
+
+
+_Unpickler.dispatch = _dispatch()
+
+
+def load(file: IO[bytes]) -> Any:
+    """The object that a pickle describes: containers, numbers, texts, bytes and NumPy arrays of numbers.
+
+    Args:
+        file: binary file that can seek, at the start of the pickle; whatever follows the pickle is not read.
+
+    Raises:
+        ConvertError: the pickle names anything but NumPy's arrays, dtypes and numbers and ``collections.OrderedDict``
+            (the message says what), holds an array of objects, is damaged, or is no pickle.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in the texts of damaged files
+            return _with_arrays(_Unpickler(_Stream(file)).load())
+    except ConvertError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError, EOFError,
+            struct.error, pickle.UnpicklingError) as error:  # from a stream that is no pickle, or half of one
+        raise ConvertError(f"not a readable pickle: {_short(error)}") from error
+
+
+def _check_keys(keys: list[Any]) -> None:
+    """Refuse keys whose hash is recursive: a deep tuple would exhaust the interpreter's own stack."""
+    for key in keys:
+        if not isinstance(key, (str, bytes, int, float)):
+            raise ConvertError(f"expected texts and numbers as keys of dictionaries, got {type(key).__name__}")
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-    if kind is not _Ndarray:
+    """An array whose contents BUILD brings."""
+    if not isinstance(kind, _Name) or kind.name != "numpy.ndarray":
         raise ConvertError(f"refused: an array of the class {_short(kind)}")
     return _Array()
 
@@ -222,79 +258,14 @@ def _dtype(code: Any, align: Any = False, copy: Any = False) -> _Dtype:
     if isinstance(text, str) and text.startswith(("O", "|O", "object")):
         raise ConvertError("refused: an array of Python objects (numpy dtype 'O')")
     kind, size = (text[:1], text[1:]) if isinstance(text, str) else ("", "")
-    if kind not in _KINDS or not size.isdecimal() or not 1 <= int(size[:4]) <= _MAX_ITEM:
+    if kind not in _KINDS or not size.isdecimal() or not 1 <= int(size[:4]) <= _MAX_ITEM_BYTES:
         raise ConvertError(f"refused: an array of the type {_short(code)}, expected one of numbers")
     return _Dtype(text)
 
 
-def _scalar(dtype: Any, data: Any) -> Any:
-    return _array(data, dtype, (), "C")[()]
-
-
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    return _Array(_array(data, dtype, shape, order))
-
-
-def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """A view of the bytes, if there are exactly as many as the shape needs."""
-    if isinstance(data, list):
-        raise ConvertError("refused: an array of Python objects")
-    raw = data.encode("latin-1") if isinstance(data, str) else data  # Python 2 wrote texts
-    if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _Dtype) or order not in ("C", "F"):
-        raise ConvertError(f"numpy.ndarray: expected bytes, a dtype and an order, "
-                           f"got {type(data).__name__}, {_short(dtype)}, {_short(order)}")
-    if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape) or len(shape) > 32:
-        raise ConvertError("numpy.ndarray: expected a shape, got something else")
-    resolved = dtype.resolve()
-    needed = resolved.itemsize
-    for side in shape:
-        needed *= side
-    if needed != len(raw):
-        raise ConvertError(f"numpy.ndarray: expected {needed} bytes for shape {shape}, got {len(raw)}")
-    return np.frombuffer(raw, resolved).reshape(shape, order=order)
-
-
-def _encode(text: Any, encoding: Any) -> bytes:
-    """Bytes, as pickles of protocol 2 and less hold them."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise ConvertError(f"refused: _codecs.encode to {_short(encoding)}")
-    return text.encode("latin-1")
-
-
-_STAND_INS: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _Ndarray,
-    ("numpy", "dtype"): _Function(_dtype),
-    ("_codecs", "encode"): _Function(_encode),
-    ("collections", "OrderedDict"): _Function(_Dict),
-    **{
-        (f"numpy.{core}.{module}", name): _Function(function)
-        for core in ("core", "_core")
-        for module, name, function in (
-            ("multiarray", "_reconstruct", _reconstruct),
-            ("multiarray", "scalar", _scalar),
-            ("numeric", "_frombuffer", _from_buffer),
-        )
-    },
-}
-
-
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-"""Names of modules in pickles of protocol 2 and less."""
-
-
-def _find(module: Any, name: Any) -> Any:
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise TypeError("an import whose name is no text")
-    if (module, name) not in _STAND_INS:
-        wanted = f"{_PYTHON_2.get(module, module)}.{name}"[:200]
-        raise ConvertError(f"refused: the pickle imports {wanted}, expected numpy arrays in plain containers alone; "
-                           "nothing of it was run")
-    return _STAND_INS[module, name]
-
-
-def _settle(found: Any) -> Any:
+def _with_arrays(content: Any) -> Any:
     """Put arrays in the place of their stand-ins, in dictionaries and lists of any depth (tuples keep them)."""
-    waiting, seen = [[found]], set[int]()
+    waiting, seen = [[content]], set[int]()
     root = waiting[0]
     while waiting:
         container: Any = waiting.pop()
@@ -319,34 +290,7 @@ def _short(value: object) -> str:
         return str(value)[:200] or type(value).__name__
     if isinstance(value, _Dtype):
         return f"dtype {value.code}"
-    plain = value is None or isinstance(value, (bool, float))
-    return repr(value) if plain else f"an object of type {type(value).__name__}"
-
-
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
-_NEW: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict}
-_LITERALS = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
-}  # fmt: skip
-_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "POP": _Machine.pop,
-    "POP_MARK": _Machine.pop_mark,
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
-    "LIST": _Machine.make_list,
-    "DICT": _Machine.make_dict,
-    "TUPLE": _Machine.make_tuple,
-    "TUPLE1": lambda machine, _: machine.make_short_tuple(1),
-    "TUPLE2": lambda machine, _: machine.make_short_tuple(2),
-    "TUPLE3": lambda machine, _: machine.make_short_tuple(3),
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items_to_mark,
-    "GLOBAL": _Machine.global_name,
-    "STACK_GLOBAL": _Machine.stack_global,
-    "REDUCE": _Machine.reduce,
-    "BUILD": _Machine.build,
-}
+    if isinstance(value, _Name):
+        return value.name
+    has_short_text = value is None or isinstance(value, (bool, float))
+    return repr(value) if has_short_text else f"an object of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""The machine that reads pickles of arrays: what it admits equals Python's own reading, all else is refused by name."""
+"""The reader of pickled arrays: allowed contents equal Python's own reading, all else is refused by name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,35 @@ def array_state(shape: bytes, data: bytes, dtype: bytes = b"S'f4'\nI0\nI1\n") ->
 def test_hostile_and_broken_streams(stream: bytes, message: str) -> None:
     with pytest.raises(ConvertError, match=message):
         load(io.BytesIO(stream))
+
+
+def test_a_deep_tuple_as_a_key_is_refused() -> None:
+    # Its hash would recurse in C until the process dies; that of shared tuples would take forever.
+    deep = b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s."
+    shared = b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(40))
+    for stream in (deep, b"\x80\x02})q\x000" + shared + b"h\x28K\x01s."):
+        with pytest.raises(ConvertError, match="as keys"):
+            load(io.BytesIO(stream))
+
+
+@pytest.mark.parametrize("operation", [b"\x8e", b"\x96"], ids=["BINBYTES8", "BYTEARRAY8"])
+def test_no_memory_is_taken_for_bytes_that_are_not_there(operation: bytes) -> None:
+    stream = b"\x80\x05" + operation + struct.pack("<Q", 1 << 30) + b"abc."
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConvertError, match="the pickle is cut off"):
+            load(io.BytesIO(stream))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_one_text_does_not_become_bytes_again_and_again() -> None:
+    text = b"X" + struct.pack("<I", 100_000) + b"a" * 100_000
+    call = b"c_codecs\nencode\n(h\x00X\x06\x00\x00\x00latin1tR"
+    assert load(io.BytesIO(b"\x80\x02" + text + b"q\x000" + call + b".")) == b"a" * 100_000
+    with pytest.raises(ConvertError, match="more memory than the file"):
+        load(io.BytesIO(b"\x80\x02" + text + b"q\x000](" + call * 1000 + b"e."))
 
 
 def test_bombs_stay_small() -> None:
