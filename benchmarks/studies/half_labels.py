@@ -1,7 +1,8 @@
-"""How many labels half precision keeps, by what stays in float32: the measurement behind `deploy.precision.PINNED`.
+"""Share of the labels that half precision keeps, by what stays in float32: the measurement behind
+`deploy.build.precision.PINNED`.
 
-    python -m maskformer_fast.train demo --output run
-    python -m benchmarks.half_labels run [--images 16]
+    python -m maskformer_fast.train --config demo --output run
+    python -m benchmarks.studies.half_labels run [--images 16]
 
 Takes a trained run or checkpoint and images of its validation data at their own size, which must be one. No GPU: each
 graph runs in onnxruntime on the CPU, which rounds every operator's result to halves and computes it in float32, so
@@ -41,7 +42,7 @@ class HalfOptions:
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
-    """Class logits and mask logits in float32, node by node as the graph says."""
+    """Run the graph node by node, unoptimised -> class logits and mask logits in float32."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -63,7 +64,8 @@ def labels_of(logits: Sequence[np.ndarray], size: tuple[int, int], divisibility:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = parse(HalfOptions, sys.argv[1:] if argv is None else argv, prog="python -m benchmarks.half_labels")
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parse(HalfOptions, arguments, prog="python -m benchmarks.studies.half_labels")
     config, _, weights, _ = load_weights(options.checkpoint)
     network = build_model(config.model).eval()
     load_into(network, weights, options.checkpoint)
@@ -74,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = onnx.load_from_string(export_graphs(network, ["raw"])["raw"][0])
     exact = run(model, images)
     expected = labels_of(exact, size, config.model.size_divisibility)
-    kinds = len(np.unique(expected))
-    print(f"{count} images of {size[0]}x{size[1]}, {kinds} classes seen\n")
+    found = len(np.unique(expected))
+    print(f"{count} images of {size[0]}x{size[1]}, {found} classes seen\n")
     print("| in float32 | mask logits | labels kept | error of class logits | error of mask logits |")
     print("| --- | --- | --- | --- | --- |")
     rows: list[tuple[str, Collection[str], Collection[str]]] = [("nothing", (), ())]

@@ -1,9 +1,9 @@
-"""The paper's claim, measured again: what mask classification gains over per-pixel classification by number of classes.
+"""Gain of mask classification over per-pixel classification by number of classes: the paper's claim, measured again.
 
-    python -m benchmarks.class_count [--minutes 60] [--classes 19 150 847] [--output FILE]
+    python -m benchmarks.studies.class_count [--minutes 60] [--classes 19 150 847] [--output FILE]
 
 MaskFormer and the per-pixel baseline+ train on the synthetic scenes with the same small backbone, pixel decoder,
-transformer decoder, data, steps and schedule; mIoU of both and the difference go to benchmarks/results/class_count.json
+transformer decoder, data, steps and schedule; mIoU of both and the difference go to benchmarks/output/class_count.json
 and a table. Each number of classes gets the same time; how many steps fit in is found by timing the first ones, and is
 the same for both models.
 """
@@ -21,16 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import ROOT
+from benchmarks.harness.runner import ROOT
+from benchmarks.studies import OUTPUT
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.files import atomic_write
+from maskformer_fast.core.files import write_json
 from maskformer_fast.data.datasets.shapes import MAX_STUFF
 
-RESULTS = Path(__file__).parent / "results" / "class_count.json"
 MODELS = ("maskformer", "per_pixel_plus")
 TRIAL_STEPS = 40
-LOG_EVERY = 20  # steps
+"""Steps of the runs that tell how long a step takes."""
+LOG_EVERY = 20
+"""Steps between two lines of the log."""
 
 logger = logging.getLogger("benchmarks.class_count")
 
@@ -42,7 +44,7 @@ class ClassCountOptions:
     minutes: float = 60.0
     """Time for all runs."""
     classes: tuple[int, ...] = (19, 150, 847)
-    output: Path = RESULTS
+    output: Path = OUTPUT / "class_count.json"
     """JSON file."""
 
     def __post_init__(self) -> None:
@@ -51,18 +53,20 @@ class ClassCountOptions:
 
 
 class Run(NamedTuple):
-    """What a run of training says."""
+    """Result of a training run."""
 
     miou: float
-    seconds: float  # in all
+    seconds: float  # of the complete run
     step_seconds: float  # of the last steps
 
 
 def train(folder: Path, model: str, classes: int, steps: int, images: int = 512) -> Run:
     """One run of the demo's recipe with other classes.
 
-    The baseline scores every class at every pixel, which takes most of the time: hence the small images. Raises
-    RuntimeError with what the run said last, where it fails.
+    The baseline scores every class at every pixel, which takes most of the time: hence the small images.
+
+    Raises:
+        RuntimeError: training failed; with the end of its error output.
     """
     stuff = min(MAX_STUFF, max(1, classes * 2 // 5))
     command = [
@@ -83,7 +87,7 @@ def train(folder: Path, model: str, classes: int, steps: int, images: int = 512)
 
 
 def affordable_steps(folder: Path, classes: int, seconds: float) -> int:
-    """Steps that both models can do in that time together, their start and their evaluation included."""
+    """Steps that both models can do in so many seconds together, their start and their evaluation included."""
     start = time.perf_counter()
     trials = [train(folder / f"trial_{model}_{classes}", model, classes, TRIAL_STEPS) for model in MODELS]
     step = sum(trial.step_seconds for trial in trials)
@@ -94,8 +98,9 @@ def affordable_steps(folder: Path, classes: int, seconds: float) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    options = parse(ClassCountOptions, arguments, prog="python -m benchmarks.class_count")
+    options = parse(ClassCountOptions, arguments, prog="python -m benchmarks.studies.class_count")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         for classes in options.classes:
@@ -107,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row["gain"] = row["maskformer"] - row["per_pixel_plus"]
             rows.append(row)
             logger.info("%s", json.dumps(row))
-            with atomic_write(options.output) as file:
-                file.write((json.dumps({"rows": rows}, indent=2) + "\n").encode())
+            write_json(options.output, {"rows": rows})
     print(f"{'classes':>8} {'steps':>6} {'MaskFormer':>11} {'per-pixel+':>11} {'gain':>7}   (mIoU)")
     for row in rows:
         numbers = f"{row['maskformer']:11.4f} {row['per_pixel_plus']:11.4f} {row['gain']:+7.4f}"

@@ -1,15 +1,14 @@
-"""TensorRT for RTX builds every graph in every precision for every GPU: seconds, and MiB of each engine.
+"""Builds by TensorRT for RTX of every graph in every precision for every GPU: seconds, and MiB of each engine.
 
     python -m maskformer_fast.export ade20k_150/maskformer_r50 --output r50
-    python -m benchmarks.rtx_builds r50 [swin ...] [--precision fp32 fp16] [--targets sm_80 sm_86 sm_89 sm_120]
+    python -m benchmarks.studies.rtx_builds r50 [swin ...] [--precision fp32 fp16] [--targets sm_80 sm_86 sm_89 sm_120]
 
 Needs no GPU. Takes bundles, and ``raw`` graphs as ONNX files. Each build is a process of its own; status 1 if one
-fails. Results go to benchmarks/results/rtx_builds.json.
+fails. Results go to benchmarks/output/rtx_builds.json.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -19,12 +18,11 @@ from typing import Literal
 
 import tyro
 
-from benchmarks.machine import describe_machine
+from benchmarks.harness.machine import describe
+from benchmarks.studies import OUTPUT
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.core.files import atomic_write
+from maskformer_fast.core.files import write_json
 from maskformer_fast.deploy.build.tensorrt import EngineConfig, EngineError, build_engine
-
-RESULTS = Path(__file__).parent / "results" / "rtx_builds.json"
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,14 @@ class BuildOptions:
     """What to build each in."""
     targets: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_120")
     """GPUs; one engine serves them all."""
-    output: str = str(RESULTS)
-    """File for the results."""
+    output: Path = OUTPUT / "rtx_builds.json"
+    """JSON file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = parse(BuildOptions, sys.argv[1:] if argv is None else argv, prog="python -m benchmarks.rtx_builds")
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parse(BuildOptions, arguments, prog="python -m benchmarks.studies.rtx_builds")
     rows = []
     print("| graph | precision | seconds | engine MiB | outcome |\n| --- | --- | --- | --- | --- |")
     for name in options.models:
@@ -63,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                    "version": version, "targets": list(options.targets), "outcome": outcome}
             rows.append(row)
             print(f"| {Path(name).name} | {precision} | {seconds:.0f} | {size / 2**20:.0f} | {outcome} |", flush=True)
-    with atomic_write(options.output) as file:
-        file.write(json.dumps({"machine": describe_machine(), "builds": rows}, indent=2).encode() + b"\n")
+    write_json(options.output, {"machine": describe("cpu"), "builds": rows})
     return int(any(row["outcome"] != "built" for row in rows))
 
 
