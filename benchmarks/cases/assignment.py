@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness.case import Bound, Case, Work, beside
+from benchmarks.harness.case import Bound, Case, Operation, Work, beside
 from maskformer_fast.ops import linear_sum_assignment
 from maskformer_fast.ops.assignment import linear_sum_assignment_eager
 
@@ -71,7 +71,9 @@ def setup(device: torch.device, kind: str, shape: Shape) -> Work:
         tolerance = 1e-9 if device.type == "cpu" else 1e-6
         return (totals[0] - totals[1]).abs().le(tolerance * totals[1].abs().clamp(min=1)).float().mean().item()
 
-    peers = {SCIPY: scipy_loop, SCIPY_COPIES: linear_sum_assignment_eager, TORCH_ASSIGNMENT: torch_assignment}
+    peers: dict[str, Operation] = {
+        SCIPY: scipy_loop, SCIPY_COPIES: linear_sum_assignment_eager, TORCH_ASSIGNMENT: torch_assignment,
+    }  # fmt: skip
     return Work(linear_sum_assignment, peers, draw, agreement, dict.fromkeys(peers, 1.0))
 
 

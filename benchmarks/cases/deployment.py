@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.cases.inputs import Size
 from benchmarks.cases.network import class_metadata, network_work
-from benchmarks.harness.case import Bound, Case, Work, beside
+from benchmarks.harness.case import Bound, Case, Operation, Work, beside
 from benchmarks.harness.runner import shared
 from maskformer_fast.benchmark.runners import BundleRunner, Setting, TorchRunner, draw_frame
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig, TestConfig
@@ -70,7 +70,7 @@ def write_checkpoint(path: Path, model: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def spread_queries(network: nn.Module) -> None:
+def spread_queries(network: Any) -> None:
     """Rescale and shift the two heads so that queries differ in class and mask, and not one class wins everywhere."""
     frame = torch.from_numpy(draw_frame(np.random.default_rng(0), (128, 128))).permute(2, 0, 1).unsqueeze(0)
     sizes = torch.tensor([[128, 128]])
@@ -134,15 +134,15 @@ class Implementations:
         write_checkpoint(folder / "model.safetensors", model)
 
     def _open(self, kind: Any, amp: Any) -> BundleRunner | TorchRunner:
-        common = {"batch": self.batch, "size": self.size, "task": "semantic", "device_index": self.device.index or 0}
+        index = self.device.index or 0
         if kind != "bundle":
-            return TorchRunner(Setting(
-                kind, str(self.checkpoint), **common, device=str(self.device), in_flight=1, amp=amp
-            ))  # fmt: skip
+            path = str(self.checkpoint)
+            return TorchRunner(Setting(kind, path, self.batch, self.size, "semantic", str(self.device), index, 1, amp))
         shape = f"{self.batch}x{self.size[0]}x{self.size[1]}"
         folder = shared(f"bundle_{shape}", lambda path: write_bundle(self.checkpoint, path, shape, self.device))
         backend, in_flight = ("tensorrt", 2) if self.device.type == "cuda" else ("onnxruntime", 1)
-        return BundleRunner(Setting(kind, str(folder), **common, device=backend, in_flight=in_flight, amp="off"))
+        path = str(folder)
+        return BundleRunner(Setting(kind, path, self.batch, self.size, "semantic", backend, index, in_flight, "off"))
 
     def labels(self, kind: str, amp: str, frames: Tensor) -> np.ndarray:
         results = self.opened(kind, amp).predict(list(frames.numpy()))
@@ -184,7 +184,7 @@ def setup(device: torch.device, batch: int = 1, size: Size = SIZE, model: ModelC
         rng = np.random.default_rng(seed)
         return (torch.from_numpy(np.stack([draw_frame(rng, size) for _ in range(batch)])),)
 
-    peers = {
+    peers: dict[str, Operation] = {
         EAGER: partial(implementations.labels, "eager", amp),
         COMPILED: partial(implementations.labels, "compile", amp),
         HUGGINGFACE: implementations.huggingface_labels,
@@ -218,7 +218,7 @@ def cases(device: str) -> list[Case]:
     for batch in (1, 8):
         name, make = f"bundle resnet50 {SIZE[0]}x{SIZE[1]}, K={CLASSES}, B={batch}, fp16", partial(setup, batch=batch)
         bound = Bound(WEIGHT_BYTES + 4 * batch * SIZE[0] * SIZE[1], 2e9 * GMACS * batch, "fp16")
-        options = {"bound": bound, "captured": False, "peer_captured": False, "rank": 1,
+        options: dict[str, Any] = {"bound": bound, "captured": False, "peer_captured": False, "rank": 1,
                    "extra_seconds": EXTRA_SECONDS["cuda"]}  # fmt: skip
         rows += beside(name, goals, make, share_goals={"postprocess": 0.1}, **options)
         if batch == 1:

@@ -222,7 +222,7 @@ def bound(classes: int, dtype: str) -> Bound:
 def predict_setup(device: torch.device, task: Task) -> Work:
     """A photograph-sized image to a result of its size, by the demo's untrained network, of which no mask can be left
     out, as it could be after training."""
-    predictor: Any = load("demo", device)
+    predictor: Any = load("demo", str(device))
     shapes = ShapesConfig(size=PHOTOGRAPH, train_images=1, num_stuff=8)
     image = build_dataset(DataConfig(shapes=shapes), "train")[0].image
     return Work(lambda: predictor.predict(image, task), {})

@@ -200,7 +200,7 @@ def demo_setup(device: torch.device, batch: int) -> Work:
     """The untrained network of the demo: images to class and mask logits."""
     from maskformer_fast.inference.load import load
 
-    predictor: Any = load("demo", device)
+    predictor: Any = load("demo", str(device))
     images = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8).to(device)
 
     @torch.no_grad()

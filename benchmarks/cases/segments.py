@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cases.inputs import Size
-from benchmarks.harness.case import Bound, Case, Work, beside
+from benchmarks.harness.case import Bound, Case, Operation, Work, beside
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.core.results import PanopticResult
 from maskformer_fast.inference import postprocess
@@ -206,7 +206,7 @@ def kept_setup(device: torch.device, kept: int = CUDA_KEPT, low: Size = CUDA_LOW
         found: PanopticSegments = operator(masks[None], scores, categories, things, low, high, OVERLAP_THRESHOLD)
         return found
 
-    peers = {
+    peers: dict[str, Operation] = {
         OFFICIAL: lambda classes, masks, *_: official(classes, masks, high),
         HUGGINGFACE: lambda classes, masks, *_: huggingface(classes, masks, high),
         TWIN: partial(by, panoptic_inference_eager),

@@ -16,6 +16,7 @@ there measure the product with pixel embeddings inside the kernel beside a matri
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases.inputs import SCALE, Size, compiled, share_equal
-from benchmarks.harness.case import Bound, Case, Work, beside
+from benchmarks.harness.case import Bound, Case, Operation, Work, beside
 from maskformer_fast.ops import semantic_inference
 from maskformer_fast.ops.semantic import label_dtype, semantic_inference_eager
 
@@ -140,7 +141,7 @@ def setup(
         return labels
 
     compiled_formula = compiled(partial(official, size=output))
-    peers = {
+    peers: dict[str, Operation] = {
         OFFICIAL: lambda _, masks, logits: official(masks, logits, output),
         HUGGINGFACE: lambda _, masks, logits: huggingface(masks, logits, output),
         COMPILED: lambda _, masks, logits: compiled_formula(masks, logits),
@@ -267,7 +268,7 @@ def cuda_cases() -> list[Case]:
 
 
 def labels_cases(
-    batch: int, classes: int, size: Size, peers: dict[str, float | None], dtype: torch.dtype = torch.float16,
+    batch: int, classes: int, size: Size, peers: Mapping[str, float | None], dtype: torch.dtype = torch.float16,
     kind: str = "random", **options: Any,
 ) -> list[Case]:  # fmt: skip
     """Cases of one size on a GPU; the kind "planes" is random, and ours reads planes."""

@@ -16,7 +16,7 @@ from benchmarks import __main__ as command
 from benchmarks.harness import clock as clocks
 from benchmarks.harness import machine, report, runner, worker
 from benchmarks.harness.case import OURS, Bound, Case, Work, beside
-from benchmarks.harness.clock import HostClock, take_turns, warm_up
+from benchmarks.harness.clock import Clock, take_turns, warm_up
 from benchmarks.harness.measure import MEMORY, TIME, draw_inputs, measure_time, quartiles
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the peak of memory")
@@ -68,7 +68,7 @@ def cases(device):
 """
 
 
-class FakeTime(HostClock):
+class FakeTime(Clock):
     """A clock that only the operations move."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ def test_quartiles_are_interpolated() -> None:
 
 
 def test_inputs_of_a_gpu_leave_its_cache_and_a_graph_holds_a_call_on_each() -> None:
-    clock = HostClock()
+    clock = Clock()
     clock.device = torch.device("cuda")  # a captured call is the call: no GPU is touched
     seen: list[float] = []
     work = Work(lambda x: seen.append(float(x[0])), {"p": lambda x: time.sleep(0.001)},
@@ -147,7 +147,7 @@ def test_inputs_of_a_gpu_leave_its_cache_and_a_graph_holds_a_call_on_each() -> N
 
 
 def test_an_implementation_that_cannot_be_captured_keeps_the_time_of_its_call() -> None:
-    class Fails(HostClock):
+    class Fails(Clock):
         device = torch.device("cuda")
 
         def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -223,7 +223,7 @@ def test_peak_memory_is_none_where_the_system_does_not_tell(monkeypatch: pytest.
         raise OSError("no such file")
 
     monkeypatch.setattr(clocks, "reset_peak_resident_bytes", fails)
-    assert HostClock().peak_mib(lambda: None) is None
+    assert Clock().peak_mib(lambda: None) is None
 
 
 def test_goals_first_and_memory_later_but_that_with_a_goal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ def test_command_writes_json_and_page(
 def test_bound_and_peaks() -> None:
     threads = torch.get_num_threads()
     try:
-        peaks = machine.measure_peaks(HostClock(), 256, 8, ("fp32", "bf16"))
+        peaks = machine.measure_peaks(Clock(), 256, 8, ("fp32", "bf16"))
     finally:
         torch.set_num_threads(threads)
     assert peaks["copy_gb_per_s"] > 0.1 and set(peaks["matrix_tflop_per_s"]) == {"fp32", "bf16"}
