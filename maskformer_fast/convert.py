@@ -266,8 +266,8 @@ def _refuse(name: str, value: object, source: str) -> None:
 
 def _filled(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """Fill a module from the meta device with checked weights, in the module's order and types."""
-    own = network.state_dict()
-    network.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, assign=True)
+    state = network.state_dict()
+    network.load_state_dict({name: weights[name].to(tensor.dtype) for name, tensor in state.items()}, assign=True)
     return network
 
 

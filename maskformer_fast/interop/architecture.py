@@ -178,20 +178,20 @@ def check_fit(
     Raises:
         ConvertError: lists every problem, by the names of the source.
     """
-    own = module.state_dict()
+    expected = module.state_dict()
     weights, problems = renamed.weights, list(renamed.problems)
     reported = {name for name, known in renamed.origin.items() if name not in weights}
-    for name in own:
+    for name in expected:
         if name not in weights and name not in reported and name not in optional:
             problems.append(f"missing: {their_name(rules, name)}")
     for name, tensor in weights.items():
         theirs = renamed.origin.get(name, name)
-        if name not in own:
+        if name not in expected:
             problems.append(f"unknown: {theirs}")
-        elif own[name].shape != tensor.shape:
-            problems.append(f"shape: {theirs}: expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
-        elif own[name].is_floating_point() != tensor.is_floating_point():
-            problems.append(f"type: {theirs}: expected {own[name].dtype}, got {tensor.dtype}")
+        elif expected[name].shape != tensor.shape:
+            problems.append(f"shape: {theirs}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
+        elif expected[name].is_floating_point() != tensor.is_floating_point():
+            problems.append(f"type: {theirs}: expected {expected[name].dtype}, got {tensor.dtype}")
     if problems:
         raise ConvertError("\n  ".join(
             [f"{source}: the weights do not fit the network that they or their configuration describe:", *problems]

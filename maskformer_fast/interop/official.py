@@ -173,10 +173,10 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
     backbone = meta_backbone(config, source)
     renamed = renamed._replace(problems=renamed.problems + _wrong_positions(weights))
     check_fit(backbone, renamed, rules, source, optional)
-    own = backbone.state_dict()
+    expected = backbone.state_dict()
     for name in optional:
         fill = torch.ones if name.endswith("weight") else torch.zeros
-        renamed.weights.setdefault(name, fill(own[name].shape))
+        renamed.weights.setdefault(name, fill(expected[name].shape))
     return renamed.weights, config
 
 
