@@ -17,12 +17,13 @@ TEST_READY := $(VENV)/.ready-$(KIND)-test
 # with the system's packages the GPU's tests and benchmarks do without what is missing, and say so
 GPU_READY := $(if $(SYSTEM_TORCH),$(VENV)/.ready-system,$(TEST_READY))
 
-.PHONY: help demo test lint bench docs-check gpu clean
+.PHONY: help demo test test-slow lint bench docs-check gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, train the demo recipe, evaluate it: runs/demo/metrics.json and pictures"
-	@echo "make test    install, lint, all tests with coverage"
+	@echo "make test    install, lint, the quick tests with coverage"
+	@echo "make test-slow  the long tests, every command of the documentation, and an older processor's instruction sets"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   this machine's CPU in 20 minutes: operators, network, training step, loader and deployment beside"
 	@echo "             their peers, scaling curves, plots -> benchmarks/results/cpu.json, cpu.md, scaling.json, plots/"
@@ -33,10 +34,19 @@ help:
 demo: $(DEMO_READY)
 	$(BIN)/python -m maskformer_fast.train
 
-# two processes of one thread each fill two cores; a file stays in one, as its fixtures may be costly, and the longest
-# come first, as tests/conftest.py sorts them, and not the files of most tests
+# Two processes of one thread each fill two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(TEST_READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests --cov=maskformer_fast --cov-report=term --cov-fail-under=85
+	$(PYTEST) tests -m "not slow" --cov=maskformer_fast --cov-report=term --cov-fail-under=80
+
+# What takes long: every target's compilation, sanitizers, cross compilers, restarted groups, killed runs, each command of
+# the documentation, and the quick tests with the instruction sets of an older processor.
+test-slow: $(TEST_READY)
+	$(PYTEST) tests -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.docs.run
+	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "not slow" \
+	  tests/ops tests/modeling tests/kernels tests/inference tests/training
 
 lint: $(TEST_READY)
 	$(BIN)/python -m ruff check .

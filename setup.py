@@ -1,4 +1,4 @@
-"""Builds maskformer_fast._C with CMake; everything declarative is in pyproject.toml."""
+"""Builds maskformer_fast._C with CMake. The metadata of the package are in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUILD_TOOLS = 'pip install "pybind11>=2.13" "cmake>=3.24" ninja'
 
 
 def find_program(name: str, folder_attribute: str) -> str | None:
-    """The program that the Python package of its name carries (it need not be on the PATH), else the system's."""
+    """Find a program in the Python package of its name, which need not be on the PATH, else on the PATH."""
     try:
         folder = getattr(importlib.import_module(name), folder_attribute)
     except (ImportError, AttributeError):
@@ -27,7 +27,7 @@ def find_program(name: str, folder_attribute: str) -> str | None:
 
 
 class CMakeBuild(build_ext):
-    """Configures afresh each time, so that what an aborted or isolated build left behind cannot mislead this one."""
+    """Builds the extension with CMake, configured from scratch, so that leftovers of other builds have no effect."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -71,7 +71,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=[*find_packages(include=["maskformer_fast", "maskformer_fast.*"]), "maskformer_fast.kernels"],
-    # `kernels` at the top level would clash with a public package of that name, so it is installed inside ours
+    # installed as a subpackage, because a public package has the name `kernels`
     package_dir={"maskformer_fast.kernels": "kernels"},
     ext_modules=[Extension("maskformer_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Load the API on first use: parts of the package serve where torch is not installed."""
+    """Import the API on first use: parts of the package work without torch."""
     if name == "load":
         from maskformer_fast.inference.load import load
 

@@ -21,7 +21,7 @@ from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.evaluation.measure import check_classes, measure
 from maskformer_fast.inference.bundle_predictor import Backend
-from maskformer_fast.inference.load import carried_options, load
+from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.output.writer import ResultWriter
 
 logger = logging.getLogger(__name__)
@@ -31,28 +31,28 @@ logger = logging.getLogger(__name__)
 class EvaluateOptions:
     """Measure a checkpoint or bundle: mIoU, PQ or AP.
 
-    Data and test settings default to those the checkpoint was trained with. A bundle fixes its test settings, but for
-    the batch size, and does not know where data lies.
+    Data and test settings default to those that the checkpoint was trained with. A bundle fixes its test settings,
+    except the batch size, and stores no path of a data set.
     """
 
     checkpoint: tyro.conf.Positional[str]
     """Run folder (its best checkpoint), checkpoint folder, weights file, or bundle."""
     task: tuple[Task, ...] = ()
-    """What to measure; default: the data set's own task."""
+    """Tasks to measure; default: the data set's task."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """JSON file for the metrics; default: metrics on the screen only."""
     picture: str | None = None
     """PNG file for a grid of the first images: image, truth, results."""
     predictions: str | None = None
-    """Folder for the results themselves, as `predict` writes them, with the data set's image ids."""
+    """Folder for the results, as `predict` writes them, with the data set's image ids."""
     limit: int | None = None
-    """Measure only the first so many images."""
+    """Number of images to measure, the first ones; default: all."""
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
     """What runs a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
     amp: Amp | None = None
-    """Precision of the network; by default that of its training. A bundle's was chosen when it was exported."""
+    """Precision of the network; by default that of its training. A bundle has the one it was exported with."""
     data: DataConfig = field(default_factory=DataConfig)
     test: TestConfig = field(default_factory=TestConfig)
 
@@ -61,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     path = leading_path(argv)
-    carried = carried_options(path) if path else None
+    stored = stored_options(path) if path else None
     options = parse(
         EvaluateOptions,
         argv,
         prog="python -m maskformer_fast.evaluate",
-        default=EvaluateOptions(tyro.MISSING, data=carried[0], test=carried[1]) if carried else None,
+        default=EvaluateOptions(tyro.MISSING, data=stored[0], test=stored[1]) if stored else None,
     )
     with process_group(options.device):
         evaluate(options)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Measure, print and write; the ranks of a process group share out the images, and rank 0 reports."""
+    """Measure, print and write. The ranks of a process group share out the images, and rank 0 reports."""
     check(options.limit is None or options.limit > 0, "limit", "a positive number of images", options.limit)
     for name in ("output", "picture"):
         target = getattr(options, name)
@@ -82,7 +82,7 @@ def evaluate(options: EvaluateOptions) -> None:
     predictor = load(options.checkpoint, options.device, options.test, options.backend, options.amp)
     dataset = build_dataset(options.data, "val")
     check_classes(predictor.metadata, dataset.metadata)
-    predictor.metadata = dataset.metadata  # its things, ids and colours count
+    predictor.metadata = dataset.metadata  # for the data set's things, category ids and colours
     tasks = options.task or (dataset.task,)
     for task in tasks:
         predictor.check_task(task)

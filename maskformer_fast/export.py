@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ import maskformer_fast
 from maskformer_fast.cli import leading_path, parse, run_command
 from maskformer_fast.config import TASKS, Task, TestConfig
 from maskformer_fast.core.checks import check
+from maskformer_fast.core.machine import installed_version
 from maskformer_fast.deploy.build.tensorrt import EngineConfig
 from maskformer_fast.deploy.bundle.folder import Bundle, check_destination, extend_bundle, write_bundle
 from maskformer_fast.deploy.bundle.manifest import (
@@ -30,14 +30,13 @@ from maskformer_fast.deploy.bundle.manifest import (
 from maskformer_fast.recipes import load_recipe, recipe_names
 
 if TYPE_CHECKING:
-    from maskformer_fast.inference.predictor import (
-        Predictor,
-    )
+    from maskformer_fast.inference.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
 PARITY_SHAPES = ("1x512x512", "2x200x264", "1x333x250", "3x31x47")
-"""Compared with PyTorch where no other sizes are asked for: the usual one, whole and broken windows, less than one."""
+"""Shapes at which graphs are compared with PyTorch by default: the usual one, sizes that need padding, and one with a
+side below the padding's step of 32 pixels."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class ExportOptions:
     """Export a checkpoint as a bundle: ONNX graphs, checked against PyTorch; on request, kernels and a TensorRT engine.
 
     A bundle in the output folder is replaced. With --engine-only, the first argument is a bundle, to which an engine is
-    added: that is the step to do on an embedded device, after all others were done on a workstation.
+    added: this is the one step for an embedded device, after all others were done on a workstation.
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -55,16 +54,16 @@ class ExportOptions:
     flavours: tuple[str, ...] = ("raw", "complete")
     """Graphs: raw (logits, which the runtime and engines need), complete (semantic labels)."""
     static: str | None = None
-    """The one shape to export for, as 1x512x512, or any batch of one size, as Bx512x512; without it, any batch, height
-    and width."""
+    """Shape to export for, as 1x512x512, or any batch of one size, as Bx512x512; default: any batch, height and
+    width."""
     sizes: tuple[str, ...] = ()
-    """Shapes to compare with PyTorch at, as 512x512 or 2x333x250. Default: four for dynamic sizes, else the one."""
+    """Shapes at which to compare with PyTorch, as 512x512 or 2x333x250; default: the static shape, else four shapes."""
     target: tuple[str, ...] = ()
-    """GPUs to compile pre- and post-processing for, as sm_87; they need not be here."""
+    """GPUs to compile pre- and post-processing for, as sm_87; this machine need not have them."""
     frames: tuple[str, ...] = ()
-    """Batches of camera frames that those kernels are for, as 1x1080x1920."""
+    """Batches of camera frames to compile those kernels for, as 1x1080x1920."""
     tasks: tuple[Task, ...] = TASKS
-    """Tasks that those kernels are for."""
+    """Tasks to compile those kernels for."""
     with_engine: bool = False
     """Also build a TensorRT engine, by the engine options."""
     engine_only: bool = False
@@ -77,8 +76,8 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     """Export a predictor's network and write the bundle.
 
     Raises:
-        ValueError: options that do not fit each other or the network, or settings that a bundle has no means to follow.
-        deploy.onnx.ParityError: a graph does not compute what PyTorch does; no bundle is written.
+        ValueError: options that do not fit each other or the network, or settings that bundles do not support.
+        deploy.build.onnx.ParityError: a graph's outputs differ from PyTorch's; no bundle is written.
     """
     from maskformer_fast.deploy.build.onnx import FLAVOURS, check_parity, export_graphs
 
@@ -98,8 +97,8 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
           (options.target, options.frames))
     static, any_batch = parse_static(options.static)
     batches = (1, 3) if any_batch else (static.batch if static else 1,)
-    own = [replace(static, batch=batch) for batch in batches] if static else map(Shape.parse, PARITY_SHAPES)
-    shapes = [Shape.parse(text) for text in options.sizes] or list(own)
+    default_shapes = [replace(static, batch=batch) for batch in batches] if static else map(Shape.parse, PARITY_SHAPES)
+    shapes = [Shape.parse(text) for text in options.sizes] or list(default_shapes)
     fitting = static is None or all(
         (any_batch or shape.batch == static.batch) and (shape.height, shape.width) == (static.height, static.width)
         for shape in shapes
@@ -136,7 +135,7 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
 
 
 def parse_static(text: str | None) -> tuple[Shape | None, bool]:
-    """``BxHxW``, or with the letter B for any batch -> shape, whether its batch is any. Raises ``ValueError``."""
+    """Parse ``BxHxW``; the letter B stands for any batch -> shape, whether any batch. Raises ``ValueError``."""
     if text is None:
         return None, False
     any_batch = text.lower().startswith("bx")
@@ -144,7 +143,7 @@ def parse_static(text: str | None) -> tuple[Shape | None, bool]:
 
 
 def check_test(test: TestConfig) -> None:
-    """Raise ``ValueError`` for settings that a bundle's runtime, which sees an image once, cannot follow."""
+    """Raise ``ValueError`` for settings that a bundle's runtime does not support."""
     for name in ("semantic_order", "panoptic_order"):
         order = getattr(test, name)
         check(order == "direct", f"test.{name}", "'direct', the only one that a bundle knows", order)
@@ -164,7 +163,7 @@ def compile_kernels(manifest: Manifest, frames: Sequence[Shape], options: Export
 def add_engine(
     manifest: Manifest, raw_onnx: bytes, config: EngineConfig, files: dict[str, bytes]
 ) -> tuple[Engine, ...]:
-    """Build an engine, add its file to ``files`` -> the bundle's engines; one of the same name is replaced."""
+    """Build an engine and add its file to ``files`` -> the bundle's engines; it replaces one of the same file name."""
     from maskformer_fast.deploy.build.tensorrt import build_engine
 
     content, engine = build_engine(raw_onnx, config)
@@ -173,7 +172,7 @@ def add_engine(
 
 
 def extend_with_engine(folder: str, config: EngineConfig) -> Bundle:
-    """Build an engine from a bundle's raw graph and add it. Raises ``ValueError`` where there is no such graph."""
+    """Build an engine from a bundle's raw graph and add it. Raises ``ValueError`` for a bundle without that graph."""
     bundle = Bundle.open(folder)
     raw = bundle.manifest.graphs.get("raw")
     if raw is None:
@@ -184,18 +183,14 @@ def extend_with_engine(folder: str, config: EngineConfig) -> Bundle:
 
 
 def versions() -> dict[str, str]:
-    """What the bundle is made by."""
-    found = {"maskformer_fast": maskformer_fast.__version__}
-    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Versions of the packages that make a bundle, of those that are installed."""
+    packages = ("torch", "onnx", "onnxscript", "onnxruntime", "triton")
+    installed = {name: version for name in packages if (version := installed_version(name))}
+    return {"maskformer_fast": maskformer_fast.__version__, **installed}
 
 
-def default_test(path: str) -> TestConfig | None:
-    """The settings that a checkpoint or recipe carries; ``None`` for a bundle, which is complete."""
+def stored_test(path: str) -> TestConfig | None:
+    """Test settings of a checkpoint or a recipe; ``None`` for a bundle, whose settings are fixed."""
     if (Path(path) / MANIFEST_NAME).is_file():
         return None
     if not Path(path).exists() and path in recipe_names():
@@ -209,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     path = leading_path(argv)
-    test = default_test(path) if path else None
+    test = stored_test(path) if path else None
     options = parse(
         ExportOptions,
         argv,
@@ -230,14 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def listing(files: Mapping[str, FileEntry]) -> str:
-    """Names and sizes of a bundle's files, kernels counted."""
+    """Names and sizes of a bundle's files, and the number of its kernels."""
     parts = [f"{name} ({entry.bytes / 2**20:.1f} MiB)" for name, entry in files.items() if not name.startswith("kern")]
     kernels = sum(name.endswith(".cubin") for name in files)
     return ", ".join([*parts, *([f"{kernels} cubins"] if kernels else [])])
 
 
 if __name__ == "__main__":
-    if "--engine-only" in sys.argv:  # done where torch may be missing
+    if "--engine-only" in sys.argv:  # runs without torch, which `onnx` imports
         run_command(main)
     from maskformer_fast.deploy.build.onnx import ParityError
 

@@ -20,7 +20,7 @@ from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
 from maskformer_fast.inference.bundle_predictor import Backend
-from maskformer_fast.inference.load import carried_options, load
+from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.output.writer import ResultWriter
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class PredictOptions:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "predictions"
     """Folder for the results."""
     task: tuple[Task, ...] = ("semantic",)
-    """One or several of semantic, panoptic, instance; one forward pass serves all (but for TensorRT)."""
+    """One or several of semantic, panoptic, instance; one forward pass serves all, except by TensorRT."""
     overlays: bool = True
     """Also draw each result over its image."""
     device: str = "auto"
@@ -50,32 +50,32 @@ class PredictOptions:
     backend: Backend = "auto"
     """What runs a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
     amp: Amp | None = None
-    """Precision of the network; by default that of its training. A bundle's was chosen when it was exported."""
+    """Precision of the network; by default that of its training. A bundle has the one it was exported with."""
     test: TestConfig = field(default_factory=TestConfig)
 
 
 def find_images(patterns: Sequence[str]) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """Expand files, folders and globs -> [(path, output name)], and problems (nothing found there).
+    """Expand files, folders and globs -> [(path, output name)], and problems: patterns without an image.
 
-    Names keep the folder structure below a given folder; of names that differ in nothing but the suffix, the later
-    ones get ``_2``, ``_3``...
+    Names keep the folder structure below a given folder. Of names that are equal but for the suffix, the second and
+    later ones get ``_2``, ``_3``...
     """
-    found: list[tuple[Path, Path]] = []
+    matches: list[tuple[Path, Path]] = []
     problems: list[str] = []
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            found += [(file, file.relative_to(path)) for file in files]
+            matches += [(file, file.relative_to(path)) for file in files]
         else:
             files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
             files = [file for file in files if file.is_file()]
-            found += [(file, Path(file.name)) for file in files]
+            matches += [(file, Path(file.name)) for file in files]
         if not files:
             problems.append(f"{pattern}: no image there")
     taken: set[Path] = set()
     unique = []
-    for file, name in found:
+    for file, name in matches:
         candidate, number = name, 1
         while candidate.with_suffix("") in taken:
             number += 1
@@ -86,7 +86,7 @@ def find_images(patterns: Sequence[str]) -> tuple[list[tuple[Path, Path]], list[
 
 
 def image_ids(names: Sequence[Path]) -> dict[Path, int]:
-    """Ids for COCO's formats: the numbers in the names where COCO's naming is followed throughout, else 1, 2, ..."""
+    """Image ids for COCO's formats: the names as numbers if all are distinct numbers, as COCO's are, else 1, 2, ..."""
     stems = [name.stem for name in names]
     if all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
         return {name: int(name.stem) for name in names}
@@ -96,7 +96,7 @@ def image_ids(names: Sequence[Path]) -> dict[Path, int]:
 def read_batches(
     files: Sequence[tuple[Path, Path]], batch_size: int, problems: list[str]
 ) -> Iterator[list[tuple[Path, np.ndarray]]]:
-    """Decode images in batches; one that cannot be read goes to ``problems`` and the rest goes on."""
+    """Decode images in batches. An image that cannot be read is added to ``problems`` and left out."""
     batch: list[tuple[Path, np.ndarray]] = []
     for file, name in files:
         try:
@@ -116,25 +116,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     path = leading_path(argv)
-    carried = carried_options(path) if path else None
+    stored = stored_options(path) if path else None
     options = parse(
         PredictOptions,
         argv,
         prog="python -m maskformer_fast.predict",
-        default=PredictOptions(tyro.MISSING, tyro.MISSING, test=carried[1]) if carried else None,
+        default=PredictOptions(tyro.MISSING, tyro.MISSING, test=stored[1]) if stored else None,
     )
     predictor = load(options.checkpoint, options.device, options.test, options.backend, options.amp)
     for task in options.task:
         predictor.check_task(task)
     if "instance" in options.task:
-        coco_tools()  # before the first image, not after it
+        coco_tools()  # an error before the first image, not after it
     files, problems = find_images(options.images)
     ids = image_ids([name for _, name in files])
     writer = ResultWriter(Path(options.output), predictor.metadata, options.overlays)
     with tqdm(total=len(files), unit="img", dynamic_ncols=True) as progress:
         for batch in read_batches(files, options.test.batch_size, problems):
             images = [image for _, image in batch]
-            results = predictor.infer([predictor.resize(image) for image in images], images, options.task)
+            results = predictor.infer(images, options.task)
             for index, (name, image) in enumerate(batch):
                 writer.write(name, ids[name], image, {task: results[task][index] for task in options.task})
             progress.update(len(batch))

@@ -1,4 +1,7 @@
-"""Builds a wheel offline, from a folder with a space in its name and what an aborted build left there, and uses it."""
+"""Build of the wheel and the source archive, offline, and use of the wheel without the sources.
+
+The sources lie in a folder with a space in its name that holds the leftovers of an aborted build.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def wheel(sources: Path) -> Path:
         cache.parent.mkdir(parents=True)
         cache.write_text(stale)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
-    # optimised code takes thrice as long to compile, and is what the package under test was built with
+    # without optimisation, which takes three times as long; the other tests run the optimised build
     compiler = sources.with_name("c++")
     compiler.write_text('#!/bin/sh\nexec ' + os.environ.get("CXX", "c++") + ' "$@" -O0\n')
     compiler.chmod(0o755)
@@ -53,7 +56,8 @@ def wheel(sources: Path) -> Path:
     return path
 
 
-def test_wheel_holds_the_whole_package(wheel: Path) -> None:
+@pytest.mark.slow
+def test_wheel_contains_all_files_of_the_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     patterns = ("*.yaml", "*.json", "*.css", "*.js", "py.typed")
     data = [p for pattern in patterns for p in (ROOT / "maskformer_fast").rglob(pattern)]
@@ -66,7 +70,8 @@ def test_wheel_holds_the_whole_package(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("kernels", "tests", "csrc", "benchmarks"))]
 
 
-def test_wheel_metadata(wheel: Path) -> None:
+@pytest.mark.slow
+def test_wheel_has_the_metadata_of_pyproject(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = message_from_bytes(archive.read(name))
@@ -76,7 +81,8 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert any(line.startswith("torch") for line in metadata.get_all("Requires-Dist", []))
 
 
-def test_wheel_works_where_the_sources_are_not(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_wheel_works_without_the_sources(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "import torch, maskformer_fast.kernels, maskformer_fast._C as C\n"
@@ -92,15 +98,16 @@ def test_wheel_works_where_the_sources_are_not(wheel: Path, tmp_path: Path) -> N
     assert all(path.startswith(str(tmp_path)) for path in result.stdout.split())
 
 
-def test_source_archive_can_be_built_from(sources: Path) -> None:
+def test_source_archive_contains_all_files_of_the_build(sources: Path) -> None:
     subprocess.run([sys.executable, "setup.py", "-q", "sdist", "--formats=zip"], cwd=sources, check=True)
     (archive,) = (sources / "dist").glob("*.zip")
     names = {name.split("/", 1)[1] for name in zipfile.ZipFile(archive).namelist()}
-    compiled = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
-    assert not ({"CMakeLists.txt", "LICENSE", "kernels/__init__.py", "maskformer_fast/py.typed"} | compiled) - names
+    csrc = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert "csrc/semantic/kernels.cpp" in csrc
+    assert not ({"CMakeLists.txt", "LICENSE", "kernels/__init__.py", "maskformer_fast/py.typed"} | csrc) - names
 
 
-def test_missing_compiler_is_named(tmp_path: Path) -> None:
+def test_build_names_a_missing_compiler(tmp_path: Path) -> None:
     sources = copy_sources(tmp_path / "sources")
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext"], cwd=sources, env={**os.environ, "CXX": "/nonexistent/c++"},
@@ -110,14 +117,14 @@ def test_missing_compiler_is_named(tmp_path: Path) -> None:
     assert "a C++17 compiler" in result.stderr and "/nonexistent/c++" in result.stderr + result.stdout
 
 
-def test_constraints_pin_what_the_tests_need() -> None:
+def test_constraints_pin_every_dependency_of_the_tests() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
     extras = project["optional-dependencies"]
     tested = ("train", "deploy", "quantize", "test", "cross", "rtx")
-    asked = [*project["dependencies"], *(name for extra in tested for name in extras[extra])]
-    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", line)[0]).lower() for line in asked}
+    requirements = [*project["dependencies"], *(name for extra in tested for name in extras[extra])]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", line)[0]).lower() for line in requirements}
     assert not names - pinned - {"maskformer-fast"}
     assert pins["torch"] == "2.13.0"

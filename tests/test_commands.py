@@ -13,15 +13,12 @@ from PIL import Image
 
 import maskformer_fast
 from maskformer_fast import evaluate, predict, train
-from maskformer_fast.config import TestConfig
 from maskformer_fast.core.metadata import VOID, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
 from maskformer_fast.data import build_dataset
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.modeling.weights import load_weights
 from tests.support.paths import TINY_RECIPE
-
-TINY = TINY_RECIPE
 
 
 def command(name, *arguments, **options):
@@ -34,7 +31,7 @@ def command(name, *arguments, **options):
 def run(tmp_path_factory):
     """A trained tiny run."""
     folder = tmp_path_factory.mktemp("commands") / "run"
-    assert train.main(["--config", str(TINY), "--output", str(folder)]) == 0
+    assert train.main(["--config", str(TINY_RECIPE), "--output", str(folder)]) == 0
     return folder
 
 
@@ -50,17 +47,26 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.mark.no_cover
+def run_as_module(name, arguments, monkeypatch, capsys):
+    """Run a command in this process as by ``python -m`` -> exit status, output; any other exception is a failure."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"maskformer_fast.{name}", run_name="__main__", alter_sys=True)
+    return ended.value.code, "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
-def test_help_names_the_options(name):
-    result = command(name, "--help")
-    assert result.returncode == 0, result.stderr
-    assert "--output" in result.stdout and "usage" in result.stdout.lower()
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_help_names_the_options(name, monkeypatch, capsys):
+    status, output = run_as_module(name, ["--help"], monkeypatch, capsys)
+    assert status == 0 and "--output" in output and "usage" in output.lower()
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_train_then_evaluate_from_a_shell(tmp_path):
-    result = command("train", "--config", TINY, "--output", tmp_path / "run", "--solver.max-steps", 2, cwd=tmp_path)
+    options = ["--config", TINY_RECIPE, "--output", tmp_path / "run", "--solver.max-steps", 2]
+    result = command("train", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "mIoU" in result.stdout and "metrics.json" in result.stdout
     result = command("evaluate", tmp_path / "run", "--task", "semantic", "--output", tmp_path / "m.json", cwd=tmp_path)
@@ -69,7 +75,7 @@ def test_train_then_evaluate_from_a_shell(tmp_path):
     assert again["miou"] == pytest.approx(json.loads((tmp_path / "run" / "metrics.json").read_text())["miou"])
 
 
-def test_evaluate_gives_the_numbers_of_training(run, tmp_path, capsys):
+def test_evaluate_gives_the_metrics_of_training(run, tmp_path, capsys):
     assert evaluate.main([str(run), "--task", "semantic", "panoptic", "instance", "--output", str(tmp_path / "m.json"),
                           "--picture", str(tmp_path / "grid.png")]) == 0
     trained, again = (json.loads(path.read_text()) for path in (run / "metrics.json", tmp_path / "m.json"))
@@ -85,7 +91,7 @@ def test_evaluate_with_test_time_augmentation_changes_the_scores_only_a_little(r
     assert 0.0 <= json.loads((tmp_path / "m.json").read_text())["miou"] <= 1.0
 
 
-def test_evaluate_batches_give_the_same_numbers(run, tmp_path):
+def test_the_batch_size_does_not_change_metrics(run, tmp_path):
     for size in (1, 3):
         evaluate.main([str(run), "--task", "panoptic", "--test.batch-size", str(size), "--output",
                        str(tmp_path / f"{size}.json")])
@@ -147,7 +153,7 @@ def test_predict_writes_every_format_and_reports_the_broken_file(run, photos, tm
         assert instance["segmentation"]["size"] in ([37, 50], [64, 33])
 
 
-def test_numbers_in_file_names_are_the_image_ids(run, tmp_path):
+def test_file_names_that_are_numbers_are_the_image_ids(run, tmp_path):
     for name in ("000000142238.jpg", "7.png"):
         Image.new("RGB", (20, 30)).save(tmp_path / name)
     predict.main([str(run), str(tmp_path / "*.*"), "-o", str(tmp_path / "out"), "--task", "panoptic"])
@@ -165,7 +171,7 @@ def test_predict_keeps_equal_names_apart_and_reports_missing_ones(run, photos, t
     assert not (out / "overlays").exists()
 
 
-def test_python_api(run, photos):
+def test_predictor_takes_every_kind_of_image_and_task(run, photos):
     model = maskformer_fast.load(run)
     image = np.asarray(Image.open(photos / "a.jpg"))
     semantic = model.predict(photos / "a.jpg")
@@ -185,7 +191,7 @@ def test_python_api(run, photos):
         model.predict(image.astype(np.float32))
 
 
-def test_api_builds_an_untrained_recipe():
+def test_load_builds_an_untrained_recipe():
     model = maskformer_fast.load("demo")
     assert model.predict(np.zeros((40, 40, 3), dtype=np.uint8)).labels.shape == (40, 40)
     ade = maskformer_fast.load("ade20k_150/maskformer_r50")
@@ -208,18 +214,13 @@ def test_api_builds_an_untrained_recipe():
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_bad_input_is_an_error_without_a_traceback(name, arguments, message, tmp_path, monkeypatch, capsys):
-    """In this process, as ``python -m`` would run it: an exception but the exit would have had a traceback."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"maskformer_fast.{name}", run_name="__main__", alter_sys=True)
-    assert ended.value.code == 2
-    said = "".join(capsys.readouterr())
-    assert message.lower() in said.lower() and "Traceback" not in said
+    status, output = run_as_module(name, arguments, monkeypatch, capsys)
+    assert status == 2 and message.lower() in output.lower() and "Traceback" not in output
 
 
 def test_a_second_run_moves_the_first_aside_and_nothing_is_lost(tmp_path, caplog):
-    arguments = ["--config", str(TINY), "--output", str(tmp_path / "run"), "--solver.max-steps", "1"]
+    arguments = ["--config", str(TINY_RECIPE), "--output", str(tmp_path / "run"), "--solver.max-steps", "1"]
     train.main(arguments)
     first = load_weights(tmp_path / "run").weights
     train.main([*arguments, "--seed", "5"])
@@ -231,14 +232,14 @@ def test_a_second_run_moves_the_first_aside_and_nothing_is_lost(tmp_path, caplog
 @pytest.mark.no_cover
 def test_two_processes_cannot_share_a_run(tmp_path):
     with train.run_lock(tmp_path / "run"):
-        result = command("train", "--config", TINY, "--output", tmp_path / "run")
+        result = command("train", "--config", TINY_RECIPE, "--output", tmp_path / "run")
     assert result.returncode == 2 and "no other run" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_fails_leaves_the_former_run_in_its_place(tmp_path):
     folder = tmp_path / "run"
-    train.main(["--config", str(TINY), "--output", str(folder), "--solver.max-steps", "1"])
+    train.main(["--config", str(TINY_RECIPE), "--output", str(folder), "--solver.max-steps", "1"])
     with pytest.raises(FileNotFoundError):
         train.main(["--output", str(folder), "--data.dataset", "folder", "--data.root", str(tmp_path / "nowhere")])
     assert load_weights(folder).step == 1 and not (tmp_path / "run.1").exists()
@@ -246,14 +247,14 @@ def test_a_start_that_fails_leaves_the_former_run_in_its_place(tmp_path):
 
 def test_resume_takes_the_recipe_of_the_run_itself(tmp_path):
     folder = tmp_path / "run"
-    train.main(["--config", str(TINY), "--output", str(folder), "--solver.max-steps", "2", "--seed", "7"])
+    train.main(["--config", str(TINY_RECIPE), "--output", str(folder), "--solver.max-steps", "2", "--seed", "7"])
     train.main(["--output", str(folder), "--resume", "--solver.max-steps", "3"])
     saved = load_weights(folder / "checkpoints" / "last")
     assert saved.step == 3 and saved.config.seed == 7 and saved.config.solver.lr == 1e-3
 
 
 def test_a_launch_with_the_same_name_continues_and_another_one_starts_anew(tmp_path, monkeypatch):
-    line = ["--config", str(TINY), "--output", str(tmp_path / "run"), "--solver.max-steps"]
+    line = ["--config", str(TINY_RECIPE), "--output", str(tmp_path / "run"), "--solver.max-steps"]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
     train.main([*line, "2"])
     train.main([*line, "3"])  # as torchrun does when a node joins
@@ -290,30 +291,21 @@ for _ in range(10):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_kill_9_ten_times_at_random_points_then_resume_ends_with_the_same_weights(tmp_path):
-    """What is killed is forked from a process that has imported the package, which takes far longer than the steps."""
-    arguments = ["--config", str(TINY), "--log.checkpoint-every", "1", "--solver.max-steps", "40"]
-    train.main([*arguments, "--output", str(tmp_path / "whole")])
-    arguments += ["--output", str(tmp_path / "cut"), "--resume"]
-    arguments += ["--data.workers", "1"]  # whose death must not outlast that of the run
-    line = [sys.executable, "-c", KILLING, str(tmp_path / "cut" / "log.jsonl"), *arguments]
+    """Runs are forked from a process that has imported the package, as the import takes far longer than the steps."""
+    arguments = ["--config", str(TINY_RECIPE), "--log.checkpoint-every", "1", "--solver.max-steps", "40"]
+    train.main([*arguments, "--output", str(tmp_path / "uninterrupted")])
+    arguments += ["--output", str(tmp_path / "killed"), "--resume"]
+    arguments += ["--data.workers", "1"]  # a worker process must end with its run
+    line = [sys.executable, "-c", KILLING, str(tmp_path / "killed" / "log.jsonl"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
-    assert killed.returncode == 0, killed.stderr
+    loop = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+    assert loop.returncode == 0, loop.stderr
     assert command("train", *arguments).returncode == 0
-    whole, cut = (load_weights(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut"))
-    assert whole.step == cut.step == 40
-    for name in whole.weights:
-        assert torch.equal(whole.weights[name], cut.weights[name]), name
-
-
-@pytest.mark.gpu
-def test_a_gpu_resizes_to_the_same_pixels():
-    test = TestConfig(short_edge=48)
-    on_cpu, on_gpu = (maskformer_fast.load("demo", device, test=test) for device in ("cpu", "cuda"))
-    rng = np.random.default_rng(0)
-    for height, width in ((37, 50), (300, 90), (64, 64), (1, 5)):
-        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        resized = on_gpu.resize(image)
-        assert resized.is_cuda and torch.equal(resized.cpu(), on_cpu.resize(image))
+    checkpoints = (tmp_path / name / "checkpoints" / "last" for name in ("uninterrupted", "killed"))
+    expected, resumed = map(load_weights, checkpoints)
+    assert expected.step == resumed.step == 40
+    for name in expected.weights:
+        assert torch.equal(expected.weights[name], resumed.weights[name]), name

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from shlex import split as words
 
 import pytest
@@ -308,6 +311,40 @@ def test_an_interrupt_has_the_shells_status() -> None:
     with pytest.raises(SystemExit) as stopped:
         run_command(interrupted)
     assert stopped.value.code == 130
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize(("code", "status"), [("parse(TestConfig, ['--help'], prog='x')", 0), ("print(1)", 0),
+                                              ("[print(1), 3][1]", 3), ("print('x' * 100_000)", 0)])  # fmt: skip
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_into_a_closed_pipe_is_no_error(code: str, status: int, unbuffered: str) -> None:
+    program = (
+        "from maskformer_fast.cli import parse, run_command; from maskformer_fast.config import TestConfig; "
+        f"run_command(lambda: {code})"
+    )
+    ended = run_into_closed_pipe([sys.executable, "-c", program], PYTHONUNBUFFERED=unbuffered)
+    assert (ended.returncode, ended.stderr) == (0 if unbuffered else status, "")
+
+
+@pytest.mark.no_cover
+def test_help_of_a_command_into_a_closed_pipe_is_no_error() -> None:
+    ended = run_into_closed_pipe([sys.executable, "-m", "maskformer_fast.benchmark", "--help"])
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def run_into_closed_pipe(line: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    finally:
+        os.close(writer)
+
+
+def test_a_broken_pipe_of_another_process_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, cli_errors():
+        raise BrokenPipeError("of a worker")
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: of a worker\n"
 
 
 def test_the_leading_path() -> None:

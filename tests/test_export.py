@@ -1,4 +1,4 @@
-"""The export command: checkpoints and recipes as bundles, and what it refuses."""
+"""The export command: its bundles, and the options that it refuses."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def predictor() -> Predictor:
 
 
 @pytest.fixture
-def commanded(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command, on a checkpoint named ``tiny``."""
+def tiny_checkpoint(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the command load `predictor` from a checkpoint named ``tiny``."""
 
     def load(path: str, device: str, test: TestConfig) -> Predictor:
         assert (path, device) == ("tiny", "cpu")
         return Predictor(predictor.network, replace(CONFIG, test=test), METADATA, device)
 
-    monkeypatch.setattr(export, "default_test", lambda _: CONFIG.test)
+    monkeypatch.setattr(export, "stored_test", lambda _: CONFIG.test)
     monkeypatch.setattr("maskformer_fast.inference.load.load_network", load)
 
 
@@ -59,8 +59,8 @@ def build_nothing(raw_onnx: bytes, config: tensorrt.EngineConfig) -> tuple[bytes
     return b"engine of " + raw_onnx[:4], engine
 
 
-@pytest.mark.usefixtures("commanded")
-def test_a_bundle_and_its_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+@pytest.mark.usefixtures("tiny_checkpoint")
+def test_export_writes_a_bundle_and_adds_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     folder = tmp_path / "out" / "bundle"
     command = ["tiny", "--output", str(folder), "--static", "2x40x72", "--test.top-k", "9"]
     assert export.main(command) == 0
@@ -85,28 +85,29 @@ def test_a_bundle_and_its_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         export.main([str(folder), "--output", str(tmp_path / "other")])
 
 
-def test_one_size_and_any_batch() -> None:
+def test_static_shapes_are_parsed() -> None:
     assert export.parse_static("Bx32x64") == (Shape(1, 32, 64), True)
     assert export.parse_static("2x32x64") == (Shape(2, 32, 64), False)
     assert export.parse_static(None) == (None, False)
 
 
-@pytest.mark.usefixtures("commanded")
-def test_a_failure_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_checkpoint")
+def test_a_graph_that_differs_from_pytorch_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch and the graph are made to differ by a thousandth of a weight."""
     forward = onnx_module.RawGraph.forward
 
-    def off(self: Any, images: Any) -> Any:
+    def inexact(self: Any, images: Any) -> Any:
         classes, masks = forward(self, images)
         return classes * 1.001, masks
 
-    monkeypatch.setattr(onnx_module.RawGraph, "forward", off)
+    monkeypatch.setattr(onnx_module.RawGraph, "forward", inexact)
     with pytest.raises(ParityError, match="raw.onnx, 1x32x32: logits differ"):
         export.main(["tiny", "--output", str(tmp_path / "bundle"), "--static", "1x32x32"])
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("commanded")
+@pytest.mark.usefixtures("tiny_checkpoint")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -125,13 +126,13 @@ def test_a_failure_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--static", "Bx32x32", "--sizes", "2x32x64"], "sizes: expected Bx32x32 alone"),
     ],
 )
-def test_what_cannot_be_is_said_before_the_work(tmp_path: Path, options: list[str], message: str) -> None:
+def test_options_that_do_not_fit_are_refused_before_the_work(tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         export.main(["tiny", "--output", str(tmp_path / "bundle"), *options])
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("commanded")
+@pytest.mark.usefixtures("tiny_checkpoint")
 def test_output_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_module, "export_graphs", None)
     (tmp_path / "notes.txt").write_text("mine")
@@ -143,13 +144,13 @@ def test_output_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.M
         export.main([str(tmp_path), "--engine-only", "--output", "x"])
 
 
-def test_baselines_are_refused(predictor: Predictor, tmp_path: Path) -> None:
+def test_per_pixel_baselines_are_refused(predictor: Predictor, tmp_path: Path) -> None:
     config = replace(CONFIG, model=replace(CONFIG.model, type="per_pixel"))
     baseline = Predictor(build_model(config.model).eval(), config, METADATA, "cpu")
     with pytest.raises(ValueError, match="model.type: expected maskformer"):
         export.make_bundle(baseline, export.ExportOptions("x", output=str(tmp_path / "bundle")))
 
 
-def test_defaults_come_from_the_recipe() -> None:
-    test = export.default_test("demo")
+def test_defaults_of_the_test_settings_come_from_the_recipe() -> None:
+    test = export.stored_test("demo")
     assert test is not None and test == export.load_recipe("demo").test

@@ -1,4 +1,4 @@
-// A batch of assignment problems over threads, each problem solved by one thread with vector instructions.
+// Assignment on the host: threads over the problems of a batch, vector instructions within a problem.
 #include "assignment/assignment.h"
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 namespace maskformer_fast {
 namespace {
 
-// Vector extensions of GCC and Clang, as wide as the target's registers: wider ones are taken apart, and are slow.
-// (Spelled out for each width, as GCC ignores the attribute where its size depends on a template's argument.)
+// Vector types of GCC's and Clang's extensions, as wide as the target's registers. Wider ones are split and slow. Each
+// width is spelled out, because GCC ignores the attribute where its size depends on a template argument.
 template <int Lanes>
 struct VectorTypes;
 #define MF_VECTOR_TYPES(LANES)                                         \
@@ -26,13 +26,13 @@ struct VectorTypes;
     typedef int64_t Integers __attribute__((vector_size(8 * LANES)));  \
     typedef float Floats __attribute__((vector_size(4 * LANES)));      \
     typedef float WideFloats __attribute__((vector_size(8 * LANES)));  \
-    typedef int32_t WideInts __attribute__((vector_size(8 * LANES)));   \
+    typedef int32_t WideInts __attribute__((vector_size(8 * LANES)));  \
   };
 MF_VECTOR_TYPES(2)
 MF_VECTOR_TYPES(4)
 #undef MF_VECTOR_TYPES
 
-// A register full of costs, and as many integers of their size.
+// A register of costs, and a register of as many integers of the same size.
 template <class T, int Lanes>
 struct Register;
 template <int Lanes>
@@ -76,9 +76,10 @@ struct Vectors {
   }
 };
 
-// A team of one thread. Rows of the cost and the tables are padded to a multiple of kMaxLanes.
+// Rows of the cost and the tables are padded to a multiple of this number of elements.
 constexpr int kMaxLanes = 4;
 
+// A team of one thread (solver.h).
 template <int Lanes>
 struct VectorTeam : Vectors<Lanes> {
   using typename Vectors<Lanes>::Doubles;
@@ -129,7 +130,7 @@ struct VectorTeam : Vectors<Lanes> {
     return best;
   }
 
-  // The lowest free column of this cost, or kUnassigned.
+  // Returns the lowest free column of this cost, or kUnassigned.
   template <class T>
   MF_HD int free_tie(const T* row, double cost, const Workspace& w, int columns) const {
     for (int j = 0; j < columns; ++j) {
@@ -138,7 +139,7 @@ struct VectorTeam : Vectors<Lanes> {
     return kUnassigned;
   }
 
-  // The two smallest of cost - potential, ties to the lower column.
+  // Returns the two smallest of cost - potential. Ties go to the lower column.
   template <class T>
   MF_HD TwoSmallest two_smallest(const T* cost, const double* potential, int columns) const {
     Doubles first = Doubles{} + kInfinity, second = first;
@@ -168,7 +169,7 @@ struct VectorTeam : Vectors<Lanes> {
     return best;
   }
 
-  // Shortens the paths that go through `row` and returns the nearest column not yet scanned.
+  // Shortens the paths that pass through `row`. Returns the nearest column not yet scanned.
   template <class T>
   MF_HD Nearest relax(const T* cost, double base, int row, const Workspace& w, int columns) const {
     Doubles nearest = Doubles{} + kInfinity, nearest_rank = Doubles{} + kInfinity;
@@ -201,8 +202,8 @@ struct VectorTeam : Vectors<Lanes> {
   }
 };
 
-// One source, compiled for each instruction set: the core is inlined into each of these. (AVX-512 was measured too:
-// through GCC's vector extensions it is two to three times slower than AVX2.)
+// Solver of one problem for one instruction set; solve_assignment is inlined into each. AVX-512 is left out: through
+// GCC's vector extensions it was measured to be two to three times slower than AVX2.
 template <class T>
 using Solver = bool (*)(int rows, int columns, const T* cost, int64_t stride, const Workspace& w);
 
@@ -231,12 +232,12 @@ Solver<T> best_solver() {
 
 constexpr int64_t padded(int64_t n) { return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
 
-// What one thread needs for any problem of up to rows x columns, allocated before threads start.
+// Scratch memory of one worker for any problem of up to rows x columns, allocated before threads start.
 template <class T>
 class Scratch {
  public:
   Scratch(int64_t rows, int64_t columns)
-      : matrix_(new T[rows * padded(columns)]),  // not cleared: memory that stays unused costs nothing
+      : matrix_(new T[rows * padded(columns)]),  // not cleared: unused memory costs nothing
         doubles_(5 * padded(columns) + rows),
         previous_(padded(columns)),
         integers_(2 * padded(columns) + 2 * rows) {
@@ -267,7 +268,7 @@ class Scratch {
   Workspace workspace_;
 };
 
-// Copies [rows, columns] with any strides to row-major with `stride`, padding each row with +inf to `width`.
+// Copies [rows, columns] with any strides to rows at distance `stride`, padded with +inf to `width`.
 template <class T>
 void gather(const T* source, int64_t row_stride, int64_t column_stride, int rows, int columns, T* out, int64_t stride,
             int64_t width) {
@@ -278,14 +279,14 @@ void gather(const T* source, int64_t row_stride, int64_t column_stride, int rows
   }
 }
 
-// The same where rows lie side by side in the source: four rows and columns at a time, in registers.
+// Copies as `gather` from a source whose rows are adjacent (a row stride of 1): 4 x 4 elements at a time, in registers.
 template <class T>
 void gather_transposed(const T* source, int64_t column_stride, int rows, int columns, T* out, int64_t stride) {
   typedef T Four __attribute__((vector_size(4 * sizeof(T))));
-  const int whole_rows = rows & ~3, whole_columns = columns & ~3;
-  for (int j = 0; j < whole_columns; j += 4) {
+  const int block_rows = rows & ~3, block_columns = columns & ~3;
+  for (int j = 0; j < block_columns; j += 4) {
     const T* from = source + j * column_stride;
-    for (int i = 0; i < whole_rows; i += 4) {
+    for (int i = 0; i < block_rows; i += 4) {
       Four a, b, c, d;
       std::memcpy(&a, from + i, sizeof a);
       std::memcpy(&b, from + i + column_stride, sizeof b);
@@ -306,9 +307,9 @@ void gather_transposed(const T* source, int64_t column_stride, int rows, int col
       std::memcpy(to + 3 * stride, &d, sizeof d);
     }
   }
-  gather(source + whole_columns * column_stride, 1, column_stride, whole_rows, columns - whole_columns,
-         out + whole_columns, stride, stride - whole_columns);
-  gather(source + whole_rows, 1, column_stride, rows - whole_rows, columns, out + whole_rows * stride, stride, stride);
+  gather(source + block_columns * column_stride, 1, column_stride, block_rows, columns - block_columns,
+         out + block_columns, stride, stride - block_columns);
+  gather(source + block_rows, 1, column_stride, rows - block_rows, columns, out + block_rows * stride, stride, stride);
 }
 
 template <class T>
@@ -320,7 +321,7 @@ void assign_one(const AssignmentBatch<T>& batch, int64_t problem, Solver<T> solv
   std::fill(row_of, row_of + total, int64_t{-1});
   if (rows == 0 || columns == 0) return;
 
-  // the core wants rows <= columns: with more queries than targets, targets are its rows
+  // the solver needs rows <= columns: with more queries than targets, targets are its rows
   const T* cost = batch.cost + problem * batch.strides[0];
   const bool swap = rows > columns;
   const int short_side = swap ? columns : rows, long_side = swap ? rows : columns;
@@ -328,7 +329,7 @@ void assign_one(const AssignmentBatch<T>& batch, int64_t problem, Solver<T> solv
   const int64_t short_stride = batch.strides[swap ? 2 : 1], long_stride = batch.strides[swap ? 1 : 2];
   int64_t stride = width;
   if (long_stride == 1 && long_side == width) {
-    stride = short_stride;  // taken as it lies: for large problems fresh memory costs more than the solution
+    stride = short_stride;  // no copy: for large problems, new memory costs more than the solution
   } else {
     if (short_stride == 1) {
       gather_transposed(cost, long_stride, short_side, long_side, scratch.matrix(), stride);
@@ -364,12 +365,12 @@ void check_sizes(const std::array<int64_t, 3>& sizes, const int64_t* counts) {
 }  // namespace
 
 template <class T>
-void assign_batch(const AssignmentBatch<T>& batch, int threads) {
+void linear_sum_assignment(const AssignmentBatch<T>& batch, int threads) {
   check_sizes(batch.sizes, batch.counts);
   const auto [problems, rows, columns] = batch.sizes;
   if (problems == 0 || columns == 0) return;
 
-  constexpr int64_t kCostsPerThread = 8192;  // some 10 us of work, which a helping thread is worth
+  constexpr int64_t kCostsPerThread = 8192;  // some 10 us of work, which outweighs the start of a thread
   const int64_t useful = 1 + problems * rows * columns / kCostsPerThread;
   threads = static_cast<int>(std::clamp<int64_t>(threads, 1, std::min(problems, useful)));
 
@@ -382,7 +383,7 @@ void assign_batch(const AssignmentBatch<T>& batch, int threads) {
                [&](int worker, int64_t problem) { assign_one(batch, problem, solver, scratch[worker]); });
 }
 
-template void assign_batch<float>(const AssignmentBatch<float>&, int);
-template void assign_batch<double>(const AssignmentBatch<double>&, int);
+template void linear_sum_assignment<float>(const AssignmentBatch<float>&, int);
+template void linear_sum_assignment<double>(const AssignmentBatch<double>&, int);
 
 }  // namespace maskformer_fast

@@ -1,6 +1,4 @@
-// A batch of assignment problems on a CUDA device: a warp for each small problem, a block for each large one.
-#include "assignment/assignment_cuda.h"
-
+// Assignment on a CUDA device: a warp for each small problem, a block for each large one.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "assignment/assignment.h"
 #include "assignment/team.h"
 
 namespace maskformer_fast {
@@ -15,16 +14,17 @@ namespace {
 
 constexpr int kWarpLanes = 32;
 constexpr int kBlockThreads = 512;
-constexpr int64_t kWarpColumns = 256;  // the longest side that one warp takes; a guess, as yet without measurements
+constexpr int64_t kWarpColumns = 256;  // longest side of a problem that one warp solves; a guess, not measured
 
-// Shared memory that a block has without asking. A warp's problems take no more, so that several fit a multiprocessor.
+// Bytes of shared memory that a block has without opting in. A warp uses no more, so that several warps fit on a
+// multiprocessor.
 constexpr int64_t kPlainSharedBytes = 48 * 1024;
 
-// What a BlockGroup has in static shared memory, which counts against the same limits.
+// Slots of a BlockGroup and their bytes, in static shared memory. They count against the same limits.
 constexpr int kSlots = 2 * kBlockThreads / kWarpLanes;
-constexpr int64_t kSlotBytes = kSlots * static_cast<int64_t>(sizeof(Candidate));
+constexpr int64_t kSlotBytes = kSlots * static_cast<int64_t>(sizeof(ColumnKey));
 
-// Problems that are copied to scratch are solved so many at a time on each multiprocessor.
+// Problems that a multiprocessor solves at a time where they use scratch memory.
 constexpr int kWarpsPerMultiprocessor = 8, kBlocksPerMultiprocessor = 1;
 
 struct CudaHardware {
@@ -37,15 +37,15 @@ struct CudaHardware {
   __device__ __forceinline__ uint32_t warp_min(uint32_t x) const { return __reduce_min_sync(0xffffffffu, x); }
 };
 
-// How a batch is worked on; host and device take it from here.
+// Launch of a batch.
 struct Plan {
   int64_t blocks;
-  int64_t shared_bytes;   // of each block, dynamic
-  int64_t scratch_bytes;  // of each block: tables, then a copied problem, as far as they are not shared
+  int64_t shared_bytes;   // dynamic shared memory of a block
+  int64_t scratch_bytes;  // scratch memory of a block: tables and copied problem, those that are not in shared memory
   bool one_warp;
   bool shared_tables;
   bool shared_matrix;  // each problem is copied to shared memory
-  bool copies;         // problems may be copied to scratch
+  bool copies;         // problems may be copied to scratch memory
 };
 
 template <class T, bool kOneWarp, bool kSharedTables, bool kSharedMatrix>
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kOneWarp ? kWarpLanes : kBlockThreads, 1)
     StridedTeam<WarpGroup<CudaHardware>> team{WarpGroup<CudaHardware>(CudaHardware{})};
     solve_all(team);
   } else {
-    __shared__ Candidate slots[kSlots];
+    __shared__ ColumnKey slots[kSlots];
     StridedTeam<BlockGroup<CudaHardware>> team{BlockGroup<CudaHardware>(CudaHardware{}, slots)};
     solve_all(team);
   }
@@ -83,6 +83,7 @@ void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("linear_sum_assignment on CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
+// Makes a device current and restores the one before.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -114,7 +115,7 @@ int64_t largest_shared_bytes(int device) {
 
 template <class T>
 TeamBatch<T> team_batch(const AssignmentBatch<T>& batch) {
-  // a lane's column number must not overflow where it passes the last one
+  // a lane's column number passes the last column by up to kBlockThreads and must not overflow
   constexpr int64_t limit = std::numeric_limits<int>::max() - kBlockThreads;
   if (batch.sizes[1] > limit || batch.sizes[2] > limit) {
     throw std::invalid_argument("cost: expected fewer than 2^31 - 512 rows and columns");
@@ -139,7 +140,7 @@ Plan make_plan(const TeamBatch<T>& batch, int device) {
   } else {
     plan.shared_tables = tables <= largest_shared_bytes(device);
   }
-  plan.copies = !plan.shared_matrix && !lies_in_place(batch);
+  plan.copies = !plan.shared_matrix && !is_contiguous(batch);
   plan.shared_bytes = (plan.shared_tables ? tables : 0) + (plan.shared_matrix ? matrix : 0);
   plan.scratch_bytes = (plan.shared_tables ? 0 : tables) + (plan.copies ? matrix : 0);
   if (plan.scratch_bytes > 0) {
@@ -169,8 +170,8 @@ int64_t assignment_scratch_bytes(const AssignmentBatch<T>& batch, int device) {
 }
 
 template <class T>
-void assign_batch_cuda(const AssignmentBatch<T>& batch, void* scratch, int64_t scratch_bytes, int device,
-                       void* stream) {
+void linear_sum_assignment_cuda(const AssignmentBatch<T>& batch, void* scratch, int64_t scratch_bytes, int device,
+                                void* stream) {
   TeamBatch<T> problems = team_batch(batch);
   if (problems.problems == 0 || problems.columns == 0) return;
   const DeviceGuard guard(device);
@@ -181,7 +182,7 @@ void assign_batch_cuda(const AssignmentBatch<T>& batch, void* scratch, int64_t s
   }
   const void* kernel = reinterpret_cast<const void*>(kernel_for<T>(plan));
   if (plan.shared_bytes + kSlotBytes > kPlainSharedBytes) {
-    // all that there is, so that callers on several threads set the same
+    // the largest possible value, so that callers on several threads set the same
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(largest_shared_bytes(device))),
           "no such shared memory");
@@ -196,7 +197,7 @@ void assign_batch_cuda(const AssignmentBatch<T>& batch, void* scratch, int64_t s
 
 template int64_t assignment_scratch_bytes<float>(const AssignmentBatch<float>&, int);
 template int64_t assignment_scratch_bytes<double>(const AssignmentBatch<double>&, int);
-template void assign_batch_cuda<float>(const AssignmentBatch<float>&, void*, int64_t, int, void*);
-template void assign_batch_cuda<double>(const AssignmentBatch<double>&, void*, int64_t, int, void*);
+template void linear_sum_assignment_cuda<float>(const AssignmentBatch<float>&, void*, int64_t, int, void*);
+template void linear_sum_assignment_cuda<double>(const AssignmentBatch<double>&, void*, int64_t, int, void*);
 
 }  // namespace maskformer_fast

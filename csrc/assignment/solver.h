@@ -1,22 +1,23 @@
-// Rectangular linear sum assignment: rows <= columns, every row gets a column, least total cost.
+// Rectangular linear sum assignment: every row gets a column of its own, at the least total cost; rows <= columns.
 //
 // Row reduction and augmenting row reduction (Jonker and Volgenant, "A shortest augmenting path algorithm for dense
 // and sparse linear assignment problems", 1987), then shortest augmenting paths (Crouse, "On implementing 2D
 // rectangular assignment algorithms", 2016). Potentials are double whatever the cost's type.
 //
-// The core is written once for host and device. A `Team` is whoever works on one problem together (a thread, a warp, a
-// block) and gives it: lane(), size(), sync(), smallest(...), free_tie(...), two_smallest(...), relax(...). Scalars of
-// the core are uniform over the team; tables in `Workspace` are written by one lane, or by lanes strided, and read
-// after a sync().
+// The solver is written once for host and device. A `Team` is the thread, warp or block that works on one problem. It
+// provides lane(), size(), sync(), smallest(...), free_tie(...), two_smallest(...) and relax(...). Scalars of the
+// solver are uniform over the team. Tables in `Workspace` are written by one lane, or by lanes strided, and read after
+// a sync().
 //
-// +inf forbids a pair; a problem that holds NaN or -inf (see `is_invalid`) has no assignment. Every loop is bounded by
-// the problem's size, whatever the numbers: sums that overflow end in "no assignment", never in an endless loop.
+// +inf forbids a pair. A problem with a cost of NaN or -inf (see `is_invalid`) has no assignment. Every loop is bounded
+// by the problem's size, whatever the costs: sums that overflow end in "no assignment", never in an endless loop.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-// MF_HD: for host and device. MF_TEAM: what a team runs; a device's team has no host side.
+// MF_HD marks functions for host and device. MF_TEAM marks functions that a team runs; a team on a device has no host
+// code.
 #ifdef __CUDACC__
 #define MF_HD __host__ __device__ __forceinline__
 #define MF_TEAM __device__ __forceinline__
@@ -30,21 +31,22 @@ namespace maskformer_fast {
 constexpr double kInfinity = __builtin_huge_val();
 constexpr int kUnassigned = -1;
 
-// Ties in the search for the nearest column go to the lowest rank, and an unassigned column (where the search ends)
-// ranks below every assigned one. Without it, integer costs take some 20 times longer.
-constexpr double kUnassignedRank = -1099511627776.0;  // -2^40: below any column number
+// Offset of the rank of unassigned columns, -2^40, below any column number. Ties in the search for the nearest column
+// go to the lowest rank, and so to unassigned columns, where the search ends. Without this, integer costs take some 20
+// times longer.
+constexpr double kUnassignedRank = -1099511627776.0;
 
 struct Nearest {
   double distance;
   int column;  // any value where distance is not finite
 };
 
-// Of the costs of a row.
+// Smallest cost of a row.
 struct Smallest {
   double cost;
-  int column;  // the lowest; any value where cost is not finite
-  bool tied;   // perhaps other columns cost as little
-  bool valid;  // no cost is_invalid
+  int column;  // the lowest with this cost; any value where cost is not finite
+  bool tied;   // other columns may have the same cost
+  bool valid;  // no cost of the row is_invalid
 };
 
 struct TwoSmallest {
@@ -54,18 +56,18 @@ struct TwoSmallest {
   int second_column;
 };
 
-// Tables of one problem, `columns` and `rows` long; the caller owns them.
+// Tables of one problem, owned by the caller. Those of a row have `rows` entries, the others `columns`.
 struct Workspace {
-  double* column_potential;  // -inf during a search that scanned the column, so that no path enters it again
-  double* distance;          // of the shortest path to each column; +inf once scanned
+  double* column_potential;  // -inf while a search has scanned the column, so that no path enters it again
+  double* distance;          // length of the shortest path to each column; +inf once scanned
   double* rank;              // see kUnassignedRank
   int64_t* previous;         // row from which the shortest path enters each column
   int* row_of;               // row of each column, or kUnassigned
   int* scanned;              // columns in the order in which this search scanned them
-  double* scanned_distance;  // of those, what the two tables above held
+  double* scanned_distance;  // distance and column_potential of the scanned columns before they were scanned
   double* scanned_potential;
   double* row_potential;
-  int* column_of;  // column of each row, or kUnassigned: the result
+  int* column_of;  // result: column of each row, or kUnassigned
   int* free_rows;
 };
 
@@ -74,8 +76,8 @@ MF_HD bool is_invalid(T cost) {
   return cost != cost || cost == -static_cast<T>(kInfinity);
 }
 
-// Gives each row its cheapest column, or one that costs as little, where it is still free; all column potentials are 0.
-// Returns the number of rows left free, or -1 where a row has no finite cost, or an invalid one.
+// Row reduction: gives each row its cheapest column, or one of the same cost, where that is still free. All column
+// potentials are 0. Returns the number of rows left free, or -1 where a row has no finite cost or an invalid one.
 template <class Team, class T>
 MF_TEAM int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
   int free_count = 0;
@@ -104,17 +106,17 @@ MF_TEAM int reduce_rows(Team& team, int rows, int columns, const T* cost, int64_
   return free_count;
 }
 
-// One pass in which each free row takes its best column, lowering that column's potential, and evicts its owner, who
-// tries next. Returns the number of rows still free.
+// One pass of augmenting row reduction: each free row takes its best column, lowers the column's potential and evicts
+// the column's row, which tries next. Returns the number of rows still free.
 template <class Team, class T>
 MF_TEAM int augment_rows(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w,
                          int free_count) {
-  int evictions_left = rows;  // longer bidding for tiny gains costs more than the paths that it saves
+  int evictions_left = rows;  // more evictions for tiny gains cost more than the paths that they save
   int still_free = 0;
   for (int k = 0; k < free_count;) {
     const int row = w.free_rows[k++];
     const TwoSmallest m = team.two_smallest(cost + row * stride, w.column_potential, columns);
-    if (!(m.second < kInfinity)) {  // one finite column only: the shortest paths settle it
+    if (!(m.second < kInfinity)) {  // one finite column only: left to the shortest paths
       team.sync();
       if (team.lane() == 0) w.free_rows[still_free] = row;
       ++still_free;
@@ -122,8 +124,8 @@ MF_TEAM int augment_rows(Team& team, int rows, int columns, const T* cost, int64
       continue;
     }
     const bool strict = m.first < m.second;
-    const bool sidestep = !strict && w.row_of[m.first_column] != kUnassigned;
-    const int column = sidestep ? m.second_column : m.first_column;
+    const bool use_second = !strict && w.row_of[m.first_column] != kUnassigned;
+    const int column = use_second ? m.second_column : m.first_column;
     const int evicted = w.row_of[column];
     const bool retry = evicted != kUnassigned && strict && evictions_left-- > 0;
     team.sync();
@@ -148,7 +150,7 @@ MF_TEAM int augment_rows(Team& team, int rows, int columns, const T* cost, int64
   return still_free;
 }
 
-// Assigns one free row along the shortest augmenting path; false where no finite path is left.
+// Assigns one free row along the shortest augmenting path. Returns false where no finite path is left.
 template <class Team, class T>
 MF_TEAM bool augment_path(Team& team, int columns, const T* cost, int64_t stride, const Workspace& w, int start) {
   for (int j = team.lane(); j < columns; j += team.size()) {
@@ -201,8 +203,8 @@ MF_TEAM bool augment_path(Team& team, int columns, const T* cost, int64_t stride
   return true;
 }
 
-// Solves one problem into w.column_of; false where no assignment of finite cost exists.
-// cost: [rows, columns], row-major with `stride`; rows <= columns. `columns` may include a padding of +inf.
+// Solves one problem and writes w.column_of. Returns false where no assignment of finite cost exists.
+// cost: [rows, columns] with rows at distance `stride`; rows <= columns. `columns` may include a padding of +inf.
 template <class Team, class T>
 MF_TEAM bool solve_assignment(Team& team, int rows, int columns, const T* cost, int64_t stride, const Workspace& w) {
   for (int j = team.lane(); j < columns; j += team.size()) {

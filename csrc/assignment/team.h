@@ -1,10 +1,12 @@
-// Teams of device threads for the core of assignment.h, and what such a team does with one problem of a batch.
+// Teams of device threads for solver.h, and the solution of one problem of a batch by such a team.
 //
-// Written against a `Hardware` that is a warp's and a block's few primitives, so that the same code runs on a device
-// (assignment_cuda.cu) and on host threads, where a race detector sees it (tests/csrc/run_teams.cpp):
-//   lane(), lanes()   within the warp        warp(), warps()   within the block; warps() <= lanes()
-//   sync_warp(), sync_block()                warp_min(x)       of uint32_t over the warp's lanes, known to all of them
-// The choices depend on the costs alone, not on the team's size.
+// `Hardware` provides the primitives of a warp and a block, so that the same code runs on a device (assignment_cuda.cu)
+// and on host threads, where ThreadSanitizer checks it for races (tests/csrc/run_assignment_teams.cpp):
+//   lane(), lanes()   index and number of threads in the warp
+//   warp(), warps()   index and number of warps in the block; warps() <= lanes()
+//   sync_warp(), sync_block()
+//   warp_min(x)       minimum of a uint32_t over the warp's lanes, returned to all of them
+// The assignment depends on the costs alone, not on the team's size.
 #pragma once
 
 #include <cstdint>
@@ -14,19 +16,19 @@
 
 namespace maskformer_fast {
 
-// A column with its cost as an integer that orders as the cost does: devices take the least of 32-bit integers over
-// a warp in one instruction. Of equal keys the lowest rank is taken.
-struct Candidate {
+// Cost of a column as an integer in the order of costs, because devices find the minimum of 32-bit integers over a warp
+// in one instruction. Among equal keys the lowest rank comes first.
+struct ColumnKey {
   uint64_t key;
   uint32_t rank;
 };
 
 constexpr uint32_t kNoRank = 0xffffffffu;
 constexpr uint32_t kAssignedRank = 0x80000000u;  // added to a column's number: unassigned columns win ties
-constexpr uint64_t kInvalidKey = 0;              // below every cost's
+constexpr uint64_t kInvalidKey = 0;              // below the key of any cost
 
 MF_HD uint64_t ordered_key(double cost) {
-  cost += 0.0;  // one zero only
+  cost += 0.0;  // turns -0 into 0
   uint64_t bits;
   memcpy(&bits, &cost, sizeof bits);
   return (bits >> 63) != 0 ? ~bits : bits | 0x8000000000000000u;
@@ -39,10 +41,10 @@ MF_HD double cost_of_key(uint64_t key) {
   return cost;
 }
 
-MF_HD Candidate candidate(double cost, uint32_t rank) { return {ordered_key(cost), rank}; }
+MF_HD ColumnKey column_key(double cost, uint32_t rank) { return {ordered_key(cost), rank}; }
 
 template <class Hardware>
-MF_TEAM Candidate warp_least(Hardware& hardware, const Candidate& mine) {
+MF_TEAM ColumnKey warp_least(Hardware& hardware, const ColumnKey& mine) {
   const uint32_t high = static_cast<uint32_t>(mine.key >> 32), low = static_cast<uint32_t>(mine.key);
   const uint32_t least_high = hardware.warp_min(high);
   const uint32_t least_low = hardware.warp_min(high == least_high ? low : 0xffffffffu);
@@ -50,7 +52,7 @@ MF_TEAM Candidate warp_least(Hardware& hardware, const Candidate& mine) {
   return {static_cast<uint64_t>(least_high) << 32 | least_low, hardware.warp_min(least ? mine.rank : kNoRank)};
 }
 
-// The warp works on one problem.
+// The threads of a warp, which work on one problem.
 template <class Hardware>
 class WarpGroup {
  public:
@@ -59,40 +61,40 @@ class WarpGroup {
   MF_TEAM int lane() const { return hardware_.lane(); }
   MF_TEAM int size() const { return hardware_.lanes(); }
   MF_TEAM void sync() const { hardware_.sync_warp(); }
-  MF_TEAM Candidate least(const Candidate& mine) { return warp_least(hardware_, mine); }
+  MF_TEAM ColumnKey least(const ColumnKey& mine) { return warp_least(hardware_, mine); }
 
  private:
   Hardware hardware_;
 };
 
-// The block works on one problem. `slots`: 2 * warps() that all of its threads share.
+// The threads of a block, which work on one problem. slots: 2 * warps() entries that all of its threads share.
 template <class Hardware>
 class BlockGroup {
  public:
-  MF_TEAM BlockGroup(const Hardware& hardware, Candidate* slots) : hardware_(hardware), slots_(slots) {}
+  MF_TEAM BlockGroup(const Hardware& hardware, ColumnKey* slots) : hardware_(hardware), slots_(slots) {}
 
   MF_TEAM int lane() const { return hardware_.warp() * hardware_.lanes() + hardware_.lane(); }
   MF_TEAM int size() const { return hardware_.warps() * hardware_.lanes(); }
   MF_TEAM void sync() const { hardware_.sync_block(); }
 
-  MF_TEAM Candidate least(const Candidate& mine) {
-    // the slots alternate, so that the next call need not wait until everyone has read these
-    Candidate* slots = slots_ + turn_ * hardware_.warps();
+  MF_TEAM ColumnKey least(const ColumnKey& mine) {
+    // the halves of the slots alternate, so that the next call need not wait until all threads have read this half
+    ColumnKey* slots = slots_ + turn_ * hardware_.warps();
     turn_ ^= 1;
-    const Candidate of_warp = warp_least(hardware_, mine);
+    const ColumnKey of_warp = warp_least(hardware_, mine);
     if (hardware_.lane() == 0) slots[hardware_.warp()] = of_warp;
     hardware_.sync_block();
     const bool read = hardware_.lane() < hardware_.warps();
-    return warp_least(hardware_, read ? slots[hardware_.lane()] : Candidate{~uint64_t{0}, kNoRank});
+    return warp_least(hardware_, read ? slots[hardware_.lane()] : ColumnKey{~uint64_t{0}, kNoRank});
   }
 
  private:
   Hardware hardware_;
-  Candidate* slots_;
+  ColumnKey* slots_;
   int turn_ = 0;
 };
 
-// The team that the core wants, of the group's lanes strided over the columns.
+// Team (solver.h) of a group's lanes, strided over the columns.
 template <class Group>
 class StridedTeam {
  public:
@@ -115,23 +117,23 @@ class StridedTeam {
         column = j;
       }
     }
-    const Candidate best = group_.least(valid ? candidate(first, column) : Candidate{kInvalidKey, 0});
-    // to know whether it is tied would cost another reduction, each row; free_tie is called for few
+    const ColumnKey best = group_.least(valid ? column_key(first, column) : ColumnKey{kInvalidKey, 0});
+    // `tied` is always true: a test for ties would need another reduction for each row, and free_tie is called for few
     return {cost_of_key(best.key), static_cast<int>(best.rank), true, best.key != kInvalidKey};
   }
 
-  // The lowest free column of this cost, or kUnassigned.
+  // Returns the lowest free column of this cost, or kUnassigned.
   template <class T>
   MF_TEAM int free_tie(const T* row, double cost, const Workspace& w, int columns) {
-    Candidate mine{0, kNoRank};
+    ColumnKey mine{0, kNoRank};
     for (int j = lane(); j < columns && mine.rank == kNoRank; j += size()) {
       if (row[j] == cost && w.row_of[j] == kUnassigned) mine.rank = j;
     }
-    const Candidate best = group_.least(mine);
+    const ColumnKey best = group_.least(mine);
     return best.rank == kNoRank ? kUnassigned : static_cast<int>(best.rank);
   }
 
-  // The two smallest of cost - potential, ties to the lower column.
+  // Returns the two smallest of cost - potential. Ties go to the lower column.
   template <class T>
   MF_TEAM TwoSmallest two_smallest(const T* cost, const double* potential, int columns) {
     double first = kInfinity, second = kInfinity;
@@ -148,13 +150,13 @@ class StridedTeam {
         second_column = j;
       }
     }
-    const Candidate best = group_.least(candidate(first, first_column));
+    const ColumnKey best = group_.least(column_key(first, first_column));
     const bool mine = first_column == best.rank;
-    const Candidate next = group_.least(mine ? candidate(second, second_column) : candidate(first, first_column));
+    const ColumnKey next = group_.least(mine ? column_key(second, second_column) : column_key(first, first_column));
     return {cost_of_key(best.key), static_cast<int>(best.rank), cost_of_key(next.key), static_cast<int>(next.rank)};
   }
 
-  // Shortens the paths that go through `row` and returns the nearest column not yet scanned.
+  // Shortens the paths that pass through `row`. Returns the nearest column not yet scanned.
   template <class T>
   MF_TEAM Nearest relax(const T* cost, double base, int row, const Workspace& w, int columns) {
     double nearest = kInfinity;
@@ -173,7 +175,7 @@ class StridedTeam {
         nearest_rank = rank;
       }
     }
-    const Candidate best = group_.least(candidate(nearest, nearest_rank));
+    const ColumnKey best = group_.least(column_key(nearest, nearest_rank));
     return {cost_of_key(best.key), static_cast<int>(best.rank & ~kAssignedRank)};
   }
 
@@ -185,12 +187,12 @@ constexpr int64_t kTableAlignment = 16;
 
 MF_HD int64_t aligned(int64_t bytes) { return (bytes + kTableAlignment - 1) / kTableAlignment * kTableAlignment; }
 
-// Bytes that tables_at() takes; rows <= columns.
+// Returns the bytes that tables_at() uses; rows <= columns.
 MF_HD int64_t table_bytes(int64_t rows, int64_t columns) {
   return aligned((6 * columns + rows) * int64_t{sizeof(double)} + 2 * (columns + rows) * int64_t{sizeof(int)});
 }
 
-// The core's tables, one after another in memory aligned to kTableAlignment.
+// Places the solver's tables one after another in memory aligned to kTableAlignment.
 MF_HD Workspace tables_at(void* memory, int64_t rows, int64_t columns) {
   Workspace w;
   double* d = static_cast<double*>(memory);
@@ -219,29 +221,31 @@ struct TeamBatch {
   int64_t row_stride;
   int64_t column_stride;
   const int64_t* counts;  // [batch], valid columns of each problem; nullptr: all of them
-  int64_t* row_of;        // [batch, columns] result: the row of each column, or -1
+  int64_t* row_of;        // result, [batch, columns]: the row of each column, or -1
 };
 
-// The core wants rows <= columns. Square problems go the way in which a row of the core lies in one piece.
+// Returns whether the columns of a problem are the rows of the solver, which needs rows <= columns. For square problems
+// they are where this makes each row of the solver contiguous.
 MF_HD bool swaps(int64_t rows, int64_t columns, int64_t row_stride) {
   return rows > columns || (rows == columns && row_stride == 1);
 }
 
-// Whether every row of the core lies in one piece, whatever the counts, so that no problem need be copied.
+// Returns whether every row of the solver is contiguous, whatever the counts, so that no problem need be copied.
 template <class T>
-MF_HD bool lies_in_place(const TeamBatch<T>& batch) {
+MF_HD bool is_contiguous(const TeamBatch<T>& batch) {
   const bool swapped = swaps(batch.rows, batch.columns, batch.row_stride);
   const bool some_swapped = swapped || (batch.counts != nullptr && batch.rows > 1);
   return (!some_swapped || batch.row_stride == 1) && (swapped || batch.column_stride == 1);
 }
 
-// Between two rows of a copied problem: odd, so that lanes that write a column reach different banks of memory.
+// Returns the distance of two rows of a copied problem. It is odd, so that lanes that write a column use different
+// banks of memory.
 MF_HD int64_t copy_stride(int64_t long_side) { return long_side | 1; }
 
-// Copies [outer, inner], read along the inner side, to where `out_inner` and `out_outer` are the strides.
+// Copies [outer, inner], read along the inner axis, to a matrix with strides out_outer and out_inner.
 template <class Team, class T>
 MF_TEAM void copy_problem(Team& team, const T* source, int64_t outer_stride, int64_t inner_stride, int outer,
-                            int inner, T* out, int64_t out_outer, int64_t out_inner) {
+                          int inner, T* out, int64_t out_outer, int64_t out_inner) {
   const int outer_step = team.size() / inner, inner_step = team.size() % inner;
   int o = team.lane() / inner, i = team.lane() % inner;
   while (o < outer) {
@@ -256,12 +260,12 @@ MF_TEAM void copy_problem(Team& team, const T* source, int64_t outer_stride, int
 }
 
 // Solves one problem of the batch and writes its result: all -1 where it has no finite assignment, or a count outside
-// 0..columns. tables: table_bytes(min(rows, columns), max(rows, columns)). matrix: min(rows, columns) rows of
-// copy_stride(max(rows, columns)), or nullptr where lies_in_place(batch). With `always_copy`, matrix is the faster
-// memory. Nobody may touch tables or matrix of this team before its next sync().
+// 0..columns. tables: table_bytes(min(rows, columns), max(rows, columns)) bytes. matrix: min(rows, columns) rows of
+// copy_stride(max(rows, columns)), or nullptr where is_contiguous(batch). always_copy: copies contiguous rows too, for
+// a matrix in faster memory. No other code may access tables and matrix before the next sync() of the team.
 template <class Team, class T>
 MF_TEAM void assign_problem(Team& team, const TeamBatch<T>& batch, int64_t problem, void* tables, T* matrix,
-                              bool always_copy) {
+                            bool always_copy) {
   const int64_t count = batch.counts != nullptr ? batch.counts[problem] : batch.columns;
   const int rows = batch.rows;
   const int columns = count < 0 || count > batch.columns ? 0 : static_cast<int>(count);

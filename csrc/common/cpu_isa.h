@@ -1,9 +1,12 @@
-// Which instruction set the kernels of the CPU use.
+// Choice of the instruction set that the kernels of the CPU use.
 //
-// The files of KERNEL_SOURCES in CMakeLists.txt are compiled once for each instruction set, with MF_ISA naming the
-// namespace that holds the result: maskformer_fast::baseline, ::avx2, ::avx512. They include nothing of the standard
-// library that has code of its own: the linker keeps one copy of an inline function for all files, and it could be
-// one that this processor cannot run.
+// CMakeLists.txt compiles each csrc/*/kernels.cpp once for each instruction set. MF_ISA names the namespace of the
+// result: maskformer_fast::baseline, ::avx2 or ::avx512. MF_DECLARE_KERNELS declares the kernels in all of them, and
+// MF_DISPATCH calls the one for the current instruction set.
+//
+// Kernel files must not use inline functions of the standard library, nor share inline functions that are neither
+// static nor in an unnamed namespace. The linker keeps one copy of such a function for all files, and that copy could
+// be one that this processor cannot run.
 #pragma once
 
 #include <string>
@@ -13,25 +16,41 @@ namespace maskformer_fast {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The widest that this processor runs, or the one that use_isa chose.
+// Returns the widest instruction set that this processor runs, or the one that use_isa chose.
 Isa current_isa();
 
-// Names of those that this processor runs, narrowest first.
+// Names of the instruction sets that this processor runs, narrowest first.
 std::vector<std::string> available_isas();
 
-// For tests: "baseline", "avx2", "avx512", or "auto" for the widest. Throws std::invalid_argument for others.
+// Forces an instruction set, for tests: "baseline", "avx2", "avx512", or "auto" for the widest.
+// Throws std::invalid_argument for any other name, and for an instruction set that this processor does not run.
 void use_isa(const std::string& name);
 
 }  // namespace maskformer_fast
 
-// Calls maskformer_fast::ISA::FUNCTION(arguments...) for the current instruction set.
+// MF_DECLARE_KERNELS(declarations...) declares functions in the namespace of each instruction set.
+// MF_DISPATCH(function, arguments...) calls maskformer_fast::ISA::function for the current instruction set.
 #if defined(__x86_64__)
-#define MF_DISPATCH(FUNCTION, ...)                                       \
-  (::maskformer_fast::current_isa() == ::maskformer_fast::Isa::avx512    \
-       ? ::maskformer_fast::avx512::FUNCTION(__VA_ARGS__)                \
-       : ::maskformer_fast::current_isa() == ::maskformer_fast::Isa::avx2 \
-             ? ::maskformer_fast::avx2::FUNCTION(__VA_ARGS__)            \
+#define MF_DECLARE_KERNELS(...) \
+  namespace baseline {          \
+  __VA_ARGS__                   \
+  }                             \
+  namespace avx2 {              \
+  __VA_ARGS__                   \
+  }                             \
+  namespace avx512 {            \
+  __VA_ARGS__                   \
+  }
+#define MF_DISPATCH(FUNCTION, ...)                                         \
+  (::maskformer_fast::current_isa() == ::maskformer_fast::Isa::avx512      \
+       ? ::maskformer_fast::avx512::FUNCTION(__VA_ARGS__)                  \
+       : ::maskformer_fast::current_isa() == ::maskformer_fast::Isa::avx2  \
+             ? ::maskformer_fast::avx2::FUNCTION(__VA_ARGS__)              \
              : ::maskformer_fast::baseline::FUNCTION(__VA_ARGS__))
 #else
+#define MF_DECLARE_KERNELS(...) \
+  namespace baseline {          \
+  __VA_ARGS__                   \
+  }
 #define MF_DISPATCH(FUNCTION, ...) ::maskformer_fast::baseline::FUNCTION(__VA_ARGS__)
 #endif

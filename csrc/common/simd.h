@@ -1,5 +1,5 @@
-// Vectors of float for the files that are compiled once for each instruction set (cpu_isa.h): GCC's and Clang's vector
-// extensions, as wide as the registers of that instruction set. Every function is inlined into its caller.
+// Vectors of float for kernel files (cpu_isa.h), by GCC's and Clang's vector extensions. A vector is as wide as a
+// register of the instruction set. Every function is inlined into its caller.
 #pragma once
 
 #include <cstdint>
@@ -48,21 +48,21 @@ MF_INLINE Ints broadcast(int32_t x) { return Ints{} + x; }
 
 MF_INLINE Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
 MF_INLINE Ints select(Ints mask, Ints a, Ints b) { return mask ? a : b; }
-// b where a is NaN, as the processors' instructions have it
+// Both return b where a is NaN, as the processors' instructions do.
 MF_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 MF_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
-// 0, 1, 2, ...
+// Returns 0, 1, 2, ...
 MF_INLINE Ints lane_numbers() {
   Ints x{};
   for (int lane = 0; lane < kLanes; ++lane) x[lane] = lane;
   return x;
 }
 
-// x[lanes[0]], x[lanes[1]], ..., each number in 0..kLanes-1
+// Returns x[lanes[0]], x[lanes[1]], ...; each entry of `lanes` is in 0..kLanes-1.
 MF_INLINE Floats permute(Floats x, Ints lanes) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)lanes, x);  // the plain one starts from what GCC warns of
+  return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)lanes, x);  // GCC warns of the intrinsic without a mask
 #elif defined(__AVX2__)
   return _mm256_permutevar8x32_ps(x, (__m256i)lanes);
 #else
@@ -72,7 +72,7 @@ MF_INLINE Floats permute(Floats x, Ints lanes) {
 #endif
 }
 
-// Of all lanes.
+// Returns the largest lane.
 MF_INLINE float highest(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(x);
@@ -86,6 +86,8 @@ MF_INLINE float highest(Floats x) {
   return y;
 #endif
 }
+
+// Adds up all lanes.
 MF_INLINE float sum(Floats x) {
   for (int step = kLanes / 2; step > 0; step /= 2) x += permute(x, lane_numbers() ^ step);
   return x[0];
@@ -95,7 +97,7 @@ MF_INLINE int64_t sum(Ints x) {
   return x[0];
 }
 
-// 2^f on [-0.5, 0.5], a minimax polynomial.
+// Computes 2^f for f in [-0.5, 0.5] by a minimax polynomial.
 MF_INLINE Floats exp2_fraction(Floats f) {
   Floats p = broadcast(1.535336188319500e-4f);
   p = p * f + 1.339887440266574e-3f;
@@ -107,15 +109,15 @@ MF_INLINE Floats exp2_fraction(Floats f) {
   return p;
 }
 
-// e^x within 2 units in the last place for |x| <= 87; clamped to that range.
+// Computes e^x within 2 units in the last place. x is clamped to [-87, 87].
 MF_INLINE Floats exp(Floats x) {
   const Floats t = max(min(x, broadcast(87.0f)), broadcast(-87.0f)) * 1.44269504088896f;
-  const Floats whole = (t + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
-  const Floats f = t - whole;
-  return (Floats)((Ints)exp2_fraction(f) + (__builtin_convertvector(whole, Ints) << 23));
+  const Floats rounded = (t + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+  const Floats f = t - rounded;
+  return (Floats)((Ints)exp2_fraction(f) + (__builtin_convertvector(rounded, Ints) << 23));
 }
 
-// log(1 + e) for e in [0, 1]: minimax polynomial, relative error 3e-8
+// Computes log(1 + e) for e in [0, 1] by a minimax polynomial, with relative error 3e-8.
 MF_INLINE Floats log1p_unit(Floats e) {
   Floats p = broadcast(5.232694303e-03f);
   p = p * e - 2.950523893e-02f;

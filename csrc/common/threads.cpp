@@ -13,7 +13,7 @@
 namespace maskformer_fast {
 namespace {
 
-// Waking a sleeping thread takes some tens of microseconds, so a thread that waits looks this long before it sleeps.
+// Time that a waiting thread polls before it sleeps. Waking a sleeping thread takes some tens of microseconds.
 constexpr std::chrono::microseconds kSpin{50};
 
 inline void pause() {
@@ -24,9 +24,9 @@ inline void pause() {
 #endif
 }
 
-// One thread waits here until what it looks at, an atomic read and written with sequential consistency, changes.
-// With that order, either the waiter sees the change, or the one who made it sees `asleep_`.
-class Bell {
+// Lets one thread wait for a change of an atomic variable, which both threads access with sequential consistency.
+// With that memory order, either the waiting thread sees the change, or the thread that changes it sees `asleep_`.
+class Signal {
  public:
   template <class Ready>
   void wait(const Ready& ready) {
@@ -43,9 +43,10 @@ class Bell {
     asleep_ = false;
   }
 
-  void ring() {
+  void notify() {
     if (!asleep_) return;
-    // the waiter holds the mutex from before asleep_ until it sleeps, so that it cannot miss this
+    // the waiting thread holds the mutex from before it sets asleep_ until it sleeps, so it cannot miss the
+    // notification
     { std::lock_guard<std::mutex> lock(mutex_); }
     wake_.notify_one();
   }
@@ -61,7 +62,7 @@ class Helper {
   using Run = void (*)(const void* context, int worker);
 
   explicit Helper(int worker) : worker_(worker) {
-    // Never joined, and its Helper never freed: there is no right moment for it at exit, where it just sleeps.
+    // The thread is never joined and the Helper never freed: no moment at exit is right for it, and it only sleeps.
     std::thread([this] { serve(); }).detach();
   }
 
@@ -69,10 +70,10 @@ class Helper {
     run_ = run;
     context_ = context;
     state_ = State::offered;
-    offered_.ring();
+    offered_.notify();
   }
 
-  // Takes the offer back, or waits until it is done.
+  // Withdraws the offer where the thread has not started, else waits until the thread is done.
   void finish() {
     State expected = State::offered;
     if (state_.compare_exchange_strong(expected, State::idle)) return;
@@ -89,7 +90,7 @@ class Helper {
       if (!state_.compare_exchange_strong(expected, State::running)) continue;
       run_(context_, worker_);
       state_ = State::idle;
-      finished_.ring();
+      finished_.notify();
     }
   }
 
@@ -97,20 +98,21 @@ class Helper {
   std::atomic<State> state_{State::idle};
   Run run_ = nullptr;
   const void* context_ = nullptr;
-  Bell offered_, finished_;
+  Signal offered_, finished_;
 };
 
 struct Pool {
   std::atomic<bool> busy{false};
-  std::vector<std::unique_ptr<Helper>> helpers;  // read and grown by whoever set `busy`
+  std::vector<std::unique_ptr<Helper>> helpers;  // accessed only by the thread that set `busy`
 
+  // Starts helpers up to `count`. Returns how many of them there are, fewer where threads or memory run out.
   int grow_to(int count) {
     try {
       while (static_cast<int>(helpers.size()) < count) {
-        helpers.emplace_back();  // first the place, which may throw, then the thread, which needs it
+        helpers.emplace_back();  // the slot first, as this may throw and the thread needs a slot
         helpers.back() = std::make_unique<Helper>(static_cast<int>(helpers.size()));
       }
-    } catch (const std::exception&) {  // no more threads or memory to be had: those that run do all of it
+    } catch (const std::exception&) {  // the helpers that run do all of the work
       if (!helpers.empty() && !helpers.back()) helpers.pop_back();
     }
     return static_cast<int>(helpers.size()) < count ? static_cast<int>(helpers.size()) : count;
@@ -119,7 +121,7 @@ struct Pool {
 
 std::atomic<Pool*> current_pool{nullptr};
 
-// Threads do not survive a fork, and mutexes may be left locked: the child forgets the pool and makes its own.
+// Drops the pool in the child of a fork: threads do not survive a fork, and mutexes may be left locked.
 void forget_pool() { current_pool = nullptr; }
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
 

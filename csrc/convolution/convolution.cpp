@@ -1,4 +1,5 @@
-// A task is a block of tiles, of whatever image; its transformed inputs stay in the processor's cache.
+// A task is a block of consecutive tiles, possibly of several images. Its transformed inputs stay in the processor's
+// cache.
 #include "convolution/convolution.h"
 
 #include <algorithm>
@@ -8,17 +9,18 @@
 
 #include "common/cpu_isa.h"
 #include "common/threads.h"
+#include "convolution/kernels.h"
 
 namespace maskformer_fast {
 namespace {
 
-constexpr int64_t kBlockTiles = 36;  // a multiple of the tiles whose sums are in registers at a time
+constexpr int64_t kBlockTiles = 36;  // tiles of a task, a multiple of those whose sums are in registers at a time
 
 }  // namespace
 
 template <class Element>
-void convolve_winograd(const WinogradConvolution& conv, const Element* images, int64_t count, Element* result,
-                       int threads) {
+void conv3x3_winograd(const WinogradConvolution& conv, const Element* images, int64_t count, Element* result,
+                      int threads) {
   if (conv.in_channels % kPanel != 0) {
     throw std::invalid_argument("in_channels: expected a multiple of " + std::to_string(kPanel) + ", got " +
                                 std::to_string(conv.in_channels));
@@ -26,7 +28,7 @@ void convolve_winograd(const WinogradConvolution& conv, const Element* images, i
   const int64_t rows = (conv.height + kOutputTile - 1) / kOutputTile;
   const int64_t columns = (conv.width + kOutputTile - 1) / kOutputTile, tiles = count * rows * columns;
   if (tiles == 0 || conv.out_channels == 0) return;
-  // as many blocks as keep all threads busy to the end
+  // a multiple of the number of threads, so that all are busy to the end
   int64_t blocks = (tiles + kBlockTiles - 1) / kBlockTiles;
   blocks = std::min(tiles, (blocks + threads - 1) / threads * threads);
   const int64_t most = (tiles + blocks - 1) / blocks;
@@ -40,7 +42,7 @@ void convolve_winograd(const WinogradConvolution& conv, const Element* images, i
   });
 }
 
-template void convolve_winograd(const WinogradConvolution&, const float*, int64_t, float*, int);
-template void convolve_winograd(const WinogradConvolution&, const uint16_t*, int64_t, uint16_t*, int);
+template void conv3x3_winograd(const WinogradConvolution&, const float*, int64_t, float*, int);
+template void conv3x3_winograd(const WinogradConvolution&, const uint16_t*, int64_t, uint16_t*, int);
 
 }  // namespace maskformer_fast

@@ -3,16 +3,27 @@
 
 #include <cstdint>
 
-#include "convolution/kernels.h"
-
 namespace maskformer_fast {
 
-// Images and result are [count, height, width, channels]. At most `threads` threads, the calling one included; the same
-// result for any number. Throws std::invalid_argument where in_channels is no multiple of kPanel, std::bad_alloc.
+constexpr int kTaps = 36;   // products of a tile of 4 x 4 pixels and a pair of channels
+constexpr int kPanel = 16;  // output channels that are adjacent in the packed weights
+
+struct WinogradConvolution {
+  int64_t height, width;
+  int64_t in_channels;  // a multiple of kPanel
+  int64_t out_channels;
+  const float* weights;  // [kTaps, ceil(out_channels / kPanel), in_channels, kPanel], transformed
+  const float* bias;     // [out_channels], nullptr for none
+  bool relu;
+};
+
+// Convolves images [count, height, width, in_channels] to result [count, height, width, out_channels]. Element is
+// float, or uint16_t for bfloat16. Uses at most `threads` threads, the calling one included; the result does not depend
+// on their number. Throws std::invalid_argument where in_channels is no multiple of kPanel, std::bad_alloc.
 template <class Element>
-void convolve_winograd(const WinogradConvolution& conv, const Element* images, int64_t count, Element* result,
-                       int threads);
-extern template void convolve_winograd(const WinogradConvolution&, const float*, int64_t, float*, int);
-extern template void convolve_winograd(const WinogradConvolution&, const uint16_t*, int64_t, uint16_t*, int);
+void conv3x3_winograd(const WinogradConvolution& conv, const Element* images, int64_t count, Element* result,
+                      int threads);
+extern template void conv3x3_winograd(const WinogradConvolution&, const float*, int64_t, float*, int);
+extern template void conv3x3_winograd(const WinogradConvolution&, const uint16_t*, int64_t, uint16_t*, int);
 
 }  // namespace maskformer_fast

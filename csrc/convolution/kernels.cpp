@@ -1,7 +1,9 @@
-// Winograd's algorithm with the points 0, +-1/sqrt(2), +-sqrt(2) and infinity, whose rounding errors are smaller than
-// those of the usual 0, +-1, +-2: Y = A^T [(G g G^T) * (B^T d B)] A for a tile d of 6x6 inputs and 3x3 weights g. The
-// weights come transformed (maskformer_fast/ops/convolution.py); the element-wise products, summed over input channels,
-// are 36 matrix products of [tiles, in_channels] with [in_channels, out_channels].
+// Winograd's algorithm with the interpolation points 0, +-1/sqrt(2), +-sqrt(2) and infinity. Their rounding errors are
+// smaller than those of the usual points 0, +-1, +-2.
+//
+// Y = A^T [(G g G^T) * (B^T d B)] A for a tile d of 6x6 inputs and 3x3 weights g. The weights are transformed
+// beforehand (maskformer_fast/ops/convolution.py). The element-wise products, summed over input channels, are 36 matrix
+// products of [tiles, in_channels] by [in_channels, out_channels].
 #include "convolution/kernels.h"
 
 #include "common/simd.h"
@@ -12,10 +14,10 @@ namespace {
 
 constexpr float kA = 0.70710678118654752f;  // 1 / sqrt(2)
 constexpr float kB = 1.41421356237309505f;  // sqrt(2)
-constexpr int kSide = kOutputTile + 2;  // inputs of a side that a tile reads
+constexpr int kSide = kOutputTile + 2;  // input pixels along a side of a tile
 constexpr int kRows = 6;                // tiles whose sums are in registers at a time
 #if defined(__AVX512F__)
-constexpr int kVectors = 4;  // vectors of output channels likewise
+constexpr int kVectors = 4;  // vectors of output channels whose sums are in registers at a time
 #else
 constexpr int kVectors = 2;
 #endif
@@ -31,7 +33,7 @@ MF_INLINE Floats load_pixel(const uint16_t* p) {
   return (Floats)(__builtin_convertvector(x, Words) << 16);
 }
 
-// bfloat16, rounded to the nearest, to even in the middle; NaN stays one.
+// Rounds to the nearest bfloat16, ties to even. NaN stays NaN.
 MF_INLINE Halves narrow(Floats x) {
   const Words bits = (Words)x;
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -39,7 +41,7 @@ MF_INLINE Halves narrow(Floats x) {
   return __builtin_convertvector((Words)select((Ints)(x == x), (Ints)rounded, (Ints)quiet), Halves);
 }
 
-// The first `count` lanes.
+// Stores the first `count` lanes.
 MF_INLINE void store_pixel(float* p, Floats x, int64_t count) {
   if (count >= kLanes) return store(p, x);
   for (int64_t lane = 0; lane < count; ++lane) p[lane] = x[lane];
@@ -53,7 +55,7 @@ MF_INLINE void store_pixel(uint16_t* p, Floats x, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) p[lane] = y[lane];
 }
 
-// B^T of a column or row.
+// Multiplies a column or row of inputs by B^T.
 MF_INLINE void transform_input(const Floats* d, Floats* t) {
   const Floats even_a = d[4] - 2.0f * d[2], odd_a = kA * (d[3] - 2.0f * d[1]);
   const Floats even_b = d[4] - 0.5f * d[2], odd_b = kB * (d[3] - 0.5f * d[1]);
@@ -65,7 +67,7 @@ MF_INLINE void transform_input(const Floats* d, Floats* t) {
   t[5] = d[1] + d[5] - 2.5f * d[3];
 }
 
-// A^T likewise.
+// Multiplies a column or row of products by A^T.
 MF_INLINE void transform_output(const Floats* m, Floats* y) {
   const Floats sum_a = m[1] + m[2], difference_a = kA * (m[1] - m[2]);
   const Floats sum_b = m[3] + m[4], difference_b = kB * (m[3] - m[4]);
@@ -76,7 +78,7 @@ MF_INLINE void transform_output(const Floats* m, Floats* y) {
 }
 
 struct Tile {
-  int64_t image, y, x;  // of its first pixel
+  int64_t image, y, x;  // position of the first pixel
 };
 
 MF_INLINE Tile tile_at(const WinogradConvolution& conv, int64_t index) {
@@ -137,7 +139,7 @@ void write_tile(const WinogradConvolution& conv, const float* products, const Ti
       transform_output(rows[i], pixels);
       for (int j = 0; j < kOutputTile && tile.x + j < conv.width; ++j) {
         Floats pixel = pixels[j] + offset;
-        // written so that NaN stays NaN, as in PyTorch
+        // in this form NaN stays NaN, as in PyTorch
         if (conv.relu) pixel = select(pixel < 0.0f, Floats{}, pixel);
         store_pixel(image + ((tile.y + i) * conv.width + tile.x + j) * channels + c, pixel, count - c);
       }
@@ -145,7 +147,7 @@ void write_tile(const WinogradConvolution& conv, const float* products, const Ti
   }
 }
 
-// products[row][v * kLanes ...] for `rows` tiles and `vectors` vectors of output channels from the panel's start on.
+// Computes the products of `rows` tiles and `vectors` vectors of output channels from the panel's start on.
 template <int rows, int vectors>
 void multiply(const float* inputs, const float* weights, int64_t channels, float* products) {
   constexpr int kSplit = kPanel / kLanes;  // vectors of a panel
@@ -182,7 +184,7 @@ void multiply_rows(int64_t rows, const float* inputs, const float* weights, int6
   }
 }
 
-// One of the matrix products: [tiles, channels] with `panels` panels of weights.
+// Computes one of the matrix products: [tiles, channels] by `panels` panels of weights.
 void multiply_chunk(int64_t tiles, int64_t panels, const float* inputs, const float* weights, int64_t channels,
                     float* products) {
   constexpr int kSplit = kPanel / kLanes;
@@ -190,7 +192,7 @@ void multiply_chunk(int64_t tiles, int64_t panels, const float* inputs, const fl
   for (int64_t v = 0; v < vectors;) {
     const float* own = weights + v / kSplit * channels * kPanel + v % kSplit * kLanes;
     float* out = products + v * kLanes;
-    // whole groups begin a panel or lie within one; where a vector is a panel, the rest may be any number
+    // a full group begins a panel or lies within one; where a vector is a panel, any number of vectors may be left
     const int64_t rest = vectors - v;
     if (rest >= kVectors) {
       multiply_rows<kVectors>(tiles, inputs, own, channels, out);

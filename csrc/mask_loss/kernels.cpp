@@ -8,7 +8,7 @@ namespace {
 
 static_assert(kLanes <= kMostLanes, "tables and rows have room for every vector");
 
-// Vertical interpolation of a whole row of cells.
+// Interpolates vertically: the row of cells at row y of the pixels.
 void upsample_row(const MaskPair& pair, int64_t y, float* __restrict cells) {
   const float* low = pair.logits + pair.rows.low[y] * pair.width;
   const float* high = pair.logits + pair.rows.high[y] * pair.width;
@@ -16,12 +16,12 @@ void upsample_row(const MaskPair& pair, int64_t y, float* __restrict cells) {
   for (int64_t c = 0; c < pair.width; ++c) cells[c] = rest * low[c] + share * high[c];
 }
 
-// Horizontal interpolation: the logits of pixels x, x + 1, ... of the row.
-MF_INLINE Floats upsample(const float* cells, const Axis& columns, int64_t x) {
+// Interpolates horizontally: the logits of pixels x, x + 1, ... of the row.
+MF_INLINE Floats upsample(const float* cells, const AxisTaps& columns, int64_t x) {
   const Floats share = load(columns.share + x);
   const int32_t first = columns.low[x];
   Floats low{}, high{};
-  if (columns.high[x + kLanes - 1] - first < kLanes) {  // one vector holds all cells, as from twice their resolution on
+  if (columns.high[x + kLanes - 1] - first < kLanes) {  // one vector holds all cells, as in upsampling
     const Floats near = load(cells + first);
     low = permute(near, load_ints(columns.low + x) - first);
     high = permute(near, load_ints(columns.high + x) - first);
@@ -34,7 +34,8 @@ MF_INLINE Floats upsample(const float* cells, const Axis& columns, int64_t x) {
   return (1.0f - share) * low + share * high;
 }
 
-// Where the mask is on, of pixels x, x + 1, ...; x is a multiple of kLanes. Reads no byte beyond pixel last - 1's.
+// Returns where the mask is on at pixels x, x + 1, ...; x is a multiple of kLanes. Reads no byte beyond the one of
+// pixel last - 1.
 MF_INLINE Ints mask_at(const uint8_t* mask, int64_t x, int64_t last) {
   int32_t bits = mask[x / 8] >> x % 8;
   if (kLanes > 8 && x + 8 < last) bits |= mask[x / 8 + 1] << 8;
@@ -43,17 +44,18 @@ MF_INLINE Ints mask_at(const uint8_t* mask, int64_t x, int64_t last) {
 
 enum class Exponent { zero, one, two, other };
 
-// Of a pixel whose logit for the wrong side is z: the probabilities of both sides, cross-entropy, wrong^gamma.
-struct Pixel {
-  Floats wrong, right, entropy, focus;
+// Terms of the losses of a pixel. `wrong` is the probability of the value that the mask does not have there.
+struct PixelTerms {
+  Floats wrong, right, entropy, focus;  // wrong, 1 - wrong, cross-entropy, wrong^gamma
 };
 
+// Computes the terms from z, the logit of the wrong value.
 template <Exponent exponent>
-MF_INLINE Pixel look_at(Floats z, float gamma) {
+MF_INLINE PixelTerms pixel_terms(Floats z, float gamma) {
   const Ints positive = z > 0.0f;
-  const Floats e = exp(select(positive, -z, z));  // of -|z|
+  const Floats e = exp(select(positive, -z, z));  // e^-|z|
   const Floats small = log1p_unit(e), major = 1.0f / (1.0f + e), minor = e * major;
-  Pixel pixel;
+  PixelTerms pixel;
   pixel.wrong = select(positive, major, minor);
   pixel.right = select(positive, minor, major);
   pixel.entropy = max(z, Floats{}) + small;
@@ -64,10 +66,10 @@ MF_INLINE Pixel look_at(Floats z, float gamma) {
   return pixel;
 }
 
-// Logits of the wrong side: negated where the mask is on.
-MF_INLINE Floats against(Floats x, Ints on) { return (Floats)((Ints)x ^ (on & INT32_MIN)); }
+// Returns the logits of the wrong value: x, negated where the mask is on.
+MF_INLINE Floats wrong_logit(Floats x, Ints on) { return (Floats)((Ints)x ^ (on & INT32_MIN)); }
 
-// Calls work(x, counted) for the vectors of a row, with a constant in place of the lanes that count where all do.
+// Calls work(x, counted) for the vectors of a row; `counted` is a mask of lanes, and a constant where all lanes count.
 template <class Work>
 MF_INLINE void for_vectors(int64_t columns, const Work& work) {
   int64_t x = 0;
@@ -86,11 +88,11 @@ void add(const MaskPair& pair, int64_t first, int64_t last, const MaskScratch& s
     for_vectors(pair.counted_columns, [&](int64_t x, Ints counted) {
       const Ints on = mask_at(mask, x, pair.counted_columns) & counted;
       const Floats logit = upsample(scratch.cells, pair.columns, x);
-      const Pixel pixel = look_at<exponent>(against(logit, on), pair.loss.gamma);
+      const PixelTerms pixel = pixel_terms<exponent>(wrong_logit(logit, on), pair.loss.gamma);
       loss += select(counted, select(on, on_weight, off_weight) * pixel.focus * pixel.entropy, Floats{});
       overlap += select(on, pixel.right, Floats{});
       total += select(counted, select(on, pixel.right, pixel.wrong), Floats{});
-      broken += select(counted, logit * 0.0f, Floats{});  // the functions above clamp, and would hide NaN
+      broken += select(counted, logit * 0.0f, Floats{});  // exp clamps, which would hide NaN
       area -= on;
     });
     const float nan_or_zero = sum(broken);
@@ -101,8 +103,8 @@ void add(const MaskPair& pair, int64_t first, int64_t last, const MaskScratch& s
   }
 }
 
-// The transpose of the horizontal interpolation; clears the pixels for their next use.
-void downsample_row(const Axis& columns, int64_t count, float* pixels, float* cells) {
+// Adds the transpose of the horizontal interpolation of `pixels` to `cells`, and clears the pixels for their next use.
+void downsample_row(const AxisTaps& columns, int64_t count, float* pixels, float* cells) {
   for (int64_t x = 0; x < count;) {
     const int32_t cell = columns.low[x];
     float low = 0, high = 0;
@@ -116,6 +118,8 @@ void downsample_row(const Axis& columns, int64_t count, float* pixels, float* ce
   }
 }
 
+// Adds the gradient by the logits of row y of the pixels to low_rows and high_rows, by the weights of the two rows of
+// cells.
 template <Exponent exponent>
 void add_slopes(const MaskPair& pair, const MaskGradient& upstream, int64_t y, const MaskScratch& scratch) {
   const Floats on_loss = broadcast(-pair.loss.on_weight * upstream.loss);
@@ -128,8 +132,8 @@ void add_slopes(const MaskPair& pair, const MaskGradient& upstream, int64_t y, c
   for_vectors(pair.counted_columns, [&](int64_t x, Ints counted) {
     const Ints on = mask_at(mask, x, pair.counted_columns);
     const Floats logit = upsample(scratch.cells, pair.columns, x);
-    const Pixel pixel = look_at<exponent>(against(logit, on), gamma);
-    // the other side's probability ends at e^-87: an entropy beyond all bounds must not outweigh it
+    const PixelTerms pixel = pixel_terms<exponent>(wrong_logit(logit, on), gamma);
+    // pixel.right is at least e^-87, and must not be outweighed by an unbounded entropy
     const Floats entropy = min(pixel.entropy, broadcast(1e20f));
     const Floats loss = pixel.focus * (pixel.wrong + gamma * entropy * pixel.right);
     const Floats probability = pixel.wrong * pixel.right;
@@ -150,11 +154,11 @@ void differentiate(const MaskPair& pair, const MaskGradient& upstream, int64_t f
     for (int64_t x = 0; x < pair.counted_columns; x += kLanes) store(pixels + x, Floats{});
   };
   const auto finish = [&](int64_t cell_row, float* pixels) {
-    if (cell_row < first || cell_row >= last) return clear(pixels);  // rows of pixels that another band's cells share
+    if (cell_row < first || cell_row >= last) return clear(pixels);  // a row of cells of another band
     downsample_row(pair.columns, pair.counted_columns, pixels, gradient + cell_row * pair.width);
   };
   clear(rows.low_rows), clear(rows.high_rows);
-  int64_t at = -1;  // the row of cells that rows.low_rows belongs to
+  int64_t at = -1;  // row of cells of rows.low_rows
   for (int64_t y = 0; y < pair.counted_rows && pair.rows.low[y] < last; ++y) {
     if (pair.rows.high[y] < first) continue;
     const int64_t low = pair.rows.low[y];

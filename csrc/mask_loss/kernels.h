@@ -1,27 +1,23 @@
-// The inner loops of the mask losses, compiled once for each instruction set (cpu_isa.h): a pair of a mask's logits and
-// its packed target, a row of pixels at a time.
+// Kernels of the mask losses, compiled once for each instruction set (common/cpu_isa.h). A call works on rows of pixels
+// of one pair: a mask's logits and its packed target.
 #pragma once
 
 #include <cstdint>
 
-#include "matching_cost/kernels.h"  // FocalLoss
+#include "common/axis_taps.h"
+#include "common/cpu_isa.h"
+#include "common/focal_loss.h"
 
 namespace maskformer_fast {
 
-constexpr int kMostLanes = 16;  // of any instruction set
+constexpr int kMostLanes = 16;  // floats in the widest vector of any instruction set
 
-// Between which cells of the low-resolution logits each pixel lies, along one axis (resample.h).
-struct Axis {
-  const int32_t* low;
-  const int32_t* high;
-  const float* share;  // of `high`
-};
-
+// A cell is a pixel of the low-resolution logits.
 struct MaskPair {
   const float* logits;  // [height, width] cells
   int64_t height, width;
-  Axis rows;
-  Axis columns;  // of as many pixels as whole vectors of kMostLanes have
+  AxisTaps rows;     // [pixels of a column]
+  AxisTaps columns;  // [pixels of a row, rounded up to a multiple of kMostLanes]
   const uint8_t* mask;  // least significant bit first
   int64_t mask_bytes;   // of a row
   int64_t counted_rows, counted_columns;
@@ -33,30 +29,24 @@ struct MaskSums {
   int64_t area;
 };
 
-// Derivatives of what is differentiated by the sums of a pair.
+// Gradient by the sums of a pair.
 struct MaskGradient {
   float loss, overlap, total;
 };
 
 struct MaskScratch {
-  float* cells;     // [width + kMostLanes], zero: a row of pixels, upsampled vertically
-  float* low_rows;  // [pixels of a row in whole vectors]: gradients at the pixels' columns and one row of cells
-  float* high_rows;  // the same of the next row
+  float* cells;      // [width + kMostLanes], zeros at the end: a row of pixels, upsampled vertically
+  float* low_rows;   // [pixels of a row, rounded up to a multiple of kMostLanes]: gradient by a row of cells, not yet
+                     // downsampled horizontally
+  float* high_rows;  // as low_rows, of the next row of cells
 };
 
-#define MF_DECLARE(ISA)                                                                                               \
-  namespace ISA {                                                                                                     \
-  /* Adds the pixels of rows first..last-1; where a logit of theirs is not finite, NaN. */                            \
-  void add_mask(const MaskPair& pair, int64_t first, int64_t last, const MaskScratch& scratch, MaskSums& sums);       \
-  /* Rows first..last-1 of the gradient by the cells, `gradient` being that of row 0; overwrites them. */             \
-  void differentiate_mask(const MaskPair& pair, const MaskGradient& upstream, int64_t first, int64_t last,            \
-                          const MaskScratch& scratch, float* gradient);                                               \
-  }
-MF_DECLARE(baseline)
-#if defined(__x86_64__)
-MF_DECLARE(avx2)
-MF_DECLARE(avx512)
-#endif
-#undef MF_DECLARE
+MF_DECLARE_KERNELS(
+    // Adds rows of pixels first..last-1 to the sums. Adds NaN where one of their logits is not finite.
+    void add_mask(const MaskPair& pair, int64_t first, int64_t last, const MaskScratch& scratch, MaskSums& sums);
+
+    // Overwrites rows of cells first..last-1 of `gradient`, which points to row 0, with the gradient by the cells.
+    void differentiate_mask(const MaskPair& pair, const MaskGradient& upstream, int64_t first, int64_t last,
+                            const MaskScratch& scratch, float* gradient);)
 
 }  // namespace maskformer_fast

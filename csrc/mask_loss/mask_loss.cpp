@@ -1,4 +1,4 @@
-// A task is a pair, or where there are few pairs a band of its rows. Temporaries are rows of a thread.
+// A task is a pair, or a band of its rows where there are few pairs. Temporaries are a few rows for each thread.
 #include "mask_loss/mask_loss.h"
 
 #include <algorithm>
@@ -8,30 +8,16 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
-#include "mask_loss/kernels.h"
 #include "common/resample.h"
 #include "common/threads.h"
+#include "mask_loss/kernels.h"
 
 namespace maskformer_fast {
 namespace {
 
-constexpr int64_t kTasks = 32;  // enough to keep several threads evenly busy
+constexpr int64_t kTasks = 32;  // number of tasks aimed at, enough to keep several threads evenly busy
 
-int64_t whole_vectors(int64_t pixels) { return (pixels + kMostLanes - 1) / kMostLanes * kMostLanes; }
-
-// What an Axis points to. Positions beyond the last pixel repeat it.
-struct AxisTable {
-  AxisTable(int64_t pixels, int64_t cells, int64_t padded) : low(padded), high(padded), share(padded) {
-    for (int64_t i = 0; i < padded; ++i) {
-      const AxisPosition at = read_position(std::min(i, pixels - 1), pixels, static_cast<double>(cells), cells);
-      low[i] = at.low, high[i] = at.high, share[i] = at.share;
-    }
-  }
-  Axis view() const { return {low.data(), high.data(), share.data()}; }
-
-  std::vector<int32_t> low, high;
-  std::vector<float> share;
-};
+int64_t round_to_vectors(int64_t pixels) { return (pixels + kMostLanes - 1) / kMostLanes * kMostLanes; }
 
 void check(const MaskPairs& batch) {
   for (int64_t pair = 0; pair < batch.pairs; ++pair) {
@@ -48,14 +34,17 @@ void check(const MaskPairs& batch) {
   }
 }
 
-class Problem {
+// Geometry that all pairs share.
+class PairBatch {
  public:
-  explicit Problem(const MaskPairs& batch)
+  explicit PairBatch(const MaskPairs& batch)
       : batch_(batch),
-        rows_(batch.input_height, batch.height, batch.input_height),
-        columns_(batch.input_width, batch.width, whole_vectors(batch.input_width)) {}
+        rows_(batch.input_height, static_cast<double>(batch.height), batch.height, batch.input_height),
+        columns_(batch.input_width, static_cast<double>(batch.width), batch.width,
+                 round_to_vectors(batch.input_width)) {}
 
-  // `bands` of each pair, of at most `most` rows: whatever the number of threads, as the sums' rounding hangs on it.
+  // Returns the number of bands of each pair, at most `most`. It does not depend on the number of threads, because the
+  // rounding of the sums depends on the bands.
   int64_t bands(int64_t most) const { return std::clamp<int64_t>(kTasks / batch_.pairs, 1, most); }
 
   MaskPair pair(int64_t index) const {
@@ -63,8 +52,8 @@ class Problem {
     MaskPair pair{batch_.logits + index * batch_.height * batch_.width,
                   batch_.height,
                   batch_.width,
-                  rows_.view(),
-                  columns_.view(),
+                  rows_.taps(),
+                  columns_.taps(),
                   batch_.masks + row * batch_.input_height * bytes,
                   bytes,
                   batch_.input_height,
@@ -82,15 +71,15 @@ class Problem {
   const AxisTable rows_, columns_;
 };
 
-// Of every thread, allocated before they start.
+// Scratch memory of all workers, allocated before threads start.
 class Scratch {
  public:
   Scratch(const MaskPairs& batch, int threads, bool for_gradient)
       : cells_(batch.width + kMostLanes),
-        pixels_(for_gradient ? whole_vectors(batch.input_width) : 0),
+        pixels_(for_gradient ? round_to_vectors(batch.input_width) : 0),
         floats_(threads * (cells_ + 2 * pixels_)) {}
 
-  MaskScratch of(int worker) {
+  MaskScratch operator[](int worker) {
     float* own = floats_.data() + worker * (cells_ + 2 * pixels_);
     return {own, own + cells_, own + cells_ + pixels_};
   }
@@ -107,17 +96,17 @@ int used_threads(int threads, int64_t tasks) { return static_cast<int>(std::min<
 void mask_sums(const MaskPairs& batch, float* sums, int threads) {
   check(batch);
   if (batch.pairs == 0) return;
-  const Problem problem(batch);
-  const int64_t bands = problem.bands(batch.input_height), tasks = batch.pairs * bands;
+  const PairBatch pairs(batch);
+  const int64_t bands = pairs.bands(batch.input_height), tasks = batch.pairs * bands;
   threads = used_threads(threads, tasks);
   Scratch scratch(batch, threads, false);
   std::vector<MaskSums> parts(tasks);
   parallel_for(tasks, threads, [&](int worker, int64_t task) {
     const int64_t index = task / bands, band = task % bands;
     if (batch.rows[index] < 0) return;
-    const MaskPair pair = problem.pair(index);
+    const MaskPair pair = pairs.pair(index);
     MF_DISPATCH(add_mask, pair, pair.counted_rows * band / bands, pair.counted_rows * (band + 1) / bands,
-                scratch.of(worker), parts[task]);
+                scratch[worker], parts[task]);
   });
   for (int64_t index = 0; index < batch.pairs; ++index) {
     MaskSums all{};
@@ -138,8 +127,8 @@ void mask_sums(const MaskPairs& batch, float* sums, int threads) {
 void mask_sums_backward(const MaskPairs& batch, const float* upstream, float* gradient, int threads) {
   check(batch);
   if (batch.pairs == 0) return;
-  const Problem problem(batch);
-  const int64_t bands = problem.bands(batch.height), tasks = batch.pairs * bands;
+  const PairBatch pairs(batch);
+  const int64_t bands = pairs.bands(batch.height), tasks = batch.pairs * bands;
   const int64_t cells = batch.height * batch.width;
   threads = used_threads(threads, tasks);
   Scratch scratch(batch, threads, true);
@@ -152,7 +141,7 @@ void mask_sums_backward(const MaskPairs& batch, const float* upstream, float* gr
       return;
     }
     const float* own = upstream + 4 * index;
-    MF_DISPATCH(differentiate_mask, problem.pair(index), {own[0], own[1], own[2]}, first, last, scratch.of(worker),
+    MF_DISPATCH(differentiate_mask, pairs.pair(index), {own[0], own[1], own[2]}, first, last, scratch[worker],
                 out);
   });
 }

@@ -1,9 +1,9 @@
-// Sums that the mask losses of matched pairs are made of, and their gradient, on the host.
+// Sums of which the mask losses of matched pairs are made, and their gradient, on the host.
 #pragma once
 
 #include <cstdint>
 
-#include "matching_cost/kernels.h"  // FocalLoss
+#include "common/focal_loss.h"
 
 namespace maskformer_fast {
 
@@ -20,13 +20,14 @@ struct MaskPairs {
   FocalLoss loss;
 };
 
-// Weighted focal loss, p t, p and t, each summed over the counted pixels -> [pairs, 4]; zeros for a pair without a
-// target, whatever its logits. The first three are NaN where an upsampled logit of a counted pixel is not finite.
-// At most `threads` threads, the calling one included; the same results for any number.
+// Writes weighted focal loss, p t, p and t, each summed over the counted pixels, to sums [pairs, 4]. A pair without a
+// target gives zeros, whatever its logits. The first three are NaN where an upsampled logit of a counted pixel is not
+// finite. Uses at most `threads` threads, the calling one included; the result does not depend on their number.
 // Throws std::invalid_argument where a row is none of the targets, std::bad_alloc.
 void mask_sums(const MaskPairs& batch, float* sums, int threads);
 
-// Given the gradient by the sums [pairs, 4], that by the logits -> [pairs, height, width].
+// Writes the gradient by the logits to gradient [pairs, height, width]. upstream: [pairs, 4], the gradient by the sums.
+// Threads and errors are those of mask_sums.
 void mask_sums_backward(const MaskPairs& batch, const float* upstream, float* gradient, int threads);
 
 }  // namespace maskformer_fast

@@ -6,14 +6,14 @@ namespace maskformer_fast {
 namespace MF_ISA {
 namespace {
 
-// Pixels and vectors of queries whose logits one pass over the depth keeps in registers.
+// Pixels and vectors of queries whose logits are in registers during one pass over the depth.
 #if defined(__AVX512F__)
 constexpr int kPixels = 12;
 #else
 constexpr int kPixels = 6;
 #endif
 constexpr int kVectors = 2;
-static_assert(kTilePixels % kPixels == 0 && kTileQueries % (kVectors * kLanes) == 0, "whole tiles only");
+static_assert(kTilePixels % kPixels == 0 && kTileQueries % (kVectors * kLanes) == 0, "full tiles only");
 
 enum class Exponent { zero, two, other };
 
@@ -24,7 +24,7 @@ struct PixelLoss {
 template <Exponent exponent>
 MF_INLINE PixelLoss pixel_loss(Floats x, const FocalLoss& loss) {
   const Ints positive = x > 0.0f;
-  const Floats e = exp(select(positive, -x, x));  // of -|x|
+  const Floats e = exp(select(positive, -x, x));  // e^-|x|
   const Floats small = log1p_unit(e), reciprocal = 1.0f / (1.0f + e);
   const Floats minor = e * reciprocal;
   const Floats p = select(positive, reciprocal, minor), q = select(positive, minor, reciprocal);
@@ -50,7 +50,7 @@ void add(const float* logits, const Run* runs, int run_count, const int* targets
         run_p += pixel.probability;
         run_on += pixel.on;
         run_off += pixel.off;
-        broken += x * 0.0f;  // the functions above clamp, and would hide NaN and infinities
+        broken += x * 0.0f;  // exp clamps, which would hide NaN and infinities
       }
       all_p += run_p;
       all_off += run_off;
@@ -104,7 +104,7 @@ void chosen_probabilities(const float* logits, int64_t classes, const int64_t* c
     largest = logits[c] > largest ? logits[c] : largest;
     invalid |= logits[c] != logits[c];
   }
-  const float broken = invalid ? __builtin_nanf("") : largest * 0.0f;  // exp clamps, and would hide it
+  const float broken = invalid ? __builtin_nanf("") : largest * 0.0f;  // exp clamps, which would hide NaN
   Floats sums{};
   int64_t c = 0;
   for (; c + kLanes <= classes; c += kLanes) sums += exp(load(logits + c) - largest);

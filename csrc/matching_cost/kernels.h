@@ -1,24 +1,18 @@
-// The inner loops of the matching cost, compiled once for each instruction set (cpu_isa.h).
+// Kernels of the matching cost, compiled once for each instruction set (common/cpu_isa.h).
 //
-// They work on tiles: the mask logits of kTilePixels pixels and kTileQueries queries, [pixel][query], which stay in the
-// first-level cache from the product that makes them to the sums that use them.
+// They work on tiles: the mask logits of kTilePixels pixels and kTileQueries queries, [pixel][query]. A tile stays in
+// the first-level cache from the product that computes it to the sums that read it.
 #pragma once
 
 #include <cstdint>
+
+#include "common/cpu_isa.h"
+#include "common/focal_loss.h"
 
 namespace maskformer_fast {
 
 constexpr int kTilePixels = 96;
 constexpr int kTileQueries = 32;
-
-// Loss of a pixel with logit x, sp = softplus, p = sigmoid:
-//   where the target is on   on_weight * (1 - p)^gamma * sp(-x)
-//   where it is off          off_weight * p^gamma * sp(x)
-struct FocalLoss {
-  float on_weight;
-  float off_weight;
-  float gamma;
-};
 
 // Consecutive pixels of a tile that the same targets cover: targets[first_target .. last_target).
 struct Run {
@@ -27,32 +21,28 @@ struct Run {
   int last_target;
 };
 
-// Sums over pixels, for kTileQueries queries side by side.
+// Sums over pixels, for kTileQueries queries.
 struct QuerySums {
   float probability[kTileQueries];
-  float off_loss[kTileQueries];  // the loss where the target is off
+  float off_loss[kTileQueries];  // loss with the target off
   float broken[kTileQueries];    // 0 where all logits are finite, else NaN
 };
-struct PairSums {  // over the pixels that the target covers
+
+// Sums over the pixels that a target covers, for kTileQueries queries.
+struct PairSums {
   float probability[kTileQueries];
-  float rise[kTileQueries];  // what the loss rises by where the target is on
+  float rise[kTileQueries];  // loss with the target on less loss with the target off
 };
 
-#define MF_DECLARE(ISA)                                                                                               \
-  namespace ISA {                                                                                                     \
-  /* logits = pixels^T embeddings; pixels: [depth][kTilePixels], embeddings: [depth][kTileQueries] */                 \
-  void multiply_tile(int64_t depth, const float* pixels, const float* embeddings, float* logits);                     \
-  /* Adds a tile to the sums of its queries and of every target that covers some of its pixels. */                    \
-  void add_tile(const float* logits, const Run* runs, int run_count, const int* targets, const FocalLoss& loss,       \
-                QuerySums& queries, PairSums* pairs);                                                                 \
-  /* softmax(logits)[chosen[i]] for each of `count` choices */                                                        \
-  void chosen_probabilities(const float* logits, int64_t classes, const int64_t* chosen, int64_t count, float* out);  \
-  }
-MF_DECLARE(baseline)
-#if defined(__x86_64__)
-MF_DECLARE(avx2)
-MF_DECLARE(avx512)
-#endif
-#undef MF_DECLARE
+MF_DECLARE_KERNELS(
+    // logits = pixels^T embeddings; pixels: [depth][kTilePixels], embeddings: [depth][kTileQueries].
+    void multiply_tile(int64_t depth, const float* pixels, const float* embeddings, float* logits);
+
+    // Adds a tile to the sums of its queries and of every target that covers some of its pixels.
+    void add_tile(const float* logits, const Run* runs, int run_count, const int* targets, const FocalLoss& loss,
+                  QuerySums& queries, PairSums* pairs);
+
+    // Writes softmax(logits)[chosen[i]] to out[i] for each of `count` choices.
+    void chosen_probabilities(const float* logits, int64_t classes, const int64_t* chosen, int64_t count, float* out);)
 
 }  // namespace maskformer_fast

@@ -1,8 +1,8 @@
-// Mask logits are made and used up a tile at a time (matching_kernels.h). A task is a stretch of the pixels of one
-// image; it leaves the sums of every query and pair, which a second pass turns into costs.
+// Mask logits are computed and summed a tile at a time (kernels.h). A task is a stretch of the pixels of one image. It
+// computes sums for every query and pair, and a second pass turns the sums of all stretches into costs.
 //
-// The sums over a target's pixels are cheap as neighbours mostly lie in the same targets: a tile's pixels are cut into
-// runs, and each run is summed once, whatever the number of targets.
+// The sums over a target's pixels are cheap because neighbouring pixels mostly lie in the same targets: a tile's pixels
+// are cut into runs, and each run is summed once, whatever the number of targets.
 #include "matching_cost/matching_cost.h"
 
 #include <algorithm>
@@ -12,11 +12,13 @@
 
 #include "common/cpu_isa.h"
 #include "common/threads.h"
+#include "matching_cost/kernels.h"
 
 namespace maskformer_fast {
 namespace {
 
-// Pixel (of `size`) that each of `out` samples of torch's nearest interpolation reads; float32, as torch has it.
+// Returns the pixel (of `size`) that each of `out` samples of torch's nearest interpolation reads. The arithmetic is
+// float32, as in torch.
 std::vector<int64_t> nearest(int64_t out, int64_t size) {
   std::vector<int64_t> index(out);
   const float scale = static_cast<float>(static_cast<double>(size) / static_cast<double>(out));
@@ -26,32 +28,33 @@ std::vector<int64_t> nearest(int64_t out, int64_t size) {
   return index;
 }
 
-// The counted pixels of an image: the first `rows` x `columns`, numbered along the rows.
+// Counted pixels of an image: the first `rows` x `columns`, numbered along the rows.
 struct Region {
   int64_t rows, columns;
   int64_t pixels() const { return rows * columns; }
 };
 
-// Pixels of a tile that lie side by side in one row.
+// Adjacent pixels of one row in a tile.
 struct Segment {
   int64_t row, column;
-  int first, pixels;  // within the tile
+  int first, pixels;  // first pixel within the tile, number of pixels
 };
 
 struct Scratch;
 
-class Problem {
+// Sums of a batch and the costs that follow from them.
+class CostSums {
  public:
-  explicit Problem(const MatchingBatch& batch);
+  explicit CostSums(const MatchingBatch& batch);
 
   int64_t tasks() const { return batch_.images * stretches_; }
   int64_t groups() const { return groups_; }
   const MatchingBatch& batch() const { return batch_; }
 
-  // Sums of the pixels of task % stretches_ of image task / stretches_.
+  // Sums over stretch task % stretches_ of image task / stretches_.
   void add_pixels(int64_t task, Scratch& scratch);
-  // Costs of the queries of one layer and image.
-  void finish(int64_t layer, int64_t image);
+  // Writes the costs of the queries of one layer and image.
+  void write_costs(int64_t layer, int64_t image);
 
  private:
   void cut_segments(int64_t image, int64_t first, int pixels, Scratch& scratch) const;
@@ -63,37 +66,38 @@ class Problem {
   const MatchingBatch& batch_;
   std::vector<int64_t> source_rows_, source_columns_;
   std::vector<Region> regions_;
-  int64_t groups_;      // of kTileQueries queries of all layers
-  int64_t stretches_;   // tasks of each image, whatever the number of threads: the sums' rounding hangs on it
-  std::vector<int64_t> first_pair_;  // of each image, in targets; the last entry is their total
+  int64_t groups_;      // groups of kTileQueries queries, over all layers
+  int64_t stretches_;   // tasks of an image; the rounding of the sums depends on it, so the number of threads must not
+                        // change it
+  std::vector<int64_t> first_pair_;  // [images + 1], number of targets of the images before
   std::vector<QuerySums> query_sums_;  // [tasks, groups]
   std::vector<PairSums> pair_sums_;    // [image][stretches, groups, counts[image]]
   std::vector<int64_t> areas_;         // [image][stretches, counts[image]], pixels of each target
 };
 
-// What one thread needs for a task, allocated before threads start.
+// Scratch memory of one worker, allocated before threads start.
 struct Scratch {
-  explicit Scratch(const Problem& problem);
+  explicit Scratch(const CostSums& sums);
 
   std::vector<float> embeddings;  // [groups, depth, kTileQueries]
   std::vector<float> pixels;      // [depth, kTilePixels]
   std::vector<float> logits;      // [kTilePixels, kTileQueries]
   std::vector<Segment> segments;
-  std::vector<uint64_t> members;  // [kTilePixels, words], bit t: the pixel lies in target t
+  std::vector<uint64_t> members;  // [kTilePixels, words], bit t is set where the pixel lies in target t
   std::vector<Run> runs;
   std::vector<int> targets;  // of the runs
 };
 
 int64_t words_of(int64_t slots) { return (slots + 63) / 64; }
 
-Scratch::Scratch(const Problem& problem)
-    : embeddings(problem.batch().pixels ? problem.groups() * problem.batch().depth * kTileQueries : 0),
-      pixels(problem.batch().pixels ? problem.batch().depth * kTilePixels : 0),
+Scratch::Scratch(const CostSums& sums)
+    : embeddings(sums.batch().pixels ? sums.groups() * sums.batch().depth * kTileQueries : 0),
+      pixels(sums.batch().pixels ? sums.batch().depth * kTilePixels : 0),
       logits(kTilePixels * kTileQueries),
-      members(kTilePixels * words_of(problem.batch().slots)) {
+      members(kTilePixels * words_of(sums.batch().slots)) {
   segments.reserve(kTilePixels);
   runs.reserve(kTilePixels);
-  targets.reserve(kTilePixels * problem.batch().slots);
+  targets.reserve(kTilePixels * sums.batch().slots);
 }
 
 void check(const MatchingBatch& batch) {
@@ -115,13 +119,13 @@ void check(const MatchingBatch& batch) {
   }
 }
 
-Problem::Problem(const MatchingBatch& batch)
+CostSums::CostSums(const MatchingBatch& batch)
     : batch_(batch),
       source_rows_(nearest(batch.height, batch.input_height)),
       source_columns_(nearest(batch.width, batch.input_width)),
       groups_((batch.layers * batch.queries + kTileQueries - 1) / kTileQueries) {
   const int64_t tiles = (batch.height * batch.width + kTilePixels - 1) / kTilePixels;
-  constexpr int64_t kTasks = 32;  // enough to keep several threads evenly busy
+  constexpr int64_t kTasks = 32;  // number of tasks aimed at, enough to keep several threads evenly busy
   stretches_ = std::clamp<int64_t>(kTasks / std::max<int64_t>(batch.images, 1), 1, std::max<int64_t>(tiles, 1));
   first_pair_.push_back(0);
   for (int64_t image = 0; image < batch.images; ++image) {
@@ -141,7 +145,7 @@ Problem::Problem(const MatchingBatch& batch)
   areas_.resize(first_pair_.back() * stretches_);
 }
 
-void Problem::cut_segments(int64_t image, int64_t first, int pixels, Scratch& scratch) const {
+void CostSums::cut_segments(int64_t image, int64_t first, int pixels, Scratch& scratch) const {
   const int64_t columns = regions_[image].columns;
   scratch.segments.clear();
   for (int done = 0; done < pixels;) {
@@ -152,7 +156,7 @@ void Problem::cut_segments(int64_t image, int64_t first, int pixels, Scratch& sc
   }
 }
 
-void Problem::find_runs(int64_t image, Scratch& scratch, int64_t* areas) const {
+void CostSums::find_runs(int64_t image, Scratch& scratch, int64_t* areas) const {
   const int64_t words = words_of(batch_.slots), row_bytes = (batch_.input_width + 7) / 8;
   std::fill(scratch.members.begin(), scratch.members.end(), 0);
   for (int64_t t = 0; t < batch_.counts[image]; ++t) {
@@ -187,7 +191,7 @@ void Problem::find_runs(int64_t image, Scratch& scratch, int64_t* areas) const {
   }
 }
 
-void Problem::pack_embeddings(int64_t image, Scratch& scratch) const {
+void CostSums::pack_embeddings(int64_t image, Scratch& scratch) const {
   const int64_t depth = batch_.depth;
   for (int64_t row = 0; row < batch_.layers * batch_.queries; ++row) {
     const int64_t layer = row / batch_.queries, query = row % batch_.queries;
@@ -197,7 +201,7 @@ void Problem::pack_embeddings(int64_t image, Scratch& scratch) const {
   }
 }
 
-void Problem::pack_pixels(int64_t image, Scratch& scratch) const {
+void CostSums::pack_pixels(int64_t image, Scratch& scratch) const {
   const auto [image_stride, depth_stride, row_stride, column_stride] = batch_.pixel_strides;
   for (int64_t d = 0; d < batch_.depth; ++d) {
     const float* plane = batch_.pixels + image * image_stride + d * depth_stride;
@@ -209,7 +213,7 @@ void Problem::pack_pixels(int64_t image, Scratch& scratch) const {
   }
 }
 
-void Problem::pack_logits(int64_t image, int64_t group, Scratch& scratch) const {
+void CostSums::pack_logits(int64_t image, int64_t group, Scratch& scratch) const {
   for (int lane = 0; lane < kTileQueries; ++lane) {
     const int64_t row = group * kTileQueries + lane;
     float* out = scratch.logits.data() + lane;
@@ -227,7 +231,7 @@ void Problem::pack_logits(int64_t image, int64_t group, Scratch& scratch) const 
   }
 }
 
-void Problem::add_pixels(int64_t task, Scratch& scratch) {
+void CostSums::add_pixels(int64_t task, Scratch& scratch) {
   const int64_t image = task / stretches_, stretch = task % stretches_, count = batch_.counts[image];
   if (count == 0) return;
   const int64_t pixels = regions_[image].pixels(), tiles = (pixels + kTilePixels - 1) / kTilePixels;
@@ -253,7 +257,7 @@ void Problem::add_pixels(int64_t task, Scratch& scratch) {
   }
 }
 
-void Problem::finish(int64_t layer, int64_t image) {
+void CostSums::write_costs(int64_t layer, int64_t image) {
   const int64_t count = batch_.counts[image];
   const double samples = static_cast<double>(std::max<int64_t>(regions_[image].pixels(), 1));
   const QuerySums* queries = query_sums_.data() + image * stretches_ * groups_;
@@ -294,14 +298,14 @@ void Problem::finish(int64_t layer, int64_t image) {
 
 void matching_cost(const MatchingBatch& batch, int threads) {
   check(batch);
-  Problem problem(batch);
-  threads = static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(problem.tasks(), 1)));
+  CostSums sums(batch);
+  threads = static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(sums.tasks(), 1)));
   std::vector<Scratch> scratch;
   scratch.reserve(threads);
-  for (int t = 0; t < threads; ++t) scratch.emplace_back(problem);
-  parallel_for(problem.tasks(), threads, [&](int worker, int64_t task) { problem.add_pixels(task, scratch[worker]); });
+  for (int t = 0; t < threads; ++t) scratch.emplace_back(sums);
+  parallel_for(sums.tasks(), threads, [&](int worker, int64_t task) { sums.add_pixels(task, scratch[worker]); });
   parallel_for(batch.layers * batch.images, threads,
-               [&](int, int64_t task) { problem.finish(task / batch.images, task % batch.images); });
+               [&](int, int64_t task) { sums.write_costs(task / batch.images, task % batch.images); });
 }
 
 }  // namespace maskformer_fast

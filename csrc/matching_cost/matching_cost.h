@@ -1,22 +1,23 @@
-// Matching costs of a batch on the host: every decoder layer, image, query and target.
+// Matching costs of a batch on the host, for every decoder layer, image, query and target.
 #pragma once
 
 #include <array>
 #include <cstdint>
 
-#include "matching_cost/kernels.h"
+#include "common/focal_loss.h"
 
 namespace maskformer_fast {
 
 struct MatchingBatch {
-  int64_t layers, images, queries, classes;  // classes: with no-object
+  int64_t layers, images, queries, classes;  // classes include no-object
   int64_t height, width;                     // of the mask logits
-  int64_t slots;                             // targets of each image, at most
+  int64_t slots;                             // largest number of targets of an image
   int64_t input_height, input_width;         // of the targets' masks
 
   const float* class_logits;  // [layers, images, queries, classes]
-  // Mask logits as factors, [layers, images, queries, depth] and [images, depth, height, width] with strides in
-  // elements; or, where pixels is null, multiplied out in `embeddings`: [layers, images, queries, height, width].
+  // Factors of the mask logits: embeddings [layers, images, queries, depth] and pixels [images, depth, height, width]
+  // with strides in elements. Where pixels is null, embeddings are the mask logits: [layers, images, queries, height,
+  // width].
   const float* embeddings;
   const float* pixels;
   int64_t depth;
@@ -30,7 +31,7 @@ struct MatchingBatch {
   double class_weight, mask_weight, dice_weight;
   FocalLoss loss;
 
-  float* cost;  // [layers, images, queries, slots] result, 0 beyond counts
+  float* cost;  // result, [layers, images, queries, slots], 0 beyond counts
 };
 
 // Computes the costs with at most `threads` threads, the calling one included.

@@ -10,13 +10,13 @@
 namespace maskformer_fast {
 namespace {
 
-// Writes runs as they end.
+// Appends the counts of one mask to a string, run by run.
 class RunWriter {
  public:
   explicit RunWriter(std::string& out) : out_(out) {}
 
-  // The next pixel in which the value changes, or the end of the mask.
-  void change(int64_t position) {
+  // Ends a run at the next pixel whose value differs, or at the end of the mask.
+  void end_run(int64_t position) {
     const int64_t run = position - last_;
     last_ = position;
     write(written_ > 2 ? run - before_last_run_ : run);
@@ -30,7 +30,7 @@ class RunWriter {
     for (bool more = true; more;) {
       const int64_t bits = value & 31;
       value >>= 5;
-      more = value != (bits & 16 ? -1 : 0);  // until the rest is the sign
+      more = value != (bits & 16 ? -1 : 0);  // until only the sign is left
       out_.push_back(static_cast<char>(48 + (bits | (more ? 32 : 0))));
     }
   }
@@ -39,18 +39,19 @@ class RunWriter {
   int64_t last_ = 0, last_run_ = 0, before_last_run_ = 0, written_ = 0;
 };
 
+// Columns, of 64, in which a row differs from the row above, one bit each.
 struct RowChanges {
   int64_t row;
   uint64_t columns;
 };
 
-// What one thread needs, reused from mask to mask.
+// Scratch memory of one worker, reused from mask to mask.
 struct RleScratch {
   std::vector<RowChanges> rows;
-  std::vector<int64_t> positions;  // of the changes, by column
+  std::vector<int64_t> positions;  // positions of the changes, column by column
 };
 
-// 64 pixels of a row.
+// Returns 64 pixels of a row.
 uint64_t load_word(const uint8_t* row, int64_t row_bytes, int64_t word) {
   uint64_t bits = 0;
   const int64_t first = 8 * word, bytes = std::min<int64_t>(8, row_bytes - first);
@@ -64,15 +65,16 @@ uint64_t load_word(const uint8_t* row, int64_t row_bytes, int64_t word) {
   return bits;
 }
 
-// Changes down 64 columns at a time: few rows differ from the row above, and these few are sorted by column.
+// Encodes one mask. Finds the changes down 64 columns at a time: few rows differ from the row above, and the changes of
+// these few rows are sorted by column.
 void encode_mask(const uint8_t* mask, int64_t height, int64_t width, RleScratch& scratch, std::string& out) {
   const int64_t row_bytes = (width + 7) / 8;
   RunWriter runs(out);
-  uint64_t carry = 0;  // last pixel of the column before these 64
+  uint64_t carry = 0;  // last pixel of the column before the 64
   for (int64_t word = 0; 64 * word < width; ++word) {
     const int64_t columns = std::min<int64_t>(64, width - 64 * word);
     const uint64_t real = columns == 64 ? ~uint64_t{0} : (uint64_t{1} << columns) - 1;
-    // above the first row stands the end of the column to the left
+    // the pixel before the first row of a column is the last row of the column to the left
     uint64_t above = (load_word(mask + (height - 1) * row_bytes, row_bytes, word) & real) << 1 | carry;
     int64_t ends[64] = {};
     scratch.rows.clear();
@@ -86,7 +88,7 @@ void encode_mask(const uint8_t* mask, int64_t height, int64_t width, RleScratch&
     }
     carry = above >> 63;
     int64_t total = 0;
-    for (int64_t& end : ends) {  // for now where the column's positions begin
+    for (int64_t& end : ends) {  // first the start of each column's positions; moves to their end below
       const int64_t count = end;
       end = total;
       total += count;
@@ -98,22 +100,22 @@ void encode_mask(const uint8_t* mask, int64_t height, int64_t width, RleScratch&
         scratch.positions[ends[column]++] = (64 * word + column) * height + changes.row;
       }
     }
-    for (const int64_t position : scratch.positions) runs.change(position);
+    for (const int64_t position : scratch.positions) runs.end_run(position);
   }
-  runs.change(height * width);
+  runs.end_run(height * width);
 }
 
 }  // namespace
 
-std::vector<std::string> encode_masks(const uint8_t* masks, int64_t count, int64_t height, int64_t width,
-                                      int threads) {
-  constexpr int64_t kPixelsPerThread = 1 << 20;
+std::vector<std::string> encode_packed_masks(const uint8_t* masks, int64_t count, int64_t height, int64_t width,
+                                             int threads) {
+  constexpr int64_t kPixelsPerThread = 1 << 20;  // least work that outweighs the start of a thread
   const int64_t stride = height * ((width + 7) / 8);
   const int64_t useful = std::min(count, 1 + count * height * width / kPixelsPerThread);
   threads = static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, useful)));
   std::vector<std::string> encoded(count);
   std::vector<RleScratch> scratch(threads);
-  std::atomic<bool> out_of_memory{false};  // results grow as they are written, and no exception may leave a thread
+  std::atomic<bool> out_of_memory{false};  // results grow while they are written, and no exception may leave a thread
   parallel_for(count, threads, [&](int worker, int64_t i) {
     try {
       encode_mask(masks + i * stride, height, width, scratch[worker], encoded[i]);

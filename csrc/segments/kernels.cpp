@@ -1,4 +1,3 @@
-// The kernels of segments.h, compiled for each instruction set.
 #include "segments/tile.h"
 
 namespace maskformer_fast {
@@ -18,9 +17,10 @@ int64_t count_owned(const TileScratch& scratch, const Tile& tile, float own_logi
   return sum(count);
 }
 
-// Lets one candidate take the pixels where its cost is below that of those before it; returns the pixels it owns.
+// Makes one candidate the winner of the pixels where its cost is below that of all candidates before it. Returns the
+// number of pixels that it owns.
 template <bool kFirst>
-int64_t contend(PanopticScratch& scratch, const Tile& tile, const Candidate& candidate, int32_t slot) {
+int64_t update_winners(PanopticScratch& scratch, const Tile& tile, const Candidate& candidate, int32_t slot) {
   Ints owned{};
   const Ints slots = broadcast(slot);
   for (int v = 0; v < tile.vectors(); ++v) {
@@ -58,7 +58,7 @@ int64_t count_slot(const PanopticScratch& scratch, const Tile& tile, int32_t slo
   return sum(count);
 }
 
-// Bounds of all candidates in a row of tiles -> scratch.low and scratch.high.
+// Computes the bounds of all candidates in a row of tiles: scratch.low and scratch.high.
 void bound_candidates(const PanopticJob& job, int64_t image, int64_t tile_row, PanopticScratch& scratch) {
   const MaskLogits& logits = job.logits;
   for (int64_t s = 0; s < job.slot_counts[image]; ++s) {
@@ -73,31 +73,31 @@ void bound_candidates(const PanopticJob& job, int64_t image, int64_t tile_row, P
   }
 }
 
-// The candidates that may win somewhere in a tile, in order -> scratch.alive; returns their number.
-int64_t find_alive(const Candidate* candidates, int64_t slots, const float* low, const float* high,
-                   PanopticScratch& scratch) {
-  float threshold = __builtin_huge_valf();  // the least of the costs that each candidate is sure not to exceed
-  for (int64_t s = 0; s < slots; ++s) scratch.worst[s] = candidates[s].inverse_score;
+// Writes the slots that may win somewhere in a tile, ascending, to scratch.possible. Returns their number.
+int64_t find_possible(const Candidate* candidates, int64_t slots, const float* low, const float* high,
+                      PanopticScratch& scratch) {
+  float threshold = __builtin_huge_valf();  // the least upper bound of a cost
+  for (int64_t s = 0; s < slots; ++s) scratch.most_cost[s] = candidates[s].inverse_score;
   for (int64_t s = 0; s < slots; s += kLanes) {
-    const Floats inverse_score = load(scratch.worst + s);
-    store(scratch.best + s, cost_of(load(high + s), inverse_score));
-    store(scratch.worst + s, cost_of(load(low + s), inverse_score));
+    const Floats inverse_score = load(scratch.most_cost + s);
+    store(scratch.least_cost + s, cost_of(load(high + s), inverse_score));
+    store(scratch.most_cost + s, cost_of(load(low + s), inverse_score));
   }
-  for (int64_t s = 0; s < slots; ++s) threshold = scratch.worst[s] < threshold ? scratch.worst[s] : threshold;
-  threshold *= 1 + 4e-6f;  // beyond all rounding
-  int64_t alive = 0;
+  for (int64_t s = 0; s < slots; ++s) threshold = scratch.most_cost[s] < threshold ? scratch.most_cost[s] : threshold;
+  threshold *= 1 + 4e-6f;  // more than any rounding error
+  int64_t count = 0;
   for (int64_t s = 0; s < slots; ++s) {
-    if (scratch.best[s] <= threshold) scratch.alive[alive++] = static_cast<int32_t>(s);
+    if (scratch.least_cost[s] <= threshold) scratch.possible[count++] = static_cast<int32_t>(s);
   }
-  return alive;
+  return count;
 }
 
-void claim_tile(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t tile_column,
-                PanopticScratch& scratch) {
+void find_tile_winners(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t tile_column,
+                       PanopticScratch& scratch) {
   const MaskLogits& logits = job.logits;
   const Tile tile(logits, tile_row, tile_column);
   const int64_t slots = job.slot_counts[image];
-  const int32_t nobody = static_cast<int32_t>(job.slots);
+  const int32_t no_query = static_cast<int32_t>(job.slots);
   const Candidate* candidates = job.candidates + image * job.slots;
   SlotCounts* counts = scratch.counts + image * job.slots;
   const auto expand = [&](int64_t slot) {
@@ -108,17 +108,17 @@ void claim_tile(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t
 
   const float* low = scratch.low + tile_column * scratch.padded_slots;
   const float* high = scratch.high + tile_column * scratch.padded_slots;
-  const int64_t alive = find_alive(candidates, slots, low, high, scratch);
-  const int32_t leader = scratch.alive[0];
+  const int64_t possible = find_possible(candidates, slots, low, high, scratch);
+  const int32_t leader = scratch.possible[0];
   const bool leader_owns = low[leader] >= candidates[leader].own_logit;
   const bool leader_owns_nothing = high[leader] < candidates[leader].own_logit;
-  const bool uniform = alive == 1 && (!job.intersect || leader_owns || leader_owns_nothing);
+  const bool uniform = possible == 1 && (!job.intersect || leader_owns || leader_owns_nothing);
   for (int64_t s = 0, next = 0; s < slots; ++s) {
-    const bool contends = !uniform && next < alive && scratch.alive[next] == s;
-    if (contends) {
+    const bool may_win = !uniform && next < possible && scratch.possible[next] == s;
+    if (may_win) {
       expand(s);
-      const auto take = next == 0 ? contend<true> : contend<false>;
-      counts[s].owned += take(scratch, tile, candidates[s], static_cast<int32_t>(s));
+      const auto update = next == 0 ? update_winners<true> : update_winners<false>;
+      counts[s].owned += update(scratch, tile, candidates[s], static_cast<int32_t>(s));
       ++next;
     } else if (low[s] >= candidates[s].own_logit) {
       counts[s].owned += tile.pixels();
@@ -133,21 +133,21 @@ void claim_tile(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t
   if (uniform) {
     counts[leader].won += tile.pixels();
     if (!job.intersect || leader_owns) counts[leader].both += tile.pixels();
-    tile_slot = job.intersect && leader_owns_nothing ? nobody : leader;
+    tile_slot = job.intersect && leader_owns_nothing ? no_query : leader;
     return;
   }
   tile_slot = kMixedTile;
-  for (int64_t k = 0; k < alive; ++k) {
-    counts[scratch.alive[k]].won += count_slot(scratch, tile, scratch.alive[k]);
+  for (int64_t k = 0; k < possible; ++k) {
+    counts[scratch.possible[k]].won += count_slot(scratch, tile, scratch.possible[k]);
   }
   if (job.intersect) {
     for (int at = 0; at < tile.rows * kTileColumns; at += kLanes) {
       const Ints owns = load(scratch.margin + at) >= 0.0f;
-      store(scratch.slot + at, select(owns, load_ints(scratch.slot + at), broadcast(nobody)));
+      store(scratch.slot + at, select(owns, load_ints(scratch.slot + at), broadcast(no_query)));
     }
   }
-  for (int64_t k = 0; k < alive; ++k) {
-    counts[scratch.alive[k]].both += count_slot(scratch, tile, scratch.alive[k]);
+  for (int64_t k = 0; k < possible; ++k) {
+    counts[scratch.possible[k]].both += count_slot(scratch, tile, scratch.possible[k]);
   }
   for (int r = 0; r < tile.rows; ++r) {
     int32_t* out = job.id_map + (image * logits.vertical.size + tile.top + r) * logits.horizontal.size + tile.left;
@@ -157,12 +157,12 @@ void claim_tile(const PanopticJob& job, int64_t image, int64_t tile_row, int64_t
 
 }  // namespace
 
-void claim_pixels(const PanopticJob& job, int64_t image, int64_t tile_row, PanopticScratch& scratch) {
+void find_winners(const PanopticJob& job, int64_t image, int64_t tile_row, PanopticScratch& scratch) {
   bound_candidates(job, image, tile_row, scratch);
-  for (int64_t t = 0; t < job.logits.horizontal.tiles; ++t) claim_tile(job, image, tile_row, t, scratch);
+  for (int64_t t = 0; t < job.logits.horizontal.tiles; ++t) find_tile_winners(job, image, tile_row, t, scratch);
 }
 
-void number_segments(const PanopticJob& job, int64_t image, int64_t tile_row) {
+void write_segments(const PanopticJob& job, int64_t image, int64_t tile_row) {
   const MaskLogits& logits = job.logits;
   const int32_t* ids = job.ids + image * (job.slots + 1);
   const int32_t* tile_slots = job.tile_slot + (image * logits.vertical.tiles + tile_row) * logits.horizontal.tiles;
@@ -201,7 +201,7 @@ void extract_mask(const InstanceJob& job, int64_t image, int64_t query, Instance
       uint64_t columns = 0;
       for (int r = 0; r < tile.rows; ++r) {
         uint64_t word = 0;
-        Floats row_sums{};  // apart, as rounding errors grow with the number of terms
+        Floats row_sums{};  // a sum for each row, as rounding errors grow with the number of terms
         for (int v = 0; v < tile.vectors(); ++v) {
           const Floats logit = logit_at(scratch.tile, tile, r, v * kLanes);
           const Ints in = (logit > 0.0f) & inside(tile, v * kLanes);
@@ -216,7 +216,7 @@ void extract_mask(const InstanceJob& job, int64_t image, int64_t query, Instance
         area += __builtin_popcountll(word);
         y0 = least(y0, tile.top + r);
         y1 = tile.top + r + 1 > y1 ? tile.top + r + 1 : y1;
-        for (int64_t b = 0; b < bytes; ++b) {  // whatever the order of bytes in a word
+        for (int64_t b = 0; b < bytes; ++b) {  // byte by byte, whatever the machine's byte order
           mask[(tile.top + r) * row_bytes + first_byte + b] = static_cast<uint8_t>(word >> (8 * b));
         }
       }

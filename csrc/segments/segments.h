@@ -1,4 +1,4 @@
-// Panoptic and instance inference of a batch on the host (segments.h).
+// Panoptic and instance inference of a batch on the host.
 #pragma once
 
 #include <array>
@@ -8,7 +8,7 @@
 
 namespace maskformer_fast {
 
-// Mask logits and the window of them that the output shows.
+// Mask logits and the window of the maps that the output covers.
 struct MaskWindow {
   const float* logits;             // [batch, queries, rows, columns], columns adjacent
   std::array<int64_t, 4> sizes;    // of logits
@@ -17,31 +17,34 @@ struct MaskWindow {
   std::array<int64_t, 2> output;   // height and width of the result, both positive
 };
 
-struct PanopticQuery {
+// Classes and scores of the queries, and the rule by which they become segments.
+struct PanopticInput {
   const float* scores;        // [batch, queries]
-  const int64_t* categories;  // [batch, queries], negative for queries that take no part
+  const int64_t* categories;  // [batch, queries], negative for queries that are left out
   const bool* is_thing;       // [classes]
   int64_t classes;
   double overlap_threshold;
-  std::string rule;  // maskformer, mask2former, huggingface
+  std::string rule;  // maskformer, mask2former or huggingface
 };
 
 struct PanopticOutput {
-  int32_t* id_map;  // [batch, height, width]
-  int32_t* ids;     // [batch, queries]
-  int64_t* areas;   // [batch, queries]
+  int32_t* id_map;  // [batch, height, width], segment of each pixel, or -1
+  int32_t* ids;     // [batch, queries], segment of each query, or -1
+  int64_t* areas;   // [batch, queries], pixels of each query, whether it has a segment or not
 };
 
 struct InstanceOutput {
-  uint8_t* masks;  // [batch, queries, height, ceil(width / 8)]
+  uint8_t* masks;  // [batch, queries, height, ceil(width / 8)], least significant bit first
   int64_t* areas;  // [batch, queries]
   float* boxes;    // [batch, queries, 4]
   float* scores;   // [batch, queries]
 };
 
-// Both use at most `threads` threads, the calling one included; results do not depend on their number.
-// They throw std::invalid_argument on a category or rule that does not exist, and std::bad_alloc.
-void infer_panoptic(const MaskWindow& window, const PanopticQuery& query, const PanopticOutput& output, int threads);
-void infer_instances(const MaskWindow& window, const InstanceOutput& output, int threads);
+// Both functions use at most `threads` threads, the calling one included; results do not depend on their number. Both
+// throw std::invalid_argument on maps that are too large or empty, std::bad_alloc. panoptic_inference also throws
+// std::invalid_argument on an unknown category or rule.
+void panoptic_inference(const MaskWindow& window, const PanopticInput& input, const PanopticOutput& output,
+                        int threads);
+void instance_inference(const MaskWindow& window, const InstanceOutput& output, int threads);
 
 }  // namespace maskformer_fast

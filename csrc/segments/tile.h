@@ -1,15 +1,14 @@
-// Reading tiles of resampled logits (segments.h), for files compiled for each instruction set: bounds, taps, and the
-// logits of a vector of pixels.
+// Tiles of resampled logits: bounds, taps, and the logits of a vector of pixels. Part of kernels.cpp.
 #pragma once
 
-#include "segments/kernels.h"
 #include "common/simd.h"
+#include "segments/kernels.h"
 
 namespace maskformer_fast {
 namespace MF_ISA {
 namespace {
 
-static_assert(kTapSlack >= 2 * kLanes, "expanding reads past the taps");
+static_assert(kTapSlack >= 2 * kLanes, "expand_rows reads past the taps");
 
 struct Bounds {
   float low, high;
@@ -24,7 +23,7 @@ MF_INLINE float clamp_logit(float x) {
 }
 MF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// One bit a lane of a comparison's result.
+// Returns the lanes of a comparison's result, one bit each.
 MF_INLINE uint64_t lane_bits(Ints mask) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)mask);
@@ -37,8 +36,8 @@ MF_INLINE uint64_t lane_bits(Ints mask) {
 #endif
 }
 
-// Calls vector(at) for vectors that cover 0..count-1, the last of which may overlap the one before, and element(at)
-// for single positions where count is below one vector.
+// Covers positions 0..count-1: calls vector(at) for vectors, the last of which may overlap the one before, or
+// element(at) for each position where `count` is less than a vector.
 template <class Vector, class Element>
 MF_INLINE void cover(int64_t count, const Vector& vector, const Element& element) {
   if (count < kLanes) {
@@ -48,7 +47,7 @@ MF_INLINE void cover(int64_t count, const Vector& vector, const Element& element
   for (int64_t at = 0; at < count; at += kLanes) vector(at + kLanes <= count ? at : count - kLanes);
 }
 
-// Bounds, at each map column, of the rows that a row of tiles reads -> low and high [columns].
+// Computes the bounds, at each map column, of the rows that a row of tiles reads: low and high [columns].
 void bound_columns(const MaskLogits& logits, const float* map, int64_t tile_row, float* low, float* high) {
   const int32_t* rows = logits.vertical.taps + tile_row * 2 * kTileRows;
   const int count = logits.vertical.counts[tile_row];
@@ -74,7 +73,7 @@ void bound_columns(const MaskLogits& logits, const float* map, int64_t tile_row,
       });
 }
 
-// Bounds of one tile of such a row.
+// Returns the bounds of one tile, from the bounds of its row of tiles by bound_columns.
 MF_INLINE Bounds bound_tile(const MaskLogits& logits, int64_t tile_column, const float* low, const float* high) {
   const int32_t* columns = logits.horizontal.taps + tile_column * 2 * kTileColumns;
   const int count = logits.horizontal.counts[tile_column], run = logits.horizontal.runs[tile_column];
@@ -97,7 +96,7 @@ MF_INLINE Bounds bound_tile(const MaskLogits& logits, int64_t tile_column, const
   return {low_run < others.low ? low_run : others.low, high_run > others.high ? high_run : others.high};
 }
 
-// What a tile reads of one query's map -> scratch.taps, clamped.
+// Copies the logits that a tile reads of one query's map to scratch.taps, clamped.
 void read_taps(const MaskLogits& logits, const float* map, int64_t tile_row, int64_t tile_column,
                TileScratch& scratch) {
   const int32_t* rows = logits.vertical.taps + tile_row * 2 * kTileRows;
@@ -112,7 +111,7 @@ void read_taps(const MaskLogits& logits, const float* map, int64_t tile_row, int
   }
 }
 
-// scratch.taps resampled along the columns -> scratch.rows
+// Resamples scratch.taps along the columns to scratch.rows.
 void expand_rows(const MaskLogits& logits, int64_t tile_row, int64_t tile_column, TileScratch& scratch) {
   const int32_t* left = logits.horizontal.left + tile_column * kTileColumns;
   const float* weight = logits.horizontal.weight + tile_column * kTileColumns;
@@ -120,7 +119,7 @@ void expand_rows(const MaskLogits& logits, int64_t tile_row, int64_t tile_column
   for (int v = 0; v < kTileColumns; v += kLanes) {
     const Floats weights = load(weight + v);
     const int first = left[v];
-    if (left[v + kLanes - 1] - first < kLanes) {  // one vector of taps holds them all, as where maps are enlarged
+    if (left[v + kLanes - 1] - first < kLanes) {  // one vector holds all taps, as in upsampling
       const Ints lanes = load_ints(left + v) - first;
       for (int r = 0; r < count; ++r) {
         const Floats a = permute(load(scratch.taps[r] + first), lanes);
@@ -138,12 +137,12 @@ void expand_rows(const MaskLogits& logits, int64_t tile_row, int64_t tile_column
   }
 }
 
-// The pixels of one tile of the output and, once its query's rows are expanded, their logits.
+// Pixels of one tile of the output. logit_at computes their logits once the query's rows are expanded.
 struct Tile {
   int64_t top, left;
   int rows, columns;
-  const int32_t* upper;  // [rows] first of the two expanded rows that a row of pixels lies between
-  const float* weight;   // [rows] share of the second
+  const int32_t* upper;  // [rows], first of the two expanded rows that a row of pixels lies between
+  const float* weight;   // [rows], share of the second
 
   Tile(const MaskLogits& logits, int64_t tile_row, int64_t tile_column)
       : top(tile_row * kTileRows),
@@ -163,7 +162,7 @@ MF_INLINE Floats logit_at(const TileScratch& scratch, const Tile& tile, int row,
   return a + tile.weight[row] * (b - a);
 }
 
-// Lanes of a vector that are pixels of the tile.
+// Returns the lanes of a vector that are pixels of the tile.
 MF_INLINE Ints inside(const Tile& tile, int column) { return lane_numbers() < tile.columns - column; }
 
 }  // namespace

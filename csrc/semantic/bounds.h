@@ -1,4 +1,4 @@
-// What can matter in a tile: ranges of masks, bounds of scores; part of semantic_kernel.cpp.
+// Ranges of masks and bounds of scores in a tile, which decide what can be left out. Part of kernels.cpp.
 #pragma once
 
 #include "semantic/scratch.h"
@@ -7,16 +7,16 @@ namespace maskformer_fast {
 namespace MF_ISA {
 namespace {
 
-constexpr int kRangeColumns = 512;  // of the maps, that the ranges of a strip are found by vectors for
+constexpr int kRangeColumns = 512;  // most map columns of a strip whose ranges are computed with vectors
 
-// Least and largest logit of every query in the windows of a strip of tiles side by side -> [tile, queries rounded up];
-// false if a NaN is near. A query's rows are read once for the strip: maps lie at distances that share few lines of the
-// caches, so the next tile would not find them there.
+// Writes the least and the largest logit of every query in each window of a strip to [tile, queries rounded up].
+// Returns false if one of the logits is NaN. A query's rows are read once for the strip: the maps' addresses share few
+// lines of the caches, so the rows would be evicted before the next tile.
 template <class T>
 bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, float* least, float* largest) {
-  const int64_t row_stride = image.mask_strides[1], column_stride = image.mask_strides[2];
+  const int64_t row_stride = image.mask_row_stride, column_stride = image.mask_column_stride;
   const int64_t out_stride = round_up(image.queries + 1, 16);
-  int rows[2 * kTile], count = 0;  // what the tiles read, ascending
+  int rows[2 * kTile], count = 0;  // map rows that the tiles read, ascending
   for (int i = 0; i < 2 * kTile; ++i) {
     const int y = i % 2 ? windows->high[i / 2] : windows->low[i / 2];
     if (!count || y > rows[count - 1]) rows[count++] = y;
@@ -26,7 +26,7 @@ bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, f
   if (last_start < 0 || column_stride != 1 || last - base >= kRangeColumns) {
     bool valid = true;
     for (int query = 0; query < image.queries; ++query) {
-      const T* map = static_cast<const T*>(image.masks) + query * image.mask_strides[0];
+      const T* map = static_cast<const T*>(image.masks) + query * image.mask_query_stride;
       for (int tile = 0; tile < tiles; ++tile) {
         float low = kInfinity, high = -kInfinity;
         for (int i = 0; i < count; ++i) {
@@ -43,14 +43,14 @@ bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, f
     }
     return valid;
   }
-  // of each column; two queries take turns, as reading what was just written in other pieces would wait for it
+  // Ranges of each column. Queries alternate between two buffers, as a load that overlaps recent stores waits for them.
   float low_columns[2][kRangeColumns + 2 * kLanes] = {}, high_columns[2][kRangeColumns + 2 * kLanes] = {};
   Ints unordered{};
   for (int query = 0; query <= image.queries; ++query) {
     if (query < image.queries) {
-      const T* map = static_cast<const T*>(image.masks) + query * image.mask_strides[0];
-      const int ahead = query + 2 < image.queries ? query + 2 : query;  // no processor foresees these jumps
-      const T* next = static_cast<const T*>(image.masks) + ahead * image.mask_strides[0];
+      const T* map = static_cast<const T*>(image.masks) + query * image.mask_query_stride;
+      const int ahead = query + 2 < image.queries ? query + 2 : query;  // no processor predicts these addresses
+      const T* next = static_cast<const T*>(image.masks) + ahead * image.mask_query_stride;
       for (int x = base; x <= last; x += kLanes) {
         const int start = x < last_start ? x : last_start;
         Floats low = broadcast(kInfinity), high = broadcast(-kInfinity);
@@ -92,16 +92,16 @@ bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, c
   return false;
 }
 
-// What a sum of at most all queries' terms may be off by, relative to itself: no term is negative, and adding one
-// rounds by at most 2^-24 of the sum so far, twice where there is no fused multiply-add (the second time of the term
-// alone).
+// Bounds the relative rounding error of a sum over queries. No term is negative, and adding one rounds by at most 2^-24
+// of the sum so far. Without fused multiply-add the term itself is rounded too.
 MF_INLINE float rounding(const SemanticImage& image) { return (image.queries + 16) * 0x1p-24f; }
 
-// Middle, half width and bound of every query's part in a tile, from the range of its logits; the largest bound.
+// Computes s.middle, s.half and s.bound of every query in a tile from the range of its logits. Returns the largest
+// bound.
 //
-// The interpolation is monotone in the taps as computed, and of equal taps x it is within 6 * 2^-24 |x| of x: two axes
-// with two products and the rounding of 1 - t. The probability is within 4 units in the last place. So what a pixel's
-// mask is computed as lies in [lo, hi], widened by 2^-20 on both counts.
+// The computed interpolation is monotone in the taps. Of equal taps x it is within 6 * 2^-24 |x| of x: two axes with
+// two products each and the rounding of 1 - t. The probability is within 4 units in the last place. So the computed
+// mask of a pixel lies in [lo, hi], where logits and probabilities are both widened by 2^-20.
 MF_INLINE float bound_queries(const SemanticImage& image, int tile, const Scratch& s) {
   const int64_t stride = round_up(image.queries + 1, 16);
   float* least = s.least + tile * stride;
@@ -121,7 +121,8 @@ MF_INLINE float bound_queries(const SemanticImage& image, int tile, const Scratc
   return highest(top);
 }
 
-// The largest of 16 falling thresholds below or at which the `count` weights sum to at most `budget`, or 0; the sum.
+// Returns the largest of 16 falling thresholds for which the weights up to it add up to at most `budget`, and writes
+// that sum to `sum`. Returns -1 with a sum of 0 where none does.
 float find_threshold(const SemanticImage& image, const float* weights, int count, float budget, float* sum) {
   constexpr int kThresholds = 16, kVectors = kThresholds / kLanes;
   float thresholds[kThresholds], sums[kThresholds];
@@ -147,14 +148,14 @@ float find_threshold(const SemanticImage& image, const float* weights, int count
   return -1.0f;
 }
 
-// Rounding is relative only above the least normal number: what hundreds of sums below it may be off by.
+// Bound of the absolute error of hundreds of sums below the least normal number, where rounding is not relative.
 constexpr float kTiny = 1e-30f;
 
 struct ClassBounds {
-  Floats first, second;  // the two largest lower bounds in each lane
+  Floats first, second;  // the two largest lower bounds of a score in each lane
 };
 
-// Bounds of kVectors vectors of classes from c on.
+// Bounds the scores of kVectors vectors of classes from c on.
 template <int kVectors>
 MF_INLINE void bound_class_vectors(const SemanticImage& image, const Scratch& s, int c, int live, float slack,
                                    ClassBounds& bounds) {
@@ -170,7 +171,7 @@ MF_INLINE void bound_class_vectors(const SemanticImage& image, const Scratch& s,
     const int q = s.live[i];
     const float* row = image.probabilities + q * image.probability_stride + c;
     if (!image.probabilities) {
-      fetch(image, q, classes, count, s.row);
+      load_probabilities(image, q, classes, count, s.row);
       row = s.row;
     }
     const Floats query_middle = broadcast(s.middle[q]), query_half = broadcast(s.half[q]);
@@ -189,8 +190,8 @@ MF_INLINE void bound_class_vectors(const SemanticImage& image, const Scratch& s,
   }
 }
 
-// Classes that can win somewhere in the tile (with `runner_up`: or come second) -> scratch.classes. The live queries
-// count with their ranges, `slack` bounds what the others add to a score.
+// Writes the classes that can win somewhere in the tile (with `runner_up`, or come second) to s.classes and returns
+// their number. Live queries count with their ranges. `slack` bounds what the other queries add to a score.
 MF_INLINE int bound_classes(const SemanticImage& image, const Scratch& s, int live, float slack, bool runner_up) {
   ClassBounds bounds{};
   int c = 0;
@@ -200,7 +201,8 @@ MF_INLINE int bound_classes(const SemanticImage& image, const Scratch& s, int li
   if (runner_up) {  // the second largest over all lanes
     float one = 0.0f, two = 0.0f;
     for (int lane = 0; lane < kLanes; ++lane) {
-      for (const float x : {bounds.first[lane], bounds.second[lane]}) {
+      const float pair[2] = {bounds.first[lane], bounds.second[lane]};
+      for (const float x : pair) {
         const float lesser = x < one ? x : one;
         two = lesser > two ? lesser : two;
         one = x > one ? x : one;
@@ -208,27 +210,27 @@ MF_INLINE int bound_classes(const SemanticImage& image, const Scratch& s, int li
     }
     bar = two;
   }
-  int found = 0;
+  int count = 0;
   for (int v = 0; v < image.classes; v += kLanes) {
     if (!any(load(s.upper + v) >= bar)) continue;
     for (int i = v; i < v + kLanes && i < image.classes; ++i) {
-      s.classes[found] = i;
-      found += s.upper[i] >= bar;
+      s.classes[count] = i;
+      count += s.upper[i] >= bar;
     }
   }
-  return found;
+  return count;
 }
 
-// Leaves those of the live queries in scratch.live whose masks matter and puts the others, which may be taken by their
-// middle, in scratch.dropped. `change` is what that does to the difference of two scores (with `values`: to twice a
-// score), at most budget.
+// Splits s.live: queries whose masks matter stay in it, and queries that their middles can replace go to s.dropped.
+// Writes to `change` by how much the replacement may change the difference of two scores (with `values`, twice a
+// score), which is at most `budget`.
 MF_INLINE void choose_queries(const SemanticImage& image, const Scratch& s, float budget, int classes, bool values,
                               int* live, int* dropped, float* change) {
   for (int i = 0; i < *live; ++i) {
     const int q = s.live[i];
     float spread = image.largest[q];
     if (classes <= kClassBlock) {
-      fetch(image, q, s.classes, classes, s.row);
+      load_probabilities(image, q, s.classes, classes, s.row);
       Floats low = broadcast(kInfinity), high = broadcast(0.0f);
       for (int c = 0; c < classes; c += kLanes) {
         const Floats p = load(s.row + c);

@@ -1,38 +1,42 @@
-// One tile of semantic inference: which classes and queries can matter in it, then masks times probabilities and the
-// running argmax of the classes. semantic.h has the definitions.
+// A tile of semantic inference: finds the classes and queries that can matter in it, multiplies masks by probabilities
+// and keeps a running argmax over the classes. semantic.h has the definitions.
 //
-// Pruning is exact. Over a tile, the probability of mask q lies in [lo, hi], from the range of the logits that the tile
-// reads, so each class's score lies between two sums over the queries; a class whose upper bound is below another's
-// lower bound cannot win, and where one class is left the tile is decided. Otherwise queries that hardly matter are
-// replaced by the middle of their range, and the label of a pixel is taken if its lead over the runner-up exceeds what
-// that may have changed between two classes. Panels where some pixel's lead does not are done again with more queries,
-// at last with all of them: the same sums, in the same order, as the dense path's.
+// Pruning is exact. The range of the logits that a tile reads bounds the probability of each mask in the tile, and so
+// bounds each class's score by two sums over the queries. A class whose upper bound is below another class's lower
+// bound cannot win. Where one class is left, the tile is decided. Otherwise queries that hardly matter are replaced by
+// the middle of their range, and a pixel's label is proven if its lead over the runner-up exceeds what the replacement
+// may have changed between two classes. Rows with unproven pixels are scored again with more queries, in the end with
+// all of them. These last sums have the same terms, in the same order, as those of the dense path.
 #include "semantic/bounds.h"
 
 namespace maskformer_fast {
 namespace MF_ISA {
 namespace {
 
-constexpr int kClassRows = 6;  // classes and vectors of pixels of one register block
+// Classes and vectors of pixels of one register block.
+constexpr int kClassRows = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kPixelVectors = 4;
 #else
 constexpr int kPixelVectors = 2;
 #endif
-static_assert(kClassBlock % kClassRows == 0 && kPanelPixels % (kLanes * kPixelVectors) == 0, "whole register blocks");
-static_assert(kBlockStride >= kClassBlock + 16 && kTile % kLanes == 0, "room for whole vectors");
+static_assert(kClassBlock % kClassRows == 0 && kPanelPixels % (kLanes * kPixelVectors) == 0, "full register blocks");
+static_assert(kBlockStride >= kClassBlock + 16 && kTile % kLanes == 0, "room for full vectors");
 
-constexpr unsigned kPanelMask = (1u << kPanelRows) - 1, kAllRows = (1u << kTile) - 1;  // a bit for each row of pixels
+constexpr unsigned kPanelMask = (1u << kPanelRows) - 1, kAllRows = (1u << kTile) - 1;  // one bit a row of pixels
 
-// What left-out queries may change between two classes at each attempt, as parts of the most that one query adds: small
-// enough that most labels are proven, large enough that most queries drop. Found by trial; results hang little on them.
+// Allowed change between two classes by left-out queries at each attempt, relative to the largest bound of a query.
+// They are small enough that most labels are proven and large enough that most queries are left out. The values are
+// from experiments; speed depends little on them.
 constexpr float kSlacks[] = {0.02f, 0.001f, 5e-5f};
-// The same where scores are asked for, in all: they may be off by half of it.
+// Allowed absolute change where scores or margins are asked for. Scores may be off by half of it.
 constexpr float kScoreSlacks[] = {2e-6f};
 
-// Scores of classes[0..count) at the pixels of one panel, and the argmax over them that is going on in best, second and
-// label. `masks` [queries, kPanelPixels], `block` [queries, kBlockStride]. Sums start from `bias` [classes] with the
-// first block of queries, else from `partial` [classes, kPanelPixels]; before the last block they go there again.
+// Scores classes[0..count) at the pixels of one panel and continues the argmax in best, second and label. The sums
+// start from `bias` with the first block of queries, later from `partial`. They enter the argmax with the last block,
+// earlier they are stored in `partial`.
+// masks: [queries, kPanelPixels]; block: [queries, kBlockStride], probabilities; bias: [classes]; partial: [classes,
+// kPanelPixels].
 template <bool kSecond>
 void score_panel(const float* masks, const float* block, int queries, const int32_t* classes, int count,
                  const float* bias, float* partial, bool first, bool last, float* best, float* second,
@@ -77,7 +81,7 @@ void score_panel(const float* masks, const float* block, int queries, const int3
         if (c + i >= count) break;
         const Ints this_class = broadcast(classes[c + i]);
         for (int j = 0; j < kPixelVectors; ++j) {
-          const Ints better = sum[i][j] > best_here[j];  // strictly: of equal scores the lower class stays
+          const Ints better = sum[i][j] > best_here[j];  // strict: of equal scores the lower class stays
           if (kSecond) second_here[j] = max(second_here[j], min(sum[i][j], best_here[j]));
           best_here[j] = select(better, sum[i][j], best_here[j]);
           label_here[j] = select(better, this_class, label_here[j]);
@@ -92,8 +96,8 @@ void score_panel(const float* masks, const float* block, int queries, const int3
   }
 }
 
-// Winner and runner-up among `count` classes in some rows of pixels, by the masks of the live queries and the middle of
-// the range of the dropped ones. What other rows get must not be used.
+// Finds winner and runner-up among the first `count` of s.classes in some rows of pixels, from the masks of the first
+// `live` of s.live and the middles of the first `dropped` of s.dropped. The results of other rows must not be used.
 void score_tile(const SemanticImage& image, const Window& window, const Scratch& s, int count, int live, int dropped,
                 unsigned rows, bool second) {
   for (int i = 0; i < kTilePixels; i += kLanes) {
@@ -107,7 +111,7 @@ void score_tile(const SemanticImage& image, const Window& window, const Scratch&
     const int classes = count - c < kClassBlock ? count - c : kClassBlock;
     for (int i = 0; i < kBlockStride; ++i) s.bias[i] = 0.0f;
     for (int i = 0; i < dropped; ++i) {
-      fetch(image, s.dropped[i], s.classes + c, classes, s.row);
+      load_probabilities(image, s.dropped[i], s.classes + c, classes, s.row);
       for (int k = 0; k < classes; k += kLanes) {
         store(s.bias + k, load(s.bias + k) + load(s.row + k) * s.middle[s.dropped[i]]);
       }
@@ -116,7 +120,9 @@ void score_tile(const SemanticImage& image, const Window& window, const Scratch&
     do {
       const int queries = live - q < kQueryBlock ? live - q : kQueryBlock;
       const bool first = q == 0, last = q + queries == live;
-      for (int i = 0; i < queries; ++i) fetch(image, s.live[q + i], s.classes + c, classes, s.block + i * kBlockStride);
+      for (int i = 0; i < queries; ++i) {
+        load_probabilities(image, s.live[q + i], s.classes + c, classes, s.block + i * kBlockStride);
+      }
       if (c == 0 || live > kQueryBlock) {
         fill_masks(image, window, s.live + q, queries, rows, s.masks, panel_stride);
       }
@@ -153,23 +159,24 @@ void write(const SemanticImage& image, const Window& window, const Scratch& s, u
     const int64_t out = int64_t(window.top + y) * image.width + window.left;
     for (int x = 0; x < window.width; ++x) {
       const float best = s.best[y * kTile + x], second = s.second[y * kTile + x];
-      const bool any = best >= 0.0f;  // else a NaN reached the pixel
-      if (image.scores) image.scores[out + x] = any ? best : __builtin_nanf("");
+      const bool valid = best >= 0.0f;  // else the pixel's sums are NaN
+      if (image.scores) image.scores[out + x] = valid ? best : __builtin_nanf("");
       if (image.margins) {
-        image.margins[out + x] = !any ? __builtin_nanf("") : image.classes == 1 ? kInfinity : best - second;
+        image.margins[out + x] = !valid ? __builtin_nanf("") : image.classes == 1 ? kInfinity : best - second;
       }
     }
   }
 }
 
-void all_queries_and_classes(const SemanticImage& image, const Scratch& s) {
+void select_all(const SemanticImage& image, const Scratch& s) {
   for (int q = 0; q < image.queries; ++q) s.live[q] = q;
   for (int c = 0; c < image.classes; ++c) s.classes[c] = c;
 }
 
-// Rows of pixels whose labels are those that all queries would give. `ignored` queries add at most that much to a
-// score; the dropped ones move the difference of two scores by at most `change`, and any score by at most their largest
-// probability times the half width of their mask. Four sums round: two classes', here and over all queries.
+// Returns the rows of pixels whose labels are those that all queries would give. Queries that are neither live nor
+// dropped add at most `ignored` to a score. The dropped ones change the difference of two scores by at most `change`,
+// and a score by at most their largest probability times the half width of their mask. Four sums round: those of two
+// classes, here and over all queries.
 MF_INLINE unsigned find_proven(const SemanticImage& image, const Scratch& s, int dropped, float ignored, float change,
                                bool one_class) {
   if (one_class || (ignored == 0.0f && dropped == 0)) return kAllRows;
@@ -189,11 +196,12 @@ MF_INLINE unsigned find_proven(const SemanticImage& image, const Scratch& s, int
   return proven;
 }
 
-// Winners of one tile, of which ranges are known, or not: then nothing is pruned.
-void solve(const SemanticImage& image, const Window& window, const Scratch& s, unsigned rows, int tile, bool ranges) {
+// Labels one tile. Without `ranges`, the ranges of the masks are not known and nothing is pruned.
+void label_tile(const SemanticImage& image, const Window& window, const Scratch& s, unsigned rows, int tile,
+                bool ranges) {
   const bool second = image.margins != nullptr;
   if (!ranges) {
-    all_queries_and_classes(image, s);
+    select_all(image, s);
     score_tile(image, window, s, image.classes, image.queries, 0, rows, second);
     return write(image, window, s, rows);
   }
@@ -217,7 +225,7 @@ void solve(const SemanticImage& image, const Window& window, const Scratch& s, u
       return write(image, window, s, rows);
     }
     choose_queries(image, s, budget, classes, values, &live, &dropped, &change);
-    // about as many operations for a mask as for 30 classes: an attempt must spare half of them
+    // a mask takes about as many operations as 30 classes, so an attempt must save half of the masks
     if (image.path == SemanticPath::automatic && 2 * live > image.queries) break;
     score_tile(image, window, s, classes, live, dropped, rows, true);
     const unsigned proven = find_proven(image, s, dropped, ignored, change, classes == 1) & rows;
@@ -232,25 +240,25 @@ void solve(const SemanticImage& image, const Window& window, const Scratch& s, u
 
 }  // namespace
 
-bool semantic_prepare(const SemanticImage& image, float* memory) {
-  const Scratch s = carve(image, memory);
+bool semantic_softmax(const SemanticImage& image, float* memory) {
+  const Scratch s = split_scratch(image, memory);
   bool valid = true;
-  const int columns = image.classes + 1, whole = static_cast<int>(round_up(columns, kLanes));
+  const int columns = image.classes + 1, padded = static_cast<int>(round_up(columns, kLanes));
   for (int q = 0; q < image.queries; ++q) {
     float* row = image.probabilities ? image.probabilities + q * image.probability_stride : s.upper;
-    for (int c = 0; c < whole; ++c) row[c] = c < columns ? logit(image, q, c) : -kInfinity;
+    for (int c = 0; c < padded; ++c) row[c] = c < columns ? logit(image, q, c) : -kInfinity;
     Floats peaks = broadcast(-kInfinity), sums{}, tops{};
-    for (int c = 0; c < whole; c += kLanes) peaks = max(peaks, load(row + c));
+    for (int c = 0; c < padded; c += kLanes) peaks = max(peaks, load(row + c));
     const float peak = highest(peaks);
-    for (int c = 0; c < whole; c += kLanes) {
+    for (int c = 0; c < padded; c += kLanes) {
       const Floats x = softmax_exp(load(row + c) - peak);
       store(row + c, x);
       sums += x;
     }
     const float total = sum(sums);
     const float scale = 1.0f / total;
-    for (int64_t c = image.classes; c < (image.probabilities ? image.probability_stride : whole); ++c) row[c] = 0.0f;
-    for (int c = 0; c < whole; c += kLanes) {
+    for (int64_t c = image.classes; c < (image.probabilities ? image.probability_stride : padded); ++c) row[c] = 0.0f;
+    for (int c = 0; c < padded; c += kLanes) {
       const Floats p = load(row + c) * scale;
       store(row + c, p);
       tops = max(tops, p);
@@ -265,12 +273,12 @@ bool semantic_prepare(const SemanticImage& image, float* memory) {
 }
 
 void semantic_strip(const SemanticImage& image, int top, int left, int tiles, float* memory) {
-  const Scratch s = carve(image, memory);
+  const Scratch s = split_scratch(image, memory);
   Window windows[kStripTiles];
   for (int tile = 0; tile < tiles; ++tile) windows[tile] = find_window(image, top, left + tile * kTile);
   const bool ranges = image.path != SemanticPath::dense && find_ranges(image, windows, tiles, s);
   const unsigned rows = kAllRows >> (kTile - windows->height);
-  for (int tile = 0; tile < tiles; ++tile) solve(image, windows[tile], s, rows, tile, ranges);
+  for (int tile = 0; tile < tiles; ++tile) label_tile(image, windows[tile], s, rows, tile, ranges);
 }
 
 }  // namespace MF_ISA

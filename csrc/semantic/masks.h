@@ -1,11 +1,11 @@
-// Mask probabilities of a tile from low-resolution logits; part of semantic_kernel.cpp.
+// Mask probabilities of a tile from low-resolution logits. Part of kernels.cpp.
 //
-// Infinite logits (and finite ones beyond) count as +-1e30, so that interpolation never meets inf - inf: a tap at -inf
-// pulls every pixel that it reaches to 0, and between opposite infinities the nearer one wins.
+// Logits beyond +-1e30, infinite ones included, are clamped to it, so that interpolation never computes inf - inf. A
+// tap at -inf makes every pixel that reads it 0, and between opposite infinities the nearer one wins.
 #pragma once
 
-#include "semantic/semantic.h"
 #include "common/simd.h"
+#include "semantic/kernels.h"
 
 namespace maskformer_fast {
 namespace MF_ISA {
@@ -52,21 +52,21 @@ MF_INLINE float load_float(const Float16* p) {
   return load_floats(reinterpret_cast<const Float16*>(&all))[0];
 }
 
-// The limits are compared first, so that NaN stays.
+// Clamps to +-kLogitLimit. The limit is the first operand of min and max, so that NaN stays NaN.
 MF_INLINE Floats limit_logits(Floats x) { return max(broadcast(-kLogitLimit), min(broadcast(kLogitLimit), x)); }
 
-// 1 / (1 + e^-x) within 4 units in the last place, 0 below -87 (-126 log 2 with AVX-512); NaN stays NaN.
+// Computes 1 / (1 + e^-x) within 4 units in the last place, and 0 below -87 (-126 log 2 with AVX-512). NaN stays NaN.
 MF_INLINE Floats mask_probability(Floats x) {
 #if defined(__AVX512F__)
   const Floats t = x * -1.44269504088896f;
-  const Floats whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT);
-  return 1.0f / (1.0f + (Floats)_mm512_scalef_ps(exp2_fraction(t - whole), whole));
+  const Floats rounded = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT);
+  return 1.0f / (1.0f + (Floats)_mm512_scalef_ps(exp2_fraction(t - rounded), rounded));
 #else
   return select(x >= -87.0f, sigmoid(x), x * 0.0f);
 #endif
 }
 
-// p[index[0]], p[index[1]], ...
+// Returns p[index[0]], p[index[1]], ...
 MF_INLINE Floats gather(const float* p, Ints index) {
 #if defined(__AVX512F__)
   return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)index, p, 4);
@@ -86,16 +86,16 @@ MF_INLINE bool any(Ints mask) {
 #elif defined(__AVX2__)
   return _mm256_movemask_epi8((__m256i)mask) != 0;
 #else
-  int32_t found = 0;
-  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
-  return found != 0;
+  int32_t set = 0;
+  for (int lane = 0; lane < kLanes; ++lane) set |= mask[lane];
+  return set != 0;
 #endif
 }
 
-// Lanes 0..count-1.
+// Returns a mask of lanes 0..count-1.
 MF_INLINE Ints first_lanes(int count) { return lane_numbers() < count; }
 
-// What the pixels of a tile read. Pixels beyond the output repeat its last row and column.
+// Map positions and weights that the pixels of a tile read. Pixels beyond the output repeat its last row and column.
 struct Window {
   int top, left, height, width;               // the tile's part of the output
   int32_t low[kTile], high[kTile];            // rows of the maps
@@ -129,7 +129,7 @@ MF_INLINE Window find_window(const SemanticImage& image, int top, int left) {
   }
   window.first_column = window.column_low[0];
   window.last_column = window.column_high[kTile - 1];
-  window.narrow = image.map_width >= kLanes && image.mask_strides[2] == 1;
+  window.narrow = image.map_width >= kLanes && image.mask_column_stride == 1;
   for (int v = 0; v < kRowVectors; ++v) {
     const int last_start = image.map_width - kLanes;
     int start = window.column_low[v * kLanes];
@@ -144,7 +144,7 @@ MF_INLINE Window find_window(const SemanticImage& image, int top, int left) {
   return window;
 }
 
-// The same for one vector of a row's pixels.
+// Part of a Window for one vector of pixels of a row.
 struct Columns {
   int start;
   Ints lane_low, lane_high;
@@ -163,8 +163,8 @@ MF_INLINE Columns find_columns(const Window& window, int v) {
           window.column_high + i};
 }
 
-// One row of a map, interpolated to a vector of pixels. The interpolation has the form a * (1 - t) + b * t: each step
-// rounds monotonically, and so the result is monotone in the taps.
+// Interpolates one row of a map at a vector of pixels. In a * (1 - t) + b * t each step rounds monotonically, so the
+// result is monotone in the taps.
 template <bool kNarrow, class T>
 MF_INLINE Floats interpolate(const T* row, int64_t stride, const Columns& columns) {
   Floats low, high;
@@ -187,13 +187,13 @@ MF_INLINE Floats interpolate(const T* row, int64_t stride, const Columns& column
 template <bool kNarrow, class T>
 void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned rows,
                 float* masks, int64_t panel_stride) {
-  const int64_t row_stride = image.mask_strides[1], column_stride = image.mask_strides[2];
+  const int64_t row_stride = image.mask_row_stride, column_stride = image.mask_column_stride;
   struct Row {
     int64_t out;
-    int low, high;  // of `taps`
+    int low, high;  // indices into `taps`
     float low_share, high_share;
   } wanted[kTile];
-  int64_t taps[2 * kTile];  // rows of the maps, each once, as elements from the map's first
+  int64_t taps[2 * kTile];  // distinct rows of the maps, as offsets in elements
   int tap_count = 0, last_tap = -1, wanted_count = 0;
   for (int y = 0; y < kTile; ++y) {
     if (!(rows >> y & 1)) continue;
@@ -201,7 +201,7 @@ void fill_masks(const SemanticImage& image, const Window& window, const int32_t*
     row.out = y / kPanelRows * panel_stride + y % kPanelRows * kTile;
     row.low_share = window.low_share[y];
     row.high_share = window.high_share[y];
-    const int difference = last_tap - window.low[y];  // 1: the last but one
+    const int difference = last_tap - window.low[y];  // 1: `low` is the last tap but one
     if (tap_count == 0 || difference < 0) taps[tap_count++] = window.low[y] * row_stride;
     row.low = difference == 1 && tap_count > 1 ? tap_count - 2 : tap_count - 1;
     if (window.high[y] != window.low[y] && !(difference == 1)) taps[tap_count++] = window.high[y] * row_stride;
@@ -211,7 +211,7 @@ void fill_masks(const SemanticImage& image, const Window& window, const int32_t*
   for (int v = 0; v < kRowVectors; ++v) {
     const Columns columns = find_columns(window, v);
     for (int i = 0; i < count; ++i) {
-      const T* map = static_cast<const T*>(image.masks) + queries[i] * image.mask_strides[0];
+      const T* map = static_cast<const T*>(image.masks) + queries[i] * image.mask_query_stride;
       float* out = masks + int64_t(i) * kPanelPixels + v * kLanes;
       Floats tap_rows[2 * kTile];
       for (int k = 0; k < tap_count; ++k) tap_rows[k] = interpolate<kNarrow>(map + taps[k], column_stride, columns);
@@ -234,7 +234,7 @@ void fill_masks(const SemanticImage& image, const Window& window, const int32_t*
   }
 }
 
-// Mask probabilities of some queries, in some of the tile's rows (a bit each) -> masks [panel, query, pixel].
+// Writes the mask probabilities of some queries, in the tile's rows whose bits are set, to masks [panel, query, pixel].
 void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned rows,
                 float* masks, int64_t panel_stride) {
   switch (image.mask_type) {

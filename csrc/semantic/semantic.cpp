@@ -1,3 +1,5 @@
+#include "semantic/semantic.h"
+
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -7,29 +9,16 @@
 
 #include "common/cpu_isa.h"
 #include "common/resample.h"
-#include "semantic/semantic.h"
 #include "common/threads.h"
+#include "semantic/kernels.h"
 
 namespace maskformer_fast {
 namespace {
 
-constexpr int64_t kProbabilityFloats = 1 << 20;  // 4 MiB: with more, workers compute those that they need
-constexpr int64_t kScratchFloats = 11 << 18;     // 11 MiB for all workers; the rest is for threads and the allocator
-
-struct AxisTable {
-  std::vector<int32_t> low, high;
-  std::vector<float> share;
-
-  AxisTable(int64_t source, double extent, int64_t output) : low(output), high(output), share(output) {
-    for (int64_t i = 0; i < output; ++i) {
-      const AxisPosition position = read_position(i, output, extent, source);
-      low[i] = position.low;
-      high[i] = position.high;
-      share[i] = position.share;
-    }
-  }
-  AxisTaps view() const { return {low.data(), high.data(), share.data()}; }
-};
+// Most floats of an image's table of probabilities, 4 MiB. Above it, workers compute the probabilities that they need.
+constexpr int64_t kProbabilityFloats = 1 << 20;
+// Most floats of scratch memory for all workers, 11 MiB. The rest of 16 MiB is for threads and the allocator.
+constexpr int64_t kScratchFloats = 11 << 18;
 
 int64_t bytes_of(FloatType type) { return type == FloatType::float32 ? 4 : 2; }
 
@@ -53,11 +42,10 @@ void check(const SemanticBatch& batch) {
 
 void semantic_inference(const SemanticBatch& batch, int threads) {
   check(batch);
-  check(threads >= 1, "threads", ">= 1", threads);
   const int queries = static_cast<int>(batch.mask_sizes[1]), classes = static_cast<int>(batch.classes);
   const int height = static_cast<int>(batch.output_size[0]), width = static_cast<int>(batch.output_size[1]);
-  const AxisTable rows(batch.mask_sizes[2], batch.extent[0], height);
-  const AxisTable columns(batch.mask_sizes[3], batch.extent[1], width);
+  const AxisTable rows(height, batch.extent[0], batch.mask_sizes[2], height);
+  const AxisTable columns(width, batch.extent[1], batch.mask_sizes[3], width);
 
   const int64_t tile_rows = (height + kTile - 1) / kTile, tile_columns = (width + kTile - 1) / kTile;
   const int64_t strips_per_row = (tile_columns + kStripTiles - 1) / kStripTiles;
@@ -77,18 +65,21 @@ void semantic_inference(const SemanticBatch& batch, int threads) {
     SemanticImage image{};
     image.masks = static_cast<const char*>(batch.masks) + i * batch.mask_strides[0] * bytes_of(batch.mask_type);
     image.mask_type = batch.mask_type;
-    image.mask_strides = {batch.mask_strides[1], batch.mask_strides[2], batch.mask_strides[3]};
+    image.mask_query_stride = batch.mask_strides[1];
+    image.mask_row_stride = batch.mask_strides[2];
+    image.mask_column_stride = batch.mask_strides[3];
     image.logits = static_cast<const char*>(batch.logits) + i * batch.logit_strides[0] * bytes_of(batch.logit_type);
     image.logit_type = batch.logit_type;
-    image.logit_strides = {batch.logit_strides[1], batch.logit_strides[2]};
+    image.logit_query_stride = batch.logit_strides[1];
+    image.logit_class_stride = batch.logit_strides[2];
     image.queries = queries;
     image.classes = classes;
     image.map_height = static_cast<int>(batch.mask_sizes[2]);
     image.map_width = static_cast<int>(batch.mask_sizes[3]);
     image.height = height;
     image.width = width;
-    image.rows = rows.view();
-    image.columns = columns.view();
+    image.rows = rows.taps();
+    image.columns = columns.taps();
     image.peak = softmax.data();
     image.scale = softmax.data() + padded_queries;
     image.largest = softmax.data() + 2 * padded_queries;
@@ -98,8 +89,8 @@ void semantic_inference(const SemanticBatch& batch, int threads) {
     image.labels = static_cast<char*>(batch.labels) + pixels * (classes <= 255 ? 1 : 2);
     image.scores = batch.scores ? batch.scores + pixels : nullptr;
     image.margins = batch.margins ? batch.margins + pixels : nullptr;
-    // with NaN among the probabilities there are no bounds
-    if (!MF_DISPATCH(semantic_prepare, image, scratch.get())) image.path = SemanticPath::dense;
+    // a probability that is NaN has no bounds
+    if (!MF_DISPATCH(semantic_softmax, image, scratch.get())) image.path = SemanticPath::dense;
     parallel_for(strips, workers, [&](int worker, int64_t strip) {
       const int64_t first = strip % strips_per_row * kStripTiles;
       const int64_t tiles = std::min<int64_t>(kStripTiles, tile_columns - first);

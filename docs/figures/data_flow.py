@@ -1,6 +1,6 @@
-"""Draws data_flow.svg, how data flow through the code: ``python docs/figures/data_flow.py [FILE]``, in any format.
+"""Draw data_flow.svg, the flow of data through the code: ``python docs/figures/data_flow.py [FILE]``, in any format.
 
-Needs Matplotlib. Each box is a step and the files that do it, which a test holds against the tree.
+Needs Matplotlib. Each box is a step with its files; a test checks that these files exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GREY = "#444444"
 
 
 class Box(NamedTuple):
-    """A step: place of its centre, size, colour, title, and files below ``maskformer_fast/``."""
+    """A step: position of its centre, size, colour, title, and files below ``maskformer_fast/``."""
 
     x: float
     y: float
@@ -32,26 +32,31 @@ class Box(NamedTuple):
 
 
 BOXES = {
-    "data": Box(1.4, 6.5, 2.6, INPUT, "image and truth", ("data/", "data/transforms.py")),
+    "data": Box(1.4, 6.5, 2.6, INPUT, "image and truth", ("data/datasets/", "data/transforms.py")),
     "batch": Box(1.4, 4.5, 2.6, INPUT, "padded batch, uint8", ("data/loader.py", "ops/resize.py")),
-    "targets": Box(5.0, 6.5, 2.6, INPUT, "targets, a bit a pixel", ("structures.py",)),
+    "targets": Box(5.0, 6.5, 2.6, INPUT, "targets, one bit a pixel", ("structures.py",)),
     "backbone": Box(5.0, 4.5, 2.6, NETWORK, "normalise, backbone", ("modeling/resnet.py", "modeling/swin.py")),
     "pixels": Box(9.0, 5.3, 3.2, NETWORK, "pixel decoder: features", ("modeling/pixel_decoder.py",), 0.8),
     "queries": Box(9.0, 3.7, 3.2, NETWORK, "transformer decoder: queries", ("modeling/mask_head.py",), 0.8),
-    "predictions": Box(13.0, 4.5, 3.0, NETWORK, "predictions, as factors", ("structures.py", "projection.py")),
+    "predictions": Box(13.0, 4.5, 3.0, NETWORK, "predictions, as factors", ("structures.py", "ops/mask_product.py")),
     "cost": Box(
         13.0, 6.5, 3.0, TRAINING, "cost, assignment",
-        ("matcher.py", "ops/matching_cost.py", "ops/linear_sum_assignment.py"), 1.2,
+        ("training/matcher.py", "ops/matching_cost.py", "ops/assignment.py"), 1.2,
     ),
-    "loss": Box(13.0, 8.3, 3.0, TRAINING, "losses", ("criterion.py", "ops/mask_loss.py")),
-    "step": Box(9.0, 8.3, 3.2, TRAINING, "update, or a skipped step", ("step.py", "nonfinite.py")),
-    "run": Box(5.0, 8.3, 2.6, TRAINING, "checkpoints, log", ("checkpoint.py", "runlog.py")),
+    "loss": Box(13.0, 8.3, 3.0, TRAINING, "losses", ("training/criterion.py", "ops/mask_loss.py")),
+    "step": Box(
+        9.0, 8.3, 3.2, TRAINING, "update, or a skipped step", ("training/train_step.py", "training/skipped_steps.py"),
+    ),
+    "run": Box(5.0, 8.3, 2.6, TRAINING, "checkpoints, log", ("training/checkpoints.py", "training/run_log.py")),
     "post": Box(
         13.0, 2.2, 3.0, RESULT, "pruning, fused inference",
-        ("postprocess.py", "ops/pruned_semantic.py", "ops/semantic_inference.py", "ops/segment_inference.py"), 1.4,
+        ("inference/postprocess.py", "ops/semantic.py", "ops/semantic_pruned.py", "ops/segments.py"), 1.4,
     ),
-    "result": Box(9.0, 2.2, 3.2, RESULT, "labels, segments, instances", ("predictor.py", "ops/instance_rle.py")),
-    "files": Box(5.0, 2.2, 2.6, RESULT, "files, pictures, metrics", ("writer.py", "visualize.py", "evaluation/"), 1.2),
+    "result": Box(9.0, 2.2, 3.2, RESULT, "labels, segments, instances", ("inference/predictor.py", "ops/rle.py")),
+    "files": Box(
+        5.0, 2.2, 2.6, RESULT, "files, pictures, metrics", ("output/writer.py", "output/visualize.py", "evaluation/"),
+        1.2,
+    ),
 }  # fmt: skip
 ARROWS = (
     ("data", "batch", ""),
@@ -73,7 +78,7 @@ ARROWS = (
 
 
 def edge(a: Box, b: Box) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Where an arrow leaves one box and reaches the other: at facing sides."""
+    """Return the start and the end of an arrow between two boxes, on the sides that face each other."""
     if abs(a.x - b.x) > (a.width + b.width) / 2:
         side = 1 if b.x > a.x else -1
         return (a.x + side * a.width / 2, a.y), (b.x - side * b.width / 2, b.y)
@@ -101,11 +106,11 @@ def draw(path: Path) -> None:
         arrow = FancyArrowPatch(tail, head, arrowstyle="-|>", mutation_scale=14, color=GREY, shrinkA=1, shrinkB=1)
         axes.add_patch(arrow)
         x, y = (tail[0] + head[0]) / 2, (tail[1] + head[1]) / 2
-        if tail[0] == head[0]:  # beside an upright arrow
+        if tail[0] == head[0]:  # beside a vertical arrow
             place, alignment = (x + 0.1, y), {"ha": "left", "va": "center"}
-        elif tail[1] == head[1]:  # over a level one
+        elif tail[1] == head[1]:  # above a horizontal arrow
             place, alignment = (x, y + 0.06), {"ha": "center", "va": "bottom"}
-        else:  # outside of the fork
+        else:  # outside the fork
             place, alignment = (x, y + (0.22 if head[1] > tail[1] else -0.22)), {"ha": "right", "va": "center"}
         axes.text(*place, label, fontsize=8.5, style="italic", color=GREY, **alignment)
     figure.savefig(path, bbox_inches="tight", facecolor="white", dpi=80,

@@ -1,4 +1,4 @@
-"""Argument checks: one line each, and an error that names the argument, what was expected and what came."""
+"""Checks of arguments, whose errors name the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def check(condition: bool, name: str, expected: str, got: object, error: type[Va
 
 
 def check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
-    """``Literal`` is not enforced at run time; this does."""
+    """Raise ``ValueError`` unless a value is one of the choices; Python does not enforce ``Literal`` at run time."""
     check(value in choices, name, "one of " + ", ".join(map(repr, choices)), value)

@@ -6,18 +6,18 @@ import colorsys
 
 __all__ = ["default_colors"]
 
-# Every tone keeps neighbours in hue apart in lightness or saturation as well: (value, saturation).
+# (value, saturation) of each tone: neighbours in hue differ in lightness or saturation as well.
 _TONES = (
     (0.95, 0.85), (0.65, 0.90), (1.00, 0.50), (0.45, 0.75), (0.80, 0.60), (0.90, 0.30), (0.55, 0.45), (0.75, 1.00),
 )
-_GOLDEN_RATIO = 0.6180339887498949  # hue steps of the golden angle never fall back onto an earlier hue
+_GOLDEN_RATIO = 0.6180339887498949  # step of the hue as a fraction of the circle; no hue comes twice
 
 
 def default_colors(n: int) -> tuple[tuple[int, int, int], ...]:
-    """Returns n distinct RGB colours; the first m of them are `default_colors(m)`.
+    """n distinct RGB colours, of which the first m are `default_colors(m)`.
 
     Args:
-        n: how many colours, at least 0.
+        n: number of colours, at least 0.
 
     Returns:
         A tuple of n (red, green, blue) tuples of ints in 0..255, no two equal, none black (black marks void).
@@ -31,17 +31,17 @@ def default_colors(n: int) -> tuple[tuple[int, int, int], ...]:
     if not 0 <= n <= 2**20:
         raise ValueError(f"n: expected a count from 0 to {2**20}, got {n}")
     colors: list[tuple[int, int, int]] = []
-    seen = {(0, 0, 0)}
+    used = {(0, 0, 0)}
     step = 0
     while len(colors) < n:
         value, saturation = _TONES[(step // 7) % len(_TONES)]
         red, green, blue = colorsys.hsv_to_rgb((0.02 + step * _GOLDEN_RATIO) % 1.0, saturation, value)
         color = (round(red * 255), round(green * 255), round(blue * 255))
-        # Thousands of colours exhaust the tones: walk the cube from there instead of repeating one.
-        while color in seen:
+        # Thousands of colours use up the tones; a colour that is taken is moved through the RGB cube to a free one.
+        while color in used:
             code = (color[0] * 65536 + color[1] * 256 + color[2] + 7_368_787) % 2**24
             color = (code >> 16, code >> 8 & 255, code & 255)
-        seen.add(color)
+        used.add(color)
         colors.append(color)
         step += 1
     return tuple(colors)

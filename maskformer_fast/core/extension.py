@@ -1,4 +1,4 @@
-"""Loads the compiled module ``maskformer_fast._C`` and the Triton kernels when an operator first needs them."""
+"""Lazy loading of the compiled module ``maskformer_fast._C`` and of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUILD_COMMAND = "pip install -e . --no-build-isolation --no-deps"
 def load_extension() -> ModuleType:
     """Import ``maskformer_fast._C``, once.
 
-    Raises ImportError saying why it cannot be loaded and which command builds it; there is no silent fallback.
+    Raises ImportError with the reason and the command that builds it; there is no silent fallback.
     """
     try:
         return importlib.import_module("maskformer_fast._C")
@@ -27,7 +27,10 @@ def load_extension() -> ModuleType:
 
 
 def load_cuda_extension() -> ModuleType:
-    """The same, where it was built with its CUDA operators; ImportError with the command that builds them otherwise."""
+    """Import ``maskformer_fast._C`` with its CUDA operators.
+
+    Raises ImportError with the command that builds them where it was built without.
+    """
     extension = load_extension()
     if not extension.has_cuda:
         raise ImportError(
@@ -41,7 +44,7 @@ def load_cuda_extension() -> ModuleType:
 def load_kernels(name: str) -> ModuleType:
     """Import ``maskformer_fast.kernels.NAME``, once.
 
-    Raises ImportError saying what to install where Triton is missing; there is no silent fallback.
+    Raises ImportError with the command that installs Triton where it is missing; there is no silent fallback.
     """
     try:
         return importlib.import_module(f"maskformer_fast.kernels.{name}")
@@ -53,6 +56,7 @@ def load_kernels(name: str) -> ModuleType:
 
 
 def _reason(error: ImportError) -> str:
+    """Explain why ``maskformer_fast._C`` cannot be loaded."""
     if not isinstance(error, ModuleNotFoundError):
         return str(error)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

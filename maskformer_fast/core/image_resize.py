@@ -1,4 +1,4 @@
-"""The resize of inference on arrays, without torch: a network and a bundle's runtime feed on the same pixels."""
+"""The resize of inference on arrays, without torch, so that a network and a bundle's runtime get the same pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from maskformer_fast.core.checks import check
 
 
 def short_edge_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
-    """Height, width with the shorter side at ``short_edge``, or less where the longer would exceed ``max_size``."""
+    """Height, width with the shorter side at ``short_edge``, or less if the longer would exceed ``max_size``."""
     scale = min(short_edge / min(height, width), max_size / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 

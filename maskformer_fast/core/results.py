@@ -1,19 +1,21 @@
-"""Results of the three tasks: tensors from a network in PyTorch, NumPy arrays from a bundle."""
+"""Results of the three tasks, with tensors from PyTorch or NumPy arrays from a bundle."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from maskformer_fast.core.metadata import SegmentInfo
 
 ArrayT = TypeVar("ArrayT")
-"""``torch.Tensor`` or ``numpy.ndarray``; all arrays of one result are of one kind."""
+"""Type of the arrays of one result: ``torch.Tensor`` or ``numpy.ndarray``."""
 
 
 @dataclass
 class SemanticResult(Generic[ArrayT]):
-    """The class of every pixel."""
+    """Class of every pixel."""
 
     labels: ArrayT  # [H, W] uint8 (K <= 255) or int16
     scores: ArrayT | None = None  # [H, W] float32, sum over queries of the winning class
@@ -21,7 +23,7 @@ class SemanticResult(Generic[ArrayT]):
 
 @dataclass
 class PanopticResult(Generic[ArrayT]):
-    """Segments that do not overlap; ids count from 1, pixels without a segment are `VOID`."""
+    """Segments that do not overlap. Ids count from 1; pixels without a segment are `VOID`."""
 
     id_map: ArrayT  # [H, W] int32
     segments: list[SegmentInfo] = field(default_factory=list)
@@ -39,3 +41,11 @@ class InstanceResult(Generic[ArrayT]):
 
 
 Result = SemanticResult[Any] | PanopticResult[Any] | InstanceResult[Any]
+
+
+def unpack_mask_array(
+    packed: np.ndarray,  # [..., H, ceil(W/8)] uint8
+    width: int,
+) -> np.ndarray:
+    """Masks of an `InstanceResult` of arrays -> bool [..., H, width]; for tensors see `structures.unpack_masks`."""
+    return np.unpackbits(packed, axis=-1, count=width, bitorder="little").view(np.bool_)

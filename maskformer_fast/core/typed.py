@@ -122,7 +122,8 @@ def to_plain(value: Any, kind: Any = None) -> Any:
     """
     kind = type(value) if kind is None else kind
     if is_dataclass(kind):
-        return {name: to_plain(getattr(value, name), hint) for name, hint in _field_types(kind).items()}
+        types_by_name: dict[str, Any] = _field_types(kind)  # type: ignore[arg-type]
+        return {name: to_plain(getattr(value, name), field_type) for name, field_type in types_by_name.items()}
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         others = [argument for argument in arguments if argument is not type(None)]

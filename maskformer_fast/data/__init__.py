@@ -1,4 +1,4 @@
-"""Data sets: images and their truth, from files or made on the fly."""
+"""Data sets: images and their truth, read from files or generated."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.cache import CachedDataset
-from maskformer_fast.data.coco_instances import coco_instances_dataset
-from maskformer_fast.data.coco_panoptic import coco_panoptic_dataset
-from maskformer_fast.data.folder import folder_dataset
-from maskformer_fast.data.presets import INDEX_PRESETS, PRESETS, preset_metadata
-from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.data.datasets.coco_instances import coco_instances_dataset
+from maskformer_fast.data.datasets.coco_panoptic import coco_panoptic_dataset
+from maskformer_fast.data.datasets.folder import folder_dataset
+from maskformer_fast.data.datasets.presets import INDEX_PRESETS, PRESETS, preset_metadata
+from maskformer_fast.data.datasets.shapes import ShapesDataset
 
 __all__ = ["DATASETS", "BrokenExampleError", "SegmentationDataset", "build_dataset", "dataset_metadata"]
 
 DATASETS = ("shapes", "folder", "coco_instances", "coco_panoptic", *PRESETS)
 """Every value of ``data.dataset``."""
 
-_COLLECTION = "DETECTRON2_DATASETS"  # where users of detectron2 say that their data sets are
+_COLLECTION = "DETECTRON2_DATASETS"  # environment variable of detectron2: the folder that holds all data sets
 
 
 def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> SegmentationDataset:
-    """Open the training or the validation part of the configured data set; pixels are read later, one by one.
+    """Open the training or the validation part of the configured data set.
 
-    With ``data.cache`` all of them are read at once.
+    Images are read later, one example at a time. With ``data.cache`` all examples are read now and kept in memory.
 
     Raises:
         FileNotFoundError: folders or files are not where the layout has them; the message lists the paths.
-        ValueError: an unknown data set, a task its truth does not allow, no root, or malformed annotations; a data set
-            that is to be held in memory and does not fit.
+        ValueError: an unknown data set, a task that its truth does not allow, no root, or malformed annotations; with
+            ``data.cache``, a data set that does not fit into memory.
         ModuleNotFoundError: COCO instances without pycocotools.
     """
     dataset = _open_dataset(config, split)
@@ -63,10 +63,12 @@ def _open_dataset(config: DataConfig, split: Literal["train", "val"]) -> Segment
 
 
 def dataset_metadata(config: DataConfig) -> Metadata:
-    """Classes of the configured data set, without its files where it is a preset with no root, or synthetic.
+    """Return the classes of the configured data set.
+
+    Synthetic data sets, and presets without ``data.root``, need no files for that.
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: as `build_dataset`, where the files must be opened.
+        FileNotFoundError, ValueError, ModuleNotFoundError: as `build_dataset` does, if the files must be opened.
     """
     if config.dataset in PRESETS and config.root is None:
         return preset_metadata(config.dataset)

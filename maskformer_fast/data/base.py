@@ -1,4 +1,4 @@
-"""What every data set offers, and the error for one example that cannot be read."""
+"""The protocol of data sets, the error for one unusable example, and checks that several data sets share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.structures import Example
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
-_LISTED = 8  # paths an error message spells out; a log line lists them all
+_LISTED = 8  # number of problems that an error message lists; the log lists all of them
 
 
 class BrokenExampleError(ValueError):
-    """One image or annotation cannot be used: unreadable, of the wrong size, with unknown ids, or missing.
+    """An image or annotation is missing, unreadable, of the wrong size, or has unknown ids.
 
-    Both arguments are the exception's ``args``, so it survives pickling between loader processes.
+    ``args`` holds both arguments, so that the exception can be pickled between loader processes.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
@@ -27,11 +27,12 @@ class BrokenExampleError(ValueError):
 
     @property
     def path(self) -> str:
-        """File to blame."""
+        """The unusable file."""
         return self.args[0]
 
     @property
     def reason(self) -> str:
+        """What is wrong with the file."""
         return self.args[1]
 
     def __str__(self) -> str:
@@ -39,14 +40,14 @@ class BrokenExampleError(ValueError):
 
 
 class SegmentationDataset(Protocol):
-    """A sequence of examples. Reading the same index twice gives the same example, in any process."""
+    """A sequence of examples. The same index gives the same example every time and in every process."""
 
     @property
     def metadata(self) -> Metadata: ...
 
     @property
     def task(self) -> Task:
-        """What training targets are made of; the examples themselves are the same for every task."""
+        """Task of the training targets; the examples themselves are the same for every task."""
         ...
 
     def __len__(self) -> int: ...
@@ -61,38 +62,38 @@ class SegmentationDataset(Protocol):
         ...
 
 
-def resolve_task(asked: Task | None, own: Task, allowed: Sequence[Task], dataset: str) -> Task:
-    """The task asked for, or the data set's own.
+def resolve_task(asked: Task | None, default: Task, allowed: Sequence[Task], dataset: str) -> Task:
+    """Return the configured task, or ``default`` if the configuration names none.
 
     Raises:
         ValueError: the truth of this data set does not allow the task.
     """
     if asked is None:
-        return own
+        return default
     if asked not in allowed:
         choices = ", ".join(map(repr, allowed))
         raise ValueError(f"data.task: expected one of {choices} for data set {dataset!r}, got {asked!r}")
     return asked
 
 
-def inside(folder: Path, name: str, source: str) -> Path:
-    """``folder / name``, where ``name`` comes from a file of the data set and must stay below ``folder``.
+def path_below(folder: Path, name: str, source: str) -> Path:
+    """Return ``folder / name`` after checking that it lies below ``folder``; names in annotation files are not trusted.
 
     Raises:
-        ValueError: ``name`` is empty, absolute, or climbs with "..".
+        ValueError: ``name`` is empty, absolute, or has a part "..".
     """
     windows = PureWindowsPath(name)
-    climbs = ".." in windows.parts or ".." in PurePosixPath(name).parts
-    if not name or "\0" in name or climbs or windows.drive or windows.root or PurePosixPath(name).is_absolute():
+    has_parent = ".." in windows.parts or ".." in PurePosixPath(name).parts
+    if not name or "\0" in name or has_parent or windows.drive or windows.root or PurePosixPath(name).is_absolute():
         raise ValueError(f"{source}: expected a file name below {folder}, got {name!r}")
     return folder / name
 
 
 def first_existing(candidates: Sequence[Path], what: str) -> Path:
-    """The first path that exists.
+    """Return the first path that exists.
 
     Raises:
-        FileNotFoundError: none does; the message lists them.
+        FileNotFoundError: none of them exists; the message lists them.
     """
     for path in candidates:
         if path.exists():
@@ -100,11 +101,11 @@ def first_existing(candidates: Sequence[Path], what: str) -> Path:
     raise FileNotFoundError(f"{what} not found; looked for {', '.join(map(str, candidates))}")
 
 
-def leave_out(problems: Sequence[str], what: str, skip_broken: bool) -> None:
-    """Stop because of examples that cannot be used, or log the list of them and go on.
+def raise_or_log(problems: Sequence[str], what: str, skip_broken: bool) -> None:
+    """Raise an error that lists unusable examples; with ``skip_broken``, log the list instead.
 
     Raises:
-        ValueError: there are problems, and ``skip_broken`` is off.
+        ValueError: there are problems and ``skip_broken`` is False.
     """
     if not problems:
         return
@@ -117,10 +118,10 @@ def leave_out(problems: Sequence[str], what: str, skip_broken: bool) -> None:
 
 
 def check_same_size(path: str | os.PathLike[str], got: tuple[int, int], image: tuple[int, int]) -> None:
-    """Truth must have the size of its image.
+    """Check that truth has the size (height, width) of its image.
 
     Raises:
-        BrokenExampleError: it has not.
+        BrokenExampleError: the sizes differ.
     """
     if got == image:
         return

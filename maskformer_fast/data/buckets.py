@@ -1,7 +1,7 @@
-"""A small set of shapes for training batches, so that a compiled network meets each once and compiles no more.
+"""Padding of training batches to a few sizes, because `torch.compile` compiles the network once for each size.
 
-Where every image is cropped there is one size already. Otherwise each side of a batch is padded to the next of a few
-levels, which follow from the recipe, and targets to a power of two.
+Recipes that crop give batches of one size already. Otherwise the height and the width of a batch are each padded to the
+next of a few levels, which follow from the recipe, and the number of targets is padded to a power of two.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import math
 from maskformer_fast.config import AugmentConfig
 
 LEAST_TARGETS = 8
+"""Smallest number of targets to which a batch is padded."""
 
 
 def bucket_side(side: int, augment: AugmentConfig, divisor: int) -> int:
-    """The size that a side of a batch is padded to, at least ``side``, a multiple of ``divisor``.
+    """Return the height or width, in pixels, to which a batch of that height or width is padded.
 
-    After a short-edge resize: the largest short edge, the largest long one or their geometric mean. Other recipes do
-    not say how large an image can be: powers of two and one and a half times these.
+    The result is at least ``side`` and a multiple of ``divisor``. After a short-edge resize the levels are the largest
+    short edge, the largest long edge, and their geometric mean. Other recipes do not bound an image's size: their
+    levels are the powers of two and 1.5 times these.
     """
     if augment.scale_mode == "short_edge":
         low, high = max(augment.short_edge), max(augment.max_size, *augment.short_edge)
@@ -30,5 +32,5 @@ def bucket_side(side: int, augment: AugmentConfig, divisor: int) -> int:
 
 
 def bucket_targets(count: int) -> int:
-    """The number of targets that an image's are padded to: a power of two."""
+    """Return the number of target slots for ``count`` targets: a power of two, at least `LEAST_TARGETS`."""
     return max(LEAST_TARGETS, 1 << max(0, count - 1).bit_length())

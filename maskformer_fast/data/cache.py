@@ -1,4 +1,4 @@
-"""A data set held in memory: decoded once, before the loader's processes start, which then share it."""
+"""A data set kept in memory: decoded once, before the loader's processes start, and shared by them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.structures import Example
 
-_SAMPLE = 16  # examples by whose size that of all is judged
-_SHARE = 0.7  # of the free memory, which training needs too
+_SAMPLE = 16  # examples read between two estimates of the total size
+_SHARE = 0.7  # largest share of the free memory; training needs the rest
 
 
 class CachedDataset:
-    """Every example of another data set, read ahead by threads; broken ones are kept as their error.
+    """All examples of another data set, read in advance by threads.
 
-    Processes that are forked from this one read the same memory. Under torchrun each rank holds a copy.
+    A broken example is kept as its error, which is raised when the example is asked for. Forked processes share the
+    memory. Under torchrun each rank has a copy.
     """
 
     def __init__(self, dataset: SegmentationDataset, free_bytes: int | None = None) -> None:
-        """Read everything.
+        """Read all examples.
 
         Args:
-            free_bytes: memory to stay within, by default what the system says is free; unknown is no limit.
+            free_bytes: free memory; None asks the system, and there is no limit if the system does not say.
 
         Raises:
-            ValueError: the data set would not fit.
+            ValueError: the data set needs more than the allowed share of the free memory.
         """
         self.metadata: Metadata = dataset.metadata
         self.task: Task = dataset.task
@@ -44,7 +45,7 @@ class CachedDataset:
 
         length, size = len(dataset), 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, length, _SAMPLE):  # in batches, so that what does not fit is never read
+            for start in range(0, length, _SAMPLE):  # in parts, so that reading stops before memory is full
                 for example in pool.map(read, range(start, min(start + _SAMPLE, length))):
                     self._examples.append(example)
                     size += 0 if isinstance(example, BrokenExampleError) else _bytes(example)
@@ -59,7 +60,7 @@ class CachedDataset:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Example:
-        """As of the data set that was read; the arrays cannot be written to."""
+        """Return the example of the original data set, with read-only arrays; raises as that data set does."""
         example = self._examples[index]
         if isinstance(example, BrokenExampleError):
             raise example
@@ -78,7 +79,7 @@ def _bytes(example: Example) -> int:
 
 
 def _free_bytes() -> int | None:
-    """What Linux can give without swapping."""
+    """Return the memory that Linux can give without swapping; None if it does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kibibytes = {name: value.split()[0] for name, _, value in (line.partition(":") for line in lines)}

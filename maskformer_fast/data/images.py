@@ -1,4 +1,4 @@
-"""Decoding of image files that may be damaged, enormous, or of an unusual kind."""
+"""Decoding of image files, which may be damaged, too large, or of an unusual colour mode."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 _LOGGER = logging.getLogger("maskformer_fast.data")
 
 MAX_PIXELS = 89_478_485
-"""Largest image that is decoded, in pixels (a quarter GiB as RGB); more is refused as a decompression bomb."""
+"""Pixels of the largest image that is decoded (a quarter GiB as RGB); a larger one may be a decompression bomb."""
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Endings of files taken for images, in lower case."""
+"""File name endings of images, in lower case."""
 
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
@@ -30,7 +30,7 @@ _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
 def _turn_upright(image: Image.Image) -> None:
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # unreadable metadata does not make readable pixels worthless
+    except Exception:  # pixels can be used even if their metadata cannot be read
         _LOGGER.debug("unreadable EXIF data ignored", exc_info=True)
 
 
@@ -50,16 +50,16 @@ def _decode(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
         reason = "no such file"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"expected at most {MAX_PIXELS} pixels: {error}"
-    except Exception as error:  # decoders raise anything on damaged data; the file is named and the cause kept
+    except Exception as error:  # decoders raise any exception on damaged data
         raise BrokenExampleError(path, f"cannot be decoded: {error or type(error).__name__}") from error
     raise BrokenExampleError(path, reason)
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Decode a picture as a network sees it -> uint8 [H, W, 3] RGB.
+    """Decode a picture for a network -> uint8 [H, W, 3] RGB.
 
-    EXIF orientation is applied; grey, palette, CMYK and 16-bit pictures are converted (16 bits keep their upper 8);
-    transparency is dropped; of several frames the first is taken.
+    EXIF orientation is applied. Grey, palette, CMYK and 16-bit pictures are converted (of 16 bits the upper 8 are
+    kept). Transparency is dropped. Of several frames the first is taken.
 
     Raises:
         BrokenExampleError: missing, damaged, truncated, floating-point, or larger than `MAX_PIXELS`.
@@ -73,7 +73,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def rgb_array(image: Image.Image) -> np.ndarray:
-    """Pixels of a decoded image of any mode, as `read_image` gives them -> uint8 [H, W, 3] RGB.
+    """Convert a decoded image of any mode as `read_image` does -> uint8 [H, W, 3] RGB.
 
     Raises:
         ValueError: floating-point pixels, or more than 16 bits.
@@ -91,7 +91,12 @@ def rgb_array(image: Image.Image) -> np.ndarray:
 
 
 def as_rgb_array(image: ImageLike) -> np.ndarray:
-    """Any accepted image -> [H, W, 3] uint8 RGB."""
+    """Convert a path, PIL image, array or tensor -> uint8 [H, W, 3] RGB.
+
+    Raises:
+        TypeError: another type, dtype or shape.
+        BrokenExampleError, ValueError: as `read_image` and `rgb_array` do.
+    """
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, Image.Image):
@@ -108,13 +113,13 @@ def as_rgb_array(image: ImageLike) -> np.ndarray:
 
 
 def read_index_png(path: str | os.PathLike[str]) -> np.ndarray:
-    """Decode an image whose pixel values are indices -> int32 [H, W].
+    """Decode an image whose pixel values are class indices -> int32 [H, W].
 
-    Grey (1, 8, 16 bits) and palette images are read; of a palette image the index counts, not the colour. PNG is
-    usual, TIFF works too.
+    The image is grey (1, 8 or 16 bits) or has a palette, of which the index is read and not the colour. Despite the
+    name, TIFF works as well as PNG.
 
     Raises:
-        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, or an image of colours.
+        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, or a colour image.
     """
     image = _decode(path)
     if image.mode not in _INDEX_MODES:
@@ -126,7 +131,7 @@ def read_panoptic_png(path: str | os.PathLike[str]) -> np.ndarray:
     """Decode a COCO panoptic PNG, segment id = R + 256 G + 65536 B -> int32 [H, W].
 
     Raises:
-        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, or not an image of colours.
+        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, or not a colour image.
     """
     image = _decode(path)
     if image.mode not in ("RGB", "RGBA"):

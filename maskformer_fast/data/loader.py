@@ -1,7 +1,7 @@
-"""Batches: padding, collation, and loaders whose every batch is a pure function of (seed, step).
+"""Loaders, padding and collation. Every training batch is a pure function of (seed, step).
 
 Sample number n of a run (step x batch size + position) is item ``n % len`` of the permutation of epoch ``n // len``.
-So a run resumes anywhere by its step alone, and neither the number of workers nor of micro-batches changes a step.
+So a run can resume from its step number, and the numbers of workers and micro-batches do not change a step's samples.
 """
 
 from __future__ import annotations
@@ -9,35 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskformer_fast.config import AugmentConfig, Config, Task, TestConfig
+from maskformer_fast.config import AugmentConfig, Config, Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
-from maskformer_fast.data.transforms import Sample, TrainTransform, resize_image
+from maskformer_fast.data.transforms import Sample, TrainTransform
 from maskformer_fast.data.worker import worker_setup
-from maskformer_fast.structures import Example, Targets
+from maskformer_fast.structures import Batch, Example, Targets
 
-_PERMUTATION_STREAM = 1  # apart from [seed, epoch, index], which numpy reads as [seed, epoch, index, 0]
+_PERMUTATION_STREAM = 1  # last part of the permutations' seed; examples have 0 there, as NumPy appends zeros
 
 Broken = tuple[str, str]
 """Path and reason of an example that could not be read."""
-
-
-class Batch(NamedTuple):
-    """One micro-batch of one rank."""
-
-    images: Tensor  # [B, 3, H, W] uint8 RGB, zero outside the valid sizes
-    targets: Targets
-    image_ids: list[int | str]
-    paths: list[str]
-    broken: list[Broken]  # examples left out for these
 
 
 def pad_images(
@@ -45,13 +35,13 @@ def pad_images(
     divisor: int,
     canvas: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """Stack at the top left of a canvas -> images [B, 3, H, W], valid sizes int64 [B, 2] (height, width).
+    """Stack images at the top left of zeros -> images [B, 3, H, W], valid sizes int64 [B, 2] (height, width).
 
-    H and W are the largest height and width (of the images and ``canvas``), rounded up to a multiple of ``divisor`` (0
+    H and W are the largest height and width of the images and of ``canvas``, rounded up to a multiple of ``divisor`` (0
     and 1: not rounded).
 
     Raises:
-        ValueError: no image, or one that is not [3, h, w].
+        ValueError: there is no image, or an image is not [3, h, w].
     """
     check(len(images) > 0, "images", "at least one", len(images))
     check(divisor >= 0, "divisor", ">= 0", divisor)
@@ -74,8 +64,7 @@ def collate(
     canvas: tuple[int, int] = (0, 0),
     slots: int = 1,
 ) -> Batch:
-    """Pad images and targets to one size, at least ``canvas``; T is the largest number of targets, at least ``slots``.
-    """
+    """Pad samples to a batch: images to at least ``canvas``, targets to the largest number and at least ``slots``."""
     images, valid_sizes = pad_images([sample.image for sample in samples], divisor, canvas)
     height, width = images.shape[2:]
     counts = torch.tensor([len(sample.labels) for sample in samples], dtype=torch.int64)
@@ -92,7 +81,7 @@ def collate(
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
-    """Endless micro-batches of (epoch, index), from ``start_step`` on; see the module for their order."""
+    """Endless micro-batches of (epoch, index) from step ``start_step`` on, in the order of the module's docstring."""
 
     def __init__(
         self, length: int, batch_size: int, seed: int, *, accumulate: int = 1, start_step: int = 0, rank: int = 0,
@@ -130,16 +119,16 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
 
 
 class TrainLoader:
-    """Endless iterable of `Batch`; each iterator starts at the loader's first step. See `train_loader`."""
+    """Endless iterable of `Batch`, made by `train_loader`; each iterator starts at the loader's first step."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises BrokenExampleError where an example cannot be read and is not to be skipped."""
+        """Iterate over batches; raises BrokenExampleError if an example cannot be read and is not skipped."""
         for item in self._loader:
             batch: Batch = _raise_broken(item)
-            height, width = batch.targets.input_size  # a list where PyTorch's way of pinning memory makes one
+            height, width = batch.targets.input_size  # pinning memory makes a list of the tuple
             yield batch._replace(targets=batch.targets._replace(input_size=(height, width)))
 
 
@@ -151,13 +140,13 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainLoader:
-    """Micro-batches of this rank, ``config.solver.accumulate`` of them a step, from ``start_step`` on.
+    """Make the loader of this rank's micro-batches, ``config.solver.accumulate`` for each step from ``start_step`` on.
 
-    With ``config.data.skip_broken`` an example that cannot be read is replaced by the next one of the data set and
-    listed in ``Batch.broken``; without it BrokenExampleError reaches the caller.
+    With ``config.data.skip_broken`` the next example of the data set replaces one that cannot be read, and
+    ``Batch.broken`` lists it. Without it, iterating raises BrokenExampleError.
 
     Raises:
-        ValueError: an empty data set, or a batch size that ranks and micro-batches do not divide.
+        ValueError: the data set is empty, or the batch size is not a multiple of ranks times micro-batches.
     """
     transform = TrainTransform(config.data.augment, task, dataset.metadata)
     sampler = TrainSampler(
@@ -179,28 +168,27 @@ def train_loader(
             ),
             worker_init_fn=worker_setup(),
             pin_memory=on_gpu,
-            generator=torch.Generator(),  # the workers' base seed would otherwise advance the training's generator
+            generator=torch.Generator(),  # otherwise drawing the workers' seed would advance the training's generator
         )
     )
 
 
 class EvalLoader:
-    """Examples in the order of their index, each with its image resized for the network.
+    """Examples in the order of their index, read by ``workers`` processes.
 
-    Iterating yields (Example, uint8 [3, h, w]). Broken examples are left out and listed in ``broken``, or raise
-    BrokenExampleError. ``indices`` names the examples, by default all.
+    With ``skip_broken``, broken examples are left out and listed in ``broken``; otherwise they raise
+    BrokenExampleError. ``indices`` are the examples to read, by default all.
     """
 
     def __init__(
-        self, dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool,
-        indices: range | None = None,
+        self, dataset: SegmentationDataset, workers: int, skip_broken: bool = False, indices: range | None = None
     ) -> None:
         indices = range(len(dataset)) if indices is None else indices
         self.broken: list[Broken] = []
         self._skip_broken = skip_broken
         self._length = len(indices)
         self._loader: DataLoader[Any] = DataLoader(
-            _EvalSamples(dataset, test),
+            _EvalSamples(dataset),
             batch_size=None,
             sampler=indices,
             num_workers=workers,
@@ -210,20 +198,20 @@ class EvalLoader:
         )
 
     def __len__(self) -> int:
-        """Examples, the broken ones included."""
+        """Return the number of examples, including broken ones."""
         return self._length
 
-    def __iter__(self) -> Iterator[tuple[Example, Tensor]]:
+    def __iter__(self) -> Iterator[Example]:
         for batch in self.batches(1):
             yield from batch
 
-    def batches(self, size: int) -> Iterator[list[tuple[Example, Tensor]]]:
-        """Consecutive ``size`` indices at a time, without the broken ones among them (perhaps none is left)."""
+    def batches(self, size: int) -> Iterator[list[Example]]:
+        """Iterate over groups of ``size`` consecutive indices; a group lacks its broken examples and may be empty."""
         self.broken.clear()
         items = iter(self._loader)
-        while found := list(islice(items, size)):
+        while group := list(islice(items, size)):
             batch = []
-            for item in found:
+            for item in group:
                 if isinstance(item, BrokenExampleError) and self._skip_broken:
                     self.broken.append((item.path, item.reason))
                 else:
@@ -231,18 +219,11 @@ class EvalLoader:
             yield batch
 
 
-def eval_loader(
-    dataset: SegmentationDataset, test: TestConfig, workers: int, skip_broken: bool = False,
-    indices: range | None = None,
-) -> EvalLoader:
-    """Examples in index order with their images resized by ``test``, read by ``workers`` processes."""
-    return EvalLoader(dataset, test, workers, skip_broken, indices)
-
-
 def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> range:
-    """This rank's share of the first ``length`` examples, perhaps empty; the ranks' shares in order are the whole.
+    """Return the examples of this rank, which may be none; in order of ranks, the parts make up ``range(length)``.
 
-    Cut between batches, so that an image meets the same others, and thus the same padding, in any number of ranks.
+    Parts begin and end between batches, so that the batches, and with them the padding of each image, are the same for
+    any number of ranks.
     """
     batches = -(-length // batch_size)
     start, stop = (batches * n // world_size * batch_size for n in (rank, rank + 1))
@@ -252,7 +233,7 @@ def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> rang
 class _TrainSamples(Dataset[Any]):
     """Transformed samples by (epoch, index).
 
-    An error is returned, not raised: raised in a worker process it would reach the user wrapped in a traceback.
+    An error is returned instead of raised: PyTorch would wrap an error raised in a worker in that worker's traceback.
     """
 
     def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, skip_broken: bool) -> None:
@@ -278,28 +259,26 @@ class _TrainSamples(Dataset[Any]):
 
 
 class _EvalSamples(Dataset[Any]):
-    """Examples with the network's image, or the error that kept one from being read."""
+    """Examples by index; an error is returned instead of raised, as in `_TrainSamples`."""
 
-    def __init__(self, dataset: SegmentationDataset, test: TestConfig) -> None:
+    def __init__(self, dataset: SegmentationDataset) -> None:
         self._dataset = dataset
-        self._test = test
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int) -> tuple[Example, Tensor] | BrokenExampleError:
+    def __getitem__(self, index: int) -> Example | BrokenExampleError:
         try:
-            example = self._dataset[index]
+            return self._dataset[index]
         except BrokenExampleError as error:
             return error
-        return example, resize_image(example.image, self._test.short_edge, self._test.max_size)
 
 
 def _collate_read(
     items: list[tuple[Sample, list[Broken]] | BrokenExampleError],
     divisor: int,
     canvas: tuple[int, int],
-    buckets: AugmentConfig | None,  # whose levels sizes are padded to, None for no such levels
+    buckets: AugmentConfig | None,  # its levels are those of `bucket_side`; None: no padding to levels
 ) -> Batch | BrokenExampleError:
     samples: list[Sample] = []
     broken: list[Broken] = []

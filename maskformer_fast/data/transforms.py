@@ -1,7 +1,7 @@
 """Training transforms of the official recipes, and the resize of inference.
 
-Geometry is planned first, as a window of the source and the size it is resampled to; pixels are touched once. So a
-crop costs what the crop holds, whatever the image's size, and image and truth cannot drift apart.
+The geometry is planned first: a window of the source image and the size to which it is resampled. Pixels are then
+resampled once. So the cost depends on the crop and not on the image's size, and image and truth stay aligned.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from maskformer_fast.core.image_resize import resize_array, short_edge_size
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
 from maskformer_fast.structures import Example
 
-_CROP_TRIES = 10
-_DETR_SHORT_EDGES = (400, 500, 600)
-_DETR_WINDOW = (384, 600)
+_CROP_TRIES = 10  # random crops that are tried until one has more than one category
+_DETR_SHORT_EDGES = (400, 500, 600)  # pixels, of DETR's first resize
+_DETR_WINDOW = (384, 600)  # smallest and largest height and width of DETR's crop, in pixels
 
 
 class Sample(NamedTuple):
-    """One training image and its targets, at the size the transforms gave it."""
+    """One transformed training image and its targets."""
 
     image: Tensor  # [3, h, w] uint8 RGB
     labels: Tensor  # [T] int64
@@ -50,13 +50,14 @@ def resize_image(
 
 
 def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[np.ndarray, np.ndarray]:
-    """Targets of one example for a task -> labels int64 [T], masks bool [T, H, W], none of them empty.
+    """Make the targets of one example for a task -> labels int64 [T], masks bool [T, H, W], none of them empty.
 
-    Semantic: one mask a category, crowds included. Panoptic: every thing but crowds, and one mask a stuff class.
-    Instance: every thing but crowds.
+    - Semantic: one mask for each category, crowds included.
+    - Panoptic: one mask for each thing that is no crowd, and one for each stuff class.
+    - Instance: one mask for each thing that is no crowd.
     """
     check_choice("task", task, TASKS)
-    if task == "semantic" and example.masks is not None:  # overlap: the later mask wins, as in evaluation
+    if task == "semantic" and example.masks is not None:  # where masks overlap, the later one wins, as in evaluation
         category_map = example.semantic_map()
         labels = np.unique(category_map[category_map >= 0]).astype(np.int64)
         return labels, category_map == labels[:, None, None]
@@ -67,11 +68,11 @@ def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[n
 
     segments = [segment for segment in example.segments if wanted(segment)]
     masks = example.segment_masks(segments)
-    rows: dict[tuple[int, int | None], int] = {}  # one for each target; a merged class has no segment id
+    rows: dict[tuple[int, int | None], int] = {}  # (category, segment id or None for a merged class) -> target
     merged = np.zeros_like(masks)
     for segment, mask in zip(segments, masks, strict=True):
-        alone = task != "semantic" and metadata.is_thing[segment.category]
-        row = rows.setdefault((segment.category, segment.id if alone else None), len(rows))
+        is_separate = task != "semantic" and metadata.is_thing[segment.category]
+        row = rows.setdefault((segment.category, segment.id if is_separate else None), len(rows))
         merged[row] |= mask
     labels = np.array([category for category, _ in rows], dtype=np.int64)
     filled = merged[: len(rows)].reshape(len(rows), example.size[0] * example.size[1]).any(1)
@@ -79,10 +80,10 @@ def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[n
 
 
 class TrainTransform:
-    """Resize, crop, colour jitter and flip of one example, in the official order; then targets for the task.
+    """Resize, crop, jitter the colours of and flip one example, in the official order; then make the task's targets.
 
-    An image smaller than the crop keeps its size: `loader.collate` pads the batch and records the valid sizes.
-    The result is a pure function of the example and of the generator's state.
+    An image smaller than the crop keeps its size; `loader.collate` pads the batch and records the valid sizes.
+    The result is a pure function of the example and the generator's state.
     """
 
     def __init__(self, augment: AugmentConfig, task: Task, metadata: Metadata) -> None:
@@ -129,7 +130,7 @@ class TrainTransform:
     def _cropped(
         self, window: _Window, example: Example, crop_size: tuple[int, int], rng: np.random.Generator
     ) -> _Window:
-        """Random crop, tried again while one category covers too much of its labelled pixels."""
+        """Crop at random; try again while one category covers too much of the labelled pixels."""
         height, width = (min(side, limit) for side, limit in zip(window.size, crop_size, strict=True))
         share = self._augment.single_category_max_area
         limited = share < 1.0 and example.id_map is not None
@@ -141,21 +142,21 @@ class TrainTransform:
 
 
 class _Window(NamedTuple):
-    """Part of the source image and the size in pixels it is resampled to."""
+    """Part of the source image, and the size in pixels to which it is resampled."""
 
     box: tuple[float, float, float, float]  # top, left, bottom, right in source pixels
     size: tuple[int, int]  # height, width
 
     def crop(self, top: int, left: int, height: int, width: int) -> _Window:
-        """Part of this window, in pixels of its size."""
+        """Return a part of this window, given in pixels of the resampled size."""
         y0, x0, y1, x1 = self.box
         step_y, step_x = (y1 - y0) / self.size[0], (x1 - x0) / self.size[1]
-        # Pillow refuses a box that leaves the image by a rounding error.
+        # Pillow refuses a box that extends beyond the image, even by a rounding error.
         bottom, right = min(y1, y0 + (top + height) * step_y), min(x1, x0 + (left + width) * step_x)
         return _Window((y0 + top * step_y, x0 + left * step_x, bottom, right), (height, width))
 
     def sources(self, axis: int) -> np.ndarray:
-        """Source row (axis 0) or column (1) nearest to each output pixel's centre."""
+        """Return the source row (axis 0) or column (axis 1) nearest to the centre of each output pixel."""
         start, end = self.box[axis], self.box[axis + 2]
         position = start + (np.arange(self.size[axis]) + 0.5) * ((end - start) / self.size[axis])
         return np.minimum(position.astype(np.int64), int(np.ceil(end)) - 1)
@@ -166,7 +167,7 @@ def _offset(rng: np.random.Generator, side: int, part: int) -> int:
 
 
 def _detr_crop(window: _Window, rng: np.random.Generator) -> _Window:
-    """DETR's first resize and crop; the second resize follows, so that pixels are resampled only once."""
+    """Plan DETR's first resize and crop; the second resize is planned after it, and pixels are resampled once."""
     short_edge = _DETR_SHORT_EDGES[rng.integers(len(_DETR_SHORT_EDGES))]
     height, width = window.size
     scale = short_edge / min(height, width)
@@ -177,10 +178,10 @@ def _detr_crop(window: _Window, rng: np.random.Generator) -> _Window:
 
 
 def _take(example: Example, window: _Window, mirror: bool = False) -> Example:
-    """The truth of a window, nearest neighbour; the image is left blank, its size alone is right."""
+    """Return the truth of a window, by nearest neighbour, with a blank image of the window's size."""
     rows, columns = window.sources(0), window.sources(1)
     top, left = rows[0], columns[0]
-    cut = (..., slice(top, rows[-1] + 1), slice(left, columns[-1] + 1))  # so that no whole mask is copied
+    cut = (..., slice(top, rows[-1] + 1), slice(left, columns[-1] + 1))  # cut first, so that no full mask is copied
     if mirror:
         columns = columns[::-1]
 
@@ -192,7 +193,7 @@ def _take(example: Example, window: _Window, mirror: bool = False) -> Example:
 
 
 def _is_varied(example: Example, share: float) -> bool:
-    """Whether there are two categories, none covering ``share`` or more of the labelled pixels."""
+    """Return whether there are two or more categories, each with less than ``share`` of the labelled pixels."""
     counts: dict[int, int] = {}
     for segment in example.segments:
         area = int(np.count_nonzero(example.id_map == segment.id))
@@ -202,10 +203,10 @@ def _is_varied(example: Example, share: float) -> bool:
 
 
 def jitter_colors(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """SSD's photometric distortion of an RGB image, each part for one image in two.
+    """Apply SSD's photometric distortion to an RGB image; each of the four parts with probability 0.5.
 
-    Brightness within 32 of 255, contrast and saturation by 0.5 to 1.5, hue within 18 of 180; contrast comes before
-    or after saturation and hue.
+    Brightness changes by up to 32 of 255, contrast and saturation by factors of 0.5 to 1.5, and hue by up to 18 of 180.
+    Contrast comes before or after saturation and hue, at random.
     """
     levels = np.arange(256)
     if rng.random() < 0.5:
@@ -216,7 +217,7 @@ def jitter_colors(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     hue = int(rng.integers(-18, 19)) if rng.random() < 0.5 else 0
     if contrast != 1.0 and contrast_first:
         image = image.point(_table(levels * contrast) * 3)
-    if saturation != 1.0 or hue != 0:  # the way there and back rounds
+    if saturation != 1.0 or hue != 0:  # skipped if nothing changes, since converting to HSV and back rounds
         shift = round(hue * 256 / 180)  # Pillow counts 256 hues
         tables = _table((levels + shift) % 256) + _table(levels * saturation) + _table(levels)
         image = image.convert("HSV").point(tables).convert("RGB")
@@ -226,7 +227,7 @@ def jitter_colors(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _table(values: np.ndarray) -> list[int]:
-    """Lookup table of 256 levels, rounded and clipped."""
+    """Make a lookup table of 256 levels, rounded and clipped."""
     return [int(v) for v in np.floor(values + 0.5).clip(0, 255)]
 
 

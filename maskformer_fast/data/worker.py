@@ -1,4 +1,4 @@
-"""What a loader's worker process does first: few threads, and an end that comes with its parent's and not before."""
+"""Set-up of a loader's worker processes: one thread each, and an end together with the training process."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 
 def worker_setup() -> Callable[[int], None]:
-    """A ``worker_init_fn`` for `torch.utils.data.DataLoader`.
+    """Make a ``worker_init_fn`` for `torch.utils.data.DataLoader`.
 
-    Workers keep NumPy's matrix products to one thread (more would fight the training process for its cores). Signals
-    that ask a whole process group to stop are for the training process to answer, which needs its batches until then,
-    so workers ignore them; but not SIGTERM once that process exits, as it then waits for workers it has sent one. On
-    Linux they die with it however it ends: a full result pipe would keep an orphan forever.
+    - NumPy's matrix products in a worker use one thread, since more would compete with the training process.
+    - Workers ignore SIGINT and SIGTERM, which may reach the complete process group: the training process answers them,
+      and needs batches until it stops. Once the training process exits, it sends its workers SIGTERM and waits for
+      them, so from then on SIGTERM ends a worker.
+    - On Linux the kernel kills a worker when the training process ends in any other way. Otherwise the worker could
+      wait forever to write into a full pipe.
     """
-    return partial(_set_up_worker, exiting=_parent_exits())
+    return partial(_set_up_worker, exiting=_parent_exit_event())
 
 
 @functools.cache
-def _parent_exits() -> Event:
-    """Set when this process exits, before multiprocessing ends its children: handlers run in reverse order."""
+def _parent_exit_event() -> Event:
+    """Make an event that is set when this process exits.
+
+    It is set before multiprocessing ends its children, because exit handlers run in reverse order of registration.
+    """
     event = multiprocessing.Event()
     atexit.register(event.set)
     return event

@@ -1,4 +1,4 @@
-"""``python -m maskformer_fast.demo``: a local web page that shows what a network makes of an image."""
+"""``python -m maskformer_fast.demo``: a local web page that segments images and shows the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import ShapesConfig
 from maskformer_fast.core.checks import check
-from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.demo.page import DemoImage, build_app, import_gradio
 from maskformer_fast.demo.stages import StagedPredictor
 from maskformer_fast.inference.bundle_predictor import Backend, BundlePredictor
@@ -28,13 +28,16 @@ from maskformer_fast.recipes import recipe_names
 
 DEFAULT_CHECKPOINT = "runs/demo"
 SCENES = 8
-SCENE_SIZE = (384, 512)  # height, width, where the network was trained on something else
+"""Number of synthetic scenes on the page."""
+SCENE_SIZE = (384, 512)
+"""Height, width of the scenes for a network that was trained on another data set."""
 LOOPBACK = ("127.0.0.1", "localhost")
+"""Hosts that only this machine reaches."""
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Show a page to drop images on: what the network makes of them for each task, and the time of every stage.
+    """Serve a page to drop images on, which shows each task's result and the time of every stage.
 
     The page is served on this machine alone unless another ``--host`` is given; nothing is fetched from elsewhere.
     """
@@ -43,9 +46,9 @@ class DemoOptions:
     """Run folder (its best checkpoint), checkpoint folder, weights file, bundle, or the name of a packaged recipe
     (untrained)."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets every machine of the network in, without a password."""
+    """Address to listen on; 0.0.0.0 gives every machine of the network access, without a password."""
     port: int = 7860
-    """Port to listen on; 0 takes any that is free."""
+    """Port to listen on; 0 takes any free one."""
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
@@ -56,16 +59,16 @@ class DemoOptions:
 
 
 def check_checkpoint(path: str) -> None:
-    """Raise ``FileNotFoundError`` with the command that trains the default checkpoint, where that is missing."""
+    """Raise ``FileNotFoundError`` with the command that trains the default checkpoint, if that is missing."""
     if path == DEFAULT_CHECKPOINT and not Path(path).exists():
         raise FileNotFoundError(
-            f"checkpoint: there is no {path} yet; train it (four minutes on two cores) with: make demo\n"
+            f"checkpoint: there is no {path} yet; train it (three minutes on two cores) with: make demo\n"
             "or name a checkpoint, a bundle or a recipe: python -m maskformer_fast.demo CHECKPOINT"
         )
 
 
 def scene_config(predictor: Predictor | BundlePredictor) -> ShapesConfig:
-    """Synthetic scenes as the network knows them, or of a size that it takes."""
+    """Options for synthetic scenes: those of the network's training, or scenes of a size that it takes."""
     if isinstance(predictor, Predictor):
         data = predictor.config.data
         return data.shapes if data.dataset == "shapes" else replace(ShapesConfig(), size=SCENE_SIZE)
@@ -82,7 +85,7 @@ def scene_config(predictor: Predictor | BundlePredictor) -> ShapesConfig:
 
 
 def write_scenes(folder: Path, config: ShapesConfig) -> list[Path]:
-    """Scenes that no network was trained on, as PNG files."""
+    """Write scenes of the validation split, which no network was trained on, as PNG files -> their paths."""
     scenes = ShapesDataset(replace(config, val_images=SCENES), "val")
     paths = []
     for number in range(SCENES):
@@ -93,7 +96,7 @@ def write_scenes(folder: Path, config: ShapesConfig) -> list[Path]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises ``OSError`` that names the option to change."""
+    """A bound socket. Raises ``OSError`` with the option to change."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -118,25 +121,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     import uvicorn
 
     check_checkpoint(options.checkpoint)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the page as Ctrl-C does: nothing is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the page as Ctrl-C does, with all clean-up
     with (
         tempfile.TemporaryDirectory(prefix="maskformer_fast_demo_") as folder,
-        listen(options.host, options.port) as at,
+        listen(options.host, options.port) as bound,
     ):
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # what visitors upload goes when the page does
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # uploads are removed at the end
         predictor = load(options.checkpoint, options.device, backend=options.backend)
         staged = StagedPredictor(predictor)
         scenes = write_scenes(Path(folder), scene_config(predictor))
-        DemoImage(staged, scenes[0]).show(staged.tasks[0])  # the first run of a network is slower than the others
+        DemoImage(staged, scenes[0]).show(staged.tasks[0])  # a warm-up: the first run of a network is slower
         untrained = not Path(options.checkpoint).exists() and options.checkpoint in recipe_names()
         title = options.checkpoint + " (a recipe: the weights are random)" * untrained
         app = build_app(staged, title, scenes, LOOPBACK if options.host in LOOPBACK else ())
-        name, port = at.getsockname()[:2]
+        name, port = bound.getsockname()[:2]
         print(f"{options.checkpoint} is shown at http://{f'[{name}]' if ':' in name else name}:{port} "
               "(Ctrl-C ends it)", flush=True)  # fmt: skip
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-        with contextlib.suppress(KeyboardInterrupt):  # how the page is ended
-            server.run(sockets=[at])
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the regular end
+            server.run(sockets=[bound])
     return 0
 
 

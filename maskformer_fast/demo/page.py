@@ -1,4 +1,4 @@
-"""The demo's page: an image opened and shown as HTML (`DemoImage`), and the gradio page around it (`build_app`)."""
+"""The demo's page: an uploaded image and its results as HTML (`DemoImage`), and the gradio page (`build_app`)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from maskformer_fast.demo.view import error_html, make_view, result_html, times_
 __all__ = ["MAX_EDGE", "DemoImage", "build_app", "import_gradio"]
 
 MAX_EDGE = 1280
-"""Images with a longer edge are reduced to it before anything else: a screen shows no more."""
+"""Longest edge of an image in pixels; larger images are first reduced to it, as a screen shows no more."""
 MAX_FILE_BYTES = 3 * MAX_PIXELS + 2**20
-"""Largest upload: the largest image that is decoded, not compressed."""
+"""Largest upload in bytes: the largest image that is decoded, uncompressed."""
 EMPTY = '<div class="mf-empty"><div>Drop an image on the left, or take one of the scenes below it.</div></div>'
 FOLDER = Path(__file__).parent
 SHARED_STAGES = ("decode", "reduce", "resize", "network", "backbone", "pixel decoder", "decoders",
                  "transformer decoder", "classifier")  # fmt: skip
 """Stages that serve all tasks of an image."""
-# Everything comes from the page itself: a browser asks no other host, whatever a library would like to fetch.
+# The content security policy: a browser fetches from no other host, whatever the page's libraries name.
 _POLICY = (
     b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
     b"form-action 'self'; frame-ancestors 'self'"
@@ -37,7 +37,7 @@ _POLICY = (
 
 
 def import_gradio() -> Any:
-    """The library, told to keep quiet. Raises ``ModuleNotFoundError`` with the command that installs it."""
+    """gradio, with telemetry off. Raises ``ModuleNotFoundError`` with the command that installs it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which reads it
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
@@ -50,14 +50,14 @@ def import_gradio() -> Any:
 
 
 class DemoImage:
-    """An image that a visitor opened: decoded once, segmented by the network once, drawn once for each task."""
+    """An image that a visitor opened. It is decoded once, runs through the network once, and is drawn once a task."""
 
     def __init__(self, staged: StagedPredictor, path: str | Path) -> None:
         """Decode a file.
 
         Raises:
-            ValueError: it is no image that can be read, or too large a one; the message names the file without its
-                folder, which is none of the visitor's.
+            ValueError: it cannot be read as an image or is too large. The message names the file without its folder,
+                which visitors must not learn.
         """
         start = perf_counter()
         try:
@@ -96,6 +96,7 @@ class DemoImage:
         return self._shown[task]
 
     def _note(self, some_kept: bool) -> str:
+        """Line of text below the times."""
         (height, width), (shown_height, shown_width) = self._decoded_size, self.image.shape[:2]
         parts = [f"{width} × {height} pixels"]
         if (height, width) != (shown_height, shown_width):
@@ -106,6 +107,7 @@ class DemoImage:
 
 
 def _reduced(image: np.ndarray) -> np.ndarray:
+    """The image with its longer edge reduced to `MAX_EDGE`."""
     height, width = image.shape[:2]
     scale = MAX_EDGE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -116,9 +118,9 @@ def build_app(staged: StagedPredictor, title: str, scenes: Sequence[Path], hosts
     """The page as an ASGI application.
 
     Args:
-        title: what is shown, for example the checkpoint's path.
+        title: name of the network on the page, for example the checkpoint's path.
         scenes: image files to choose from on the page.
-        hosts: names by which the page may be asked for; none: any.
+        hosts: values of the Host header that are answered; none: any.
 
     Raises:
         ModuleNotFoundError: gradio is not installed.
@@ -127,7 +129,7 @@ def build_app(staged: StagedPredictor, title: str, scenes: Sequence[Path], hosts
     import fastapi
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    # A name that another site's script has pointed to this machine is not answered.
+    # Against DNS rebinding: a script of another site may point its own host name to this machine.
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
@@ -156,7 +158,7 @@ def _build_page(gr: Any, staged: StagedPredictor, title: str, scenes: Sequence[P
     def attempt(work: Callable[[], tuple[DemoImage, str]]) -> tuple[DemoImage | None, str]:
         try:
             return work()
-        except (ValueError, OSError, MemoryError) as error:  # what an image can be blamed for
+        except (ValueError, OSError, MemoryError) as error:  # errors that an image can cause
             return None, error_html(str(error) or type(error).__name__)
 
     def open_path(path: str | Path, task: Task) -> tuple[DemoImage | None, str]:
@@ -175,7 +177,7 @@ def _build_page(gr: Any, staged: StagedPredictor, title: str, scenes: Sequence[P
     def choose(task: Task, event: Any) -> Any:
         return (None, *open_path(scenes[event.index], task))
 
-    # gradio hands the event to an argument with this annotation, which needs the library and can not stand above
+    # gradio passes the event to an argument with this annotation, which needs the imported library.
     choose.__annotations__["event"] = gr.SelectData
 
     classes = staged.metadata.num_classes
@@ -200,14 +202,14 @@ def _build_page(gr: Any, staged: StagedPredictor, title: str, scenes: Sequence[P
             with gr.Column(scale=7, min_width=320):
                 view = gr.HTML(EMPTY, elem_id="mf-result")
         outputs = [opened, view]
-        # One queue for everything that computes: one image at a time.
-        alone = {"concurrency_limit": 1, "concurrency_id": "network", "show_progress": "minimal"}
-        page.load(lambda task: open_path(scenes[0], task), [task], outputs, api_visibility="private", **alone)
-        file.upload(segment, [file, task], outputs, api_name="segment", **alone)
+        # One queue for all events that compute, so that one image is worked on at a time.
+        queue = {"concurrency_limit": 1, "concurrency_id": "network", "show_progress": "minimal"}
+        page.load(lambda task: open_path(scenes[0], task), [task], outputs, api_visibility="private", **queue)
+        file.upload(segment, [file, task], outputs, api_name="segment", **queue)
         file.clear(lambda: (None, EMPTY), None, outputs, api_visibility="private")
-        task.change(switch, [opened, task], outputs, api_name="switch", **alone)
-        gallery.select(choose, [task], [file, *outputs], api_visibility="private", **alone)
-    # gradio sets it where it serves a page itself; without it, a request may name any file of the machine as its upload
+        task.change(switch, [opened, task], outputs, api_name="switch", **queue)
+        gallery.select(choose, [task], [file, *outputs], api_visibility="private", **queue)
+    # gradio sets this when it serves a page itself; without it, a request may name any file of the machine as an upload
     page.has_launched = True
     return page.queue(max_size=32)
 

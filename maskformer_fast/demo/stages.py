@@ -1,20 +1,19 @@
-"""One image through a predictor, stage by stage: the time of each, and the tasks' results as they are asked for."""
+"""One image through a predictor, with the seconds of each stage; each task's result is made when it is asked for."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import replace
-from time import perf_counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from maskformer_fast.config import Task, TestConfig
+from maskformer_fast.config import Task
 from maskformer_fast.core.metadata import Metadata
-from maskformer_fast.core.results import Result, SemanticResult
+from maskformer_fast.core.results import Result
+from maskformer_fast.core.stages import Stopwatch
 from maskformer_fast.inference import postprocess
 from maskformer_fast.inference.bundle_predictor import BundlePredictor, as_tensors
 from maskformer_fast.inference.predictor import Predictor
@@ -23,34 +22,25 @@ __all__ = ["StagedImage", "StagedPredictor"]
 
 
 class StagedPredictor:
-    """A predictor that tells what takes how long. One image is worked on at a time, whatever thread asks.
+    """A predictor whose stages are timed. It works on one image at a time, whatever threads call.
 
-    The network runs once an image, so semantic results are those of one scale, whatever the test options say.
+    The network runs once an image, so semantic results are without test-time augmentation, also if the test options
+    ask for it.
     """
 
     def __init__(self, predictor: Predictor | BundlePredictor) -> None:
-        """The predictor is changed: its network is watched, and test-time augmentation is off."""
         self.predictor = predictor
         self.lock = threading.Lock()
-        self.network: _WatchedNetwork | None = None
-        if isinstance(predictor, Predictor):
-            config = predictor.config
-            predictor.config = replace(config, test=replace(config.test, multi_scale=(), flip=False))
-            self.network = _WatchedNetwork(predictor.network, predictor.device)
-            predictor.network = self.network
 
     @property
     def metadata(self) -> Metadata:
+        """Classes."""
         return self.predictor.metadata
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks that the network can do."""
         return self.predictor.tasks
-
-    @property
-    def test(self) -> TestConfig:
-        return self.predictor.test
 
     @property
     def runs_on(self) -> str:
@@ -61,12 +51,12 @@ class StagedPredictor:
         self,
         image: np.ndarray,  # [H, W, 3] uint8 RGB
     ) -> StagedImage:
-        """Nothing is computed yet."""
+        """An image to be segmented; this computes nothing yet."""
         return StagedImage(self, image)
 
 
 class StagedImage:
-    """An image, what the network said of it, and its results. Results and times are kept.
+    """An image, the network's predictions for it, and its results. Results and times are kept.
 
     Attributes:
         seconds: of the stages that serve all tasks, in their order; empty before the first result.
@@ -76,112 +66,80 @@ class StagedImage:
         self.image = image
         self.seconds: dict[str, float] = {}
         self._owner = owner
+        self._size = (image.shape[0], image.shape[1])
         self._predictions: Any = None
         self._results: dict[Task, tuple[Result, float]] = {}
 
     def result(self, task: Task) -> tuple[Result, float]:
         """A task's result at the image's size, and the seconds of its post-processing.
 
-        The network runs for the first task that is asked for. A bundle post-processes all tasks then, and the seconds
+        The network runs for the first task that is asked for. A bundle then post-processes all tasks, and the seconds
         are those of all.
 
         Raises:
             ValueError: a task that the network cannot do, or a size that a bundle does not take.
         """
-        self._owner.predictor.check_task(task)
+        predictor = self._owner.predictor
+        predictor.check_task(task)
         with self._owner.lock:
             if task not in self._results:
-                if isinstance(self._owner.predictor, Predictor):
-                    self._results[task] = self._infer(self._owner.predictor, task)
+                if isinstance(predictor, BundlePredictor):
+                    self._run_bundle(predictor)
                 else:
-                    self._run_bundle(self._owner.predictor)
+                    if self._predictions is None:
+                        self._run_network(predictor)
+                    stopwatch = predictor.stopwatch()
+                    result = predictor.postprocess(self._predictions, [self._size], (task,))[task][0]
+                    stopwatch.lap("postprocess")
+                    self._results[task] = result, stopwatch.seconds["postprocess"]
             return self._results[task]
 
-    def _infer(self, predictor: Predictor, task: Task) -> tuple[Result, float]:
-        network = self._owner.network
-        assert network is not None  # every Predictor has one
-        network.start(self._predictions)
-        start = network.now()
-        resized = predictor.resize(self.image)
-        resize_end = network.now()
-        result = predictor.infer([resized], [self.image], (task,))[task][0]
-        end = network.now()
-        if self._predictions is None:
-            self._predictions = network.predictions
-            self.seconds = {"resize": resize_end - start, **network.seconds()}
-        network.predictions = None  # one image's, which is not kept longer than the image
-        return result, end - network.end
+    def pixel_scores(self) -> np.ndarray | None:
+        """Score of the semantic label of every pixel -> [H, W] float32; None for a bundle, which gives labels alone.
+
+        In mask classification it is the sum over queries of class probability x mask probability, which may be above 1;
+        in per-pixel classification, the class's probability.
+        """
+        predictor = self._owner.predictor
+        if self._predictions is None or not isinstance(predictor, Predictor):
+            return None
+        with self._owner.lock:
+            result = postprocess.semantic(
+                self._predictions, [self._size], with_scores=True, order=predictor.test.semantic_order
+            )[0]
+        assert result.scores is not None  # asked for
+        scores: np.ndarray = result.scores.float().cpu().numpy()
+        return scores
+
+    def _run_network(self, predictor: Predictor) -> None:
+        stopwatch = predictor.stopwatch()
+        with _timed_parts(predictor.network, stopwatch):
+            self._predictions = predictor.run_network([self.image], stopwatch)
+        seconds = stopwatch.seconds
+        # The stage "network" is the rest of the network, after the timed parts; it gets the name of that rest.
+        rest = ("network", "decoders", "transformer decoder")[("backbone" in seconds) + ("pixel decoder" in seconds)]
+        if isinstance(getattr(predictor.network, "predictor", None), nn.Conv2d):
+            rest = "classifier"
+        names = {"preprocess": "resize", "network": rest}
+        self.seconds = {names.get(stage, stage): took for stage, took in seconds.items()}
 
     def _run_bundle(self, predictor: BundlePredictor) -> None:
-        found, took = predictor.runtime.timed_tasks([self.image], predictor.tasks)
-        self.seconds = {"resize": took.preprocess, "network": took.network}
-        self._results = {task: (as_tensors(results[0]), took.postprocess) for task, results in found.items()}
-
-    def pixel_scores(self) -> np.ndarray | None:
-        """Score of the semantic label of every pixel -> [H, W] float32; None of a bundle, which gives labels alone.
-
-        Of mask classification the sum over queries of class probability x mask probability, which may be above 1; of
-        per-pixel classification the class's probability.
-        """
-        if self._predictions is None or not isinstance(self._owner.predictor, Predictor):
-            return None
-        size = (self.image.shape[0], self.image.shape[1])
-        with self._owner.lock:
-            found: SemanticResult = postprocess.semantic(
-                self._predictions, [size], with_scores=True, order=self._owner.test.semantic_order
-            )[0]
-        assert found.scores is not None  # asked for
-        return found.scores.float().cpu().numpy()
+        by_task, seconds = predictor.runtime.timed_tasks([self.image], predictor.tasks)
+        self.seconds = {"resize": seconds.preprocess, "network": seconds.network}
+        self._results = {task: (as_tensors(results[0]), seconds.postprocess) for task, results in by_task.items()}
 
 
-class _WatchedNetwork(nn.Module):
-    """A network that notes when its parts are done, and gives predictions again that it is handed back."""
-
-    def __init__(self, inner: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.inner = inner
-        self.device = device
-        self.predictions: Any = None
-        self.end = 0.0
-        self._marks: dict[str, float] = {}
-        if isinstance(part := getattr(inner, "backbone", None), nn.Module):
-            part.register_forward_hook(self._marker("backbone"))
-        if isinstance(part := getattr(inner, "predictor", None), nn.Module):
-            part.register_forward_pre_hook(self._marker("pixel decoder"))
-
-    def _marker(self, stage: str) -> Callable[..., None]:
-        def mark(*_: Any) -> None:
-            self._marks[stage] = self.now()
-
-        return mark
-
-    def start(self, predictions: Any) -> None:
-        """Before an image: predictions that it has already, or None."""
-        self.predictions = predictions
-        self._marks = {}
-
-    def forward(self, *arguments: Any) -> Any:
-        if self.predictions is None:
-            self._marks["begin"] = self.now()
-            self.predictions = self.inner(*arguments)
-        self.end = self.now()
-        return self.predictions
-
-    def seconds(self) -> dict[str, float]:
-        """Of the parts that ran, in their order; normalisation counts as the backbone's."""
-        ends = [(stage, self._marks[stage]) for stage in ("backbone", "pixel decoder") if stage in self._marks]
-        last = {0: "network", 1: "decoders", 2: "transformer decoder"}[len(ends)]
-        if isinstance(getattr(self.inner, "predictor", None), nn.Conv2d):
-            last = "classifier"
-        begin = self._marks["begin"]
-        found = {}
-        for stage, end in [*ends, (last, self.end)]:
-            found[stage] = end - begin
-            begin = end
-        return found
-
-    def now(self) -> float:
-        """Seconds; a GPU is waited for."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return perf_counter()
+@contextmanager
+def _timed_parts(network: nn.Module, stopwatch: Stopwatch) -> Iterator[None]:
+    """Time the backbone, normalisation included, and the pixel decoder as separate stages inside the block."""
+    backbone, head = getattr(network, "backbone", None), getattr(network, "predictor", None)
+    handles = []
+    if isinstance(backbone, nn.Module):
+        handles.append(backbone.register_forward_hook(lambda *_: stopwatch.lap("backbone")))
+    if isinstance(head, nn.Module):
+        handles.append(head.register_forward_pre_hook(lambda *_: stopwatch.lap("pixel decoder")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,4 +1,4 @@
-"""A result as the demo's page shows it: picture, the segment and score under every pixel, and tables, as HTML.
+"""A result as HTML of the demo's page: a picture, the segment and score of every pixel, and tables.
 
 Nothing here needs gradio. Names come from checkpoints and files, and are escaped.
 """
@@ -19,7 +19,7 @@ from PIL import Image
 
 from maskformer_fast.config import Task
 from maskformer_fast.core.metadata import VOID, Metadata
-from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult, unpack_mask_array
 from maskformer_fast.output.id_maps import result_rows
 from maskformer_fast.output.visualize import MIN_SCORE, class_rows, draw_result, segment_colors
 
@@ -34,7 +34,8 @@ __all__ = [
     "view_html",
 ]
 
-DRAWN_EDGE = 640  # smaller images are enlarged by an integer factor before they are drawn, so that names can be read
+DRAWN_EDGE = 640
+"""Longer edge in pixels below which an image is enlarged by an integer factor before drawing, for readable names."""
 _JPEG_QUALITY = 92
 _NOTHING = {"semantic": "no class", "instance": "no instance", "panoptic": "no segment"}
 _SCORES = {
@@ -45,24 +46,24 @@ _SCORES = {
 
 
 class Segment(NamedTuple):
-    """What the page says of one segment, or of one class."""
+    """One segment, or one class of a semantic result, in the page's legend."""
 
     name: str
     color: tuple[int, int, int]
     kind: str  # thing or stuff
-    score: float | None  # None where the result has none
+    score: float | None  # None if the result has none
     share: float  # of the image's pixels that show it
 
 
 @dataclass(frozen=True)
 class View:
-    """A result, ready to be shown."""
+    """A result with its picture and its legend."""
 
     task: Task
     picture: np.ndarray  # [h, w, 3] uint8 RGB: the image, or an enlarged one, with the segments drawn over it
-    rows: np.ndarray  # [H, W] int: index into `segments` of every pixel of the image, VOID where there is none
+    rows: np.ndarray  # [H, W] int: index into `segments` of every pixel of the image, or VOID
     segments: tuple[Segment, ...]
-    pixel_scores: np.ndarray | None  # [H, W] float32, where scores are of pixels and not of segments
+    pixel_scores: np.ndarray | None  # [H, W] float32 of a semantic result, whose scores are of pixels, not segments
 
 
 def make_view(
@@ -71,9 +72,9 @@ def make_view(
     metadata: Metadata,
     pixel_scores: np.ndarray | None = None,  # [H, W] float32, of a semantic result
 ) -> View:
-    """Draw a result and list its segments, the largest first; of instances those that are drawn, the best first.
+    """Draw a result and list its segments, the largest first, or the instances that are drawn, the best first.
 
-    The score of a class is the mean over its pixels. Where instances overlap, a pixel is that of the best.
+    The score of a class is the mean over its pixels. A pixel of several instances belongs to the best of them.
     """
     scores: Sequence[float | None]
     if isinstance(result, SemanticResult):
@@ -102,7 +103,7 @@ def make_view(
     ]  # fmt: skip
     if task != "instance":
         order = np.argsort(-areas, kind="stable")
-        place = np.append(np.argsort(order), VOID)  # old row -> new one; the last entry is VOID's
+        place = np.append(np.argsort(order), VOID)  # new row of each old one; the last entry is VOID's (-1)
         segments, rows = [segments[row] for row in order], place[rows]
     factor = max(1, -(-DRAWN_EDGE // max(image.shape[:2])))
     picture = draw_result(_enlarged_image(image, factor), _enlarged_result(result, factor), metadata)
@@ -110,18 +111,19 @@ def make_view(
 
 
 def _instance_rows(result: InstanceResult) -> tuple[np.ndarray, torch.Tensor]:
-    """Row of every pixel -> [H, W], and the indices of the instances that are drawn, the best first."""
+    """Row of every pixel -> [H, W] int64, and the indices of the drawn instances, the best first."""
     scores = result.scores.float().cpu()
     kept = (scores >= MIN_SCORE).nonzero()[:, 0]
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
     rows = np.full(result.size, VOID, dtype=np.int64)
     packed = result.masks.cpu()[kept].numpy()
     for row in range(len(kept) - 1, -1, -1):
-        rows[np.unpackbits(packed[row], axis=-1, count=result.size[1], bitorder="little").view(np.bool_)] = row
+        rows[unpack_mask_array(packed[row], result.size[1])] = row
     return rows, kept.to(result.labels.device)
 
 
 def _enlarged_image(image: np.ndarray, factor: int) -> np.ndarray:
+    """The image, enlarged by bicubic interpolation."""
     if factor == 1:
         return image
     size = (image.shape[1] * factor, image.shape[0] * factor)
@@ -129,7 +131,7 @@ def _enlarged_image(image: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _enlarged_result(result: Result, factor: int) -> Result:
-    """Every pixel repeated in both directions."""
+    """The result with every pixel repeated in both directions."""
     if factor == 1:
         return result
     if isinstance(result, SemanticResult):
@@ -137,7 +139,7 @@ def _enlarged_result(result: Result, factor: int) -> Result:
     if isinstance(result, PanopticResult):
         return replace(result, id_map=_repeated(result.id_map, factor))
     height, width = result.size
-    masks = np.unpackbits(result.masks.cpu().numpy(), axis=-1, count=width, bitorder="little")
+    masks = unpack_mask_array(result.masks.cpu().numpy(), width)
     packed = np.packbits(masks.repeat(factor, 1).repeat(factor, 2), axis=-1, bitorder="little")
     return replace(result, masks=torch.from_numpy(packed), size=(height * factor, width * factor))
 
@@ -146,13 +148,13 @@ def _repeated(pixels: torch.Tensor, factor: int) -> torch.Tensor:
     return pixels.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
 
 
-# What the page looks up under the pointer
+# The map that the page's script reads at the pointer
 
 
 def hover_png(view: View) -> tuple[bytes, float]:
-    """The rows and scores of every pixel for a script to read -> an RGB PNG [H, W], and the score that 255 stands for.
+    """Rows and scores of every pixel for the page's script -> an RGB PNG [H, W], and the score that 255 stands for.
 
-    Red + 256 green is the row plus 1, 0 where there is none; blue is the pixel's score, in 255ths.
+    Red + 256 green is the row plus 1, or 0 for VOID; blue is the pixel's score in 255ths of that score.
     """
     numbers = view.rows + 1
     pixels = np.zeros((*numbers.shape, 3), dtype=np.uint8)
@@ -170,7 +172,7 @@ def hover_png(view: View) -> tuple[bytes, float]:
 
 
 def view_html(view: View) -> tuple[str, str]:
-    """-> the picture, with what `page.js` needs of it, and the legend; `result_html` puts them together."""
+    """HTML of the picture, with the data that `page.js` reads, and of the legend; `result_html` puts them together."""
     hover, unit = hover_png(view)
     facts = {
         "nothing": _NOTHING[view.task],
@@ -190,11 +192,12 @@ def view_html(view: View) -> tuple[str, str]:
 
 
 def result_html(task: Task, stage: str, legend: str, times: str) -> str:
-    """A result as the page shows it, of the parts that `view_html` and `times_html` give."""
+    """HTML of a complete result, from the parts of `view_html` and `times_html`."""
     return f'<div class="mf-view" data-task="{task}">{stage}<div class="mf-side">{legend}{times}</div></div>'
 
 
 def _legend(view: View) -> str:
+    """HTML of the table of segments."""
     if not view.segments:
         return f'<p class="mf-note">{_NOTHING[view.task]} found</p>'
     lines = "".join(
@@ -211,15 +214,14 @@ def _legend(view: View) -> str:
 
 
 def _number(text: str, tag: str = "td") -> str:
-    """A cell of a table, aligned to the right."""
+    """HTML of a table's cell, aligned to the right."""
     return f'<{tag} class="mf-number">{text}</{tag}>'
 
 
 def times_html(seconds: Mapping[str, float], kept: Sequence[str] = (), note: str = "") -> str:
-    """A table of the stages' times with bars, and their sum.
+    """HTML of a table of the stages' times with bars, and their sum.
 
-    ``kept`` names those that did not run again for what is shown: they are listed with the time that they took, and not
-    in the sum.
+    ``kept`` names the stages that did not run again for this result; they are listed, but not in the sum.
     """
     longest = max(seconds.values(), default=0.0) or 1.0
     lines = "".join(
@@ -241,7 +243,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def error_html(message: str) -> str:
-    """A message in place of a result."""
+    """HTML of an error message in place of a result."""
     return f'<div class="mf-error" role="alert">{html.escape(message)}</div>'
 
 

@@ -1,4 +1,4 @@
-"""What the three evaluators share: their protocol, and the checks on what they are given."""
+"""Protocol of the three evaluators, and the checks of their arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _R = TypeVar("_R", bound=Result)
 class Evaluator(Protocol):
     """Adds up one task's metrics image by image.
 
-    An evaluator holds numpy arrays and plain lists only, so it can be pickled to another rank and merged there.
+    An evaluator has NumPy arrays and plain lists only, so it can be pickled to another rank and merged there.
     """
 
     metadata: Metadata
@@ -31,9 +31,9 @@ class Evaluator(Protocol):
         """
 
     def merge(self, other: Evaluator) -> None:
-        """Add the images that another evaluator of the same kind and classes has seen, as if they had followed here.
+        """Add the images of another evaluator of the same kind and classes, as if they had been processed here.
 
-        Evaluators of consecutive shares of a data set, merged in order, give exactly the metrics of the whole.
+        Evaluators of consecutive shares of a data set, merged in order, give exactly the metrics of the complete one.
 
         Raises:
             TypeError: other is another kind of evaluator.
@@ -41,7 +41,7 @@ class Evaluator(Protocol):
         """
 
     def evaluate(self) -> dict[str, Any]:
-        """Metrics of the images seen so far, as fractions; ``None`` where a metric is undefined. Valid as JSON."""
+        """Metrics of the processed images as fractions, ``None`` for an undefined metric. Valid as JSON."""
 
 
 def expect_result(example: Example, result: Result, kind: type[_R]) -> _R:
@@ -66,7 +66,7 @@ def check_merge(this: Evaluator, other: Evaluator) -> None:
 
 
 def where(example: Example) -> str:
-    """How an error names an example."""
+    """Name of an example in an error."""
     return f"image {example.image_id!r}" + (f", {example.path}" if example.path else "")
 
 

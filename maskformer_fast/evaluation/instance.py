@@ -23,8 +23,8 @@ _STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # order of
 class InstanceEvaluator:
     """AP over IoU 0.50:0.95, AP50, AP75, AP by object size (32^2 and 96^2 pixels), and AP of each thing class.
 
-    At most 100 results an image and class count, as COCO has it; crowd truth is ignored, and so are results on it.
-    An object's size is its segment's ``area`` where the data set gives one, else its number of pixels.
+    As in COCO, at most 100 results an image and class count; crowds of the truth and results on them are ignored.
+    An object's size is its segment's ``area`` if the data set gives one, else its number of pixels.
 
     Raises:
         ModuleNotFoundError: pycocotools is missing.
@@ -44,12 +44,12 @@ class InstanceEvaluator:
     def process(self, example: Example, result: Result) -> None:
         """Count one image (see `Evaluator.process`); the result is an `InstanceResult` of thing classes."""
         is_thing = self.metadata.is_thing
-        found = expect_result(example, result, InstanceResult)
+        predicted = expect_result(example, result, InstanceResult)
         check_truth(example, self.metadata.num_classes)
-        labels, scores = found.labels.cpu().tolist(), found.scores.float().cpu().tolist()
-        if len(labels) != len(scores) or len(labels) != len(found.masks):
+        labels, scores = predicted.labels.cpu().tolist(), predicted.scores.float().cpu().tolist()
+        if len(labels) != len(scores) or len(labels) != len(predicted.masks):
             raise ValueError(f"result: expected as many labels as scores and masks, got {len(labels)}, {len(scores)} "
-                             f"and {len(found.masks)} ({where(example)})")
+                             f"and {len(predicted.masks)} ({where(example)})")
         for label in labels:
             if not (0 <= label < len(is_thing) and is_thing[label]):
                 raise ValueError(f"result.labels: expected thing classes, got {label} ({where(example)})")
@@ -58,7 +58,7 @@ class InstanceEvaluator:
 
         things = [segment for segment in example.segments if is_thing[segment.category]]
         true_masks = encode_masks(example.segment_masks(things)) if things else []
-        masks = encode_packed_masks(found.masks.cpu().numpy(), example.size[1]) if labels else []
+        masks = encode_packed_masks(predicted.masks.cpu().numpy(), example.size[1]) if labels else []
         self.sizes.append(example.size)
         image_id, area = len(self.sizes), coco_tools().mask.area
         for segment, rle in zip(things, true_masks, strict=True):
@@ -73,13 +73,13 @@ class InstanceEvaluator:
         check_merge(self, other)
         other, before = cast(InstanceEvaluator, other), len(self.sizes)
         self.sizes += other.sizes
-        for mine, theirs in ((self.truth, other.truth), (self.results, other.results)):
-            mine += [{**annotation, "image_id": annotation["image_id"] + before} for annotation in theirs]
+        for target, added in ((self.truth, other.truth), (self.results, other.results)):
+            target += [{**annotation, "image_id": annotation["image_id"] + before} for annotation in added]
 
     def evaluate(self) -> dict[str, Any]:
         """Keys: ap, ap50, ap75, ap_small, ap_medium, ap_large, per_class_ap (thing classes by name).
 
-        0 where objects are there and none is found; ``None`` where there is no object to find.
+        0 if the truth has objects and none is matched; ``None`` if the truth has no object.
         """
         things = [index for index, thing in enumerate(self.metadata.is_thing) if thing]
         names = class_keys(self.metadata)
@@ -102,7 +102,7 @@ class InstanceEvaluator:
         return metrics
 
     def _coco(self, annotations: list[dict[str, Any]]) -> Any:
-        """The annotations as pycocotools holds a data set; copies, since it writes into them."""
+        """The annotations as a data set of pycocotools. They are copied, as it writes into them."""
         coco = coco_tools().coco.COCO()
         coco.dataset = {
             "images": [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(self.sizes, start=1)],
@@ -115,5 +115,5 @@ class InstanceEvaluator:
 
 
 def _defined(value: float) -> float | None:
-    """pycocotools marks an undefined value by -1."""
+    """The value, or None for -1, by which pycocotools marks an undefined one."""
     return None if value < 0 else float(value)

@@ -1,4 +1,4 @@
-"""Run a predictor over a data set and measure it: the one evaluation loop of training and of `evaluate`."""
+"""The evaluation loop of training and of `evaluate`: run a predictor over a data set and measure its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskformer_fast.config import Task
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import Result
 from maskformer_fast.data import SegmentationDataset
-from maskformer_fast.data.loader import eval_loader, eval_shard
+from maskformer_fast.data.loader import EvalLoader, eval_shard
 from maskformer_fast.distributed import gather_on_main, is_main, on_main, rank, world_size
 from maskformer_fast.evaluation import Evaluator, build_evaluator
 from maskformer_fast.inference.bundle_predictor import BundlePredictor
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_classes(expected: Metadata, got: Metadata) -> None:
-    """Hold the classes of the data set that is measured on against those that were trained.
+    """Compare the classes of the measured data set with those of the training.
 
     Raises:
         ValueError: another number of classes, or the same ones in another order. Other names only give a warning.
@@ -55,37 +55,37 @@ def measure(
     limit: int | None = None,
     writer: ResultWriter | None = None,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Metrics of each task, and a picture grid (image, truth, results) of the first ``pictures`` images.
+    """Metrics of each task, and a grid of pictures (image, truth, results) of the first ``pictures`` images.
 
-    ``writer`` is given every result. Headline numbers stand flat in the returned dictionary; each task's whole report
-    stands under its name. Several ranks share the images out among them and all get the metrics, which equal those of
-    one process; rank 0 alone gets the pictures.
+    The dictionary has the headline metrics of all tasks, and each task's complete metrics under the task's name.
+    Several ranks share out the images. All ranks get the metrics, which equal those of one process; rank 0 alone gets
+    the grid.
 
     Args:
-        limit: measure the first so many examples only (broken ones count).
+        limit: number of examples to measure, the first ones; broken ones count.
+        writer: gets every result.
     """
     evaluators = {task: build_evaluator(task, dataset.metadata) for task in tasks}
     rows: list[list[np.ndarray]] = []
     batch_size = predictor.test.batch_size
     total = len(dataset) if limit is None else min(limit, len(dataset))
     shard = eval_shard(total, batch_size, rank(), world_size())
-    loader = eval_loader(dataset, predictor.input_test, workers, skip_broken, shard)
+    loader = EvalLoader(dataset, workers, skip_broken, shard)
     with tqdm(total=len(shard), desc="evaluate", unit="img", leave=False, dynamic_ncols=True,
               disable=not is_main()) as progress:
-        for batch in loader.batches(batch_size):
-            if not batch:
+        for examples in loader.batches(batch_size):
+            if not examples:
                 continue
-            examples = [example for example, _ in batch]
-            results = predictor.infer([image for _, image in batch], [e.image for e in examples], tasks)
+            results = predictor.infer([example.image for example in examples], tasks)
             for index, example in enumerate(examples):
-                own = {task: results[task][index] for task in tasks}
+                by_task = {task: results[task][index] for task in tasks}
                 for task, evaluator in evaluators.items():
-                    evaluator.process(example, own[task])
+                    evaluator.process(example, by_task[task])
                 if writer is not None:
-                    writer.write(_file_name(example), example.image_id, example.image, own)
+                    writer.write(_file_name(example), example.image_id, example.image, by_task)
                 if shard.start + len(rows) < pictures:
-                    rows.append(_row(example, list(own.values()), dataset))
-            progress.update(len(batch))
+                    rows.append(_row(example, list(by_task.values()), dataset))
+            progress.update(len(examples))
     parts = gather_on_main((evaluators, rows, loader.broken))
     report = on_main(lambda: _report([part[0] for part in parts]))
     rows = [row for part in parts for row in part[1]][:pictures]
@@ -101,20 +101,21 @@ def measure(
 
 
 def _report(parts: Sequence[dict[Task, Evaluator]]) -> dict[Task, dict[str, Any]]:
-    """Every task's metrics over the images of all ranks."""
-    whole, *others = parts
+    """Metrics of each task over the images of all ranks."""
+    merged, *others = parts
     for part in others:
         for task, evaluator in part.items():
-            whole[task].merge(evaluator)
-    return {task: evaluator.evaluate() for task, evaluator in whole.items()}
+            merged[task].merge(evaluator)
+    return {task: evaluator.evaluate() for task, evaluator in merged.items()}
 
 
 def _file_name(example: Example) -> Path:
-    """Name for an image's results: a textual id keeps its folders, a number goes with the file's own name."""
+    """File name of an image's results: its id if that is a text, which may have folders, else the image file's name."""
     named_by_file = isinstance(example.image_id, int) and example.path
     return Path(Path(example.path).name if named_by_file else f"{example.image_id}.png")
 
 
 def _row(example: Example, results: list[Result], dataset: SegmentationDataset) -> list[np.ndarray]:
+    """A row of the grid: image, truth, results."""
     drawn = [visualize.draw_result(example.image, result, dataset.metadata) for result in results]
     return [example.image, visualize.draw_truth(example, dataset.metadata, dataset.task), *drawn]

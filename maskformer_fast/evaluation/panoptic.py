@@ -18,11 +18,11 @@ __all__ = ["PanopticEvaluator"]
 class PanopticEvaluator:
     """PQ, SQ and RQ over all classes, things, stuff, and of each class.
 
-    - A true and a predicted segment of one class match when their IoU, void pixels of the truth taken out of the
-      union, is over 0.5; such matches are unique.
+    - A true and a predicted segment of one class match if their IoU, without the truth's void pixels in the union, is
+      above 0.5; such matches are unique.
     - Crowd segments of the truth match nothing and are not missed.
     - An unmatched prediction with more than half of its pixels on void, or on crowds of its class, is no error.
-    - Means are taken over the classes with a match or an error.
+    - Means are over the classes with a match or an error.
 
     Pixels of the truth whose id is not listed are void; a listed true segment without pixels is no segment.
     """
@@ -34,7 +34,8 @@ class PanopticEvaluator:
     def reset(self) -> None:
         """Forget every image."""
         k = self.metadata.num_classes
-        # Kept and not added up, so that the sum is one in the images' order however many evaluators shared them.
+        # IoUs are kept and summed at the end, so that their order, and with it the rounding, is that of the images,
+        # however many evaluators shared them.
         self.matched: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]  # class of each match
         self.ious: list[np.ndarray] = [np.zeros(0)]
         self.tp, self.fp, self.fn = (np.zeros(k, dtype=np.int64) for _ in range(3))

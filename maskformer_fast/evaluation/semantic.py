@@ -17,9 +17,9 @@ __all__ = ["SemanticEvaluator"]
 class SemanticEvaluator:
     """mIoU, mean accuracy, pixel accuracy and frequency-weighted IoU over all pixels of all images.
 
-    Pixels whose truth is `VOID` count nowhere. mIoU is the mean over the classes with a pixel in truth or
-    prediction, mean accuracy the mean over the classes with a pixel in the truth (Long et al., "Fully Convolutional
-    Networks for Semantic Segmentation", section 5).
+    Pixels whose truth is `VOID` are left out. mIoU is the mean over the classes with a pixel in truth or prediction;
+    mean accuracy is the mean over the classes with a pixel in the truth (Long et al., "Fully Convolutional Networks for
+    Semantic Segmentation", section 5).
     """
 
     def __init__(self, metadata: Metadata) -> None:
@@ -60,11 +60,11 @@ class SemanticEvaluator:
         names = class_keys(self.metadata)
         metrics: dict[str, Any] = dict.fromkeys(("miou", "mean_accuracy", "pixel_accuracy", "fwiou"))
         if total:
-            seen = truth > 0
+            present = truth > 0
             metrics["miou"] = float(np.nanmean(iou))
-            metrics["mean_accuracy"] = float((hits[seen] / truth[seen]).mean())
+            metrics["mean_accuracy"] = float((hits[present] / truth[present]).mean())
             metrics["pixel_accuracy"] = int(hits.sum()) / total
-            metrics["fwiou"] = float((truth[seen] * iou[seen]).sum() / total)
+            metrics["fwiou"] = float((truth[present] * iou[present]).sum() / total)
         metrics["per_class_iou"] = {
             name: None if np.isnan(value) else float(value) for name, value in zip(names, iou, strict=True)
         }

@@ -31,11 +31,11 @@ def format_table(task: Task, metrics: dict[str, Any]) -> str:
     """An evaluator's metrics as two Markdown tables, in percent: the headline figures, then one row a class.
 
     Args:
-        task: whose metrics they are.
-        metrics: what `Evaluator.evaluate` returned; other keys are left out, undefined values show as "-".
+        task: task of the metrics.
+        metrics: result of `Evaluator.evaluate`; other keys are left out, undefined values show as "-".
 
     Returns:
-        Text of aligned lines, readable as it is, without a line break at the end.
+        Text of aligned lines, readable without rendering, with no line break at the end.
 
     Raises:
         ValueError: task is unknown, or metrics lack one of the task's keys.
@@ -55,7 +55,7 @@ def _percent(value: float | None) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Markdown with padded cells; the first `left` columns are aligned left, the others right."""
+    """A Markdown table with padded cells; the first `left` columns are aligned left, the others right."""
     widths = [max(3, *(len(row[i]) for row in (header, *rows))) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
-"""A bundle behind the interface of `inference.predictor.Predictor`, for the commands and for users' scripts.
+"""`BundlePredictor`: a bundle behind the interface of `inference.predictor.Predictor`.
 
-The runtime does the work (`maskformer_fast.deploy.runtime`), without torch; here its arrays become tensors.
+The runtime (`maskformer_fast.deploy.runtime`) does the work without torch; this file turns its arrays into tensors.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from maskformer_fast.config import DataConfig, Task, TestConfig
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.data.images import ImageLike, as_rgb_array
-from maskformer_fast.data.presets import PRESETS
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import MANIFEST_NAME, Manifest
 from maskformer_fast.deploy.runtime.session import Runtime
@@ -29,10 +28,11 @@ Backend = Literal["auto", "onnxruntime", "tensorrt"]
 CHANGEABLE = {"batch_size"}
 """Fields of the test configuration that a bundle does not fix."""
 IMAGES_AT_ONCE = 4
+"""Default batch size of a bundle's test configuration."""
 
 
 class BundlePredictor:
-    """Runs a bundle on images of any size that it takes, with the results of `Predictor`, on the CPU's memory."""
+    """Runs a bundle on images of any size that it takes; results are those of `Predictor`, as tensors on the CPU."""
 
     def __init__(self, runtime: Runtime, test: TestConfig) -> None:
         self.runtime = runtime
@@ -41,7 +41,11 @@ class BundlePredictor:
 
     @property
     def metadata(self) -> Metadata:
-        """Classes. Others of the same kinds may take their place, for their names and colours."""
+        """The bundle's classes, or classes set in their place: as many things and stuff, with other names or colours.
+
+        Raises:
+            ValueError: classes are set of which not the same ones are things.
+        """
         return self._metadata
 
     @metadata.setter
@@ -50,11 +54,6 @@ class BundlePredictor:
         check(metadata.is_thing == fixed, "metadata.is_thing", f"{fixed}, which the bundle was exported with",
               metadata.is_thing)
         self._metadata = metadata
-
-    @property
-    def input_test(self) -> TestConfig:
-        """How a loader resizes the images that go to `infer`: not at all, that is the runtime's part."""
-        return TestConfig(short_edge=None, batch_size=self.test.batch_size)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -72,23 +71,18 @@ class BundlePredictor:
             return self.predict([images], task)[0]
         return [as_tensors(result) for result in self.runtime.predict([as_rgb_array(image) for image in images], task)]
 
-    def resize(self, image: np.ndarray) -> Tensor:
-        """Image [H, W, 3] uint8 -> what `infer` takes beside it, [3, H, W] uint8: unchanged, the runtime resizes."""
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
     def infer(
         self,
-        inputs: Sequence[Tensor],  # not read
-        originals: Sequence[np.ndarray],  # each [H, W, 3] uint8
+        images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB
         tasks: Sequence[Task],
     ) -> dict[Task, list[Result]]:
         """Each task's results at the images' sizes; by onnxruntime the network runs once, by TensorRT for each task."""
-        found = self.runtime.predict_tasks(originals, tasks)
-        return {task: [as_tensors(result) for result in results] for task, results in found.items()}
+        by_task = self.runtime.predict_tasks(images, tasks)
+        return {task: [as_tensors(result) for result in results] for task, results in by_task.items()}
 
 
 def is_bundle(path: str | Path) -> bool:
-    """Whether a path is a folder with a manifest, so that it is a bundle or nothing."""
+    """Whether a path is a folder with a manifest: a bundle, undamaged or not."""
     return (Path(path) / MANIFEST_NAME).is_file()
 
 
@@ -98,15 +92,15 @@ def load_bundle(
     """A predictor from a bundle.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` (the first GPU, or that of this rank) or ``cuda:N``. One that is named
-            decides the backend where that is ``auto``.
-        test: must be what the bundle was exported with, but for the batch size, see `bundle_test`.
+        device: ``auto``, ``cpu``, ``cuda`` (the first GPU, or the GPU of this rank) or ``cuda:N``. Another than
+            ``auto`` decides the backend where ``backend`` is ``auto``.
+        test: the settings that the bundle was exported with; only the batch size may differ, see `bundle_test`.
         backend: see `maskformer_fast.deploy.runtime.load`.
 
     Raises:
         BundleError: a damaged or changed bundle, or no engine for this GPU.
         ModuleNotFoundError: a library that the backend needs is not installed.
-        ValueError: a test option that the bundle fixes, or a device that does not go with the backend.
+        ValueError: another value of a test option that the bundle fixes, or a device that the backend does not run on.
     """
     opened = Bundle.open(path)
     fixed = bundle_test(opened.manifest)
@@ -119,9 +113,9 @@ def load_bundle(
 
 
 def bundle_test(manifest: Manifest) -> TestConfig:
-    """The test configuration that a bundle carries: its resizing and thresholds, one scale, masks resized once.
+    """The test configuration of a bundle: its resizing and thresholds, without test-time augmentation.
 
-    The batch size is the number of images that the runtime is handed at a time; it has several in flight.
+    The batch size is the number of images that the runtime gets in one call; it works on several at once.
     """
     before, after = manifest.preprocess, manifest.postprocess
     return TestConfig(
@@ -136,13 +130,13 @@ def bundle_test(manifest: Manifest) -> TestConfig:
 
 
 def bundle_data(manifest: Manifest) -> DataConfig:
-    """The data set that a bundle's classes are of, where they are a preset's; a bundle does not say where it lies."""
+    """The data options of a bundle: the preset data set that its classes are from, else defaults. It has no paths."""
     name = manifest.metadata.name
     return DataConfig(dataset=name) if name in PRESETS else DataConfig()
 
 
 def as_tensors(result: Result) -> Result:
-    """A runtime's result with tensors in place of its arrays, sharing memory."""
+    """A runtime's result with tensors in place of its arrays; both share memory."""
     if isinstance(result, SemanticResult):
         return SemanticResult(torch.from_numpy(result.labels))
     if isinstance(result, PanopticResult):
@@ -152,13 +146,14 @@ def as_tensors(result: Result) -> Result:
 
 
 def _backend_of(device: str, backend: Backend) -> tuple[Backend, int]:
-    """Backend and CUDA device number for a device as users name it."""
-    own = torch.cuda.current_device() if world_size() > 1 and torch.cuda.is_available() else 0  # by `process_group`
+    """Backend and CUDA device number of a device as users name it."""
+    # In a process group, `process_group` made the rank's GPU the current one.
+    default = torch.cuda.current_device() if world_size() > 1 and torch.cuda.is_available() else 0
     if device == "auto":
-        return backend, own
+        return backend, default
     kind, _, number = device.partition(":")
     known = kind in ("cpu", "cuda") and (not number or (kind == "cuda" and number.isdecimal()))
     check(known, "device", "auto, cpu, cuda or cuda:N", device)
     on_device: Backend = "onnxruntime" if kind == "cpu" else "tensorrt"
     check(backend in ("auto", on_device), "device", f"one that {backend} runs on", device)
-    return on_device, int(number) if number else own
+    return on_device, int(number) if number else default

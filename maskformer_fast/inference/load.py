@@ -30,23 +30,26 @@ from maskformer_fast.recipes import load_recipe, recipe_names
 
 
 def load(
-    path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None, backend: Backend = "auto",
+    path_or_recipe: str | Path,
+    device: str = "auto",
+    test: TestConfig | None = None,
+    backend: Backend = "auto",
     amp: Amp | None = None,
-) -> Predictor | BundlePredictor:  # fmt: skip
+) -> Predictor | BundlePredictor:
     """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
 
     On a CPU its network is rebuilt for inference (`modeling.fuse_for_cpu`) and cannot be trained, saved, moved to
     another device or exported; `load_network` leaves it as it is.
 
     Args:
-        test: replaces the resizing and thresholds that the checkpoint or recipe carries; a bundle's cannot be replaced.
-        backend: what runs a bundle, see `maskformer_fast.deploy.runtime.load`; of the others PyTorch is the only one.
+        test: resizing and thresholds in place of those of the checkpoint or recipe; a bundle fixes its own.
+        backend: what runs a bundle, see `maskformer_fast.deploy.runtime.load`; without a bundle it must be ``auto``.
         amp: precision of the network, by default that of its training; a bundle's is fixed.
 
     Raises:
         FileNotFoundError: neither a path nor a recipe.
         CheckpointError, BundleError: a damaged checkpoint or bundle.
-        ValueError: `backend` for what is not a bundle, `amp` for a bundle, or `test` that is not the bundle's.
+        ValueError: a backend without a bundle, an ``amp`` with one, or a ``test`` that differs from the bundle's.
     """
     if is_bundle(path_or_recipe):
         check(amp is None, "amp", "none, as a bundle's precision was chosen when it was exported", amp)
@@ -63,8 +66,7 @@ def load(
 
 
 def load_network(path_or_recipe: str | Path, device: str = "auto", test: TestConfig | None = None) -> Predictor:
-    """`load` for what runs in PyTorch: checkpoints and recipes."""
-    where = resolve_device(device)
+    """A predictor from a checkpoint or a recipe, its network as it was trained. Errors are those of `load`."""
     if not Path(path_or_recipe).exists() and str(path_or_recipe) in recipe_names():
         config = load_recipe(str(path_or_recipe))
         metadata = dataset_metadata(config.data)
@@ -74,13 +76,14 @@ def load_network(path_or_recipe: str | Path, device: str = "auto", test: TestCon
         config, metadata, weights, _ = load_weights(path_or_recipe)
         network = build_model(config.model)
         load_into(network, weights, path_or_recipe)
-    return Predictor(network.to(where).eval(), replace(config, test=test or config.test), metadata, where)
+    on = resolve_device(device)
+    return Predictor(network.to(on).eval(), replace(config, test=test or config.test), metadata, on)
 
 
-def carried_options(path: str | Path) -> tuple[DataConfig, TestConfig]:
-    """Data and test options that a checkpoint or a bundle carries. Errors are those of `load`."""
+def stored_options(path: str | Path) -> tuple[DataConfig, TestConfig]:
+    """Data and test options stored in a checkpoint or a bundle. Errors are those of `load`."""
     if is_bundle(path):
-        manifest, _ = read_manifest(path)  # `load` verifies the files
+        manifest, _ = read_manifest(path)  # `load` verifies the other files
         return bundle_data(manifest), bundle_test(manifest)
     config = load_weights(path).config
     return config.data, config.test

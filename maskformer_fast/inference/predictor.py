@@ -1,9 +1,10 @@
-"""A network with its classes and thresholds: images in, results out. `maskformer_fast.load` returns one."""
+"""`Predictor`: a network with its classes and thresholds, from images to results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.image_resize import short_edge_size
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import Result, SemanticResult
+from maskformer_fast.core.stages import Stopwatch
 from maskformer_fast.data.images import ImageLike, as_rgb_array
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
@@ -47,14 +49,14 @@ class Predictor:
         return self.config.test
 
     @property
-    def input_test(self) -> TestConfig:
-        """How a loader resizes the images that go to `infer`."""
-        return self.config.test
-
-    @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks this network can do: a per-pixel baseline cannot tell instances apart."""
         return TASKS if self.config.model.type == "maskformer" else ("semantic",)
+
+    def check_task(self, task: Task) -> None:
+        """Raise ``ValueError`` for an unknown task or one that this kind of network cannot do."""
+        check_choice("task", task, TASKS)
+        check(task in self.tasks, "task", f"one that a {self.config.model.type} network can do {self.tasks}", task)
 
     def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic") -> Any:
         """Segment one image (-> one result) or several (-> a list of results, in order).
@@ -70,45 +72,62 @@ class Predictor:
         if isinstance(images, ImageLike):
             return self.predict([images], task)[0]
         arrays = [as_rgb_array(image) for image in images]
+        size = self.config.test.batch_size
         results: list[Result] = []
-        for start in range(0, len(arrays), self.config.test.batch_size):
-            batch = arrays[start : start + self.config.test.batch_size]
-            results += self.infer([self.resize(array) for array in batch], batch, (task,))[task]
+        for start in range(0, len(arrays), size):
+            results += self.infer(arrays[start : start + size], (task,))[task]
         return results
-
-    def check_task(self, task: Task) -> None:
-        """Raise ``ValueError`` for an unknown task or one that this kind of network cannot do."""
-        check_choice("task", task, TASKS)
-        check(task in self.tasks, "task", f"one that a {self.config.model.type} network can do {self.tasks}", task)
-
-    def resize(self, image: np.ndarray) -> Tensor:
-        """Image [H, W, 3] uint8 -> network input [3, h, w] uint8, by ``config.test``; on a GPU by the GPU."""
-        test = self.config.test
-        if self.device.type != "cuda" or test.short_edge is None:
-            return resize_image(image, test.short_edge, test.max_size)
-        check(image.size > 0, "image", "shape [H, W, 3]", image.shape)
-        size = short_edge_size(image.shape[0], image.shape[1], test.short_edge, test.max_size)
-        frames = torch.tensor(np.ascontiguousarray(image), device=self.device).unsqueeze(0)
-        return resize_images(frames, [size])[0][0]
 
     def infer(
         self,
-        inputs: Sequence[Tensor],  # each [3, h, w] uint8, already resized
-        originals: Sequence[np.ndarray],  # each [H, W, 3] uint8
+        images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB; one batch
+        tasks: Sequence[Task],
+        stopwatch: Stopwatch | None = None,
+    ) -> dict[Task, list[Result]]:
+        """Each task's results at the images' sizes, from one forward pass.
+
+        Semantic results with test-time augmentation (``config.test``) take additional forward passes. A ``stopwatch``,
+        made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``.
+        """
+        test = self.config.test
+        stopwatch = stopwatch or Stopwatch()
+        results: dict[Task, list[Result]] = {}
+        if "semantic" in tasks and (test.multi_scale or test.flip):
+            results["semantic"] = [self._augmented(image) for image in images]
+            stopwatch.lap("network")
+        if remaining := [task for task in tasks if task not in results]:
+            predictions = self.run_network(images, stopwatch)
+            sizes = [(image.shape[0], image.shape[1]) for image in images]
+            results |= self.postprocess(predictions, sizes, remaining)
+            stopwatch.lap("postprocess")
+        return results
+
+    def run_network(
+        self,
+        images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB; one batch
+        stopwatch: Stopwatch | None = None,
+    ) -> Any:
+        """Resize and pad the images and run the network -> its predictions; `infer` without the post-processing."""
+        test = self.config.test
+        stopwatch = stopwatch or Stopwatch()
+        with self._inference():
+            inputs = self._batch([self._resize(image, test.short_edge, test.max_size) for image in images])
+            stopwatch.lap("preprocess")
+            predictions = self.network(*inputs)
+            stopwatch.lap("network")
+        return predictions
+
+    def postprocess(
+        self,
+        predictions: Any,  # of `run_network`
+        sizes: Sequence[tuple[int, int]],  # height, width of each image
         tasks: Sequence[Task],
     ) -> dict[Task, list[Result]]:
-        """One forward pass, then each task's results at the originals' sizes."""
-        sizes = [(image.shape[0], image.shape[1]) for image in originals]
-        test = self.config.test
+        """Each task's results at the images' sizes, from predictions; without test-time augmentation."""
+        test, is_thing = self.config.test, self.metadata.is_thing
         results: dict[Task, list[Result]] = {}
         with self._inference():
-            if "semantic" in tasks and (test.multi_scale or test.flip):
-                results["semantic"] = [self._augmented(image) for image in originals]
-            remaining = [task for task in tasks if task not in results]
-            if not remaining:
-                return results
-            predictions = self._forward(inputs)
-            for task in remaining:
+            for task in tasks:
                 if task == "semantic":
                     results[task] = list(postprocess.semantic(predictions, sizes, order=test.semantic_order))
                 elif task == "panoptic":
@@ -116,7 +135,7 @@ class Predictor:
                         postprocess.panoptic(
                             predictions,
                             sizes,
-                            self.metadata.is_thing,
+                            is_thing,
                             test.object_mask_threshold,
                             test.overlap_threshold,
                             test.panoptic_order,
@@ -124,27 +143,42 @@ class Predictor:
                         )
                     )
                 else:
-                    results[task] = list(
-                        postprocess.instances(predictions, sizes, self.metadata.is_thing, test.top_k)
-                    )
+                    results[task] = list(postprocess.instances(predictions, sizes, is_thing, test.top_k))
         return results
 
-    def _forward(self, images: Sequence[Tensor]) -> Any:
-        batch, valid_sizes = pad_images(list(images), self.config.model.size_divisibility)
-        return self.network(batch.to(self.device), valid_sizes.to(self.device))
+    def stopwatch(self) -> Stopwatch:
+        """A new stopwatch for `infer`, which waits for a GPU at the end of each stage."""
+        on_gpu = self.device.type == "cuda"
+        return Stopwatch(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
+
+    def _resize(self, image: np.ndarray, short_edge: int | None, max_size: int) -> Tensor:
+        """Image [H, W, 3] uint8 -> [3, h, w] uint8: on a CPU by Pillow, on a GPU there, to the same pixels."""
+        if self.device.type != "cuda" or short_edge is None:
+            return resize_image(image, short_edge, max_size)
+        check(image.size > 0, "image", "shape [H, W, 3]", image.shape)
+        size = short_edge_size(image.shape[0], image.shape[1], short_edge, max_size)
+        frames = torch.tensor(np.ascontiguousarray(image), device=self.device).unsqueeze(0)
+        return resize_images(frames, [size])[0][0]
+
+    def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Resized images, each [3, h, w] uint8 -> the network's inputs, on its device."""
+        batch, valid_sizes = pad_images(images, self.config.model.size_divisibility)
+        return batch.to(self.device), valid_sizes.to(self.device)
 
     def _augmented(self, image: np.ndarray) -> SemanticResult:
         """Average class scores over scales of the short edge and, if asked, the mirrored image."""
         test = self.config.test
         size = (image.shape[0], image.shape[1])
         total: Tensor | None = None
-        for scale in test.multi_scale or (1.0,):
-            short_edge = round((test.short_edge or min(size)) * scale)
-            resized = resize_image(image, short_edge, round(test.max_size * scale))
-            for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
-                scores = postprocess.semantic_scores(self._forward([view]), [size], test.semantic_order)[0]
-                scores = scores if view is resized else scores.flip(-1)
-                total = scores if total is None else total.add_(scores)
+        with self._inference():
+            for scale in test.multi_scale or (1.0,):
+                short_edge = round((test.short_edge or min(size)) * scale)
+                resized = self._resize(image, short_edge, round(test.max_size * scale))
+                for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
+                    predictions = self.network(*self._batch([view]))
+                    scores = postprocess.semantic_scores(predictions, [size], test.semantic_order)[0]
+                    scores = scores if view is resized else scores.flip(-1)
+                    total = scores if total is None else total.add_(scores)
         assert total is not None  # at least one scale
         best = total.max(dim=0)
         views = len(test.multi_scale or (1.0,)) * (2 if test.flip else 1)
@@ -162,5 +196,3 @@ class Predictor:
                 yield
         finally:
             self.network.train(training)
-
-

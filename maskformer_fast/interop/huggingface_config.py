@@ -23,8 +23,8 @@ from maskformer_fast.config import (
     TestConfig,
 )
 from maskformer_fast.core.metadata import Metadata
-from maskformer_fast.data.class_list import read_preset_classes
-from maskformer_fast.data.presets import PRESETS
+from maskformer_fast.data.datasets.class_list import read_preset_classes
+from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.interop.architecture import nearest_preset
 from maskformer_fast.interop.names import ConvertError
 from maskformer_fast.modeling.backbone import is_swin, resolve_backbone

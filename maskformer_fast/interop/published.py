@@ -9,7 +9,7 @@ from dataclasses import replace
 from maskformer_fast.config import Config, ModelConfig
 from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import Metadata
-from maskformer_fast.data.presets import preset_metadata
+from maskformer_fast.data.datasets.presets import preset_metadata
 from maskformer_fast.recipes import load_recipe, recipe_names
 
 _FOLDERS = {

@@ -1,4 +1,4 @@
-"""Results as files that other tools read: index PNG, COCO panoptic PNG + JSON, COCO RLE JSON. All writes are atomic."""
+"""Results in other tools' file formats: index PNG, COCO panoptic PNG + JSON, COCO RLE JSON. All writes are atomic."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from maskformer_fast.core.results import InstanceResult, PanopticResult
 from maskformer_fast.ops.rle import encode_packed_masks
 from maskformer_fast.output.id_maps import result_rows
 
-__all__ = ["instances_to_coco", "panoptic_png", "write_index_png", "write_panoptic_json",
-           "write_panoptic_png"]
+__all__ = ["instances_to_coco", "panoptic_png", "write_index_png", "write_panoptic_json", "write_panoptic_png"]
 
 
 def write_index_png(
@@ -28,13 +27,13 @@ def write_index_png(
 ) -> None:
     """Write a PNG whose values are class indices.
 
-    It has 8 bits (void 255) when no label and no entry of the palette is beyond 254, else 16 bits (void 65535): files
-    of one data set written with its palette all have the same depth.
+    It has 8 bits (void 255) if no label and no index of the palette is above 254, else 16 bits (void 65535). Files of
+    one data set written with its palette thus have the same depth.
 
     Args:
         path: the file.
-        labels: class index of each pixel, `VOID` where there is none.
-        palette: RGB of each class, for viewers; kept in 8-bit files only (PNG has no 16-bit palettes).
+        labels: class index of each pixel, or `VOID`.
+        palette: RGB of each class, for viewers; written to 8-bit files only, as PNG has no 16-bit palettes.
 
     Raises:
         TypeError: labels are not integers.
@@ -52,7 +51,7 @@ def write_index_png(
     if high <= 254 and (palette is None or len(palette) <= 255):
         image = Image.fromarray(np.where(values == VOID, 255, values).astype(np.uint8))
         if palette is not None:
-            # All 256 entries: with fewer, Pillow stores fewer bits a pixel and void (255) is cut off.
+            # All 256 entries: with fewer, Pillow stores fewer bits a pixel, too few for void (255).
             image.putpalette(list(np.array([*palette, *[(0, 0, 0)] * (256 - len(palette))], dtype=np.uint8).tobytes()))
     else:
         image = Image.fromarray(np.where(values == VOID, 65535, values).astype(np.uint16))
@@ -61,11 +60,11 @@ def write_index_png(
 
 
 def panoptic_png(result: PanopticResult, metadata: Metadata) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """A panoptic result as COCO has it.
+    """A panoptic result in COCO's format.
 
     Returns:
-        uint8 [H, W, 3], the segment's id as R + 256 G + 65536 B, 0 where void; and the list ``segments_info`` with id,
-        category_id (the data set's own), area in pixels, bbox (x, y, width, height) and iscrowd.
+        uint8 [H, W, 3], the segment's id as R + 256 G + 65536 B, 0 for void; and the list ``segments_info`` with id,
+        category_id (of the data set), area in pixels, bbox (x, y, width, height) and iscrowd.
 
     Raises:
         TypeError, ValueError: the id map and the list of segments disagree, or an id is not in 1..2^24-1.
@@ -75,7 +74,7 @@ def panoptic_png(result: PanopticResult, metadata: Metadata) -> tuple[np.ndarray
             raise ValueError(f"segments: expected ids in 1..{2**24 - 1}, got {segment.id}")
     rows = result_rows(result)
     count = len(result.segments)
-    # Row `count` collects the void pixels: VOID is -1, the last one.
+    # The last entry, number `count`, is for the void pixels, as VOID is -1.
     in_row = np.zeros((count + 1, rows.shape[0]), dtype=bool)
     in_column = np.zeros((count + 1, rows.shape[1]), dtype=bool)
     in_row[rows, np.arange(rows.shape[0])[:, None]] = True
@@ -122,16 +121,16 @@ def write_panoptic_json(
     Args:
         path: the file.
         images: COCO image entries: id, file_name, height, width.
-        annotations: what `write_panoptic_png` returned, one an image.
+        annotations: results of `write_panoptic_png`, one an image.
         metadata: the classes, for the list of categories.
 
     Raises:
-        ValueError: an annotation belongs to none of the images.
+        ValueError: the image id of an annotation is not among the images.
         OSError: as `files.atomic_write`.
     """
-    strangers = {annotation["image_id"] for annotation in annotations} - {image["id"] for image in images}
-    if strangers:
-        raise ValueError(f"annotations: expected image ids from images, got {sorted(strangers, key=str)[:8]}")
+    unknown = {annotation["image_id"] for annotation in annotations} - {image["id"] for image in images}
+    if unknown:
+        raise ValueError(f"annotations: expected image ids from images, got {sorted(unknown, key=str)[:8]}")
     categories = [
         {"id": category, "name": name, "isthing": int(is_thing), "color": list(color)}
         for category, name, is_thing, color in zip(
@@ -144,11 +143,11 @@ def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Met
     """Instances as entries of a COCO results file, in their order.
 
     Returns:
-        image_id, category_id (the data set's own), segmentation (compressed RLE, its counts a str), bbox (x, y, width,
+        image_id, category_id (of the data set), segmentation (compressed RLE, its counts a str), bbox (x, y, width,
         height; zeros for an empty mask) and score.
 
     Raises:
-        TypeError, ValueError: the masks are not packed as the result's size says.
+        TypeError, ValueError: the masks do not have the packed shape of the result's size.
         ModuleNotFoundError: pycocotools is missing.
     """
     rles = encode_packed_masks(result.masks.cpu().numpy(), result.size[1])

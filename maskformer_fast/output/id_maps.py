@@ -1,4 +1,4 @@
-"""Reading id maps: which listed segment each pixel belongs to."""
+"""From the ids of an id map to indices into its list of segments."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ def segment_rows(
         raise ValueError(f"segments: expected distinct ids, got {int(ids[1:][ids[1:] == ids[:-1]][0])} twice")
     if len(ids) == 0:
         return np.full(id_map.shape, VOID, dtype=np.int32)
-    if ids[0] >= 0 and ids[-1] < id_map.size:  # ids that count up from 0 or 1: a table is faster than a search
+    if ids[0] >= 0 and ids[-1] < id_map.size:  # small ids, as those that count from 0 or 1: a table beats a search
         table = np.full(ids[-1] + 2, VOID, dtype=np.int32)
         table[ids] = order
-        # Ids outside the table all fall on its last entry, which no segment has.
+        # All ids outside the table are mapped to its last entry, which is VOID.
         outside = np.uint32(ids[-1] + 1)
         return table[np.minimum(id_map.astype(np.int32, copy=False).view(np.uint32), outside)]
     ids = ids.astype(id_map.dtype)
-    found = np.searchsorted(ids, id_map).clip(max=len(ids) - 1)
-    return np.where(ids[found] == id_map, order[found], np.int32(VOID))
+    nearest = np.searchsorted(ids, id_map).clip(max=len(ids) - 1)
+    return np.where(ids[nearest] == id_map, order[nearest], np.int32(VOID))
 
 
 def result_rows(result: PanopticResult) -> np.ndarray:
-    """Index into `result.segments` of every pixel -> [H, W] int32, `VOID` where no segment is.
+    """Index into `result.segments` of every pixel -> [H, W] int32, `VOID` for pixels without a segment.
 
     Raises:
         TypeError: the id map is not an integer tensor of rank 2.
-        ValueError: map and list disagree: an id in one of them alone, or listed twice.
+        ValueError: map and list disagree: an id is in only one of them, or listed twice.
     """
     id_map = result.id_map.detach().cpu().numpy()
     if id_map.ndim != 2 or id_map.dtype.kind not in "iu":
         raise TypeError(f"id_map: expected an integer tensor [H, W], got {id_map.dtype} of shape {id_map.shape}")
     rows = segment_rows(id_map, result.segments)
-    stray = id_map[(rows == VOID) & (id_map != VOID)]
-    if stray.size:
-        raise ValueError(f"id_map: expected ids of listed segments or {VOID}, got {np.unique(stray)[:8].tolist()}")
+    unlisted = id_map[(rows == VOID) & (id_map != VOID)]
+    if unlisted.size:
+        raise ValueError(f"id_map: expected ids of listed segments or {VOID}, got {np.unique(unlisted)[:8].tolist()}")
     present = np.bincount(rows.ravel() + 1, minlength=len(result.segments) + 1)[1:]
     if not present.all():
         missing = [segment.id for segment, count in zip(result.segments, present, strict=True) if not count]

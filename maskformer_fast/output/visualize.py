@@ -1,4 +1,4 @@
-"""Pictures of results and truth for people to look at: coloured segments, outlines, class names, grids."""
+"""Pictures of results and truth: coloured segments, outlines, class names, grids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from maskformer_fast.config import TASKS, Task
 from maskformer_fast.core.checks import check_choice
 from maskformer_fast.core.metadata import VOID, Metadata
-from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult, unpack_mask_array
 from maskformer_fast.output.id_maps import result_rows, segment_rows
 from maskformer_fast.structures import Example
 
@@ -30,12 +30,10 @@ __all__ = [
 ]
 
 MIN_SCORE = 0.5
-"""Instances below this score are not drawn."""
-
-
-_OPACITY = 0.55  # of a segment's colour over the image
-_MIN_EDGE = 320  # images with a shorter long edge are enlarged, so that names can be read
-_CELL_EDGE = 768  # longest edge of a picture in a grid
+"""Lowest score of an instance that is drawn."""
+_OPACITY = 0.55  # opacity of a segment's colour over the image
+_MIN_EDGE = 320  # pixels of the longer edge below which an image is enlarged, so that names are readable
+_CELL_EDGE = 768  # pixels of the longest edge of a picture in a grid
 _MARGIN = 6  # pixels between the pictures of a grid
 
 Color = tuple[int, int, int]
@@ -49,21 +47,22 @@ def display_scale(size: tuple[int, int]) -> int:
 def class_rows(
     labels: np.ndarray,  # [H, W] integers from VOID
 ) -> tuple[list[int], np.ndarray]:
-    """The classes that are there, ascending, and the index of each pixel's among them -> [H, W] int64, VOID stays."""
-    found = np.bincount(labels.ravel().astype(np.int64) - VOID) > 0  # counts, where `np.unique` sorts every pixel
-    table = np.append(VOID, np.cumsum(found[1:]) - 1)
-    return np.flatnonzero(found[1:]).tolist(), table[labels.astype(np.int64) - VOID]
+    """The classes present, ascending, and each pixel's index into them -> [H, W] int64; VOID stays VOID."""
+    # Counting is faster than `np.unique`, which sorts all pixels.
+    present = np.bincount(labels.ravel().astype(np.int64) - VOID) > 0
+    table = np.append(VOID, np.cumsum(present[1:]) - 1)
+    return np.flatnonzero(present[1:]).tolist(), table[labels.astype(np.int64) - VOID]
 
 
 def draw_semantic(
     image: np.ndarray,  # [H, W, 3] uint8 RGB
-    result: SemanticResult | np.ndarray | Tensor,  # or its labels, [H, W] integers, VOID where unlabelled
+    result: SemanticResult | np.ndarray | Tensor,  # or labels, [H, W] integers, VOID for unlabelled pixels
     metadata: Metadata,
 ) -> np.ndarray:
     """Colour and name the classes over the image; void is darkened.
 
     Returns:
-        uint8 [s*H, s*W, 3] with s = `display_scale` of the image's size; the image itself is left as it is.
+        uint8 [s*H, s*W, 3] with s = `display_scale` of the image's size, a new array.
 
     Raises:
         ValueError: the labels have another size than the image, or are no classes.
@@ -89,7 +88,7 @@ def draw_panoptic(
         As `draw_semantic`.
 
     Raises:
-        ValueError: the id map has another size than the image, or does not agree with the list of segments.
+        ValueError: the id map has another size than the image, or disagrees with the list of segments.
     """
     _check_size("id_map", tuple(result.id_map.shape), image)
     rows = result_rows(result)
@@ -115,15 +114,14 @@ def draw_instances(
     scores = result.scores.float().cpu()
     keep = (scores >= min_score).nonzero()[:, 0]
     keep = keep[scores[keep].argsort(descending=True, stable=True)]
-    packed = result.masks.cpu()[keep].numpy()
-    masks = np.unpackbits(packed, axis=-1, count=result.size[1], bitorder="little").view(np.bool_)
+    masks = unpack_mask_array(result.masks.cpu()[keep].numpy(), result.size[1])
     categories = result.labels.cpu()[keep].tolist()
     names = [f"{metadata.class_names[c]} {s:.2f}" for c, s in zip(categories, scores[keep].tolist(), strict=True)]
     return _paint_masks(image, masks, segment_colors(categories, metadata), names)
 
 
 def draw_result(image: np.ndarray, result: Result, metadata: Metadata) -> np.ndarray:
-    """Draw a result of any task by the function above that fits it."""
+    """Draw a result of any task; see `draw_semantic`, `draw_panoptic` and `draw_instances`."""
     if isinstance(result, SemanticResult):
         return draw_semantic(image, result, metadata)
     if isinstance(result, PanopticResult):
@@ -159,8 +157,8 @@ def grid(
 ) -> np.ndarray:
     """Pictures in rows and columns under the columns' titles.
 
-    Tiny pictures are enlarged by an integer factor, pictures beyond 768 pixels reduced; the pictures of a row get the
-    same height where they show the same image.
+    Tiny pictures are enlarged by an integer factor; pictures with an edge above 768 pixels are reduced. Pictures of
+    one image in a row get the same height.
 
     Returns:
         uint8 [H', W', 3].
@@ -194,6 +192,7 @@ def grid(
 
 
 def _fit(picture: np.ndarray) -> Image.Image:
+    """A picture in the size that it has in a grid."""
     scale = display_scale((picture.shape[0], picture.shape[1]))
     cell = Image.fromarray(_enlarge(picture, scale))
     if max(cell.size) > _CELL_EDGE:
@@ -203,14 +202,14 @@ def _fit(picture: np.ndarray) -> Image.Image:
 
 def _paint(
     image: np.ndarray,  # [H, W, 3] uint8
-    rows: np.ndarray,  # [H, W] int, segment of each pixel, VOID where none
+    rows: np.ndarray,  # [H, W] int, index of each pixel's segment, or VOID
     colors: Sequence[Color],
     names: Sequence[str],
 ) -> np.ndarray:
-    """Segments without overlap."""
+    """Draw segments without overlap; void is darkened."""
     scale = display_scale((image.shape[0], image.shape[1]))
     base, rows = _enlarge(image, scale).astype(np.float32), _enlarge(rows, scale)
-    table = np.array([*colors, (0, 0, 0)], dtype=np.float32)  # row -1: void fades to black
+    table = np.array([*colors, (0, 0, 0)], dtype=np.float32)  # the last row is VOID's (-1): black
     picture = base * (1 - _OPACITY) + table[rows] * _OPACITY
     edge = np.zeros(rows.shape, dtype=bool)
     edge[:, 1:] |= rows[:, 1:] != rows[:, :-1]
@@ -227,7 +226,7 @@ def _paint_masks(
     colors: Sequence[Color],
     names: Sequence[str],
 ) -> np.ndarray:
-    """Segments with overlap, the first on top; the rest of the image stays as it is."""
+    """Draw segments that may overlap, the first on top; other pixels of the image stay unchanged."""
     scale = display_scale((image.shape[0], image.shape[1]))
     picture = _enlarge(image, scale).astype(np.float32)
     points: list[tuple[int, int] | None] = []
@@ -247,7 +246,7 @@ def _paint_masks(
 
 
 def _thicken(edge: np.ndarray) -> np.ndarray:
-    """Lines of one pixel vanish when a large picture is reduced to fit a screen."""
+    """Widen the lines of a large picture, as lines of one pixel vanish when it is reduced to fit a screen."""
     thick = edge.copy()
     for _ in range(max(edge.shape) // 1000):
         thick[1:] |= thick[:-1]
@@ -256,16 +255,16 @@ def _thicken(edge: np.ndarray) -> np.ndarray:
 
 
 def segment_colors(categories: Sequence[int], metadata: Metadata) -> list[Color]:
-    """The class's colour for its first segment, and shades of it, in hue and lightness, for those that follow."""
-    seen: dict[int, int] = {}
+    """The class's colour for the first segment of a class, and shades of it, in hue and lightness, for later ones."""
+    counts: dict[int, int] = {}
     colors: list[Color] = []
     for category in categories:
-        nth = seen.get(category, 0)
-        seen[category] = nth + 1
+        nth = counts.get(category, 0)
+        counts[category] = nth + 1
         color = metadata.colors[category]
         if nth:
             hue, lightness, saturation = colorsys.rgb_to_hls(*(value / 255 for value in color))
-            # Golden-ratio steps fill the range evenly, however many segments there are.
+            # Steps of the golden ratio fill the range evenly for any number of segments.
             hue += 0.22 * ((nth * 0.618034 + 0.5) % 1 - 0.5)
             lightness = 0.25 + (lightness - 0.25 + nth * 0.381966 * 0.6) % 0.6
             red, green, blue = colorsys.hls_to_rgb(hue % 1, lightness, max(saturation, 0.35))
@@ -277,7 +276,7 @@ def segment_colors(categories: Sequence[int], metadata: Metadata) -> list[Color]
 def _inner_point(mask: np.ndarray) -> tuple[int, int] | None:
     """x, y well inside the mask's thickest part; `None` for an empty mask.
 
-    A centroid can lie outside. This erodes a small copy of the mask and takes the pixel that lasts longest.
+    A centroid can lie outside. A reduced copy of the mask is eroded, and a pixel of the last erosion is taken.
     """
     step = max(1, max(mask.shape) // 96)
     small = np.pad(mask[step // 2 :: step, step // 2 :: step], 1)
@@ -291,7 +290,7 @@ def _inner_point(mask: np.ndarray) -> tuple[int, int] | None:
             break
         small = inner
     ys, xs = np.nonzero(small)
-    # The middle one of what is left, not its mean, which need not be in the mask.
+    # The pixel next to the mean of the remaining ones, as the mean itself need not be in the mask.
     nearest = np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2)
     return int((xs[nearest] - 1) * step + step // 2), int((ys[nearest] - 1) * step + step // 2)
 
@@ -303,8 +302,10 @@ def _write_names(
     colors: Sequence[Color],
     names: Sequence[str],
 ) -> np.ndarray:
-    """Names at the points, large segments first; a name that would cover another, or that dwarfs its segment, is left
-    out."""
+    """Write names at the points, those of large segments first -> uint8 [H, W, 3].
+
+    A name is left out if it would overlap another or has more than three times the area of its segment.
+    """
     canvas = Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
     width, height = canvas.size
@@ -324,13 +325,14 @@ def _write_names(
         if any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
             continue
         taken.append(box)
-        # A dark box of the segment's own hue: white on it is readable, and it shows which segment is meant.
+        # A dark box in the hue of the segment: white text on it is readable, and the hue relates it to the segment.
         draw.rectangle(box, fill=tuple(value // 4 for value in colors[index]))
         draw.text((x + 3, y + 3), names[index], fill="white", font=font, anchor="lt")
     return np.array(canvas)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's font in a size of pixels."""
     font = ImageFont.load_default(size=size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow without FreeType cannot draw names; install a Pillow wheel from PyPI")
@@ -338,6 +340,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _enlarge(array: np.ndarray, scale: int) -> np.ndarray:
+    """Every pixel repeated in both directions."""
     return array.repeat(scale, 0).repeat(scale, 1) if scale > 1 else array
 
 

@@ -19,10 +19,10 @@ from maskformer_fast.output.formats import instances_to_coco, write_index_png, w
 
 
 class ResultWriter:
-    """Files of each task below one folder; `close` writes the JSON files that cover all images.
+    """Writes files of each task below one folder; `close` writes the JSON files of all images.
 
-    ``semantic/NAME.png`` holds class indices; ``panoptic/NAME.png`` and ``panoptic.json`` are COCO's panoptic format;
-    ``instances.json`` is COCO's results format (RLE masks); ``overlays/NAME_TASK.png`` is to look at.
+    ``semantic/NAME.png`` has class indices; ``panoptic/NAME.png`` and ``panoptic.json`` are in COCO's panoptic format;
+    ``instances.json`` is in COCO's results format (RLE masks); ``overlays/NAME_TASK.png`` are pictures to look at.
     """
 
     def __init__(self, folder: Path, metadata: Metadata, overlays: bool) -> None:
@@ -41,7 +41,7 @@ class ResultWriter:
         image: np.ndarray,  # [H, W, 3] uint8 RGB
         results: Mapping[Task, Result],
     ) -> None:
-        """Write the results of one image; ``name`` is its file name, relative to where the images are."""
+        """Write the results of one image; ``name`` is its file name, relative to the folder of the images."""
         entry = {"id": image_id, "file_name": name.as_posix(), "height": image.shape[0], "width": image.shape[1]}
         self.images.append(entry)
         for task, result in results.items():
@@ -63,13 +63,13 @@ class ResultWriter:
     def close(self) -> None:
         """Write ``panoptic.json`` and ``instances.json`` for the tasks that ran, with the images of all ranks."""
         parts = gather_on_main((self.images, self.panoptic, self.instances, self.tasks))
-        tasks = {task for *_, own in parts for task in own}
+        tasks = {task for *_, of_rank in parts for task in of_rank}
         if "panoptic" in tasks:
-            images = [entry for own, *_ in parts for entry in own]
-            panoptic = [entry for _, own, *_ in parts for entry in own]
+            images = [entry for of_rank, *_ in parts for entry in of_rank]
+            panoptic = [entry for _, of_rank, *_ in parts for entry in of_rank]
             write_panoptic_json(self.folder / "panoptic.json", images, panoptic, self.metadata)
         if "instance" in tasks:
-            write_json(self.folder / "instances.json", [entry for _, _, own, _ in parts for entry in own])
+            write_json(self.folder / "instances.json", [entry for _, _, of_rank, _ in parts for entry in of_rank])
 
     def _path(self, kind: str, name: Path, ending: str = "") -> Path:
         return self.folder / kind / name.with_name(f"{name.stem}{ending}.png")

@@ -76,7 +76,8 @@ def _locate(name: str, folder: Path) -> Path:
     if Path(name).suffix in (".yaml", ".yml"):
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such recipe file{did_you_mean(str(Path(name).with_suffix('')), _packaged_files())}")
+            hint = did_you_mean(Path(name).with_suffix("").as_posix(), _packaged_files())
+            raise FileNotFoundError(f"{path}: no such recipe file{hint}")
         return path
     if name not in _packaged_files():
         raise ValueError(f"recipe: expected a file ending in .yaml or a packaged name (--list-recipes prints them), "

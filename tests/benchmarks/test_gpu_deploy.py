@@ -29,7 +29,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bundle, predictor = tiny_bundle(tmp_path / "bundle", test)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for name in ("load", "load_network"):
-        monkeypatch.setattr(f"maskformer_fast.inference.predictor.{name}", lambda *_, **options: predictor)
+        monkeypatch.setattr(f"maskformer_fast.inference.load.{name}", lambda *_, **options: predictor)
     monkeypatch.setattr(gpu_deploy, "checkpoint", lambda model: tmp_path)
     monkeypatch.setattr(gpu_deploy, "write_bundle", lambda path, folder, *_: folder.symlink_to(bundle.folder))
     monkeypatch.setattr(gpu_deploy, "temporary_folder", lambda: type("Folder", (), {"name": str(tmp_path)}))

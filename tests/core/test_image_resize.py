@@ -1,4 +1,4 @@
-"""The torch-free resize; what it computes is tested with the transforms that use it."""
+"""Sizes and errors of the torch-free resize; its pixels are tested with the transforms that use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_none_keeps_the_image_and_sizes_follow_the_short_edge() -> None:
     assert resize_array(IMAGE, 10, 7).shape == (5, 7, 3)
 
 
-def test_what_is_no_image_is_refused() -> None:
+def test_arrays_that_are_no_images_are_refused() -> None:
     for wrong, message in (
         (IMAGE.astype(np.float32), "image: expected uint8, got float32"),
         ([[1]], "image: expected an array"),
@@ -30,7 +30,7 @@ def test_what_is_no_image_is_refused() -> None:
             resize_array(np.zeros(shape, np.uint8), 4, 8)
 
 
-def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pillow_only_a_resize_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert resize_array(IMAGE, None, 4) is IMAGE
     with pytest.raises(ModuleNotFoundError, match="pip install pillow"):

@@ -9,10 +9,10 @@ namespace {
 
 template <class T>
 void run(Random& random, int threads) {
-  const int64_t largest = random.chance(0.2) ? 200 : 40;  // small batches are left to one thread
+  const int64_t largest = random.chance(0.2) ? 200 : 40;  // small batches run on one thread
   const int64_t batch = random.integer(0, 5), rows = random.integer(0, largest), columns = random.integer(0, largest);
-  const bool transposed = random.chance(0.3), odd = random.chance(0.5), ties = random.chance(0.3);
-  std::vector<T> cost = random.values<T>(batch * rows * columns, -3, 3, odd);
+  const bool transposed = random.chance(0.3), extreme = random.chance(0.5), ties = random.chance(0.3);
+  std::vector<T> cost = random.values<T>(batch * rows * columns, -3, 3, extreme);
   if (ties) {
     for (T& value : cost) value = value > 0 ? T{1} : T{0};
   }
@@ -21,8 +21,8 @@ void run(Random& random, int threads) {
   std::vector<int64_t> row_of(batch * columns, -7);
   const std::array<int64_t, 3> strides{rows * columns, transposed ? 1 : columns, transposed ? rows : 1};
   const bool ragged = random.chance(0.5);
-  assign_batch<T>({cost.data(), {batch, rows, columns}, strides, ragged ? counts.data() : nullptr, row_of.data()},
-                  threads);
+  linear_sum_assignment<T>(
+      {cost.data(), {batch, rows, columns}, strides, ragged ? counts.data() : nullptr, row_of.data()}, threads);
 
   for (int64_t b = 0; b < batch; ++b) {
     std::vector<bool> used(rows);
@@ -36,16 +36,16 @@ void run(Random& random, int threads) {
       used[row] = true;
       ++assigned;
     }
-    MF_EXPECT(assigned == std::min(rows, valid) || (assigned == 0 && odd && !ties));
+    MF_EXPECT(assigned == std::min(rows, valid) || (assigned == 0 && extreme && !ties));
   }
 }
 
-void run_refused() {
+void run_invalid_count() {
   const double cost = 0;
   const int64_t count = 2;
   int64_t row_of = 0;
   try {
-    assign_batch<double>({&cost, {1, 1, 1}, {1, 1, 1}, &count, &row_of}, 1);
+    linear_sum_assignment<double>({&cost, {1, 1, 1}, {1, 1, 1}, &count, &row_of}, 1);
   } catch (const std::invalid_argument&) {
     return;
   }
@@ -57,7 +57,7 @@ void run_refused() {
 void run_assignment(Random& random, int threads) {
   run<float>(random, threads);
   run<double>(random, threads);
-  run_refused();
+  run_invalid_count();
 }
 
 }  // namespace maskformer_fast

@@ -14,7 +14,7 @@ float widen(uint16_t x) {
   return value;
 }
 
-// Any weights will do: that the transformed ones are right, the tests in Python see.
+// The weights are random; tests/ops/test_convolution.py checks the transformed weights and the results.
 template <class Element>
 void run(Random& random, int threads) {
   const int64_t count = random.integer(0, 2);
@@ -24,12 +24,12 @@ void run(Random& random, int threads) {
   conv.relu = random.chance(0.5);
   const int64_t panels = (conv.out_channels + kPanel - 1) / kPanel, pixels = count * conv.height * conv.width;
   std::vector<Element> images(pixels * conv.in_channels), result(pixels * conv.out_channels);
-  for (Element& value : images) value = static_cast<Element>(random.integer(0, 3));  // tiny numbers as bfloat16
+  for (Element& value : images) value = static_cast<Element>(random.integer(0, 3));  // tiny numbers as bfloat16 bits
   const std::vector<float> weights = random.values<float>(kTaps * panels * conv.in_channels * kPanel, -1, 1);
   const std::vector<float> bias = random.values<float>(conv.out_channels, -1, 1);
   conv.weights = weights.data();
   conv.bias = random.chance(0.5) ? bias.data() : nullptr;
-  convolve_winograd(conv, images.data(), count, result.data(), threads);
+  conv3x3_winograd(conv, images.data(), count, result.data(), threads);
   for (const Element value : result) MF_EXPECT(std::isfinite(widen(value)) && (!conv.relu || widen(value) >= 0));
 }
 

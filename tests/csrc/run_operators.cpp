@@ -1,9 +1,9 @@
 // Runs every operator on every instruction set of this processor, on one thread and on several, and from several
-// threads at once. tests/csrc/test_sanitizers.py builds it with sanitizers, which report what goes wrong; the own checks of
-// the runs are few.
+// threads at once. tests/csrc/test_sanitizers.py builds it with sanitizers, which report errors; the runs check little
+// themselves.
 //
-//   run_operators [SEED]             all of them
-//   run_operators --plant MISTAKE    out-of-bounds, overflow or race: must fail under the sanitizer that looks for it
+//   run_operators [SEED]             runs all operators
+//   run_operators --plant MISTAKE    makes a mistake that a sanitizer must report: out-of-bounds, overflow or race
 #include "run_operators.h"
 
 #include <climits>
@@ -25,16 +25,17 @@ struct Operator {
 constexpr Operator kOperators[] = {
     {"threads", run_threads},
     {"assignment", run_assignment},
-    {"assignment teams", run_teams},
+    {"assignment teams", run_assignment_teams},
     {"convolution", run_convolution},
-    {"matching cost", run_matching},
-    {"mask loss", run_mask_loss},
+    {"matching_cost", run_matching_cost},
+    {"mask_loss", run_mask_loss},
+    {"rle", run_rle},
     {"segments", run_segments},
     {"semantic", run_semantic},
 };
-constexpr int kRuns = 40;  // of each operator, instruction set and number of threads
+constexpr int kRuns = 40;  // runs for each operator, instruction set and number of threads
 
-void run_alone(uint32_t seed) {
+void run_one_by_one(uint32_t seed) {
   for (const std::string& isa : available_isas()) {
     use_isa(isa);
     for (const Operator& op : kOperators) {
@@ -48,7 +49,7 @@ void run_alone(uint32_t seed) {
   use_isa("auto");
 }
 
-void run_at_once(uint32_t seed) {
+void run_concurrently(uint32_t seed) {
   std::vector<std::thread> callers;
   for (uint32_t caller = 0; caller < 3; ++caller) {
     callers.emplace_back([seed, caller] {
@@ -59,29 +60,29 @@ void run_at_once(uint32_t seed) {
     });
   }
   for (std::thread& caller : callers) caller.join();
-  std::printf("several callers at once: done\n");
+  std::printf("concurrent callers: done\n");
 }
 
-int plant(const std::string& mistake) {
-  volatile int seen = 0;
+int plant_mistake(const std::string& mistake) {
+  volatile int result = 0;
   if (mistake == "out-of-bounds") {
     const std::unique_ptr<int[]> numbers(new int[4]());
     volatile int place = 4;
-    seen = numbers[place];
+    result = numbers[place];
   } else if (mistake == "overflow") {
     volatile int large = INT_MAX;
-    seen = large + 1;
+    result = large + 1;
   } else if (mistake == "race") {
     int shared = 0;
     std::thread other([&] { ++shared; });
     ++shared;
     other.join();
-    seen = shared;
+    result = shared;
   } else {
     std::fprintf(stderr, "plant: expected out-of-bounds, overflow or race, got %s\n", mistake.c_str());
     return 2;
   }
-  std::printf("the planted %s went unseen (%d)\n", mistake.c_str(), seen);
+  std::printf("no sanitizer reported the %s (%d)\n", mistake.c_str(), result);
   return 0;
 }
 
@@ -89,9 +90,9 @@ int plant(const std::string& mistake) {
 }  // namespace maskformer_fast
 
 int main(int argc, char** argv) {
-  if (argc == 3 && std::strcmp(argv[1], "--plant") == 0) return maskformer_fast::plant(argv[2]);
+  if (argc == 3 && std::strcmp(argv[1], "--plant") == 0) return maskformer_fast::plant_mistake(argv[2]);
   const uint32_t seed = argc > 1 ? std::strtoul(argv[1], nullptr, 10) : 0;
-  maskformer_fast::run_alone(seed);
-  maskformer_fast::run_at_once(seed);
+  maskformer_fast::run_one_by_one(seed);
+  maskformer_fast::run_concurrently(seed);
   return 0;
 }

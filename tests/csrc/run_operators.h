@@ -1,5 +1,6 @@
-// What the runs of the operators share. A run calls one operator on random input of random shape, extreme ones
-// included, on buffers of exactly the size that the operator was promised, so that a sanitizer sees any access outside.
+// Checks and random inputs of the operators' test runs. A run calls one operator on random input of a random shape,
+// extreme shapes and values included. Buffers have exactly the size that the operator requires, so that a sanitizer
+// reports any access outside.
 #pragma once
 
 #include <cstdint>
@@ -32,13 +33,13 @@ class Random {
     return choices.begin()[integer(0, static_cast<int64_t>(choices.size()) - 1)];
   }
 
-  // Values in low..high; with `odd`, some are NaN, infinite, huge, tiny or zero.
+  // Returns values in low..high; with `extreme`, some are NaN, infinite, huge, tiny or zero.
   template <class T>
-  std::vector<T> values(int64_t count, double low, double high, bool odd = false) {
+  std::vector<T> values(int64_t count, double low, double high, bool extreme = false) {
     std::vector<T> result(count);
     for (T& value : result) {
       value = static_cast<T>(uniform(low, high));
-      if (odd && chance(0.1)) {
+      if (extreme && chance(0.1)) {
         const double infinity = std::numeric_limits<double>::infinity();
         value = static_cast<T>(
             one_of({infinity, -infinity, std::numeric_limits<double>::quiet_NaN(), 1e38, -1e38, 1e-40, 0.0, -0.0}));
@@ -51,14 +52,15 @@ class Random {
   std::mt19937 engine_;
 };
 
-// One run of each operator; run_operators.cpp lists them.
+// One run of each operator, listed in run_operators.cpp.
 void run_assignment(Random& random, int threads);
+void run_assignment_teams(Random& random, int threads);
 void run_convolution(Random& random, int threads);
 void run_mask_loss(Random& random, int threads);
-void run_matching(Random& random, int threads);
+void run_matching_cost(Random& random, int threads);
+void run_rle(Random& random, int threads);
 void run_segments(Random& random, int threads);
 void run_semantic(Random& random, int threads);
-void run_teams(Random& random, int threads);
 void run_threads(Random& random, int threads);
 
 }  // namespace maskformer_fast

@@ -2,7 +2,6 @@
 
 #include "run_operators.h"
 #include "segments/segments.h"
-#include "rle/rle.h"
 
 namespace maskformer_fast {
 namespace {
@@ -17,7 +16,7 @@ void run_panoptic(Random& random, const MaskWindow& window, int threads) {
   for (int64_t c = 0; c < classes; ++c) is_thing[c] = random.chance(0.5);
   std::vector<int32_t> id_map(images * pixels, -9), ids(images * queries, -9);
   std::vector<int64_t> areas(images * queries, -9);
-  infer_panoptic(window,
+  panoptic_inference(window,
                  {scores.data(), categories.data(), is_thing.get(), classes, random.one_of({0.0, 0.5, 0.8}),
                   random.one_of({"maskformer", "mask2former", "huggingface"})},
                  {id_map.data(), ids.data(), areas.data()}, threads);
@@ -30,18 +29,8 @@ void run_instances(const MaskWindow& window, int threads) {
   std::vector<uint8_t> masks(count * window.output[0] * ((window.output[1] + 7) / 8), 0xee);
   std::vector<int64_t> areas(count, -9);
   std::vector<float> boxes(4 * count), scores(count);
-  infer_instances(window, {masks.data(), areas.data(), boxes.data(), scores.data()}, threads);
+  instance_inference(window, {masks.data(), areas.data(), boxes.data(), scores.data()}, threads);
   for (const int64_t area : areas) MF_EXPECT(area >= 0 && area <= pixels);
-  const auto encoded = encode_masks(masks.data(), count, window.output[0], window.output[1], threads);
-  MF_EXPECT(static_cast<int64_t>(encoded.size()) == count);
-}
-
-void run_noise(Random& random, int threads) {  // run lengths of any mask, padding bits set or not
-  const int64_t count = random.integer(0, 4), height = random.integer(1, 80), width = random.integer(1, 80);
-  std::vector<uint8_t> masks(count * height * ((width + 7) / 8));
-  const bool sparse = random.chance(0.5);
-  for (uint8_t& byte : masks) byte = sparse && random.chance(0.9) ? 0 : static_cast<uint8_t>(random.integer(0, 255));
-  encode_masks(masks.data(), count, height, width, threads);
 }
 
 }  // namespace
@@ -60,7 +49,6 @@ void run_segments(Random& random, int threads) {
   window.output = {random.integer(1, 70), random.integer(1, 150)};
   run_panoptic(random, window, threads);
   run_instances(window, threads);
-  run_noise(random, threads);
 }
 
 }  // namespace maskformer_fast

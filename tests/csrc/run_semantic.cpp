@@ -8,11 +8,11 @@ void run_semantic(Random& random, int threads) {
   const int64_t classes = random.one_of<int64_t>({1, 2, 19, 33, 150, 256});
   const int64_t map_height = random.integer(1, 12), map_width = random.integer(1, 12);
   const int64_t height = random.integer(1, 50), width = random.integer(1, 50);
-  const bool odd = random.chance(0.3), transposed = random.chance(0.3), half = random.chance(0.3);
+  const bool extreme = random.chance(0.3), transposed = random.chance(0.3), half = random.chance(0.3);
   const double spread = random.one_of({1.0, 30.0});  // wide: few queries matter
 
-  std::vector<float> masks = random.values<float>(images * queries * map_height * map_width, -spread, spread, odd);
-  std::vector<float> logits = random.values<float>(images * queries * (classes + 1), -spread, spread, odd);
+  std::vector<float> masks = random.values<float>(images * queries * map_height * map_width, -spread, spread, extreme);
+  std::vector<float> logits = random.values<float>(images * queries * (classes + 1), -spread, spread, extreme);
   std::vector<uint16_t> half_masks(half ? masks.size() : 0);
   for (uint16_t& bits : half_masks) bits = static_cast<uint16_t>(random.integer(0, 0xffff));
   std::vector<uint8_t> small(classes <= 255 ? images * height * width : 0, 0xee);

@@ -6,7 +6,7 @@
 
 namespace maskformer_fast {
 
-// Plain memory, written by whoever has the task or the worker's number and read by the caller: a race would show.
+// Tasks and workers write to plain memory that the caller reads, so that a sanitizer reports races.
 void run_threads(Random& random, int threads) {
   const int64_t tasks = random.one_of<int64_t>({0, 1, 2, 3, 40, 500});
   const bool nested = random.chance(0.2);

@@ -1,4 +1,4 @@
-"""The threads that the operators share, across fork, exit and threads of Python; races: test_sanitizers.py."""
+"""Threads that the operators share, with fork, exit and threads of Python. test_sanitizers.py looks for races."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,7 +17,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.fixture
-def two_threads():
+def two_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -32,12 +33,12 @@ def solve_in_child(seed: int, queue: multiprocessing.SimpleQueue) -> None:
     queue.put([linear_sum_assignment(random_costs(seed)).tolist() for _ in range(3)])
 
 
-@pytest.mark.parametrize("rest", [0.0, 0.02])  # the parent's helper is still looking for work, or asleep
-def test_a_forked_process_has_threads_of_its_own(two_threads, rest: float) -> None:
+@pytest.mark.parametrize("pause", [0.0, 0.02])  # seconds: the parent's helper thread still polls, or sleeps
+def test_forked_process_starts_threads_of_its_own(two_threads: None, pause: float) -> None:
     expected = linear_sum_assignment(random_costs(0)).tolist()
     context = multiprocessing.get_context("fork")
-    if rest:
-        time.sleep(rest)
+    if pause:
+        time.sleep(pause)
     queue = context.SimpleQueue()
     children = [context.Process(target=solve_in_child, args=(0, queue)) for _ in range(2)]
     for child in children:
@@ -50,7 +51,7 @@ def test_a_forked_process_has_threads_of_its_own(two_threads, rest: float) -> No
     assert linear_sum_assignment(random_costs(0)).tolist() == expected
 
 
-def test_concurrent_calls(two_threads) -> None:
+def test_concurrent_calls_do_not_disturb_each_other(two_threads: None) -> None:
     costs = [random_costs(seed) for seed in range(8)]
     expected = [linear_sum_assignment(cost) for cost in costs]
     with ThreadPoolExecutor(4) as executor:
@@ -59,7 +60,7 @@ def test_concurrent_calls(two_threads) -> None:
 
 
 @pytest.mark.no_cover
-def test_threads_are_kept_and_do_not_hinder_exit() -> None:
+def test_threads_are_reused_and_do_not_block_exit() -> None:
     code = """
 import os, torch
 from maskformer_fast.ops import linear_sum_assignment

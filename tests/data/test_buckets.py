@@ -1,4 +1,4 @@
-"""Sizes of training batches under `torch.compile`: few, large enough, and as the recipe says."""
+"""Padded sizes of training batches under `torch.compile`: few, large enough, and derived from the recipe."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from maskformer_fast.data.buckets import bucket_side, bucket_targets
 from maskformer_fast.data.loader import _collate_read
 from maskformer_fast.data.transforms import Sample
 
-COCO = AugmentConfig(short_edge=(480, 640, 800), max_size=1333, crop_size=None)
-FREE = AugmentConfig(scale_mode="none", crop_size=None)
+SHORT_EDGE = AugmentConfig(short_edge=(480, 640, 800), max_size=1333, crop_size=None)
+UNBOUNDED = AugmentConfig(scale_mode="none", crop_size=None)
 
 
 def test_levels_follow_from_the_recipe() -> None:
-    assert sorted({bucket_side(side, COCO, 32) for side in range(1, 1334)}) == [800, 1056, 1344]
+    assert sorted({bucket_side(side, SHORT_EDGE, 32) for side in range(1, 1334)}) == [800, 1056, 1344]
     exact = {480: 800, 800: 800, 801: 1032, 1032: 1032, 1033: 1333, 1333: 1333}
-    assert {side: bucket_side(side, COCO, 1) for side in exact} == exact
-    free = {1: 32, 48: 64, 96: 96, 97: 128, 512: 512, 513: 768, 1000: 1024}
-    assert {side: bucket_side(side, FREE, 32) for side in free} == free
+    assert {side: bucket_side(side, SHORT_EDGE, 1) for side in exact} == exact
+    unbounded = {1: 32, 48: 64, 96: 96, 97: 128, 512: 512, 513: 768, 1000: 1024}
+    assert {side: bucket_side(side, UNBOUNDED, 32) for side in unbounded} == unbounded
 
 
-@given(st.integers(1, 5000), st.sampled_from([0, 1, 7, 32]), st.sampled_from([COCO, FREE]))
-def test_nothing_is_cut_off(side: int, divisor: int, augment: AugmentConfig) -> None:
-    found = bucket_side(side, augment, divisor)
-    assert found >= side and found % max(1, divisor) == 0
-    if augment is FREE:
-        assert found < max(2, 1.5 * side) + max(1, divisor)
+@given(st.integers(1, 5000), st.sampled_from([0, 1, 7, 32]), st.sampled_from([SHORT_EDGE, UNBOUNDED]))
+def test_padded_sizes_contain_the_image_and_fit_the_divisor(side: int, divisor: int, augment: AugmentConfig) -> None:
+    padded = bucket_side(side, augment, divisor)
+    assert padded >= side and padded % max(1, divisor) == 0
+    if augment is UNBOUNDED:
+        assert padded < max(2, 1.5 * side) + max(1, divisor)
 
 
 @given(st.integers(0, 2000))
 def test_targets_are_padded_to_a_power_of_two(count: int) -> None:
-    found = bucket_targets(count)
-    assert found >= max(8, count) and math.log2(found).is_integer() and (found == 8 or found < 2 * count)
+    slots = bucket_targets(count)
+    assert slots >= max(8, count) and math.log2(slots).is_integer() and (slots == 8 or slots < 2 * count)
 
 
 def sample(height: int, width: int, count: int) -> tuple[Sample, list[tuple[str, str]]]:
@@ -47,8 +47,10 @@ def sample(height: int, width: int, count: int) -> tuple[Sample, list[tuple[str,
 
 
 @pytest.mark.parametrize("crop, expected", [(None, (800, 1056)), ((640, 640), (640, 1024))])
-def test_a_batch_takes_the_bucket_of_its_largest_sides(crop: tuple[int, int] | None, expected: tuple[int, int]) -> None:
-    """Only a recipe without a crop has buckets: here one image is larger than any crop could be."""
+def test_a_batch_is_padded_to_the_levels_of_its_largest_sides(
+    crop: tuple[int, int] | None, expected: tuple[int, int]
+) -> None:
+    """Recipes with a crop pad to no levels; here one image is larger than the crop to show it."""
     augment = AugmentConfig(short_edge=(800,), max_size=1333, crop_size=crop)
     items = [sample(600, 1000, 9), sample(620, 500, 0)]
     plain = _collate_read(items, 32, crop or (0, 0), None)

@@ -1,4 +1,4 @@
-"""A data set in memory: the same batches, read once, errors where they belong, and a limit."""
+"""The cached data set: equal batches, one read of each example, errors of broken examples, limit of memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from maskformer_fast.data.loader import train_loader
 from maskformer_fast.structures import Example
 
 
-class Counted:
-    """Shapes that count how often each is read; number 2 is broken."""
+class CountingDataset:
+    """Synthetic scenes with a count of the reads of each; number 2 is broken."""
 
     task = "panoptic"
 
@@ -37,12 +37,12 @@ class Counted:
         return self._shapes[index]
 
 
-def test_examples_are_read_once_and_errors_kept() -> None:
-    plain = Counted()
+def test_examples_are_read_once_and_errors_are_raised_at_their_index() -> None:
+    plain = CountingDataset()
     cached = CachedDataset(plain)
     assert cached.metadata is plain.metadata and cached.task == "panoptic" and len(cached) == 5
     for index in (0, 1, 3, 4, 4):
-        example, expected = cached[index], Counted()[index]
+        example, expected = cached[index], CountingDataset()[index]
         assert np.array_equal(example.image, expected.image) and np.array_equal(example.id_map, expected.id_map)
         assert example.segments == expected.segments and example.path == expected.path
         with pytest.raises(ValueError, match="read-only"):
@@ -53,7 +53,7 @@ def test_examples_are_read_once_and_errors_kept() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_the_data_set_itself(workers: int) -> None:
+def test_caching_does_not_change_batches(workers: int) -> None:
     config = Config(
         device="cpu",
         data=DataConfig(
@@ -63,23 +63,24 @@ def test_batches_are_those_of_the_data_set_itself(workers: int) -> None:
         solver=SolverConfig(batch_size=4),
     )  # fmt: skip
     assert isinstance(build_dataset(replace(config.data, cache=True), "val"), CachedDataset)
-    left, right = (
-        list(islice(train_loader(dataset, config, "panoptic"), 4)) for dataset in (Counted(), CachedDataset(Counted()))
+    plain, cached = (
+        list(islice(train_loader(dataset, config, "panoptic"), 4))
+        for dataset in (CountingDataset(), CachedDataset(CountingDataset()))
     )
-    for a, b in zip(left, right, strict=True):
+    for a, b in zip(plain, cached, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.targets.masks, b.targets.masks)
         assert a.broken == b.broken
 
 
-def test_what_does_not_fit_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = Counted(1000, (64, 64))  # 7 bytes a pixel
+def test_a_data_set_that_does_not_fit_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = CountingDataset(1000, (64, 64))  # 7 bytes a pixel
     message = r"data\.cache: expected a data set of at most 0\.0 GiB, 70% .* of a rank, got about 0\.0 GiB \(1000 ex"
     with pytest.raises(ValueError, match=message):
         CachedDataset(dataset, free_bytes=10 << 20)
     assert sum(dataset.reads) == 16
-    small = Counted(16)
-    bytes_of_all = 15 * 24 * 32 * 7
-    assert len(CachedDataset(small, free_bytes=int(bytes_of_all / 0.7) + 2)) == 16
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each rank holds a copy
+    small = CountingDataset(16)
+    total_bytes = 15 * 24 * 32 * 7
+    assert len(CachedDataset(small, free_bytes=int(total_bytes / 0.7) + 2)) == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each rank has a copy
     with pytest.raises(ValueError, match=r"data\.cache"):
-        CachedDataset(small, free_bytes=int(bytes_of_all / 0.7) + 2)
+        CachedDataset(small, free_bytes=int(total_bytes / 0.7) + 2)

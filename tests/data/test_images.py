@@ -1,4 +1,4 @@
-"""Decoding of pictures and index images, damaged ones included."""
+"""Decoding of pictures and index images, including damaged ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from maskformer_fast.data import images
-from maskformer_fast.data.base import BrokenExampleError, inside
+from maskformer_fast.data.base import BrokenExampleError, path_below
 from maskformer_fast.data.images import read_image, read_index_png, read_panoptic_png
 
 
@@ -25,7 +25,7 @@ def rng():
     return np.random.default_rng(5)
 
 
-def test_colour_kinds(tmp_path, rng):
+def test_every_colour_mode_becomes_rgb(tmp_path, rng):
     rgb = noise(rng, 7, 5, 3)
     Image.fromarray(rgb).save(tmp_path / "rgb.png")
     np.testing.assert_array_equal(read_image(tmp_path / "rgb.png"), rgb)
@@ -55,7 +55,7 @@ def test_colour_kinds(tmp_path, rng):
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 def test_exif_orientation_is_applied(tmp_path, suffix):
     stored = np.zeros((8, 16, 3), np.uint8)
-    stored[:, :8] = 255  # the left half is white; turned clockwise it becomes the upper half
+    stored[:, :8] = 255  # the left half is white; after a clockwise turn it is the upper half
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / f"turned.{suffix}"
@@ -66,7 +66,7 @@ def test_exif_orientation_is_applied(tmp_path, suffix):
     assert image[9:].mean() < 15
 
 
-def test_index_images(tmp_path, rng):
+def test_index_images_keep_their_values(tmp_path, rng):
     for dtype, high in ((np.uint8, 256), (np.uint16, 65536)):
         values = noise(rng, 6, 9, dtype=dtype, high=high)
         for suffix in ("png", "tif"):
@@ -77,7 +77,7 @@ def test_index_images(tmp_path, rng):
     values = noise(rng, 6, 9, high=5)
     palette = Image.fromarray(values, mode=None).convert("P")
     palette = Image.frombytes("P", (9, 6), values.tobytes())
-    palette.putpalette([9, 9, 9] * 5)  # the colours say nothing: the index counts
+    palette.putpalette([9, 9, 9] * 5)  # equal colours: only the index matters
     palette.save(tmp_path / "p.png")
     np.testing.assert_array_equal(read_index_png(tmp_path / "p.png"), values)
     Image.fromarray(values > 2).save(tmp_path / "bit.png")
@@ -87,7 +87,7 @@ def test_index_images(tmp_path, rng):
         read_index_png(tmp_path / "rgb.png")
 
 
-def test_panoptic_png(tmp_path, rng):
+def test_panoptic_ids_are_read_from_three_bytes(tmp_path, rng):
     rgb = noise(rng, 6, 9, 3)
     Image.fromarray(rgb).save(tmp_path / "p.png")
     expected = rgb.astype(np.int64) @ np.array([1, 256, 65536])
@@ -97,7 +97,7 @@ def test_panoptic_png(tmp_path, rng):
         read_panoptic_png(tmp_path / "grey.png")
 
 
-def test_damaged_files_are_named(tmp_path, rng):
+def test_errors_name_damaged_files(tmp_path, rng):
     path = tmp_path / "half.jpg"
     Image.fromarray(noise(rng, 64, 64, 3)).save(path)
     path.write_bytes(path.read_bytes()[:1500])
@@ -113,7 +113,7 @@ def test_damaged_files_are_named(tmp_path, rng):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
+def test_too_large_images_are_refused_before_decoding(tmp_path, monkeypatch):
     Image.new("1", (60_000, 2_000)).save(tmp_path / "wide.png")
     with pytest.raises(BrokenExampleError, match=f"at most {images.MAX_PIXELS} pixels, got 60000 x 2000"):
         read_image(tmp_path / "wide.png")
@@ -135,7 +135,7 @@ def encoded(kind: str) -> bytes:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about damaged metadata
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP", "BMP"]), data=st.data())
-def test_any_damage_gives_an_image_or_the_one_error(tmp_path, kind, data):
+def test_damaged_files_give_an_image_or_a_broken_example_error(tmp_path, kind, data):
     content = bytearray(encoded(kind))
     for _ in range(data.draw(st.integers(0, 6))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -157,7 +157,7 @@ def test_the_error_survives_pickling():
 
 
 @pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "C:\\a", "..\\a", "\\\\host\\a", "", "a\0b"])
-def test_names_stay_inside(tmp_path, name):
+def test_file_names_outside_the_folder_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"x\.json: expected a file name below"):
-        inside(tmp_path, name, "x.json")
-    assert inside(tmp_path, "a/b..png", "x.json") == tmp_path / "a" / "b..png"
+        path_below(tmp_path, name, "x.json")
+    assert path_below(tmp_path, "a/b..png", "x.json") == tmp_path / "a" / "b..png"

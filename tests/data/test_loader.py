@@ -1,4 +1,4 @@
-"""Loaders: the same batches whatever the workers, exact resume, padding, broken examples."""
+"""Loaders: equal batches for any number of workers, exact resume, padding, broken examples."""
 
 from __future__ import annotations
 
@@ -23,26 +23,23 @@ from maskformer_fast.config import (
     ModelConfig,
     ShapesConfig,
     SolverConfig,
-    TestConfig,
 )
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
+from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.data.loader import (
-    Batch,
     EvalLoader,
     TrainLoader,
     TrainSampler,
     collate,
-    eval_loader,
     pad_images,
     train_loader,
 )
-from maskformer_fast.data.shapes import ShapesDataset
 from maskformer_fast.data.transforms import Sample
-from maskformer_fast.structures import Example, pack_masks, unpack_masks
+from maskformer_fast.structures import Batch, Example, pack_masks, unpack_masks
 
 
-class Fragile:
-    """Shapes of which some cannot be read."""
+class PartlyBroken:
+    """A data set of which some examples cannot be read."""
 
     task = "panoptic"
 
@@ -96,12 +93,12 @@ def test_batches_do_not_depend_on_the_number_of_workers(workers: int) -> None:
 
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (2, 0), (1, 2)])
 def test_start_step_resumes_exactly(accumulate: int, workers: int) -> None:
-    whole = take(train_loader(shapes(), config(0, accumulate=accumulate), "panoptic"), 6 * accumulate)
+    uninterrupted = take(train_loader(shapes(), config(0, accumulate=accumulate), "panoptic"), 6 * accumulate)
     rest = train_loader(shapes(), config(workers, accumulate=accumulate), "panoptic", start_step=4)
-    assert_same(take(rest, 2 * accumulate), whole[4 * accumulate :])
+    assert_same(take(rest, 2 * accumulate), uninterrupted[4 * accumulate :])
 
 
-def test_ranks_and_micro_batches_share_out_the_same_step() -> None:
+def test_ranks_and_micro_batches_divide_the_samples_of_a_step() -> None:
     def images(batches: Iterable[Batch]) -> list[tuple[int | str, bytes]]:
         return sorted(
             (image_id, image[:, : int(h), : int(w)].numpy().tobytes())
@@ -109,17 +106,17 @@ def test_ranks_and_micro_batches_share_out_the_same_step() -> None:
             for image_id, image, (h, w) in zip(batch.image_ids, batch.images, batch.targets.valid_sizes, strict=True)
         )
 
-    whole = take(train_loader(shapes(), config(batch_size=8), "panoptic", start_step=1), 1)
+    one_batch = take(train_loader(shapes(), config(batch_size=8), "panoptic", start_step=1), 1)
     parts = [
         take(train_loader(shapes(), config(batch_size=8, accumulate=2), "panoptic", 1, rank, 2), 2) for rank in (0, 1)
     ]
     assert all(len(batch.paths) == 2 for part in parts for batch in part)
-    assert images(whole) == images(itertools.chain(*parts))
+    assert images(one_batch) == images(itertools.chain(*parts))
 
 
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(1, 20), batch_size=st.integers(1, 9), seed=st.integers(0, 2**40))
-def test_every_epoch_holds_every_example_once(length: int, batch_size: int, seed: int) -> None:
+def test_every_epoch_has_every_example_once(length: int, batch_size: int, seed: int) -> None:
     count = 3 * length // batch_size + 1
     keys = list(itertools.chain(*itertools.islice(TrainSampler(length, batch_size, seed), count)))
     orders = []
@@ -131,27 +128,27 @@ def test_every_epoch_holds_every_example_once(length: int, batch_size: int, seed
     assert length < 9 or len(set(orders)) == len(orders)
 
 
-def test_epochs_see_other_augmentations_of_the_same_example() -> None:
+def test_epochs_augment_the_same_example_differently() -> None:
     first, second = take(train_loader(shapes(1), config(batch_size=1), "semantic"), 2)
     assert first.paths == second.paths
     assert first.images.shape != second.images.shape or not torch.equal(first.images, second.images)
 
 
-def test_data_set_smaller_than_a_batch() -> None:
+def test_a_data_set_smaller_than_a_batch_is_repeated() -> None:
     batch = take(train_loader(shapes(3), config(batch_size=8), "instance"), 1)[0]
     assert len(batch.paths) == 8 and set(batch.image_ids) == {0, 1, 2}
 
 
-def test_sizes_are_tuples_also_where_pinning_made_lists_of_them() -> None:
+def test_input_sizes_are_tuples_even_if_pinning_memory_made_lists() -> None:
     batch = next(iter(train_loader(shapes(), config(), "panoptic")))
     pinned = batch._replace(targets=batch.targets._replace(input_size=list(batch.targets.input_size)))
     assert next(iter(TrainLoader([pinned]))).targets.input_size == batch.targets.input_size
 
 
-def test_the_loader_leaves_the_global_generator_alone() -> None:
+def test_loaders_do_not_advance_the_global_generator() -> None:
     before = torch.get_rng_state()
     take(train_loader(shapes(), config(), "panoptic"), 2)
-    list(EvalLoader(shapes(2), TestConfig(), 0, False))
+    list(EvalLoader(shapes(2), 0, False))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -165,7 +162,7 @@ def test_the_loader_leaves_the_global_generator_alone() -> None:
         ({"start_step": -1}, "start_step: expected >= 0"),
     ],
 )
-def test_sampler_names_bad_arguments(arguments: dict[str, int], message: str) -> None:
+def test_the_sampler_names_bad_arguments(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSampler(**{"length": 4, "batch_size": 4, "seed": 0, **arguments})
 
@@ -175,7 +172,7 @@ SIZES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes=SIZES, divisor=st.sampled_from([0, 1, 7, 8, 32]))
-def test_pad_images(sizes: list[tuple[int, int]], divisor: int) -> None:
+def test_pad_images_keeps_every_pixel_and_fits_the_divisor(sizes: list[tuple[int, int]], divisor: int) -> None:
     images = [torch.randint(1, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     batch, valid_sizes = pad_images(images, divisor)
     assert batch.dtype == torch.uint8 and valid_sizes.dtype == torch.int64
@@ -184,12 +181,12 @@ def test_pad_images(sizes: list[tuple[int, int]], divisor: int) -> None:
         assert largest <= side < largest + max(divisor, 1) and side % max(divisor, 1) == 0
     for row, image in zip(batch, images, strict=True):
         assert torch.equal(row[:, : image.shape[1], : image.shape[2]], image)
-        assert torch.count_nonzero(row) == image.numel()  # everything else is zero
+        assert torch.count_nonzero(row) == image.numel()  # the padding is zero
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes=SIZES, divisor=st.sampled_from([0, 8, 12]), data=st.data())
-def test_collate_keeps_every_mask(sizes: list[tuple[int, int]], divisor: int, data: st.DataObject) -> None:
+def test_collate_keeps_every_mask_and_label(sizes: list[tuple[int, int]], divisor: int, data: st.DataObject) -> None:
     counts = [data.draw(st.integers(0, 3)) for _ in sizes]
     dense = [torch.rand(count, *size) < 0.5 for count, size in zip(counts, sizes, strict=True)]
     samples = [
@@ -220,23 +217,23 @@ def test_pad_images_names_bad_arguments() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_example_reaches_the_caller_with_its_path(workers: int) -> None:
     with pytest.raises(BrokenExampleError, match=r"^images/5\.jpg: truncated$") as caught:
-        take(train_loader(Fragile(shapes(), [5]), config(workers), "panoptic"), 5)
+        take(train_loader(PartlyBroken(shapes(), [5]), config(workers), "panoptic"), 5)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_examples_are_replaced_by_the_next_and_listed(workers: int) -> None:
-    dataset = Fragile(shapes(), [5, 6, 9])
+    dataset = PartlyBroken(shapes(), [5, 6, 9])
     batches = take(train_loader(dataset, config(workers, batch_size=5, skip_broken=True), "panoptic"), 2)
     ids = [image_id for batch in batches for image_id in batch.image_ids]
     assert sorted(ids) == [0, 0, 1, 2, 3, 4, 7, 7, 7, 8]  # 5 and 6 become 7, 9 wraps to 0
     reasons = [entry for batch in batches for entry in batch.broken]
-    # 5 meets itself and 6.
+    # The sample of 5 lists 5 and 6, that of 6 only 6.
     assert sorted(reasons) == [(f"images/{i}.jpg", "truncated") for i in (5, 6, 6, 9)]
 
 
-def test_all_broken_is_an_error() -> None:
-    loader = train_loader(Fragile(shapes(3), range(3)), config(skip_broken=True), "panoptic")
+def test_a_data_set_of_broken_examples_is_an_error() -> None:
+    loader = train_loader(PartlyBroken(shapes(3), range(3)), config(skip_broken=True), "panoptic")
     with pytest.raises(BrokenExampleError, match="truncated; all 3 examples of the data set are broken"):
         next(iter(loader))
 
@@ -244,28 +241,27 @@ def test_all_broken_is_an_error() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_keeps_the_order_and_lists_broken_examples(workers: int) -> None:
     dataset = shapes(7)
-    test = TestConfig(short_edge=20, max_size=25)
-    pairs = list(eval_loader(dataset, test, workers))
-    assert [example.image_id for example, _ in pairs] == list(range(7))
-    assert all(image.shape == (3, 18, 25) and image.dtype == torch.uint8 for _, image in pairs)
-    np.testing.assert_array_equal(pairs[3][0].id_map, dataset[3].id_map)
-    loader = eval_loader(Fragile(dataset, [0, 4]), test, workers, skip_broken=True)
+    examples = list(EvalLoader(dataset, workers))
+    assert [example.image_id for example in examples] == list(range(7))
+    np.testing.assert_array_equal(examples[3].image, dataset[3].image)
+    np.testing.assert_array_equal(examples[3].id_map, dataset[3].id_map)
+    loader = EvalLoader(PartlyBroken(dataset, [0, 4]), workers, skip_broken=True)
     for _ in range(2):
-        assert [example.image_id for example, _ in loader] == [1, 2, 3, 5, 6]
+        assert [example.image_id for example in loader] == [1, 2, 3, 5, 6]
         assert loader.broken == [("images/0.jpg", "truncated"), ("images/4.jpg", "truncated")]
     assert len(loader) == 7
     with pytest.raises(BrokenExampleError, match=r"^images/4\.jpg: truncated$"):
-        list(eval_loader(Fragile(dataset, [4]), test, workers))
+        list(EvalLoader(PartlyBroken(dataset, [4]), workers))
 
 
-def test_hundreds_of_classes_go_through() -> None:
+def test_batches_have_labels_of_hundreds_of_classes() -> None:
     dataset = ShapesDataset(ShapesConfig(num_things=150, num_stuff=50, size=(40, 56), train_images=30), "train")
     batches = take(train_loader(dataset, replace(config(), seed=0), "panoptic"), 8)
     labels = torch.cat([row[:count] for b in batches for row, count in zip(*b.targets[:2], strict=True)])
     assert labels.max() < 200 and labels[labels < 150].unique().numel() > 20 and (labels >= 150).any()
 
 
-def test_a_canvas_is_a_least_size() -> None:
+def test_the_canvas_is_a_minimum_size() -> None:
     images = [torch.ones(3, 10, 20, dtype=torch.uint8), torch.ones(3, 7, 9, dtype=torch.uint8)]
     for canvas, expected in (((16, 16), (16, 24)), ((0, 0), (16, 24)), ((30, 10), (32, 24)), ((16, 40), (16, 40))):
         batch, valid_sizes = pad_images(images, 8, canvas)
@@ -273,8 +269,8 @@ def test_a_canvas_is_a_least_size() -> None:
         assert torch.count_nonzero(batch) == sum(image.numel() for image in images)
 
 
-class Threads:
-    """A data set whose image ids are the numbers of threads that NumPy's libraries would use to make them."""
+class ThreadCounts:
+    """A data set whose image ids are the number of threads that NumPy's libraries use in the reading process."""
 
     def __init__(self, dataset: ShapesDataset) -> None:
         self.metadata, self.task, self._dataset = dataset.metadata, dataset.task, dataset
@@ -287,25 +283,25 @@ class Threads:
         return replace(self._dataset[index], image_id=max(pool["num_threads"] for pool in pools))
 
 
-def test_workers_leave_the_cores_to_the_training_process() -> None:
-    dataset = Threads(ShapesDataset(ShapesConfig(size=(16, 16), train_images=4, val_images=2), "train"))
+def test_workers_use_one_thread() -> None:
+    dataset = ThreadCounts(ShapesDataset(ShapesConfig(size=(16, 16), train_images=4, val_images=2), "train"))
     config = Config(data=DataConfig(workers=1), solver=SolverConfig(batch_size=2))
-    with threadpoolctl.threadpool_limits(2):  # what the processes would inherit on a larger machine
+    with threadpoolctl.threadpool_limits(2):  # the number that workers would inherit on a larger machine
         assert dataset[0].image_id == 2
         assert next(iter(train_loader(dataset, config, "panoptic"))).image_ids == [1, 1]
-        assert [example.image_id for example, _ in eval_loader(dataset, TestConfig(), workers=1)] == [1] * 4
+        assert [example.image_id for example in EvalLoader(dataset, workers=1)] == [1] * 4
 
 
-def test_a_process_ends_with_a_loader_half_read() -> None:
+def test_a_process_with_an_unfinished_iterator_exits() -> None:
     script = (
         "from maskformer_fast.config import Config, DataConfig, ShapesConfig, SolverConfig\n"
         "from maskformer_fast.data.loader import train_loader\n"
-        "from maskformer_fast.data.shapes import ShapesDataset\n"
+        "from maskformer_fast.data.datasets.shapes import ShapesDataset\n"
         "config = Config(data=DataConfig(workers=2), solver=SolverConfig(batch_size=2))\n"
         "dataset = ShapesDataset(ShapesConfig(size=(16, 16), train_images=64, val_images=2), 'train')\n"
         "batches = iter(train_loader(dataset, config, 'panoptic'))\n"
         "print(len(next(batches).image_ids))\n"
-        "import sys; sys.held = batches\n"  # alive until the very end
+        "import sys; sys.batches = batches\n"  # referenced until the interpreter exits
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr

@@ -1,4 +1,4 @@
-"""Training transforms: image and truth move together, official limits, targets of each task."""
+"""Training transforms: aligned image and truth, official limits, targets of each task."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def metadata(is_thing: list[bool]) -> Metadata:
 
 
 def ramp_example(height: int, width: int, axis: int, overlap: bool) -> Example:
-    """Every row (axis 0) or column (1) is a segment, and the image's value there is its number."""
+    """Make an example whose rows (axis 0) or columns (1) are segments, with their number as pixel value."""
     ids = np.indices((height, width))[axis].astype(np.int32)
     image = np.repeat(ids[:, :, None], 3, axis=2).astype(np.uint8)
     count = (height, width)[axis]
@@ -43,7 +43,7 @@ def ramp_example(height: int, width: int, axis: int, overlap: bool) -> Example:
 
 
 def label_map(sample: Sample) -> np.ndarray:
-    """Category of each pixel of targets that cover the image without overlap."""
+    """Return the category of each pixel of targets that cover the image without overlap."""
     masks = unpack_masks(sample.masks, sample.image.shape[2])
     assert masks.sum(0).eq(1).all()
     return sample.labels[masks.to(torch.uint8).argmax(0)].numpy()
@@ -61,7 +61,7 @@ GEOMETRY = {
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("name", GEOMETRY)
-def test_image_and_truth_move_together(name: str, axis: int, overlap: bool) -> None:
+def test_image_and_truth_stay_aligned(name: str, axis: int, overlap: bool) -> None:
     example = ramp_example(72, 100, axis, overlap)
     transform = TrainTransform(GEOMETRY[name], "instance", metadata([True] * 100))
     sizes = set()
@@ -71,29 +71,29 @@ def test_image_and_truth_move_together(name: str, axis: int, overlap: bool) -> N
         height, width = sample.image.shape[1:]
         assert sample.image.dtype == torch.uint8 and sample.masks.dtype == torch.uint8
         assert sample.masks.shape == (len(sample.labels), height, (width + 7) // 8)
-        truth, seen = label_map(sample), sample.image[0].numpy().astype(int)
+        truth, pixels = label_map(sample), sample.image[0].numpy().astype(int)
         # Nearest and bilinear sample the same positions; downscaling averages up to a few source pixels at a border.
-        error = np.abs(truth - seen)
+        error = np.abs(truth - pixels)
         assert np.mean(error) < 0.6
         reach = max(1.0, 72 / height) + 1.0
         assert error.max() <= reach
     assert len(sizes) > 1 or name in ("up to a limit", "crop only")
 
 
-def test_crop_equals_the_crop_of_the_whole_resize() -> None:
+def test_a_crop_equals_the_same_crop_of_the_resized_image() -> None:
     rng = np.random.default_rng(0)
     example = Example(rng.integers(0, 256, (83, 120, 3), dtype=np.uint8), [SegmentInfo(0, 0)],
                       id_map=np.zeros((83, 120), np.int32))
     augment = AugmentConfig(short_edge=(131,), crop_size=(120, 150), flip=False)
     sample = TrainTransform(augment, "semantic", metadata([False]))(example, np.random.default_rng(3))
-    whole = resize_image(example.image, 131, 2048).to(torch.int16)
-    windows = whole.unfold(1, 120, 1).unfold(2, 150, 1)  # [3, y, x, 120, 150]
+    resized = resize_image(example.image, 131, 2048).to(torch.int16)
+    windows = resized.unfold(1, 120, 1).unfold(2, 150, 1)  # [3, y, x, 120, 150]
     error = (windows - sample.image.to(torch.int16)[:, None, None]).abs().amax((0, 3, 4))
-    assert error.min() <= 1  # Pillow's weights of a box differ from those of the whole by rounding
+    assert error.min() <= 1  # Pillow's weights of a box differ by rounding from those of the full image
     assert (error <= 30).sum() == 1
 
 
-def test_crop_keeps_one_category_below_its_share() -> None:
+def test_a_crop_keeps_one_category_below_its_limit() -> None:
     id_map = np.zeros((40, 200), np.int32)
     id_map[:, 60:140] = VOID
     id_map[:, 140:150] = 1
@@ -112,14 +112,14 @@ def test_crop_keeps_one_category_below_its_share() -> None:
     assert sum(share(1.0, seed) >= 0.9 for seed in range(60)) > 10
 
 
-def test_crop_of_a_single_category_ends() -> None:
+def test_cropping_an_image_of_one_category_ends() -> None:
     example = Example(np.zeros((30, 30, 3), np.uint8), [SegmentInfo(4, 0)], id_map=np.full((30, 30), 4, np.int32))
     sample = TrainTransform(replace(PLAIN, crop_size=(8, 9), single_category_max_area=0.75), "semantic",
                             metadata([False]))(example, np.random.default_rng(0))
     assert sample.image.shape == (3, 8, 9) and sample.labels.tolist() == [0]
 
 
-def test_flip_mirrors_image_and_bits_half_of_the_time() -> None:
+def test_flip_mirrors_half_of_the_images_and_their_masks() -> None:
     rng = np.random.default_rng(0)
     masks = rng.random((3, 21, 37)) < 0.4
     example = Example(rng.integers(0, 256, (21, 37, 3), dtype=np.uint8), [SegmentInfo(i, i) for i in range(3)],
@@ -139,7 +139,7 @@ def test_flip_mirrors_image_and_bits_half_of_the_time() -> None:
 
 
 def panoptic_example() -> tuple[Example, Metadata]:
-    """Two things of one class, a crowd of it, two parts of one stuff class, one of another, and void."""
+    """Make an example of two things, a crowd of their class, two parts of a stuff class, another stuff class, void."""
     id_map = np.full((6, 8), VOID, np.int32)
     for row, segment_id in enumerate([10, 1 << 20, 7, 3, 5]):
         id_map[row] = segment_id
@@ -162,8 +162,8 @@ def test_targets_of_each_task(task: Task, expected: list[tuple[int, list[int]]])
     example, classes = panoptic_example()
     labels, masks = target_segments(example, task, classes)
     assert labels.dtype == np.int64 and masks.dtype == bool
-    found = [(int(label), np.flatnonzero(mask.all(1)).tolist()) for label, mask in zip(labels, masks, strict=True)]
-    assert found == expected
+    got = [(int(label), np.flatnonzero(mask.all(1)).tolist()) for label, mask in zip(labels, masks, strict=True)]
+    assert got == expected
     assert masks.sum() == 8 * sum(len(rows) for _, rows in expected)
 
 
@@ -178,7 +178,7 @@ def test_semantic_targets_of_overlapping_masks_follow_the_semantic_map() -> None
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
-def test_no_targets(task: Task) -> None:
+def test_an_example_without_segments_has_no_targets(task: Task) -> None:
     example = Example(np.zeros((9, 11, 3), np.uint8), [], id_map=np.full((9, 11), VOID, np.int32))
     sample = TrainTransform(AugmentConfig(short_edge=(20,), crop_size=(16, 13)), task, metadata([True]))(
         example, np.random.default_rng(0)
@@ -215,8 +215,8 @@ def test_short_edge_size(size: tuple[int, int], short_edge: int, max_size: int, 
 def test_resize_is_antialiased_bilinear(short_edge: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (47, 61, 3), dtype=np.uint8)
     resized = resize_image(image, short_edge, 1000)
-    whole = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    oracle = torch.nn.functional.interpolate(whole, resized.shape[1:], mode="bilinear", antialias=True)[0]
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    oracle = torch.nn.functional.interpolate(tensor, resized.shape[1:], mode="bilinear", antialias=True)[0]
     assert resized.dtype == torch.uint8 and min(resized.shape[1:]) == short_edge
     assert (resized.float() - oracle).abs().max() <= 1.01
 
@@ -232,19 +232,19 @@ def test_resize_keeps_the_size_without_a_short_edge_and_names_bad_input() -> Non
         TrainTransform(PLAIN, "depth", metadata([True]))  # type: ignore[arg-type]
 
 
-def test_color_jitter_range_of_grey() -> None:
+def test_color_jitter_of_grey_stays_in_its_range() -> None:
     image = Image.new("RGB", (4, 4), (128, 128, 128))
     values = []
     for seed in range(400):
         pixels = np.asarray(jitter_colors(image, np.random.default_rng(seed)))
-        assert (pixels == pixels[0, 0, 0]).all()  # grey has no saturation, no hue, and no place
+        assert (pixels == pixels[0, 0, 0]).all()  # a uniform grey image stays uniform and grey
         values.append(int(pixels[0, 0, 0]))
     assert min(values) >= (128 - 32) * 0.5 - 1 and max(values) <= (128 + 32) * 1.5 + 1
     assert min(values) < 75 and max(values) > 200
     assert 0.12 < np.mean(np.array(values) == 128) < 0.4  # neither brightness nor contrast, one in four
 
 
-def test_color_jitter_range_of_hue_and_saturation() -> None:
+def test_color_jitter_of_hue_and_saturation_stays_in_its_range() -> None:
     image = Image.new("RGB", (1, 1), (160, 80, 80))
     hues, saturations = [], []
     for seed in range(400):
@@ -253,11 +253,11 @@ def test_color_jitter_range_of_hue_and_saturation() -> None:
         hues.append((hue * 360 + 180) % 360 - 180)
         saturations.append(saturation)
     assert -39 <= min(hues) < -30 and 30 < max(hues) <= 39  # 18 of 180 is 36 degrees
-    assert 0.35 < np.mean(np.abs(hues) < 1.5) < 0.7  # left alone one time in two
+    assert 0.35 < np.mean(np.abs(hues) < 1.5) < 0.7  # unchanged with probability 0.5
     assert min(saturations) < 0.3 and max(saturations) > 0.72
 
 
-def test_color_jitter_leaves_one_image_in_sixteen_untouched_and_never_bends_truth() -> None:
+def test_color_jitter_skips_one_image_in_sixteen_and_does_not_change_truth() -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     same = sum(

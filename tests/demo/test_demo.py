@@ -1,4 +1,4 @@
-"""The demo without its page: stages, what is under every pixel, HTML, bad images, and the command's errors."""
+"""The demo without its page: stages, class and score of every pixel, HTML, bad images, the command's errors."""
 
 from __future__ import annotations
 
@@ -19,36 +19,22 @@ import maskformer_fast
 from maskformer_fast.config import TASKS, Config, DataConfig, ShapesConfig, Task
 from maskformer_fast.core.metadata import VOID, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
-from maskformer_fast.data.shapes import ShapesDataset
 from maskformer_fast.demo import __main__ as demo
 from maskformer_fast.demo.page import MAX_EDGE, DemoImage, import_gradio
 from maskformer_fast.demo.stages import StagedPredictor
 from maskformer_fast.demo.view import error_html, hover_png, make_view, view_html
 from maskformer_fast.inference import postprocess
-from maskformer_fast.inference.load import with_classes
 from maskformer_fast.inference.predictor import Predictor
-from maskformer_fast.modeling import build_model
 from maskformer_fast.recipes import load_recipe
 from maskformer_fast.structures import pack_masks
-from tests.support.demo_cases import EVIL, Shown, expected_at, photo, tiny_predictor
+from tests.support.demo_cases import EVIL, Shown, expected_at, scene_predictor, tiny_predictor
+from tests.support.images import photo
 from tests.support.paths import TINY_RECIPE
 from tests.support.tiny_bundle import metadata_of
 
-TINY = TINY_RECIPE
-
-
-def built(kind: str = "maskformer") -> Predictor:
-    """A network of random weights for synthetic scenes."""
-    config = load_recipe(TINY)
-    config = replace(config, model=replace(config.model, type=kind))  # type: ignore[arg-type]
-    metadata = ShapesDataset(config.data.shapes, "val").metadata
-    config = with_classes(config, metadata)
-    torch.manual_seed(0)
-    return Predictor(build_model(config.model).eval(), config, metadata, "cpu")
-
 
 def same(got: Any, expected: Any) -> bool:
-    """Whether two results hold the same."""
+    """Whether two results are equal."""
     pairs = zip(vars(got).values(), vars(expected).values(), strict=True)
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
@@ -56,11 +42,11 @@ def same(got: Any, expected: Any) -> bool:
 # Stages
 
 
-def test_the_network_runs_once_for_all_tasks_and_results_are_the_predictors() -> None:
-    reference, predictor = built(), built()
+def test_the_network_runs_once_for_all_tasks_with_the_predictors_results() -> None:
+    reference, predictor = scene_predictor(), scene_predictor()
     staged = StagedPredictor(predictor)
     runs = []
-    staged.network.inner.register_forward_hook(lambda *_: runs.append(1))  # type: ignore[union-attr]
+    predictor.network.register_forward_hook(lambda *_: runs.append(1))
     images = [photo(0), photo(1, 33, 70)]
     opened = [staged.open(image) for image in images]
     for task in (*TASKS, *reversed(TASKS)):  # in turns, so that one image's predictions could be taken for another's
@@ -78,10 +64,10 @@ def test_the_network_runs_once_for_all_tasks_and_results_are_the_predictors() ->
     [("per_pixel", ["backbone", "pixel decoder", "classifier"]), ("per_pixel_plus", ["backbone", "decoders"])],
 )
 def test_a_baseline_offers_semantic_segmentation_alone(kind: str, stages: list[str]) -> None:
-    staged = StagedPredictor(built(kind))
+    staged = StagedPredictor(scene_predictor(kind))
     assert staged.tasks == ("semantic",)
     opened = staged.open(photo())
-    assert same(opened.result("semantic")[0], built(kind).predict(photo()))
+    assert same(opened.result("semantic")[0], scene_predictor(kind).predict(photo()))
     assert list(opened.seconds) == ["resize", *stages]
     with pytest.raises(ValueError, match="task: expected one that"):
         opened.result("panoptic")
@@ -100,9 +86,9 @@ def test_a_bundle_gives_all_tasks_with_one_run(tmp_path: Path) -> None:
     assert list(opened.seconds) == ["resize", "network"] and min(opened.seconds.values()) > 0
     assert opened.pixel_scores() is None and staged.runs_on == "onnxruntime"
     results, seconds = predictor.runtime.timed_tasks([photo(), photo(1)], ("panoptic", "semantic"))
-    assert [len(found) for found in results.values()] == [2, 2] and min(seconds) >= 0
-    for task, found in results.items():
-        for image, got in zip((photo(), photo(1)), found, strict=True):
+    assert [len(of_task) for of_task in results.values()] == [2, 2] and min(seconds) >= 0
+    for task, of_task in results.items():
+        for image, got in zip((photo(), photo(1)), of_task, strict=True):
             expected = predictor.runtime.predict(image, task)
             name = "labels" if task == "semantic" else "id_map"
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
@@ -114,22 +100,22 @@ def test_a_bundle_gives_all_tasks_with_one_run(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again["semantic"][1].labels, results["semantic"][1].labels)
 
 
-def test_augmentation_is_left_out_and_scores_are_those_of_the_winner() -> None:
-    predictor = built()
+def test_augmentation_is_off_and_scores_are_those_of_the_label() -> None:
+    predictor = scene_predictor()
     predictor.config = replace(predictor.config, test=replace(predictor.config.test, flip=True, multi_scale=(1.0, 2.0)))
     opened = StagedPredictor(predictor).open(photo())
     assert opened.pixel_scores() is None  # nothing has run
     labels = opened.result("semantic")[0].labels.long()  # type: ignore[union-attr]
-    assert same(SemanticResult(labels.byte()), built().predict(photo()))
-    reference = built()
+    assert same(SemanticResult(labels.byte()), scene_predictor().predict(photo()))
+    reference = scene_predictor()
     with torch.no_grad():
-        scores = postprocess.semantic_scores(reference._forward([reference.resize(photo())]), [(60, 84)])[0]
-    found = opened.pixel_scores()
-    assert found is not None
-    np.testing.assert_allclose(found, scores.gather(0, labels[None])[0], rtol=1e-4)
+        scores = postprocess.semantic_scores(reference.run_network([photo()]), [(60, 84)])[0]
+    pixel_scores = opened.pixel_scores()
+    assert pixel_scores is not None
+    np.testing.assert_allclose(pixel_scores, scores.gather(0, labels[None])[0], rtol=1e-4)
 
 
-# What is under a pixel
+# Class and score of every pixel
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 300), (47, 33), (640, 9), (90, 1300)])
@@ -163,7 +149,7 @@ def test_every_pixel_has_its_class_and_score(tmp_path: Path, task: Task, size: t
         assert segment.share == pytest.approx((view.rows == row).mean())
 
 
-def test_many_segments_and_void() -> None:
+def test_the_map_has_more_rows_than_a_byte_counts_and_void() -> None:
     """More rows than a byte counts, in an order of areas that is not that of ids, and pixels without a segment."""
     rng = np.random.default_rng(0)
     id_map = rng.permutation(np.repeat(np.arange(1, 601), 8)).reshape(60, 80).astype(np.int32)
@@ -179,7 +165,7 @@ def test_many_segments_and_void() -> None:
     np.testing.assert_allclose(scores[rows[4:]], id_map[4:] / 600)
 
 
-def test_overlapping_instances_and_those_that_are_not_drawn() -> None:
+def test_the_map_shows_the_best_of_overlapping_instances_and_none_below_the_score() -> None:
     masks = torch.zeros(3, 20, 30, dtype=torch.bool)
     masks[0, 5:15, 5:15] = masks[1, 10:18, 10:25] = masks[2] = True
     result = InstanceResult(torch.tensor([1, 2, 3]), torch.tensor([0.6, 0.9, 0.4]), pack_masks(masks),
@@ -192,7 +178,7 @@ def test_overlapping_instances_and_those_that_are_not_drawn() -> None:
     assert empty.segments == () and "no instance found" in view_html(empty)[1]
 
 
-def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
+def test_names_of_classes_are_escaped(tmp_path: Path) -> None:
     labels = torch.zeros(9, 9, dtype=torch.uint8)
     metadata = tiny_predictor(tmp_path / "bundle")[1].metadata
     page = "".join(view_html(make_view(photo(0, 9, 9), SemanticResult(labels), metadata)))
@@ -228,7 +214,7 @@ def test_a_bad_file_has_a_message_without_its_folder(tmp_path: Path, content: by
     path = tmp_path / "secret" / "their photo.png"
     path.parent.mkdir()
     path.write_bytes(content)
-    staged: Any = None  # not asked
+    staged: Any = None  # not used before the error
     with pytest.raises(ValueError, match=message) as error:
         DemoImage(staged, path)
     assert str(error.value).startswith("their photo.png: ") and "secret" not in str(error.value)
@@ -257,7 +243,7 @@ def test_the_missing_demo_checkpoint_names_its_command(tmp_path: Path, monkeypat
         demo.check_checkpoint(demo.DemoOptions().checkpoint)
 
 
-def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gradio_is_an_error_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 
     def absent(name: str, *arguments: Any, **options: Any) -> Any:
@@ -270,7 +256,7 @@ def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         import_gradio()
 
 
-def test_ports_and_hosts_that_cannot_be_had_are_named() -> None:
+def test_ports_and_hosts_that_cannot_be_bound_are_named() -> None:
     assert demo.DemoOptions().host == "127.0.0.1"
     with demo.listen("127.0.0.1", 0) as bound:
         bound.listen()
@@ -282,10 +268,10 @@ def test_ports_and_hosts_that_cannot_be_had_are_named() -> None:
         demo.DemoOptions(port=70_000)
 
 
-def test_scenes_are_those_the_network_knows(tmp_path: Path) -> None:
-    predictor = built()
+def test_scenes_follow_the_networks_training_or_its_size(tmp_path: Path) -> None:
+    predictor = scene_predictor()
     config = demo.scene_config(predictor)
-    assert config == load_recipe(TINY).data.shapes
+    assert config == load_recipe(TINY_RECIPE).data.shapes
     paths = demo.write_scenes(tmp_path, config)
     assert len(paths) == demo.SCENES and {Image.open(path).size for path in paths} == {(40, 48)}
     other = replace(predictor.config, data=DataConfig(dataset="ade20k_150"))

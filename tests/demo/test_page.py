@@ -1,4 +1,4 @@
-"""The demo's page as visitors have it: over HTTP, as the command starts it, and in a browser."""
+"""The demo's page: over HTTP, served by the command, and in a browser."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from maskformer_fast.demo.__main__ import listen, write_scenes
 from maskformer_fast.demo.page import build_app
 from maskformer_fast.demo.stages import StagedPredictor
 from maskformer_fast.inference.predictor import Predictor
-from tests.demo.test_demo import built
-from tests.support.demo_cases import Shown, expected_at, photo, tiny_predictor
+from tests.support.demo_cases import Shown, expected_at, scene_predictor, tiny_predictor
+from tests.support.images import photo
 
 pytest.importorskip("gradio", reason='needs gradio: pip install -e ".[demo]"')
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 ASKED_FOR: list[str] = []
-"""Hosts that this process connected to or looked up, since the page was made."""
+"""Hosts that this process connected to or looked up since the page was built."""
 PATIENCE = 120  # seconds; a busy machine takes long to start a browser
 
 
@@ -86,7 +86,9 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pre
         process.wait()
 
 
-def test_tasks_by_the_api(command: tuple[str, Predictor], image_file: Path, broken_file: Path) -> None:
+def test_the_api_segments_for_every_task_and_reports_bad_files(
+    command: tuple[str, Predictor], image_file: Path, broken_file: Path
+) -> None:
     from gradio_client import Client, handle_file
 
     address, predictor = command
@@ -99,7 +101,7 @@ def test_tasks_by_the_api(command: tuple[str, Predictor], image_file: Path, brok
             page = client.predict(task, api_name="/switch")
         shown, result = Shown(page), predictor.predict(photo(), task)
         assert shown.task == task and len(shown.facts["segments"]) > 0
-        # the network and, of a bundle, all post-processing are the first task's
+        # The network ran, and a bundle's post-processing of all tasks, for the first task.
         kept = {stage for stage, (_, is_kept) in shown.stages.items() if is_kept}
         assert kept == (set() if task == "panoptic" else {"decode", "resize", "network"})
         right = 0
@@ -118,7 +120,7 @@ def test_tasks_by_the_api(command: tuple[str, Predictor], image_file: Path, brok
     assert Shown(client.predict(handle_file(image_file), "instance", api_name="/segment")).task == "instance"
 
 
-def test_people_at_once_have_their_own_image(command: tuple[str, Predictor], image_file: Path) -> None:
+def test_visitors_at_the_same_time_have_their_own_images(command: tuple[str, Predictor], image_file: Path) -> None:
     from gradio_client import Client, handle_file
 
     address, predictor = command
@@ -142,8 +144,10 @@ def test_people_at_once_have_their_own_image(command: tuple[str, Predictor], ima
 
 
 @pytest.mark.parametrize("url", [None, "same"])
-def test_only_uploads_are_opened(command: tuple[str, Predictor], image_file: Path, url: str | None) -> None:
-    """A request that names a file of this machine, in place of one that was uploaded, is refused."""
+def test_files_that_were_not_uploaded_are_refused(
+    command: tuple[str, Predictor], image_file: Path, url: str | None
+) -> None:
+    """A request with the path of a file on this machine, in place of an upload, is refused."""
     upload = {"path": str(image_file), "url": url and str(image_file), "meta": {"_type": "gradio.FileData"}}
     call = f"{command[0]}/gradio_api/call/segment"
     request = urllib.request.Request(call, json.dumps({"data": [upload, "semantic"]}).encode())
@@ -157,7 +161,7 @@ def test_only_uploads_are_opened(command: tuple[str, Predictor], image_file: Pat
         urllib.request.urlopen(f"{command[0]}/gradio_api/file={image_file}", timeout=PATIENCE)
 
 
-def test_the_page_is_answered_to_this_machine_alone(command: tuple[str, Predictor]) -> None:
+def test_other_host_names_are_refused_and_the_policy_is_sent(command: tuple[str, Predictor]) -> None:
     with urllib.request.urlopen(command[0], timeout=PATIENCE) as answer:
         page = answer.read().decode()
         policy = answer.headers["content-security-policy"]
@@ -170,8 +174,8 @@ def test_the_page_is_answered_to_this_machine_alone(command: tuple[str, Predicto
 def test_tasks_that_a_network_cannot_do_are_not_offered(tmp_path: Path) -> None:
     from starlette.testclient import TestClient
 
-    staged = StagedPredictor(built("per_pixel"))
-    app = build_app(staged, "baseline", write_scenes(tmp_path, built().config.data.shapes))
+    staged = StagedPredictor(scene_predictor("per_pixel"))
+    app = build_app(staged, "baseline", write_scenes(tmp_path, scene_predictor().config.data.shapes))
     offered = [part["props"] for part in TestClient(app).get("/config").json()["components"] if part["type"] == "radio"]
     assert [choice for props in offered for choice in props["choices"]] == [["Semantic", "semantic"]]
 
@@ -181,7 +185,7 @@ def test_tasks_that_a_network_cannot_do_are_not_offered(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, StagedPredictor, Predictor]]:
-    """A page's address, what serves it, and a predictor of the same weights."""
+    """A page's address, its predictor, and another one with the same weights."""
     import uvicorn
 
     sys.addaudithook(_note_hosts)
@@ -189,7 +193,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Stag
     _, predictor = tiny_predictor(folder / "one")
     _, reference = tiny_predictor(folder / "two")
     staged = StagedPredictor(predictor)
-    scenes = write_scenes(folder, built().config.data.shapes)
+    scenes = write_scenes(folder, scene_predictor().config.data.shapes)
     with pytest.MonkeyPatch.context() as patched, listen("127.0.0.1", 0) as at:
         patched.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
         app = build_app(staged, "the tests' network", scenes, LOCAL)
@@ -215,11 +219,11 @@ class Visitor:
         self.wait = WebDriverWait(driver, PATIENCE, poll_frequency=0.1)
 
     def all(self, selector: str) -> list[Any]:
-        found: list[Any] = self.driver.find_elements("css selector", selector)
-        return found
+        elements: list[Any] = self.driver.find_elements("css selector", selector)
+        return elements
 
     def one(self, selector: str) -> Any:
-        """Wait for an element that can be seen."""
+        """Wait for a visible element."""
         return self.wait.until(lambda _: [part for part in self.all(selector) if part.is_displayed()])[0]
 
     def upload(self, path: Path) -> None:
@@ -229,7 +233,7 @@ class Visitor:
         next(part for part in self.all("#mf-task input") if part.get_attribute("value") == task).click()
 
     def hover(self, y: float, x: float, size: tuple[int, int]) -> str:
-        """Point at the middle of an image's pixel -> what is shown beside the pointer."""
+        """Point at the middle of an image's pixel -> the text beside the pointer."""
         from selenium.webdriver.common.action_chains import ActionChains
 
         picture = self.one(".mf-view .mf-picture")
@@ -247,7 +251,7 @@ class Visitor:
         return text
 
     def requests(self, address: str) -> list[str]:
-        """Addresses that the page asked other hosts for."""
+        """URLs that the page requested from other hosts."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
         urls += [m["params"]["url"] for m in messages if m["method"] == "Network.webSocketCreated"]
@@ -287,7 +291,7 @@ def probes(result: Any, size: tuple[int, int]) -> list[tuple[int, int]]:
     return list(found.values())
 
 
-def test_a_visit(
+def test_a_visit_in_a_browser(
     served: tuple[str, StagedPredictor, Predictor], visitor: Visitor, image_file: Path, broken_file: Path
 ) -> None:
     """Upload, hover, switch, break, choose a scene; nothing fails in the browser, and no other host is asked."""
@@ -295,7 +299,7 @@ def test_a_visit(
     size = photo().shape[:2]
     names = reference.metadata.class_names
     runs: list[int] = []
-    staged.network.inner.register_forward_hook(lambda *_: runs.append(1))  # type: ignore[union-attr]
+    staged.predictor.network.register_forward_hook(lambda *_: runs.append(1))  # type: ignore[union-attr]
     visitor.driver.get(address)
     visitor.one(".mf-view[data-task=semantic]")  # a scene, without any file at hand
     ratio = visitor.all(".mf-view .mf-stage")[0].get_attribute("style")
@@ -310,10 +314,9 @@ def test_a_visit(
         if isinstance(result, SemanticResult):
             opened = StagedPredictor(reference).open(photo())
             opened.result("semantic")
-            reference.network = reference.network.inner  # type: ignore[assignment]
             scores = opened.pixel_scores()
         pixels = probes(result, size)
-        assert len(pixels) > 1, "a picture with one segment tells little"
+        assert len(pixels) > 1, "a picture with one segment does not test the map"
         for y, x in pixels[:4]:
             category, score = expected_at(result, y, x)
             text = visitor.hover(y, x, size)

@@ -1,10 +1,10 @@
-"""The documentation as a list of things to check: commands, Python and YAML of its blocks, links, code in its prose.
+"""Reader of the documentation: commands, Python and YAML in its blocks, links, and code in its prose.
 
-A fence says what it holds: nothing or ``sh`` (commands, one a line), ``python``, ``yaml`` (a recipe), or a listing
-(`LISTINGS`), which may hold no command. Anything else is an error, so that nothing is left out without a word.
+The language of a fence is empty or ``sh`` (commands, one on each line), ``python``, ``yaml`` (a recipe), or one of
+`LISTINGS`, which may contain no command. Any other language is an error, so that nothing stays unchecked by mistake.
 
-A comment on the line before a fence, ``<!-- docs-check: parse, REASON -->``, says that its commands can not be run
-where the documentation is checked, and why; they are parsed then.
+A comment on the line before a fence, ``<!-- docs-check: parse, REASON -->``, excludes its commands from being run, for
+the given reason; they are parsed instead.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from tests.support.paths import ROOT
 SHELL = ("", "sh")
 LISTINGS = ("text", "json", "mermaid", "math")
 PROGRAMS = ("python", "pip", "make", "torchrun", "docker", "cmake", "git")
-"""No line of a listing may begin with one of them: it would be a command that nobody checks."""
+"""Programs with which no line of a listing may begin, since commands in listings are not checked."""
 _FENCE = re.compile(r"^(\s*)```+\s*(\S*)\s*$")
-_MARK = re.compile(r"^<!-- docs-check: parse, (\S.*) -->$")
+_COMMENT = re.compile(r"^<!-- docs-check: parse, (\S.*) -->$")
 
 
 class PageError(ValueError):
-    """Something on a page that can not be checked, with its place."""
+    """A part of a page cannot be checked; the message has its place."""
 
 
 @dataclass(frozen=True)
 class Place:
+    """A line of a page."""
+
     page: str  # relative to the repository
     line: int  # from 1
 
@@ -38,17 +40,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its place is that of its first line."""
+    """A fenced block; its place is that of its first line."""
 
     place: Place
     language: str
     text: str
-    reason: str  # why its commands can not be run; empty where they can
+    reason: str  # why its commands cannot be run; empty if they can
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a shell block, its continued lines joined and its comment left out."""
+    """One command of a shell block, with continued lines joined and without its comment."""
 
     place: Place
     text: str
@@ -56,17 +58,18 @@ class Command:
 
 
 def pages(root: Path = ROOT) -> list[Path]:
+    """List the README and the pages of ``docs/``."""
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def blocks(path: Path, root: Path = ROOT) -> list[Block]:
-    """Fenced blocks of a page.
+    """Read the fenced blocks of a page.
 
     Raises:
-        PageError: an unknown language, a fence that is not closed, a mark without a fence, a listing with a command.
+        PageError: an unknown language, a fence that is not closed, a comment without a fence, a command in a listing.
     """
     name = path.relative_to(root).as_posix()
-    found: list[Block] = []
+    result: list[Block] = []
     opened: tuple[Place, str, str, str] | None = None  # place of the next line, language, indentation, reason
     content: list[str] = []
     reason = ""
@@ -74,7 +77,7 @@ def blocks(path: Path, root: Path = ROOT) -> list[Block]:
         place, fence = Place(name, number), _FENCE.match(line)
         if opened is not None:
             if fence and not fence[2]:
-                found.append(Block(opened[0], opened[1], "\n".join(content), opened[3]))
+                result.append(Block(opened[0], opened[1], "\n".join(content), opened[3]))
                 opened, content = None, []
             else:
                 content.append(line.removeprefix(opened[2]))
@@ -82,18 +85,18 @@ def blocks(path: Path, root: Path = ROOT) -> list[Block]:
             if fence[2] not in (*SHELL, *LISTINGS, "python", "yaml"):
                 raise PageError(f"{place}: expected a block of sh, python, yaml, {', '.join(LISTINGS)}, got {fence[2]}")
             opened, reason = (Place(name, number + 1), fence[2], fence[1], reason), ""
-        elif mark := _MARK.match(line):
-            reason = mark[1]
+        elif comment := _COMMENT.match(line):
+            reason = comment[1]
         elif re.match(r"\s*<!--\s*docs-check", line):
             raise PageError(f"{place}: expected <!-- docs-check: parse, REASON -->, got {line}")
         elif reason:
-            raise PageError(f"{place}: expected a fenced block after the mark")
+            raise PageError(f"{place}: expected a fenced block after the comment")
     if opened is not None:
         raise PageError(f"{opened[0]}: a fence that is not closed")
-    for block in found:
+    for block in result:
         if block.language in LISTINGS:
             _refuse_commands(block)
-    return found
+    return result
 
 
 def _refuse_commands(block: Block) -> None:
@@ -104,8 +107,12 @@ def _refuse_commands(block: Block) -> None:
 
 
 def commands(block: Block) -> list[Command]:
-    """Commands of a shell block; comments and empty lines are left out."""
-    found, text, start = [], "", 0
+    """Read the commands of a shell block, without comments and empty lines.
+
+    Raises:
+        PageError: the last line is continued.
+    """
+    result, text, start = [], "", 0
     for offset, line in enumerate(block.text.splitlines()):
         start = start if text else offset
         text += re.sub(r"(^|\s)#.*$", "", line).rstrip()
@@ -114,15 +121,15 @@ def commands(block: Block) -> list[Command]:
             continue
         if text.strip():
             place = Place(block.place.page, block.place.line + start)
-            found.append(Command(place, " ".join(text.split()), block.reason))
+            result.append(Command(place, " ".join(text.split()), block.reason))
         text = ""
     if text:
         raise PageError(f"{block.place}: the last line is continued, but nothing follows")
-    return found
+    return result
 
 
 def inline_code(path: Path, root: Path = ROOT) -> list[tuple[Place, str]]:
-    """Code within the prose of a page, whole lines of which it may span."""
+    """Find code in the prose of a page; it may extend over several lines."""
     text = _without_blocks(path)
     name = path.relative_to(root).as_posix()
     return [
@@ -132,7 +139,7 @@ def inline_code(path: Path, root: Path = ROOT) -> list[tuple[Place, str]]:
 
 
 def links(path: Path, root: Path = ROOT) -> list[tuple[Place, str]]:
-    """Targets of links to files and to sections, and of pictures; web addresses are left out."""
+    """Find the targets of links to files and sections, and of pictures, without web addresses."""
     text = _without_blocks(path)
     name = path.relative_to(root).as_posix()
     targets = [(match.start(), match[1]) for match in re.finditer(r"\]\(([^)\s]+)\)", text)]
@@ -141,16 +148,16 @@ def links(path: Path, root: Path = ROOT) -> list[tuple[Place, str]]:
 
 
 def anchors(path: Path) -> set[str]:
-    """Names that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", _without_blocks(path), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
 def _without_blocks(path: Path) -> str:
-    """A page's text with the lines of its blocks empty, so that places stay what they are."""
-    lines, inside = [], False
+    """Return a page's text with empty lines in place of its blocks, which keeps the line numbers."""
+    lines, in_block = [], False
     for line in path.read_text(encoding="utf-8").splitlines():
         fence = bool(_FENCE.match(line))
-        lines.append("" if inside or fence else line)
-        inside ^= fence
+        lines.append("" if in_block or fence else line)
+        in_block ^= fence
     return "\n".join(lines)

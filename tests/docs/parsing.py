@@ -1,4 +1,4 @@
-"""Commands of the documentation, read by the parsers of the programs they call; nothing is run."""
+"""Check of the documentation's commands by the parsers of their programs, without running the commands."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import yaml
@@ -30,33 +31,37 @@ SHELL_ONLY = (
     "cat", "cd", "cmake", "cp", "ctest", "curl", "docker", "git", "ln", "ls", "mkdir", "nsys", "rsync", "scp", "ssh",
     "tensorboard", "trtexec", "tritonserver",
 )  # fmt: skip
-"""Programs of others whose options are not ours to check: that the shell can read the line is all."""
+"""Other projects' programs, whose options are not checked: the shell must be able to read the line."""
 PYTEST_OPTIONS = ("-q", "-x", "-v", "-k", "-m", "-s", "-n", "--lf", "--benchmark-only")
 TOOLS = {"mypy": (), "ruff": ("check", "format")}
-"""Python modules of others that are called on the repository, and their subcommands."""
+"""Other projects' Python modules that are run on the repository, and their subcommands."""
 _VARIABLE = re.compile(r"^[A-Z_][A-Z0-9_]*=")
 
 
 class CommandError(ValueError):
-    """A command that its program would not take."""
+    """A command that its program would refuse."""
 
 
 class Call(NamedTuple):
-    """A command line taken apart."""
+    """A command line, split."""
 
     variables: dict[str, str]
     program: str  # "python -m NAME", "torchrun -m NAME", or the program's own name
     arguments: list[str]  # of the module, or of the program
 
 
-def take_apart(text: str) -> Call:
-    """Raises CommandError for a line that the shell can not read, or that joins several commands."""
+def split_command(text: str) -> Call:
+    """Split a command line.
+
+    Raises:
+        CommandError: the shell cannot read the line, or it joins several commands.
+    """
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise CommandError(f"not a command line: {error}") from error
     if joined := [word for word in words if word in ("|", "&&", "||", ";", "&", ">", ">>", "<", "<<")]:
-        raise CommandError(f"one command a line, please: {joined[0]}")
+        raise CommandError(f"expected one command on a line, got {joined[0]}")
     variables = {}
     while words and _VARIABLE.match(words[0]):
         name, _, variables[name] = words.pop(0).partition("=")
@@ -72,14 +77,14 @@ def take_apart(text: str) -> Call:
 
 
 def check(command: Command, folder: Path = ROOT) -> None:
-    """Read a command as its program would, from ``folder`` (recipes of its own are looked for there).
+    """Parse a command as its program does, in ``folder``, in which recipe files are searched.
 
     Raises:
-        CommandError: an unknown program, option, value, recipe, target or extra; with the command's place.
+        CommandError: an unknown program, option, value, recipe, target or extra; the message has the command's place.
     """
     try:
         with contextlib.chdir(folder):
-            _check(take_apart(command.text), command.text)
+            _check(split_command(command.text), command.text)
     except CommandError as error:
         raise CommandError(f"{command.place}: {command.text}\n  {error}") from None
 
@@ -96,7 +101,7 @@ def _check(call: Call, text: str) -> None:
         if TOOLS[module] and call.arguments[:1] and call.arguments[0] not in TOOLS[module]:
             raise CommandError(f"{module}: expected one of {', '.join(TOOLS[module])}, got {call.arguments[0]}")
     elif module:
-        raise CommandError(f"python -m {module}: not known to docs-check (tests/docs/parsing.py)")
+        raise CommandError(f"python -m {module}: unknown to docs-check; add it to tests/docs/parsing.py")
     elif call.program in ("python", "python3") and call.arguments:
         _check_python(call.arguments)
     elif call.program == "make":
@@ -106,14 +111,18 @@ def _check(call: Call, text: str) -> None:
         if result.returncode:
             raise CommandError(result.stderr.strip())
     else:
-        raise CommandError(f"{call.program}: not known to docs-check; teach it in tests/docs/parsing.py")
+        raise CommandError(f"{call.program}: unknown to docs-check; add it to tests/docs/parsing.py")
 
 
 def module_options(module: str, arguments: list[str]) -> Any:
-    """What a command of ours makes of its arguments: its options, or nothing where the arguments ask for help."""
+    """Parse the arguments of one of this project's commands -> its options, or None if the arguments ask for help.
+
+    Raises:
+        CommandError: there is no such module, or it refuses the arguments.
+    """
     if importlib.util.find_spec(module) is None:
         raise CommandError(f"{module}: no such module")
-    # Options that say no more than where files are do not change how a command is read.
+    # Paths of weights do not change how a command is parsed: equal ones let the cache answer.
     return _read_options(module, tuple("x" if _is_weights(word) else word for word in arguments))
 
 
@@ -123,30 +132,48 @@ def _is_weights(word: str) -> bool:
 
 @functools.cache
 def _read_options(module: str, arguments: tuple[str, ...]) -> Any:
-    program = importlib.import_module(module)
+    program = import_program(module)
     prog = f"python -m {module}"
-    named = [value for name, value in vars(program).items() if name.endswith("Options")]
-    own: list[Any] = [kind for kind in named if dataclasses.is_dataclass(kind) and kind.__module__ == module]
+    kinds = option_classes(program)
     if module == "maskformer_fast.train":
-        return _quietly(lambda: parse_command(own[0], with_own_recipe(list(arguments)), prog=prog))
-    if len(own) == 1:
-        return _quietly(lambda: parse(own[0], arguments, prog=prog))
-    if own:
-        raise CommandError(f"{module}: expected one dataclass NAMEOptions, found {len(own)}")
-    return _quietly(lambda: _argparse_options(program, arguments))
+        return _quietly(lambda: parse_command(kinds[0], with_own_recipe(list(arguments)), prog=prog))
+    if len(kinds) == 1:
+        return _quietly(lambda: parse(kinds[0], arguments, prog=prog))
+    if kinds:
+        raise CommandError(f"{module}: expected one dataclass NAMEOptions, found {len(kinds)}")
+    return _quietly(lambda: argparse_options(program, arguments)[1])
+
+
+def import_program(module: str) -> ModuleType:
+    """Import the module that ``python -m MODULE`` runs: of a package, its ``__main__``."""
+    spec = importlib.util.find_spec(module)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return importlib.import_module(f"{module}.__main__" if is_package else module)
+
+
+def option_classes(program: ModuleType) -> list[Any]:
+    """Return the dataclasses NAMEOptions that a module, or the package whose ``__main__`` it is, defines."""
+    place = program.__name__.removesuffix(".__main__")
+    named = [value for name, value in vars(program).items() if name.endswith("Options")]
+    return [kind for kind in named if dataclasses.is_dataclass(kind) and kind.__module__.startswith(place)]
 
 
 class _Parsed(Exception):
-    pass
+    """The arguments are parsed, and the command must not go on."""
 
 
-def _argparse_options(program: Any, arguments: tuple[str, ...]) -> Any:
-    """Arguments of a command without an options class: as its ``main`` reads them, which then ends."""
+def argparse_options(program: Any, arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Parse the arguments of a command that uses argparse -> its parser and the options; its ``main`` does no more.
+
+    Raises:
+        CommandError: ``main`` does not use argparse.
+        SystemExit: the parser refuses the arguments, or they ask for help.
+    """
     original, argv = argparse.ArgumentParser.parse_args, sys.argv
-    found: list[Any] = []
+    parsed: list[tuple[argparse.ArgumentParser, argparse.Namespace]] = []
 
     def read_and_stop(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        found.append(original(self, args, namespace))
+        parsed.append((self, original(self, args, namespace)))
         raise _Parsed
 
     argparse.ArgumentParser.parse_args = read_and_stop  # type: ignore[method-assign, assignment]
@@ -154,7 +181,7 @@ def _argparse_options(program: Any, arguments: tuple[str, ...]) -> Any:
     try:
         program.main()
     except _Parsed:
-        return found[0]
+        return parsed[0]
     finally:
         argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
         sys.argv = argv
@@ -162,15 +189,15 @@ def _argparse_options(program: Any, arguments: tuple[str, ...]) -> Any:
 
 
 def _quietly(read: Callable[[], Any]) -> Any:
-    """Call a parser: what it says before it exits becomes the error, and help (status 0) is no error."""
-    said = io.StringIO()
+    """Call a parser; what it prints before it exits becomes the error's text. Help (status 0) gives None."""
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             return read()
     except SystemExit as error:
         if error.code in (0, None):
             return None
-        raise CommandError(said.getvalue().strip() or str(error.code)) from None
+        raise CommandError(printed.getvalue().strip() or str(error.code)) from None
     except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
 
@@ -205,13 +232,17 @@ def _check_python(arguments: list[str]) -> None:
     if arguments[0] == "-c" and len(arguments) == 2:
         check_python(arguments[1])
     elif not arguments[0].endswith(".py"):
-        raise CommandError(f"python {arguments[0]}: not known to docs-check; teach it in tests/docs/parsing.py")
+        raise CommandError(f"python {arguments[0]}: unknown to docs-check; add it to tests/docs/parsing.py")
     elif not (ROOT / arguments[0]).exists():
         raise CommandError(f"python: no such file: {arguments[0]}")
 
 
 def check_python(text: str) -> None:
-    """Raises CommandError unless it is Python, of which the modules imported from this package have what is wanted."""
+    """Check that text is Python, and that the names it imports from this package exist.
+
+    Raises:
+        CommandError: a syntax error, or a missing module or name.
+    """
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
@@ -229,10 +260,10 @@ def check_python(text: str) -> None:
 
 def _check_pytest(arguments: list[str]) -> None:
     if wrong := [word for word in arguments if word.startswith("-") and word.split("=")[0] not in PYTEST_OPTIONS]:
-        raise CommandError(f"pytest: not known to docs-check (tests/docs/parsing.py): {wrong[0]}")
+        raise CommandError(f"pytest: unknown to docs-check; add it to tests/docs/parsing.py: {wrong[0]}")
     paths = [word.split("::")[0] for word in arguments if "/" in word or word.endswith(".py") or word == "tests"]
-    if lost := [path for path in paths if not (ROOT / path).exists()]:
-        raise CommandError(f"pytest: no such file: {lost[0]}")
+    if missing := [path for path in paths if not (ROOT / path).exists()]:
+        raise CommandError(f"pytest: no such file: {missing[0]}")
 
 
 def _check_make(arguments: list[str]) -> None:
@@ -247,7 +278,11 @@ def _check_make(arguments: list[str]) -> None:
 
 
 def check_recipe(text: str, folder: Path) -> Path:
-    """Write a recipe of the documentation to ``mine.yaml``, where its commands look for it, and load it."""
+    """Write a recipe of the documentation to ``mine.yaml``, which its commands use, and load it -> the file.
+
+    Raises:
+        CommandError: the recipe cannot be loaded.
+    """
     path = folder / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     try:

@@ -1,8 +1,10 @@
-"""``make docs-check``: every command and every Python block of the documentation, run where it can be, else parsed.
+"""Run or parse every command and every Python block of the documentation (``make docs-check``).
 
-A page's commands are run one after the other in a folder of small data (`world.make_world`), with fewer steps and
-smaller batches: what is appended stands in `FEWER`. What is not run is parsed, and the list that is printed says why.
-Exit status 1 if a command fails, would not be taken, or is none that is known.
+The commands of a page run one after the other in a folder of small data (`world.make_world`). `REDUCTIONS` are appended
+to them, for fewer steps and smaller batches. Commands that cannot be run are parsed, and the printed list gives the
+reason. The exit status is 1 if a command fails, would be refused by its program, or calls an unknown program.
+
+    python -m tests.docs.run [README.md docs/PAGE.md ...]
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from pathlib import Path
 import torch
 
 from tests.docs.pages import ROOT, SHELL, Block, Command, blocks, commands, pages
-from tests.docs.parsing import Call, CommandError, check, check_python, check_recipe, module_options, take_apart
+from tests.docs.parsing import Call, CommandError, check, check_python, check_recipe, module_options, split_command
 from tests.docs.prose import problems
 from tests.docs.world import make_world
 
-FEWER = {
+REDUCTIONS = {
     "maskformer_fast.train": (
         "--solver.max-steps 2 --solver.batch-size 2 --solver.warmup-steps 0 --data.workers 0 --log.every 1 "
         "--log.checkpoint-every 2 --log.validate-every 0 --log.pictures 1 --data.shapes.train-images 8 "
@@ -37,61 +39,62 @@ FEWER = {
     "maskformer_fast.evaluate": "--limit 2 --data.workers 0",
     "maskformer_fast.predict": "",
     "maskformer_fast.convert": "",
-    "maskformer_fast.export": "",
+    "maskformer_fast.export": "--sizes 64x96",
     "maskformer_fast.benchmark": "--seconds 0.05 --batches 1 --size 64x96 --against eager",
     "maskformer_fast.deploy.triton_server": "",
 }
-"""Commands that are run, and what is appended to them."""
-ABSENT = {
-    "/data/*": "a data set that is not here",
-    "model*.pkl": "a checkpoint of others that is not here",
-    "maskformer-swin-*": "a checkpoint of others that is not here",
-    "maskformer-resnet*": "a checkpoint of others that is not here",
-    "resnet50-imagenet.pth": "a checkpoint of others that is not here",
-    "r50.safetensors": "a checkpoint of others that is not here",
-    "weights/*": "a checkpoint of others that is not here",
-    "case.pt": "recorded outputs that are not here",
-    "runs/ade20k_150/*": "a run that is not here",
-    "runs/coco_panoptic/*": "a run that is not here",
+"""Commands that are run -> options that are appended."""
+NOT_RUN = {
+    "/data/*": "needs a data set",
+    "model*.pkl": "needs a published checkpoint",
+    "maskformer-swin-*": "needs a published checkpoint",
+    "maskformer-resnet*": "needs a published checkpoint",
+    "resnet50-imagenet.pth": "needs a published checkpoint",
+    "r50.safetensors": "needs a published checkpoint",
+    "weights/*": "needs a published checkpoint",
+    "case.pt": "needs recorded outputs",
+    "runs/ade20k_150/*": "needs a trained run",
+    "runs/coco_panoptic/*": "needs a trained run",
     "--solver.compile": "compiles for minutes",
-    "--profile": "takes more steps than are run here",
+    "--profile": "needs more steps",
     "--engine-only": "needs the GPU that the engine is for",
     "engine": "needs the GPU that the engine is for",
     "tensorrt": "needs the GPU that the engine is for",
-    "--target": "compiles kernels for a minute",
 }
-"""Words with which a command is parsed only, and why."""
+"""Pattern of an argument with which a command is parsed only -> the reason."""
+OMITTED = ("--target", "--frames", "--sizes")
+"""Options that are left out, with their values: kernels compile for a minute, and large sizes are slow."""
 
 
 def why_not_run(call: Call, reason: str) -> str:
-    """Why a command is parsed only; empty where it is to be run."""
+    """Return the reason why a command is parsed only; empty if it can be run."""
     if reason:
         return reason
     if call.program.startswith("torchrun"):
-        return "several processes"
+        return "starts several processes"
     module = call.program.removeprefix("python -m ")
     if module == call.program:
-        return "a program of others"
-    if module not in FEWER:
-        return "not of the quick ones"
+        return "no module of this project"
+    if module not in REDUCTIONS:
+        return "takes too long"
     for word in call.arguments:
-        for pattern, why in ABSENT.items():
+        for pattern, why in NOT_RUN.items():
             if fnmatch(word, pattern):
                 return why
     options = module_options(module, call.arguments)
     if options is None:
         return "" if "--help" in call.arguments or "--list-recipes" in call.arguments else "help"
-    data = getattr(getattr(options, "config", None), "data", None)  # of a command that takes a recipe
+    data = getattr(getattr(options, "config", None), "data", None)  # of commands that take a recipe
     if data is not None and data.dataset != "shapes" and (data.root is None or fnmatch(data.root, "/data/*")):
-        return "a data set that is not here"
+        return "needs a data set"
     return ""
 
 
 def in_child(work: Callable[[], None], log: Path) -> int:
-    """Do it in a forked process, output going to a file -> exit status.
+    """Call a function in a forked process, with its output in a file -> exit status.
 
-    Forked, because every new Python would take ten seconds to import PyTorch and Transformers. With one thread: those
-    of OpenMP do not survive a fork.
+    A fork spares the ten seconds in which a new Python imports PyTorch and Transformers. It uses one thread, because
+    OpenMP's threads do not survive a fork.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -103,7 +106,7 @@ def in_child(work: Callable[[], None], log: Path) -> int:
         with log.open("wb") as file:
             for number in (1, 2):
                 os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))  # under pytest, others
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))  # pytest replaces them
         torch.set_num_threads(1)
         work()
         status = 0
@@ -119,28 +122,39 @@ def in_child(work: Callable[[], None], log: Path) -> int:
         os._exit(status)
 
 
+def without_options(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """Leave options out of a command's arguments, together with their values."""
+    kept, skips = [], False
+    for word in arguments:
+        skips = word in names if word.startswith("--") else skips
+        kept += [] if skips else [word]
+    return kept
+
+
 def run_module(call: Call) -> None:
-    """The command, with what makes it quick; ``--help`` as it is."""
+    """Run a command with its reductions; ``--help`` is run unchanged."""
     module = call.program.removeprefix("python -m ")
-    asks = "--help" in call.arguments or "--list-recipes" in call.arguments
-    more = [] if asks else shlex.split(FEWER[module])
-    if "--resume" in call.arguments:  # one step beyond those that the run has
+    is_help = "--help" in call.arguments or "--list-recipes" in call.arguments
+    more = [] if is_help else shlex.split(REDUCTIONS[module])
+    if "--static" in call.arguments:  # it determines the only size of an export
+        more = []
+    if "--resume" in call.arguments:  # one step more than the run has
         more = [word if word != "2" or more[at - 1] != "--solver.max-steps" else "3" for at, word in enumerate(more)]
-    os.environ.update({"PYTHONPATH": str(ROOT), **call.variables})  # for processes that a command starts
-    sys.argv = [module, *call.arguments, *more]
-    for name in [name for name in sys.modules if name == module]:
-        del sys.modules[name]
+    os.environ.update({"PYTHONPATH": str(ROOT), **call.variables})  # for child processes of the command
+    sys.argv = [module, *without_options(call.arguments, OMITTED), *more]
+    for name in (module, f"{module}.__main__"):  # parsing imported it, but the command must run it anew
+        sys.modules.pop(name, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def run_python(block: Block) -> None:
-    """A Python block by itself, with tracebacks that name its lines on the page."""
+    """Run a Python block; tracebacks have the line numbers of its page."""
     text = "\n" * (block.place.line - 1) + block.text
     exec(compile(text, str(ROOT / block.place.page), "exec"), {"__name__": "__main__"})
 
 
 class Report:
-    """A line for each thing checked, and how many there were of each kind."""
+    """Result of each check as a line, and counts by kind and reason."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -151,23 +165,24 @@ class Report:
     def failed(self) -> int:
         return self.counts["FAILED"]
 
-    def line(self, what: str, place: object, text: str, seconds: float = 0.0, reason: str = "") -> None:
-        self.counts[what] += 1
+    def add(self, result: str, place: object, text: str, seconds: float = 0.0, reason: str = "") -> None:
+        self.counts[result] += 1
         if reason:
             self.reasons[reason] += 1
         took = f" {seconds:.1f} s" if seconds else ""
         why = f" ({reason})" if reason else ""
-        self.lines.append(f"{what:7}{took:>8}  {place}  {text[:110]}{why}")
+        self.lines.append(f"{result:7}{took:>8}  {place}  {text[:110]}{why}")
 
-    def failure(self, place: object, text: str, said: str) -> None:
-        self.line("FAILED", place, text)
-        self.lines.append("    " + said.strip()[-4000:].replace("\n", "\n    "))
+    def failure(self, place: object, text: str, message: str) -> None:
+        self.add("FAILED", place, text)
+        self.lines.append("    " + message.strip()[-4000:].replace("\n", "\n    "))
 
 
 def check_command(command: Command, world: Path, report: Report) -> None:
+    """Parse a command, and run it if it can be run."""
     try:
         check(command, world)
-        call = take_apart(command.text)
+        call = split_command(command.text)
         previous = Path.cwd()
         os.chdir(world)
         try:
@@ -177,12 +192,12 @@ def check_command(command: Command, world: Path, report: Report) -> None:
     except CommandError as error:
         return report.failure(command.place, command.text, str(error))
     if reason:
-        return report.line("parsed", command.place, command.text, reason=reason)
+        return report.add("parsed", command.place, command.text, reason=reason)
     return timed(command.place, command.text, lambda: run_module(call), world, report)
 
 
 def check_block(block: Block, world: Path, report: Report) -> None:
-    """A Python block: run, or where the page says that it can not be, parsed."""
+    """Run a Python block, or parse it if the page says that it cannot be run."""
     text = block.text.strip().splitlines()[0]
     if not block.reason:
         return timed(block.place, text, lambda: run_python(block), world, report)
@@ -190,38 +205,40 @@ def check_block(block: Block, world: Path, report: Report) -> None:
         check_python(block.text)
     except CommandError as error:
         return report.failure(block.place, text, str(error))
-    return report.line("parsed", block.place, text, reason=block.reason)
+    return report.add("parsed", block.place, text, reason=block.reason)
 
 
 def timed(place: object, text: str, work: Callable[[], None], world: Path, report: Report) -> None:
-    def there() -> None:
+    """Call a function in a forked process within ``world``; report its time or its failure."""
+
+    def work_in_folder() -> None:
         os.chdir(world)
         work()
 
     started, log = time.perf_counter(), world / ".log"
-    status = in_child(there, log)
+    status = in_child(work_in_folder, log)
     if status:
         return report.failure(place, text, f"exit status {status}\n{log.read_text(errors='replace')}")
-    return report.line("ran", place, text, time.perf_counter() - started)
+    return report.add("ran", place, text, time.perf_counter() - started)
 
 
 def check_page(path: Path) -> Report:
-    """Everything on one page, in its order, in a folder of its own."""
+    """Check one page from top to bottom, in a new folder."""
     report = Report()
     for problem in problems(path):
         report.failure(path.name, "prose", problem)
     with tempfile.TemporaryDirectory(prefix="docs-check-") as folder:
         world = Path(folder)
         make_world(world)
-        found = blocks(path)
-        for block in found:  # a page may say the recipe after the command
+        page_blocks = blocks(path)
+        for block in page_blocks:  # recipes first, since a page may show one after the command that uses it
             if block.language == "yaml":
                 try:
                     check_recipe(block.text, world)
-                    report.line("loaded", block.place, "a recipe")
+                    report.add("loaded", block.place, "a recipe")
                 except CommandError as error:
                     report.failure(block.place, "a recipe", str(error))
-        for block in found:
+        for block in page_blocks:
             if block.language in SHELL:
                 for command in commands(block):
                     check_command(command, world, report)
@@ -231,9 +248,9 @@ def check_page(path: Path) -> Report:
 
 
 def main() -> int:
-    """Check all pages, or those named; returns the exit status."""
+    """Check all pages, or those given as arguments; returns the exit status."""
     import maskformer_fast.interop.huggingface
-    import maskformer_fast.training.trainer  # noqa: F401  # once, for all that is forked
+    import maskformer_fast.training.trainer  # noqa: F401  # imported once, before the forks
 
     started, counts, reasons = time.perf_counter(), Counter[str](), Counter[str]()
     wanted = [path for path in pages() if not sys.argv[1:] or path.relative_to(ROOT).as_posix() in sys.argv[1:]]

@@ -1,4 +1,4 @@
-"""The commands of docs/deployment.md: options that exist, with values that can be."""
+"""Commands of docs/deployment.md and the README about bundles: options that exist, with valid values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from maskformer_fast.benchmark.__main__ import BenchmarkOptions
 from maskformer_fast.cli import parse
 from maskformer_fast.config import TestConfig
-from maskformer_fast.data.presets import PRESETS
+from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.deploy.runtime import session as runtime
 from maskformer_fast.deploy.triton_server.options import TritonServerOptions
 from maskformer_fast.evaluate import EvaluateOptions
@@ -34,26 +34,26 @@ OPTIONS: dict[str, Any] = {
 
 
 def commands(name: str) -> list[str]:
-    """Every call of a module on the pages that is about a bundle, without the comment behind it."""
-    found = []
+    """Return every call of a module on the pages that is about a bundle, without its comment."""
+    calls = []
     for page in PAGES.values():
         lines = [line.partition("  #")[0] for line in page.replace("\\\n", " ").splitlines()]
-        found += [line for line in lines if line.startswith(f"python -m maskformer_fast.{name} ")]
-    return [line for line in found if name == "export" or " bundle" in line]
+        calls += [line for line in lines if line.startswith(f"python -m maskformer_fast.{name} ")]
+    return [line for line in calls if name == "export" or " bundle" in line]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_exist(name: str) -> None:
+def test_commands_on_bundles_have_valid_options(name: str) -> None:
     lines = commands(name)
     assert lines
     for line in lines:
         options = parse(OPTIONS[name], shlex.split(line)[3:], prog=name)
         assert "bundle" in vars(options).values()
         if name == "evaluate":
-            assert options.data.dataset in PRESETS and options.data.root, "a bundle does not know its data set"
+            assert options.data.dataset in PRESETS and options.data.root, "a bundle does not contain its data set"
 
 
-def test_export_options_exist() -> None:
+def test_exports_have_valid_options() -> None:
     lines = commands("export")
     assert len(lines) >= 6
     for line in lines:
@@ -62,7 +62,7 @@ def test_export_options_exist() -> None:
         assert bool(options.target) == bool(options.frames)
 
 
-def test_python_is_of_the_runtime_that_is_there() -> None:
+def test_python_calls_methods_of_the_runtime_with_known_arguments() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/deployment.md"], re.DOTALL)
     assert blocks
     for block in blocks:
@@ -81,7 +81,7 @@ def test_python_is_of_the_runtime_that_is_there() -> None:
             assert {keyword.arg for keyword in node.keywords} <= known
 
 
-def test_every_target_is_one_that_kernels_compile_for() -> None:
+def test_kernels_compile_for_every_named_target() -> None:
     from maskformer_fast.kernels import aot
 
     targets = set(re.findall(r"`(sm_\d+)`", PAGES["docs/deployment.md"])) - {"sm_101"}
@@ -100,7 +100,7 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-import maskformer_fast.deploy.tensorrt
+import maskformer_fast.deploy.build.tensorrt
 
 def build_engine(raw_onnx, config):
     raise ValueError(f"asked for {config.precision}")
@@ -111,7 +111,7 @@ runpy.run_module("maskformer_fast.export", run_name="__main__", alter_sys=True)
 """
 
 
-def test_a_device_adds_its_engine_without_torch(tmp_path: Path) -> None:
+def test_an_engine_is_added_without_torch(tmp_path: Path) -> None:
     bundle, _ = tiny_bundle(tmp_path / "bundle", TestConfig())
     command = [sys.executable, "-c", WITHOUT_TORCH, str(bundle.folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)

@@ -1,4 +1,4 @@
-"""The folder that the documentation's commands are run in: small data, pictures and checkpoints under its names."""
+"""The folder in which the documentation's commands run: small data, pictures and checkpoints of the names it uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskformer_fast.config import ShapesConfig
 from maskformer_fast.core.metadata import VOID
-from maskformer_fast.data.shapes import ShapesDataset
+from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.inference.load import with_classes
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.weights import WEIGHTS_NAME, save_weights
@@ -21,17 +21,19 @@ from maskformer_fast.structures import Example
 from tests.support.paths import TINY_RECIPE
 
 TINY = TINY_RECIPE
-IMAGES = 4
+IMAGES = 4  # of each data set
 RUNS = ("runs/demo", "runs/mine")
+"""Folders of untrained runs."""
 
 
 def scenes(size: tuple[int, int] = (72, 96)) -> list[Example]:
+    """Make the synthetic examples of which all data sets are made."""
     dataset = ShapesDataset(ShapesConfig(2, 2, size, 3, train_images=IMAGES), "train")
     return [dataset[index] for index in range(IMAGES)]
 
 
 def make_world(folder: Path) -> None:
-    """Fill an empty folder."""
+    """Fill an empty folder with data sets, pictures and runs."""
     examples = scenes()
     save_picture(folder / "photo.jpg", examples[0])
     save_picture(folder / "folder" / "deep" / "a.png", examples[1])
@@ -46,12 +48,13 @@ def make_world(folder: Path) -> None:
 
 
 def save_picture(path: Path, example: Example) -> None:
+    """Write an example's image; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(example.image).save(path)
 
 
 def index_folder(root: Path, examples: list[Example], unlabelled: int) -> None:
-    """Images with index PNGs beside them: the layout of one's own folder, and of CamVid."""
+    """Write images with index PNGs, in the layout of the plain folder and of CamVid."""
     for split in ("train", "val"):
         for number, example in enumerate(examples):
             save_picture(root / "images" / split / f"{number}.jpg", example)
@@ -62,7 +65,7 @@ def index_folder(root: Path, examples: list[Example], unlabelled: int) -> None:
 
 
 def coco_folder(root: Path, examples: list[Example]) -> None:
-    """COCO panoptic and COCO instances, polygons being boxes."""
+    """Write COCO panoptic and COCO instance annotations; the polygons are boxes."""
     metadata = ShapesDataset(ShapesConfig(2, 2), "val").metadata
     categories = [
         {"id": 10 * (index + 1), "name": name, "isthing": int(thing)}
@@ -87,13 +90,13 @@ def coco_folder(root: Path, examples: list[Example]) -> None:
             panoptic.append({"image_id": number, "file_name": f"{number}.png", "segments_info": segments})
             instance = {"id": number, "image_id": number, "category_id": things[0]["id"], "area": 400.0, "iscrowd": 0}
             instances.append(instance | {"bbox": [8, 8, 20, 20], "segmentation": [[8, 8, 28, 8, 28, 28, 8, 28]]})
-        for name, truth, own in (("panoptic", panoptic, categories), ("instances", instances, things)):
-            content = {"images": images, "annotations": truth, "categories": own}
+        for name, truth, used in (("panoptic", panoptic, categories), ("instances", instances, things)):
+            content = {"images": images, "annotations": truth, "categories": used}
             (root / "annotations" / f"{name}_{split}.json").write_text(json.dumps(content))
 
 
 def untrained_run(folder: Path) -> None:
-    """A run's folder with a checkpoint of random weights: tiny, for synthetic scenes, of Hugging Face's form."""
+    """Write a run with a checkpoint of random weights, whose tiny network Hugging Face's implementation has as well."""
     config = load_recipe(TINY)
     decoder = replace(config.model.pixel_decoder, conv_dim=32, norm_groups=32)
     config = replace(config, model=replace(config.model, pixel_decoder=decoder))

@@ -30,7 +30,7 @@ def box(x0: int, y0: int, x1: int, y1: int, size: tuple[int, int] = SIZE) -> np.
 
 
 def example(*segments: tuple[int, np.ndarray] | tuple[int, np.ndarray, bool]) -> Example:
-    """Segments as (class, mask[, crowd])."""
+    """An example of segments (class, mask[, crowd])."""
     infos = [SegmentInfo(10 + i, s[0], METADATA.is_thing[s[0]], bool(s[2:] and s[2])) for i, s in enumerate(segments)]
     size = segments[0][1].shape if segments else SIZE
     return Example(np.zeros((*size, 3), np.uint8), infos,
@@ -47,8 +47,8 @@ def result(*instances: tuple[int, float, np.ndarray]) -> InstanceResult:
 
 def evaluate(*pairs: tuple[Example, InstanceResult]) -> dict:
     evaluator = InstanceEvaluator(METADATA)
-    for truth, found in pairs:
-        evaluator.process(truth, found)
+    for truth, instances in pairs:
+        evaluator.process(truth, instances)
     metrics = evaluator.evaluate()
     json.dumps(metrics, allow_nan=False)
     assert evaluator.evaluate() == metrics, "evaluating must not change the state"
@@ -56,13 +56,13 @@ def evaluate(*pairs: tuple[Example, InstanceResult]) -> dict:
 
 
 def naive_ap(images: list[tuple[list[np.ndarray], list[tuple[float, np.ndarray]]]], threshold: float) -> float:
-    """One class: greedy matching by falling score, precision made monotone, mean over 101 recalls."""
+    """AP of one class: greedy matching by falling score, precision made monotone, mean over 101 recalls."""
     hits: list[tuple[float, bool]] = []
     total = 0
-    for truth, found in images:
+    for truth, instances in images:
         total += len(truth)
         free = list(range(len(truth)))
-        for score, mask in sorted(found, key=lambda f: -f[0]):
+        for score, mask in sorted(instances, key=lambda f: -f[0]):
             overlaps = [((mask & truth[i]).sum() / (mask | truth[i]).sum(), i) for i in free]
             best = max(overlaps, default=(0.0, -1))
             hits.append((score, best[0] >= threshold))
@@ -77,7 +77,7 @@ def naive_ap(images: list[tuple[list[np.ndarray], list[tuple[float, np.ndarray]]
     return float(np.mean(points))
 
 
-def test_perfect() -> None:
+def test_perfect_results_have_an_ap_of_one() -> None:
     cats = [box(0, 0, 10, 10), box(5, 5, 45, 40)]  # 100 and 1400 pixels: small and medium, and they overlap
     dog = box(30, 0, 40, 5)
     metrics = evaluate((example((0, cats[0]), (0, cats[1]), (2, dog), (1, box(0, 30, 50, 40))),
@@ -88,7 +88,7 @@ def test_perfect() -> None:
     assert metrics["per_class_ap"] == {"cat": pytest.approx(1.0), "dog": pytest.approx(1.0)}, "stuff has no AP"
 
 
-def test_by_hand() -> None:
+def test_ap_equals_hand_computed_values() -> None:
     # IoU 70/100 = 0.7 passes the thresholds 0.50 to 0.70, five of the ten. The dog is missed.
     truth = example((0, box(0, 0, 10, 10)), (2, box(20, 20, 30, 30)))
     metrics = evaluate((truth, result((0, 0.9, box(0, 0, 10, 7)))))
@@ -100,7 +100,7 @@ def test_by_hand() -> None:
     assert metrics["ap"] == pytest.approx(0.5)
 
 
-def test_crowd_is_ignored() -> None:
+def test_crowds_and_results_on_them_are_ignored() -> None:
     cat, crowd = box(0, 0, 10, 10), box(20, 0, 50, 40)
     inside = result((0, 0.9, box(22, 5, 30, 12)), (0, 0.5, cat))
     assert evaluate((example((0, cat), (0, crowd, True)), inside))["ap"] == pytest.approx(1.0)
@@ -108,7 +108,7 @@ def test_crowd_is_ignored() -> None:
     assert evaluate((example((0, crowd, True)), inside))["ap"] is None
 
 
-def test_nothing_to_find_and_nothing_found() -> None:
+def test_images_without_objects_or_without_results() -> None:
     mask = box(0, 0, 10, 10)
     assert InstanceEvaluator(METADATA).evaluate()["ap"] is None
     metrics = evaluate((example(), result((0, 0.9, mask))))
@@ -127,7 +127,7 @@ def test_area_of_the_data_set_decides_the_size_class() -> None:
     assert metrics["ap_small"] is None and metrics["ap_large"] == pytest.approx(1.0)
 
 
-def test_id_map_truth() -> None:
+def test_truth_may_be_an_id_map() -> None:
     id_map = np.full(SIZE, VOID, dtype=np.int32)
     id_map[:10, :10], id_map[20:, 20:], id_map[:10, 20:] = 70_000, 3, 9
     truth = Example(np.zeros((*SIZE, 3), np.uint8),
@@ -138,32 +138,32 @@ def test_id_map_truth() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), images=st.integers(1, 4))
-def test_equals_plain_ap_and_merges(seed: int, images: int) -> None:
+def test_ap_equals_a_plain_implementation_and_merged_parts(seed: int, images: int) -> None:
     rng = np.random.default_rng(seed)
     size = (int(rng.integers(12, 40)), int(rng.integers(12, 40)))
     scores = iter(rng.permutation(1000) / 1000)  # distinct: the order of ties is not defined
-    whole, merged = InstanceEvaluator(METADATA), InstanceEvaluator(METADATA)
+    single, merged = InstanceEvaluator(METADATA), InstanceEvaluator(METADATA)
     plain: dict[int, list] = {0: [], 2: []}
     for _ in range(images):
-        truth, found = [], []
+        truth, instances = [], []
         for _ in range(rng.integers(1, 5)):
             label, y, x = int(rng.choice([0, 2])), int(rng.integers(size[0] - 6)), int(rng.integers(size[1] - 6))
             truth.append((label, box(x, y, x + 6, y + 6, size)))
             for _ in range(rng.integers(0, 3)):
                 dy, dx = (int(v) for v in rng.integers(0, 4, 2))
                 wrong = int(rng.choice([0, 2])) if rng.random() < 0.2 else label
-                found.append((wrong, float(next(scores)), box(x + dx, y + dy, x + 6, y + 6, size)))
-        found.sort(key=lambda f: -f[1])
-        predicted = result(*found) if found else InstanceResult(
+                instances.append((wrong, float(next(scores)), box(x + dx, y + dy, x + 6, y + 6, size)))
+        instances.sort(key=lambda f: -f[1])
+        predicted = result(*instances) if instances else InstanceResult(
             torch.zeros(0, dtype=torch.int64), torch.zeros(0),
             torch.zeros(0, size[0], (size[1] + 7) // 8, dtype=torch.uint8), torch.zeros(0, 4), size)
         for label, items in plain.items():
-            items.append(([m for c, m in truth if c == label], [(s, m) for c, s, m in found if c == label]))
+            items.append(([m for c, m in truth if c == label], [(s, m) for c, s, m in instances if c == label]))
         part = InstanceEvaluator(METADATA)
-        for evaluator in (whole, part):
+        for evaluator in (single, part):
             evaluator.process(example(*truth), predicted)
         merged.merge(pickle.loads(pickle.dumps(part)))
-    metrics = whole.evaluate()
+    metrics = single.evaluate()
     assert merged.evaluate() == metrics
     by_class = []
     for label, items in plain.items():
@@ -175,13 +175,13 @@ def test_equals_plain_ap_and_merges(seed: int, images: int) -> None:
     assert metrics["ap"] == pytest.approx(float(np.mean(by_class)), abs=1e-6)
 
 
-def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pycocotools_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     mask = box(0, 0, 10, 10)
     evaluate((example((0, mask)), result((0, 0.9, mask))))
     assert capsys.readouterr().out == ""
 
 
-def test_bad_input() -> None:
+def test_bad_results_are_refused_and_not_counted_in_part() -> None:
     evaluator, mask = InstanceEvaluator(METADATA), box(0, 0, 10, 10)
     truth = example((0, mask))
     with pytest.raises(ValueError, match="expected thing classes, got 1"):
@@ -205,14 +205,14 @@ def test_bad_input() -> None:
     assert not (evaluator.sizes or evaluator.truth or evaluator.results)
 
 
-def test_missing_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pycocotools_is_named_before_the_first_image(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pycocotools", "pycocotools.coco", "pycocotools.cocoeval", "pycocotools.mask"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install pycocotools"):
         InstanceEvaluator(METADATA)
 
 
-def test_table() -> None:
+def test_table_has_a_dash_for_undefined_values() -> None:
     text = format_table("instance", evaluate((example((0, box(0, 0, 10, 10))), result())))
     assert text.splitlines()[0].split()[1] == "AP" and text.splitlines()[2].split().count("-") == 2
     assert text.splitlines()[-1].split() == ["|", "dog", "|", "-", "|"]

@@ -26,7 +26,7 @@ METADATA = Metadata("t", ("cat", "sky", "dog", "sea"), THINGS, (1, 2, 3, 4), def
 
 
 def example(id_map: np.ndarray, *segments: tuple[int, int] | tuple[int, int, bool]) -> Example:
-    """Segments as (id, class[, crowd])."""
+    """An example of segments (id, class[, crowd])."""
     infos = [SegmentInfo(s[0], s[1], THINGS[s[1]], bool(s[2:] and s[2])) for s in segments]
     return Example(np.zeros((*id_map.shape, 3), np.uint8), infos, id_map=id_map.astype(np.int32))
 
@@ -41,31 +41,31 @@ def pixels(id_map: np.ndarray, segment_id: int) -> set[int]:
 
 
 def naive(pairs: list[tuple[Example, PanopticResult]], metadata: Metadata) -> dict[str, Any]:
-    """The definition, segment pair by segment pair, over sets of pixels."""
+    """Panoptic quality by its definition, pair by pair of segments, over sets of pixels."""
     counts = [[0.0, 0, 0, 0] for _ in metadata.class_names]  # IoU sum, TP, FP, FN
-    for truth, found in pairs:
+    for truth, predicted in pairs:
         assert truth.id_map is not None
         true_sets = {s.id: pixels(truth.id_map, s.id) for s in truth.segments}
         void = set(range(truth.id_map.size)).difference(*true_sets.values())
-        found_sets = {s.id: pixels(found.id_map.numpy(), s.id) for s in found.segments}
-        matched_true, matched_found = set(), set()
-        for t, f in itertools.product(truth.segments, found.segments):
+        predicted_sets = {s.id: pixels(predicted.id_map.numpy(), s.id) for s in predicted.segments}
+        matched_true, matched_predicted = set(), set()
+        for t, f in itertools.product(truth.segments, predicted.segments):
             if t.is_crowd or t.category != f.category:
                 continue
-            both = len(true_sets[t.id] & found_sets[f.id])
-            either = len((true_sets[t.id] | found_sets[f.id]) - (void - true_sets[t.id]))
+            both = len(true_sets[t.id] & predicted_sets[f.id])
+            either = len((true_sets[t.id] | predicted_sets[f.id]) - (void - true_sets[t.id]))
             if either and both / either > 0.5:
-                assert t.id not in matched_true and f.id not in matched_found
+                assert t.id not in matched_true and f.id not in matched_predicted
                 matched_true.add(t.id)
-                matched_found.add(f.id)
+                matched_predicted.add(f.id)
                 counts[t.category][0] += both / either
                 counts[t.category][1] += 1
         for t in truth.segments:
             counts[t.category][3] += not (t.is_crowd or t.id in matched_true or not true_sets[t.id])
-        for f in found.segments:
+        for f in predicted.segments:
             crowds = [true_sets[t.id] for t in truth.segments if t.is_crowd and t.category == f.category]
-            excused = found_sets[f.id] & void.union(*crowds)
-            counts[f.category][2] += not (f.id in matched_found or len(excused) / len(found_sets[f.id]) > 0.5)
+            excused = predicted_sets[f.id] & void.union(*crowds)
+            counts[f.category][2] += not (f.id in matched_predicted or len(excused) / len(predicted_sets[f.id]) > 0.5)
 
     def mean(group: list[list[float]]) -> tuple[float | None, float | None, float | None]:
         used = [(c[0], c[1], c[1] + c[2] / 2 + c[3] / 2) for c in group if sum(c[1:])]
@@ -85,8 +85,8 @@ def naive(pairs: list[tuple[Example, PanopticResult]], metadata: Metadata) -> di
 
 def check_against_naive(pairs: list[tuple[Example, PanopticResult]], metadata: Metadata = METADATA) -> dict[str, Any]:
     evaluator = PanopticEvaluator(metadata)
-    for truth, found in pairs:
-        evaluator.process(truth, found)
+    for truth, predicted in pairs:
+        evaluator.process(truth, predicted)
     metrics = evaluator.evaluate()
     json.dumps(metrics, allow_nan=False)
     for key, expected in naive(pairs, metadata).items():
@@ -94,12 +94,12 @@ def check_against_naive(pairs: list[tuple[Example, PanopticResult]], metadata: M
     return metrics
 
 
-def test_by_hand() -> None:
+def test_pq_equals_hand_computed_values() -> None:
     evaluator = PanopticEvaluator(METADATA)
     truth = np.repeat([[1, 1, 1, 1, 2, 2, 2, 2, VOID, VOID]], 2, axis=0)
-    found = np.repeat([[5, 5, 5, 6, 6, 7, 7, 7, 7, 8]], 2, axis=0)
+    predicted = np.repeat([[5, 5, 5, 6, 6, 7, 7, 7, 7, 8]], 2, axis=0)
     # cat 1 - 5: IoU 6/8. 6: a dog nowhere right, FP. sky 2 - 7: void leaves the union, 6/8. 8: all on void, excused.
-    evaluator.process(example(truth, (1, 0), (2, 1)), result(found, (5, 0), (6, 2), (7, 1), (8, 0)))
+    evaluator.process(example(truth, (1, 0), (2, 1)), result(predicted, (5, 0), (6, 2), (7, 1), (8, 0)))
     metrics = evaluator.evaluate()
     assert metrics["per_class_pq"] == {"cat": 0.75, "sky": 0.75, "dog": 0.0, "sea": None}
     assert metrics["per_class_rq"] == {"cat": 1.0, "sky": 1.0, "dog": 0.0, "sea": None}
@@ -107,7 +107,7 @@ def test_by_hand() -> None:
     assert metrics["pq_things"] == pytest.approx(0.375) and metrics["pq_stuff"] == 0.75
 
 
-def test_half_is_no_match_and_not_excused() -> None:
+def test_an_iou_of_one_half_is_no_match_and_half_void_is_an_error() -> None:
     truth = np.array([[1, 1, VOID, VOID]])
     exactly_half = check_against_naive([(example(truth, (1, 0)), result(np.array([[3, VOID, VOID, VOID]]), (3, 0)))])
     assert exactly_half["rq"] == 0.0, "IoU of exactly 0.5 is no match"
@@ -116,7 +116,7 @@ def test_half_is_no_match_and_not_excused() -> None:
     assert evaluator.fp.tolist() == [0, 0, 1, 0], "half on void is still an error"
 
 
-def test_crowds() -> None:
+def test_crowds_are_not_missed_and_excuse_results_on_them() -> None:
     truth = np.array([[1, 1, 1, 1, 2, 2, 3, 3]])
     evaluator = PanopticEvaluator(METADATA)
     # 5 lies on its class's crowd: excused. 6 lies on it with another class: an error. Neither crowd is missed.
@@ -144,26 +144,26 @@ def pairs(draw: st.DrawFn) -> tuple[Example, PanopticResult]:
     truth = values[np.sort(rng.integers(0, count + 1, shape), axis=draw(st.integers(0, 1)))]
     segments = [SegmentInfo(int(i), c := int(rng.integers(4)), THINGS[c], bool(rng.random() < 0.2)) for i in ids]
     order = rng.permutation(count)
-    found_ids = rng.permutation(np.arange(1, count + 4))
-    mapped = {int(i): int(f) for i, f in zip(values, [*found_ids[:count], VOID], strict=True)}
-    found = np.vectorize(mapped.__getitem__, otypes=[np.int64])(truth) if count else truth.copy()
+    predicted_ids = rng.permutation(np.arange(1, count + 4))
+    mapped = {int(i): int(f) for i, f in zip(values, [*predicted_ids[:count], VOID], strict=True)}
+    predicted = np.vectorize(mapped.__getitem__, otypes=[np.int64])(truth) if count else truth.copy()
     noise = rng.random(shape) < draw(st.sampled_from([0.0, 0.1, 0.3, 0.8]))
-    found[noise] = rng.choice(np.append(found_ids, VOID), int(noise.sum()))
+    predicted[noise] = rng.choice(np.append(predicted_ids, VOID), int(noise.sum()))
     kept = {int(mapped[s.id]): s.category for s in segments}
     classes = [(int(i), kept[int(i)] if int(i) in kept and rng.random() < 0.8 else int(rng.integers(4)))
-               for i in np.unique(found) if i != VOID]
+               for i in np.unique(predicted) if i != VOID]
     image = np.zeros((*shape, 3), np.uint8)
-    return Example(image, [segments[i] for i in order], id_map=truth.astype(np.int32)), result(found, *classes)
+    return Example(image, [segments[i] for i in order], id_map=truth.astype(np.int32)), result(predicted, *classes)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(pairs(), min_size=1, max_size=3))
-def test_equals_definition_and_merges(images: list[tuple[Example, PanopticResult]]) -> None:
+def test_pq_equals_the_definition_and_merged_parts(images: list[tuple[Example, PanopticResult]]) -> None:
     metrics = check_against_naive(images)
     merged = PanopticEvaluator(METADATA)
-    for truth, found in images:
+    for truth, predicted in images:
         part = PanopticEvaluator(METADATA)
-        part.process(truth, found)
+        part.process(truth, predicted)
         merged.merge(part)
     for key, value in merged.evaluate().items():
         assert value == (pytest.approx(metrics[key]) if value is not None else metrics[key])
@@ -171,7 +171,7 @@ def test_equals_definition_and_merges(images: list[tuple[Example, PanopticResult
 
 @settings(max_examples=30, deadline=None)
 @given(pairs())
-def test_the_truth_is_perfect(pair: tuple[Example, PanopticResult]) -> None:
+def test_the_truth_as_a_result_has_a_pq_of_one(pair: tuple[Example, PanopticResult]) -> None:
     truth, _ = pair
     assert truth.id_map is not None
     present = [s for s in truth.segments if not s.is_crowd and (truth.id_map == s.id).any()]
@@ -184,7 +184,7 @@ def test_the_truth_is_perfect(pair: tuple[Example, PanopticResult]) -> None:
     assert evaluator.tp.sum() == 2 * len(present)
 
 
-def test_empty_truth_and_unlisted_ids() -> None:
+def test_empty_segments_and_unlisted_ids_are_void() -> None:
     void = np.full((3, 3), VOID)
     check_against_naive([(example(void), result(void))])
     ones = np.ones((3, 3))
@@ -194,7 +194,7 @@ def test_empty_truth_and_unlisted_ids() -> None:
     assert check_against_naive([(example(ones, (2, 0)), result(ones, (1, 0)))])["pq"] is None
 
 
-def test_bad_input() -> None:
+def test_bad_results_are_refused_and_not_counted_in_part() -> None:
     evaluator, ones = PanopticEvaluator(METADATA), np.ones((2, 2))
     truth = example(ones, (1, 0))
     with pytest.raises(ValueError, match=r"result: id_map: expected ids of listed segments or -1, got \[1\]"):
@@ -217,7 +217,7 @@ def test_bad_input() -> None:
     assert not (evaluator.tp.any() or evaluator.fp.any() or evaluator.fn.any())
 
 
-def test_table() -> None:
+def test_table_has_every_figure() -> None:
     evaluator = PanopticEvaluator(METADATA)
     evaluator.process(example(np.ones((2, 2)), (1, 0)), result(np.ones((2, 2)), (1, 0)))
     text = format_table("panoptic", evaluator.evaluate())
@@ -244,7 +244,7 @@ def load_sample() -> tuple[Metadata, list[Example]]:
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} is not there")
 @pytest.mark.parametrize("shift", [0, 3, 17])
-def test_coco_sample(shift: int) -> None:
+def test_pq_equals_the_definition_on_a_coco_sample(shift: int) -> None:
     metadata, examples = load_sample()
     images = []
     for truth in examples:

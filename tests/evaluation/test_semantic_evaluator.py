@@ -33,9 +33,9 @@ def result(labels: np.ndarray, dtype: torch.dtype = torch.uint8) -> SemanticResu
 
 
 def naive(pairs: list[tuple[np.ndarray, np.ndarray]], k: int) -> dict[str, float | None]:
-    """Sets of pixels and loops, from the definitions."""
-    pixels = [(int(t), int(p)) for truth, found in pairs
-              for t, p in zip(truth.ravel(), found.ravel(), strict=True) if t != VOID]
+    """Metrics from their definitions, by loops over pixels."""
+    pixels = [(int(t), int(p)) for truth, predicted in pairs
+              for t, p in zip(truth.ravel(), predicted.ravel(), strict=True) if t != VOID]
     iou, recall, weighted = [], [], 0.0
     for c in range(k):
         both = sum(t == c and p == c for t, p in pixels)
@@ -52,11 +52,11 @@ def naive(pairs: list[tuple[np.ndarray, np.ndarray]], k: int) -> dict[str, float
             "pixel_accuracy": sum(t == p for t, p in pixels) / len(pixels), "fwiou": weighted}
 
 
-def test_by_hand() -> None:
+def test_metrics_equal_hand_computed_values() -> None:
     evaluator = SemanticEvaluator(metadata(4))
     truth = np.array([[0, 0, 1], [1, VOID, 0]])
-    found = np.array([[0, 1, 1], [2, 3, 0]])
-    evaluator.process(example(truth), result(found))
+    predicted = np.array([[0, 1, 1], [2, 3, 0]])
+    evaluator.process(example(truth), result(predicted))
     metrics = evaluator.evaluate()
     # 0: hit 2 of union 3. 1: hit 1 of union 3. 2: predicted once, never true. 3: only on void, so nowhere.
     assert metrics["per_class_iou"] == {"c0": pytest.approx(2 / 3), "c1": pytest.approx(1 / 3), "c2": 0.0, "c3": None}
@@ -69,27 +69,29 @@ def test_by_hand() -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 7), height=st.integers(1, 9), width=st.integers(1, 9),
        images=st.integers(1, 3), void=st.sampled_from([0.0, 0.3, 1.0]))
-def test_equals_loops_and_merges(seed: int, k: int, height: int, width: int, images: int, void: float) -> None:
+def test_metrics_equal_pixel_loops_and_merged_parts(
+    seed: int, k: int, height: int, width: int, images: int, void: float
+) -> None:
     rng = np.random.default_rng(seed)
-    whole, merged = SemanticEvaluator(metadata(k)), SemanticEvaluator(metadata(k))
+    single, merged = SemanticEvaluator(metadata(k)), SemanticEvaluator(metadata(k))
     pairs = []
     for _ in range(images):
         truth = rng.integers(0, k, (height, width))
         truth[rng.random(truth.shape) < void] = VOID
-        found = np.where(rng.random(truth.shape) < 0.5, truth.clip(0), rng.integers(0, k, truth.shape))
-        pairs.append((truth, found))
-        whole.process(example(truth), result(found, torch.int16))
+        predicted = np.where(rng.random(truth.shape) < 0.5, truth.clip(0), rng.integers(0, k, truth.shape))
+        pairs.append((truth, predicted))
+        single.process(example(truth), result(predicted, torch.int16))
         part = SemanticEvaluator(metadata(k))
-        part.process(example(truth), result(found))
+        part.process(example(truth), result(predicted))
         merged.merge(part)
-    metrics = whole.evaluate()
+    metrics = single.evaluate()
     assert merged.evaluate() == metrics
     json.dumps(metrics, allow_nan=False)
     for key, expected in naive(pairs, k).items():
         assert metrics[key] == (None if expected is None else pytest.approx(expected)), key
 
 
-def test_overlapping_truth_and_255_classes() -> None:
+def test_later_masks_cover_earlier_ones_and_classes_go_beyond_255() -> None:
     evaluator = SemanticEvaluator(metadata(300))
     masks = np.zeros((2, 2, 3), dtype=bool)
     masks[0, :, :2] = masks[1, 0] = True  # the later one covers
@@ -99,7 +101,7 @@ def test_overlapping_truth_and_255_classes() -> None:
     assert per_class["c256"] == pytest.approx(2 / 3) and per_class["c299"] == 1.0 and per_class["c0"] == 0.0
 
 
-def test_reset_and_empty() -> None:
+def test_metrics_are_undefined_without_images_and_after_a_reset() -> None:
     evaluator = build_evaluator("semantic", metadata(2))
     evaluator.process(example(np.array([[0, 1]])), result(np.array([[0, 1]])))
     assert evaluator.evaluate()["miou"] == 1.0
@@ -108,7 +110,7 @@ def test_reset_and_empty() -> None:
     assert metrics["miou"] is None and metrics["per_class_iou"] == {"c0": None, "c1": None}
 
 
-def test_bad_input() -> None:
+def test_bad_results_are_refused_and_not_counted_in_part() -> None:
     evaluator, truth = SemanticEvaluator(metadata(2)), example(np.array([[0, 1]]))
     truth.path = "a/b.png"
     with pytest.raises(ValueError, match=r"result: expected size \(1, 2\).*got \(2, 2\).*a/b.png"):
@@ -132,14 +134,14 @@ def test_bad_input() -> None:
     assert evaluator.confusion.sum() == 0, "a refused image must not be counted in part"
 
 
-def test_same_names_stay_apart() -> None:
+def test_classes_of_one_name_have_metrics_of_their_own() -> None:
     names = Metadata("t", ("wall", "door", "wall"), (False,) * 3, (0, 1, 2), default_colors(3))
     evaluator = SemanticEvaluator(names)
     evaluator.process(example(np.array([[0, 1, 2]])), result(np.array([[0, 1, 1]])))
     assert evaluator.evaluate()["per_class_iou"] == {"wall #0": 1.0, "door": 0.5, "wall #2": 0.0}
 
 
-def test_table() -> None:
+def test_table_has_percentages_and_aligned_rows() -> None:
     evaluator = SemanticEvaluator(metadata(3))
     evaluator.process(example(np.array([[0, 0, 1, 1]])), result(np.array([[0, 0, 1, 0]])))
     lines = format_table("semantic", evaluator.evaluate()).splitlines()

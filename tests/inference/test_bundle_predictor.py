@@ -1,4 +1,4 @@
-"""A bundle where a checkpoint could be: the results of `Predictor`, its metrics, and the commands."""
+"""A bundle in place of a checkpoint: equal results and metrics, in Python and by the commands."""
 
 from __future__ import annotations
 
@@ -17,24 +17,19 @@ from maskformer_fast import evaluate, predict
 from maskformer_fast.config import DataConfig, ShapesConfig, TestConfig
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
 from maskformer_fast.data import build_dataset
-from maskformer_fast.data.presets import PRESETS
+from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.deploy.bundle.manifest import BundleError
 from maskformer_fast.evaluation.measure import measure
 from maskformer_fast.inference import bundle_predictor, postprocess
 from maskformer_fast.inference.bundle_predictor import BundlePredictor, _backend_of, bundle_data, bundle_test, is_bundle
-from maskformer_fast.inference.load import carried_options
+from maskformer_fast.inference.load import stored_options
 from maskformer_fast.inference.predictor import Predictor
+from tests.support.images import photo
 from tests.support.tiny_bundle import metadata_of, tiny_bundle
 
 TEST = TestConfig(short_edge=64, max_size=90, object_mask_threshold=0.3, overlap_threshold=0.3, top_k=6)
 DATA = DataConfig(shapes=ShapesConfig(size=(48, 40), num_things=2, num_stuff=2, val_images=5), workers=0)
 SIZES = [(64, 64), (37, 50), (1, 1), (200, 31), (37, 50), (3, 300)]
-
-
-def photo(seed: int, height: int, width: int) -> np.ndarray:
-    """Blocks of colour, so that masks have shapes."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (-(-height // 9), -(-width // 9), 3), dtype=np.uint8)
-    return np.kron(coarse, np.ones((9, 9, 1), np.uint8))[:height, :width]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +47,7 @@ def pair(folder: Path) -> tuple[BundlePredictor, Predictor]:
 
 @pytest.fixture(scope="module")
 def shapes(folder: Path) -> tuple[Path, Predictor]:
-    """A bundle with the classes of the synthetic data set."""
+    """Path of a bundle with the classes of the synthetic data set, and a predictor with its weights."""
     dataset = build_dataset(DATA, "val")
     test = replace(TEST, short_edge=None)
     bundle, reference = tiny_bundle(folder / "shapes", test, metadata=dataset.metadata, seed=3)
@@ -67,19 +62,19 @@ def photos(folder: Path) -> Path:
     return folder / "photos"
 
 
-def test_semantic_results_are_the_predictors(pair: tuple[BundlePredictor, Predictor]) -> None:
+def test_semantic_results_equal_the_checkpoints(pair: tuple[BundlePredictor, Predictor]) -> None:
     predictor, reference = pair
     images = [photo(number, *size) for number, size in enumerate(SIZES)]
     for image, got, expected in zip(images, predictor.predict(images), reference.predict(images), strict=True):
         assert isinstance(got, SemanticResult) and got.labels.dtype == expected.labels.dtype and got.scores is None
         with torch.no_grad():
-            scores = postprocess.semantic_scores(reference._forward([reference.resize(image)]), [image.shape[:2]])[0]
+            scores = postprocess.semantic_scores(reference.run_network([image]), [image.shape[:2]])[0]
         top = scores.topk(2, 0).values
         sure = top[0] - top[1] > 1e-3
         assert sure.any() and torch.equal(got.labels[sure], expected.labels[sure])
 
 
-def test_panoptic_results_are_the_predictors(pair: tuple[BundlePredictor, Predictor]) -> None:
+def test_panoptic_results_equal_the_checkpoints(pair: tuple[BundlePredictor, Predictor]) -> None:
     predictor, reference = pair
     images = [photo(number, *size) for number, size in enumerate(SIZES)]
     pairs = list(zip(predictor.predict(images, "panoptic"), reference.predict(images, "panoptic"), strict=True))
@@ -90,7 +85,7 @@ def test_panoptic_results_are_the_predictors(pair: tuple[BundlePredictor, Predic
             assert replace(one, score=other.score) == other and one.score == pytest.approx(other.score, abs=1e-4)
 
 
-def test_instances_are_the_predictors(pair: tuple[BundlePredictor, Predictor]) -> None:
+def test_instances_equal_the_checkpoints(pair: tuple[BundlePredictor, Predictor]) -> None:
     predictor, reference = pair
     images = [photo(number, *size) for number, size in enumerate(SIZES)]
     pairs = list(zip(predictor.predict(images, "instance"), reference.predict(images, "instance"), strict=True))
@@ -116,11 +111,11 @@ def test_one_forward_pass_serves_all_tasks(pair: tuple[BundlePredictor, Predicto
 
     backend._session = Counting
     try:
-        found = predictor.infer([predictor.resize(image) for image in images], images, predictor.tasks)
+        by_task = predictor.infer(images, predictor.tasks)
     finally:
         backend._session = session
-    assert len(passes) == len(images) and list(found) == list(predictor.tasks)
-    for task, results in found.items():
+    assert len(passes) == len(images) and list(by_task) == list(predictor.tasks)
+    for task, results in by_task.items():
         for got, expected in zip(results, predictor.predict(images, task), strict=True):
             for name, value in vars(expected).items():
                 same = torch.equal(getattr(got, name), value) if isinstance(value, torch.Tensor) else None
@@ -141,7 +136,7 @@ def test_every_kind_of_image_is_taken(pair: tuple[BundlePredictor, Predictor], t
         pair[0].predict(image.astype(np.float32))
 
 
-def test_metrics_are_the_predictors(shapes: tuple[Path, Predictor]) -> None:
+def test_metrics_equal_the_checkpoints(shapes: tuple[Path, Predictor]) -> None:
     path, reference = shapes
     dataset = build_dataset(DATA, "val")
     tasks = ("semantic", "panoptic", "instance")
@@ -152,7 +147,7 @@ def test_metrics_are_the_predictors(shapes: tuple[Path, Predictor]) -> None:
     assert {key: got[key] for key in flat} == pytest.approx(flat, abs=1e-6, nan_ok=True)
 
 
-def test_evaluate_takes_a_bundle(shapes: tuple[Path, Predictor], tmp_path: Path) -> None:
+def test_evaluate_measures_a_bundle(shapes: tuple[Path, Predictor], tmp_path: Path) -> None:
     options = ["--data.shapes.size", "48", "40", "--data.shapes.num-things", "2", "--data.shapes.num-stuff", "2",
                "--data.shapes.val-images", "5", "--data.workers", "0"]  # fmt: skip
     command = [str(shapes[0]), "--backend", "onnxruntime", "--task", "panoptic", "semantic", *options]
@@ -167,7 +162,7 @@ def test_evaluate_takes_a_bundle(shapes: tuple[Path, Predictor], tmp_path: Path)
         evaluate.main([str(shapes[0])])
 
 
-def test_predict_takes_a_bundle(shapes: tuple[Path, Predictor], photos: Path, tmp_path: Path) -> None:
+def test_predict_segments_by_a_bundle(shapes: tuple[Path, Predictor], photos: Path, tmp_path: Path) -> None:
     tasks = ["semantic", "panoptic", "instance"]
     assert predict.main([str(shapes[0]), str(photos), "-o", str(tmp_path), "--task", *tasks]) == 0
     assert len(list((tmp_path / "overlays").iterdir())) == 3 * len(SIZES)
@@ -179,10 +174,10 @@ def test_predict_takes_a_bundle(shapes: tuple[Path, Predictor], photos: Path, tm
         predict.main([str(shapes[0]), str(photos), "-o", str(tmp_path), "--test.short-edge", "32"])
 
 
-def test_what_a_bundle_carries(pair: tuple[BundlePredictor, Predictor], folder: Path) -> None:
+def test_a_bundle_stores_its_test_options_and_its_preset(pair: tuple[BundlePredictor, Predictor], folder: Path) -> None:
     manifest = pair[0].runtime.manifest
     assert replace(bundle_test(manifest), batch_size=1) == TEST and pair[0].test == bundle_test(manifest)
-    assert carried_options(folder / "resizing") == (DataConfig(), bundle_test(manifest))
+    assert stored_options(folder / "resizing") == (DataConfig(), bundle_test(manifest))
     for name in PRESETS:
         assert bundle_data(replace(manifest, metadata=replace(manifest.metadata, name=name))).dataset == name
     changed = maskformer_fast.load(folder / "resizing", test=replace(TEST, batch_size=7))
@@ -190,7 +185,7 @@ def test_what_a_bundle_carries(pair: tuple[BundlePredictor, Predictor], folder: 
     assert is_bundle(folder / "resizing") and not is_bundle(folder) and not is_bundle("demo")
 
 
-def test_other_things_than_the_exported_ones_are_refused(pair: tuple[BundlePredictor, Predictor]) -> None:
+def test_classes_with_other_things_than_the_exported_ones_are_refused(pair: tuple[BundlePredictor, Predictor]) -> None:
     predictor = BundlePredictor(pair[0].runtime, pair[0].test)
     renamed = replace(metadata_of(5), name="other", category_ids=(9, 8, 7, 6, 5))
     predictor.metadata = renamed
@@ -211,12 +206,15 @@ def test_other_things_than_the_exported_ones_are_refused(pair: tuple[BundlePredi
         ("cpu:1", "auto", ValueError, "device: expected"),
     ],
 )
-def test_devices_and_backends(folder: Path, pair: Any, device: str, backend: Any, error: Any, message: str) -> None:
+@pytest.mark.usefixtures("pair")
+def test_a_device_without_the_backend_is_refused(
+    folder: Path, device: str, backend: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         maskformer_fast.load(folder / "resizing", device, backend=backend)
 
 
-def test_ranks_take_the_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _backend_of("cuda", "auto") == ("tensorrt", 0) and _backend_of("cuda:3", "auto") == ("tensorrt", 3)
     monkeypatch.setattr(bundle_predictor, "world_size", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -224,7 +222,7 @@ def test_ranks_take_the_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert _backend_of("auto", "auto") == ("auto", 2) and _backend_of("cuda", "tensorrt") == ("tensorrt", 2)
 
 
-def test_what_is_no_bundle_has_no_backend(folder: Path) -> None:
+def test_a_backend_needs_an_undamaged_bundle(folder: Path) -> None:
     with pytest.raises(ValueError, match="backend: expected auto, as demo is not a bundle"):
         maskformer_fast.load("demo", backend="onnxruntime")
     (folder / "broken").mkdir()

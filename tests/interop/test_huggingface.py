@@ -24,7 +24,7 @@ from maskformer_fast.config import (
     TestConfig,
 )
 from maskformer_fast.core.metadata import Metadata
-from maskformer_fast.data.presets import preset_metadata
+from maskformer_fast.data.datasets.presets import preset_metadata
 from maskformer_fast.interop import huggingface
 from maskformer_fast.interop.huggingface import RULES, read_folder, write_folder
 from maskformer_fast.interop.huggingface_config import Section, read_config, write_config

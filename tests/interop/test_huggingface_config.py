@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, ModelConfig, PixelDecoderConfig, TestConfig
 from maskformer_fast.core.metadata import Metadata
-from maskformer_fast.data.presets import preset_metadata
+from maskformer_fast.data.datasets.presets import preset_metadata
 from maskformer_fast.interop.huggingface_config import Section, read_config, write_config, write_processor
 from maskformer_fast.interop.names import ConvertError
 from maskformer_fast.modeling import resolve_backbone

@@ -6,7 +6,7 @@ import pytest
 
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig, PixelDecoderConfig
 from maskformer_fast.core.metadata import Metadata
-from maskformer_fast.data.presets import preset_metadata
+from maskformer_fast.data.datasets.presets import preset_metadata
 from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
 
 ENCODER = PixelDecoderConfig(encoder_layers=6)

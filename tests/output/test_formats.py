@@ -1,10 +1,8 @@
-"""Files are read back with independent readers: Pillow, json, pycocotools; writes are atomic."""
+"""Result files, read back with independent readers: Pillow, json, pycocotools."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from maskformer_fast.core.colors import default_colors
-from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, PanopticResult
 from maskformer_fast.ops.rle import encode_masks, encode_packed_masks
@@ -32,68 +29,12 @@ from maskformer_fast.structures import pack_masks
 METADATA = Metadata("t", ("cat", "sky", "dog"), (True, False, True), (17, 119, 90), default_colors(3))
 
 
-def test_atomic_write(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file.bin"
-    with atomic_write(path) as file:
-        file.write(b"one")
-        assert not path.exists(), "nothing is there before the block ends"
-    assert path.read_bytes() == b"one"
-    with pytest.raises(RuntimeError, match="stop"), atomic_write(path) as file:
-        file.write(b"two")
-        raise RuntimeError("stop")
-    assert path.read_bytes() == b"one" and os.listdir(path.parent) == ["file.bin"]
-    umask = os.umask(0)
-    os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask, "not private to the user"
-    with pytest.raises(IsADirectoryError), atomic_write(tmp_path):
-        pass
-
-
-def test_atomic_write_long_name_and_link(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 255)
-    with atomic_write(path) as file:
-        file.write(b"x")
-    link = tmp_path / "link"
-    link.symlink_to(path)
-    with atomic_write(link) as file:
-        file.write(b"y")
-    assert link.is_symlink() and path.read_bytes() == b"y"
-
-
-@pytest.mark.parametrize("moment", ["write", "fsync"])
-def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    path = tmp_path / "metrics.json"
-    write_json(path, {"miou": 0.5})
-    full = OSError(errno.ENOSPC, "No space left on device")
-
-    def fail(*_: object) -> None:
-        raise full
-
-    if moment == "fsync":
-        monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match=r"full \(.* MiB free\).*metrics.json") as caught, atomic_write(path) as file:
-        if moment == "write":
-            fail()
-        file.write(b"half")
-    assert caught.value.errno == errno.ENOSPC
-    assert json.loads(path.read_text()) == {"miou": 0.5} and os.listdir(tmp_path) == ["metrics.json"]
-
-
-def test_write_json(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"name": "Zürich", "ap": None, "list": [1, 2.5]})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Zürich", "ap": None, "list": [1, 2.5]}
-    for bad, error in (({"ap": float("nan")}, ValueError), ({"ap": np.float32(1)}, TypeError)):
-        with pytest.raises(error):
-            write_json(path, bad)
-    assert "Zürich" in path.read_text(encoding="utf-8"), "a refused object leaves the file"
-
-
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), high=st.sampled_from([0, 1, 3, 15, 253, 254, 255, 300, 65534]),
        shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), colored=st.booleans())
-def test_index_png(tmp_path_factory: pytest.TempPathFactory, seed: int, high: int, shape: tuple[int, int],
-                   colored: bool) -> None:
+def test_index_png_reads_back_as_the_labels(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, high: int, shape: tuple[int, int], colored: bool
+) -> None:
     rng = np.random.default_rng(seed)
     labels = rng.integers(VOID, high + 1, shape)
     labels.flat[0] = high
@@ -127,13 +68,13 @@ def test_index_png_depth_follows_the_palette(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("labels", "error"), [
     (np.zeros((2, 2)), TypeError), (np.zeros((2, 2, 1), int), ValueError), (np.zeros((0, 2), int), ValueError),
     (np.full((2, 2), -2), ValueError), (np.full((2, 2), 65535), ValueError)])
-def test_index_png_bad_labels(tmp_path: Path, labels: np.ndarray, error: type[Exception]) -> None:
+def test_index_png_refuses_bad_labels(tmp_path: Path, labels: np.ndarray, error: type[Exception]) -> None:
     with pytest.raises(error, match="labels: expected"):
         write_index_png(tmp_path / "a.png", labels)
     assert not list(tmp_path.iterdir())
 
 
-def test_panoptic_files(tmp_path: Path) -> None:
+def test_panoptic_files_read_back_as_the_segments(tmp_path: Path) -> None:
     id_map = np.full((5, 7), VOID, dtype=np.int32)
     id_map[1:3, 2:6], id_map[4, 0], id_map[0, 0] = 11_259_375, 2, 2
     result = PanopticResult(torch.from_numpy(id_map), [
@@ -155,7 +96,7 @@ def test_panoptic_files(tmp_path: Path) -> None:
         write_panoptic_json(tmp_path / "p.json", [], [entry], METADATA)
 
 
-def test_panoptic_png_edges() -> None:
+def test_panoptic_png_of_void_alone_and_of_ids_that_do_not_fit() -> None:
     rgb, infos = panoptic_png(PanopticResult(torch.full((3, 4), VOID, dtype=torch.int32)), METADATA)
     assert infos == [] and rgb.shape == (3, 4, 3) and not rgb.any()
     for segment_id in (0, 2**24):
@@ -168,7 +109,7 @@ def test_panoptic_png_edges() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 8), far=st.booleans())
-def test_segment_rows(seed: int, count: int, far: bool) -> None:
+def test_segment_rows_are_the_places_in_the_list(seed: int, count: int, far: bool) -> None:
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 8)), int(rng.integers(1, 8)))
     ids = rng.choice(2**24 if far else 12, count, replace=False)
@@ -193,7 +134,9 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 20), width=st.integers(1, 20), count=st.integers(0, 4),
        density=st.sampled_from([0.0, 0.05, 0.5, 1.0]))
-def test_instances_to_coco(seed: int, height: int, width: int, count: int, density: float) -> None:
+def test_instances_to_coco_decode_to_the_masks_by_pycocotools(
+    seed: int, height: int, width: int, count: int, density: float
+) -> None:
     coco_mask = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(seed)
     masks = rng.random((count, height, width)) < density
@@ -209,9 +152,9 @@ def test_instances_to_coco(seed: int, height: int, width: int, count: int, densi
     for i, entry in enumerate(entries):
         rle = entry["segmentation"]
         np.testing.assert_array_equal(coco_mask.decode(rle).astype(bool), masks[i])
-        whole = coco_mask.frPyObjects({"size": [height, width], "counts": run_lengths(masks[i])}, height, width)
-        assert rle["counts"] == whole["counts"].decode() and rle["size"] == [height, width]
-        assert entry["bbox"] == coco_mask.toBbox(whole).tolist() or not masks[i].any()
+        expected = coco_mask.frPyObjects({"size": [height, width], "counts": run_lengths(masks[i])}, height, width)
+        assert rle["counts"] == expected["counts"].decode() and rle["size"] == [height, width]
+        assert entry["bbox"] == coco_mask.toBbox(expected).tolist() or not masks[i].any()
         assert entry["category_id"] == METADATA.category_ids[int(result.labels[i])] and entry["image_id"] == "a"
         assert entry["score"] == pytest.approx(float(result.scores[i]))
 

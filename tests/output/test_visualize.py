@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
 from maskformer_fast.output.visualize import (
@@ -37,17 +36,6 @@ def instances(scores: list[float], labels: list[int], masks: np.ndarray) -> Inst
                           torch.zeros(len(labels), 4), (masks.shape[1], masks.shape[2]))
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 19, 150, 847, 5000])
-def test_default_colors(count: int) -> None:
-    colors = default_colors(count)
-    assert len(set(colors)) == count == len(colors) and (0, 0, 0) not in colors
-    assert all(0 <= value <= 255 and isinstance(value, int) for color in colors for value in color)
-    assert default_colors(count + 1)[:count] == colors, "a new class keeps the others' colours"
-    if 1 < count <= 19:
-        distance = [np.abs(np.subtract(a, b)).sum() for i, a in enumerate(colors) for b in colors[:i]]
-        assert min(distance) > 40, "few classes can be told apart"
-
-
 @pytest.mark.parametrize(
     ("low", "high", "shape"),
     [(-1, 9, (7, 5)), (3, 4, (1, 1)), (-1, 0, (4, 4)), (0, 800, (60, 50)), (0, 3, (0, 0))],
@@ -59,13 +47,7 @@ def test_rows_are_those_of_the_sorted_classes(low: int, high: int, shape: tuple[
     np.testing.assert_array_equal(np.append(classes, VOID)[rows], labels)
 
 
-def test_default_colors_bad_count() -> None:
-    for bad, error in ((-1, ValueError), (2**21, ValueError), (1.0, TypeError), (True, TypeError)):
-        with pytest.raises(error, match="n: expected"):
-            default_colors(bad)  # type: ignore[arg-type]
-
-
-def test_semantic_colours() -> None:
+def test_semantic_pictures_have_the_classes_colours() -> None:
     id_map, segments = scene()
     example = Example(GRAY.copy(), segments, id_map=id_map)
     labels = example.semantic_map()
@@ -110,7 +92,7 @@ def test_things_of_one_class_differ_and_are_outlined() -> None:
     assert min(neighbours) > 25, neighbours
 
 
-def test_instances() -> None:
+def test_instances_are_drawn_with_the_best_on_top() -> None:
     masks = np.zeros((3, HEIGHT, WIDTH), dtype=bool)
     masks[0, :100, :100] = masks[1, 50:200, 50:200] = masks[2, 250:, 300:] = True
     result = instances([0.9, 0.6, 0.4], [0, 1, 1], masks)
@@ -128,7 +110,7 @@ def test_instances() -> None:
     np.testing.assert_array_equal(draw_instances(GRAY, empty, METADATA), GRAY)
 
 
-def test_truth_of_every_kind() -> None:
+def test_truth_is_drawn_for_every_task() -> None:
     id_map, segments = scene()
     from_map = Example(GRAY, segments, id_map=id_map)
     from_masks = Example(GRAY, segments, masks=id_map[None] == np.array([1, 2, 3, 4])[:, None, None])
@@ -156,7 +138,7 @@ def test_tiny_images_are_enlarged() -> None:
     assert draw_semantic(image[:1, :1], np.zeros((1, 1), dtype=np.int64), METADATA).shape == (320, 320, 3)
 
 
-def test_grid() -> None:
+def test_grid_places_pictures_under_their_titles() -> None:
     rng = np.random.default_rng(0)
     tiny, plain = (rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (330, 350)))
     huge = np.zeros((1000, 2000, 3), dtype=np.uint8)
@@ -170,7 +152,7 @@ def test_grid() -> None:
     assert (sheet[:header] < 128).any(), "the titles are there"
 
 
-def test_bad_input() -> None:
+def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="expected 2 pictures in each row"):
         grid([[GRAY, GRAY], [GRAY]], ["a", "b"])
     with pytest.raises(ValueError, match="at least one row"):

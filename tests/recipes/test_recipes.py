@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maskformer_fast.config import Config
-from maskformer_fast.data.presets import PRESETS
+from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.recipes import CONFIG_DIR, load_recipe, recipe_names
 from tests.support.paths import ROOT

@@ -1,4 +1,4 @@
-"""What the tests of the demo share: a quick, sure network, pictures, and how a page's HTML is read."""
+"""For the tests of the demo: small networks, the expected class of a pixel, and a reader of the page's HTML."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ import html
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from maskformer_fast.config import Task, TestConfig
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.data.datasets.shapes import ShapesDataset
+from maskformer_fast.inference.load import with_classes
 from maskformer_fast.inference.predictor import Predictor
+from maskformer_fast.modeling import build_model
+from maskformer_fast.recipes import load_recipe
+from tests.support.paths import TINY_RECIPE
 from tests.support.tiny_bundle import metadata_of, tiny_bundle
 
 TEST = TestConfig(short_edge=None, object_mask_threshold=0.3, overlap_threshold=0.3, top_k=6)
 EVIL = "</td><script>alert('x')</script>{{this}}${1}\"&amp;"
-"""A class's name that tries to become a part of the page."""
+"""Name of a class that would change the page if it were not escaped."""
 
 
 def tiny_predictor(folder: Path, seed: int = 0, metadata: Metadata | None = None) -> tuple[Path, Predictor]:
-    """A bundle's folder, and a predictor with the same weights; segments and instances are sure."""
+    """A bundle's folder and a predictor with the same weights, whose segments and instances have high scores."""
     metadata = metadata or metadata_of(5)
     names = (EVIL, *metadata.class_names[1:])
     metadata = Metadata("tiny", names, metadata.is_thing, metadata.category_ids, metadata.colors)
@@ -33,19 +40,23 @@ def tiny_predictor(folder: Path, seed: int = 0, metadata: Metadata | None = None
     return bundle.folder, predictor
 
 
-def photo(seed: int = 0, height: int = 60, width: int = 84) -> np.ndarray:
-    """Blocks of colour, so that masks have shapes."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (-(-height // 12), -(-width // 12), 3), dtype=np.uint8)
-    return np.kron(coarse, np.ones((12, 12, 1), np.uint8))[:height, :width]
+def scene_predictor(kind: str = "maskformer") -> Predictor:
+    """A predictor for synthetic scenes with random weights, of a model type."""
+    config = load_recipe(TINY_RECIPE)
+    config = replace(config, model=replace(config.model, type=kind))  # type: ignore[arg-type]
+    metadata = ShapesDataset(config.data.shapes, "val").metadata
+    config = with_classes(config, metadata)
+    torch.manual_seed(0)
+    return Predictor(build_model(config.model).eval(), config, metadata, "cpu")
 
 
 def expected_at(result: Result, y: int, x: int) -> tuple[int | None, float | None]:
-    """Class and score of a pixel, straight from a result: the best drawn instance of those that cover the pixel."""
+    """Class and score of a pixel in a result; in instances, those of the best drawn one that covers the pixel."""
     if isinstance(result, SemanticResult):
         return int(result.labels[y, x]), None if result.scores is None else float(result.scores[y, x])
     if isinstance(result, PanopticResult):
-        found = [segment for segment in result.segments if segment.id == int(result.id_map[y, x])]
-        return (found[0].category, found[0].score) if found else (None, None)
+        covering = [segment for segment in result.segments if segment.id == int(result.id_map[y, x])]
+        return (covering[0].category, covering[0].score) if covering else (None, None)
     assert isinstance(result, InstanceResult)
     for label, score, mask in zip(result.labels, result.scores, result.masks, strict=True):  # the best first
         if float(score) >= 0.5 and int(mask[y, x // 8]) >> x % 8 & 1:
@@ -54,7 +65,7 @@ def expected_at(result: Result, y: int, x: int) -> tuple[int | None, float | Non
 
 
 class Shown:
-    """What a page's HTML says of every pixel, as its script reads it."""
+    """The result in a page's HTML, read as the page's script does."""
 
     def __init__(self, page: str) -> None:
         task = re.search(r'class="mf-view" data-task="(\w+)"', page)
@@ -74,6 +85,7 @@ class Shown:
         }
 
     def at(self, y: int, x: int) -> tuple[str | None, float | None]:
+        """Name of the class and score that the page shows for a pixel."""
         red, green, blue = (int(value) for value in self.map[y, x])
         row = red + 256 * green - 1
         if row < 0:

@@ -11,6 +11,7 @@ import torch
 
 from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.metadata import VOID
+from maskformer_fast.core.results import unpack_mask_array
 from maskformer_fast.deploy.bundle.manifest import Postprocess
 from maskformer_fast.deploy.runtime.cpu_postprocess import CpuPostprocessor, ImageLogits, label_dtype
 from maskformer_fast.inference import postprocess
@@ -162,7 +163,7 @@ def test_results_without_segments_or_instances_are_empty() -> None:
     assert panoptic.segments == [] and (panoptic.id_map == VOID).all() and panoptic.id_map.shape == logits.size
     for result in (postprocessor()(nothing, "instance"), postprocessor(is_thing=[False] * 5)(logits, "instance")):
         assert len(result.labels) == len(result.scores) == 0 and result.masks.shape == (0, 31, 6)
-        assert result.boxes.shape == (0, 4)
+        assert result.boxes.shape == (0, 4) and unpack_mask_array(result.masks, 45).shape == (0, 31, 45)
     assert postprocessor()(nothing, "panoptic").segments == []
 
 
@@ -179,8 +180,8 @@ def test_stuff_of_one_class_is_one_segment() -> None:
 
 def test_boxes_enclose_the_masks() -> None:
     result = postprocessor(top_k=30)(random_logits(10), "instance")
-    masks = np.unpackbits(result.masks, axis=-1, count=result.size[1], bitorder="little")
-    assert len(masks) > 3
+    masks = unpack_mask_array(result.masks, 45)
+    assert masks.dtype == np.bool_ and len(masks) > 3
     for mask, box in zip(masks, result.boxes.tolist(), strict=True):
         rows, columns = np.nonzero(mask)
         assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]

@@ -1,0 +1,123 @@
+"""The machine that figures are of: processor or GPU, versions, and the speeds that no operation can pass.
+
+``python -m benchmarks.harness.machine DEVICE THREADS`` prints these speeds as JSON. `describe` runs it in processes of
+their own, so that the runner itself never opens the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from benchmarks.harness.case import Row
+from benchmarks.harness.clock import Clock, open_clock
+from benchmarks.harness.runner import ROOT, environment
+from maskformer_fast.core.machine import describe_machine
+
+SECONDS = 60.0
+REPEATS = 10
+
+
+def describe(device: str) -> Row:
+    """Processor, GPU, instruction set, versions, and peaks: of the CPU on one thread and on two.
+
+    Raises:
+        RuntimeError: there is no such device.
+    """
+    machine = describe_machine()
+    if device == "cuda":
+        driver = _last_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        versions = {"driver": driver, "nvcc": _last_line("nvcc", "--version")}
+        return {**machine, **versions, **_measured_peaks("cuda", 1)}
+    from maskformer_fast.core.extension import load_extension
+
+    peaks = [_measured_peaks("cpu", threads) for threads in (1, 2)]
+    return {**machine, "isa": load_extension().available_isas()[-1], "peaks": peaks}
+
+
+def speeds(machine: Row, threads: int) -> Row:
+    """A machine's measured peaks, of the CPU on so many threads, as `Bound.milliseconds` takes them."""
+    return next((peaks for peaks in machine.get("peaks", ()) if peaks.get("threads", threads) == threads), {})
+
+
+def _measured_peaks(device: str, threads: int) -> Row:
+    command = [sys.executable, "-m", "benchmarks.harness.machine", device, str(threads)]
+    process = subprocess.run(
+        command, cwd=ROOT, env=environment("time", threads), capture_output=True, text=True, timeout=SECONDS
+    )
+    if process.returncode:
+        raise RuntimeError((process.stderr.strip().splitlines() or ["no reason given"])[-1])
+    found: Row = json.loads(process.stdout.splitlines()[-1])
+    return found
+
+
+def measure_peaks(clock: Clock, size: int, mebibytes: int, types: tuple[str, ...]) -> Row:
+    """The best of ten: a copy in GB/s read and written, and TFLOP/s by type with matrices of `size`.
+
+    The rates are those of a matrix product or of a 3x3 convolution of 256 channels, which is a matrix product too, by
+    another library: on some processors it is the faster of the two by far.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+    source = torch.zeros(mebibytes * 2**18, device=clock.device)
+    target = torch.ones_like(source)
+    copy = 2e-9 * source.nbytes / _best(clock, lambda: target.copy_(source))
+    rates = {}
+    for name in types:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+        new = partial(torch.rand, device=clock.device)
+        a, b, product = (new(size, size).to(dtypes[name]) for _ in range(3))
+        side = max(8, size // 32)
+        pixels, weight = (new(*shape).to(dtypes[name]) for shape in ((1, 256, side, side), (256, 256, 3, 3)))
+        product_rate = 2 * size**3 / _best(clock, partial(torch.mm, a, b, out=product))
+        convolution_rate = 2 * weight.numel() * side**2 / _best(clock, partial(F.conv2d, pixels, weight, padding=1))
+        rates[name] = round(1e-12 * max(product_rate, convolution_rate), 4)
+    return {"copy_gb_per_s": round(copy, 1), "matrix_tflop_per_s": rates}
+
+
+def _best(clock: Clock, operation: Callable[[], Any]) -> float:
+    return min([clock.seconds(operation) for _ in range(REPEATS + 1)][1:])
+
+
+def _last_line(*command: str) -> str | None:
+    """The last line that a program prints; None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    process = subprocess.run(command, capture_output=True, text=True)
+    lines = process.stdout.strip().splitlines()
+    return lines[-1] if process.returncode == 0 and lines else None
+
+
+def main(device: str, threads: int) -> int:
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(threads)
+        peaks = measure_peaks(open_clock("cpu"), 2048, 256, ("fp32", "bf16"))
+        print(json.dumps({"threads": threads, **peaks}))
+        return 0
+    if not torch.cuda.is_available():
+        print("torch finds no CUDA device here", file=sys.stderr)
+        return 1
+    gpu = torch.cuda.get_device_properties(0)
+    print(json.dumps({
+        "gpu": gpu.name,
+        "compute_capability": f"{gpu.major}.{gpu.minor}",
+        "multiprocessors": gpu.multi_processor_count,
+        "memory_gib": round(gpu.total_memory / 2**30, 1),
+        "l2_mib": round(gpu.L2_cache_size / 2**20, 1),
+        "cuda": torch.version.cuda,
+        "peaks": [measure_peaks(open_clock("cuda"), 8192, 2048, ("fp16", "bf16", "tf32", "fp32"))],
+    }))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

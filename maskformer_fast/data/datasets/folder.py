@@ -1,0 +1,200 @@
+"""Semantic data sets of images with index images, among them the plain folder.
+
+Layout of the plain folder::
+
+    root/images/{split}/**/NAME.jpg            (or png, webp, bmp, tiff, ppm)
+    root/annotations/{split}/**/NAME.png       pixel value = class index
+    root/classes.json                          optional, see `class_list.read_class_list`
+
+Without ``classes.json`` the classes are the indices from 0 to the largest in the training annotations.
+``data.ignore_index`` is the value of unlabelled pixels, 255 by default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from maskformer_fast.config import DataConfig, Task
+from maskformer_fast.core.metadata import Metadata, SegmentInfo
+from maskformer_fast.data.base import BrokenExampleError, check_same_size, raise_or_log, resolve_task
+from maskformer_fast.data.datasets.class_list import UNKNOWN, ClassList, numbered_class_list, read_class_list
+from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image, read_index_png
+from maskformer_fast.structures import Example
+
+_MAX_INFERRED = 4096  # most classes that are inferred; larger values are probably instance ids, depth or grey values
+
+
+class Pair(NamedTuple):
+    """Files of one example."""
+
+    image: Path
+    annotation: Path
+    image_id: str
+
+
+class SemanticDataset:
+    """Images with index images, whose pixel values are classes.
+
+    Args:
+        pairs: the files.
+        classes: the classes and their pixel values.
+        name: name of the data set in its metadata.
+    """
+
+    task: Task = "semantic"
+
+    def __init__(self, pairs: Sequence[Pair], classes: ClassList, name: str) -> None:
+        self.metadata: Metadata = classes.metadata(name)
+        self._pairs = list(pairs)
+        self._lookup = classes.lookup()
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Example:
+        """Read one example; its segments are the classes present, with the class indices as ids.
+
+        Raises:
+            BrokenExampleError: a file is missing or damaged, sizes differ, or a value is neither a class nor ignored.
+        """
+        pair = self._pairs[index]
+        image = read_image(pair.image)
+        values = read_index_png(pair.annotation)
+        check_same_size(pair.annotation, values.shape, image.shape[:2])
+        # All values beyond the table read its last entry, which is UNKNOWN.
+        labels = self._lookup[np.minimum(values.view(np.uint32), len(self._lookup) - 1)]
+        counts = np.bincount((labels - UNKNOWN).ravel(), minlength=self.metadata.num_classes + 2)
+        if counts[0]:
+            raise BrokenExampleError(pair.annotation, self._unknown(values[labels == UNKNOWN]))
+        things = self.metadata.is_thing
+        segments = [
+            SegmentInfo(id=int(c), category=int(c), is_thing=things[c], area=int(counts[c + 2]))
+            for c in np.flatnonzero(counts[2:])
+        ]
+        return Example(image, segments, id_map=labels, image_id=pair.image_id, path=str(pair.image))
+
+    def _unknown(self, values: np.ndarray) -> str:
+        ids, counts = np.unique(values, return_counts=True)
+        listed = ", ".join(f"{i} ({n} pixels)" for i, n in zip(ids[:8], counts[:8], strict=True))
+        more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+        names = f"{self.metadata.num_classes} classes of {self.metadata.name}"
+        return f"expected values of the {names} or ignored ones, got {listed}{more}; see data.ignore_index"
+
+
+def _files(folder: Path, suffixes: tuple[str, ...], ending: str) -> list[str]:
+    """List relative paths (with forward slashes) of files below a folder, sorted, without hidden ones."""
+    paths = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        prefix = Path(parent).relative_to(folder)
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in suffixes and stem.endswith(ending) and not name.startswith("."):
+                paths.append((prefix / name).as_posix())
+    return sorted(paths)
+
+
+def find_pairs(
+    images: Path,
+    annotations: Path,
+    image_ending: str = "",
+    annotation_ending: str = ".png",
+    skip_broken: bool = False,
+) -> list[Pair]:
+    """Match images with annotations by relative path, in sorted order.
+
+    ``x/NAME{image_ending}.jpg`` below ``images`` belongs to ``x/NAME{annotation_ending}`` below ``annotations``.
+
+    Raises:
+        FileNotFoundError: a folder is missing or has no image.
+        ValueError: two images share an annotation, or images have none (unless ``skip_broken``).
+    """
+    if absent := [str(folder) for folder in (images, annotations) if not folder.is_dir()]:
+        searched = f"looked for images in {images} and annotations in {annotations}"
+        raise FileNotFoundError(f"no folder {' and no folder '.join(absent)}; {searched}")
+    by_stem: dict[str, str] = {}
+    for name in _files(images, IMAGE_SUFFIXES, image_ending):
+        stem = os.path.splitext(name)[0].removesuffix(image_ending)
+        if stem in by_stem:
+            raise ValueError(f"{images / name}: expected one image for each annotation, got {by_stem[stem]} as well")
+        by_stem[stem] = name
+    if not by_stem:
+        raise FileNotFoundError(
+            f"{images}: expected images *{image_ending} ({', '.join(IMAGE_SUFFIXES)}), found none"
+        )
+    pairs = [Pair(images / name, annotations / (stem + annotation_ending), stem) for stem, name in by_stem.items()]
+    present = set(_files(annotations, (Path("x" + annotation_ending).suffix,), ""))
+    missing = [pair for pair in pairs if pair.image_id + annotation_ending not in present]
+    if len(missing) == len(pairs):
+        example = f"{pairs[0].annotation} for {pairs[0].image}"
+        raise FileNotFoundError(f"{annotations}: expected annotations such as {example}, found none of the images'")
+    raise_or_log(
+        [f"{pair.image} (expected {pair.annotation})" for pair in missing], "images without annotation", skip_broken
+    )
+    return [pair for pair in pairs if pair.image_id + annotation_ending in present]
+
+
+def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False) -> ClassList:
+    """Make a class of every index from 0 to the largest in the annotations below a folder, except the ignored one.
+
+    Raises:
+        FileNotFoundError: there are no annotations.
+        BrokenExampleError: an annotation cannot be read (unless ``skip_broken``).
+        ValueError: there are too many indices, or none.
+    """
+    names = _files(folder, (".png",), "")
+    if not names:
+        raise FileNotFoundError(f"{folder}: expected annotations *.png to count the classes in (or a classes.json)")
+    (skipped,) = numbered_class_list((), ignore).ignore
+    largest, ignored = -1, False
+    for name in names:
+        try:
+            values = read_index_png(folder / name)
+        except BrokenExampleError:
+            if not skip_broken:
+                raise
+            continue
+        present = values[values != skipped]
+        ignored |= present.size < values.size
+        if present.size and present.max() >= _MAX_INFERRED:
+            raise ValueError(
+                f"{folder / name}: expected class indices below {_MAX_INFERRED}, got {present.max()}; "
+                "list the classes in classes.json if that is one"
+            )
+        largest = max(largest, int(present.max(initial=-1)))
+    if largest < 0:
+        raise ValueError(f"{folder}: expected labelled pixels, got only ignored ones ({skipped})")
+    if largest == 0 and ignored and ignore is None:
+        raise ValueError(
+            f"{folder}: expected class indices, got only 0 and {skipped}, which means unlabelled: for masks of 0 and "
+            f"{skipped} list the classes with their values in classes.json, else set data.ignore_index to {skipped}"
+        )
+    return numbered_class_list(range(largest + 1), ignore)
+
+
+def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDataset:
+    """Open a plain folder in the layout of the module's docstring.
+
+    Raises:
+        FileNotFoundError: one of its folders is missing or empty.
+        ValueError: ``classes.json`` is malformed, images have no annotation, or the task is not semantic.
+        BrokenExampleError: without ``classes.json``, a training annotation cannot be read.
+    """
+    resolve_task(config.task, "semantic", ("semantic",), config.dataset)
+    pairs = find_pairs(root / "images" / split, root / "annotations" / split, skip_broken=config.skip_broken)
+    listed = root / "classes.json"
+    if listed.is_file():
+        classes = read_class_list(listed)
+        if config.ignore_index is not None:
+            classes = classes.with_ignore(config.ignore_index)
+    else:
+        # Validation must have the classes of training, even if its own annotations show fewer.
+        classes = infer_class_list(
+            root / "annotations" / config.train_split, config.ignore_index, config.skip_broken
+        )
+    return SemanticDataset(pairs, classes, root.resolve().name)

@@ -1,0 +1,55 @@
+"""`Predictor` on a GPU: the pixels and the predictions of the CPU, and the seconds of its stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import maskformer_fast
+from maskformer_fast.config import TestConfig
+from maskformer_fast.inference.predictor import Predictor
+from tests.support.images import photo
+
+pytestmark = pytest.mark.gpu
+TEST = TestConfig(short_edge=48)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Predictor, Predictor]:
+    """Predictors on the CPU and on the GPU."""
+    on_cpu, on_gpu = (maskformer_fast.load("demo", device, test=TEST) for device in ("cpu", "cuda"))
+    assert isinstance(on_cpu, Predictor) and isinstance(on_gpu, Predictor)
+    return on_cpu, on_gpu
+
+
+def test_a_gpu_resizes_to_the_pixels_of_the_cpu(pair: tuple[Predictor, Predictor]) -> None:
+    on_cpu, on_gpu = pair
+    rng = np.random.default_rng(0)
+    for height, width in ((37, 50), (300, 90), (64, 64), (1, 5)):
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for short_edge in (48, 24, 96):  # the last two as in test-time augmentation
+            resized = on_gpu._resize(image, short_edge, TEST.max_size)
+            assert resized.is_cuda
+            assert torch.equal(resized.cpu(), on_cpu._resize(image, short_edge, TEST.max_size))
+
+
+def test_stages_take_time_and_the_stopwatch_changes_no_result(pair: tuple[Predictor, Predictor]) -> None:
+    predictor = pair[1]
+    images = [photo(0), photo(1, 40, 90)]
+    stopwatch = predictor.stopwatch()
+    timed = predictor.infer(images, predictor.tasks, stopwatch)
+    assert list(stopwatch.seconds) == ["preprocess", "network", "postprocess"] and min(stopwatch.seconds.values()) > 0
+    results = predictor.infer(images, predictor.tasks)
+    assert list(results) == list(timed) == ["semantic", "panoptic", "instance"]
+    for one, other in zip(timed["semantic"], results["semantic"], strict=True):
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_augmented_results_keep_the_images_size(pair: tuple[Predictor, Predictor]) -> None:
+    predictor = pair[1]
+    config = replace(predictor.config, test=replace(TEST, multi_scale=(0.5, 1.0), flip=True))
+    augmented = Predictor(predictor.network, config, predictor.metadata, predictor.device)
+    assert augmented.predict(photo()).labels.shape == (60, 84)
