@@ -23,7 +23,7 @@ from benchmarks.harness.case import Row
 from benchmarks.harness.machine import describe
 from benchmarks.harness.report import build_rows, markdown, text_table
 from benchmarks.harness.runner import Plan, Results, plan, run
-from maskformer_fast.core.files import atomic_write
+from maskformer_fast.core.files import atomic_write, write_json
 
 OUTPUT = Path(__file__).parent / "output"
 SUBJECTS = (
@@ -62,11 +62,9 @@ def file_name(device: str, machine: Row, only: str) -> str:
 
 def write(path: Path, content: Row) -> None:
     """Write the JSON file and the page beside it."""
-    for target, text in (
-        (path, json.dumps(content, indent=2) + "\n"), (path.with_suffix(".md"), markdown(content)),
-    ):  # fmt: skip
-        with atomic_write(target) as file:
-            file.write(text.encode())
+    write_json(path, content)
+    with atomic_write(path.with_suffix(".md")) as file:
+        file.write(markdown(content).encode())
 
 
 def list_cases(todo: Plan) -> str:

@@ -1,14 +1,14 @@
-"""Pictures of the results: SVG files for the README, drawn from the JSON files of the other benchmarks.
+"""Pictures of the results: SVG files for the documentation, drawn from the JSON files of the studies.
 
     python -m benchmarks.plots [--results FOLDER] [--output FOLDER]
 
-| from            | pictures                                                                                        |
-| --------------- | ----------------------------------------------------------------------------------------------- |
+| from            | pictures                                                                                         |
+| --------------- | ------------------------------------------------------------------------------------------------ |
 | scaling.json    | latency_by_classes, latency_by_resolution, latency_by_batch, latency_by_queries, memory, scaling |
-| cpu.json        | speedups                                                                                        |
-| end_to_end.json | stages                                                                                          |
+| end_to_end.json | stages                                                                                           |
 
 A file that is missing leaves its pictures as they are. The same results and version of matplotlib give the same bytes.
+Text stays text, which the reader's fonts draw: paths would make the files four times as large.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import json
 import logging
 import math
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Row
+from benchmarks.harness.case import OURS, Row
+from benchmarks.studies import OUTPUT
 from maskformer_fast.benchmark.report import require_matplotlib
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.core.files import atomic_write
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parent / "results"
-WIDTH = 8.4  # inches: 806 pixels, what a README has
-OURS = "ours"
+WIDTH = 8.4  # inches: 806 pixels, what a page on the web has
 # Colours of Okabe and Ito, which colour-blind people tell apart; a marker and a line style each say it again.
 OUR_STYLE: Row = {"color": "#0072B2", "marker": "o", "linestyle": "-"}
 PEER_STYLES: tuple[Row, ...] = (
@@ -47,7 +45,8 @@ STAGE_COLORS = {
     "transformer": "#009E73", "heads": "#CC79A7", "postprocess": "#D55E00", "write": "#E69F00",
 }  # fmt: skip
 STYLE: Row = {
-    "svg.hashsalt": "maskformer_fast", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9,
+    "svg.hashsalt": "maskformer_fast", "svg.fonttype": "none",
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9,
     "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "legend.frameon": False,
     "legend.fontsize": 8, "lines.markersize": 4.5, "lines.linewidth": 1.6, "figure.facecolor": "white",
@@ -61,8 +60,8 @@ logger = logging.getLogger("benchmarks.plots")
 class PlotOptions:
     """Draw the results of the benchmarks as SVG files."""
 
-    results: Path = RESULTS
-    """Folder with scaling.json, cpu.json and end_to_end.json, each optional."""
+    results: Path = OUTPUT
+    """Folder with scaling.json and end_to_end.json, each optional."""
     output: Path | None = None
     """Folder of the SVG files; by default plots in the folder of the results."""
 
@@ -72,7 +71,7 @@ Picture = Callable[[Content], "Figure | None"]
 
 
 def latency(axis: str) -> Picture:
-    """A panel for each curve along `axis`: milliseconds of both sides, with the fitted power laws."""
+    """A panel for each curve along `axis`: milliseconds of both implementations, with the fitted power laws."""
 
     def draw(content: Content) -> Figure | None:
         chosen = [curve for curve in content["curves"] if curve["axis"] == axis and timed(curve)]
@@ -82,7 +81,7 @@ def latency(axis: str) -> Picture:
 
 
 def queries_and_targets(content: Content) -> Figure | None:
-    """As `latency`."""
+    """A panel for each curve along queries or targets, as those of `latency`."""
     chosen = [curve for curve in content["curves"] if curve["axis"] in ("queries", "targets") and timed(curve)]
     return panels(chosen, lambda axes, curve: draw_curve(axes, curve, "ms", "ms"))
 
@@ -93,9 +92,9 @@ def memory(content: Content) -> Figure | None:
     return panels(chosen, lambda axes, curve: draw_curve(axes, curve, "peak_mib", "MiB a call adds"))
 
 
-def known(curve: Row, side: str, key: str) -> list[tuple[float, float]]:
-    """The points (x, value) of one side that were measured."""
-    pairs = [(point["x"], point.get(f"{side}_{key}")) for point in curve["points"]]
+def known(curve: Row, who: str, key: str) -> list[tuple[float, float]]:
+    """The points (x, value) that were measured of one implementation, "ours" or "peer"."""
+    pairs = [(point["x"], point.get(f"{who}_{key}")) for point in curve["points"]]
     return [(x, value) for x, value in pairs if value is not None]
 
 
@@ -121,20 +120,20 @@ def new_figure(height: float) -> Figure:
 
 
 def draw_curve(axes: Axes, curve: Row, key: str, unit: str) -> None:
-    """Both sides over the points, on logarithmic axes."""
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+    """Draw both implementations over the points, on logarithmic axes."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     names = []
-    for side, name in ((OURS, OURS), ("peer", curve["peer"])):
-        points = known(curve, side, key)
+    for who, name in ((OURS, OURS), ("peer", curve["peer"])):
+        points = known(curve, who, key)
         if not points:
             continue
-        style = side_style(side, curve["peer"])
+        style = line_style(who, curve["peer"])
         # a peak of nothing cannot be shown on a logarithmic axis; 0.1 MiB is what can be told from nothing
         xs, ys = [x for x, _ in points], [max(y, 0.1) if key == "peak_mib" else y for _, y in points]
-        exponent = curve.get(f"{side}_exponent") if key == "ms" else None
+        exponent = curve.get(f"{who}_exponent") if key == "ms" else None
         names.append(name)
-        axes.plot(xs, ys, label=name if exponent is None else f"{name}: ~ n$^{{{exponent:.2f}}}$", **style)
+        axes.plot(xs, ys, label=name if exponent is None else f"{name}: ~ n^{exponent:.2f}", **style)
     axes.set(xscale="log", yscale="log", title=curve["name"], ylabel=unit, xlabel=curve["unit"])
     ticks = [point["x"] for point in curve["points"]]
     texts = [str(point.get("label", point["x"])) for point in curve["points"]]
@@ -147,13 +146,13 @@ def draw_curve(axes: Axes, curve: Row, key: str, unit: str) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(loc="upper left", ncols=columns, columnspacing=1.2, handlelength=2.4)
 
 
-def side_style(side: str, peer: str) -> Row:
-    """Ours, or that of the peer, the same for a peer in every picture."""
-    if side == OURS:
+def line_style(who: str, peer: str) -> Row:
+    """The style of ours, or of a peer, the same in every picture."""
+    if who == OURS:
         return OUR_STYLE
     return PEER_STYLES[0 if "Hugging Face" in peer else 1 if "official" in peer else 2]
 
@@ -167,13 +166,13 @@ def exponents(content: Content) -> Figure | None:
     axes = figure.add_subplot()
     labelled: set[str] = set()
     for place, curve in enumerate(curves):
-        for side, shift in ((OURS, -0.14), ("peer", 0.14)):
-            value = curve.get(f"{side}_exponent")
+        for who, shift in ((OURS, -0.14), ("peer", 0.14)):
+            value = curve.get(f"{who}_exponent")
             if value is None:
                 continue
-            name = OURS if side == OURS else curve["peer"]
-            style = {**side_style(side, curve["peer"]), "linestyle": "none"}
-            error = curve.get(f"{side}_exponent_error") or 0.0
+            name = OURS if who == OURS else curve["peer"]
+            style = {**line_style(who, curve["peer"]), "linestyle": "none"}
+            error = curve.get(f"{who}_exponent_error") or 0.0
             label = None if name in labelled else name
             axes.errorbar(value, place + shift, xerr=error, capsize=2.5, label=label, **style)
             labelled.add(name)
@@ -189,51 +188,10 @@ def exponents(content: Content) -> Figure | None:
     return figure
 
 
-def speedups(content: Content) -> Figure | None:
-    """Every row of the suite: how many times faster, and how many times less memory, by subject and peer."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in content["rows"]:
-        if row.get("ratio") is not None:
-            groups.setdefault((row.get("subject", "operators"), row["peer"]), []).append(row)
-    if not groups:
-        return None
-    figure = new_figure(1.2 + 0.36 * len(groups))
-    names = [two_lines(f"{subject.replace('_', ' ')}: {peer}") for subject, peer in groups]
-    first = None
-    for place, (title, ratio) in enumerate((("time", time_ratio), ("peak memory", memory_ratio))):
-        axes = figure.add_subplot(1, 2, place + 1, sharey=first)
-        first = first or axes
-        for line, rows in enumerate(groups.values()):
-            values = [value for value in map(ratio, rows) if value is not None]
-            axes.plot(values, [line] * len(values), "o", color=OUR_STYLE["color"], alpha=0.55, markersize=5)
-        axes.axvline(1.0, color="#888888", linewidth=0.8)
-        axes.set(xscale="log", title=f"{title}: peer's / ours", xlabel="times; each dot is a row")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_yticks(range(len(names)), names)
-        axes.tick_params(axis="y", labelleft=place == 0)
-    axes.invert_yaxis()
-    return figure
-
-
-def two_lines(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, 38, max_lines=2, placeholder=" …"))
-
-
-def time_ratio(row: Row) -> float | None:
-    value: float | None = row["ratio"]
-    return value
-
-
-def memory_ratio(row: Row) -> float | None:
-    """None where one side was not measured, or ours is too small to be told from nothing."""
-    ours, peer = row.get("ours_peak_mib"), row.get("peer_peak_mib")
-    return peer / ours if ours is not None and peer is not None and ours >= 0.3 else None
-
-
 def stages(content: Content) -> Figure | None:
-    """Milliseconds an image of every side, in stages, each with its share."""
-    bars = [(row["name"], side, figures["stages_ms"]) for row in content["rows"]
-            for side, figures in row.get("sides", {}).items() if figures.get("stages_ms")]  # fmt: skip
+    """Milliseconds an image of every implementation, in stages, each with its share."""
+    bars = [(row["name"], who, figures["stages_ms"]) for row in content["rows"]
+            for who, figures in row["implementations"].items()]  # fmt: skip
     if not bars:
         return None
     known_stages = [*STAGE_COLORS, *sorted({stage for *_, own in bars for stage in own} - set(STAGE_COLORS))]
@@ -252,7 +210,7 @@ def stages(content: Content) -> Figure | None:
                           fontsize=7.5, color=text)  # fmt: skip
             left += width
         axes.text(left + 0.008 * longest, place, f"{total:.0f} ms", ha="left", va="center", fontsize=8)
-    axes.set_yticks(range(len(bars)), [f"{name}, {side}" for name, side, _ in bars])
+    axes.set_yticks(range(len(bars)), [f"{name}, {who}" for name, who, _ in bars])
     axes.invert_yaxis()
     axes.set(xlabel="ms an image", xlim=(0, 1.1 * longest))
     axes.grid(axis="y", visible=False)
@@ -273,13 +231,12 @@ PICTURES: dict[str, dict[str, Picture]] = {
         "memory": memory,
         "scaling": exponents,
     },
-    "cpu.json": {"speedups": speedups},
     "end_to_end.json": {"stages": stages},
 }
 
 
 def read(path: Path) -> Content:
-    """A file of results.
+    """Read a file of results.
 
     Raises:
         ValueError: not JSON, or not such a file.
@@ -295,7 +252,7 @@ def read(path: Path) -> Content:
 
 
 def draw_all(results: Path, output: Path) -> list[Path]:
-    """Draw the pictures of the files that are there -> the files written.
+    """Draw the pictures of the files that are there -> the pictures' paths.
 
     Raises:
         ValueError: none of the files is there, or one is not what it should be.

@@ -153,11 +153,11 @@ def check_test(test: TestConfig) -> None:
 
 def compile_kernels(manifest: Manifest, frames: Sequence[Shape], options: ExportOptions) -> dict[str, bytes]:
     """Launch tapes and cubins -> files for the bundle."""
-    from maskformer_fast.deploy.build.record_launches import compile_tapes, record_tapes
+    from maskformer_fast.deploy.build.record_launches import compile_launches, record_launches
 
     logger.info("compiling kernels for %s", ", ".join(options.target))
-    recording = record_tapes(manifest, frames, options.tasks, options.engine.mask_dtype)
-    return compile_tapes(recording, options.target)
+    recorded = record_launches(manifest, frames, options.tasks, options.engine.mask_dtype)
+    return compile_launches(recorded, options.target)
 
 
 def add_engine(

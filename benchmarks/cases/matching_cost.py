@@ -60,12 +60,12 @@ def matching_from_logits(
 
 def matching_from_embeddings(
     device: torch.device, layers: int = LAYERS, batch: int = BATCH, queries: int = QUERIES, count: int = TARGETS,
-    size: Size = SIZE,
+    size: Size = SIZE, cells: int = 8,
 ) -> Work:  # fmt: skip
     """Cost and assignment as training does it; the peer multiplies the embeddings out first."""
     loss = LossConfig()
     predictions = random_predictions(layers, batch, queries, CLASSES, DEPTH, size, device=device)
-    targets = random_targets(batch, count, CLASSES, predictions.input_size, device=device)
+    targets = random_targets(batch, count, CLASSES, predictions.input_size, cells, device)
     masks, labels = float_masks(targets)
 
     def theirs() -> list[object]:

@@ -229,9 +229,8 @@ def cpu_cases() -> list[Case]:
         for peer, short, goal in zip((OFFICIAL, HUGGINGFACE), ("official", "Hugging Face"), by_peer, strict=True)
     ]  # fmt: skip
     # the smallest size: what a call costs before it works
-    rows.append(Case("semantic 2x2 -> 8x8, Q=2, K=2", None, None,
-                     partial(setup, kind="peaky", classes=2, size=(2, 2), queries=2), rank=3, memory=False))  # fmt: skip
-    return rows
+    smallest = partial(setup, kind="peaky", classes=2, size=(2, 2), queries=2)
+    return [*rows, Case("semantic 2x2 -> 8x8, Q=2, K=2", None, None, smallest, rank=3, memory=False)]
 
 
 def cuda_cases() -> list[Case]:

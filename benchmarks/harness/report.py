@@ -20,8 +20,8 @@ alone.
 NOTES = {
     "cpu": "Peak memory is measured in a fresh process.",
     "cuda": "Times are the device's: a CUDA graph replayed between two events, each call on inputs that have left the"
-    " L2 cache. The remarks have the ratio of calls through Python, launches included. What waits for the host cannot be"
-    " captured: its time is that of the call.",
+    " L2 cache. The remarks have the ratio of calls through Python, launches included. What waits for the host cannot"
+    " be captured: its time is that of the call.",
 }
 NUMBERS = (
     "ours_ms", "peer_ms", "ratio", "ours_quartiles_ms", "peer_quartiles_ms", "rounds", "ours_peak_mib",
@@ -121,16 +121,16 @@ def _goal_lines(rows: Sequence[Row]) -> Iterable[tuple[str, ...]]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    times = (
-        "-" if row[f"{who}_ms"] is None
-        else f"{number(row[f'{who}_ms'])} ({' to '.join(map(number, row[f'{who}_quartiles_ms']))})"
-        for who in ("ours", "peer")
-    )  # fmt: skip
+    times = (_time(row[f"{who}_ms"], row[f"{who}_quartiles_ms"]) for who in ("ours", "peer"))
     share = "" if row["limit_share"] is None else f" ({100 * row['limit_share']:.0f} %)"
     limit = "" if row["limit_ms"] is None else number(row["limit_ms"]) + share
     goals = "; ".join(goal["text"] for goal in row["goals"])
     peaks = ", ".join(number(row[key]) for key in ("ours_peak_mib", "peer_peak_mib"))
     return (row["name"], row["peer"] or "", *times, number(row["ratio"]), goals, limit, peaks, _remarks(row))
+
+
+def _time(median: float | None, quartiles: Sequence[float] | None) -> str:
+    return number(median) + (f" ({' to '.join(map(number, quartiles))})" if quartiles else "")
 
 
 def _remarks(row: Row) -> str:

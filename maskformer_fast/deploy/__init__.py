@@ -1,4 +1,4 @@
-"""A trained network outside PyTorch: ONNX graphs, TensorRT engines, compiled kernels, and the bundle that holds them.
+"""A trained network outside PyTorch: ONNX graphs, TensorRT engines and compiled kernels in a bundle.
 
-Nothing here is imported with the package: a machine that runs a bundle needs NumPy and the backend's libraries only.
+The package does not import this folder. A machine that runs a bundle needs NumPy and the backend's libraries only.
 """

@@ -19,7 +19,7 @@ from maskformer_fast.cli import parse
 from maskformer_fast.config import TestConfig
 from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.deploy.runtime import session as runtime
-from maskformer_fast.deploy.triton_server.__main__ import TritonServerOptions
+from maskformer_fast.deploy.triton_server.options import TritonServerOptions
 from maskformer_fast.evaluate import EvaluateOptions
 from maskformer_fast.export import ExportOptions
 from maskformer_fast.predict import PredictOptions

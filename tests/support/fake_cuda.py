@@ -1,7 +1,7 @@
-"""A GPU on the host: stands in for `cuda.bindings.driver`, so that the backend runs whole without one.
+"""A GPU on the host, in the place of `cuda.bindings.driver`, so that all of the backend runs without a GPU.
 
-Memory is the host's, addresses are real, streams work at once, and a captured graph is a list of what to do. A cubin is
-the text ``fake NAME SYMBOL``. What a kernel does is the test's to say.
+Memory is the host's, addresses are real, streams run work at once, and a captured graph is a list of functions. A cubin
+is the text ``fake NAME SYMBOL``. The test gives the function that runs a kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import Any
 
 POISON = 0xAB
+"""Byte that fills new memory."""
 
 
 class Result(IntEnum):
@@ -50,8 +51,13 @@ Kernel = Callable[[str, tuple[int, int, int], int, int], None]  # name, grid, th
 
 
 class FakeDriver(types.ModuleType):
-    """``calls`` lists what was called; ``failures`` gives functions the error code that they are to return; ``alive``
-    what was made and not given back."""
+    """The driver's functions, as far as the backend calls them.
+
+    Attributes:
+        calls: calls so far.
+        failures: function -> error code that it returns.
+        alive: objects that were made and not released.
+    """
 
     CUresult = Result
     CUdevice_attribute = DeviceAttribute
@@ -72,7 +78,7 @@ class FakeDriver(types.ModuleType):
         self.retained = 0
         self.capturing: dict[int, list[Callable[[], None]]] = {}
         self.clock = 0
-        self.eager = True  # else kernels work in graphs alone, which spares a slow one its warming up
+        self.eager = True  # False: kernels run in graphs only, which saves the first run of slow ones
         self._next = 1 << 20
 
     def __getattribute__(self, name: str) -> Any:
@@ -83,7 +89,7 @@ class FakeDriver(types.ModuleType):
         def call(*arguments: Any) -> Any:
             self.calls.append((name, arguments))
             if name in self.failures:
-                if name == "cuStreamEndCapture":  # ends it all the same
+                if name == "cuStreamEndCapture":  # the capture ends in spite of the error
                     self.capturing.pop(int(arguments[0]))
                 return self.failures[name], None
             status, *values = found(*arguments)
@@ -95,7 +101,7 @@ class FakeDriver(types.ModuleType):
         return [name for name, _ in self.calls]
 
     def do(self, stream: Any, work: Callable[[], None]) -> None:
-        """Now, or in the graph that is being captured."""
+        """Run work now, or add it to the graph that is being captured."""
         captured = self.capturing.get(int(stream))
         if captured is None:
             work()

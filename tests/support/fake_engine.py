@@ -1,6 +1,6 @@
 """A stand-in for `tensorrt` on a fake GPU.
 
-Its network writes logits that follow from the images, and spoils its scratch memory.
+Its network writes logits that depend on the images, and overwrites its scratch memory.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ import numpy as np
 from tests.support.fake_cuda import POISON, FakeDriver
 
 
-def logits_of(images: np.ndarray, queries: int, classes: int, maps: tuple[int, int], dtype: str) -> list[np.ndarray]:
-    """What the fake network says of images [B, 3, h, w]: class logits [B, Q, K+1], mask logits [B, Q, h', w']."""
-    found = []
+def logits_of(
+    images: np.ndarray, queries: int, classes: int, mask_size: tuple[int, int], dtype: str
+) -> list[np.ndarray]:
+    """Logits of the fake network for images [B, 3, h, w]: class logits [B, Q, K+1], mask logits [B, Q, h', w']."""
+    logits = []
     for image in images:
         random = np.random.default_rng(image.astype(np.int64).sum() % (1 << 31))
-        coarse = random.normal(0, 4, (queries, 4, 4)).repeat(-(-maps[0] // 4), 1).repeat(-(-maps[1] // 4), 2)
-        masks = coarse[:, : maps[0], : maps[1]] + random.normal(0, 1, (queries, *maps))
-        found.append((random.normal(0, 3, (queries, classes + 1)), masks))
-    class_logits, mask_logits = (np.stack(parts) for parts in zip(*found, strict=True))
+        height, width = mask_size
+        coarse = random.normal(0, 4, (queries, 4, 4)).repeat(-(-height // 4), 1).repeat(-(-width // 4), 2)
+        masks = coarse[:, :height, :width] + random.normal(0, 1, (queries, height, width))
+        logits.append((random.normal(0, 3, (queries, classes + 1)), masks))
+    class_logits, mask_logits = (np.stack(parts) for parts in zip(*logits, strict=True))
     return [class_logits.astype(np.float32), mask_logits.astype(dtype)]
 
 
@@ -35,8 +38,10 @@ def array_at(address: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34", rtx: bool = False) -> types.ModuleType:
-    """An engine's file is JSON: queries, classes, divisor of the padding, type of the mask logits, scratch bytes.
-    ``rtx``: contexts take settings, as TensorRT for RTX has them."""
+    """The module. An engine's file is JSON: queries, classes, divisor of padding, type of mask logits, scratch bytes.
+
+    With ``rtx`` contexts take settings, as in TensorRT for RTX.
+    """
     module = types.ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
     module.__version__ = version
@@ -122,9 +127,9 @@ def fake_tensorrt(driver: FakeDriver, version: str = "10.9.0.34", rtx: bool = Fa
         def _work(self) -> None:
             images = array_at(self.addresses["images"], "uint8", self.shape).copy()
             ctypes.memset(self.scratch[0], POISON, self.scratch[1])
-            maps = self.get_tensor_shape("mask_logits")[2:]
+            mask_size = self.get_tensor_shape("mask_logits")[2:]
             facts = self.facts
-            logits = logits_of(images, facts["queries"], facts["classes"], maps, facts["dtype"])
+            logits = logits_of(images, facts["queries"], facts["classes"], mask_size, facts["dtype"])
             for name, content in zip(("class_logits", "mask_logits"), logits, strict=True):
                 array_at(self.addresses[name], str(content.dtype), content.shape)[:] = content
 

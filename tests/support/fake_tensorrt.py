@@ -1,7 +1,7 @@
-"""Stands in for the module ``tensorrt`` in a build: answers as FAKE_TENSORRT says, and its engine lists what was set.
+"""A stand-in for the module ``tensorrt`` in a build, whose engines are JSON lists of the options that were set.
 
-FAKE_TENSORRT holds words: old, crash, kill, unbuildable, unparsable, foreign (an engine with other outputs), bare
-(without the flags that a later version may drop).
+The environment variable FAKE_TENSORRT has words that change its behaviour: old, crash, kill, unbuildable, unparsable,
+foreign (an engine with other outputs), bare (without the flags that a later version may drop).
 """
 
 from __future__ import annotations

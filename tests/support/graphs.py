@@ -1,4 +1,4 @@
-"""Small ONNX graphs of the flavour ``raw``, made by hand: quick to build, with every kind of node that matters."""
+"""A small ONNX graph of the flavour ``raw`` with every kind of node that conversions treat differently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CHANNELS, QUERIES, CLASSES = 32, 16, 10
 
 
 def raw_graph(sizes: tuple[int | str, int | str, int | str] = ("b", "h", "w"), seed: int = 0) -> onnx.ModelProto:
-    """Normalised pixels -> two convolutions with a norm -> attention of queries to pixels -> classes and masks."""
+    """Graph of normalised pixels, two convolutions with a norm, attention of queries to pixels, classes and masks."""
     rng = np.random.default_rng(seed)
     c, q = CHANNELS, QUERIES
     weights = {
@@ -65,7 +65,7 @@ def images(batch: int = 2, height: int = 64, width: int = 96, seed: int = 1) -> 
 
 
 def run(model: onnx.ModelProto, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Class logits and mask logits by onnxruntime, node by node as the graph says."""
+    """Class logits and mask logits by onnxruntime without optimisations."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -77,7 +77,7 @@ def run(model: onnx.ModelProto, inputs: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def labels(outputs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Semantic labels at the masks' own size: argmax over classes of sum_q softmax x sigmoid."""
+    """Semantic labels at the size of the masks: argmax over classes of sum_q softmax x sigmoid."""
     classes, masks = (np.asarray(o, np.float64) for o in outputs)
     exponentials = np.exp(classes - classes.max(-1, keepdims=True))
     shares = (exponentials / exponentials.sum(-1, keepdims=True))[..., :-1]

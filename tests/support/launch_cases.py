@@ -1,4 +1,4 @@
-"""A bundle of fake machine code and a fake engine around real tapes, for the backend on a fake GPU."""
+"""Bundles of real recorded launches, fake machine code and a fake engine, for the backend on a fake GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from maskformer_fast.config import TASKS, PanopticRule
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.deploy.bundle.folder import Bundle, write_bundle
-from maskformer_fast.deploy.bundle.launches import FILE, Cubin, Kernel, TapeFile
+from maskformer_fast.deploy.bundle.launches import FILE, Cubin, Kernel, LaunchFile
 from maskformer_fast.deploy.bundle.manifest import Engine, Manifest, Postprocess, Preprocess, Profile, Shape, TensorSpec
 from tests.support.fake_cuda import FakeDriver
 from tests.support.fake_engine import fake_tensorrt
@@ -45,18 +45,18 @@ def make_manifest(
     return Manifest(**(facts | changes))
 
 
-def fake_files(manifest: Manifest, recording: Any, **engine_facts: Any) -> dict[str, bytes]:
-    """Files of a bundle: the tapes, a fake cubin for each kernel, an engine."""
-    kernels = tuple(recording.kernels.values())
+def fake_files(manifest: Manifest, recorded: Any, **engine_facts: Any) -> dict[str, bytes]:
+    """Files of a bundle: the recorded launches, a fake cubin for each kernel, an engine."""
+    kernels = tuple(recorded.kernels.values())
     cubins = tuple(Cubin(kernel.name, TARGET, kernel.function, 64 << 10, 2) for kernel in kernels)
-    constants = {digest: base64.b64encode(content).decode() for digest, content in recording.constants.items()}
-    tapes = TapeFile(kernels, constants, cubins, tuple(recording.tapes))
+    constants = {digest: base64.b64encode(content).decode() for digest, content in recorded.constants.items()}
+    launch_file = LaunchFile(kernels, constants, cubins, tuple(recorded.sequences))
     files = {cubin.file: fake_cubin(kernel) for cubin, kernel in zip(cubins, kernels, strict=True)}
     facts = {
         "queries": manifest.num_queries, "classes": manifest.num_classes, "divisor": 32, "scratch": 1000,
-        "dtype": recording.tapes[0].mask_dtype,
+        "dtype": recorded.sequences[0].mask_dtype,
     }  # fmt: skip
-    return files | {FILE: tapes.to_bytes(), "engines/fake.engine": json.dumps(facts | engine_facts).encode()}
+    return files | {FILE: launch_file.to_bytes(), "engines/fake.engine": json.dumps(facts | engine_facts).encode()}
 
 
 def fake_cubin(kernel: Kernel) -> bytes:
@@ -64,11 +64,11 @@ def fake_cubin(kernel: Kernel) -> bytes:
 
 
 def make_bundle(folder: Path, manifest: Manifest, shapes: Sequence[Shape] = SHAPES, **engine_facts: Any) -> Bundle:
-    from maskformer_fast.deploy.build.record_launches import record_tapes
+    from maskformer_fast.deploy.build.record_launches import record_launches
 
     masks: Any = manifest.engines[0].outputs[1].dtype
-    recording = record_tapes(manifest, shapes, TASKS, masks)
-    return write_bundle(folder, manifest, fake_files(manifest, recording, **engine_facts))
+    recorded = record_launches(manifest, shapes, TASKS, masks)
+    return write_bundle(folder, manifest, fake_files(manifest, recorded, **engine_facts))
 
 
 def make_frames(shape: Shape, seed: int) -> list[np.ndarray]:
@@ -78,7 +78,7 @@ def make_frames(shape: Shape, seed: int) -> list[np.ndarray]:
 
 @contextmanager
 def fake_gpu(driver: FakeDriver, **facts: Any) -> Iterator[Any]:
-    """Within it, cuda-python and TensorRT are the fakes -> the fake TensorRT."""
+    """Replace cuda-python and TensorRT by the fakes during the block -> the fake TensorRT."""
     tensorrt = fake_tensorrt(driver, **facts)
     bindings: Any = type(sys)("cuda.bindings")
     bindings.driver = driver
@@ -88,12 +88,12 @@ def fake_gpu(driver: FakeDriver, **facts: Any) -> Iterator[Any]:
 
 
 def read_parameters(address: int, types: Sequence[str], null_pointers: int) -> list[Any]:
-    """Values that a launch passes, read as the driver would: an array of pointers to them."""
+    """Values of a launch's parameters, read as the driver does: from an array of pointers."""
     kinds: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
     pointers = (ctypes.c_void_p * (len(types) + null_pointers)).from_address(address)
-    found = []
+    values = []
     for pointer, kind in zip(pointers, [*types, *["*u8"] * null_pointers], strict=True):
         assert pointer is not None
-        found.append(kinds.get(kind, ctypes.c_uint64).from_address(pointer).value)
-    assert found[len(types) :] == [0] * null_pointers
-    return found[: len(types)]
+        values.append(kinds.get(kind, ctypes.c_uint64).from_address(pointer).value)
+    assert values[len(types) :] == [0] * null_pointers
+    return values[: len(types)]

@@ -1,6 +1,6 @@
 """Replays a fake bundle's launches in Triton's interpreter: ``python -m tests.support.replay_launches BUNDLE OUT``.
 
-For a process of its own: Triton looks at TRITON_INTERPRET when it is imported.
+It runs in a process of its own, because Triton reads TRITON_INTERPRET when it is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from maskformer_fast.config import TASKS
 from maskformer_fast.deploy.bundle.folder import Bundle
-from maskformer_fast.deploy.bundle.launches import ELEMENT_BYTES, FILE, Kernel, TapeFile
+from maskformer_fast.deploy.bundle.launches import ELEMENT_BYTES, FILE, Kernel, LaunchFile
 from tests.support.fake_cuda import FakeDriver
 from tests.support.fake_engine import array_at
 from tests.support.launch_cases import fake_gpu, make_frames, read_parameters
@@ -24,11 +24,11 @@ ELEMENTS = {"u8": "uint8", "i16": "int16", "i32": "int32", "i64": "int64", "fp16
 
 
 class Interpreter:
-    """Runs kernels of a file of tapes on the memory of the host."""
+    """Runs the kernels of recorded launches on the memory of the host."""
 
-    def __init__(self, tapes: TapeFile) -> None:
-        self.kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in tapes.kernels}
-        self.tapes = tapes.tapes
+    def __init__(self, launch_file: LaunchFile) -> None:
+        self.kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in launch_file.kernels}
+        self.sequences = launch_file.sequences
         self.launched = 0
 
     def __call__(self, name: str, grid: tuple[int, int, int], threads: int, parameters: int) -> None:
@@ -50,18 +50,18 @@ def main(folder: str, out: str) -> None:
     from maskformer_fast.deploy.runtime.cuda_backend import TensorRTBackend
 
     bundle = Bundle.open(folder)
-    interpreter = Interpreter(TapeFile.parse(bundle.read(FILE), bundle.manifest))
+    interpreter = Interpreter(LaunchFile.parse(bundle.read(FILE), bundle.manifest))
     driver = FakeDriver(interpreter)
     driver.eager = False
     results = {}
     with fake_gpu(driver):
         backend = TensorRTBackend(bundle, 0, 1)
-        for shape in {tape.frames for tape in interpreter.tapes}:
+        for shape in {sequence.frames for sequence in interpreter.sequences}:
             for task in TASKS:
                 frames = make_frames(shape, 1)
-                found, seconds = backend.collect(backend.submit(frames, task))
-                assert len(found) == shape.batch and seconds.total > 0
-                results[str(shape), task] = found
+                batch, seconds = backend.collect(backend.submit(frames, task))
+                assert len(batch) == shape.batch and seconds.total > 0
+                results[str(shape), task] = batch
         backend.close()
     assert not driver.alive and interpreter.launched > 0
     Path(out).write_bytes(pickle.dumps(results))

@@ -1,4 +1,4 @@
-"""A bundle around a network of a few lines, written as PyTorch and as ONNX, so that no test waits for an export."""
+"""A bundle of a tiny network, written both in PyTorch and in ONNX, so that no test waits for an export."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CHANNELS = 6
 
 
 class TinyNetwork(nn.Module):
-    """One convolution of stride 4 gives the features; their means, the classes; their mixtures, the masks.
+    """A convolution of stride 4 gives features; their means give the classes, their mixtures the masks.
 
-    Predictions are sure enough to give segments and instances, and depend on every pixel.
+    Predictions depend on every pixel and are sure enough for segments and instances.
     """
 
     def __init__(self, queries: int, classes: int, seed: int = 0) -> None:
@@ -56,7 +56,7 @@ class TinyNetwork(nn.Module):
         return Predictions(logits[None], embeddings[None], with_offset, valid_sizes, (height, width))
 
     def onnx(self, size: tuple[int, int, int] | None = None) -> bytes:
-        """The raw graph; ``size`` (batch, height, width) fixes its input."""
+        """The network as a graph of the flavour ``raw``; ``size`` (batch, height, width) fixes its input."""
         nodes: list[Any] = []
         constants: dict[str, np.ndarray] = {}
 
@@ -72,8 +72,8 @@ class TinyNetwork(nn.Module):
         pixels = node("Cast", "images", to=TensorProto.FLOAT)
         shifted = node("Sub", pixels, constant("mean", self.mean))
         normalised = node("Div", shifted, constant("scale", self.scale))
-        sides = node("Shape", "images", start=2, end=4)
-        missing = node("Mod", node("Neg", sides), constant("divisor", np.int64(DIVISOR)))
+        size_of_images = node("Shape", "images", start=2, end=4)
+        missing = node("Mod", node("Neg", size_of_images), constant("divisor", np.int64(DIVISOR)))
         pads = node("Concat", constant("begin", np.zeros(6, np.int64)), missing, axis=0)
         padded = node("Pad", normalised, pads)
         features = node("Tanh", node("Conv", padded, constant("kernel", self.kernel), strides=[4, 4]))
@@ -99,14 +99,14 @@ class TinyNetwork(nn.Module):
 
 
 def metadata_of(classes: int) -> Metadata:
-    """Every other class is a thing."""
+    """Metadata of so many classes, of which every other one is a thing."""
     names = tuple(f"class {index}" for index in range(classes))
     colors = tuple((index % 256, 90, 255 - index % 256) for index in range(classes))
     return Metadata("tiny", names, tuple(index % 2 == 0 for index in range(classes)), tuple(range(classes)), colors)
 
 
 def manifest_of(network: TinyNetwork, metadata: Metadata, test: TestConfig, **changes: Any) -> Manifest:
-    """As an export would write it; the thresholds are the test configuration's."""
+    """Manifest as an export writes it, with the thresholds of the test configuration."""
     images = TensorSpec("images", "uint8", ("batch", 3, "height", "width"))
     outputs = (
         TensorSpec("class_logits", "float32", ("batch", network.queries, network.classes + 1)),
@@ -136,7 +136,7 @@ def tiny_bundle(
     size: tuple[int, int, int] | None = None,
     **changes: Any,
 ) -> tuple[Bundle, Predictor]:
-    """A bundle and the predictor of the same weights, images one at a time as in the bundle."""
+    """A bundle and a predictor of the same weights. The predictor, too, takes images one at a time."""
     metadata = metadata or metadata_of(5)
     network = TinyNetwork(queries, metadata.num_classes, seed)
     manifest = manifest_of(network, metadata, test, **changes)

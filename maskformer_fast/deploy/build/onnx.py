@@ -1,19 +1,18 @@
-"""A network as ONNX graphs, by ``torch.export``, and the proof that they compute what PyTorch does.
+"""Export of a network to ONNX graphs by ``torch.export``, and their comparison with PyTorch.
 
-Two flavours, both from uint8 images [B, 3, H, W] of any size, normalised and padded inside the graph:
+There are two flavours. Both take uint8 images [B, 3, H, W] of any size and normalise and pad inside the graph:
 
-- ``raw``: class logits and mask logits, for runtimes with post-processing of their own.
-- ``complete``: semantic labels at the input's size by plain ONNX operators (`maskformer_fast.inference.postprocess`, order
-  ``direct``), for all others.
+- ``raw`` gives class logits and mask logits, for runtimes with post-processing of their own.
+- ``complete`` gives semantic labels at the input's size by plain ONNX operators, in the order ``direct`` of
+  `maskformer_fast.inference.postprocess`, for all other runtimes.
 
-The graphs use opset 20, float32, and no control flow. Mask logits are pixel embeddings times mask embeddings here: to
-fold the embeddings into the last convolution, as PyTorch does on the CPU, takes a kernel for each image, computed at
-run time, which TensorRT has no fast convolution for.
+The graphs use opset 20, float32, and no control flow. Mask logits are the product of pixel embeddings and mask
+embeddings. On the CPU, PyTorch folds the embeddings into the last convolution instead. That needs a kernel for each
+image, computed at run time, for which TensorRT has no fast convolution.
 """
 
 from __future__ import annotations
 
-from maskformer_fast.ops.mask_product import layer_mask_logits
 import contextlib
 import io
 import logging
@@ -31,31 +30,32 @@ from torch.nn import functional as F
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.deploy.bundle.manifest import Graph, Parity, Shape, TensorSpec
 from maskformer_fast.modeling.maskformer import MaskFormer
+from maskformer_fast.ops.mask_product import layer_mask_logits
 
 logger = logging.getLogger(__name__)
 
 OPSET = 20
-"""TensorRT's builder fails on some operators of later ones (Attention, opset 23)."""
+"""Opset of the graphs: TensorRT's builder fails on some operators of later ones (Attention, opset 23)."""
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit."""
 MARGIN = 1e-3
-"""Labels must be equal where the winner's score leads the runner-up's by more than this."""
+"""Lead of the best class's score over the second best's above which labels must be equal."""
 
 Flavour = Literal["raw", "complete"]
 FLAVOURS: tuple[Flavour, ...] = ("raw", "complete")
 
-# Sizes while tracing. Far from 1, from each other, and from whole windows, so that no comparison of sizes is decided by
-# coincidence; nothing is computed at them.
+# Sizes while tracing; nothing is computed at them. They are far from 1, from each other, and from multiples of the
+# window, so that no comparison of sizes is decided by coincidence.
 _TRACED = Shape(3, 1501, 2203)
 _NAMES = ("B", "H", "W")
 
 
 class ParityError(RuntimeError):
-    """A graph that does not compute what PyTorch computes."""
+    """A graph whose outputs differ from PyTorch's."""
 
 
 class RawGraph(nn.Module):
-    """Images -> class logits, mask logits of the last decoder layer."""
+    """Network from images to class logits and mask logits of the last decoder layer."""
 
     def __init__(self, network: MaskFormer) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class RawGraph(nn.Module):
 
     def forward(
         self,
-        images: Tensor,  # [B, 3, H, W] uint8 RGB, each image filling it
+        images: Tensor,  # [B, 3, H, W] uint8 RGB, without padding
     ) -> tuple[Tensor, Tensor]:
         """-> class logits [B, Q, K+1], mask logits [B, Q, h, w] at stride 4 of the padded input."""
         network = self.network
         height, width = padded_size(images.shape[2], images.shape[3], network.config.size_divisibility)
         x = (images.to(torch.float32) - network.pixel_mean) / network.pixel_std
-        x = F.pad(x, (0, width - images.shape[3], 0, height - images.shape[2]))  # zero: the mean colour
+        x = F.pad(x, (0, width - images.shape[3], 0, height - images.shape[2]))  # zero is the mean colour
         features, memory = network.pixel_decoder.fuse(network.backbone(x))
         class_logits, embeddings = network.predictor(memory, all_layers=False)
         pixels = network.pixel_decoder.projection.embed(features)
@@ -78,7 +78,7 @@ class RawGraph(nn.Module):
 
 
 class LabelGraph(nn.Module):
-    """What turns logits into semantic labels at the images' size: the end of the flavour ``complete``."""
+    """Semantic labels at the images' size from logits: the end of the flavour ``complete``."""
 
     def __init__(self, divisibility: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class LabelGraph(nn.Module):
 
 
 def padded_size(height: int, width: int, divisibility: int) -> tuple[int, int]:
-    """Height, width of the network's input: the images', rounded up to multiples (0: as they are)."""
+    """Height and width of images rounded up to multiples of ``divisibility`` (0: not rounded)."""
     step = max(divisibility, 1)
     return (height + step - 1) // step * step, (width + step - 1) // step * step
 
@@ -110,7 +110,7 @@ def label_scores(
     height, width = image_size
     size = padded_size(height, width, divisibility)
     masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False)
-    # Sigmoid spelled out: onnxruntime's own is 0 below -18, where pixels far from every mask still have a best class.
+    # onnxruntime's sigmoid is 0 below -18, where pixels far from every mask still have a best class.
     masks = (1 + masks[:, :, :height, :width].neg().exp()).reciprocal()
     classes = class_logits.softmax(-1)[..., :-1].transpose(1, 2)  # [B, K, Q]
     scores = torch.matmul(classes, masks.flatten(2)).unflatten(2, (height, width))
@@ -123,17 +123,18 @@ def export_graphs(
     static: Shape | None = None,
     any_batch: bool = False,
 ) -> dict[Flavour, tuple[bytes, Graph]]:
-    """Export a network -> of each flavour the ONNX file, and its description for the manifest (``FLAVOUR.onnx``).
+    """Export a network -> for each flavour the ONNX file ``FLAVOUR.onnx`` and its entry in the manifest.
 
-    Takes the time of one export: ``complete`` is ``raw`` with a few operators behind it.
+    All flavours take the time of one export: ``complete`` is ``raw`` with a few operators behind it.
 
     Args:
         network: a `MaskFormer` on the CPU, in evaluation mode.
-        static: the one shape that the graphs will take; ``None`` takes any batch, height and width.
-        any_batch: of `static` the height and width count alone.
+        flavours: flavours to export.
+        static: the only shape that the graphs will take; ``None`` takes any batch, height and width.
+        any_batch: take any batch of the height and width of ``static``.
 
     Raises:
-        ValueError: the network is a per-pixel baseline, which has no queries to give.
+        ValueError: the network is a per-pixel baseline, which has no queries.
     """
     for flavour in flavours:
         check_choice("flavours", flavour, FLAVOURS)
@@ -183,7 +184,7 @@ def _checked(network: nn.Module) -> MaskFormer:
 
 
 def mask_size(shape: Shape, divisibility: int) -> tuple[int, int]:
-    """Height, width of the mask logits of images of this shape."""
+    """Height and width of mask logits for images of this shape."""
     height, width = padded_size(shape.height, shape.width, divisibility)
     return -(-height // 4), -(-width // 4)
 
@@ -191,14 +192,14 @@ def mask_size(shape: Shape, divisibility: int) -> tuple[int, int]:
 def _export(
     module: nn.Module, inputs: tuple[Tensor, ...], given: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> Any:
-    """-> onnx.ModelProto with inputs and outputs as the specs say; a size with a name is dynamic."""
+    """Export a module -> onnx.ModelProto with the specified inputs and outputs. A size with a name is dynamic."""
     shapes = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in given
     )
-    # PyTorch asks of many sizes whether they are 1, to choose a memory layout, which no ONNX graph has. Size-oblivious
-    # tracing answers no without a condition on the size; what still is asked (padding >= 0) holds for all sizes.
-    oblivious = symbolic_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # installed at run time
+    # PyTorch compares many sizes with 1 to choose a memory layout, which no ONNX graph has. Size-oblivious tracing
+    # answers no without a condition on the size. The other conditions (padding >= 0) are true for all sizes.
+    oblivious = symbolic_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # the attribute is added at run time
     with torch.no_grad(), oblivious, _quiet():
         program = torch.export.export(
             module, inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
@@ -207,7 +208,7 @@ def _export(
             program, opset_version=OPSET, dynamo=True, verbose=False, input_names=[spec.name for spec in given],
             output_names=[spec.name for spec in outputs],
         )  # fmt: skip
-    assert exported is not None  # None is for exports to a file
+    assert exported is not None  # None is returned for exports to a file
     model = exported.model_proto
     for value, spec in zip([*model.graph.input, *model.graph.output], [*given, *outputs], strict=True):
         assert value.name == spec.name
@@ -216,13 +217,13 @@ def _export(
                 dimension.dim_param = size
             else:
                 dimension.dim_value = size
-    # Shapes of inner values repeat what inference finds, under the exporter's names for sizes.
+    # Shape inference gives the shapes of inner values again, without the exporter's names for sizes.
     del model.graph.value_info[:]
     return model
 
 
 def _append(first: Any, second: Any) -> Any:
-    """Connect the second model to the first, whose input and outputs it takes by their names -> a new model."""
+    """Connect the inputs of the second model to the first model's values of the same names -> a new model."""
     shared = {value.name for value in second.graph.input}
     shared.update(value.name for value in second.graph.output)
     model = type(first)()
@@ -245,30 +246,31 @@ def _append(first: Any, second: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's progress and its notes on packages that this project does without."""
+    """Suppress the exporter's progress and its notes on optional packages."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [talker.level for talker in loggers]
-    for talker in loggers:
-        talker.setLevel(logging.ERROR)
+    levels = [noisy.level for noisy in loggers]
+    for noisy in loggers:
+        noisy.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        for talker, level in zip(loggers, levels, strict=True):
-            talker.setLevel(level)
+        for noisy, level in zip(loggers, levels, strict=True):
+            noisy.setLevel(level)
 
 
 @torch.no_grad()
 def check_parity(
     network: nn.Module, graphs: Mapping[Flavour, bytes], shapes: Sequence[Shape]
 ) -> tuple[Parity, ...]:
-    """Run each graph in onnxruntime on random images of each shape, beside PyTorch.
+    """Compare each graph, run by onnxruntime, with PyTorch on random images of each shape.
 
-    The reference of ``raw`` is the network as `Predictor` runs it, of ``complete`` semantic inference on its logits.
+    The reference of ``raw`` is the network as `Predictor` runs it. That of ``complete`` is semantic inference on the
+    network's logits.
 
     Raises:
-        ParityError: logits differ by more than `TOLERANCE` of the largest one, or labels differ where the winner leads
-            by more than `MARGIN`, or a graph fails; with flavour and shape.
+        ParityError: logits differ by more than `TOLERANCE` of the largest one, labels differ where the best class leads
+            by more than `MARGIN`, or a graph fails. The message has the flavour and the shape.
         ModuleNotFoundError: onnxruntime is not installed.
     """
     maskformer = _checked(network)
@@ -302,7 +304,7 @@ def _session(content: bytes) -> Any:
 
 
 def _test_images(shape: Shape, seed: int) -> Tensor:
-    """Noise over blocks of 16 pixels: something for every layer to see."""
+    """Random blocks of 16 pixels with noise, so that every layer has structure to work on."""
     generator = np.random.default_rng(seed)
     rows, columns = math.ceil(shape.height / 16), math.ceil(shape.width / 16)
     blocks = generator.integers(0, 224, (shape.batch, 3, rows, columns)).repeat(16, 2).repeat(16, 3)
@@ -311,7 +313,7 @@ def _test_images(shape: Shape, seed: int) -> Tensor:
 
 
 def _reference(network: nn.Module, images: Tensor, divisibility: int) -> tuple[Tensor, Tensor]:
-    """Logits of the network itself, its input padded as `Predictor` does."""
+    """Logits of the PyTorch network, whose input is padded as `Predictor` does."""
     batch, _, height, width = images.shape
     size = padded_size(height, width, divisibility)
     padded = F.pad(images, (0, size[1] - width, 0, size[0] - height))
@@ -346,7 +348,7 @@ def _compare(
         flavour, shape, error, float(equal.double().mean()),
         float(equal[clear].double().mean()) if bool(clear.any()) else 1.0,
     )  # fmt: skip
-    if not error <= TOLERANCE:  # NaN among them
+    if not error <= TOLERANCE:  # true for NaN too
         raise ParityError(f"{where}: logits differ from PyTorch's by {error:.3g} of the largest, over {TOLERANCE}")
     if result.labels_equal_at_margin < 1.0:
         share = 1.0 - result.labels_equal_at_margin

@@ -1,19 +1,19 @@
-"""Half precision written into an ONNX graph, for engines that compute exactly the types the graph states.
+"""Conversion of an ONNX graph to half precision, for engines that compute in the types that the graph states.
 
 TensorRT 11 and TensorRT for RTX take precision from the tensors' types alone ("strongly typed" networks), and
-TensorRT 10 can do the same. So the types are set here, where they can be read, tested and run by onnxruntime.
+TensorRT 10 can do the same. The types are set in the graph, where they can be read, tested and run by onnxruntime.
 
-What depends on the image and comes after the first convolution or matrix product becomes half precision; what comes
-before it (normalisation of the pixels) or does not depend on the image (positions, window masks) stays float32, and so
-do the operators of ``PINNED``. Beside weights and activations, scales of Q/DQ nodes become half precision too.
+Operators that depend on the image become half precision from the first convolution or matrix product on. Operators
+before it (normalisation of the pixels), operators that do not depend on the image (positions, window masks) and those
+of ``PINNED`` stay float32. Weights, activations and scales of Q/DQ nodes follow their operators.
 
-Of the libraries for this, ``onnxruntime.transformers.float16`` knows float16 only, and ``modelopt.onnx.autocast`` asks
-for more packages than a Jetson should have to install (CuPy among them); this needs onnx alone.
+There are libraries for this: ``onnxruntime.transformers.float16`` knows float16 only, and ``modelopt.onnx.autocast``
+needs more packages than a Jetson should have to install (CuPy among them). This module needs onnx alone.
 
-Measured by ``python -m benchmarks.half_labels RUN --images 128`` on a trained network of the demo recipe: 99.998 % of
-the labels stay with float16, pinned or not, as onnxruntime accumulates in float32. Engines may accumulate in the type
-that the graph states, so what sums over many values is pinned; what that gains only a GPU can tell. bfloat16
-convolutions go beyond what opset 20 allows; TensorRT for RTX takes them.
+Measured by ``python -m benchmarks.half_labels RUN --images 128`` on a trained network of the demo recipe: with float16,
+99.998 % of the labels are equal, pinned or not, as onnxruntime accumulates in float32. Engines may accumulate in the
+type that the graph states, so operators that sum over many values are pinned. The gain has to be measured on a GPU.
+Opset 20 does not allow bfloat16 convolutions, but TensorRT for RTX takes them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 HalfPrecision = Literal["fp16", "bf16"]
 
 PINNED = frozenset({"InstanceNormalization", "LayerNormalization", "Softmax"})
-"""Operators kept in float32: sums and exponentials over many values."""
+"""Operators that stay float32: they sum over many values or take exponentials."""
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 _QUANTIZERS = frozenset({"DequantizeLinear", "QuantizeLinear"})
-_SIZES_ONLY = frozenset({"Shape", "Size"})  # their results do not depend on what the pixels are
-_FLOAT32_INPUTS = {"Resize": (1, 2)}  # inputs that are float32 by the operator's definition
+_SIZES_ONLY = frozenset({"Shape", "Size"})  # their results do not depend on the values of pixels
+_FLOAT32_INPUTS = {"Resize": (1, 2)}  # inputs that are float32 by definition of the operator
 _SMALLEST_NORMAL = {"fp16": 2.0**-14, "bf16": 2.0**-126}
 _LARGEST = {"fp16": 65504.0, "bf16": 3.38e38}
 
@@ -46,16 +46,17 @@ def to_half(
     pinned: Collection[str] = PINNED,
     half_outputs: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """A copy of a float32 graph that computes in half precision, with explicit ``Cast`` nodes at the borders.
+    """Convert a copy of a float32 graph to half precision, with explicit ``Cast`` nodes where types change.
 
     Args:
         model: graph with uint8 ``images``; opset 19 or later where it has Q/DQ nodes.
         precision: "fp16" or "bf16".
         pinned: operator types, or names of nodes, that stay float32.
-        half_outputs: names of outputs that leave in half precision; the others keep their type.
+        half_outputs: names of outputs that become half precision; the others keep their type.
 
     Returns:
-        The graph, of the same inputs and outputs; weights that only half-precision nodes read are stored in it.
+        The graph, with the same inputs and outputs. Weights that only half-precision nodes read are stored in half
+        precision.
 
     Raises:
         ValueError: an unknown precision or output, a graph with control flow, a tensor of unknown type, or weights that
@@ -70,7 +71,7 @@ def to_half(
 
 
 class _Rewriter:
-    """One conversion: float32 tensors have a current type, and casts are made once for each (tensor, type)."""
+    """One conversion. It tracks the type of every tensor, and makes one cast for each pair of tensor and type."""
 
     def __init__(self, model: onnx.ModelProto, precision: HalfPrecision, pinned: frozenset[str]) -> None:
         from onnx import TensorProto, shape_inference
@@ -88,7 +89,7 @@ class _Rewriter:
         values = (*self.graph.input, *self.graph.value_info, *self.graph.output)
         self.types = {value.name: value.type.tensor_type.elem_type for value in values}
         self.types |= {name: tensor.data_type for name, tensor in self.initializers.items()}
-        for node in self.graph.node:  # where a type is missing, so might a cast be
+        for node in self.graph.node:  # without its type, a tensor might lack a cast
             for name in filter(None, node.output):
                 if not self.types.get(name):
                     where = f"{name!r} of {node.op_type} {node.name!r}"
@@ -97,17 +98,17 @@ class _Rewriter:
         self.nodes: list[onnx.NodeProto] = []
 
     def run(self, half_outputs: Collection[str]) -> onnx.ModelProto:
-        """Convert; the object is used up."""
+        """Convert the graph. The object cannot be used again."""
         half_nodes = self._half_nodes()
         outputs = {output.name: output.type.tensor_type.elem_type for output in self.graph.output}
-        wanted = {name: self.half if name in half_outputs else kind for name, kind in outputs.items()}
-        made: dict[str, str] = {}
+        output_types = {name: self.half if name in half_outputs else kind for name, kind in outputs.items()}
+        renamed: dict[str, str] = {}
         for index, node in enumerate(self.graph.node):
             is_half = index in half_nodes
             takes_any = node.op_type in _SIZES_ONLY
             skipped = _FLOAT32_INPUTS.get(node.op_type, ())
             for place, name in enumerate(node.input):
-                name = made.get(name, name)
+                name = renamed.get(name, name)
                 node.input[place] = name
                 if self.types.get(name) in (self.float, self.half) and not takes_any:
                     kind = self.half if is_half and place not in skipped else self.float
@@ -120,20 +121,20 @@ class _Rewriter:
                 if self.types.get(name) != self.float:
                     continue
                 self.types[name] = self.half if is_half else self.float
-                if name in wanted and wanted[name] != self.types[name]:  # the output keeps its name
-                    inner = made[name] = node.output[place] = f"{name}_{self.precision if is_half else 'fp32'}"
+                if name in output_types and output_types[name] != self.types[name]:  # the output keeps its name
+                    inner = renamed[name] = node.output[place] = f"{name}_{self.precision if is_half else 'fp32'}"
                     self.types[inner] = self.types.pop(name)
-                    self.nodes.append(self._cast(inner, name, wanted[name]))
-                    self.types[name] = wanted[name]
-                    self.casts[inner, wanted[name]] = name
-        self._write(wanted)
+                    self.nodes.append(self._cast(inner, name, output_types[name]))
+                    self.types[name] = output_types[name]
+                    self.casts[inner, output_types[name]] = name
+        self._write(output_types)
         return self.model
 
     def _half_nodes(self) -> set[int]:
-        """Indices of the nodes to convert: behind the image and a weighted operator, and not pinned."""
+        """Indices of the nodes to convert: they depend on the image and on a weighted operator, and are not pinned."""
         from_image = {value.name for value in self.graph.input}
         weighted: set[str] = set()
-        found: set[int] = set()
+        half_nodes: set[int] = set()
         for index, node in enumerate(self.graph.node):
             for attribute in node.attribute:
                 if attribute.HasField("g") or attribute.graphs:
@@ -145,11 +146,11 @@ class _Rewriter:
                 continue
             weighted.update(node.output)
             if not self.pinned.intersection((node.op_type, node.name)) and self._scales_fit(node):
-                found.add(index)
-        return found | self._weight_dequantizers(found)
+                half_nodes.add(index)
+        return half_nodes | self._weight_dequantizers(half_nodes)
 
     def _weight_dequantizers(self, half_nodes: set[int]) -> set[int]:
-        """Dequantisation of weights does not depend on the image, but must give what the consumer computes in."""
+        """Indices of the nodes that dequantise weights of half-precision nodes: they must give that type."""
         read = {name for index in half_nodes for name in self.graph.node[index].input}
         return {
             index for index, node in enumerate(self.graph.node)
@@ -157,7 +158,7 @@ class _Rewriter:
         }
 
     def _scales_fit(self, node: onnx.NodeProto) -> bool:
-        """Whether Q/DQ scales survive half precision; a subnormal one would lose digits of every value."""
+        """Whether Q/DQ scales are normal numbers in half precision: subnormal ones would lose digits of every value."""
         from onnx import numpy_helper
 
         if node.op_type not in _QUANTIZERS or node.input[1] not in self.initializers:
@@ -166,7 +167,7 @@ class _Rewriter:
         return bool((scales >= _SMALLEST_NORMAL[self.precision]).all())
 
     def _as(self, name: str, kind: int) -> str:
-        """A tensor of this type with the values of ``name``: itself, a converted weight, or the result of a cast."""
+        """Name of a tensor of type ``kind`` with the values of ``name``: itself, a converted weight, or a cast."""
         if self.types[name] == kind:
             return name
         if (name, kind) not in self.casts:
@@ -194,11 +195,11 @@ class _Rewriter:
             raise ValueError(f"model: expected weights up to {limit}, got {largest} in {tensor.name!r}")
         return numpy_helper.from_array(values.astype(helper.tensor_dtype_to_np_dtype(self.half)), name)
 
-    def _write(self, wanted: dict[str, int]) -> None:
-        """Put nodes, weights that are still read and output types in place; stale intermediate types go."""
+    def _write(self, output_types: dict[str, int]) -> None:
+        """Write nodes, weights that are read and types of outputs into the graph, and drop old intermediate types."""
         read = {name for node in self.nodes for name in node.input}
         del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
         self.graph.node.extend(self.nodes)
         self.graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in read)
         for output in self.graph.output:
-            output.type.tensor_type.elem_type = wanted[output.name]
+            output.type.tensor_type.elem_type = output_types[output.name]

@@ -1,8 +1,8 @@
-"""INT8 and FP8 by explicit Q/DQ nodes: nvidia-modelopt places them, the user's images set their ranges.
+"""INT8 and FP8 by explicit Q/DQ nodes: nvidia-modelopt places them, the user's images give their ranges.
 
-Convolutions and linear layers are quantised, with one range for each output channel of a weight. Left alone are the
-first convolution, whose few channels gain nothing, and products of two activations: attention, and the mask product,
-whose result is what queries are compared by. Percentile ranges are computed here, as modelopt offers entropy and max.
+Convolutions and linear layers are quantised, with one range for each output channel of a weight. The first convolution
+is not, as its few channels gain nothing. Neither are products of two activations: attention, and the mask product, by
+whose values queries are compared. Percentile ranges are computed here, as modelopt offers only entropy and max.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     import onnx
 
 PERCENTILE = 99.99
-"""Share of the activations, in per cent, that a range of the method "percentile" holds."""
+"""Per cent of the activations that lie within a range of the method "percentile"."""
 QUANTIZED_OPERATORS = ("Conv", "Gemm", "MatMul")
 """Operators that are quantised where one input is a weight."""
 _BINS = 2048
+"""Bins of a histogram of activations."""
 
 
 def quantize(
@@ -43,20 +44,20 @@ def quantize(
     limit: int = 256,
     progress: bool = True,
 ) -> onnx.ModelProto:
-    """A copy of a float32 graph with Q/DQ nodes around what is to run in eight bits.
+    """Copy a float32 graph and put Q/DQ nodes around the operators that run in eight bits.
 
     Args:
         model: float32 graph with one input, ``images`` uint8 [B, 3, H, W].
         precision: "int8", or "fp8" (E4M3).
         images: folder of typical images, searched recursively.
-        size: height and width that they are brought to (scaled to cover it, then cut at the centre).
-        method: how a range follows from the activations seen: least information lost, a percentile, or their maximum.
-        limit: at most so many images are used, spread evenly over the folder.
+        size: height and width of the images in the graph; they are scaled to cover it, then cut at the centre.
+        method: choice of a range by the activations: least loss of information, a percentile, or their maximum.
+        limit: largest number of images, which are spread evenly over the folder.
         progress: show a bar on stderr.
 
     Raises:
-        ModuleNotFoundError: modelopt or what it needs is not installed.
-        FileNotFoundError: no images there.
+        ModuleNotFoundError: modelopt or a package that it needs is not installed.
+        FileNotFoundError: the folder has no images.
         ValueError: no image that can be read, a method that "fp8" does not have, or a graph with nothing to quantise.
     """
     if precision == "fp8" and method == "percentile":
@@ -65,7 +66,7 @@ def quantize(
     modelopt = _modelopt()
     import onnx
 
-    # The libraries narrate on both streams; what is worth showing is this module's own bar.
+    # The libraries print on both streams; only this module's own progress bar is shown.
     with (
         tempfile.TemporaryDirectory(prefix="maskformer_fast_quantize_") as folder,
         open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere),
@@ -96,7 +97,7 @@ def quantize(
 
 
 def image_files(folder: Path, limit: int) -> list[Path]:
-    """At most ``limit`` images below a folder, evenly spread. Raises ``FileNotFoundError`` where there are none."""
+    """At most ``limit`` images below a folder, spread evenly. Raises ``FileNotFoundError`` where there are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"calibration: expected a folder of images, got {str(folder)!r}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
@@ -106,8 +107,10 @@ def image_files(folder: Path, limit: int) -> list[Path]:
 
 
 def covering_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The largest centred part of [H, W, 3] uint8 with the sides' ratio of ``size``, scaled to it as inference does
-    -> [1, 3, *size] uint8. Takes no more memory for images that are very long."""
+    """Cut the largest centred part of [H, W, 3] uint8 with the aspect ratio of ``size``, and scale it to ``size``.
+
+    Returns [1, 3, *size] uint8, resized as in inference. Very long images take no more memory than others.
+    """
     height, width = image.shape[:2]
     scale = max(size[0] / height, size[1] / width)
     part = (min(size[1] / scale, width), min(size[0] / scale, height))
@@ -118,9 +121,9 @@ def covering_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def kept_nodes(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes that stay: the first convolution, and products of two activations (attention, masks)."""
+    """Names of the nodes that are not quantised: the first convolution, and products of two activations."""
     weights = {tensor.name for tensor in model.graph.initializer}
-    for node in model.graph.node:  # weights may reach their operator through a transposition
+    for node in model.graph.node:  # a weight may be transposed before its operator
         if node.input and all(name in weights for name in node.input):
             weights.update(node.output)
     first = next((node.name for node in model.graph.node if node.op_type == "Conv"), None)
@@ -131,7 +134,7 @@ def kept_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 class _Reader:
-    """What modelopt reads from: one image at a time; it starts again from the first when asked to."""
+    """Reader of calibration images in modelopt's interface: one image at a time."""
 
     def __init__(self, files: Sequence[Path], size: tuple[int, int], progress: bool) -> None:
         self.files, self.size, self.progress = files, size, progress
@@ -142,22 +145,22 @@ class _Reader:
         return next(self.arrays, None)
 
     def get_first(self) -> dict[str, np.ndarray]:
-        """An image to learn shapes from; does not count as read."""
+        """The first image, without counting it as read; modelopt takes shapes from it."""
         return next(_arrays(self.files, self.size, progress=False))
 
     def rewind(self) -> None:
-        """Start again."""
+        """Start again at the first image."""
         self.arrays = _arrays(self.files, self.size, self.progress)
 
 
 def _arrays(files: Sequence[Path], size: tuple[int, int], progress: bool) -> Iterator[dict[str, np.ndarray]]:
-    """Every image that can be read, as the network's input; ``ValueError`` if none can."""
+    """Every image that can be read, as the network's input. Raises ``ValueError`` if none can be read."""
     problem: BrokenExampleError | None = None
     read = 0
     for path in tqdm(files, desc="calibrate", unit="img", file=sys.__stderr__, disable=not progress, leave=False):
         try:
             image = read_image(path)
-        except BrokenExampleError as error:  # one bad file of hundreds changes no range
+        except BrokenExampleError as error:  # one bad file among hundreds hardly changes a range
             problem = error
             continue
         read += 1
@@ -169,7 +172,7 @@ def _arrays(files: Sequence[Path], size: tuple[int, int], progress: bool) -> Ite
 def _cut_ranges(
     model: onnx.ModelProto, quantized: onnx.ModelProto, files: Sequence[Path], size: tuple[int, int], progress: bool
 ) -> None:
-    """Narrow activation ranges from the maximum to `PERCENTILE`, in place, by histograms over all images."""
+    """Narrow activation ranges in place from the maximum to `PERCENTILE`, by histograms over all images."""
     import onnxruntime
     from onnx import helper, numpy_helper
 

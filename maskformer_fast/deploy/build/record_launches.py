@@ -1,9 +1,9 @@
-"""Records tapes: the real launchers of ``maskformer_fast.kernels`` run on stand-ins, no GPU, nothing computed.
+"""Records kernel launches: the launchers of ``maskformer_fast.kernels`` run on stand-ins, without GPU or computation.
 
-Tensors here are memory on the host that nobody writes. While a launcher runs, what it allocates becomes a buffer of the
-tape, what it fills a fill, and a kernel's launch is noted in place of being made, with the specialisation that Triton's
-own rules choose for its arguments. Views are free. Any other operation on tensors would be work that the tape does not
-do: it is an error. So a launcher is written once, and what it does on the device is what the tape says.
+Tensors here are memory on the host that nobody writes. While a launcher runs, its allocations become buffers of a
+`LaunchSequence`, its zeros become fills, and launches of kernels are recorded and not made, with the specialisation
+that Triton's own rules choose for the arguments. Views are free. Any other operation on tensors raises an error, for a
+replay would not do it. So a launcher is written once, and the recorded launches are all that it does on a device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskformer_fast.config import Task
 from maskformer_fast.core.checks import check
-from maskformer_fast.deploy.bundle.manifest import Manifest, Shape
 from maskformer_fast.deploy.bundle.launches import (
     FILE,
     Argument,
@@ -34,42 +33,49 @@ from maskformer_fast.deploy.bundle.launches import (
     Fill,
     Kernel,
     Launch,
+    LaunchFile,
+    LaunchSequence,
     MaskType,
     Parameter,
-    Tape,
-    TapeFile,
     interface,
     network_size,
     padded_size,
 )
+from maskformer_fast.deploy.bundle.manifest import Manifest, Shape
 from maskformer_fast.ops.resize import filters_columns_first
 
 _TARGET = 80
-"""Specialisation does not depend on it: Triton asks for a GPU before it says how arguments specialise."""
+"""Compute capability that Triton is given. Specialisation does not depend on it, but Triton demands one."""
 _ALLOCATIONS = {"aten::empty.memory_format", "aten::new_empty", "aten::zeros", "aten::new_zeros"}
 _DTYPES = ("uint8", "int16", "int32", "int64", "float16", "float32")
 
 
-class Recording:
-    """Tapes and the contents of their constant buffers, by SHA-256."""
+class RecordedLaunches:
+    """Launch sequences with their kernels, by name, and the contents of their constant buffers, by SHA-256."""
 
     def __init__(self) -> None:
-        self.tapes: list[Tape] = []
+        self.sequences: list[LaunchSequence] = []
         self.kernels: dict[str, Kernel] = {}
         self.constants: dict[str, bytes] = {}
 
 
-def record_tapes(
+def record_launches(
     manifest: Manifest,
     frames: Sequence[Shape],
     tasks: Sequence[Task],
     mask_dtype: MaskType = "float32",
-) -> Recording:
-    """Tapes for every task and every batch of frames, of a network whose mask logits have the type ``mask_dtype``.
+) -> RecordedLaunches:
+    """Record the launches of every task for every shape of frames.
+
+    Args:
+        manifest: network, pre- and post-processing.
+        frames: batches of frames.
+        tasks: tasks.
+        mask_dtype: type of the network's mask logits.
 
     Raises:
-        ValueError: a network that the kernels do not serve (more than 256 queries).
-        RuntimeError: a launcher did something else than allocate, fill, view and launch, or this process runs Triton's
+        ValueError: a network with more than 256 queries, which the kernels do not take.
+        RuntimeError: a launcher did something other than allocate, fill, view and launch, or this process runs Triton's
             interpreter (TRITON_INTERPRET), which does not specialise.
     """
     check(len(frames) > 0, "frames", "at least one shape", frames)
@@ -77,26 +83,26 @@ def record_tapes(
     import triton
 
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("tapes cannot be recorded where TRITON_INTERPRET is set: start Python without it")
-    recording = Recording()
+        raise RuntimeError("launches cannot be recorded where TRITON_INTERPRET is set: start Python without it")
+    recorded = RecordedLaunches()
     for shape in dict.fromkeys(frames):
         for task in dict.fromkeys(tasks):
-            recording.tapes.append(_record_tape(recording, manifest, task, shape, mask_dtype))
-    return recording
+            recorded.sequences.append(_record_sequence(recorded, manifest, task, shape, mask_dtype))
+    return recorded
 
 
-def compile_tapes(recording: Recording, targets: Sequence[str]) -> dict[str, bytes]:
-    """The bundle's files for a recording: the tapes, and every kernel of theirs compiled for every target (``sm_87``).
+def compile_launches(recorded: RecordedLaunches, targets: Sequence[str]) -> dict[str, bytes]:
+    """Compile the kernels of recorded launches for every target (``sm_87``) -> the bundle's files, launches included.
 
-    Takes one to ten seconds a kernel and target. Raises ValueError for an unknown target, RuntimeError for a kernel
-    that a target cannot run or runs badly (spilled registers, too much shared memory).
+    Each kernel takes one to ten seconds for each target. Raises ValueError for an unknown target, RuntimeError for a
+    kernel that a target cannot run or runs badly (spilled registers, too much shared memory).
     """
     from maskformer_fast.kernels.aot import compile_kernel
 
     check(len(targets) > 0, "targets", "at least one", targets)
     files: dict[str, bytes] = {}
     cubins = []
-    for kernel in recording.kernels.values():
+    for kernel in recorded.kernels.values():
         for target in dict.fromkeys(targets):
             compiled = compile_kernel(kernel_variant(kernel), target)
             if compiled.failure:
@@ -107,14 +113,14 @@ def compile_tapes(recording: Recording, targets: Sequence[str]) -> dict[str, byt
             cubin = Cubin(kernel.name, target, compiled.symbol, compiled.shared_bytes, compiled.null_pointers)
             files[cubin.file] = compiled.cubin
             cubins.append(cubin)
-    constants = {digest: base64.b64encode(content).decode() for digest, content in recording.constants.items()}
-    tapes = TapeFile(tuple(recording.kernels.values()), constants, tuple(cubins), tuple(recording.tapes))
-    files[FILE] = tapes.to_bytes()
+    constants = {digest: base64.b64encode(content).decode() for digest, content in recorded.constants.items()}
+    launch_file = LaunchFile(tuple(recorded.kernels.values()), constants, tuple(cubins), tuple(recorded.sequences))
+    files[FILE] = launch_file.to_bytes()
     return files
 
 
 def kernel_variant(kernel: Kernel) -> Any:
-    """What `maskformer_fast.kernels.aot` compiles."""
+    """The kernel as `maskformer_fast.kernels.aot` compiles it."""
     from maskformer_fast.kernels.variant import KernelVariant
 
     module = importlib.import_module(f"maskformer_fast.kernels.{kernel.module}")
@@ -129,17 +135,19 @@ def kernel_variant(kernel: Kernel) -> Any:
     )
 
 
-def _record_tape(recording: Recording, manifest: Manifest, task: Task, frames: Shape, mask_dtype: MaskType) -> Tape:
+def _record_sequence(
+    recorded: RecordedLaunches, manifest: Manifest, task: Task, frames: Shape, mask_dtype: MaskType
+) -> LaunchSequence:
     buffers = interface(manifest, task, frames, mask_dtype)
     tensors = {b.name: torch.empty(b.shape, dtype=getattr(torch, b.dtype)) for b in buffers}
-    recorder = _Recorder(recording, tensors)
+    recorder = _LaunchRecorder(recorded, tensors)
     size = network_size(manifest.preprocess, frames.height, frames.width)
     with recorder.section() as before:
         _preprocess(tensors["frames"], tensors["images"])
     with recorder.section() as after:
         _postprocess(manifest, task, tensors, size)
     images = Shape(frames.batch, *size)
-    return Tape(task, frames, images, mask_dtype, (*buffers, *recorder.buffers), tuple(before), tuple(after))
+    return LaunchSequence(task, frames, images, mask_dtype, (*buffers, *recorder.buffers), tuple(before), tuple(after))
 
 
 def _preprocess(frames: Tensor, images: Tensor) -> None:
@@ -150,7 +158,7 @@ def _preprocess(frames: Tensor, images: Tensor) -> None:
 
 
 def _postprocess(manifest: Manifest, task: Task, tensors: dict[str, Tensor], size: tuple[int, int]) -> None:
-    """As `postprocess` in its direct order, with all queries: which ones take part is known on the device only."""
+    """Launch the work of `postprocess` in its direct order for all queries: they are selected on the device."""
     from maskformer_fast.kernels.class_scores import class_scores
     from maskformer_fast.kernels.segments_instances import instance_masks
     from maskformer_fast.kernels.segments_panoptic import panoptic_segments
@@ -171,17 +179,17 @@ def _postprocess(manifest: Manifest, task: Task, tensors: dict[str, Tensor], siz
         )  # fmt: skip
     else:
         height, width = tensors["frames"].shape[1:3]
-        found = (tensors[name] for name in ("masks", "areas", "boxes", "scores"))
-        instance_masks(mask_logits, extent, (height, width), *found)
+        outputs = (tensors[name] for name in ("masks", "areas", "boxes", "scores"))
+        instance_masks(mask_logits, extent, (height, width), *outputs)
 
 
 def _constant(content: np.ndarray) -> Tensor:
-    """A tensor made outside of the recorder's sight, which it takes for a constant."""
+    """A tensor whose allocation is not recorded, so that the recorder takes it for a constant."""
     return torch.from_numpy(content)
 
 
 class _Pointer:
-    """What Triton's rules of specialisation want to know of a tensor."""
+    """Stand-in for a tensor, with what Triton's rules of specialisation read: dtype and address."""
 
     def __init__(self, tensor: Tensor, buffer: str, offset: int) -> None:
         self.dtype = tensor.dtype
@@ -189,25 +197,25 @@ class _Pointer:
         self.offset = offset
 
     def data_ptr(self) -> int:
-        """As if buffers began at address 0: they begin at multiples of 256."""
+        """Address as if the buffer began at 0; real buffers begin at multiples of 256."""
         return self.offset
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes what launchers do, section by section."""
+class _LaunchRecorder(TorchDispatchMode):
+    """Records allocations, fills and launches of the code that runs in a `section`."""
 
-    def __init__(self, recording: Recording, known: dict[str, Tensor]) -> None:
+    def __init__(self, recorded: RecordedLaunches, known: dict[str, Tensor]) -> None:
         super().__init__()
         self.buffers: list[Buffer] = []
-        self._recording = recording
+        self._recorded = recorded
         self._launches: list[Launch] = []
         self._fills: list[Fill] = []
-        # by address of the storage; the tensors are kept, so that no address is used twice
+        # Keys are addresses of storages. The tensors are kept, so that no address is used twice.
         self._known = {tensor.untyped_storage().data_ptr(): (tensor, name) for name, tensor in known.items()}
 
     @contextmanager
     def section(self) -> Iterator[list[Launch]]:
-        """Within it, launches are added to the list."""
+        """Record the launches of the block into the list that is given."""
         from triton.runtime.jit import JITFunction
 
         launches: list[Launch] = []
@@ -215,17 +223,17 @@ class _Recorder(TorchDispatchMode):
         launch = JITFunction.run
         recorder = self
 
-        def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            recorder._note(kernel, grid, args, kwargs)
+        def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            recorder._record(kernel, grid, args, kwargs)
 
-        JITFunction.run = note
+        JITFunction.run = record
         try:
             with self:
                 yield launches
         finally:
             JITFunction.run = launch
         if self._fills:
-            raise RuntimeError(f"tape: expected a launch after every fill, got none after that of {self._fills[-1]}")
+            raise RuntimeError(f"launches: expected one after every fill, got none after {self._fills[-1]}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = f"{func._schema.name}{'.' * bool(func._schema.overload_name)}{func._schema.overload_name}"
@@ -235,7 +243,7 @@ class _Recorder(TorchDispatchMode):
             return result
         if func.is_view:
             return func(*args, **(kwargs or {}))
-        raise RuntimeError(f"tape: expected allocations, zeros, views and launches of kernels only, got {name}")
+        raise RuntimeError(f"launches: expected allocations, zeros, views and launches of kernels only, got {name}")
 
     def _allocate(self, tensor: Tensor, zeros: bool) -> None:
         if tensor.numel() == 0:
@@ -247,7 +255,7 @@ class _Recorder(TorchDispatchMode):
         if zeros:
             self._fills.append(Fill(name, 0, buffer.bytes, 0))
 
-    def _note(self, kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record(self, kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound, specialised, options = _bind(
             kernel, [self._stand_in(value) for value in args], {n: self._stand_in(value) for n, value in kwargs.items()}
         )
@@ -265,14 +273,14 @@ class _Recorder(TorchDispatchMode):
                 arguments.append(Argument(None, float(value) if kind == "fp32" else value))
         unknown = options.keys() - {"num_warps", "num_stages"}
         if unknown:  # the kernel would be compiled without them
-            raise RuntimeError(f"tape: expected launches with num_warps and num_stages alone, got {sorted(unknown)}")
+            raise RuntimeError(f"launches: expected the options num_warps and num_stages alone, got {sorted(unknown)}")
         launched = self._kernel(kernel.fn, parameters, constants, _default_options() | options)
-        sides = cast(tuple[int, int, int], (*grid, 1, 1)[:3])
-        self._launches.append(Launch(launched.name, sides, tuple(arguments), tuple(self._fills)))
+        blocks = cast(tuple[int, int, int], (*grid, 1, 1)[:3])
+        self._launches.append(Launch(launched.name, blocks, tuple(arguments), tuple(self._fills)))
         self._fills = []
 
     def _stand_in(self, value: Any) -> Any:
-        """Of a tensor; memory of which nothing is known yet is a constant's."""
+        """Stand-in for an argument that is a tensor; unknown memory becomes a constant buffer."""
         if not isinstance(value, Tensor):
             return value
         start = value.untyped_storage().data_ptr()
@@ -288,20 +296,20 @@ class _Recorder(TorchDispatchMode):
         )  # fmt: skip
         digest = hashlib.sha256(repr(kernel).encode()).hexdigest()[:12]
         kernel = replace(kernel, name=f"{name}_{digest}")
-        return self._recording.kernels.setdefault(kernel.name, kernel)
+        return self._recorded.kernels.setdefault(kernel.name, kernel)
 
     def _keep(self, tensor: Tensor) -> str:
         storage = tensor.untyped_storage()
         content = ctypes.string_at(storage.data_ptr(), storage.nbytes())
         digest = hashlib.sha256(content).hexdigest()
-        self._recording.constants[digest] = content
+        self._recorded.constants[digest] = content
         name = f"constant_{len(self.buffers)}"
         self.buffers.append(Buffer(name, "uint8", (len(content),), digest))
         return name
 
 
 def _bind(kernel: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
-    """Arguments by name, the type and attribute that Triton gives each, and the options of the launch."""
+    """Arguments by name, Triton's type and attribute of each, and the options of the launch."""
     from triton.runtime.jit import create_function_from_signature
 
     binder = create_function_from_signature(kernel.signature, kernel.params, _backend())

@@ -1,15 +1,16 @@
-"""TensorRT engines from a bundle's ``raw`` graph, by TensorRT 10 and 11 and by TensorRT for RTX.
+"""Building TensorRT engines from a bundle's ``raw`` graph, by TensorRT 10 and 11 and by TensorRT for RTX.
 
-Both products are driven through the calls they share: the precision is written into the graph
-(`maskformer_fast.deploy.build.precision`), the network is strongly typed, and TF32 is off, so that "fp32" is float32. The
-library runs in a process of its own (`maskformer_fast.deploy.build.tensorrt_worker`), because a fault in it ends the process.
+Only calls that both products share are used. The precision is written into the graph (`deploy.build.precision`), the
+network is strongly typed, and TF32 is off, so that "fp32" is float32. The library runs in a process of its own
+(`deploy.build.tensorrt_worker`), because a crash in the library would end this process.
 
-TensorRT times kernels, so it builds on the GPU the engine is for. TensorRT for RTX finishes engines where they are
-loaded, and so builds for other GPUs too, on machines that have none (``EngineConfig.targets``).
+TensorRT times kernels, so it builds on the GPU that the engine is for. TensorRT for RTX completes engines where they
+are loaded. So it builds for other GPUs too, even on machines without a GPU (``EngineConfig.targets``).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -26,8 +27,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from maskformer_fast.deploy.bundle.manifest import Engine, Profile, Shape, TensorSpec
+from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write
+from maskformer_fast.deploy.bundle.manifest import Engine, Profile, Shape, TensorSpec
 
 __all__ = ["EngineConfig", "EngineError", "build_engine"]
 
@@ -36,55 +38,58 @@ Api = Literal["auto", "tensorrt", "tensorrt_rtx"]
 CalibrationMethod = Literal["entropy", "percentile", "max"]
 
 APIS = ("tensorrt", "tensorrt_rtx")
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}  # library -> extra of this package that installs it
 QUANTIZED = ("int8", "fp8")
-OLDEST = {"fp8": 89, "bf16": 80}  # compute capability that has the type
+OLDEST = {"fp8": 89, "bf16": 80}  # precision -> least compute capability that has its type
 DEFAULTS = ((1, 256, 256), (1, 512, 512), (1, 1024, 1024))  # minimum, optimum, maximum of a dynamic graph
 BAR = "{desc} {bar} {n:.0f}% {elapsed} {postfix}"
-_TAIL = 2000  # characters of the library's last words in an error
+_MAX_OUTPUT = 2000  # characters of the library's output in an error
 
 
 logger = logging.getLogger(__name__)
 
 
 class EngineError(ValueError):
-    """An engine that cannot be built as asked: the message says which node, option or limit is the cause."""
+    """An engine that cannot be built as requested. The message names the node, option or limit that prevents it."""
+
+
+_check = functools.partial(check, error=EngineError)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to build a TensorRT engine."""
+    """Options of the build of a TensorRT engine."""
 
     precision: Precision = "fp16"
-    """What most of the network computes in; norms and softmax stay float32. int8 and fp8 need ``calibration``."""
+    """Precision of most of the network; norms and softmax stay float32. int8 and fp8 need ``calibration``."""
     api: Api = "auto"
     """The library. ``auto`` takes tensorrt_rtx for given ``targets``, else tensorrt where it is installed."""
     min_shape: tuple[int, int, int] | None = None
-    """Smallest batch, height, width. Unset: the graph's fixed sizes, or where those are dynamic 1 256 256."""
+    """Smallest batch, height, width. Unset: the graph's fixed sizes, and 1 256 256 for dynamic ones."""
     opt_shape: tuple[int, int, int] | None = None
-    """Batch, height, width to be fastest at. Unset: as for ``min_shape``, with 1 512 512."""
+    """Batch, height, width at which the engine is fastest. Unset: as for ``min_shape``, with 1 512 512."""
     max_shape: tuple[int, int, int] | None = None
     """Largest batch, height, width; memory grows with it. Unset: as for ``min_shape``, with 1 1024 1024."""
     builder_level: int = 3
-    """0 to 5: time spent on the search for fast kernels."""
+    """Effort of the search for fast kernels, 0 to 5."""
     workspace_mib: int | None = None
-    """Limit for scratch memory of the kernels. Unset: all of the GPU's."""
+    """Limit in MiB of the kernels' scratch memory. Unset: all of the GPU's memory."""
     timing_cache: str | None = None
-    """File of kernel timings, read and extended, that makes later builds faster (tensorrt only)."""
+    """File of kernel timings. It is read and extended, and makes later builds faster (tensorrt only)."""
     version_compatible: bool = False
-    """The engine also loads in later versions of the library, at some cost in speed (tensorrt only)."""
+    """Build an engine that also loads in later versions of the library, at some cost in speed (tensorrt only)."""
     refittable: bool = False
-    """The engine's weights can be exchanged later (not with ``targets``)."""
+    """Build an engine whose weights can be exchanged later (not with ``targets``)."""
     targets: tuple[str, ...] = ()
-    """GPUs to build for, as sm_89, present or not (tensorrt_rtx only). Unset: the GPU that is here."""
+    """GPUs to build for, as sm_89, present or not (tensorrt_rtx only). Unset: the GPU of this machine."""
     mask_dtype: Literal["float32", "float16"] = "float32"
     """Type of the mask logits; float16 halves what post-processing reads (with fp16, int8, fp8)."""
     calibration: str | None = None
-    """Folder of typical images, searched recursively, to measure the ranges for int8 and fp8."""
+    """Folder of typical images, searched recursively, by which ranges for int8 and fp8 are measured."""
     calibration_method: CalibrationMethod = "entropy"
-    """How ranges follow from what was measured."""
+    """Choice of ranges by the measured activations."""
     calibration_images: int = 256
-    """At most so many images, spread over the folder, are used."""
+    """Largest number of images, which are spread over the folder."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -94,8 +99,8 @@ class EngineConfig:
             _check(getattr(self, name) in choices, name, f"one of {', '.join(choices)}", getattr(self, name))
         for name in ("min_shape", "opt_shape", "max_shape"):
             shape = getattr(self, name)
-            right = shape is None or (len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape))
-            _check(right, name, "batch, height and width, each at least 1", shape)
+            is_shape = shape is None or (len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape))
+            _check(is_shape, name, "batch, height and width, each at least 1", shape)
         _check(0 <= self.builder_level <= 5, "builder_level", "0 to 5", self.builder_level)
         _check(self.workspace_mib is None or self.workspace_mib > 0, "workspace_mib", "at least 1", self.workspace_mib)
         _check(self.calibration_images > 0, "calibration_images", "at least 1", self.calibration_images)
@@ -117,17 +122,17 @@ def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -
 
     Args:
         raw_onnx: float32 graph, ``images`` uint8 [B, 3, H, W] -> ``class_logits``, ``mask_logits``.
-        config: what to build.
-        progress: show a bar on stderr; a build takes half a minute to many.
+        config: options.
+        progress: show a bar on stderr; a build takes half a minute to many minutes.
 
     Returns:
-        The engine file and its entry in the manifest. Where a GPU is present that can load it, the engine was loaded
-        and its inputs and outputs compared with the graph's.
+        The engine file and its entry in the manifest. Where a GPU is present that can load the engine, its inputs and
+        outputs have been compared with the graph's.
 
     Raises:
-        EngineError: an option the library does not have, a node it cannot translate, shapes that do not fit the graph,
-            a build that failed, crashed, or was killed.
-        ModuleNotFoundError: the library, or what quantisation needs, is not installed.
+        EngineError: an option that the library does not have, a node that it cannot translate, shapes that the graph
+            does not take, or a build that failed, crashed, or was killed.
+        ModuleNotFoundError: the library, or a package that quantisation needs, is not installed.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -155,7 +160,7 @@ def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -
             try:
                 with atomic_write(config.timing_cache) as file:
                     file.write((folder / "timing.cache").read_bytes())
-            except OSError as error:  # the engine took minutes, and is whole without
+            except OSError as error:  # the engine took minutes and is complete without the cache
                 logger.warning("timing_cache: not written, so the next build is not faster: %s", error)
     targets = tuple(answer["targets"])
     names = "-".join(targets)
@@ -181,10 +186,10 @@ def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -
 
 
 def select_api(config: EngineConfig) -> Literal["tensorrt", "tensorrt_rtx"]:
-    """The library to use, which must be installed and have the options asked for.
+    """Choose the library, which must be installed and have the requested options.
 
     Raises:
-        ModuleNotFoundError: it is not installed; names the extra that brings it.
+        ModuleNotFoundError: it is not installed; the message names the extra that installs it.
         EngineError: it lacks an option.
     """
     order: tuple[Any, ...] = (config.api,) if config.api != "auto" else APIS[::-1] if config.targets else APIS
@@ -208,24 +213,26 @@ def select_api(config: EngineConfig) -> Literal["tensorrt", "tensorrt_rtx"]:
 
 
 def check_capability(precision: str, targets: tuple[str, ...]) -> None:
-    """Raise `EngineError` where a GPU lacks the precision's type."""
+    """Raise `EngineError` where a target lacks the type of the precision."""
     for target in targets:
         _check(int(target[3:]) >= OLDEST.get(precision, 0), "precision",
                f"one that {target} has ({precision} starts at sm_{OLDEST.get(precision)})", precision)
 
 
 def make_profile(model: Any, config: EngineConfig) -> Profile:
-    """Shapes of the engine: the config's, where unset the graph's fixed ones or defaults. Raises `EngineError`.
+    """Shapes of the engine: those of the config; where unset, the graph's fixed sizes or defaults.
 
-    The graph must have one input, ``images`` uint8 [B, 3, H, W], and the two outputs of the flavour ``raw``.
+    Raises:
+        EngineError: shapes that the graph does not take, or a graph with other inputs than ``images`` uint8
+            [B, 3, H, W] or other outputs than those of the flavour ``raw``.
     """
     from onnx import TensorProto
 
     names, outputs = [i.name for i in model.graph.input], [output.name for output in model.graph.output]
     _check(names == ["images"], "raw_onnx", "one input, images uint8 [B, 3, H, W]", names)
     tensor = model.graph.input[0].type.tensor_type
-    right = tensor.elem_type == TensorProto.UINT8 and len(tensor.shape.dim) == 4
-    _check(right, "raw_onnx", "images uint8 [B, 3, H, W]", str(tensor).replace("\n", " "))
+    is_batch = tensor.elem_type == TensorProto.UINT8 and len(tensor.shape.dim) == 4
+    _check(is_batch, "raw_onnx", "images uint8 [B, 3, H, W]", str(tensor).replace("\n", " "))
     _check(outputs == ["class_logits", "mask_logits"], "raw_onnx", "the outputs class_logits, mask_logits", outputs)
     fixed: tuple[int | None, ...] = tuple(tensor.shape.dim[axis].dim_value or None for axis in (0, 2, 3))
 
@@ -248,7 +255,7 @@ def make_profile(model: Any, config: EngineConfig) -> Profile:
 
 
 def _in_precision(model: Any, config: EngineConfig, profile: Profile, progress: bool) -> Any:
-    """The graph that computes in the precision asked for."""
+    """Convert the graph to the precision of the config."""
     from maskformer_fast.deploy.build.precision import to_half
 
     if config.precision == "fp32":
@@ -266,9 +273,9 @@ def _in_precision(model: Any, config: EngineConfig, profile: Profile, progress: 
 
 
 def _run_worker(folder: Path, progress: bool) -> dict[str, Any]:
-    """Build in a process of its own, showing its progress -> its answer. Raises `EngineError`."""
+    """Run the worker process on a folder and show its progress -> its answer. Raises `EngineError`."""
     command = [sys.executable, "-m", "maskformer_fast.deploy.build.tensorrt_worker", str(folder)]
-    # The package may be importable here by the working folder alone.
+    # The package may be importable only because of the working folder.
     root = str(Path(__file__).parents[3])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     answer: dict[str, Any] = {}
@@ -297,7 +304,7 @@ def _run_worker(folder: Path, progress: bool) -> dict[str, Any]:
             if process.poll() is None:
                 process.kill()
         errors.seek(0)
-        last_words = errors.read()[-_TAIL:].decode(errors="replace").strip()
+        output = errors.read()[-_MAX_OUTPUT:].decode(errors="replace").strip()
     if answer.get("event") == "built" and status == 0:
         return answer
     if answer.get("event") == "failed":
@@ -306,14 +313,9 @@ def _run_worker(folder: Path, progress: bool) -> dict[str, Any]:
         cause = signal.Signals(-status).name
         hint = ("memory has run out, most likely" if cause == "SIGKILL"
                 else "the library crashed; other shapes, another builder_level or another version may do")
-        raise EngineError(f"build ended by {cause} in phase {phase!r}: {hint}\n{last_words}".strip())
-    raise EngineError(f"build ended with status {status} in phase {phase!r}\n{last_words}".strip())
+        raise EngineError(f"build ended by {cause} in phase {phase!r}: {hint}\n{output}".strip())
+    raise EngineError(f"build ended with status {status} in phase {phase!r}\n{output}".strip())
 
 
 def _dimensions(shape: Shape) -> tuple[int, int, int, int]:
     return (shape.batch, 3, shape.height, shape.width)
-
-
-def _check(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise EngineError(f"{name}: expected {expected}, got {got!r}")

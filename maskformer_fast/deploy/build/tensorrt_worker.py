@@ -1,8 +1,8 @@
 """The process that builds one TensorRT engine: ``python -m maskformer_fast.deploy.build.tensorrt_worker FOLDER``.
 
-Reads ``job.json``, ``model.onnx`` and, if there, ``timing.cache`` from the folder; writes ``model.engine`` and
-``timing.cache``. Progress and the outcome go to standard output, one JSON object a line.
-`maskformer_fast.deploy.build.tensorrt` starts it, and says what happened if it dies.
+It reads ``job.json``, ``model.onnx`` and, if present, ``timing.cache`` from the folder, and writes ``model.engine`` and
+``timing.cache``. It prints progress and outcome on standard output, one JSON object a line.
+`maskformer_fast.deploy.build.tensorrt` starts it, and reports the cause if it dies.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _KEPT_MESSAGES = 8
 
 
 class BuildError(Exception):
-    """What the user is told."""
+    """An error whose message is shown to the user."""
 
 
-def tell(event: str, **content: object) -> None:
-    """One line for the starting process."""
+def send(event: str, **content: object) -> None:
+    """Print one line for the process that started this one."""
     print(json.dumps({"event": event, **content}), flush=True)
 
 
 def make_logger(trt: Any, messages: list[str]) -> Any:
-    """A logger of the library that keeps the last errors for the report and prints warnings to stderr."""
+    """Make a logger of the library that keeps the last errors in ``messages`` and prints warnings to stderr."""
     severities = trt.ILogger.Severity
     errors = (severities.INTERNAL_ERROR, severities.ERROR)
 
@@ -54,29 +54,29 @@ def make_logger(trt: Any, messages: list[str]) -> Any:
 
 
 class Progress:
-    """Share of the work done, from phases that nest: a step of a phase is as far as the phases inside it are."""
+    """Share of the work that is done, from nested phases: inner phases count as a part of the outer phase's step."""
 
     def __init__(self) -> None:
         self.steps: dict[str, list[int]] = {}  # phase -> steps done, steps
         self.parents: dict[str, str | None] = {}
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
-        """A phase begins, inside another or as the whole."""
+        """Begin a phase, inside ``parent`` or as an outermost one."""
         self.steps[phase] = [0, max(steps, 1)]
         self.parents[phase] = parent
 
     def step(self, phase: str, step: int) -> None:
-        """Step number ``step``, from 0, is done."""
+        """Finish step number ``step``, counted from 0."""
         if phase in self.steps:
             self.steps[phase][0] = step + 1
 
     def finish(self, phase: str) -> None:
-        """A phase ends; its parent counts the step itself."""
+        """End a phase. The library finishes the step of its parent in a call of its own."""
         self.steps.pop(phase, None)
         self.parents.pop(phase, None)
 
     def done(self) -> float:
-        """0 to 1; phases without a parent are parts of one whole in turn."""
+        """Share from 0 to 1: that of the outermost phase which is furthest."""
         roots = [phase for phase, parent in self.parents.items() if parent not in self.steps]
         return max((self._share(phase) for phase in roots), default=0.0)
 
@@ -87,13 +87,13 @@ class Progress:
 
 
 def make_monitor(trt: Any) -> Any:
-    """A progress monitor of the library that tells the starting process, once for each per cent."""
+    """Make a progress monitor of the library that sends an event for each per cent."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.progress = Progress()
-            self.told = -1
+            self.sent = -1  # last per cent
             self.lock = threading.Lock()  # any thread of the library may call
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -104,10 +104,10 @@ def make_monitor(trt: Any) -> Any:
             with self.lock:
                 self.progress.step(phase_name, step)
                 done = self.progress.done()
-                if int(100 * done) > self.told:
-                    self.told = int(100 * done)
-                    tell("progress", phase=phase_name, done=done)
-            return True  # go on
+                if int(100 * done) > self.sent:
+                    self.sent = int(100 * done)
+                    send("progress", phase=phase_name, done=done)
+            return True  # continue the build
 
         def phase_finish(self, phase_name: str) -> None:
             with self.lock:
@@ -117,7 +117,7 @@ def make_monitor(trt: Any) -> Any:
 
 
 def own_target() -> str | None:
-    """The first GPU as ``sm_89``; none without a GPU or a driver."""
+    """Architecture of the first GPU, as ``sm_89``; None without a GPU or a driver."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -137,33 +137,33 @@ def own_target() -> str | None:
 
 
 def set_flag(trt: Any, config: Any, name: str, option: str) -> None:
-    """Set a builder flag, or say that this version does not have it."""
+    """Set a builder flag. Raises `BuildError` where this version does not have it."""
     if not hasattr(trt.BuilderFlag, name):
         raise BuildError(f"{option}: {trt.__name__} {trt.__version__} does not have it (no BuilderFlag.{name})")
     config.set_flag(getattr(trt.BuilderFlag, name))
 
 
 def parse(trt: Any, builder: Any, logger: Any, model: bytes) -> tuple[Any, Any]:
-    """ONNX -> a strongly typed network, and the parser, which owns its weights."""
+    """Parse ONNX -> a strongly typed network, and the parser, which owns its weights."""
     flags = trt.NetworkDefinitionCreationFlag
-    # Later versions know no other networks and may drop the flag.
+    # In later versions all networks are strongly typed, and the flag may be gone.
     typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
     network = builder.create_network(typed)
     parser = trt.OnnxParser(network, logger)
     if parser.parse(model):
         return network, parser
-    found = [parser.get_error(index) for index in range(parser.num_errors)]
-    lines = dict.fromkeys(f"{e.node_operator() or 'graph'} {e.node_name()!r}: {e.desc()}" for e in found)
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    lines = dict.fromkeys(f"{e.node_operator() or 'graph'} {e.node_name()!r}: {e.desc()}" for e in errors)
     raise BuildError(f"{trt.__name__} {trt.__version__} cannot translate the graph:\n  " + "\n  ".join(lines))
 
 
 def configure(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
-    """The builder's configuration, with every option set or refused."""
+    """Configuration of the builder, with every option set. Raises `BuildError` for one that the library lacks."""
     config = builder.create_builder_config()
     config.builder_optimization_level = job["builder_level"]
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # one that allocates cannot be captured as a CUDA graph
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # engines that allocate cannot be captured as CUDA graphs
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if job["workspace_mib"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace_mib"] << 20)
@@ -182,7 +182,7 @@ def configure(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
 
 
 def set_targets(trt: Any, config: Any, targets: list[str]) -> None:
-    """Compute capabilities to build for."""
+    """Set the compute capabilities to build for."""
     known = {f"sm_{name[2:]}": value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
     config.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
@@ -192,16 +192,16 @@ def set_targets(trt: Any, config: Any, targets: list[str]) -> None:
 
 
 def use_timing_cache(config: Any, path: Path) -> Any:
-    """Start from the cached timings; those of another GPU or version are left aside."""
+    """Start from cached timings, except those of another GPU or version."""
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if cache is None or not config.set_timing_cache(cache, False):  # none of content that is no cache at all
+    if cache is None or not config.set_timing_cache(cache, False):  # None for a file that is no cache
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
 
 
 def tensors(count: int, get: Callable[[int], Any]) -> list[tuple[str, str, int]]:
-    """Name, dtype and number of dimensions of a network's inputs or outputs."""
+    """Name, dtype and number of dimensions of each input or output of a network."""
     return [(tensor.name, DTYPES[tensor.dtype.name], len(tensor.shape)) for tensor in map(get, range(count))]
 
 
@@ -211,21 +211,21 @@ def check_engine(
 ) -> None:  # fmt: skip
     """Load the engine and compare its inputs and outputs with the network's."""
     runtime = trt.Runtime(logger)
-    if version_compatible:  # such an engine brings code of the host's, which is refused unless it is allowed
+    if version_compatible:  # such an engine contains code for the host, which must be allowed
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise BuildError("the engine was built but cannot be loaded here:\n  " + "\n  ".join(messages))
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = [
+    actual = [
         (name, DTYPES[engine.get_tensor_dtype(name).name], len(engine.get_tensor_shape(name))) for name in names
     ]
-    if sorted(found) != sorted(expected):
-        raise BuildError(f"the engine's inputs and outputs are {found}, the graph's {expected}")
+    if sorted(actual) != sorted(expected):
+        raise BuildError(f"the engine's inputs and outputs are {actual}, the graph's {expected}")
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """Do the job in ``folder`` -> version, targets, outputs, and whether the engine was loaded to check it."""
+    """Build the engine in ``folder`` -> version, targets, outputs, and whether the engine was loaded for a check."""
     job = json.loads((folder / "job.json").read_text())
     trt = importlib.import_module(job["api"])
     if int(trt.__version__.split(".")[0]) < OLDEST_VERSION and job["api"] == "tensorrt":
@@ -268,18 +268,18 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Entry point; status 1 after an error that was told."""
+    """Entry point; returns the exit status, 1 after an error that was sent."""
     warnings.simplefilter("ignore", DeprecationWarning)
     try:
-        tell("built", **build(Path(sys.argv[1])))
+        send("built", **build(Path(sys.argv[1])))
     except (BuildError, ValueError, ImportError) as error:
-        tell("failed", message=str(error))
+        send("failed", message=str(error))
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    # What libraries print by themselves goes to stderr: it would break the lines of standard output.
+    # Libraries' own prints go to stderr, so that standard output has JSON lines alone.
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.exit(main())

@@ -1,0 +1,1 @@
+"""Format of a bundle, without torch: the folder, its manifest and the recorded kernel launches."""

@@ -1,8 +1,8 @@
-"""A bundle: a folder with graphs, engines and kernels, and the manifest that vouches for every byte of them.
+"""A bundle: a folder with graphs, engines and kernels, and a manifest with the hash of each of these files.
 
-Nothing of a bundle is used before all of it is verified, and what is used are the bytes that were hashed. Writing and
-extending prepare a whole folder beside the bundle and exchange the two, so that a reader finds the old bundle or the
-new one, whatever ends the process.
+Every file of a bundle is verified before any is used, and the bytes that are used are those that were hashed. Writing
+and extending prepare a complete folder beside the bundle and exchange the two. A reader sees the old bundle or the new
+one, whatever ends the process.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from maskformer_fast.deploy.bundle.manifest import (
     parse_manifest,
 )
 
-_CHUNK = 2**20
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
+_CHUNK_BYTES = 2**20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of Linux's renameat2
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,23 @@ class Bundle:
     folder: Path
     manifest: Manifest
     digest: str
-    """SHA-256 of the manifest, which names those of all files: who pins it admits this bundle and no other."""
+    """SHA-256 of the manifest, which lists those of all files. Pinning it admits this bundle and no other."""
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], digest: str | None = None) -> Bundle:
-        """Verify every file of a bundle; nothing is deserialised but the manifest.
+        """Verify every file of a bundle. Only the manifest is parsed.
 
         Args:
             folder: the bundle.
-            digest: the `digest` that the bundle must have, where it comes from a place that is not trusted.
+            digest: expected `digest`, for a bundle from a place that is not trusted.
 
         Raises:
             FileNotFoundError: there is no such folder.
             BundleError: a file is missing, changed, not listed, or not a plain file; or the manifest is not one.
         """
-        manifest, found = read_manifest(folder)
+        manifest, actual = read_manifest(folder)
         path = Path(os.path.realpath(folder))
-        expect(digest is None or digest == found, "digest", f"{digest}, which was asked for", found)
+        expect(digest is None or digest == actual, "digest", f"{digest}, which was asked for", actual)
         _check_references(manifest)
         listed = manifest.files
         present = set()
@@ -72,10 +72,10 @@ class Bundle:
         expect(not missing, str(path), "every file of the manifest", f"none of {missing}")
         for name, entry in listed.items():
             _verify(path / name, name, entry)
-        return cls(path, manifest, found)
+        return cls(path, manifest, actual)
 
     def read(self, name: str) -> bytes:
-        """Content of a file of the bundle: read once, hashed, and returned if it is what the manifest says.
+        """Content of a file of the bundle. It is read once and hashed before it is returned.
 
         Raises:
             BundleError: the bundle has no such file, or it has changed since the bundle was opened.
@@ -89,7 +89,7 @@ class Bundle:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> tuple[Manifest, str]:
-    """What a bundle says of itself, and its digest. Its files may be others: `Bundle.open` looks, this does not.
+    """Manifest and digest of a bundle. The other files are not verified; `Bundle.open` does that.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -102,15 +102,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> tuple[Manifest, str]:
 
 
 def write_bundle(folder: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
-    """Write a bundle whole, in the place of a bundle that is there; a failure leaves what was there.
+    """Write a bundle in one step, replacing one that is there. A failure leaves the folder as it was.
 
     Args:
-        folder: where; missing parent folders are made.
-        manifest: what to say; its ``files`` are computed here.
+        folder: destination; missing parent folders are made.
+        manifest: its ``files`` are computed here.
         files: content of each file, by its relative path.
 
     Raises:
-        BundleError: the folder holds something that is no intact bundle, or the manifest names a file not given.
+        BundleError: the folder has other content than an undamaged bundle, or the manifest names a file not given.
     """
     target = check_destination(folder)
     entries = {name: _entry(content) for name, content in files.items()}
@@ -118,15 +118,16 @@ def write_bundle(folder: str | os.PathLike[str], manifest: Manifest, files: Mapp
 
 
 def check_outside(bundle: Bundle, output: str | os.PathLike[str]) -> None:
-    """Raise ``ValueError`` for an output folder in the bundle, which would refuse to open with files of others."""
+    """Raise ``ValueError`` for an output folder inside the bundle: with foreign files a bundle does not open."""
     path = Path(os.path.realpath(output))
     if path.is_relative_to(bundle.folder):
         raise ValueError(f"output: expected a folder outside of the bundle {bundle.folder}, got {output}")
 
 
 def check_destination(folder: str | os.PathLike[str]) -> Path:
-    """The folder's real path, if a bundle may be written there: nothing but an empty folder or an intact bundle is ever
-    replaced, for it might be someone's data. Raises `BundleError`.
+    """The folder's real path, if a bundle may be written there.
+
+    Only an empty folder or an undamaged bundle is replaced: other content may be someone's data. Raises `BundleError`.
     """
     target = Path(os.path.realpath(folder))
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -142,10 +143,10 @@ def check_destination(folder: str | os.PathLike[str]) -> Path:
 
 
 def extend_bundle(bundle: Bundle, files: Mapping[str, bytes], **manifest_changes: Any) -> Bundle:
-    """Add files to a bundle (or replace some), with the fields of the manifest that change; a failure changes nothing.
+    """Add or replace files of a bundle and change fields of its manifest. A failure changes nothing.
 
-    Files that the changed manifest does not refer to any more stay. Raises `BundleError` as `write_bundle` does, and
-    where the folder holds another bundle by now: what somebody else has added meanwhile is not taken away.
+    Files that the changed manifest no longer refers to stay. Raises `BundleError` as `write_bundle` does, and where
+    another process has changed the bundle since it was opened, so that nobody's additions are lost.
     """
     entries = bundle.manifest.files | {name: _entry(content) for name, content in files.items()}
     manifest = replace(bundle.manifest, **manifest_changes, files=entries)
@@ -153,9 +154,9 @@ def extend_bundle(bundle: Bundle, files: Mapping[str, bytes], **manifest_changes
 
 
 def _replace_folder(target: Path, manifest: Manifest, files: Mapping[str, bytes], old: Bundle | None) -> Bundle:
-    """Prepare a bundle beside ``target``, of new content and links to the other files of an old one, and put it there.
+    """Prepare a bundle beside ``target`` and put it there.
 
-    The old one, if given, must be what is there.
+    Files that are not among ``files`` are links to those of the old bundle, which must be the one at ``target``.
     """
     _check_references(manifest)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,12 +173,12 @@ def _replace_folder(target: Path, manifest: Manifest, files: Mapping[str, bytes]
         content, _ = manifest_bytes(manifest)
         with atomic_write(staging / MANIFEST_NAME) as file:
             file.write(content)
-        made = Bundle.open(staging)  # what cannot be opened is not left behind
+        made = Bundle.open(staging)  # a bundle that does not open is not left behind
         if old is not None:
             _check_unchanged(old)
         _put(staging, target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # by now the old bundle, or what failed
+        shutil.rmtree(staging, ignore_errors=True)  # the old bundle after an exchange, the new one after a failure
     return replace(made, folder=target)
 
 
@@ -209,7 +210,7 @@ def _put(staging: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names at once, by Linux's renameat2; False where that is not to be had."""
+    """Exchange two names in one step by Linux's renameat2. False where the system does not offer it."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -220,7 +221,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under a second name, or a copy where the file system has no such links."""
+    """Give a file a second name, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -228,13 +229,13 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _check_references(manifest: Manifest) -> None:
-    """Files that the manifest speaks of are among its files."""
+    """Raise `BundleError` unless the files of all graphs and engines are listed."""
     for name in [graph.file for graph in manifest.graphs.values()] + [engine.file for engine in manifest.engines]:
         expect(name in manifest.files, name, "a file of the bundle", "none of that name")
 
 
 def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Relative paths of all files below a folder; links and other oddities are refused, not followed."""
+    """Relative paths of all files below a folder. Links and special files raise `BundleError`."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = prefix + entry.name
@@ -248,7 +249,7 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def _plain_file(path: Path) -> Iterator[int]:
-    """Descriptor of a plain file; links are not followed, and a pipe put in its place does not block."""
+    """Descriptor of a plain file. Links are not followed, and a pipe in its place does not block."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -262,7 +263,7 @@ def _plain_file(path: Path) -> Iterator[int]:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    """Content of a plain file, of which one byte more than the limit is read, for the caller to refuse it."""
+    """Content of a plain file, at most one byte more than the limit, by which the caller notices a larger file."""
     with _plain_file(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
         return file.read(limit + 1)
 
@@ -271,7 +272,7 @@ def _verify(path: Path, name: str, entry: FileEntry) -> None:
     digest, size = hashlib.sha256(), 0
     with _plain_file(path) as descriptor:
         _check_size(name, entry, os.fstat(descriptor).st_size)  # before reading gigabytes
-        while chunk := os.read(descriptor, _CHUNK):
+        while chunk := os.read(descriptor, _CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
     _check_entry(name, entry, size, digest.hexdigest())

@@ -1,13 +1,13 @@
-"""Tapes: what the Triton kernels before and after the network are launched with, written down for a runtime without
-torch and Triton.
+"""Recorded launches of the Triton kernels before and after the network, for a runtime without torch and Triton.
 
-A tape belongs to one task, batch and size of frames: which kernels, how many programs, which numbers, which places in
-which buffers. `deploy.build.record_launches` makes tapes, `deploy.runtime.replay` plays them. They travel in
-the bundle as ``kernels/tapes.json``; the kernels as ``kernels/TARGET/NAME.cubin``.
+A `LaunchSequence` belongs to one task, batch and size of frames. It lists the kernels, the numbers of blocks, the
+numbers that are passed and the places in buffers. `deploy.build.record_launches` records sequences,
+`deploy.runtime.replay` replays them. They travel in the bundle as one JSON file (`FILE`), the kernels as
+``kernels/TARGET/NAME.cubin``.
 
-A file of tapes is checked as a whole before anything is launched: all that a launch says must lie within its buffers
-and within what a GPU takes, and the buffers that the runtime fills and reads must be those of the task. What a kernel
-does inside is its machine code's affair, for which the bundle's digest vouches.
+The file is checked before anything is launched: every access of a launch lies within its buffers, every number within
+the limits of a GPU, and the buffers that the runtime fills and reads are those of the task. The work inside a kernel is
+its machine code's, which the bundle's digest covers.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ from maskformer_fast.core.image_resize import short_edge_size
 from maskformer_fast.core.typed import to_plain
 from maskformer_fast.deploy.bundle.manifest import READER, BundleError, Manifest, Preprocess, Shape, expect
 
+# The format calls launch sequences "tapes": in the file's name, in its value of the key "format", and as a key.
 FILE = "kernels/tapes.json"
 FORMAT = "maskformer_fast.tapes.1"
+_SEQUENCES_KEY = "tapes"
 MAX_FILE_BYTES = 64 << 20
 MAX_SHARED_BYTES = 227 << 10
-"""Of a block, the most that any GPU has."""
+"""Bytes of shared memory of a block: the most that any GPU has."""
 ELEMENT_BYTES = {
     "*i1": 1, "*i8": 1, "*u8": 1, "*i16": 2, "*u16": 2, "*fp16": 2, "*bf16": 2, "*i32": 4, "*u32": 4, "*fp32": 4,
     "*i64": 8, "*u64": 8, "*fp64": 8,
 }  # fmt: skip
-"""Triton's types of pointers -> bytes of what they point to."""
+"""Triton's types of pointers -> bytes of an element."""
 SCALAR_RANGES = {"i32": (-(1 << 31), (1 << 31) - 1), "i64": (-(1 << 63), (1 << 63) - 1)}
-"""Triton's types of whole numbers -> least and largest; beside them there is fp32."""
+"""Triton's types of integers -> least and largest value. The only other type of numbers is fp32."""
 MaskType = Literal["float16", "float32"]
 BufferType = Literal["uint8", "int16", "int32", "int64", "float16", "float32"]
 
@@ -59,11 +61,11 @@ class Buffer:
     dtype: BufferType
     shape: tuple[int, ...]
     constant: str
-    """SHA-256 of the content it always has, or nothing where kernels or the runtime write it."""
+    """SHA-256 of constant content; empty where kernels or the runtime write the buffer."""
 
     def __post_init__(self) -> None:
         expect(_NAME.fullmatch(self.name) is not None, "name", "a name of small letters and digits", self.name)
-        expect(all(side > 0 for side in self.shape), "shape", "positive sizes", self.shape)
+        expect(all(size > 0 for size in self.shape), "shape", "positive sizes", self.shape)
         expect(self.bytes <= _MAX_BUFFER_BYTES, "shape", f"at most {_MAX_BUFFER_BYTES} bytes", self.shape)
 
     @property
@@ -92,7 +94,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel's launch, and what is filled just before it."""
+    """One launch of a kernel, and the fills just before it."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -100,11 +102,11 @@ class Launch:
     fills: tuple[Fill, ...]
 
     def __post_init__(self) -> None:
-        fits = all(1 <= side <= most for side, most in zip(self.grid, _MAX_GRID, strict=True))
+        fits = all(1 <= blocks <= most for blocks, most in zip(self.grid, _MAX_GRID, strict=True))
         expect(fits, "grid", f"1..{', 1..'.join(map(str, _MAX_GRID))}", self.grid)
 
     def buffers(self) -> set[str]:
-        """Names of the buffers that it touches."""
+        """Names of the buffers that the launch reads or writes."""
         return {argument.buffer for argument in self.arguments if argument.buffer is not None} | {
             fill.buffer for fill in self.fills
         }
@@ -118,20 +120,20 @@ class Parameter:
     type: str
     """Triton's name: ``*fp16``, ``i32``, ``fp32``."""
     aligned: bool
-    """The kernel was compiled for multiples of 16: of bytes, or the number itself."""
+    """Whether the kernel was compiled for multiples of 16: addresses in bytes, or the number itself."""
 
     def __post_init__(self) -> None:
         known = self.type in ELEMENT_BYTES or self.type in SCALAR_RANGES or self.type == "fp32"
-        expect(known, "type", "one of Triton's that a tape can pass", self.type)
+        expect(known, "type", "one of Triton's that a launch can pass", self.type)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Triton kernel and its specialisation: all that compiling it takes, and what it is passed."""
+    """A Triton kernel and its specialisation: everything that its compilation and its launch need."""
 
     name: str
     module: str
-    """Below ``maskformer_fast.kernels``."""
+    """Name of the module in ``maskformer_fast.kernels``."""
     function: str
     parameters: tuple[Parameter, ...]
     constants: dict[str, int | float | bool | None]
@@ -148,14 +150,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Cubin:
-    """A kernel compiled for a target, and what launching it takes beside the tape."""
+    """A kernel compiled for a target, with the facts that a launch needs beside the recorded ones."""
 
     kernel: str
     target: str
     symbol: str
     shared_bytes: int
     null_pointers: int
-    """Parameters after the kernel's own, for scratch memory that it does not use."""
+    """Number of parameters after the kernel's own, for scratch memory that it does not use."""
 
     def __post_init__(self) -> None:
         expect(_SYMBOL.fullmatch(self.symbol) is not None, "symbol", "an identifier", self.symbol)
@@ -169,13 +171,13 @@ class Cubin:
 
 
 @dataclass(frozen=True)
-class Tape:
-    """From frames to the network's input (``before``), and from its outputs to a task's results (``after``)."""
+class LaunchSequence:
+    """Launches from frames to the network's input (``before``) and from its outputs to the results (``after``)."""
 
     task: Task
     frames: Shape
     images: Shape
-    """What the frames become: the network's input."""
+    """Shape of the network's input, to which the frames are resized."""
     mask_dtype: MaskType
     """Type of the network's mask logits; class logits are float32."""
     buffers: tuple[Buffer, ...]
@@ -188,7 +190,7 @@ class Tape:
         return _RESULTS[self.task]
 
     def buffer(self, name: str) -> Buffer:
-        """Raises KeyError where there is none of that name."""
+        """The buffer of this name. Raises KeyError where there is none."""
         return {buffer.name: buffer for buffer in self.buffers}[name]
 
 
@@ -200,99 +202,106 @@ _RESULTS: dict[Task, tuple[str, ...]] = {
 
 
 def network_size(preprocess: Preprocess, height: int, width: int) -> tuple[int, int]:
-    """Height and width that a frame has as the network's input, before the padding that is the graph's part."""
+    """Height and width of a resized frame, before the graph pads it."""
     if preprocess.short_edge is None:
         return height, width
     return short_edge_size(height, width, preprocess.short_edge, preprocess.max_size)
 
 
 def padded_size(preprocess: Preprocess, height: int, width: int) -> tuple[int, int]:
-    """The network's input with the graph's padding."""
+    """Height and width of the network's input after the graph's padding."""
     step = max(1, preprocess.size_divisibility)
     return -(-height // step) * step, -(-width // step) * step
 
 
 def interface(manifest: Manifest, task: Task, frames: Shape, mask_dtype: MaskType) -> tuple[Buffer, ...]:
-    """The buffers of a tape that the runtime or the network write or read: frames, images, logits and results."""
+    """Buffers that the runtime or the network write or read: frames, images, logits and results."""
     batch, height, width = frames.batch, frames.height, frames.width
     size = network_size(manifest.preprocess, height, width)
-    maps = tuple(-(-side // 4) for side in padded_size(manifest.preprocess, *size))
+    mask_size = tuple(-(-pixels // 4) for pixels in padded_size(manifest.preprocess, *size))
     queries, classes = manifest.num_queries, manifest.num_classes
-    found: list[tuple[str, BufferType, tuple[int, ...]]] = [
+    buffers: list[tuple[str, BufferType, tuple[int, ...]]] = [
         ("frames", "uint8", (batch, height, width, 3)),
         ("images", "uint8", (batch, 3, *size)),
         ("class_logits", "float32", (batch, queries, classes + 1)),
-        ("mask_logits", mask_dtype, (batch, queries, *maps)),
+        ("mask_logits", mask_dtype, (batch, queries, *mask_size)),
     ]
     if task == "semantic":
-        found += [("labels", "uint8" if classes <= 255 else "int16", (batch, height, width))]
+        buffers += [("labels", "uint8" if classes <= 255 else "int16", (batch, height, width))]
     elif task == "panoptic":
-        found += [("id_map", "int32", (batch, height, width)), ("ids", "int32", (batch, queries))]
-        found += [("categories", "int64", (batch, queries))]
+        buffers += [("id_map", "int32", (batch, height, width)), ("ids", "int32", (batch, queries))]
+        buffers += [("categories", "int64", (batch, queries))]
     else:
-        found += [("masks", "uint8", (batch, queries, height, -(-width // 8)))]
-        found += [("boxes", "float32", (batch, queries, 4))]
+        buffers += [("masks", "uint8", (batch, queries, height, -(-width // 8)))]
+        buffers += [("boxes", "float32", (batch, queries, 4))]
     if task != "semantic":
-        found += [("areas", "int64", (batch, queries)), ("scores", "float32", (batch, queries))]
-    return tuple(Buffer(name, dtype, shape, "") for name, dtype, shape in found)
+        buffers += [("areas", "int64", (batch, queries)), ("scores", "float32", (batch, queries))]
+    return tuple(Buffer(name, dtype, shape, "") for name, dtype, shape in buffers)
 
 
 @dataclass(frozen=True)
-class TapeFile:
-    """All tapes of a bundle, and what they share."""
+class LaunchFile:
+    """All launch sequences of a bundle, with the kernels and constants that they share."""
 
     kernels: tuple[Kernel, ...]
     constants: dict[str, str]
     """Contents of constant buffers in base64, by SHA-256."""
     cubins: tuple[Cubin, ...]
-    tapes: tuple[Tape, ...]
+    sequences: tuple[LaunchSequence, ...]
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """Content of the file."""
         data = {"format": FORMAT, **to_plain(self)}
+        data[_SEQUENCES_KEY] = data.pop("sequences")
         return (json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
 
     @classmethod
-    def parse(cls, content: bytes, manifest: Manifest) -> TapeFile:
-        """The tapes of a bundle. Raises `BundleError` for anything that `to_bytes` would not write or that does not fit
-        the bundle."""
+    def parse(cls, content: bytes, manifest: Manifest) -> LaunchFile:
+        """Read the file of a bundle.
+
+        Raises:
+            BundleError: a content that `to_bytes` does not write, or launches that do not belong to the manifest.
+        """
         expect(len(content) <= MAX_FILE_BYTES, FILE, f"at most {MAX_FILE_BYTES} bytes", len(content))
         try:
             data = json.loads(content.decode("ascii"))
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{FILE}: expected JSON text, got {type(error).__name__}: {error}") from None
         expect(isinstance(data, dict) and data.pop("format", None) == FORMAT, FILE, f"the format {FORMAT}", "another")
-        found: TapeFile = READER.read(cls, data, "tapes")
-        found.check(manifest)
-        return found
+        keys_fit = _SEQUENCES_KEY in data and "sequences" not in data
+        expect(keys_fit, FILE, f"launch sequences under the key {_SEQUENCES_KEY}", sorted(data))
+        data["sequences"] = data.pop(_SEQUENCES_KEY)
+        launch_file: LaunchFile = READER.read(cls, data, "launches")
+        launch_file.check(manifest)
+        return launch_file
 
     def contents(self) -> dict[str, bytes]:
-        """Contents of constant buffers by SHA-256. Raises `BundleError` where one is not what its name says."""
-        found = {}
+        """Contents of constant buffers by SHA-256. Raises `BundleError` for a content of another SHA-256."""
+        contents = {}
         for digest, text in self.constants.items():
             try:
-                found[digest] = base64.b64decode(text, validate=True)
+                contents[digest] = base64.b64decode(text, validate=True)
             except (binascii.Error, ValueError):
                 raise BundleError(f"constants.{digest}: expected base64") from None
-            same = hashlib.sha256(found[digest]).hexdigest() == digest
+            same = hashlib.sha256(contents[digest]).hexdigest() == digest
             expect(same, "constants", f"content of SHA-256 {digest}", text)
-        return found
+        return contents
 
     def check(self, manifest: Manifest) -> None:
-        """Raise `BundleError` where tapes, kernels, cubins and manifest do not fit each other."""
+        """Raise `BundleError` where sequences, kernels, cubins and manifest contradict each other."""
         kernels = _by_name("kernels", ((kernel.name, kernel) for kernel in self.kernels))
         sizes = {digest: len(content) for digest, content in self.contents().items()}
-        for tape in self.tapes:
-            where = f"tape {tape.task} {tape.frames}"
-            _check_interface(where, tape, manifest)
-            buffers = _by_name(where, ((buffer.name, buffer) for buffer in tape.buffers))
-            for buffer in tape.buffers:
+        for sequence in self.sequences:
+            where = f"launches of {sequence.task} {sequence.frames}"
+            _check_interface(where, sequence, manifest)
+            buffers = _by_name(where, ((buffer.name, buffer) for buffer in sequence.buffers))
+            for buffer in sequence.buffers:
                 size = sizes.get(buffer.constant, buffer.bytes if not buffer.constant else None)
                 expect(size == buffer.bytes, f"{where}, buffer {buffer.name}", f"{buffer.bytes} constant bytes", size)
-            for launch in (*tape.before, *tape.after):
+            for launch in (*sequence.before, *sequence.after):
                 expect(launch.kernel in kernels, f"{where}, kernel", "one of the file's", launch.kernel)
                 _check_launch(f"{where}, {launch.kernel}", launch, kernels[launch.kernel], buffers)
-        _by_name("tapes", ((f"{t.task} {t.frames} {t.mask_dtype}", t) for t in self.tapes))
+        _by_name("launches", ((f"{s.task} {s.frames} {s.mask_dtype}", s) for s in self.sequences))
         self._check_cubins(manifest, kernels)
 
     def _check_cubins(self, manifest: Manifest, kernels: dict[str, Kernel]) -> None:
@@ -308,19 +317,20 @@ class TapeFile:
 
 
 def _by_name(where: str, items: Iterable[tuple[str, _Item]]) -> dict[str, _Item]:
-    found: dict[str, _Item] = {}
+    named: dict[str, _Item] = {}
     for name, item in items:
-        expect(name not in found, where, "no name twice", name)
-        found[name] = item
-    return found
+        expect(name not in named, where, "no name twice", name)
+        named[name] = item
+    return named
 
 
-def _check_interface(where: str, tape: Tape, manifest: Manifest) -> None:
-    size = network_size(manifest.preprocess, tape.frames.height, tape.frames.width)
-    expected = Shape(tape.frames.batch, *size)
-    expect(tape.images == expected, f"{where}, images", str(expected), str(tape.images))
-    for buffer in interface(manifest, tape.task, tape.frames, tape.mask_dtype):
-        expect(buffer in tape.buffers, f"{where}, buffer {buffer.name}", f"{buffer.dtype} {buffer.shape}", "another")
+def _check_interface(where: str, sequence: LaunchSequence, manifest: Manifest) -> None:
+    size = network_size(manifest.preprocess, sequence.frames.height, sequence.frames.width)
+    expected = Shape(sequence.frames.batch, *size)
+    expect(sequence.images == expected, f"{where}, images", str(expected), str(sequence.images))
+    for buffer in interface(manifest, sequence.task, sequence.frames, sequence.mask_dtype):
+        expected_buffer = f"{buffer.dtype} {buffer.shape}"
+        expect(buffer in sequence.buffers, f"{where}, buffer {buffer.name}", expected_buffer, "another")
 
 
 def _check_launch(where: str, launch: Launch, kernel: Kernel, buffers: dict[str, Buffer]) -> None:
@@ -338,13 +348,13 @@ def _check_launch(where: str, launch: Launch, kernel: Kernel, buffers: dict[str,
             fits = isinstance(value, float) and abs(value) <= float(np.finfo(np.float32).max)
             expect(argument.buffer is None and fits, name, "a float32", argument)
             continue
-        expect(type(value) is int, name, "a whole number", value)
+        expect(type(value) is int, name, "an integer", value)
         if parameter.type in SCALAR_RANGES:
             least, most = SCALAR_RANGES[parameter.type]
             expect(argument.buffer is None and least <= value <= most, name, f"a number of {least}..{most}", argument)
         else:
-            expect(argument.buffer in buffers, name, "one of the tape's buffers", argument.buffer)
+            expect(argument.buffer in buffers, name, "one of the sequence's buffers", argument.buffer)
             size = buffers[argument.buffer or ""].bytes
-            whole = value % ELEMENT_BYTES[parameter.type] == 0
-            expect(whole and 0 <= value < size, name, f"an element within the buffer's {size} bytes", value)
+            is_element = value % ELEMENT_BYTES[parameter.type] == 0
+            expect(is_element and 0 <= value < size, name, f"an element within the buffer's {size} bytes", value)
         expect(not parameter.aligned or value % 16 == 0, name, "a multiple of 16", value)

@@ -1,13 +1,14 @@
-"""What a bundle says of itself: typed, checked, and written as one canonical text whose every byte counts.
+"""The manifest of a bundle: its types, its checks, and its one canonical text, in which every byte counts.
 
 The text is ``json.dumps(..., sort_keys=True, indent=2)`` and a newline. Its key ``manifest_sha256`` is the SHA-256 of
-the same text without that key. A reader writes the text again from what it parsed and demands the same bytes, so that
-no byte can change unseen. That makes accidents and careless edits visible; against someone who rewrites the whole
+the same text without that key. A reader writes the text again from the parsed values and demands the same bytes, so
+that no byte can change unseen. This reveals accidents and careless edits. Against someone who rewrites all of the
 bundle, pin its digest (`maskformer_fast.deploy.bundle.folder.Bundle.open`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -16,14 +17,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from maskformer_fast.config import PanopticRule
+from maskformer_fast.core.checks import check
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.typed import TypedReader, to_plain
 
 FORMAT = "maskformer_fast.bundle.1"
-"""Value of the manifest's key ``format``; another one is another layout."""
+"""Value of the manifest's key ``format``; another value means another layout."""
 MANIFEST_NAME = "manifest.json"
 MAX_BYTES = 4 * 2**20
-"""Largest manifest that is read."""
+"""Bytes of the largest manifest that is read."""
 DIGEST_KEY = "manifest_sha256"
 
 _DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")
@@ -34,29 +36,26 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 class BundleError(ValueError):
-    """A bundle that is damaged, was changed, or does not fit."""
+    """A bundle that is damaged, was changed, or does not suit the machine or the request."""
 
 
 READER = TypedReader(error=BundleError, locate_checks=True)
 """Reader of a bundle's JSON files: every key must be there, and nothing is converted."""
 
 
-def expect(condition: bool, name: str, expected: str, got: object) -> None:
-    """Raise `BundleError` naming the key, what it must be and what it is."""
-    if not condition:
-        shown = repr(got)
-        raise BundleError(f"{name}: expected {expected}, got {shown if len(shown) <= 200 else shown[:200] + '...'}")
+expect = functools.partial(check, error=BundleError)
+"""`core.checks.check` with `BundleError`: arguments condition, key, expected, got."""
 
 
 def check_file_name(name: str) -> None:
-    """A relative path of one to four plain parts, as the bundle's files have. Raises `BundleError`."""
+    """Raise `BundleError` unless ``name`` is a relative path of one to four plain parts."""
     parts = name.split("/")
     plain = len(parts) <= 4 and all(_PART.fullmatch(part) for part in parts)
     expect(plain and name != MANIFEST_NAME, "files", "relative paths of letters, digits, '.', '_' and '-'", name)
 
 
 def check_file_names(names: Iterable[str]) -> None:
-    """`check_file_name` for each; and no two are one where case does not count, nor is one the folder of another."""
+    """Raise `BundleError` for a bad name, names that differ by case alone, or a file that is also a folder."""
     kept: dict[str, str] = {MANIFEST_NAME: MANIFEST_NAME}
     files = set(names)
     for name in sorted(files):
@@ -70,7 +69,7 @@ def check_file_names(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph's or an engine's input or output; dimensions are numbers, or names where they are dynamic."""
+    """An input or output of a graph or an engine; dimensions are numbers, or names where they are dynamic."""
 
     name: str
     dtype: str
@@ -83,7 +82,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX file; ``images`` uint8 [B, 3, H, W] in."""
+    """An ONNX file whose input is ``images`` uint8 [B, 3, H, W]."""
 
     file: str
     inputs: tuple[TensorSpec, ...]
@@ -106,7 +105,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """``HxW`` (batch 1) or ``BxHxW``. Raises ``ValueError``."""
+        """Read ``HxW`` (batch 1) or ``BxHxW``. Raises ``ValueError``."""
         numbers = text.lower().split("x")
         if len(numbers) not in (2, 3) or not all(n.isascii() and n.isdecimal() and int(n) > 0 for n in numbers):
             raise ValueError(f"shape: expected HEIGHTxWIDTH or BATCHxHEIGHTxWIDTH, got {text!r}")
@@ -119,7 +118,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Profile:
-    """Shapes that an engine takes: from the minimum to the maximum, in every dimension; fastest at the optimum."""
+    """Shapes that an engine takes: minimum to maximum in every dimension. It is fastest at the optimum."""
 
     minimum: Shape
     optimum: Shape
@@ -140,13 +139,13 @@ class Profile:
 
 @dataclass(frozen=True)
 class Engine:
-    """A TensorRT engine file of the flavour ``raw``, and what it was built by and for."""
+    """A TensorRT engine file of the flavour ``raw``, with the library that built it and the GPUs that run it."""
 
     file: str
     api: Literal["tensorrt", "tensorrt_rtx"]
     api_version: str
     precision: str
-    targets: tuple[str, ...]  # "sm_87" ...: what it may run on
+    targets: tuple[str, ...]  # architectures of the GPUs that run it: "sm_87" ...
     profile: Profile
     options: dict[str, str | int | bool]
     outputs: tuple[TensorSpec, ...]
@@ -157,11 +156,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a frame to the network's input. Resizing is the runtime's part, normalisation and padding the graph's."""
+    """Steps from a frame to the network's input. The runtime resizes; the graph normalises and pads."""
 
     mean: tuple[float, float, float]  # RGB, on the 0..255 scale
     std: tuple[float, float, float]
-    short_edge: int | None  # None: frames enter as they are
+    short_edge: int | None  # None: frames are not resized
     max_size: int
     size_divisibility: int  # 0: no padding
 
@@ -176,7 +175,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Postprocess:
-    """From predictions to results; the names are `maskformer_fast.config.TestConfig`'s."""
+    """Settings of post-processing; the names are those of `maskformer_fast.config.TestConfig`."""
 
     object_mask_threshold: float
     overlap_threshold: float
@@ -197,12 +196,12 @@ class Parity:
     shape: Shape
     logit_error: float  # largest absolute difference / largest logit
     labels_equal: float  # share of the pixels
-    labels_equal_at_margin: float  # the same, of pixels whose winner leads by more than `deploy.onnx.MARGIN`
+    labels_equal_at_margin: float  # share of the pixels whose winner leads by more than `deploy.build.onnx.MARGIN`
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file of the bundle must be."""
+    """SHA-256 and size that a file of the bundle must have."""
 
     sha256: str
     bytes: int
@@ -214,7 +213,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All a runtime must know of a bundle. ``files`` covers every file but the manifest itself."""
+    """Everything that a runtime must know about a bundle. ``files`` lists every file but the manifest itself."""
 
     name: str
     created_with: dict[str, str]
@@ -244,7 +243,8 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: object) -> Manifest:
-        """Inverse of `to_json`. Raises `BundleError` naming an unknown or missing key, or one of a wrong type."""
+        """Read `to_json`'s containers. Raises `BundleError` for an unknown or missing key, or a value of a wrong type.
+        """
         if not isinstance(data, dict):
             raise BundleError(f"manifest: expected an object, got {type(data).__name__}")
         expect(data.get("format") == FORMAT, "format", repr(FORMAT), data.get("format"))
@@ -261,7 +261,7 @@ def manifest_bytes(manifest: Manifest) -> tuple[bytes, str]:
 
 
 def parse_manifest(content: bytes) -> tuple[Manifest, str]:
-    """Manifest and digest of a file's content. Raises `BundleError` for what `manifest_bytes` does not write."""
+    """Manifest and digest of a file's content. Raises `BundleError` for a text that `manifest_bytes` does not write."""
     expect(len(content) <= MAX_BYTES, MANIFEST_NAME, f"at most {MAX_BYTES} bytes", len(content))
     try:
         data = json.loads(content.decode("ascii"))

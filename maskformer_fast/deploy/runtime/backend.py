@@ -1,4 +1,4 @@
-"""What `maskformer_fast.deploy.runtime` asks of a backend; which one that is, is the runtime's to choose."""
+"""Interface of a backend, which `deploy.runtime.session` chooses and calls."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from maskformer_fast.core.stages import StageSeconds
 
 
 class Backend(Protocol):
-    """Runs batches, several of them at a time; any thread may call."""
+    """Runs several batches at a time. Any thread may call."""
 
     max_tasks: int
-    """How many tasks one `submit` takes, for which the network runs once."""
+    """Number of tasks that one `submit` takes; the network runs once for all of them."""
     graph_obstacle: str | None
-    """Why batches are not replayed from a CUDA graph, so that each costs some launches; ``None`` where they are, and on
-    a CPU."""
+    """Reason why a GPU launches batches piece by piece and not as a CUDA graph; ``None`` where it does not."""
 
     def max_batch(self, height: int, width: int, task: Task) -> int:
-        """The most frames of this size that one `submit` takes. Raises ``ValueError`` where it takes no such frames."""
+        """Number of frames of this size that one `submit` takes. Raises ``ValueError`` where it takes none."""
         ...
 
     def submit(
@@ -30,21 +29,21 @@ class Backend(Protocol):
         frames: Sequence[np.ndarray],  # each [H, W, 3] uint8, of one size
         *tasks: Task,
     ) -> int:
-        """Begin a batch for one to `max_tasks` tasks -> a ticket, at once.
+        """Begin a batch for one to `max_tasks` tasks and return at once -> a ticket.
 
-        What is wrong with the frames may be raised here or by `collect`.
+        Errors of the frames are raised here or by `collect`.
         """
         ...
 
     def collect(self, ticket: int) -> tuple[list[Result], StageSeconds]:
-        """Wait for a batch: each frame's result, at the frames' size, task after task. A ticket is good for one call.
+        """Wait for a batch -> results of all frames at the frames' size, task after task; seconds of the stages.
 
         Raises:
-            KeyError: no such ticket, or one that was collected.
-            Exception: what went wrong with the batch; others are not affected.
+            KeyError: an unknown ticket, or one that was collected before.
+            Exception: the error of this batch. Other batches are not affected.
         """
         ...
 
     def close(self) -> None:
-        """End what is under way and give everything back; results that were not collected are lost."""
+        """End all batches and release everything. Results that were not collected are lost."""
         ...

@@ -1,8 +1,7 @@
-"""A bundle on the CPU: onnxruntime runs the graph, the package's C++ operators do the rest.
+"""Backend of the CPU: onnxruntime runs the graph, the package's C++ operators do the rest.
 
-Batches are worked on by a few threads, each batch by one of them from pixels to results. onnxruntime, Pillow and the
-operators leave Python's lock, so while the network runs for one batch, the next is prepared and the one before is
-post-processed.
+A few threads work on batches, each on one batch from pixels to results. onnxruntime, Pillow and the operators release
+Python's lock. So while the network runs for one batch, the next is prepared and the one before is post-processed.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from maskformer_fast.core.results import Result
 from maskformer_fast.core.stages import StageSeconds, Stopwatch
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import Graph, expect
-from maskformer_fast.deploy.runtime.cpu_postprocess import HostPostprocessor, Maps
+from maskformer_fast.deploy.runtime.cpu_postprocess import CpuPostprocessor, ImageLogits
 
 FLAVOUR = "raw"
 INPUT, OUTPUTS = "images", ["class_logits", "mask_logits"]
 _Outcome = tuple[list[Result], StageSeconds]
 
 
-class HostBackend:
+class CpuBackend:
     """A `maskformer_fast.deploy.runtime.backend.Backend` that needs no GPU."""
 
     max_tasks = len(TASKS)
@@ -39,11 +38,12 @@ class HostBackend:
         """Load the graph.
 
         Args:
-            in_flight: batches that are worked on at once.
-            threads: for each batch; None: as many as OMP_NUM_THREADS says, else as this process has cores.
+            bundle: the bundle.
+            in_flight: number of batches that are worked on at once.
+            threads: number of threads for each batch; None takes OMP_NUM_THREADS, or the cores of this process.
 
         Raises:
-            BundleError: the bundle has no graph of the flavour ``raw``, or one that onnxruntime does not take.
+            BundleError: the bundle has no graph of the flavour ``raw``, or one that onnxruntime refuses.
             ModuleNotFoundError: onnxruntime is not installed.
             ImportError: the package's extension is not built.
         """
@@ -52,7 +52,7 @@ class HostBackend:
         manifest = bundle.manifest
         threads = threads or default_threads()
         self._preprocess = manifest.preprocess
-        self._postprocess = HostPostprocessor(manifest.postprocess, manifest.metadata.is_thing, threads)
+        self._postprocess = CpuPostprocessor(manifest.postprocess, manifest.metadata.is_thing, threads)
         expect(FLAVOUR in manifest.graphs, "graphs", f"one of the flavour {FLAVOUR}", sorted(manifest.graphs))
         graph = manifest.graphs[FLAVOUR]
         self._batch, self._size = _fixed_sizes(graph)
@@ -62,7 +62,7 @@ class HostBackend:
         self._batches: dict[int, Future[_Outcome]] = {}
 
     def max_batch(self, height: int, width: int, task: Task) -> int:
-        """One, unless the graph was exported for a batch: here several frames at once take as long as one by one."""
+        """One, unless the graph was exported for a batch: on a CPU, frames at once take as long as one by one."""
         return self._batch or 1
 
     def submit(self, frames: Sequence[np.ndarray], *tasks: Task) -> int:
@@ -72,11 +72,11 @@ class HostBackend:
         return ticket
 
     def collect(self, ticket: int) -> _Outcome:
-        """Wait for a batch and forget it; raises what went wrong with it."""
+        """Wait for a batch -> results, seconds of the stages. Raises the batch's error."""
         return self._batches.pop(ticket).result()
 
     def close(self) -> None:
-        """Wait for the batches that were begun, drop the others."""
+        """Wait for batches that have begun and drop the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._batches.clear()
 
@@ -89,7 +89,7 @@ class HostBackend:
         size = (frames[0].shape[0], frames[0].shape[1])
         extent = self._extent(images.shape[2:], mask_logits.shape[2:])
         results = [
-            self._postprocess(Maps(class_logits[row], mask_logits[row], extent, size), task)
+            self._postprocess(ImageLogits(class_logits[row], mask_logits[row], extent, size), task)
             for task in tasks
             for row in range(len(frames))
         ]
@@ -97,7 +97,7 @@ class HostBackend:
         return results, stopwatch.stage_seconds()
 
     def _prepare(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        """Resized frames, a batch as the graph wants it -> uint8 [B, 3, h, w]."""
+        """Resize frames and fill the graph's batch -> uint8 [B, 3, h, w]."""
         most = self._batch or len(frames)
         check(0 < len(frames) <= most, "frames", f"1 to {most} of them", len(frames))
         sizes = {frame.shape for frame in frames}
@@ -113,30 +113,31 @@ class HostBackend:
         return images
 
     def _check_size(self, image: np.ndarray, frame: np.ndarray) -> None:
-        for got, wanted in zip(image.shape, self._size, strict=False):
-            check(wanted in (0, got), "frames", f"a size that becomes {self._size} (height, width; 0: any), which "
+        for got, expected in zip(image.shape, self._size, strict=False):
+            check(expected in (0, got), "frames", f"a size that becomes {self._size} (height, width; 0: any), which "
                   "the graph was exported for", f"{frame.shape[:2]}, which becomes {image.shape[:2]}")
 
-    def _extent(self, size: tuple[int, ...], maps: tuple[int, ...]) -> tuple[float, float]:
-        """Part of the mask logits that the images cover: the graph pads them at the bottom and the right."""
+    def _extent(self, size: tuple[int, ...], mask_size: tuple[int, ...]) -> tuple[float, float]:
+        """Height and width of the images in mask pixels: the graph pads at the bottom and the right."""
         step = max(1, self._preprocess.size_divisibility)
-        height, width = (side * cells / (-(-side // step) * step) for side, cells in zip(size, maps, strict=True))
+        pairs = zip(size, mask_size, strict=True)
+        height, width = (length * cells / (-(-length // step) * step) for length, cells in pairs)
         return height, width
 
 
 def default_threads() -> int:
-    """OMP_NUM_THREADS where it is set, as for other libraries of this kind, else the cores this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if wanted.isdecimal() and int(wanted) > 0:
-        return int(wanted)
+    """OMP_NUM_THREADS where it is set, as in other libraries of this kind, else the cores that this process may use."""
+    number = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if number.isdecimal() and int(number) > 0:
+        return int(number)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fixed_sizes(graph: Graph) -> tuple[int, tuple[int, int]]:
-    """Batch, (height, width) that the graph takes; 0 where any."""
+    """Batch, (height, width) that the graph takes; 0 stands for any."""
     shape = graph.inputs[0].shape if graph.inputs else ()
     expect(len(shape) == 4, f"graphs.{FLAVOUR}.inputs", "images [B, 3, H, W]", graph.inputs)
-    batch, _, height, width = (0 if isinstance(side, str) else side for side in shape)
+    batch, _, height, width = (0 if isinstance(size, str) else size for size in shape)
     return batch, (height, width)
 
 
@@ -150,10 +151,10 @@ def _session(graph: bytes, threads: int) -> Any:
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors: its warnings are about its own optimisations
+    options.log_severity_level = 3  # errors only: the warnings are about onnxruntime's own optimisations
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # it has no class of its own for a graph that it cannot read or run
+    except Exception as error:  # onnxruntime's errors share no base class
         expect(False, f"graphs.{FLAVOUR}", "a graph that onnxruntime runs", f"{type(error).__name__}: {error}")
         raise
     inputs, outputs = ([tensor.name for tensor in part] for part in (session.get_inputs(), session.get_outputs()))

@@ -1,15 +1,15 @@
-"""A bundle on a GPU: TensorRT runs the engine, the bundle's compiled kernels do the rest, no torch and no Triton.
+"""Backend of a GPU: TensorRT runs the engine, the bundle's compiled kernels do the rest, without torch and Triton.
 
-All that a batch takes is one CUDA graph: the frames' copy to the device, their resizing, the network, the task's
-kernels, the copy of the results to the host. A graph belongs to one slot and one tape (task, batch, size of frames). It
-is captured when the slot first meets the tape, after one run that is not captured, so that the libraries have loaded
-what they load lazily; after that a batch is a copy into pinned memory and one launch. Where the engine cannot be
-captured (some of its operations may be such), the same is launched piece by piece: slower, with the same results.
-That is logged once, and said by `TensorRTBackend.graph_obstacle`.
+All work of a batch is one CUDA graph: the frames' copy to the device, their resizing, the network, the kernels of the
+task, the copy of the results to the host. A graph belongs to one slot and one `LaunchSequence` (task, batch, size of
+frames). It is captured at the slot's first batch of the sequence, after one run without capture, in which the libraries
+load what they load lazily. After that a batch costs a copy into pinned memory and one launch. Where the engine cannot
+be captured, the same work is launched piece by piece: slower, with the same results. `TensorRTBackend.graph_obstacle`
+then has the reason, which is also logged once.
 
-A slot holds one batch: a stream, one piece of device memory for buffers and the network's scratch memory, one piece of
-pinned host memory. All slots are made at the start, as large as the largest tape needs. With two of them, one batch's
-copies and the host's part go on while the other's network runs.
+A slot is room for one batch: a stream, one piece of device memory for buffers and the network's scratch memory, and one
+piece of pinned host memory. All slots are made at the start, as large as the largest sequence needs. With two of them,
+the copies and host work of one batch overlap with the network of the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.core.results import Result
 from maskformer_fast.core.stages import StageSeconds
 from maskformer_fast.deploy.bundle.folder import Bundle
-from maskformer_fast.deploy.bundle.launches import FILE, Buffer, Tape, TapeFile
+from maskformer_fast.deploy.bundle.launches import FILE, Buffer, LaunchFile, LaunchSequence
 from maskformer_fast.deploy.bundle.manifest import expect
 from maskformer_fast.deploy.runtime.cuda_driver import CAPTURE_LOCK, Device, Driver
 from maskformer_fast.deploy.runtime.cuda_engine import OUTPUTS, Context, Network, check_outputs, choose_engine
@@ -40,27 +40,27 @@ logger = logging.getLogger(__name__)
 
 
 class _Plan(NamedTuple):
-    """A tape with where its buffers lie in a slot's memory."""
+    """A launch sequence with the offsets of its buffers in a slot's memory."""
 
-    tape: Tape
+    sequence: LaunchSequence
     arena: Arena
     host: dict[str, int]  # offsets of frames and results in pinned memory
     host_bytes: int
 
 
-class _Recorded(NamedTuple):
-    """A plan made ready in a slot."""
+class _PreparedPlan(NamedTuple):
+    """A plan that is ready to run in a slot."""
 
-    graph: Any  # None where there is none to be had
+    graph: Any  # executable CUDA graph; None where the work could not be captured
     context: Context
-    enqueue: Callable[[], None]  # the same without a graph
+    enqueue: Callable[[], None]  # enqueues the same work without a graph
 
 
 class TensorRTBackend:
     """A `Backend` for one GPU. Several may live in a process, on one GPU or several."""
 
     max_tasks = 1
-    """A tape holds one task's kernels."""
+    """A launch sequence is for one task."""
 
     def __init__(self, bundle: Bundle, device: int, in_flight: int) -> None:
         """Check the bundle against the GPU, then load engine and kernels and set all memory aside.
@@ -70,10 +70,10 @@ class TensorRTBackend:
             in_flight: batches that are worked on at once.
 
         Raises:
-            BundleError: nothing for this GPU, or what does not fit together; before anything is deserialised where the
-                manifest tells.
+            BundleError: no engine or kernels for this GPU, or parts that contradict each other. Nothing is deserialised
+                where the manifest shows it.
             ModuleNotFoundError: cuda-python or the engine's TensorRT is not installed.
-            RuntimeError: no driver, or an error of it or of TensorRT; `DriverError` names the former.
+            RuntimeError: no driver, an error of the driver (`DriverError`), or one of TensorRT.
             ValueError: no such device.
         """
         check(in_flight > 0, "in_flight", "> 0", in_flight)
@@ -81,7 +81,7 @@ class TensorRTBackend:
         self._things = manifest.metadata.is_thing
         self._top_k = manifest.postprocess.top_k
         self.graph_obstacle: str | None = None
-        """Why batches are launched piece by piece, where the engine cannot be captured as a CUDA graph."""
+        """Reason why batches are launched piece by piece, where the engine cannot be captured as a CUDA graph."""
         self._lock = threading.RLock()
         self._collected = threading.Condition(self._lock)
         self._collecting = 0
@@ -96,25 +96,25 @@ class TensorRTBackend:
             entry, library = choose_engine(manifest, target)
             got = ", ".join(manifest.kernels) or "none"
             expect(target in manifest.kernels, "kernels", f"those for this GPU ({target})", got)
-            tapes = TapeFile.parse(bundle.read(FILE), manifest)
+            launch_file = LaunchFile.parse(bundle.read(FILE), manifest)
             dtypes = {spec.name: spec.dtype for spec in entry.outputs}
-            playable = [
-                tape for tape in tapes.tapes
-                if entry.profile.holds(tape.images) and dtypes.get("mask_logits") == tape.mask_dtype
+            usable = [
+                sequence for sequence in launch_file.sequences
+                if entry.profile.holds(sequence.images) and dtypes.get("mask_logits") == sequence.mask_dtype
             ]  # fmt: skip
             low, high = entry.profile.minimum, entry.profile.maximum
-            expect(bool(playable), FILE, f"tapes for {entry.file}, which takes {low} to {high} and gives {dtypes}",
-                   [f"{tape.frames} -> {tape.images}, {tape.mask_dtype}" for tape in tapes.tapes])  # fmt: skip
-            self._plans = _plans(playable)
+            expect(bool(usable), FILE, f"launches for {entry.file}, which takes {low} to {high} and gives {dtypes}",
+                   [f"{s.frames} -> {s.images}, {s.mask_dtype}" for s in launch_file.sequences])  # fmt: skip
+            self._plans = _plans(usable)
             with self._device.current(), CAPTURE_LOCK:
                 self._network = Network(bundle, entry, library)
-                self._load(bundle, tapes, target, playable, in_flight)
+                self._load(bundle, launch_file, target, usable, in_flight)
         except BaseException:
             self.close()
             raise
 
     def max_batch(self, height: int, width: int, task: Task) -> int:
-        """The largest batch that kernels were recorded for. Raises ``ValueError`` for a size that has none."""
+        """Largest batch that launches were recorded for. Raises ``ValueError`` for a size without launches."""
         sizes = sorted({key[1:] for key in self._plans if key[0] == task})
         known = ", ".join(f"{h}x{w}" for h, w in sizes) or "none"
         check((height, width) in sizes, "frames", f"a size that the bundle has kernels for, height x width ({task}: "
@@ -159,9 +159,9 @@ class TensorRTBackend:
             with self._device.current():
                 preprocess, network, postprocess = slot.wait()
             start = perf_counter()
-            arrays = {name: slot.host_array(plan, name) for name in plan.tape.results}
-            width = plan.tape.frames.width
-            results = read_results(plan.tape.task, arrays, count, width, self._things, self._top_k)
+            arrays = {name: slot.host_array(plan, name) for name in plan.sequence.results}
+            width = plan.sequence.frames.width
+            results = read_results(plan.sequence.task, arrays, count, width, self._things, self._top_k)
             postprocess += perf_counter() - start
         finally:
             with self._lock:
@@ -171,15 +171,15 @@ class TensorRTBackend:
         return results, StageSeconds(preprocess, network, postprocess, preprocess + network + postprocess)
 
     def close(self) -> None:
-        """Wait for the device and for those who collect, and give everything back; a second call does nothing."""
+        """Wait for the device and for threads that collect, and release everything. A second call does nothing."""
         with self._lock:
-            self._collected.wait_for(lambda: not self._collecting)  # they read memory that is to be released
+            self._collected.wait_for(lambda: not self._collecting)  # they read the memory that is released here
             slots = [*self._slots, *(slot for slot, _, _ in self._batches.values())]
             self._slots.clear()
             self._batches.clear()
             network, self._network = self._network, None
             try:
-                with self._device.current(), CAPTURE_LOCK:  # TensorRT gives back memory of the current device
+                with self._device.current(), CAPTURE_LOCK:  # TensorRT releases memory of the current device
                     try:
                         self._device.synchronize()
                     finally:
@@ -190,64 +190,66 @@ class TensorRTBackend:
             finally:
                 self._device.close()
 
-    def _load(self, bundle: Bundle, tapes: TapeFile, target: str, playable: list[Tape], in_flight: int) -> None:
-        """Kernels, constants and slots for the tapes that this engine can be played with."""
-        assert self._network is not None  # loaded before
-        used = {launch.kernel for tape in playable for launch in (*tape.before, *tape.after)}
-        kernels = {kernel.name: kernel for kernel in tapes.kernels}
+    def _load(
+        self, bundle: Bundle, launch_file: LaunchFile, target: str, usable: list[LaunchSequence], in_flight: int
+    ) -> None:
+        """Load kernels and constants and make the slots for the sequences that this engine can replay."""
+        assert self._network is not None  # loaded before this call
+        used = {launch.kernel for sequence in usable for launch in (*sequence.before, *sequence.after)}
+        kernels = {kernel.name: kernel for kernel in launch_file.kernels}
         functions = {}
         attribute = self._device.driver.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        for cubin in tapes.cubins:
+        for cubin in launch_file.cubins:
             if cubin.target == target and cubin.kernel in used:
                 handle = self._device.function(bundle.read(cubin.file), cubin.symbol)
                 if cubin.shared_bytes > LARGE_SHARED_BYTES:
                     self._device.driver.call("cuFuncSetAttribute", handle, attribute, cubin.shared_bytes)
                 functions[cubin.kernel] = Function(kernels[cubin.kernel], cubin, handle)
-        constants = {buffer.constant for tape in playable for buffer in tape.buffers if buffer.constant}
+        constants = {buffer.constant for sequence in usable for buffer in sequence.buffers if buffer.constant}
         addresses = {}
-        for digest, content in tapes.contents().items():
+        for digest, content in launch_file.contents().items():
             if digest in constants:
                 addresses[digest] = self._device.allocate(len(content))
                 self._device.driver.call("cuMemcpyHtoD", addresses[digest], content, len(content))
-        self._device.synchronize()  # such a copy may still be under way, and the slots' streams do not wait for it
-        scratch = max(_scratch_bytes(self._network, tape) for tape in {t.images: t for t in playable}.values())
+        self._device.synchronize()  # the slots' streams would not wait for copies that are still under way
+        scratch = max(_scratch_bytes(self._network, sequence) for sequence in {t.images: t for t in usable}.values())
         plans = [plan for batches in self._plans.values() for plan in batches.values()]
         for _ in range(in_flight):
             slot = _Slot(self._device, self._network, functions, addresses, plans, scratch, self._do_without_graphs)
             self._slots.append(slot)
 
     def _do_without_graphs(self, reason: str) -> None:
-        """Say so, the first time."""
+        """Keep and log the reason, the first time."""
         if self.graph_obstacle is None:
             self.graph_obstacle = reason
             logger.warning("batches are launched piece by piece, which is slower than a CUDA graph: %s", reason)
 
 
-def _plans(tapes: Sequence[Tape]) -> dict[tuple[Task, int, int], dict[int, _Plan]]:
-    """By task, height and width, then by batch."""
+def _plans(sequences: Sequence[LaunchSequence]) -> dict[tuple[Task, int, int], dict[int, _Plan]]:
+    """Plans of launch sequences by task, height and width, then by batch."""
     plans: dict[tuple[Task, int, int], dict[int, _Plan]] = {}
-    for tape in tapes:
+    for sequence in sequences:
         offsets, end = {}, 0
-        for name in ("frames", *tape.results):
+        for name in ("frames", *sequence.results):
             offsets[name] = end
-            end += aligned(tape.buffer(name).bytes)
-        key = (tape.task, tape.frames.height, tape.frames.width)
-        plans.setdefault(key, {})[tape.frames.batch] = _Plan(tape, plan_arena(tape), offsets, end)
+            end += aligned(sequence.buffer(name).bytes)
+        key = (sequence.task, sequence.frames.height, sequence.frames.width)
+        plans.setdefault(key, {})[sequence.frames.batch] = _Plan(sequence, plan_arena(sequence), offsets, end)
     return plans
 
 
-def _scratch_bytes(network: Network, tape: Tape) -> int:
-    """Of the network's device memory for one shape of images; its outputs must be what was recorded."""
-    context = network.context(tape.images)
+def _scratch_bytes(network: Network, sequence: LaunchSequence) -> int:
+    """Bytes of scratch memory of the network for a sequence's images. Its outputs must have the recorded shapes."""
+    context = network.context(sequence.images)
     try:
-        check_outputs(context, [(name, tape.buffer(name).shape) for name in OUTPUTS])
+        check_outputs(context, [(name, sequence.buffer(name).shape) for name in OUTPUTS])
         return context.scratch_bytes
     finally:
         context.close()
 
 
 class _Slot:
-    """Room for one batch. Its methods are called by one thread at a time, with the device current."""
+    """Room for one batch. One thread at a time calls its methods, with the device current."""
 
     def __init__(
         self, device: Device, network: Network, functions: dict[str, Function], constants: dict[str, int],
@@ -267,55 +269,55 @@ class _Slot:
         self._stream = device.stream()
         self._stages = [device.event(timing=True) for _ in range(4)]
         self._done = device.event(timing=False)
-        self._recorded: dict[int, _Recorded] = {}  # by the plan's identity: plans live as long as the backend
+        self._prepared: dict[int, _PreparedPlan] = {}  # by the plan's identity: plans live as long as the backend
 
     def run(self, plan: _Plan, frames: Sequence[np.ndarray]) -> None:
-        """Begin a batch; rows of the batch beyond ``frames`` keep what they had."""
-        recorded = self._recorded.get(id(plan))
-        if recorded is None:
+        """Begin a batch. Rows of the batch beyond ``frames`` keep their old pixels."""
+        prepared = self._prepared.get(id(plan))
+        if prepared is None:
             with CAPTURE_LOCK:
-                recorded = self._record(plan)
+                prepared = self._prepare(plan)
         target = self.host_array(plan, "frames")
         for row, frame in enumerate(frames):
             target[row] = frame
-        if recorded.graph is None:
-            recorded.enqueue()
+        if prepared.graph is None:
+            prepared.enqueue()
         else:
-            self._driver.call("cuGraphLaunch", recorded.graph, self._stream)
+            self._driver.call("cuGraphLaunch", prepared.graph, self._stream)
         self._driver.call("cuEventRecord", self._done, self._stream)
 
     def wait(self) -> tuple[float, float, float]:
-        """Until the batch is done -> seconds of the three stages; copies count with the stage beside them."""
+        """Wait until the batch is done -> seconds of the three stages. Copies count with the stage beside them."""
         self._driver.call("cuEventSynchronize", self._done)
         times = [self._driver.call("cuEventElapsedTime", *pair) / 1000 for pair in itertools.pairwise(self._stages)]
         return times[0], times[1], times[2]
 
     def host_array(self, plan: _Plan, name: str) -> np.ndarray:
         """Frames or a result in pinned memory."""
-        buffer = plan.tape.buffer(name)
+        buffer = plan.sequence.buffer(name)
         start = plan.host[name]
         return self._host[start : start + buffer.bytes].view(buffer.dtype).reshape(buffer.shape)
 
     def close(self) -> None:
-        """Give back what belongs to the engine; the rest is the device's to release."""
-        for recorded in self._recorded.values():
-            recorded.context.close()
-        self._recorded.clear()
+        """Release the engine's contexts. `Device.close` releases the rest."""
+        for prepared in self._prepared.values():
+            prepared.context.close()
+        self._prepared.clear()
 
-    def _record(self, plan: _Plan) -> _Recorded:
-        """Run once, so that all that is loaded lazily is loaded, and capture the same as a graph, if that can be."""
-        tape = plan.tape
+    def _prepare(self, plan: _Plan) -> _PreparedPlan:
+        """Run a plan once, so that everything lazy is loaded, and capture the same work as a graph, if possible."""
+        sequence = plan.sequence
         addresses = {name: self._memory + offset for name, offset in plan.arena.offsets.items()}
-        addresses |= {buffer.name: self._constants[buffer.constant] for buffer in tape.buffers if buffer.constant}
-        context = self._network.context(tape.images)
+        addresses |= {buffer.name: self._constants[buffer.constant] for buffer in sequence.buffers if buffer.constant}
+        context = self._network.context(sequence.images)
         context.bind(self._scratch, self._scratch_bytes, addresses)
-        before = prepare(tape.before, self._functions, addresses)
-        after = prepare(tape.after, self._functions, addresses)
+        before = prepare(sequence.before, self._functions, addresses)
+        after = prepare(sequence.after, self._functions, addresses)
         host = int(self._host.ctypes.data)
 
         def enqueue(capturing: bool) -> None:
             self._mark(0, capturing)
-            self._upload(addresses["frames"], host + plan.host["frames"], tape.buffer("frames"))
+            self._upload(addresses["frames"], host + plan.host["frames"], sequence.buffer("frames"))
             for launch in before:
                 launch.enqueue(self._driver, self._stream)
             self._mark(1, capturing)
@@ -323,8 +325,8 @@ class _Slot:
             self._mark(2, capturing)
             for launch in after:
                 launch.enqueue(self._driver, self._stream)
-            for name in tape.results:
-                self._download(host + plan.host[name], addresses[name], tape.buffer(name))
+            for name in sequence.results:
+                self._download(host + plan.host[name], addresses[name], sequence.buffer(name))
             self._mark(3, capturing)
 
         try:
@@ -334,18 +336,20 @@ class _Slot:
         except BaseException:
             context.close()
             raise
-        recorded = _Recorded(graph, context, lambda: enqueue(capturing=False))
-        self._recorded[id(plan)] = recorded
-        return recorded
+        prepared = _PreparedPlan(graph, context, lambda: enqueue(capturing=False))
+        self._prepared[id(plan)] = prepared
+        return prepared
 
     def _capture(self, context: Context, enqueue: Callable[[], None]) -> Any:
-        """What is enqueued, as a graph that the device holds ready; None if it cannot be captured.
+        """Capture the work that ``enqueue`` enqueues -> a graph ready to launch; None if it cannot be captured.
 
-        It has just run without, so an error here is the graph's: one of the device comes again when it is launched."""
+        The same work has just run without a capture, so an error here is one of the capture. An error of the device
+        would come again at the next launch.
+        """
         if not context.capturable(self._stream):
             self._do_without_graphs("the engine's library says that it cannot be captured")
             return None
-        # of this thread alone: others may allocate meanwhile, as PyTorch does beside us
+        # Calls of this thread alone are captured: other threads may allocate meanwhile, as PyTorch does.
         mode = self._driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         try:
             self._driver.call("cuStreamBeginCapture", self._stream, mode)
@@ -356,13 +360,13 @@ class _Slot:
                 raise
             graph = self._device.keep_graph(self._driver.call("cuStreamEndCapture", self._stream))
             self._driver.call("cuGraphUpload", graph, self._stream)
-        except RuntimeError as error:  # of the driver, or of TensorRT
+        except RuntimeError as error:  # raised by the driver or by TensorRT
             self._do_without_graphs(str(error))
             return None
         return graph
 
     def _mark(self, stage: int, capturing: bool) -> None:
-        """Note the time; in a graph as a node of it, which every replay notes again."""
+        """Record the time of a stage's begin or end. In a graph it becomes a node, which every replay repeats."""
         flags = self._driver.api.CUevent_record_flags
         flag = flags.CU_EVENT_RECORD_EXTERNAL if capturing else flags.CU_EVENT_RECORD_DEFAULT
         self._driver.call("cuEventRecordWithFlags", self._stages[stage], self._stream, int(flag))

@@ -1,6 +1,6 @@
-"""The CUDA driver's API, by cuda-python, with errors as exceptions and memory, streams and modules that are given back.
+"""The CUDA driver's API through cuda-python: errors are exceptions, and memory, streams and modules are released.
 
-What is made here is kept in a list and released in the opposite order by `Device.close`, whatever failed in between.
+`Device` keeps a list of everything it makes; `Device.close` releases it in the opposite order, whatever failed before.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 CAPTURE_LOCK = threading.RLock()
-"""Held while a stream is captured, and by what waits for all of a device, as loading and releasing an engine may do:
-the driver refuses that to every thread while any stream is being captured, and spoils the capture."""
+"""Lock around every capture of a stream and every call that may wait for a device, as loading and releasing an engine
+does. While any stream is being captured, the driver refuses such a wait to every thread and spoils the capture."""
 
 
 class DriverError(RuntimeError):
@@ -23,10 +23,10 @@ class DriverError(RuntimeError):
 
 
 class Driver:
-    """Calls of ``cuda.bindings.driver``, checked."""
+    """Calls of ``cuda.bindings.driver`` with checked status."""
 
     def __init__(self) -> None:
-        """Raises ModuleNotFoundError where cuda-python is not installed, RuntimeError where no driver is."""
+        """Start the driver. Raises ModuleNotFoundError without cuda-python, RuntimeError without a driver."""
         try:
             from cuda.bindings import driver
         except ModuleNotFoundError as error:
@@ -42,29 +42,29 @@ class Driver:
             raise RuntimeError(f"expected a machine with an NVIDIA GPU and its driver: {error}") from error
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function -> what it returns beside the status. Raises `DriverError` with the error's name."""
+        """Call a function -> its return values without the status. Raises `DriverError` with the error's name."""
         status, *values = getattr(self.api, name)(*arguments)
         if int(status) != 0:
             raise DriverError(f"{name}: {self._error(status)}")
         return values[0] if len(values) == 1 else tuple(values) or None
 
     def abandon_capture(self, stream: Any) -> None:
-        """End a capture in which something failed: the stream is usable again, the graph is dropped."""
+        """End a failed capture: the stream becomes usable again, the graph is dropped."""
         status, graph = self.api.cuStreamEndCapture(stream)  # reports the failure that is being handled already
         if int(status) == 0 and graph:
             self.call("cuGraphDestroy", graph)
 
     def _error(self, status: Any) -> str:
-        found = []
+        texts = []
         for name in ("cuGetErrorName", "cuGetErrorString"):
             failed, text = getattr(self.api, name)(status)
             if int(failed) == 0 and text:
-                found.append(text.decode() if isinstance(text, bytes) else str(text))
-        return ": ".join(found) or f"error {int(status)}"
+                texts.append(text.decode() if isinstance(text, bytes) else str(text))
+        return ": ".join(texts) or f"error {int(status)}"
 
 
 def find_device(driver: Driver, index: int) -> Any:
-    """The GPU of a number. Raises ValueError where there is no such one."""
+    """Handle of GPU number ``index``. Raises ValueError where there is none."""
     count = driver.call("cuDeviceGetCount")
     if not 0 <= index < count:
         raise ValueError(f"device: expected 0..{count - 1}, one of this machine's GPUs, got {index}")
@@ -72,7 +72,7 @@ def find_device(driver: Driver, index: int) -> Any:
 
 
 def architecture(driver: Driver, device: Any) -> str:
-    """A GPU's architecture, as engines and kernels name it: ``sm_87``."""
+    """Architecture of a GPU by the name that engines and kernels have: ``sm_87``."""
     attributes = driver.api.CUdevice_attribute
     major = driver.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
     minor = driver.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
@@ -80,10 +80,10 @@ def architecture(driver: Driver, device: Any) -> str:
 
 
 class Device:
-    """One GPU by its primary context, the one that PyTorch and the CUDA runtime use too."""
+    """One GPU through its primary context, which PyTorch and the CUDA runtime use too."""
 
     def __init__(self, driver: Driver, index: int) -> None:
-        """Raises ValueError where there is no such device."""
+        """Retain the primary context of GPU number ``index``. Raises ValueError where there is none."""
         self.driver = driver
         self._device = find_device(driver, index)
         self.target = architecture(driver, self._device)
@@ -94,7 +94,7 @@ class Device:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make it this thread's device; what was so before is so again after. Of a closed one nothing happens."""
+        """Make this the thread's device during the block. On a closed device nothing happens."""
         if self._context is None:
             yield
             return
@@ -105,16 +105,16 @@ class Device:
             self.driver.call("cuCtxPopCurrent")
 
     def allocate(self, size: int) -> int:
-        """Device memory -> address, a multiple of 256."""
+        """Allocate device memory -> address, a multiple of 256."""
         return int(self._keep("cuMemFree", self.driver.call("cuMemAlloc", size)))
 
     def pinned(self, size: int) -> np.ndarray:
-        """Host memory that the device copies from and to by itself -> uint8 [size]."""
+        """Allocate pinned host memory, for asynchronous copies -> uint8 [size]."""
         address = int(self._keep("cuMemFreeHost", self.driver.call("cuMemHostAlloc", size, 0)))
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def stream(self) -> Any:
-        """A stream that does not wait for the default one."""
+        """Make a stream that does not wait for the default stream."""
         flags = self.driver.api.CUstream_flags.CU_STREAM_NON_BLOCKING
         return self._keep("cuStreamDestroy", self.driver.call("cuStreamCreate", int(flags)))
 
@@ -124,12 +124,12 @@ class Device:
         return self._keep("cuEventDestroy", self.driver.call("cuEventCreate", int(flags)))
 
     def function(self, cubin: bytes, symbol: str) -> Any:
-        """A kernel of a module of its own. Raises `DriverError` for machine code of another architecture."""
+        """Load machine code -> its kernel. Raises `DriverError` for another architecture."""
         module = self._keep("cuModuleUnload", self.driver.call("cuModuleLoadData", cubin))
         return self.driver.call("cuModuleGetFunction", module, symbol.encode())
 
     def keep_graph(self, graph: Any) -> Any:
-        """Instantiate a captured graph, and destroy its description."""
+        """Make a captured graph executable, and destroy its description."""
         try:
             return self._keep("cuGraphExecDestroy", self.driver.call("cuGraphInstantiate", graph, 0))
         finally:
@@ -140,13 +140,13 @@ class Device:
         return made
 
     def synchronize(self) -> None:
-        """Wait for all work of this context."""
+        """Wait for all work of the device's context."""
         if self._context is not None:
             with CAPTURE_LOCK:
                 self.driver.call("cuCtxSynchronize")
 
     def close(self) -> None:
-        """Wait for the device and release what was made. Raises the first error after all was tried."""
+        """Wait for the device and release everything. The first error is raised after all has been tried."""
         errors: list[Exception] = []
 
         def attempt(name: str, *arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""A bundle's TensorRT engine: chosen and checked before it is deserialised, by `tensorrt` or `tensorrt_rtx` alike."""
+"""A bundle's TensorRT engine: choice, checks and execution, by the libraries tensorrt and tensorrt_rtx alike."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _INSTALL = {"tensorrt": "pip install maskformer_fast[tensorrt]", "tensorrt_rtx":
 
 
 def choose_engine(manifest: Manifest, target: str) -> tuple[EngineEntry, Any]:
-    """The first engine of a bundle for this GPU whose library is installed -> its entry, the library.
+    """Choose the first engine of a bundle for this GPU whose library is installed -> its entry, the library.
 
     Raises:
-        BundleError: there is none for this GPU, or its library is of another version.
-        ModuleNotFoundError, OSError: there is one, but its library is not installed, or does not load.
+        BundleError: the bundle has none for this GPU, or its library has another version.
+        ModuleNotFoundError, OSError: its library is not installed, or does not load.
     """
     engines = [engine for engine in manifest.engines if target in engine.targets]
     known = ", ".join(sorted({name for engine in manifest.engines for name in engine.targets})) or "none"
@@ -35,23 +35,25 @@ def choose_engine(manifest: Manifest, target: str) -> tuple[EngineEntry, Any]:
                 f"{engine.api} is needed to run {engine.file}; install it with: {_INSTALL[engine.api]}", name=error.name
             )
             continue
-        except (ImportError, OSError) as error:  # of libraries of its own, or of CUDA's
+        except (ImportError, OSError) as error:  # its own shared libraries, or those of CUDA, do not load
             reason = reason or OSError(f"{engine.api}: expected a library that loads, got: {error}")
             continue
-        found = str(library.__version__)
-        if runs(engine, found):
+        version = str(library.__version__)
+        if runs(engine, version):
             return engine, library
         reason = BundleError(
-            f"{engine.file}: expected {engine.api} {engine.api_version}, which built the engine, got {found}; build it "
-            "again with: python -m maskformer_fast.export BUNDLE --engine-only"
+            f"{engine.file}: expected {engine.api} {engine.api_version}, which built the engine, got {version}; build "
+            "it again with: python -m maskformer_fast.export BUNDLE --engine-only"
         )
-    assert reason is not None  # there is an engine, and it was not returned
+    assert reason is not None  # there is an engine, and it is not usable
     raise reason
 
 
 def runs(engine: EngineEntry, version: str) -> bool:
-    """Whether a library of this version may run the engine: the same one, or for version-compatible engines a later
-    one of the same major version."""
+    """Whether a library of this version runs the engine.
+
+    The version is that of the build, or, for version-compatible engines, a later one with the same major number.
+    """
     if engine.api_version == version:
         return True
     if not engine.options.get("version_compatible", False):
@@ -65,10 +67,10 @@ def _numbers(version: str) -> list[int]:
 
 
 class Network:
-    """A deserialised engine. Of a library's errors, the messages are part of ours."""
+    """A deserialised engine. Errors contain the messages of the library."""
 
     def __init__(self, bundle: Bundle, entry: EngineEntry, library: Any) -> None:
-        """Raises BundleError where the library refuses the engine, or it is not what the manifest says."""
+        """Deserialise the engine. Raises BundleError where the library or the manifest disagrees with it."""
         self.entry = entry
         self._library = library
         self._logger = _logger(library)
@@ -81,7 +83,7 @@ class Network:
         self._check()
 
     def context(self, images: Shape) -> Context:
-        """An execution context for one shape of input, whose memory is the caller's."""
+        """An execution context for one shape of input. The caller provides its memory."""
         library = self._library
         strategy = library.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(self._engine, "create_runtime_config"):
@@ -99,11 +101,11 @@ class Network:
         return Context(context, images, self)
 
     def fail(self, what: str) -> RuntimeError:
-        """An error with what the library said of it."""
+        """Make an error with the library's last messages."""
         return RuntimeError(f"{self.entry.file}: {what}{self._explain()}")
 
     def close(self) -> None:
-        """Give the engine back; its contexts must be gone."""
+        """Release the engine. Its contexts must be closed before."""
         self._engine = self._runtime = None
 
     def _explain(self) -> str:
@@ -112,35 +114,35 @@ class Network:
         return f": {text}" if text else ""
 
     def _check(self) -> None:
-        """Names and types of inputs and outputs are the manifest's."""
+        """Raise `BundleError` unless inputs and outputs have the manifest's names and types."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         expect(sorted(names) == sorted((INPUT, *OUTPUTS)), f"{self.entry.file}, tensors", str((INPUT, *OUTPUTS)), names)
         types = {spec.name: spec.dtype for spec in self.entry.outputs} | {INPUT: "uint8"}
         for name in names:
-            found = {"half": "float16", "float": "float32"}.get(kind := _type_name(self._engine, name), kind)
-            expect(found == types.get(name), f"{self.entry.file}, {name}", str(types.get(name)), found)
+            dtype = {"half": "float16", "float": "float32"}.get(kind := _type_name(self._engine, name), kind)
+            expect(dtype == types.get(name), f"{self.entry.file}, {name}", str(types.get(name)), dtype)
 
 
 class Context:
-    """An execution context, bound to one shape and then to addresses: what a CUDA graph captures must not change."""
+    """An execution context of one shape, bound once to addresses: a captured CUDA graph must not change."""
 
     def __init__(self, context: Any, images: Shape, network: Network) -> None:
         self._context = context
         self._network = network
         shape = (images.batch, 3, images.height, images.width)
-        if context.active_optimization_profile != 0:  # a context has the only profile from the start; older ones ask
+        if context.active_optimization_profile != 0:  # older versions do not choose the only profile by themselves
             context.set_optimization_profile_async(0, 0)
         if not context.set_input_shape(INPUT, shape):
             raise network.fail(f"does not take images of shape {shape}")
         self.scratch_bytes = int(context.update_device_memory_size_for_shapes())
-        """Device memory that it needs while it runs."""
+        """Bytes of device memory that the network needs while it runs."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of an output."""
+        """Shape of an output."""
         return tuple(self._context.get_tensor_shape(name))
 
     def bind(self, scratch: int, scratch_bytes: int, addresses: dict[str, int]) -> None:
-        """Where scratch memory, input and outputs lie."""
+        """Set the addresses of scratch memory, input and outputs."""
         if self.scratch_bytes > scratch_bytes:
             raise self._network.fail(f"needs {self.scratch_bytes} bytes of memory, {scratch_bytes} were set aside")
         self._context.set_device_memory(scratch, scratch_bytes)
@@ -149,35 +151,37 @@ class Context:
                 raise self._network.fail(f"does not take an address for {name}")
 
     def capturable(self, stream: Any) -> bool:
-        """Whether what it enqueues can become part of a CUDA graph, as far as the library says: that for RTX does."""
+        """Whether a run can be captured in a CUDA graph; True where the library (all but RTX's) does not say."""
         asked = getattr(self._context, "is_stream_capturable", None)
         return asked is None or bool(asked(int(stream)))
 
     def enqueue(self, stream: Any) -> None:
-        """Run on a stream."""
+        """Enqueue one run on a stream."""
         if not self._context.execute_async_v3(int(stream)):
             raise self._network.fail("the network could not be launched")
 
     def close(self) -> None:
-        """Give it back: before its engine, and while its device is current."""
+        """Release the context, before its engine and while its device is current."""
         self._context = None
 
 
 def check_outputs(context: Context, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-    """Raise `BundleError` where the outputs are not those that the kernels were recorded for."""
+    """Raise `BundleError` unless the outputs have the shapes that the launches were recorded with."""
     for name, shape in shapes:
         expect(context.shape(name) == shape, f"shape of {name}", f"{shape}, as recorded", context.shape(name))
 
 
 def _type_name(engine: Any, name: str) -> str:
-    """``uint8``, ``float32``, ...: the libraries' enumerations name them so, but for half and float."""
+    """Type of a tensor as the library's enumeration names it, in small letters: uint8, int32, half, float."""
     return str(engine.get_tensor_dtype(name)).rsplit(".", 1)[-1].lower()
 
 
 @functools.cache
 def _logger(library: Any) -> Any:
-    """Keeps what the library complains of, for our errors; nothing is printed. One for all: of several loggers in a
-    process TensorRT takes the first, and expects it to stay."""
+    """Logger that keeps the library's errors for `Network.fail` and prints nothing.
+
+    It is one for the process: of several loggers TensorRT takes the first, and expects it to stay.
+    """
 
     class Logger(library.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""What the kernels wrote for a batch, copied to the host -> results.
+"""Results of a batch from the arrays that the kernels wrote, once they are on the host.
 
-The small part of post-processing that is not worth a kernel: lists of segments, and which pairs of query and class are
-the best instances. Arrays given here are the runtime's own memory: all that a result keeps is copied.
+This is the part of post-processing that is too small for a kernel: lists of segments, and the choice of the best
+instances among pairs of query and class. The arrays are the runtime's own memory, so results keep copies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from maskformer_fast.deploy.runtime.ranking import QueryMasks, best_instances, b
 
 def read_results(
     task: Task,
-    arrays: Mapping[str, np.ndarray],  # the results of a tape, by name, each [B, ...]
+    arrays: Mapping[str, np.ndarray],  # the results of a launch sequence by name, each [B, ...]
     count: int,
     width: int,
     is_thing: Sequence[bool],

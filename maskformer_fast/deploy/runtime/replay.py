@@ -1,4 +1,4 @@
-"""Plays tapes: where each buffer lies in device memory, and launches by the CUDA driver, without Triton."""
+"""Replays recorded launches: places of buffers in device memory, and launches by the CUDA driver, without Triton."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maskformer_fast.deploy.bundle.launches import Cubin, Kernel, Launch, Tape
+from maskformer_fast.deploy.bundle.launches import Cubin, Kernel, Launch, LaunchSequence
 
 ALIGNMENT = 256
-"""Of buffers, in bytes; TensorRT asks for as much."""
+"""Alignment of buffers in bytes; TensorRT asks for as much."""
 WARP = 32
+"""Threads of a warp."""
 LARGE_SHARED_BYTES = 48 << 10
-"""Dynamic shared memory beyond it must be asked for, function by function."""
+"""Bytes of dynamic shared memory above which the driver must be asked for each function."""
 _SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 
 @dataclass(frozen=True)
 class Arena:
-    """Where the buffers of a tape lie in one piece of memory; those that are never used at a time may share a place."""
+    """Offsets of a sequence's buffers in one piece of memory. Buffers that are never used at one time may overlap."""
 
     offsets: dict[str, int]
     bytes: int
 
 
-def plan_arena(tape: Tape) -> Arena:
-    """Offsets of all buffers but the constant ones, each a multiple of `ALIGNMENT`.
+def plan_arena(sequence: LaunchSequence) -> Arena:
+    """Choose offsets for all buffers but the constant ones, each a multiple of `ALIGNMENT`.
 
-    A buffer lives from its first use to its last: upload, each launch before the network, the network, each launch
-    after it, download. The largest buffers are placed first, each as low as those that live at the same time allow.
+    A buffer lives from its first to its last step: upload, each launch before the network, the network, each launch
+    after it, download. The largest buffers are placed first, each at the lowest offset that is free while it lives.
     """
-    lives = _lives(tape)
-    sizes = {buffer.name: aligned(buffer.bytes) for buffer in tape.buffers if buffer.name in lives}
+    lives = _lives(sequence)
+    sizes = {buffer.name: aligned(buffer.bytes) for buffer in sequence.buffers if buffer.name in lives}
     offsets: dict[str, int] = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         first, last = lives[name]
@@ -50,11 +51,12 @@ def plan_arena(tape: Tape) -> Arena:
     return Arena(offsets, max(offsets[name] + sizes[name] for name in offsets))
 
 
-def _lives(tape: Tape) -> dict[str, tuple[int, int]]:
-    """Steps of the first and the last use of each buffer; constants live apart, always."""
-    steps: list[Iterable[str]] = [("frames",), *(launch.buffers() for launch in tape.before)]
-    steps += [("images", "class_logits", "mask_logits"), *(launch.buffers() for launch in tape.after), tape.results]
-    constant = {buffer.name for buffer in tape.buffers if buffer.constant}
+def _lives(sequence: LaunchSequence) -> dict[str, tuple[int, int]]:
+    """Buffer -> steps of its first and last use; constants, which lie elsewhere, are left out."""
+    steps: list[Iterable[str]] = [("frames",), *(launch.buffers() for launch in sequence.before)]
+    steps += [("images", "class_logits", "mask_logits"), *(launch.buffers() for launch in sequence.after)]
+    steps += [sequence.results]
+    constant = {buffer.name for buffer in sequence.buffers if buffer.constant}
     lives: dict[str, tuple[int, int]] = {}
     for step, names in enumerate(steps):
         for name in names:
@@ -64,7 +66,7 @@ def _lives(tape: Tape) -> dict[str, tuple[int, int]]:
 
 
 def aligned(size: int) -> int:
-    """The next multiple of `ALIGNMENT`."""
+    """Round a size up to a multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -78,10 +80,10 @@ class Function:
 
 
 class PreparedLaunch:
-    """A launch with addresses, as the driver takes it: parameters lie in memory that this object holds."""
+    """A launch with addresses, as the driver takes it. This object owns the memory of the parameters."""
 
     def __init__(self, launch: Launch, function: Function, addresses: Mapping[str, int]) -> None:
-        """``addresses`` of all buffers that the launch touches."""
+        """``addresses`` has those of all buffers that the launch reads or writes."""
         self._function = function
         self._grid = launch.grid
         self._fills = [(addresses[fill.buffer] + fill.offset, fill.value, fill.bytes) for fill in launch.fills]
@@ -93,11 +95,11 @@ class PreparedLaunch:
             else:
                 values.append(ctypes.c_void_p(addresses[argument.buffer] + int(argument.value)))
         values += [ctypes.c_void_p(None) for _ in range(function.cubin.null_pointers)]
-        self._values = values  # kept, for the driver reads them at each launch
+        self._values = values  # the driver reads them at each launch
         self._parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
 
     def enqueue(self, driver: Any, stream: Any) -> None:
-        """Fill and launch. ``driver`` is a `maskformer_fast.deploy.runtime.cuda_driver.Driver`."""
+        """Enqueue the fills and the launch. ``driver`` is a `maskformer_fast.deploy.runtime.cuda_driver.Driver`."""
         for address, value, size in self._fills:
             driver.call("cuMemsetD8Async", address, value, size, stream)
         threads = WARP * self._function.kernel.num_warps
@@ -110,5 +112,5 @@ class PreparedLaunch:
 def prepare(
     launches: Sequence[Launch], functions: Mapping[str, Function], addresses: Mapping[str, int]
 ) -> list[PreparedLaunch]:
-    """Launches of a tape with the functions of their kernels and the addresses of its buffers."""
+    """Bind launches to the functions of their kernels and the addresses of their buffers."""
     return [PreparedLaunch(launch, functions[launch.kernel], addresses) for launch in launches]

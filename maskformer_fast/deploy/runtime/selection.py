@@ -1,4 +1,4 @@
-"""Whether TensorRT can run a bundle here: an engine and kernels for this GPU, and the libraries they need."""
+"""Check whether TensorRT can run a bundle on this machine: engine, kernels, GPU and libraries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ BUILD_COMMAND = "python -m maskformer_fast.export BUNDLE --engine-only"
 
 
 def tensorrt_obstacle(manifest: Manifest, device: int) -> Exception | None:
-    """Why TensorRT cannot run a bundle on CUDA device number ``device``, as the error to raise; None if it can.
+    """The error to raise if TensorRT cannot run a bundle on CUDA device number ``device``; None if it can.
 
-    Looks at the manifest, the driver and which libraries are installed; nothing is loaded from the bundle.
+    Only the manifest, the driver and the list of installed libraries are consulted. Nothing is loaded from the bundle.
     """
     if not manifest.engines:
         return BundleError(f"engines: expected one for this GPU, got a bundle without engines; build it with: "
@@ -43,7 +43,7 @@ def tensorrt_obstacle(manifest: Manifest, device: int) -> Exception | None:
 
 
 def gpu_target(device: int) -> str:
-    """Architecture of a CUDA device, as engines and kernels name it: ``sm_87``.
+    """Architecture of a CUDA device by the name that engines and kernels have: ``sm_87``.
 
     Raises:
         ModuleNotFoundError: cuda-python is not installed.

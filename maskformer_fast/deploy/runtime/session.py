@@ -1,4 +1,4 @@
-"""Runs a bundle: frames in, results out, with several frames in flight. Needs NumPy and the backend's libraries alone.
+"""Runs a bundle: frames in, results out, several frames in flight. It needs only NumPy and the backend's libraries.
 
     with load("bundle") as runtime:
         result = runtime.predict(frame)                              # one frame, or a sequence of any sizes
@@ -45,18 +45,18 @@ def load(
     """Verify a bundle and make it ready to run.
 
     Args:
-        bundle: its folder, or the bundle where it is open already.
+        bundle: its folder, or an open bundle.
         backend: ``auto`` takes TensorRT where the bundle has an engine for this GPU and the libraries are installed,
-            else onnxruntime, and logs which and why. One that is asked for by name is taken, or an error says why not.
-        digest: what `Bundle.digest` must be, see `Bundle.open`.
+            else onnxruntime, and logs the reason. A backend given by name is used, or an error tells why it cannot be.
+        digest: expected `Bundle.digest`, see `Bundle.open`.
         device: number of the CUDA device.
-        in_flight: frames (or batches) that are worked on at once.
+        in_flight: number of frames (or batches) that are worked on at once.
 
     Raises:
         FileNotFoundError: no such folder.
         BundleError: a damaged or changed bundle, another digest, or no engine for this GPU.
         ModuleNotFoundError: a library that the backend needs is not installed.
-        ValueError: another argument of a wrong value.
+        ValueError: a wrong value of another argument.
     """
     check_choice("backend", backend, ("auto", "onnxruntime", "tensorrt"))
     check(in_flight > 0, "in_flight", "> 0", in_flight)
@@ -78,7 +78,7 @@ def load(
 
 
 class Runtime:
-    """A bundle that is ready to run, made by `load`; a context manager. Any thread may use it."""
+    """A bundle that is ready to run, made by `load`. It is a context manager, and any thread may use it."""
 
     tasks: tuple[Task, ...] = TASKS
 
@@ -87,21 +87,21 @@ class Runtime:
         self.backend: BackendName = backend
         self.in_flight = in_flight
         self._backend: Backend | None = _open_backend(bundle, backend, device, in_flight)
-        self._jobs: deque[_Job] = deque()  # what the backend may still hold, oldest first
+        self._jobs: deque[_Job] = deque()  # batches that the backend may still hold, oldest first
         self._lock = threading.Lock()
         self._process = os.getpid()
 
     def predict(self, images: np.ndarray | Sequence[np.ndarray], task: Task = "semantic") -> Any:
         """Segment one image (-> one result) or several (-> a list of results, in order).
 
-        Images of one size are batched as the backend can. The network sees each image as if it were alone.
+        Images of one size are batched where the backend can. Results do not depend on the other images.
 
         Args:
             images: uint8 RGB arrays [H, W, 3] of any sizes; one or a sequence.
             task: "semantic" -> `SemanticResult`, "panoptic" -> `PanopticResult`, "instance" -> `InstanceResult`.
 
         Raises:
-            TypeError, ValueError: something that is not such an image, an unknown task, or a size that the bundle does
+            TypeError, ValueError: an argument that is no such image, an unknown task, or a size that the bundle does
                 not take.
             RuntimeError: the runtime is closed, or belongs to the process that this one was forked from.
         """
@@ -111,7 +111,7 @@ class Runtime:
         return self.predict_tasks(list(images), (task,))[task]
 
     def predict_tasks(self, images: Sequence[np.ndarray], tasks: Sequence[Task]) -> dict[Task, list[Result]]:
-        """Several tasks' results of images, each as `predict` gives them; onnxruntime runs the network once for all."""
+        """Results of several tasks, each as `predict` gives them. onnxruntime runs the network once for all tasks."""
         for task in tasks:
             check_choice("task", task, self.tasks)
         frames = list(images)
@@ -129,9 +129,9 @@ class Runtime:
                 results[task][index] = result
 
         backend = self._open_backend()
-        wanted = list(results)
-        for first in range(0, len(wanted), backend.max_tasks):
-            group = wanted[first : first + backend.max_tasks]
+        distinct = list(results)
+        for first in range(0, len(distinct), backend.max_tasks):
+            group = distinct[first : first + backend.max_tasks]
             for (height, width), indices in by_size.items():
                 most = min(backend.max_batch(height, width, task) for task in group)
                 for start in range(0, len(indices), most):
@@ -141,16 +141,16 @@ class Runtime:
                         finish()
         while under_way:
             finish()
-        return {task: [found[index] for index in range(len(frames))] for task, found in results.items()}
+        return {task: [by_index[index] for index in range(len(frames))] for task, by_index in results.items()}
 
     def stream(self, frames: Iterable[np.ndarray], task: Task = "semantic") -> Iterator[Result]:
-        """Results of frames in their order, `in_flight` frames at once: for a camera or a video.
+        """Results of a camera's or video's frames, in order, with `in_flight` frames at once.
 
         Frames are taken from the iterable while earlier ones are worked on, and not before they are needed. An error
-        of one frame is raised in its place; ``next`` then goes on with the frame after it.
+        of one frame is raised in its place; ``next`` then continues with the frame after it.
 
         Args:
-            frames: uint8 RGB arrays [H, W, 3]; they must not be changed until their result is there.
+            frames: uint8 RGB arrays [H, W, 3]; they must not be changed before their result is there.
             task: as for `predict`.
 
         Raises:
@@ -161,18 +161,18 @@ class Runtime:
 
     @property
     def graph_obstacle(self) -> str | None:
-        """Why a GPU runs batches by single launches and not from a CUDA graph; known after the first of a kind."""
+        """Reason why a GPU launches batches piece by piece and not as a CUDA graph; known after the first batch."""
         return self._open_backend().graph_obstacle
 
     def timed(self, frames: Sequence[np.ndarray], task: Task = "semantic") -> tuple[list[Result], StageSeconds]:
-        """One batch of frames of one size, and the time that its stages took; arguments and errors as for `predict`."""
+        """Run one batch of frames of one size -> results, seconds of its stages. Arguments are those of `predict`."""
         results, seconds = self.timed_tasks(frames, (task,))
         return results[task], seconds
 
     def timed_tasks(
         self, frames: Sequence[np.ndarray], tasks: Sequence[Task]
     ) -> tuple[dict[Task, list[Result]], StageSeconds]:
-        """`timed` for several tasks; where the network runs for each of them (TensorRT), the times are added up."""
+        """Do as `timed` for several tasks. Where the network runs once for each (TensorRT), the seconds are sums."""
         check(len(tasks) > 0, "tasks", "at least one", tasks)
         for task in tasks:
             check_choice("task", task, self.tasks)
@@ -183,14 +183,15 @@ class Runtime:
         at_once = self._open_backend().max_tasks
         for first in range(0, len(tasks), at_once):
             group = tasks[first : first + at_once]
-            found, took = self._finish(self._start(frames, group))
-            results |= {task: found[at * len(frames) : (at + 1) * len(frames)] for at, task in enumerate(group)}
-            seconds.append(took)
+            batch, batch_seconds = self._finish(self._start(frames, group))
+            results |= {task: batch[at * len(frames) : (at + 1) * len(frames)] for at, task in enumerate(group)}
+            seconds.append(batch_seconds)
         return results, StageSeconds(*(sum(stage) for stage in zip(*seconds, strict=True)))
 
     def close(self) -> None:
-        """Wait for what is under way, and give everything back; a second call does nothing, nor does a forked process's
-        (it has neither the threads nor the GPU).
+        """Wait for batches that have begun, and release everything.
+
+        A second call does nothing. Neither does a call of a forked process, which has neither the threads nor the GPU.
         """
         if os.getpid() != self._process:
             return
@@ -198,7 +199,7 @@ class Runtime:
             backend, self._backend = self._backend, None
             jobs = list(self._jobs)
             self._jobs.clear()
-        for job in jobs:  # streams that are still read get what was begun
+        for job in jobs:  # streams that are still read get the results of batches that have begun
             job.settle()
         if backend is not None:
             backend.close()
@@ -218,8 +219,8 @@ class Runtime:
         return self._backend
 
     def _start(self, frames: Sequence[np.ndarray], tasks: Sequence[Task]) -> _Job:
-        """Hand a batch to the backend; if it is full, the oldest batch is waited for, whoever began it."""
-        self._open_backend()  # before the lock, which a fork may have copied as held
+        """Hand a batch to the backend. If the backend is full, wait for the oldest batch first, whoever began it."""
+        self._open_backend()  # before the lock, which a fork may have copied in its locked state
         with self._lock:
             backend = self._open_backend()
             while len(self._jobs) >= self.in_flight:
@@ -230,13 +231,13 @@ class Runtime:
 
     def _finish(self, job: _Job) -> tuple[list[Result], StageSeconds]:
         job.settle()
-        with self._lock, contextlib.suppress(ValueError):  # it is gone where room was made for another
+        with self._lock, contextlib.suppress(ValueError):  # `_start` may have removed it to make room
             self._jobs.remove(job)
         return job.outcome()
 
 
 class _Job:
-    """A batch in the hands of the backend. Its outcome is fetched once, by whoever needs it or its place first."""
+    """A batch in the backend. Its outcome is fetched once, by the first thread that needs the outcome or the room."""
 
     def __init__(self, backend: Backend, frames: Sequence[np.ndarray], tasks: Sequence[Task]) -> None:
         self._backend = backend
@@ -245,24 +246,24 @@ class _Job:
         self._outcome: tuple[list[Result], StageSeconds] | Exception | None = None
 
     def settle(self) -> None:
-        """Wait for the outcome, good or bad."""
+        """Wait for the outcome, results or error."""
         with self._lock:
             if self._outcome is None:
                 try:
                     self._outcome = self._backend.collect(self._ticket)
-                except Exception as error:  # belongs to whoever began the batch
+                except Exception as error:  # raised in the thread that began the batch
                     self._outcome = error
 
     def outcome(self) -> tuple[list[Result], StageSeconds]:
-        """What was settled; raises what went wrong."""
-        assert self._outcome is not None  # settled
+        """Results and seconds of a settled batch. Raises the batch's error."""
+        assert self._outcome is not None  # `settle` was called
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
 
 
 class _Stream(Iterator[Result]):
-    """Results of a stream's frames. What is left in flight when nobody reads on is the runtime's to clear away."""
+    """Results of a stream's frames. The runtime clears batches away that nobody reads."""
 
     def __init__(self, runtime: Runtime, frames: Iterator[np.ndarray], task: Task) -> None:
         self._runtime = runtime
@@ -275,16 +276,16 @@ class _Stream(Iterator[Result]):
             self._under_way.append(self._start_next(self._frames))
         job = self._under_way.popleft()
         if isinstance(job, StopIteration):
-            self._under_way.append(job)  # the end stays the end
+            self._under_way.append(job)  # every later call ends too
         if isinstance(job, Exception):
             raise job
         return self._runtime._finish(job)[0][0]
 
     def _start_next(self, frames: Iterator[np.ndarray]) -> _Job | Exception:
-        """The next frame's job; or the error that takes its place, which the frames before it must not suffer from."""
+        """The next frame's job, or its error, which is raised after the results of the frames before it."""
         try:
             frame = next(frames)
-        except Exception as error:  # the end, or a camera that failed
+        except Exception as error:  # the end, or an error of the camera
             self._frames = None if isinstance(error, StopIteration) else frames
             return error
         try:
@@ -296,9 +297,9 @@ class _Stream(Iterator[Result]):
 
 def _open_backend(bundle: Bundle, name: BackendName, device: int, in_flight: int) -> Backend:
     if name == "onnxruntime":
-        from maskformer_fast.deploy.runtime.cpu_backend import HostBackend
+        from maskformer_fast.deploy.runtime.cpu_backend import CpuBackend
 
-        return HostBackend(bundle, in_flight)
+        return CpuBackend(bundle, in_flight)
     from maskformer_fast.deploy.runtime.cuda_backend import TensorRTBackend
 
     return TensorRTBackend(bundle, device, in_flight)

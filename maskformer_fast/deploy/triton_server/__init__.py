@@ -1,0 +1,1 @@
+"""Serving a bundle by NVIDIA's Triton Inference Server."""

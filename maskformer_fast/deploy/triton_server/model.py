@@ -1,16 +1,17 @@
-"""The model that NVIDIA's Triton Inference Server runs by its Python backend: a bundle's results, not its logits.
+"""The model that NVIDIA's Triton Inference Server runs by its Python backend: it serves results, not logits.
 
-The server imports ``model.py`` of a model repository (`deploy.triton_server`), whose class is a `ServedBundle`, in a
-Python that has numpy, this package and what the bundle's backend needs. The bundle lies beside ``model.py``.
+The server imports ``model.py`` of a model repository (`deploy.triton_server.repository`), whose class is a
+`ServedBundle`. Its Python needs numpy, this package and the libraries of the bundle's backend. The bundle lies beside
+``model.py``.
 
 =========  ==============================================================================================
 task       outputs for ``images`` uint8 [B, H, W, 3] RGB, results at the images' own size
 =========  ==============================================================================================
 semantic   ``labels`` [B, H, W] uint8, or int16 for more than 255 classes
-panoptic   ``id_map`` int32 [B, H, W], -1 where no segment is; ``segments`` [B, 1], an image's as a JSON text
+panoptic   ``id_map`` int32 [B, H, W], -1 without a segment; ``segments`` [B, 1], a JSON text for each image
 instance   ``count`` int32 [B, 1]; ``labels`` int64 [B, N], ``scores`` float32 [B, N], ``boxes`` float32 [B, N, 4],
-           ``masks`` uint8 [B, N, H, ceil(W/8)] (8 pixels to a byte, the first one lowest), best first. N is the most
-           that an image of the request has; rows from its ``count`` on are zeros.
+           ``masks`` uint8 [B, N, H, ceil(W/8)] (8 pixels to a byte, the first one lowest), best first. N is the
+           largest ``count`` of the request; rows of an image beyond its ``count`` are zeros.
 =========  ==============================================================================================
 """
 
@@ -29,16 +30,16 @@ __all__ = ["ServedBundle"]
 
 
 class ServedBundle:
-    """What the server calls: ``initialize``, then ``execute`` again and again, then ``finalize``."""
+    """A served bundle. The server calls ``initialize`` once, ``execute`` many times, and ``finalize`` once."""
 
     bundle: Path
-    """Its folder."""
+    """Folder of the bundle."""
     digest: str
-    """What it must have: any other bundle in that folder is refused."""
+    """Expected digest; any other bundle in the folder is refused."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the bundle, for the device of this instance. The server gives the configuration as JSON text."""
-        import triton_python_backend_utils as pb_utils  # the server's own; there is none elsewhere
+        """Open the bundle for the device of this instance. The server passes the configuration as JSON text."""
+        import triton_python_backend_utils as pb_utils  # exists in the server only
 
         from maskformer_fast.deploy.runtime.session import load
 
@@ -58,28 +59,28 @@ class ServedBundle:
         self.metadata = self.runtime.manifest.metadata
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request, in order. Requests that the server hands over together run together."""
+        """One response for each request, in order. Requests of one call run together."""
         batches = [self.server.get_input_tensor_by_name(request, "images").as_numpy() for request in requests]
         try:
             results = self.predict(batches)
         except Exception as error:
-            if len(requests) > 1:  # the others shall not fail for one
+            if len(requests) > 1:  # one bad request must not fail the others
                 return [response for request in requests for response in self.execute([request])]
             message = self.server.TritonError(f"{type(error).__name__}: {error}")
             return [self.server.InferenceResponse(output_tensors=[], error=message)]
-        return [self.server.InferenceResponse(output_tensors=self.tensors(found)) for found in results]
+        return [self.server.InferenceResponse(output_tensors=self.tensors(of_request)) for of_request in results]
 
     def predict(self, batches: Sequence[np.ndarray]) -> list[list[Any]]:
-        """Results of each request's images [B, H, W, 3]."""
-        found = iter(self.runtime.predict([image for batch in batches for image in batch], self.task))
-        return [[next(found) for _ in batch] for batch in batches]
+        """Results for each request's images [B, H, W, 3]."""
+        results = iter(self.runtime.predict([image for batch in batches for image in batch], self.task))
+        return [[next(results) for _ in batch] for batch in batches]
 
     def tensors(self, results: Sequence[Any]) -> list[Any]:
         arrays = OUTPUTS[self.task](results, self.metadata)
         return [self.server.Tensor(name, array) for name, array in arrays.items()]
 
     def finalize(self) -> None:
-        """Before the server unloads the model."""
+        """Release everything before the server unloads the model."""
         self.runtime.close()
 
 

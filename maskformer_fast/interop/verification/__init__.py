@@ -1,0 +1,1 @@
+"""Comparison of a converted network with recorded outputs of the official implementation."""

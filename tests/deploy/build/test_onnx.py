@@ -1,8 +1,7 @@
-"""Exported graphs: equal to PyTorch at every size, and refused where they are not."""
+"""Exported graphs equal PyTorch at every size; graphs that do not are refused."""
 
 from __future__ import annotations
 
-from maskformer_fast.ops.mask_product import layer_mask_logits
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.export_parity import tell_queries_apart
+from benchmarks.studies.export_parity import spread_queries
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
-from maskformer_fast.deploy.bundle.manifest import Graph, Shape
 from maskformer_fast.deploy.build.onnx import Flavour, ParityError, check_parity, export_graphs, mask_size
-from maskformer_fast.modeling import build_model
+from maskformer_fast.deploy.bundle.manifest import Graph, Shape
 from maskformer_fast.inference.postprocess import semantic
+from maskformer_fast.modeling import build_model
+from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import Predictions
 
 QUERIES, CLASSES = 7, 5
@@ -31,7 +31,7 @@ RESNET = BackboneConfig("resnet_micro")
 
 
 def build(backbone: BackboneConfig, seed: int = 0, divisibility: int = 32, encoder_layers: int = 0) -> nn.Module:
-    """A small network with weights that make every part count: random norms and biases, sure classes."""
+    """A small network in which every part matters: random norms and biases, classes of high probability."""
     torch.manual_seed(seed)
     network = build_model(
         ModelConfig(
@@ -50,12 +50,15 @@ def build(backbone: BackboneConfig, seed: int = 0, divisibility: int = 32, encod
             if "relative_position" in name:
                 parameter.normal_()
             if "multihead_attn.in_proj_weight" in name or "query_embed" in name:
-                parameter.mul_(4)  # queries look at different places, and so say different things
-    tell_queries_apart(network.eval(), random_images(Shape(1, 160, 192), seed))
+                parameter.mul_(4)  # queries attend to different places, so that their predictions differ
+    spread_queries(network.eval(), random_images(Shape(1, 160, 192), seed))
     return network
 
 
-@pytest.fixture(scope="module", params=[RESNET, SWIN], ids=["resnet", "swin"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(RESNET, id="resnet"), pytest.param(SWIN, id="swin", marks=pytest.mark.slow)],
+)
 def exported(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[Flavour, tuple[bytes, Graph]]]:
     network = build(request.param, encoder_layers=int(request.param is RESNET))
     return network, export_graphs(network)
@@ -75,22 +78,22 @@ def random_images(shape: Shape, seed: int) -> Tensor:
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
 
 
-def network_says(network: nn.Module, images: Tensor) -> tuple[Predictions, list[Tensor]]:
-    """Predictions and labels by the way that `Predictor` goes: padded batches and the fused operator."""
+def predict(network: nn.Module, images: Tensor) -> tuple[Predictions, list[Tensor]]:
+    """Predictions and labels as `Predictor` computes them: by padded batches and the fused operator."""
     batch, _, height, width = images.shape
     padded = torch.full((batch, 3, -(-height // 32) * 32, -(-width // 32) * 32), 77, dtype=torch.uint8)
-    padded[:, :, :height, :width] = images  # what pads is of no account
+    padded[:, :, :height, :width] = images  # the value of the padding does not matter
     predictions = network(padded, torch.tensor([[height, width]] * batch))
     return predictions, [result.labels for result in semantic(predictions, [(height, width)] * batch)]
 
 
 @pytest.mark.parametrize("text", SHAPES)
 @torch.no_grad()
-def test_equals_the_network_at_any_size(exported: tuple[nn.Module, Any], text: str) -> None:
+def test_graphs_equal_the_network_at_any_size(exported: tuple[nn.Module, Any], text: str) -> None:
     network, graphs = exported
     shape = Shape.parse(text)
     images = random_images(shape, seed=shape.height)
-    predictions, labels = network_says(network, images)
+    predictions, labels = predict(network, images)
     classes, masks = (torch.from_numpy(output) for output in run(graphs["raw"][0], images))
     for got, expected in ((classes, predictions.class_logits[-1]), (masks, layer_mask_logits(predictions))):
         assert got.shape == expected.shape
@@ -104,7 +107,7 @@ def test_equals_the_network_at_any_size(exported: tuple[nn.Module, Any], text: s
         assert len(np.unique(got)) > 1, "the test needs labels that differ"
 
 
-def test_what_the_graphs_are(exported: tuple[nn.Module, Any]) -> None:
+def test_graphs_are_plain_onnx_as_their_entries_say(exported: tuple[nn.Module, Any]) -> None:
     network, graphs = exported
     for flavour, (content, graph) in graphs.items():
         model = onnx.load_from_string(content)
@@ -143,7 +146,7 @@ def scaled(content: bytes, value: str, factor: float) -> bytes:
     return model.SerializeToString()
 
 
-def test_a_graph_that_computes_something_else_is_refused(exported: tuple[nn.Module, Any]) -> None:
+def test_a_graph_with_other_results_is_refused(exported: tuple[nn.Module, Any]) -> None:
     network, graphs = exported
     shapes = [Shape(1, 64, 96)]
     raw, complete = graphs["raw"][0], graphs["complete"][0]
@@ -158,6 +161,7 @@ def test_a_graph_that_computes_something_else_is_refused(exported: tuple[nn.Modu
         check_parity(network, {"complete": raw}, shapes)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_static_graph_takes_one_shape() -> None:
     network, shape = build(RESNET, seed=1), Shape(2, 45, 70)
@@ -180,12 +184,12 @@ def test_pixels_far_from_every_mask_have_a_best_class(exported: tuple[nn.Module,
     del model.graph.output[:]
     nodes = {name: node for node in model.graph.node for name in node.output}
     kept: list[Any] = []
-    wanted = ["labels"]
-    while wanted:  # the part of the graph behind the logits
-        name = wanted.pop()
+    waiting = ["labels"]
+    while waiting:  # the part of the graph behind the logits
+        name = waiting.pop()
         if name in nodes and name not in ("class_logits", "mask_logits") and nodes[name] not in kept:
             kept.append(nodes[name])
-            wanted.extend(nodes[name].input)
+            waiting.extend(nodes[name].input)
     tail = onnx.helper.make_graph(
         [node for node in model.graph.node if node in kept], "tail",
         [model.graph.input[0], *(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
@@ -206,6 +210,7 @@ def test_pixels_far_from_every_mask_have_a_best_class(exported: tuple[nn.Module,
     assert (labels == expected).double().mean() > 0.999
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_graph_of_one_size_takes_any_batch() -> None:
     network = build(RESNET, seed=4)
@@ -219,12 +224,13 @@ def test_a_graph_of_one_size_takes_any_batch() -> None:
         check_parity(network, contents(graphs), [Shape(1, 46, 70)])
 
 
-def test_without_padding() -> None:
+@pytest.mark.slow
+def test_graphs_without_padding_equal_the_network() -> None:
     network = build(RESNET, seed=2, divisibility=0)
     check_parity(network, contents(export_graphs(network)), [Shape.parse(text) for text in SHAPES])
 
 
-def test_others_are_refused() -> None:
+def test_other_networks_and_flavours_are_refused() -> None:
     with pytest.raises(ValueError, match="flavours"):
         export_graphs(build(RESNET), ("raw", "cooked"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="evaluation mode"):

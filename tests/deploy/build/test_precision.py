@@ -1,4 +1,4 @@
-"""Half precision in the graph: types, pins, borders, and labels that stay."""
+"""Half precision in the graph: types, pinned operators, casts, and labels that do not change."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def input_types(model: onnx.ModelProto) -> dict[str, set[int]]:
     inferred = shape_inference.infer_shapes(model)
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *inferred.graph.output)}
     types |= {t.name: t.data_type for t in inferred.graph.initializer}
-    found: dict[str, set[int]] = {}
+    kinds_of: dict[str, set[int]] = {}
     for node in inferred.graph.node:
         kinds = {types.get(name) for name in node.input} & {TensorProto.FLOAT, *HALF.values()}
-        found.setdefault(node.op_type, set()).update(kinds)
-    return found
+        kinds_of.setdefault(node.op_type, set()).update(kinds)
+    return kinds_of
 
 
 def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A bfloat16 graph in float32, rounding to bfloat16 wherever the original holds such values: an oracle to run."""
+    """A bfloat16 graph in float32 with rounding to bfloat16 at every such value, as an oracle that onnxruntime runs."""
     half = TensorProto.BFLOAT16
     inferred = shape_inference.infer_shapes(model)
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *inferred.graph.output)}
@@ -52,7 +52,7 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_types(precision: str) -> None:
+def test_operators_have_the_types_of_their_kind(precision: str) -> None:
     """Weighted operators compute in half precision, pinned ones and the normalisation of pixels in float32."""
     model = raw_graph()
     before = model.SerializeToString()
@@ -62,11 +62,11 @@ def test_types(precision: str) -> None:
         assert types[operator] == half, operator
     for operator in (*PINNED, "Sub", "Div"):
         assert types[operator] == {TensorProto.FLOAT}, operator
-    assert model.SerializeToString() == before  # a copy was changed
+    assert model.SerializeToString() == before  # only a copy was changed
 
 
 def test_sizes_are_read_without_a_cast() -> None:
-    """`Shape` takes any type: a copy of a map in float32 for its sizes would be work for nothing."""
+    """`Shape` takes any type, so a float32 copy of a map for its sizes would be wasted work."""
     converted = to_half(raw_graph(), "fp16", pinned=())
     makers = {name: node.op_type for node in converted.graph.node for name in node.output}
     read = [name for node in converted.graph.node if node.op_type == "Shape" for name in node.input]
@@ -75,7 +75,7 @@ def test_sizes_are_read_without_a_cast() -> None:
 
 @pytest.mark.parametrize("pinned", [(), *((name,) for name in sorted(PINNED)), sorted(PINNED), [*PINNED, "MatMul"]])
 def test_float16_keeps_labels(pinned: list[str]) -> None:
-    """Whatever is pinned, labels of 99.5 % of the pixels stay and logits are within float16's digits."""
+    """Whatever is pinned, 99.5 % of the labels are equal and logits differ by float16's rounding alone."""
     model, inputs = raw_graph(seed=3), images(4, 128, 192)
     exact, got = run(model, inputs), run(to_half(model, "fp16", pinned=pinned), inputs)
     for a, b in zip(exact, got, strict=True):
@@ -93,8 +93,8 @@ def test_bfloat16_keeps_most_labels() -> None:
 
 
 @pytest.mark.parametrize(("name", "other"), [("mask_logits", "class_logits"), ("class_logits", "mask_logits")])
-def test_half_outputs(name: str, other: str) -> None:
-    """The outputs named leave in half precision under their own name, the others in float32."""
+def test_half_outputs_leave_in_half_precision(name: str, other: str) -> None:
+    """The named outputs keep their names and become half precision; the others stay float32."""
     model, inputs = raw_graph(), images()
     converted = to_half(model, "fp16", half_outputs=[name])
     onnx.checker.check_model(converted, full_check=True)
@@ -104,8 +104,8 @@ def test_half_outputs(name: str, other: str) -> None:
         assert np.array_equal(a.astype(np.float16), b.astype(np.float16))
 
 
-def test_output_that_is_read_again() -> None:
-    """An output that another node reads too is cast once and not read in the wrong type."""
+def test_an_output_that_is_read_again_is_cast_once() -> None:
+    """Another node that reads an output reads it in the right type."""
     model = raw_graph()
     model.graph.node.append(helper.make_node("Relu", ["class_logits"], ["again"]))
     model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, ["b", 16, 11]))
@@ -115,8 +115,8 @@ def test_output_that_is_read_again() -> None:
     assert classes.dtype == np.float32
 
 
-def test_named_node_stays_and_weights_shrink() -> None:
-    """Nodes can be pinned by name; weights nobody reads in float32 are stored once, in half precision."""
+def test_nodes_pinned_by_name_stay_and_weights_are_stored_once() -> None:
+    """Weights that no float32 node reads are stored in half precision."""
     model = raw_graph()
     converted = to_half(model, "fp16", pinned=[*PINNED, "conv2"])
     stored = {t.name.removesuffix("_fp16"): t.data_type for t in converted.graph.initializer}
@@ -127,8 +127,8 @@ def test_named_node_stays_and_weights_shrink() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.01, 1e-6])
-def test_quantised_weights(scale: float) -> None:
-    """Scales of weights that float16 holds are lowered, so that Q/DQ stays next to its operator; others are not."""
+def test_quantised_weights_stay_next_to_their_operator(scale: float) -> None:
+    """Scales of weights become float16 where they are normal numbers of float16."""
     model = raw_graph()
     weight = next(t for t in model.graph.initializer if t.name == "conv2")
     levels = np.clip(np.round(numpy_helper.to_array(weight) / scale), -127, 127).astype(np.int8)
@@ -139,14 +139,14 @@ def test_quantised_weights(scale: float) -> None:
     ])  # fmt: skip
     model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["levels", "scale_w", "zero"], ["conv2"], axis=0))
     converted = to_half(model, "fp16")
-    lowered = scale > 1e-5
-    assert input_types(converted)["DequantizeLinear"] == {TensorProto.FLOAT16 if lowered else TensorProto.FLOAT}
+    is_half = scale > 1e-5
+    assert input_types(converted)["DequantizeLinear"] == {TensorProto.FLOAT16 if is_half else TensorProto.FLOAT}
     assert input_types(converted)["Conv"] == {TensorProto.FLOAT16}
     for a, b in zip(run(model, images()), run(converted, images()), strict=True):
         assert np.abs(a - b).max() < 1e-2 * np.abs(a).max()
 
 
-def test_refusals() -> None:
+def test_graphs_and_options_that_cannot_be_converted_are_refused() -> None:
     with pytest.raises(ValueError, match="precision: expected fp16 or bf16, got 'fp8'"):
         to_half(raw_graph(), "fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="half_outputs: .*masks"):

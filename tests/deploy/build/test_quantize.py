@@ -1,4 +1,4 @@
-"""Eight bits: which images and nodes, ranges, labels, and what is missing said clearly."""
+"""Eight bits: choice of images and nodes, ranges, labels, and errors for missing libraries and images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.graphs import images, labels, raw_graph, run
 
 
 def modelopt_missing() -> str:
-    """Why modelopt's ONNX part cannot be used; empty where it can."""
+    """Reason why modelopt's ONNX part cannot be used; empty where it can."""
     try:
         importlib.import_module("modelopt.onnx.quantization")
     except ImportError as error:
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_image_files(folder: Path, tmp_path: Path) -> None:
+def test_image_files_are_limited_and_spread(folder: Path, tmp_path: Path) -> None:
     assert len(image_files(folder, 256)) == 9
     assert len(set(image_files(folder, 4))) == 4
     with pytest.raises(FileNotFoundError, match="calibration: expected a folder of images"):
@@ -49,25 +49,24 @@ def test_image_files(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (33, 47), (1, 1), (256, 16)])
-def test_covering_crop(size: tuple[int, int]) -> None:
-    """Always the size asked for, from the centre, undistorted."""
+def test_covering_crops_are_centred_and_undistorted(size: tuple[int, int]) -> None:
     image = np.zeros((80, 120, 3), np.uint8)
     image[30:50, 50:70] = 255
     crop = covering_crop(image, size)
     assert crop.shape == (1, 3, *size) and crop.dtype == np.uint8
     if size != (1, 1):  # one pixel is the mean of a square
         assert crop[0, :, size[0] // 2, size[1] // 2].min() > 200
-    assert covering_crop(np.full((1, 200_000, 3), 7, np.uint8), size).max() == 7  # scaled whole: up to 39 GiB
+    # At this scale the entire image would take up to 39 GiB.
+    assert covering_crop(np.full((1, 200_000, 3), 7, np.uint8), size).max() == 7
     same = covering_crop(image, (80, 120))
     assert np.array_equal(same[0].transpose(1, 2, 0), image)
 
 
-def test_kept_nodes() -> None:
-    """The first convolution and products of activations; linear layers are not among them."""
+def test_the_first_convolution_and_products_of_activations_are_kept() -> None:
     assert kept_nodes(raw_graph()) == ["conv1", "seen"]
 
 
-def test_missing_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def refuse(name: str, *rest: object) -> object:
@@ -89,7 +88,7 @@ needs_modelopt = pytest.mark.skipif(bool(MISSING), reason=f"modelopt's ONNX part
 @needs_modelopt
 @pytest.mark.parametrize("method", ["entropy", "percentile", "max"])
 def test_int8_keeps_labels(folder: Path, method: str) -> None:
-    """Convolutions and linear layers are quantised, the kept nodes are not, and most labels stay."""
+    """Convolutions and linear layers are quantised, kept nodes are not, and most labels do not change."""
     model, inputs = raw_graph(seed=3), images(2, 128, 192)
     quantized = quantize(model, "int8", folder, (64, 96), method=method, progress=False)  # type: ignore[arg-type]
     makers = {name: node.op_type for node in quantized.graph.node for name in node.output}
@@ -97,7 +96,7 @@ def test_int8_keeps_labels(folder: Path, method: str) -> None:
     assert inputs_of["conv2"][:2] == ["DequantizeLinear"] * 2
     assert inputs_of["key"][:2] == ["DequantizeLinear"] * 2
     assert "DequantizeLinear" not in inputs_of["conv1"]
-    assert inputs_of["seen"] == ["Softmax", "DequantizeLinear"]  # it reads what `key` reads, but is not in eight bits
+    assert inputs_of["seen"] == ["Softmax", "DequantizeLinear"]  # float32, though it shares an input with `key`
     exact = labels(run(model, inputs))
     for version in (quantized, to_half(quantized, "fp16")):
         assert (labels(run(version, inputs)) == exact).mean() > 0.9
@@ -116,7 +115,7 @@ def test_percentile_is_narrower_than_max(folder: Path) -> None:
 
 
 @needs_modelopt
-def test_unreadable_images(tmp_path: Path) -> None:
+def test_unreadable_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"images that can be read, got none; the last: .*x\.jpg"):
         quantize(raw_graph(), "int8", tmp_path, (64, 96), progress=False)

@@ -1,7 +1,6 @@
-"""Tapes, recorded from the real launchers: played in Triton's interpreter on a fake GPU, compiled, and damaged."""
+"""Launches recorded from the real launchers: replayed in Triton's interpreter on a fake GPU, compiled, and damaged."""
 
 from __future__ import annotations
-from tests.support.paths import ROOT
 
 import base64
 import copy
@@ -21,13 +20,18 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.paths import ROOT
+
 pytest.importorskip("triton", reason="needs Triton")
 
-from maskformer_fast.inference import postprocess
-from maskformer_fast.config import TASKS, Task
-from maskformer_fast.deploy.bundle.manifest import BundleError, FileEntry, Manifest, Shape
-from maskformer_fast.deploy.runtime.replay import ALIGNMENT, Function, PreparedLaunch, plan_arena
-from maskformer_fast.deploy.build.record_launches import Recording, _Recorder, compile_tapes, record_tapes
+from maskformer_fast.config import TASKS
+from maskformer_fast.core.image_resize import resize_array
+from maskformer_fast.deploy.build.record_launches import (
+    RecordedLaunches,
+    _LaunchRecorder,
+    compile_launches,
+    record_launches,
+)
 from maskformer_fast.deploy.bundle.launches import (
     FILE,
     Argument,
@@ -35,14 +39,16 @@ from maskformer_fast.deploy.bundle.launches import (
     Cubin,
     Kernel,
     Launch,
+    LaunchFile,
     MaskType,
     Parameter,
-    TapeFile,
     network_size,
     padded_size,
 )
+from maskformer_fast.deploy.bundle.manifest import BundleError, FileEntry, Manifest, Shape
+from maskformer_fast.deploy.runtime.replay import ALIGNMENT, Function, PreparedLaunch, plan_arena
+from maskformer_fast.inference import postprocess
 from maskformer_fast.ops.semantic import semantic_inference
-from maskformer_fast.core.image_resize import resize_array
 from maskformer_fast.structures import Predictions
 from tests.support.fake_engine import logits_of
 from tests.support.launch_cases import (
@@ -59,32 +65,31 @@ from tests.support.launch_cases import (
 )
 
 
+@pytest.fixture(scope="module")
+def recorded() -> RecordedLaunches:
+    return record_launches(make_manifest(), SHAPES, TASKS)
+
 
 @pytest.fixture(scope="module")
-def recording() -> Recording:
-    return record_tapes(make_manifest(), SHAPES, TASKS)
-
-
-@pytest.fixture(scope="module")
-def files(recording: Recording) -> dict[str, bytes]:
-    return fake_files(make_manifest(), recording)
+def files(recorded: RecordedLaunches) -> dict[str, bytes]:
+    return fake_files(make_manifest(), recorded)
 
 
 def listed(manifest: Manifest, files: dict[str, bytes]) -> Manifest:
-    """The manifest with the files, as a bundle has them."""
+    """The manifest with entries for the files."""
     return replace(manifest, files={name: FileEntry("0" * 64, len(content)) for name, content in files.items()})
 
 
 def predictions(manifest: Manifest, shape: Shape, dtype: MaskType) -> Predictions:
-    """Of the fake network for the test's frames, resized by Pillow."""
+    """Predictions of the fake network for the test's frames, resized by Pillow."""
     rule = manifest.preprocess
     images = np.stack([
         resize_array(frame, rule.short_edge, rule.max_size).transpose(2, 0, 1) for frame in make_frames(shape, 1)
     ])  # fmt: skip
     padded = padded_size(rule, *images.shape[2:])
-    maps = (padded[0] // 4, padded[1] // 4)
+    mask_size = (padded[0] // 4, padded[1] // 4)
     class_logits, mask_logits = (
-        torch.from_numpy(logits) for logits in logits_of(images, QUERIES, CLASSES, maps, dtype)
+        torch.from_numpy(logits) for logits in logits_of(images, QUERIES, CLASSES, mask_size, dtype)
     )
     eye = torch.eye(QUERIES).expand(shape.batch, -1, -1)  # as embeddings, which makes features mask logits
     sizes = torch.tensor([images.shape[2:]] * shape.batch)
@@ -93,29 +98,31 @@ def predictions(manifest: Manifest, shape: Shape, dtype: MaskType) -> Prediction
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "rule"), [("float32", "maskformer"), ("float16", "mask2former")])
-def test_tapes_give_what_the_operators_give(dtype: MaskType, rule: Any, tmp_path: Path) -> None:
-    """The whole backend on a fake GPU: Pillow's pixels in, results equal to those of `postprocess` on the CPU out."""
+def test_replayed_launches_equal_the_operators_on_the_cpu(dtype: MaskType, rule: Any, tmp_path: Path) -> None:
+    """The backend on a fake GPU turns Pillow's pixels into the results of `postprocess` on the CPU."""
     shapes = SHAPES if dtype == "float32" else SHAPES[:1]
     manifest = make_manifest(dtype, rule)
     bundle = make_bundle(tmp_path / "bundle", manifest, shapes)
     out = tmp_path / "results"
     command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "tests.support.replay_launches"]
-    played = subprocess.run(
+    replayed = subprocess.run(
         [*command, str(bundle.folder), str(out)], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert played.returncode == 0, played.stderr[-3000:]
+    assert replayed.returncode == 0, replayed.stderr[-3000:]
     results = pickle.loads(out.read_bytes())
     settings = manifest.postprocess
     segments = instances = 0
     for shape in shapes:
-        said = predictions(manifest, shape, dtype)
+        predicted = predictions(manifest, shape, dtype)
         sizes = [(shape.height, shape.width)] * shape.batch
         valid = network_size(manifest.preprocess, *sizes[0])
-        extent = tuple(v * m / i for v, m, i in zip(valid, said.pixel_features.shape[2:], said.input_size, strict=True))
+        sizes_of_axes = zip(valid, predicted.pixel_features.shape[2:], predicted.input_size, strict=True)
+        extent = tuple(length * cells / padded for length, cells, padded in sizes_of_axes)
         oracle = semantic_inference(
-            said.pixel_features.float(), said.class_logits[0], (extent[0], extent[1]), sizes[0], with_margins=True
-        )
+            predicted.pixel_features.float(), predicted.class_logits[0], (extent[0], extent[1]), sizes[0],
+            with_margins=True,
+        )  # fmt: skip
         assert oracle.margins is not None
         sure = oracle.margins > (1e-4 if dtype == "float32" else 1e-2)  # masks are rounded to halves with half logits
         assert sure.float().mean() > 0.9
@@ -123,101 +130,96 @@ def test_tapes_give_what_the_operators_give(dtype: MaskType, rule: Any, tmp_path
             labels = torch.from_numpy(result.labels)
             assert labels.dtype == torch.uint8 and len(labels.unique()) > 1
             assert torch.equal(labels[sure[row]], oracle.labels[row][sure[row]])
-        wanted = postprocess.panoptic(
-            said, sizes, THINGS, settings.object_mask_threshold, settings.overlap_threshold, rule=rule
+        panoptic = postprocess.panoptic(
+            predicted, sizes, THINGS, settings.object_mask_threshold, settings.overlap_threshold, rule=rule
         )
-        for result, expected in zip(results[str(shape), "panoptic"], wanted, strict=True):
+        for result, expected in zip(results[str(shape), "panoptic"], panoptic, strict=True):
             assert np.array_equal(result.id_map, expected.id_map.numpy())
             segments += len(expected.segments)
             for segment, other in zip(result.segments, expected.segments, strict=True):
                 assert replace(segment, score=0) == replace(other, score=0)
                 assert segment.score == pytest.approx(other.score, rel=1e-5)
-        for result, truth in zip(
-            results[str(shape), "instance"], postprocess.instances(said, sizes, THINGS, settings.top_k), strict=True
-        ):
-            instances += len(truth.labels)
-            assert result.size == truth.size and np.array_equal(result.labels, truth.labels.numpy())
-            assert np.array_equal(result.masks, truth.masks.numpy())
-            assert np.array_equal(result.boxes, truth.boxes.numpy())
-            assert np.allclose(result.scores, truth.scores.numpy(), rtol=1e-5)
+        instance = postprocess.instances(predicted, sizes, THINGS, settings.top_k)
+        for result, expected in zip(results[str(shape), "instance"], instance, strict=True):
+            instances += len(expected.labels)
+            assert result.size == expected.size and np.array_equal(result.labels, expected.labels.numpy())
+            assert np.array_equal(result.masks, expected.masks.numpy())
+            assert np.array_equal(result.boxes, expected.boxes.numpy())
+            assert np.allclose(result.scores, expected.scores.numpy(), rtol=1e-5)
     assert segments > 3 and instances > 9
 
 
-def test_every_tape_is_recorded(recording: Recording) -> None:
-    assert [(tape.task, tape.frames) for tape in recording.tapes] == [(task, s) for s in SHAPES for task in TASKS]
-    for tape in recording.tapes:
-        functions = [launch.kernel.rsplit("_", 1)[0] for launch in tape.after]
+def test_every_task_and_shape_is_recorded(recorded: RecordedLaunches) -> None:
+    assert [(s.task, s.frames) for s in recorded.sequences] == [(task, shape) for shape in SHAPES for task in TASKS]
+    for sequence in recorded.sequences:
+        functions = [launch.kernel.rsplit("_", 1)[0] for launch in sequence.after]
         expected = {
             "semantic": ["probabilities", "semantic_logits"],
             "panoptic": ["class_scores", "claim", "decide", "number"],
             "instance": ["masks", "finish"],
         }
-        assert functions == expected[tape.task]
-        assert [launch.kernel.rsplit("_", 1)[0] for launch in tape.before] == ["resize"]
-    assert len(recording.constants) == 5  # two tables for each size, and one of things
+        assert functions == expected[sequence.task]
+        assert [launch.kernel.rsplit("_", 1)[0] for launch in sequence.before] == ["resize"]
+    assert len(recorded.constants) == 5  # two tables for each size, and one of things
 
 
-def test_specialisation_is_that_of_a_launch(recording: Recording) -> None:
-    """Multiples of 16 are promised where they are, and never else; sizes of 1 become constants."""
-    kernels = recording.kernels
+def test_recorded_specialisation_is_that_of_a_launch(recorded: RecordedLaunches) -> None:
+    """Multiples of 16 are promised only where they are; sizes of 1 become constants."""
+    kernels = recorded.kernels
     hints = {True: 0, False: 0}
-    for tape in recording.tapes:
-        for launch in (*tape.before, *tape.after):
+    for sequence in recorded.sequences:
+        for launch in (*sequence.before, *sequence.after):
             for argument, parameter in zip(launch.arguments, kernels[launch.kernel].parameters, strict=True):
                 assert not parameter.aligned or argument.value % 16 == 0
                 hints[parameter.aligned] += 1
     assert min(hints.values()) > 10
     assert any(kernel.constants.get("stride_x") == 1 for kernel in kernels.values())
-    (resize, *_) = [kernel for kernel in kernels.values() if kernel.module == "preprocess"]
+    (resize, *_) = [kernel for kernel in kernels.values() if kernel.module == "resize"]
     assert resize.constants["levels"] is None and [p.type for p in resize.parameters if p.name == "image"] == ["*u8"]
 
 
 def test_pruned_semantic_inference_is_recorded_where_it_pays() -> None:
     manifest = make_manifest(num_queries=100)
-    (tape,) = record_tapes(manifest, [Shape(8, 1080, 1920)], ["semantic"], "float16").tapes
-    functions = [launch.kernel.rsplit("_", 1)[0] for launch in tape.after]
+    (sequence,) = record_launches(manifest, [Shape(8, 1080, 1920)], ["semantic"], "float16").sequences
+    functions = [launch.kernel.rsplit("_", 1)[0] for launch in sequence.after]
     assert functions == ["probabilities", "pruned", "unproven"]
-    (fill,) = tape.after[0].fills
-    assert fill.bytes == tape.buffer(fill.buffer).bytes and fill.value == 0
-    assert plan_arena(tape).bytes < sum(buffer.bytes for buffer in tape.buffers)  # frames make room for the rest
+    (fill,) = sequence.after[0].fills
+    assert fill.bytes == sequence.buffer(fill.buffer).bytes and fill.value == 0
+    # The place of the frames is used again.
+    assert plan_arena(sequence).bytes < sum(buffer.bytes for buffer in sequence.buffers)
 
 
-def test_options_that_are_not_compiled_are_refused() -> None:
+def test_launches_with_options_that_are_not_compiled_are_refused() -> None:
     from maskformer_fast.kernels.class_scores import _class_scores_kernel
 
     tensors = {name: torch.empty(64) for name in ("scores", "categories", "logits")}
-    recorder = _Recorder(Recording(), tensors)
+    recorder = _LaunchRecorder(RecordedLaunches(), tensors)
     with pytest.raises(RuntimeError, match="num_stages alone, got .'maxnreg'"), recorder.section():
         _class_scores_kernel[(1,)](*tensors.values(), 64, 8, 1, 8, 7, 0.5, BLOCK=16, maxnreg=32)
 
 
-def test_anything_but_launches_is_refused() -> None:
-    recorder = _Recorder(Recording(), {})
+def test_recording_of_other_work_than_launches_is_refused() -> None:
+    recorder = _LaunchRecorder(RecordedLaunches(), {})
     with pytest.raises(RuntimeError, match="aten::add"), recorder.section():
         torch.zeros(3) + 1
-    with pytest.raises(RuntimeError, match="a launch after every fill"), recorder.section():
+    with pytest.raises(RuntimeError, match="expected one after every fill"), recorder.section():
         torch.zeros(3)
 
 
-def test_recording_needs_no_interpreter() -> None:
-    code = (
-        "from tests.support.launch_cases import *\nfrom maskformer_fast.deploy.build.record_launches import record_tapes\n"
-        "record_tapes(make_manifest(), SHAPES, ['semantic'])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert "tapes cannot be recorded where TRITON_INTERPRET is set" in result.stderr
+def test_recording_under_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="launches cannot be recorded where TRITON_INTERPRET is set"):
+        record_launches(make_manifest(), SHAPES, ["semantic"])
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_arena_holds_what_lives_at_a_time(batch: int) -> None:
-    for tape in record_tapes(make_manifest(), [Shape(batch, 333, 250)], TASKS).tapes:
-        arena = plan_arena(tape)
-        steps = [{"frames"}, *(launch.buffers() for launch in tape.before), {"images", "class_logits", "mask_logits"}]
-        steps += [launch.buffers() for launch in tape.after] + [set(tape.results)]
-        sizes = {buffer.name: buffer.bytes for buffer in tape.buffers if not buffer.constant}
+def test_buffers_that_live_at_one_time_do_not_overlap(batch: int) -> None:
+    for sequence in record_launches(make_manifest(), [Shape(batch, 333, 250)], TASKS).sequences:
+        arena = plan_arena(sequence)
+        steps = [{"frames"}, *(launch.buffers() for launch in sequence.before)]
+        steps += [{"images", "class_logits", "mask_logits"}]
+        steps += [launch.buffers() for launch in sequence.after] + [set(sequence.results)]
+        sizes = {buffer.name: buffer.bytes for buffer in sequence.buffers if not buffer.constant}
         assert set(arena.offsets) == set(sizes)
         alive = [
             {name for name in sizes if any(name in s for s in steps[: now + 1]) and any(name in s for s in steps[now:])}
@@ -230,7 +232,7 @@ def test_arena_holds_what_lives_at_a_time(batch: int) -> None:
         assert all(offset % ALIGNMENT == 0 for offset in arena.offsets.values())
 
 
-def test_parameters_lie_as_the_driver_reads_them() -> None:
+def test_parameters_lie_in_memory_as_the_driver_reads_them() -> None:
     names = {"p": "*fp16", "n": "i32", "far": "i64", "x": "fp32", "q": "*i64"}
     kernel = Kernel("k", "m", "f", tuple(Parameter(n, t, False) for n, t in names.items()), {}, 4, 2)
     values = (Argument("a", 6), Argument(None, -5), Argument(None, 1 << 40), Argument(None, 0.1), Argument("b", 0))
@@ -254,18 +256,18 @@ def test_parameters_lie_as_the_driver_reads_them() -> None:
 
 
 @pytest.mark.slow
-def test_cubins_take_what_tapes_pass(tmp_path: Path) -> None:
-    """Compiled for real: the sizes of parameters that the machine code declares are those that the player passes."""
+def test_cubins_declare_the_parameters_that_launches_pass(tmp_path: Path) -> None:
+    """Compiled for real: the machine code declares parameters of the sizes that a replay passes."""
     import triton
 
-    recording = record_tapes(make_manifest(), SHAPES[:1], ["panoptic"])
-    files = compile_tapes(recording, [TARGET])
+    recorded = record_launches(make_manifest(), SHAPES[:1], ["panoptic"])
+    files = compile_launches(recorded, [TARGET])
     manifest = listed(make_manifest(), files | {"engines/fake.engine": b""})
-    tapes = TapeFile.parse(files[FILE], manifest)
-    assert tapes.to_bytes() == files[FILE] and tapes.tapes == tuple(recording.tapes)
-    kernels = {kernel.name: kernel for kernel in tapes.kernels}
-    assert len(tapes.cubins) == len(kernels) == 5
-    for cubin in tapes.cubins:
+    launch_file = LaunchFile.parse(files[FILE], manifest)
+    assert launch_file.to_bytes() == files[FILE] and launch_file.sequences == tuple(recorded.sequences)
+    kernels = {kernel.name: kernel for kernel in launch_file.kernels}
+    assert len(launch_file.cubins) == len(kernels) == 5
+    for cubin in launch_file.cubins:
         path = tmp_path / "kernel.cubin"
         path.write_bytes(files[cubin.file])
         dump = subprocess.run(
@@ -278,8 +280,8 @@ def test_cubins_take_what_tapes_pass(tmp_path: Path) -> None:
         assert sizes == expected + [8] * cubin.null_pointers and cubin.symbol in dump
 
 
-def launch_of(data: Any, tape: int = 0, launch: int = 0) -> Any:
-    return data["tapes"][tape]["after"][launch]
+def first_launch(data: Any) -> Any:
+    return data["tapes"][0]["after"][0]
 
 
 def set_at(path: str, value: Any) -> Callable[[Any], None]:
@@ -297,10 +299,10 @@ FILL = {"buffer": "labels", "offset": 0, "bytes": 4, "value": 0}
 HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "another format": (set_at("format", "other"), "the format"),
     "an unknown key": (set_at("tapes.0.more", 1), "an unknown key"),
-    "a float for a whole number": (set_at(f"{POINTER}.value", 0.5), "a whole number"),
+    "a float for a whole number": (set_at(f"{POINTER}.value", 0.5), "an integer"),
     "a bool for a number": (set_at(f"{NUMBER}.value", True), "an integer or a finite number"),
-    "no such buffer": (set_at(f"{POINTER}.buffer", "elsewhere"), "one of the tape's buffers"),
-    "an address": (set_at(f"{POINTER}.buffer", None), "one of the tape's buffers"),
+    "no such buffer": (set_at(f"{POINTER}.buffer", "elsewhere"), "one of the sequence's buffers"),
+    "an address": (set_at(f"{POINTER}.buffer", None), "one of the sequence's buffers"),
     "a pointer for a number": (set_at(f"{NUMBER}.buffer", "labels"), "a number of"),
     "before the buffer": (set_at(f"{POINTER}.value", -16), "within the buffer"),
     "behind the buffer": (set_at(f"{POINTER}.value", 1 << 30), "within the buffer"),
@@ -311,11 +313,13 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "too many blocks": (set_at("tapes.0.after.0.grid", [1, 65536, 1]), "grid"),
     "a grid of two": (set_at("tapes.0.after.0.grid", [1, 1]), "a list of 3"),
     "an unknown kernel": (set_at("tapes.0.after.0.kernel", "other"), "kernel"),
-    "too few arguments": (lambda data: launch_of(data)["arguments"].pop(), "arguments"),
-    "a fill too long": (lambda data: launch_of(data)["fills"].append(FILL | {"bytes": 1 << 20}), "fill"),
-    "a fill before": (lambda data: launch_of(data)["fills"].append(FILL | {"offset": -1}), "fill"),
-    "a fill of no byte": (lambda data: launch_of(data)["fills"].append(FILL | {"value": 256}), "a byte"),
-    "a fill of a constant": (lambda data: launch_of(data)["fills"].append(FILL | {"buffer": "constant_0"}), "a buffer"),
+    "too few arguments": (lambda data: first_launch(data)["arguments"].pop(), "arguments"),
+    "a fill too long": (lambda data: first_launch(data)["fills"].append(FILL | {"bytes": 1 << 20}), "fill"),
+    "a fill before": (lambda data: first_launch(data)["fills"].append(FILL | {"offset": -1}), "fill"),
+    "a fill of no byte": (lambda data: first_launch(data)["fills"].append(FILL | {"value": 256}), "a byte"),
+    "a fill of a constant": (
+        lambda data: first_launch(data)["fills"].append(FILL | {"buffer": "constant_0"}), "a buffer",
+    ),
     "a smaller result": (set_at("tapes.0.buffers.4.shape", [2, 5, 19]), "buffer labels"),
     "a giant buffer": (set_at("tapes.0.buffers.5.shape", [1 << 20, 1 << 21]), "at most"),
     "a negative size": (set_at("tapes.0.buffers.5.shape", [-4]), "positive"),
@@ -323,7 +327,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "other images": (set_at("tapes.0.images.height", 64), "images"),
     "the task of another": (set_at("tapes.0.task", "panoptic"), "buffer"),
     "no task": (set_at("tapes.0.task", "depth"), "one of"),
-    "a tape twice": (lambda data: data["tapes"].append(data["tapes"][0]), "no name twice"),
+    "a sequence twice": (lambda data: data["tapes"].append(data["tapes"][0]), "no name twice"),
     "a kernel twice": (lambda data: data["kernels"].append(data["kernels"][0]), "no name twice"),
     "a type unheard of": (set_at("kernels.0.parameters.0.type", "*void"), "Triton's"),
     "too many warps": (set_at("kernels.0.num_warps", 64), "num_warps"),
@@ -340,44 +344,43 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_tapes_are_refused(files: dict[str, bytes], case: str) -> None:
+def test_hostile_launches_are_refused(files: dict[str, bytes], case: str) -> None:
     change, message = HOSTILE[case]
     data = json.loads(files[FILE])
     change(data)
     with pytest.raises(BundleError, match=re.escape(message)):
-        TapeFile.parse(json.dumps(data).encode(), listed(make_manifest(), files))
+        LaunchFile.parse(json.dumps(data).encode(), listed(make_manifest(), files))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"format": NaN}'])
-def test_what_is_no_tape_is_refused(content: bytes) -> None:
+def test_files_without_launches_are_refused(content: bytes) -> None:
     with pytest.raises(BundleError):
-        TapeFile.parse(content, make_manifest())
+        LaunchFile.parse(content, make_manifest())
 
 
-def test_constants_are_what_their_names_say(files: dict[str, bytes]) -> None:
+def test_constants_of_another_hash_are_refused(files: dict[str, bytes]) -> None:
     data = json.loads(files[FILE])
     for text, message in (("*", "base64"), (base64.b64encode(b"other").decode(), "content of SHA-256")):
         changed = copy.deepcopy(data)
         changed["constants"][next(iter(changed["constants"]))] = text
         with pytest.raises(BundleError, match=message):
-            TapeFile.parse(json.dumps(changed).encode(), listed(make_manifest(), files))
+            LaunchFile.parse(json.dumps(changed).encode(), listed(make_manifest(), files))
     del data["constants"][next(iter(data["constants"]))]
     with pytest.raises(BundleError, match="constant bytes"):
-        TapeFile.parse(json.dumps(data).encode(), listed(make_manifest(), files))
+        LaunchFile.parse(json.dumps(data).encode(), listed(make_manifest(), files))
 
 
-def test_a_file_of_tapes_is_read_as_written(recording: Recording, files: dict[str, bytes]) -> None:
-    found = TapeFile.parse(files[FILE], listed(make_manifest(), files))
-    assert found.tapes == tuple(recording.tapes) and found.contents() == recording.constants
+def test_a_file_of_launches_is_read_as_written(recorded: RecordedLaunches, files: dict[str, bytes]) -> None:
+    found = LaunchFile.parse(files[FILE], listed(make_manifest(), files))
+    assert found.sequences == tuple(recorded.sequences) and found.contents() == recorded.constants
     assert found.to_bytes() == files[FILE]
-    with pytest.raises(BundleError, match="files of the bundle"):  # the manifest does not list the cubins
-        TapeFile.parse(files[FILE], make_manifest())
-    assert set(get_args(BufferType)) >= {buffer.dtype for tape in found.tapes for buffer in tape.buffers}
+    with pytest.raises(BundleError, match="files of the bundle"):  # this manifest does not list the cubins
+        LaunchFile.parse(files[FILE], make_manifest())
+    assert set(get_args(BufferType)) >= {buffer.dtype for sequence in found.sequences for buffer in sequence.buffers}
 
 
-def test_a_tape_of_each_task() -> None:
-    tasks: tuple[Task, ...] = TASKS
+def test_recording_without_tasks_or_for_too_many_queries_is_refused() -> None:
     with pytest.raises(ValueError, match="tasks"):
-        record_tapes(make_manifest(), SHAPES, [])
+        record_launches(make_manifest(), SHAPES, [])
     with pytest.raises(ValueError, match="at most 256"):
-        record_tapes(make_manifest(num_queries=300), SHAPES, tasks[:1])
+        record_launches(make_manifest(num_queries=300), SHAPES, TASKS[:1])

@@ -1,8 +1,6 @@
-"""Engines: options, profiles and errors with a stand-in library; real builds with TensorRT for RTX, without a GPU."""
+"""Engines: options, profiles and errors with a stand-in library; real builds by TensorRT for RTX, without a GPU."""
 
 from __future__ import annotations
-from tests.support.paths import ROOT
-from tests.support.paths import ROOT
 
 import importlib.util
 import json
@@ -13,10 +11,11 @@ from pathlib import Path
 import pytest
 from onnx import helper
 
-from maskformer_fast.deploy.bundle.manifest import Shape
 from maskformer_fast.deploy.build.tensorrt import EngineConfig, EngineError, build_engine, make_profile, select_api
 from maskformer_fast.deploy.build.tensorrt_worker import Progress
+from maskformer_fast.deploy.bundle.manifest import Shape
 from tests.support.graphs import raw_graph
+from tests.support.paths import ROOT
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="tensorrt_rtx is not installed (pip install maskformer_fast[rtx])")
@@ -25,7 +24,7 @@ SHAPES = {"min_shape": (1, 64, 64), "opt_shape": (1, 128, 160), "max_shape": (2,
 
 @pytest.fixture
 def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A library ``tensorrt`` and a GPU of compute capability 8.7, for this process and the ones it starts."""
+    """A fake library ``tensorrt`` and GPU of compute capability 8.7, for this process and its children."""
     (tmp_path / "tensorrt").mkdir()
     shutil.copy(ROOT / "tests/support/fake_tensorrt.py", tmp_path / "tensorrt" / "__init__.py")
     (tmp_path / "cuda" / "bindings").mkdir(parents=True)
@@ -44,14 +43,14 @@ def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPa
 
 
 def build(**options: object) -> tuple[dict[str, object], object]:
-    """Build the small graph with the stand-in library -> what it was told, and the engine's entry."""
+    """Build the small graph with the stand-in library -> the options that reached it, and the engine's entry."""
     content, engine = build_engine(raw_graph().SerializeToString(), EngineConfig(**options), progress=False)  # type: ignore[arg-type]
     return json.loads(content), engine
 
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_every_option_reaches_the_library(tensorrt: pytest.MonkeyPatch, bare: bool) -> None:
-    """Nothing is dropped on the way, and the entry in the manifest says what was built."""
+    """The engine's entry in the manifest has the options, too."""
     tensorrt.setenv("FAKE_TENSORRT", "bare" if bare else "")
     told, engine = build(
         precision="fp16", builder_level=5, workspace_mib=256, refittable=True, version_compatible=not bare,
@@ -59,7 +58,7 @@ def test_every_option_reaches_the_library(tensorrt: pytest.MonkeyPatch, bare: bo
     )
     assert told["level"] == 5
     assert told["WORKSPACE"] == 256 << 20
-    # TF32 is cleared; an engine that allocates while it runs could not be captured as a CUDA graph
+    # TF32 is cleared. An engine that allocates while it runs could not be captured as a CUDA graph.
     assert told["flags"] == ([] if bare else ["REQUIRE_USER_ALLOCATION", "VERSION_COMPATIBLE"]) + ["REFIT"]
     assert told["network_flags"] == (0 if bare else 2)
     assert told["profile"] == {"images": [[1, 3, 64, 64], [1, 3, 128, 160], [2, 3, 256, 256]]}
@@ -73,7 +72,7 @@ def test_every_option_reaches_the_library(tensorrt: pytest.MonkeyPatch, bare: bo
     ]
 
 
-def test_defaults(tensorrt: pytest.MonkeyPatch) -> None:
+def test_default_options(tensorrt: pytest.MonkeyPatch) -> None:
     told, engine = build(precision="fp32")
     assert told["flags"] == ["REQUIRE_USER_ALLOCATION"] and "WORKSPACE" not in told
     assert told["profile"] == {"images": [[1, 3, 256, 256], [1, 3, 512, 512], [1, 3, 1024, 1024]]}
@@ -99,16 +98,15 @@ def test_failures_are_named(tensorrt: pytest.MonkeyPatch, words: str, options: d
     assert message in str(caught.value)
 
 
-def test_precision_the_gpu_lacks(tensorrt: pytest.MonkeyPatch) -> None:
-    """What holds for named targets holds for the GPU that is found."""
+def test_a_precision_that_the_gpu_lacks_is_refused(tensorrt: pytest.MonkeyPatch) -> None:
     path = Path(os.environ["PYTHONPATH"]) / "cuda" / "bindings" / "driver.py"
     path.write_text(path.read_text().replace("MAJOR': 8", "MAJOR': 7"))
     with pytest.raises(EngineError, match="bf16 starts at sm_80"):
         build(precision="bf16")
 
 
-def test_timing_cache(tensorrt: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Read, extended and written back; one of another GPU is replaced; a failed build leaves it."""
+def test_the_timing_cache_is_extended(tensorrt: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of another GPU is replaced; a failed build does not change the cache."""
     cache = tmp_path / "cache" / "timings"
     build(precision="fp32", timing_cache=str(cache))
     build(precision="fp32", timing_cache=str(cache))
@@ -150,14 +148,13 @@ def test_an_engine_survives_a_cache_that_cannot_be_written(
         ({"precision": "fp32", "mask_dtype": "float16"}, "mask_dtype: expected float32 for fp32"),
     ],
 )  # fmt: skip
-def test_config_refuses(options: dict[str, object], message: str) -> None:
+def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(EngineError) as caught:
         EngineConfig(**options)  # type: ignore[arg-type]
     assert message in str(caught.value)
 
 
-def test_choice_of_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Targets ask for RTX; else the full product comes first; nothing installed is an error that says what to do."""
+def test_the_library_is_chosen_by_targets_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: set[str] = {"tensorrt", "tensorrt_rtx"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
     assert select_api(EngineConfig()) == "tensorrt"
@@ -176,7 +173,7 @@ def test_choice_of_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_profile_follows_the_graph() -> None:
-    """Unset shapes are the graph's fixed sizes, or defaults that hold the optimum."""
+    """Unset shapes are the graph's fixed sizes, or defaults extended to the optimum."""
     profile = make_profile(raw_graph((2, 96, 128)), EngineConfig())
     assert profile.minimum == profile.optimum == profile.maximum == Shape(2, 96, 128)
     profile = make_profile(raw_graph(("b", 96, 128)), EngineConfig(opt_shape=(4, 96, 128)))
@@ -189,7 +186,7 @@ def test_profile_follows_the_graph() -> None:
         make_profile(raw_graph(), EngineConfig(min_shape=(1, 512, 64), opt_shape=(1, 256, 256)))
 
 
-def test_foreign_graphs() -> None:
+def test_graphs_of_other_inputs_or_outputs_are_refused() -> None:
     renamed = raw_graph()
     renamed.graph.input[0].name = "x"
     with pytest.raises(EngineError, match=r"expected one input, images uint8 \[B, 3, H, W\], got \['x'\]"):
@@ -202,15 +199,15 @@ def test_foreign_graphs() -> None:
 
 def test_progress_of_nested_phases() -> None:
     progress = Progress()
-    progress.start("whole", None, 4)
-    progress.step("whole", 0)
-    progress.start("part", "whole", 2)
-    progress.step("part", 0)
+    progress.start("outer", None, 4)
+    progress.step("outer", 0)
+    progress.start("inner", "outer", 2)
+    progress.step("inner", 0)
     assert progress.done() == pytest.approx(0.25 + 0.25 / 2)
-    progress.finish("part")
-    progress.step("whole", 3)
+    progress.finish("inner")
+    progress.step("outer", 3)
     assert progress.done() == 1.0
-    progress.finish("whole")
+    progress.finish("outer")
     assert progress.done() == 0.0
     progress.step("never started", 3)
 
@@ -221,7 +218,7 @@ def test_progress_of_nested_phases() -> None:
     [("fp32", ("b", "h", "w")), ("fp16", ("b", "h", "w")), ("bf16", ("b", "h", "w")), ("fp16", (1, 128, 160))],
 )
 def test_rtx_builds(precision: str, sizes: tuple[int | str, int | str, int | str]) -> None:
-    """A real engine for four GPUs that are not here."""
+    """Build a real engine for four GPUs that this machine does not have."""
     targets = ("sm_80", "sm_86", "sm_89", "sm_120")
     shapes = SHAPES if sizes[0] == "b" else {}
     config = EngineConfig(precision=precision, targets=targets, **shapes)  # type: ignore[arg-type]
@@ -248,7 +245,6 @@ def test_rtx_names_the_gpus_it_knows() -> None:
         build_engine(raw_graph().SerializeToString(), config, progress=False)
 
 
-def test_onnx_is_what_it_says() -> None:
-    """A file that is no graph is refused by name, before a process starts."""
+def test_a_file_that_is_no_graph_is_refused() -> None:
     with pytest.raises(EngineError, match="raw_onnx: expected an ONNX graph"):
         build_engine(b"\x08not a graph", EngineConfig(targets=("sm_89",)) if HAS_RTX else EngineConfig())

@@ -1,4 +1,4 @@
-"""Bundles: written whole or not at all, and refused after any change to any byte of them."""
+"""Bundles are written completely or not at all, and refused after any change of any byte."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_was_written_is_read(written: Bundle) -> None:
+def test_a_written_bundle_is_read_back(written: Bundle) -> None:
     again = Bundle.open(written.folder, digest=written.digest)
     assert again == written and again.manifest.metadata.class_names == ("sky", "r\u00e4v")
     assert {name: again.read(name) for name in FILES} == FILES
@@ -129,7 +129,7 @@ def test_other_files_are_refused(written: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="pipe"):
         Bundle.open(folder)
     (folder / "pipe").unlink()
-    for name in ("raw.onnx", "manifest.json", "kernels"):  # even to what would be right
+    for name in ("raw.onnx", "manifest.json", "kernels"):  # even a link to the right content is refused
         aside = tmp_path / "aside"
         (folder / name).rename(aside)
         (folder / name).symlink_to(aside)
@@ -162,7 +162,7 @@ def test_another_digest_is_refused(written: Bundle) -> None:
         "a/a/a/a/a",
     ],
 )  # fmt: skip
-def test_paths_stay_in_the_bundle(tmp_path: Path, name: str) -> None:
+def test_paths_outside_the_bundle_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(BundleError, match="files"):
         write_bundle(tmp_path / "bundle", manifest(), {**FILES, name: b""})
     assert not list(tmp_path.iterdir())
@@ -172,7 +172,7 @@ def test_paths_stay_in_the_bundle(tmp_path: Path, name: str) -> None:
         Manifest.from_json(data)
 
 
-def test_a_failure_leaves_what_was_there(written: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_bundle(written: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(written.folder)
     with pytest.raises(BundleError, match="none of that name"):
         write_bundle(written.folder, manifest(), {})
@@ -189,9 +189,11 @@ def test_a_failure_leaves_what_was_there(written: Bundle, monkeypatch: pytest.Mo
     assert [path.name for path in written.folder.parent.iterdir()] == ["bundle"]
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_a_bundle_is_replaced_whole(written: Bundle, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
-    if not at_once:
+@pytest.mark.parametrize("has_exchange", [True, False])
+def test_a_bundle_is_replaced_completely(
+    written: Bundle, monkeypatch: pytest.MonkeyPatch, has_exchange: bool
+) -> None:
+    if not has_exchange:
         monkeypatch.setattr(bundle_module, "_exchange", lambda *_: False)
     other = write_bundle(written.folder, manifest(name="other", kernels=()), {"raw.onnx": b"other"})
     assert other.manifest.name == "other" and contents(written.folder).keys() == {"raw.onnx", "manifest.json"}
@@ -200,7 +202,7 @@ def test_a_bundle_is_replaced_whole(written: Bundle, monkeypatch: pytest.MonkeyP
         written.read("kernels/tapes.json")
 
 
-def test_nothing_but_a_bundle_is_replaced(written: Bundle, tmp_path: Path) -> None:
+def test_other_folders_and_files_are_not_replaced(written: Bundle, tmp_path: Path) -> None:
     (written.folder / "notes.txt").write_text("mine")
     before = contents(written.folder)
     with pytest.raises(BundleError, match="remove it first.*notes.txt"):
@@ -231,7 +233,7 @@ def test_hostile_manifests_are_refused(written: Bundle, content: bytes) -> None:
 def nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths of all values inside plain containers."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(found for key, child in children for found in nodes(child, (*path, key)))]
+    return [path, *(inner for key, child in children for inner in nodes(child, (*path, key)))]
 
 
 FULL = replace(manifest(), engines=(ENGINE,)).to_json()
@@ -253,21 +255,21 @@ def test_wrong_values_are_errors_or_other_manifests(path: tuple[Any, ...], value
         read = Manifest.from_json(data)
     except BundleError:
         return
-    assert read.to_json() == data, "what is accepted is kept"
+    assert read.to_json() == data, "accepted values are kept"
     again, digest = parse_manifest(manifest_bytes(read)[0])
     assert again == read and len(digest) == 64
 
 
-FREE = {"raw", "torch", "level", "cache", "refittable"}  # keys of dictionaries
+FREE_KEYS = {"raw", "torch", "level", "cache", "refittable"}  # keys of dictionaries, which may be any text
 
 
-@pytest.mark.parametrize("path", [path for path in nodes(FULL)[1:] if path[-1] not in FREE], ids=str)
+@pytest.mark.parametrize("path", [path for path in nodes(FULL)[1:] if path[-1] not in FREE_KEYS], ids=str)
 def test_missing_unknown_and_mistyped_values_are_named(path: tuple[Any, ...]) -> None:
     name = next(str(key) for key in reversed(path) if isinstance(key, str))
     mistyped = {"no": ["such", {"type": None}]}
     changes: list[tuple[Any, str]] = [(mistyped, name)]
     if isinstance(path[-1], str):
-        changes.append((None, name))  # stands for: leave it out
+        changes.append((None, name))  # None leaves the key out
     for value, named in changes:
         data = json.loads(json.dumps(FULL))
         parent = data
@@ -292,7 +294,7 @@ def test_unknown_keys_are_named(path: tuple[Any, ...]) -> None:
         Manifest.from_json(data)
 
 
-def test_shapes_and_profiles() -> None:
+def test_shapes_are_parsed_and_profiles_are_checked() -> None:
     assert Shape.parse("512x333") == Shape(1, 512, 333) and Shape.parse("2X5x7") == Shape(2, 5, 7)
     assert str(Shape(2, 5, 7)) == "2x5x7"
     for text in ("", "5", "axb", "0x5", "-1x5", "1x2x3x4", "5x", "５x５"):

@@ -1,4 +1,4 @@
-"""Bundles that others change too, and names that a file system may take for one another."""
+"""Bundles that several processes change, and file names that some file systems confuse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bundle(tmp_path: Path) -> Bundle:
     return tiny_bundle(tmp_path / "bundle", TestConfig(short_edge=None))[0]
 
 
-def test_what_another_process_added_is_not_lost(bundle: Bundle) -> None:
+def test_additions_of_another_process_are_not_lost(bundle: Bundle) -> None:
     same = Bundle.open(bundle.folder)  # as a second process that begins to build an engine meanwhile
     first = extend_bundle(bundle, {"engines/first.engine": b"1"})
     with pytest.raises(BundleError, match="opened .* changed since"):
@@ -31,7 +31,7 @@ def test_what_another_process_added_is_not_lost(bundle: Bundle) -> None:
     assert both.read("engines/first.engine") + both.read("engines/second.engine") == b"12"
 
 
-def test_a_bundle_that_was_removed_meanwhile_is_not_made_anew(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_bundle_that_was_removed_is_not_written_again(bundle: Bundle, tmp_path: Path) -> None:
     bundle.folder.rename(tmp_path / "elsewhere")
     with pytest.raises((BundleError, OSError)):
         extend_bundle(bundle, {"engines/first.engine": b"1"})
@@ -42,7 +42,7 @@ def test_a_bundle_that_was_removed_meanwhile_is_not_made_anew(bundle: Bundle, tm
     "names",
     [("a.onnx", "A.onnx"), ("Manifest.json",), ("Kernels/a", "kernels/b"), ("a", "a/b"), ("a/b/c", "A/B")],
 )
-def test_names_that_are_one_somewhere_are_refused(bundle: Bundle, tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_names_that_file_systems_confuse_are_refused(bundle: Bundle, tmp_path: Path, names: tuple[str, ...]) -> None:
     files = {"raw.onnx": bundle.read("raw.onnx"), **dict.fromkeys(names, b"x")}
     with pytest.raises(BundleError, match="files: expected"):
         write_bundle(tmp_path / "other", bundle.manifest, files)
@@ -81,10 +81,10 @@ def test_each_file_is_hashed_once_when_written(tmp_path: Path, monkeypatch: pyte
     seen: list[str] = []
     verify = bundle_module._verify
 
-    def note(path: Path, name: str, entry: FileEntry) -> None:
+    def record(path: Path, name: str, entry: FileEntry) -> None:
         seen.append(name)
         verify(path, name, entry)
 
-    monkeypatch.setattr(bundle_module, "_verify", note)
+    monkeypatch.setattr(bundle_module, "_verify", record)
     made = tiny_bundle(tmp_path / "bundle", TestConfig(short_edge=None))[0]
     assert seen == ["raw.onnx"] and made == Bundle.open(tmp_path / "bundle")

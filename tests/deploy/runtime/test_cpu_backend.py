@@ -1,4 +1,4 @@
-"""The onnxruntime backend: batches at once, fixed graphs, and what it refuses."""
+"""The onnxruntime backend: batches at once, graphs of fixed size, and refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskformer_fast.config import TestConfig
 from maskformer_fast.deploy.bundle.folder import Bundle, write_bundle
 from maskformer_fast.deploy.bundle.manifest import BundleError
 from maskformer_fast.deploy.runtime.backend import Backend
-from maskformer_fast.deploy.runtime.cpu_backend import HostBackend, default_threads
+from maskformer_fast.deploy.runtime.cpu_backend import CpuBackend, default_threads
 from tests.support.tiny_bundle import tiny_bundle
 
 TEST = TestConfig(short_edge=None, object_mask_threshold=0.3, overlap_threshold=0.3, top_k=6)
@@ -23,15 +23,15 @@ FRAMES = [RNG.integers(0, 256, (37, 50, 3), dtype=np.uint8) for _ in range(3)]
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return tiny_bundle(tmp_path_factory.mktemp("host") / "bundle", TEST)[0]
+    return tiny_bundle(tmp_path_factory.mktemp("cpu") / "bundle", TEST)[0]
 
 
 def labels_of(backend: Backend, frames: list[np.ndarray]) -> list[np.ndarray]:
     return [result.labels for result in backend.collect(backend.submit(frames, "semantic"))[0]]  # type: ignore[union-attr]
 
 
-class WatchedSession:
-    """Lets a batch through the network only when another is in it."""
+class SessionForTwo:
+    """Session that runs a batch only when another one waits to run, too."""
 
     def __init__(self, session: Any) -> None:
         self.session = session
@@ -42,10 +42,10 @@ class WatchedSession:
         return self.session.run(*arguments)
 
 
-def test_batches_overlap_and_each_ticket_gives_its_own(bundle: Bundle) -> None:
-    backend = HostBackend(bundle, in_flight=2, threads=1)
+def test_batches_overlap_and_each_ticket_gives_its_own_results(bundle: Bundle) -> None:
+    backend = CpuBackend(bundle, in_flight=2, threads=1)
     expected = [labels_of(backend, [frame])[0] for frame in FRAMES]
-    backend._session = WatchedSession(backend._session)
+    backend._session = SessionForTwo(backend._session)
     tickets = [backend.submit([FRAMES[n]], "semantic") for n in (0, 1, 2, 0)]
     for ticket, number in reversed(list(zip(tickets, (0, 1, 2, 0), strict=True))):
         results, seconds = backend.collect(ticket)
@@ -56,8 +56,8 @@ def test_batches_overlap_and_each_ticket_gives_its_own(bundle: Bundle) -> None:
     backend.close()
 
 
-def test_an_error_stays_with_its_batch(bundle: Bundle) -> None:
-    backend = HostBackend(bundle, in_flight=2)
+def test_an_error_does_not_affect_other_batches(bundle: Bundle) -> None:
+    backend = CpuBackend(bundle, in_flight=2)
     bad = backend.submit([FRAMES[0], FRAMES[0][:5]], "semantic")
     empty = backend.submit([], "semantic")
     good = backend.submit(FRAMES, "semantic")
@@ -70,8 +70,8 @@ def test_an_error_stays_with_its_batch(bundle: Bundle) -> None:
     backend.close()
 
 
-def test_closing_waits_for_the_batch_in_work(bundle: Bundle) -> None:
-    backend = HostBackend(bundle, in_flight=1)
+def test_closing_waits_for_batches_that_have_begun(bundle: Bundle) -> None:
+    backend = CpuBackend(bundle, in_flight=1)
     begun, go_on = threading.Event(), threading.Event()
     prepare = backend._prepare
 
@@ -93,12 +93,12 @@ def test_closing_waits_for_the_batch_in_work(bundle: Bundle) -> None:
         backend.submit([FRAMES[0]], "semantic")
 
 
-def test_a_graph_of_fixed_size(tmp_path: Path, bundle: Bundle) -> None:
-    fixed, free = HostBackend(tiny_bundle(tmp_path / "fixed", TEST, size=(2, 37, 50))[0], 1), HostBackend(bundle, 1)
+def test_a_graph_of_fixed_size_runs_that_size_alone(tmp_path: Path, bundle: Bundle) -> None:
+    fixed, free = CpuBackend(tiny_bundle(tmp_path / "fixed", TEST, size=(2, 37, 50))[0], 1), CpuBackend(bundle, 1)
     assert fixed.max_batch(37, 50, "semantic") == 2
-    for frames in (FRAMES[:2], FRAMES[2:]):  # a batch that is not full is filled up
-        for got, wanted in zip(labels_of(fixed, frames), labels_of(free, frames), strict=True):
-            np.testing.assert_array_equal(got, wanted)
+    for frames in (FRAMES[:2], FRAMES[2:]):  # a partial batch is filled up
+        for got, expected in zip(labels_of(fixed, frames), labels_of(free, frames), strict=True):
+            np.testing.assert_array_equal(got, expected)
     with pytest.raises(ValueError, match="frames: expected 1 to 2 of them, got 3"):
         labels_of(fixed, FRAMES)
     with pytest.raises(ValueError, match=r"becomes \(37, 50\) .*got '\(36, 50\), which becomes \(36, 50\)'"):
@@ -107,27 +107,29 @@ def test_a_graph_of_fixed_size(tmp_path: Path, bundle: Bundle) -> None:
     free.close()
 
 
-def test_bundles_it_cannot_run(tmp_path: Path, bundle: Bundle) -> None:
+def test_bundles_without_a_graph_that_runs_are_refused(tmp_path: Path, bundle: Bundle) -> None:
     nothing = write_bundle(tmp_path / "nothing", tiny_bundle(tmp_path / "a", TEST, graphs={})[0].manifest, {})
     with pytest.raises(BundleError, match="graphs: expected one of the flavour raw"):
-        HostBackend(nothing, 1)
+        CpuBackend(nothing, 1)
     garbage = write_bundle(tmp_path / "garbage", bundle.manifest, {"raw.onnx": b"no graph"})
     with pytest.raises(BundleError, match="graphs.raw: expected a graph that onnxruntime runs"):
-        HostBackend(garbage, 1)
+        CpuBackend(garbage, 1)
     for arguments in ({"in_flight": 0}, {"in_flight": 1, "threads": 0}):
         with pytest.raises(ValueError, match="> 0, got 0"):
-            HostBackend(bundle, **arguments)
+            CpuBackend(bundle, **arguments)
 
 
-def test_graphs_with_other_inputs_or_outputs(tmp_path: Path, bundle: Bundle) -> None:
+def test_graphs_with_other_inputs_or_outputs_are_refused(tmp_path: Path, bundle: Bundle) -> None:
     content = bundle.read("raw.onnx")
     for old, new in ((b"images", b"frames"), (b"mask_logits", b"mask_scores")):
         other = write_bundle(tmp_path / new.decode(), bundle.manifest, {"raw.onnx": content.replace(old, new)})
         with pytest.raises(BundleError, match=rf"graphs.raw: expected .*{old.decode()}.*, got .*{new.decode()}"):
-            HostBackend(other, 1)
+            CpuBackend(other, 1)
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("3", 3), ("2,4", 2), ("0", None), ("many", None), ("", None)])
-def test_default_threads(monkeypatch: pytest.MonkeyPatch, variable: str, expected: int | None) -> None:
+def test_threads_follow_omp_num_threads(
+    monkeypatch: pytest.MonkeyPatch, variable: str, expected: int | None
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert default_threads() == expected or (expected is None and default_threads() >= 1)

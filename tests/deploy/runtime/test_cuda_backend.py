@@ -1,6 +1,6 @@
-"""The GPU backend on a fake driver and a fake TensorRT: what is called when, what is refused, what is given back.
+"""The GPU backend on a fake driver and a fake TensorRT: order of calls, refusals, and release of everything.
 
-That the results are right is for `test_tapes.py`, where the fake GPU computes.
+The correctness of results is tested in `tests/deploy/build/test_record_launches.py`, where the fake GPU computes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 
 from tests.support.paths import ROOT
 
-pytest.importorskip("triton", reason="recording tapes needs Triton")
+pytest.importorskip("triton", reason="recording launches needs Triton")
 
 from maskformer_fast.config import TASKS
-from maskformer_fast.deploy.build.record_launches import record_tapes
+from maskformer_fast.deploy.build.record_launches import record_launches
 from maskformer_fast.deploy.bundle.folder import Bundle, write_bundle
 from maskformer_fast.deploy.bundle.manifest import BundleError, Manifest, Shape
 from maskformer_fast.deploy.runtime.cuda_backend import TensorRTBackend
@@ -51,11 +51,11 @@ def driver() -> Iterator[FakeDriver]:
     driver = FakeDriver(idle)
     yield driver
     driver.failures.clear()
-    assert not driver.alive and driver.retained == 0 and driver.depth == 0, "not all was given back"
+    assert not driver.alive and driver.retained == 0 and driver.depth == 0, "not everything was released"
 
 
 def rebuilt(bundle: Bundle, folder: Path, manifest: Manifest, **files: bytes) -> Bundle:
-    """The bundle with other words in its manifest, or other files (``/`` and ``.`` written as ``__``)."""
+    """The bundle with another manifest, or other files (``/`` in their names written as ``__``)."""
     contents = {name: bundle.read(name) for name in bundle.manifest.files}
     return write_bundle(folder, manifest, contents | {name.replace("__", "/"): text for name, text in files.items()})
 
@@ -81,10 +81,10 @@ def test_a_graph_is_captured_once_and_replayed(bundle: Bundle, driver: FakeDrive
         assert tensorrt.contexts == 0
 
 
-def test_all_memory_is_set_aside_at_the_start(
+def test_no_memory_is_allocated_after_the_start(
     bundle: Bundle, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # nothing writes results here
+    # Kernels do nothing here, so there are no results to read.
     monkeypatch.setattr("maskformer_fast.deploy.runtime.cuda_backend.read_results", lambda *arguments: [])
     with fake_gpu(driver):
         backend = TensorRTBackend(bundle, 0, 3)
@@ -97,7 +97,7 @@ def test_all_memory_is_set_aside_at_the_start(
         backend.close()
 
 
-def test_slots_take_turns(bundle: Bundle, driver: FakeDriver) -> None:
+def test_batches_in_flight_run_in_different_slots(bundle: Bundle, driver: FakeDriver) -> None:
     with fake_gpu(driver):
         backend = TensorRTBackend(bundle, 0, 2)
         first = backend.submit(make_frames(ONE, 0), "semantic")
@@ -107,7 +107,7 @@ def test_slots_take_turns(bundle: Bundle, driver: FakeDriver) -> None:
         for ticket in (second, first):  # in any order
             (result,), seconds = backend.collect(ticket)
             assert result.labels.shape == (ONE.height, ONE.width)
-            # the fake clock ticks a second an event
+            # The fake clock advances one second at each event.
             assert seconds.preprocess == seconds.network == 1 and 1 <= seconds.postprocess < 2
             assert seconds.total == pytest.approx(sum(seconds[:3]))
         with pytest.raises(KeyError):
@@ -131,7 +131,7 @@ def test_frames_reach_the_device_and_results_are_copies(bundle: Bundle) -> None:
         backend = TensorRTBackend(bundle, 0, 1)
         frames = make_frames(TWO, 0)
         (first, _), _ = backend.collect(backend.submit(frames, "semantic"))
-        assert seen == ["resize", "probabilities", "semantic_logits"] * 2  # warming up, and the graph
+        assert seen == ["resize", "probabilities", "semantic_logits"] * 2  # the run before the capture, and the graph
         pinned = next(memory for kind, memory in driver.alive.values() if kind == "pinned")
         assert frames[0].tobytes() + frames[1].tobytes() in bytes(pinned)
         before = first.labels.copy()
@@ -141,7 +141,7 @@ def test_frames_reach_the_device_and_results_are_copies(bundle: Bundle) -> None:
     assert not driver.alive
 
 
-def test_smaller_batches_run_in_the_next_larger_tape(bundle: Bundle, driver: FakeDriver) -> None:
+def test_smaller_batches_run_by_the_next_larger_sequence(bundle: Bundle, driver: FakeDriver) -> None:
     with fake_gpu(driver):
         backend = TensorRTBackend(bundle, 0, 1)
         assert backend.max_batch(TWO.height, TWO.width, "instance") == 4
@@ -155,7 +155,7 @@ def test_smaller_batches_run_in_the_next_larger_tape(bundle: Bundle, driver: Fak
         backend.close()
 
 
-def test_frames_of_another_size_are_told_the_sizes(bundle: Bundle, driver: FakeDriver) -> None:
+def test_frames_of_another_size_are_refused_with_the_known_sizes(bundle: Bundle, driver: FakeDriver) -> None:
     with fake_gpu(driver):
         backend = TensorRTBackend(bundle, 0, 1)
         with pytest.raises(ValueError, match=r"semantic: 11x19, 17x10\); .* got '10x10'"):
@@ -185,7 +185,7 @@ def test_several_backends_share_a_process(bundle: Bundle, driver: FakeDriver) ->
         assert driver.retained == 0 and tensorrt.contexts == 0
 
 
-def test_the_runtime_streams_through_it(bundle: Bundle, driver: FakeDriver) -> None:
+def test_the_runtime_streams_through_the_backend(bundle: Bundle, driver: FakeDriver) -> None:
     with fake_gpu(driver), load(bundle, "tensorrt", in_flight=2) as runtime:
         frames = [make_frames(ONE, seed)[0] for seed in range(5)]
         assert len(list(runtime.stream(frames, "instance"))) == 5
@@ -199,7 +199,7 @@ FAILING = [
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_errors_at_the_start_are_named(bundle: Bundle, driver: FakeDriver, name: str) -> None:
+def test_errors_at_the_start_name_the_call(bundle: Bundle, driver: FakeDriver, name: str) -> None:
     driver.failures[name] = 2
     with fake_gpu(driver) as tensorrt:
         with pytest.raises(RuntimeError, match=f"{name}: CUDA_ERROR_2: as the test wants it"):
@@ -225,7 +225,7 @@ def test_errors_of_a_batch_leave_the_backend_usable(bundle: Bundle, driver: Fake
         assert tensorrt.contexts == 0
 
 
-def test_errors_show_when_a_batch_is_collected(bundle: Bundle, driver: FakeDriver) -> None:
+def test_device_errors_are_raised_when_a_batch_is_collected(bundle: Bundle, driver: FakeDriver) -> None:
     with fake_gpu(driver):
         backend = TensorRTBackend(bundle, 0, 1)
         ticket = backend.submit(make_frames(ONE, 0), "semantic")
@@ -237,7 +237,7 @@ def test_errors_show_when_a_batch_is_collected(bundle: Bundle, driver: FakeDrive
         backend.close()
 
 
-def test_closing_goes_on_after_an_error(bundle: Bundle) -> None:
+def test_closing_releases_everything_after_an_error(bundle: Bundle) -> None:
     driver = FakeDriver(idle)
     with fake_gpu(driver) as tensorrt:
         backend = TensorRTBackend(bundle, 0, 1)
@@ -248,7 +248,7 @@ def test_closing_goes_on_after_an_error(bundle: Bundle) -> None:
         assert not driver.alive and driver.retained == 0 and tensorrt.contexts == 0
 
 
-def test_a_network_that_fails_says_why(bundle: Bundle, driver: FakeDriver, tmp_path: Path) -> None:
+def test_errors_of_the_network_have_the_librarys_message(bundle: Bundle, driver: FakeDriver, tmp_path: Path) -> None:
     facts = json.loads(bundle.read("engines/fake.engine"))
     broken = {"engines__fake.engine": json.dumps(facts | {"broken": True}).encode()}
     with fake_gpu(driver):
@@ -264,7 +264,7 @@ def test_a_network_that_fails_says_why(bundle: Bundle, driver: FakeDriver, tmp_p
      ({"queries": 9}, "shape of class_logits"), ({"divisor": 64}, "shape of mask_logits"),
      ({"most": 4}, "does not take images of shape")],
 )  # fmt: skip
-def test_engines_that_do_not_fit_are_refused(
+def test_engines_of_other_inputs_or_outputs_are_refused(
     bundle: Bundle, driver: FakeDriver, tmp_path: Path, engine: Any, message: str
 ) -> None:
     facts = json.loads(bundle.read("engines/fake.engine"))
@@ -310,14 +310,14 @@ def test_a_library_that_does_not_load_is_named(
             TensorRTBackend(bundle, 0, 1)
 
 
-def test_no_such_device(bundle: Bundle, driver: FakeDriver) -> None:
+def test_a_device_number_that_does_not_exist_is_refused(bundle: Bundle, driver: FakeDriver) -> None:
     with fake_gpu(driver), pytest.raises(ValueError, match=r"device: expected 0..0, one of this machine's GPUs, got 1"):
         TensorRTBackend(bundle, 1, 1)
 
 
-def test_tapes_of_other_masks_are_not_played(driver: FakeDriver, tmp_path: Path) -> None:
+def test_launches_for_another_type_of_masks_are_refused(driver: FakeDriver, tmp_path: Path) -> None:
     manifest = make_manifest("float16")
-    files = fake_files(manifest, record_tapes(make_manifest(), [ONE], ["semantic"], "float32"))
+    files = fake_files(manifest, record_launches(make_manifest(), [ONE], ["semantic"], "float32"))
     with fake_gpu(driver), pytest.raises(BundleError, match=r"'mask_logits': 'float16'"):
         TensorRTBackend(write_bundle(tmp_path / "bundle", manifest, files), 0, 1)
 
@@ -334,7 +334,7 @@ def test_which_versions_run_an_engine(built: str, here: str, compatible: bool, e
 
 
 def test_cuda_python_takes_our_arguments(bundle: Bundle, driver: FakeDriver) -> None:
-    """All that the fake was called with, in cuda-python's types: it converts arguments before it looks for a driver."""
+    """cuda-python accepts the arguments of every call: it converts them before it looks for a driver."""
     api = pytest.importorskip("cuda.bindings.driver")
     with fake_gpu(driver):
         backend = TensorRTBackend(bundle, 0, 1)
@@ -366,8 +366,8 @@ BLOCKED = """
 import sys
 for name in ("torch", "triton", "PIL", "onnxruntime", "tensorrt", "cuda", "torchvision"):
     sys.modules[name] = None
-import maskformer_fast.deploy.cuda_backend, maskformer_fast.deploy.player, maskformer_fast.deploy.tape
-from maskformer_fast.deploy.cuda_driver import Driver
+import maskformer_fast.deploy.runtime.cuda_backend
+from maskformer_fast.deploy.runtime.cuda_driver import Driver
 try:
     Driver()
 except ModuleNotFoundError as error:
@@ -377,12 +377,12 @@ else:
 """
 
 
-def test_imports_without_torch() -> None:
+def test_the_backend_is_imported_without_torch_and_the_libraries() -> None:
     result = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
-def test_a_machine_without_a_driver_is_told() -> None:
+def test_a_machine_without_a_driver_is_named() -> None:
     pytest.importorskip("cuda.bindings.driver")
     if torch.cuda.is_available():
         pytest.skip("there is a driver")

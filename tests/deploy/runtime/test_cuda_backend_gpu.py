@@ -1,4 +1,4 @@
-"""The GPU backend on a GPU: kernels, tapes and graphs with a stand-in for the network, and with a TensorRT engine."""
+"""The GPU backend on a GPU: recorded launches and graphs, with a stand-in for the network and a TensorRT engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from maskformer_fast.config import TASKS
 from maskformer_fast.core.image_resize import resize_array
-from maskformer_fast.deploy.build.record_launches import compile_tapes, record_tapes
+from maskformer_fast.deploy.build.record_launches import compile_launches, record_launches
 from maskformer_fast.deploy.bundle.folder import Bundle, extend_bundle, write_bundle
 from maskformer_fast.deploy.bundle.launches import MaskType, padded_size
 from maskformer_fast.deploy.bundle.manifest import Shape
@@ -42,8 +42,11 @@ def target() -> str:
 
 
 def device_network(driver: Any, pixels: list[np.ndarray]) -> types.ModuleType:
-    """The fake TensorRT on real memory: looks at the images when it is not captured, and copies logits that wait on
-    the device, which a graph captures as any other work."""
+    """The fake TensorRT on real memory.
+
+    Its network copies logits that lie on the device, work that a graph captures. The first run, which is not captured,
+    computes these logits from the images.
+    """
     module = fake_tensorrt(FakeDriver(lambda *arguments: None))
     stock = module.Runtime.deserialize_cuda_engine
 
@@ -65,14 +68,14 @@ def device_network(driver: Any, pixels: list[np.ndarray]) -> types.ModuleType:
         assert int(status) == 0, status
 
     def copy_logits(made: Any, stream: int) -> bool:
-        facts, maps = made.facts, made.get_tensor_shape("mask_logits")[2:]
+        facts, mask_size = made.facts, made.get_tensor_shape("mask_logits")[2:]
         images = np.stack(pixels) if len(pixels) == made.shape[0] else np.zeros(made.shape, np.uint8)
         for name, logits in zip(
             ("class_logits", "mask_logits"),
-            logits_of(images, facts["queries"], facts["classes"], maps, facts["dtype"]), strict=True,
+            logits_of(images, facts["queries"], facts["classes"], mask_size, facts["dtype"]), strict=True,
         ):  # fmt: skip
             if not made.__dict__.get(name):
-                kept.append(torch.from_numpy(logits).cuda())  # never while capturing: the first run is not
+                kept.append(torch.from_numpy(logits).cuda())  # in the first run, which is not captured
                 made.__dict__[name] = kept[-1].data_ptr()
                 torch.cuda.synchronize()
             check(*driver.cuMemcpyDtoDAsync(made.addresses[name], made.__dict__[name], logits.nbytes, stream))
@@ -84,16 +87,16 @@ def device_network(driver: Any, pixels: list[np.ndarray]) -> types.ModuleType:
 
 @pytest.mark.parametrize("masks", ["float32", "float16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_compiled_kernels_in_a_graph(masks: MaskType, shape: Shape, target: str, tmp_path: Path) -> None:
+def test_compiled_kernels_in_a_graph_equal_the_cpu(masks: MaskType, shape: Shape, target: str, tmp_path: Path) -> None:
     from cuda.bindings import driver
 
     manifest = make_manifest(masks, short_edge=100)
     engine = replace(manifest.engines[0], targets=(target,))
     preprocess = replace(manifest.preprocess, max_size=300)
     manifest = replace(manifest, engines=(engine,), kernels=(target,), preprocess=preprocess)
-    recording = record_tapes(manifest, [shape], TASKS, masks)
-    fakes = fake_files(manifest, recording)
-    files = compile_tapes(recording, [target]) | {"engines/fake.engine": fakes["engines/fake.engine"]}
+    recorded = record_launches(manifest, [shape], TASKS, masks)
+    fakes = fake_files(manifest, recorded)
+    files = compile_launches(recorded, [target]) | {"engines/fake.engine": fakes["engines/fake.engine"]}
     bundle = write_bundle(tmp_path / "bundle", manifest, files)
     frames = make_frames(shape, 1)
     pixels = [resize_array(frame, 100, 300).transpose(2, 0, 1) for frame in frames]
@@ -104,14 +107,14 @@ def test_compiled_kernels_in_a_graph(masks: MaskType, shape: Shape, target: str,
     )
     sizes = torch.tensor([pixels[0].shape[1:]] * shape.batch)
     eye = torch.eye(QUERIES).expand(1, shape.batch, -1, -1)
-    said = Predictions(class_logits[None], eye, mask_logits, sizes, padded)
+    predictions = Predictions(class_logits[None], eye, mask_logits, sizes, padded)
     outputs = [(shape.height, shape.width)] * shape.batch
     settings = manifest.postprocess
     with patch.dict(sys.modules, {"tensorrt": device_network(driver, pixels)}):
         backend = TensorRTBackend(bundle, 0, 2)
         try:
             for _ in range(4):  # captured in both slots, then replayed
-                found = {task: backend.collect(backend.submit(frames, task))[0] for task in TASKS}
+                results = {task: backend.collect(backend.submit(frames, task))[0] for task in TASKS}
             free = torch.cuda.mem_get_info()[0]
             for _ in range(50):
                 _, seconds = backend.collect(backend.submit(frames, "panoptic"))
@@ -120,21 +123,22 @@ def test_compiled_kernels_in_a_graph(masks: MaskType, shape: Shape, target: str,
             assert 0 < seconds.preprocess < 1 and 0 < seconds.postprocess < 1
         finally:
             backend.close()
-    for result, expected in zip(found["semantic"], postprocess.semantic(said, outputs), strict=True):
+    for result, expected in zip(results["semantic"], postprocess.semantic(predictions, outputs), strict=True):
         assert np.mean(result.labels == expected.labels.numpy()) > (0.9999 if masks == "float32" else 0.99)
-    wanted = postprocess.panoptic(
-        said, outputs, THINGS, settings.object_mask_threshold, settings.overlap_threshold
+    panoptic = postprocess.panoptic(
+        predictions, outputs, THINGS, settings.object_mask_threshold, settings.overlap_threshold
     )
-    for result, segments in zip(found["panoptic"], wanted, strict=True):
-        assert np.mean(result.id_map == segments.id_map.numpy()) > 0.9999
-    for result, truth in zip(found["instance"], postprocess.instances(said, outputs, THINGS, 9), strict=True):
-        assert np.array_equal(result.labels, truth.labels.numpy())
-        assert np.mean(result.masks == truth.masks.numpy()) > 0.9999
-        assert np.allclose(result.scores, truth.scores.numpy(), rtol=1e-4)
+    for result, expected in zip(results["panoptic"], panoptic, strict=True):
+        assert np.mean(result.id_map == expected.id_map.numpy()) > 0.9999
+    instance = postprocess.instances(predictions, outputs, THINGS, 9)
+    for result, expected in zip(results["instance"], instance, strict=True):
+        assert np.array_equal(result.labels, expected.labels.numpy())
+        assert np.mean(result.masks == expected.masks.numpy()) > 0.9999
+        assert np.allclose(result.scores, expected.scores.numpy(), rtol=1e-4)
 
 
-def test_resized_pixels_are_pillows(target: str, tmp_path: Path) -> None:
-    """The kernel that a bundle holds, on the device: bit for bit."""
+def test_resized_pixels_are_pillows(target: str) -> None:
+    """The kernel that a bundle contains gives Pillow's pixels, bit for bit."""
     from maskformer_fast.kernels.resize import resize_forward
     from maskformer_fast.ops.resize import filters_columns_first
 
@@ -148,7 +152,7 @@ def test_resized_pixels_are_pillows(target: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def engine_bundle(target: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A small network's bundle with an engine for this GPU, by whichever TensorRT is installed, and kernels."""
+    """A small network's bundle with kernels and an engine for this GPU, built by the TensorRT that is installed."""
     if not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
         pytest.skip("needs TensorRT")
     from maskformer_fast.config import TestConfig
@@ -159,7 +163,7 @@ def engine_bundle(target: str, tmp_path_factory: pytest.TempPathFactory) -> Bund
     bundle, _ = tiny_bundle(folder, TestConfig(short_edge=96, max_size=300))
     config = EngineConfig("fp32", min_shape=(1, 64, 64), opt_shape=(1, 96, 128), max_shape=(2, 320, 320))
     content, entry = build_engine(bundle.read("raw.onnx"), config, progress=False)
-    files = compile_tapes(record_tapes(bundle.manifest, SHAPES, TASKS), [target])
+    files = compile_launches(record_launches(bundle.manifest, SHAPES, TASKS), [target])
     return extend_bundle(bundle, {**files, entry.file: content}, engines=(entry,), kernels=(target,))
 
 
@@ -176,17 +180,17 @@ def test_engine_and_kernels_agree_with_the_cpu(engine_bundle: Bundle, shape: Sha
             assert abs(len(result.labels) - len(expected.labels)) <= 1
             assert len(result.scores) == 0 or result.scores[0] == pytest.approx(expected.scores[0], abs=1e-2)
         assert isinstance(device._backend, TensorRTBackend)
-        assert device._backend.graph_obstacle is None, "engines of such networks are to run as graphs"
+        assert device._backend.graph_obstacle is None, "engines of such networks must run as graphs"
         streamed = list(device.stream(frames * 4))
         assert len(streamed) == 4 * len(frames)
         for first, again in zip(streamed, streamed[len(frames) :], strict=False):
             assert np.array_equal(first.labels, again.labels)
 
 
-def test_two_backends_at_once(engine_bundle: Bundle) -> None:
+def test_two_backends_run_in_one_process(engine_bundle: Bundle) -> None:
     frames = make_frames(SHAPES[1], 1)
     with load(engine_bundle, "tensorrt") as first, load(engine_bundle, "tensorrt") as second:
         assert np.array_equal(first.predict(frames)[0].labels, second.predict(frames)[0].labels)
     with load(engine_bundle, "tensorrt") as again:
         assert len(again.predict(frames)) == 1
-    torch.zeros(1, device="cuda")  # torch's own use of the device goes on
+    torch.zeros(1, device="cuda")  # torch can still use the device

@@ -1,4 +1,4 @@
-"""What becomes of CUDA graphs that cannot be had, and of threads that capture, collect and close at once."""
+"""CUDA graphs that cannot be captured, and threads that capture, collect and close at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="recording tapes needs Triton")
+pytest.importorskip("triton", reason="recording launches needs Triton")
 
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.runtime.cuda_backend import TensorRTBackend
@@ -16,7 +16,8 @@ from tests.support.fake_cuda import FakeDriver
 from tests.support.launch_cases import SHAPES, fake_gpu, make_bundle, make_frames, make_manifest
 
 ONE = SHAPES[1]
-PATIENCE = 20.0
+TIMEOUT = 20.0
+"""Seconds to wait for another thread."""
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def driver(launches: list[str]) -> Iterator[FakeDriver]:
     driver = FakeDriver(lambda name, grid, threads, parameters: launches.append(name))
     yield driver
     driver.failures.clear()
-    assert not driver.alive and driver.retained == 0 and driver.depth == 0, "not all was given back"
+    assert not driver.alive and driver.retained == 0 and driver.depth == 0, "not everything was released"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def uncapturable(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def runs_without_graphs(bundle: Bundle, launches: list[str], caplog: pytest.LogCaptureFixture) -> str:
-    """Four batches in two slots, each launched as the first was -> the reason given, which is logged once."""
+    """Run four batches in two slots without graphs -> the reason, which is logged once."""
     backend = TensorRTBackend(bundle, 0, 2)
     try:
         assert backend.graph_obstacle is None
@@ -53,7 +54,7 @@ def runs_without_graphs(bundle: Bundle, launches: list[str], caplog: pytest.LogC
             launches.clear()
             (result,), seconds = backend.collect(backend.submit(make_frames(ONE, 0), "semantic"))
             assert result.labels.shape == (ONE.height, ONE.width) and seconds.network == 1
-            # a slot's first batch runs twice: while all that is lazy is loaded, and for its results
+            # A slot's first batch runs twice: to load what is lazy, and for its results.
             assert len(launches) == 3 * (2 if batch < 2 else 1)
         assert sum("piece by piece" in record.message for record in caplog.records) == 1
         assert backend.graph_obstacle is not None
@@ -71,7 +72,7 @@ def test_an_engine_that_cannot_be_captured_still_runs(
         assert tensorrt.contexts == 0
 
 
-def test_rtx_is_asked_first(
+def test_rtx_is_asked_before_a_capture(
     uncapturable: Bundle, driver: FakeDriver, launches: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with fake_gpu(driver, rtx=True):
@@ -80,7 +81,7 @@ def test_rtx_is_asked_first(
 
 
 @pytest.mark.parametrize("name", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphUpload"])
-def test_a_driver_that_refuses_graphs(
+def test_a_driver_that_refuses_graphs_still_runs(
     bundle: Bundle, driver: FakeDriver, launches: list[str], caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     driver.failures[name] = 900
@@ -88,7 +89,7 @@ def test_a_driver_that_refuses_graphs(
         assert f"{name}: CUDA_ERROR_900" in runs_without_graphs(bundle, launches, caplog)
 
 
-def test_graphs_are_the_rule(bundle: Bundle, driver: FakeDriver, caplog: pytest.LogCaptureFixture) -> None:
+def test_graphs_are_used_where_possible(bundle: Bundle, driver: FakeDriver, caplog: pytest.LogCaptureFixture) -> None:
     with fake_gpu(driver, rtx=True):
         backend = TensorRTBackend(bundle, 0, 1)
         backend.collect(backend.submit(make_frames(ONE, 0), "semantic"))
@@ -97,7 +98,7 @@ def test_graphs_are_the_rule(bundle: Bundle, driver: FakeDriver, caplog: pytest.
 
 
 def test_nobody_waits_for_the_context_during_a_capture(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver forbids it to all threads: a backend that closes meanwhile waits for the capture to end."""
+    """The driver forbids it to all threads, so a backend that closes waits for another's capture to end."""
     driver = FakeDriver(lambda *arguments: None)
     monkeypatch.setattr(driver, "_drop", lambda kind, handle: (driver.alive.pop(int(handle)), (0,))[1])  # any thread
     threads: list[threading.Thread] = []
@@ -118,21 +119,23 @@ def test_nobody_waits_for_the_context_during_a_capture(bundle: Bundle, monkeypat
 
         monkeypatch.setattr(driver, "cuStreamBeginCapture", begin_capture, raising=False)
         ticket = backend.submit(make_frames(ONE, 0), "semantic")
-        threads[0].join(PATIENCE)
+        threads[0].join(TIMEOUT)
         assert synchronised_early == [False] and "cuCtxSynchronize" in driver.names()
         backend.collect(ticket)
         backend.close()
         assert tensorrt.contexts == 0
 
 
-def test_closing_waits_for_who_collects(bundle: Bundle, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that another thread reads results from is not released under it."""
+def test_closing_waits_for_threads_that_collect(
+    bundle: Bundle, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is not released while another thread reads results from it."""
     waiting, go_on = threading.Event(), threading.Event()
     results: list[Any] = []
 
     def synchronize(event: int) -> tuple[int]:
         waiting.set()
-        assert go_on.wait(PATIENCE)
+        assert go_on.wait(TIMEOUT)
         return (0,)
 
     with fake_gpu(driver):
@@ -141,13 +144,13 @@ def test_closing_waits_for_who_collects(bundle: Bundle, driver: FakeDriver, monk
         monkeypatch.setattr(driver, "cuEventSynchronize", synchronize, raising=False)
         collector = threading.Thread(target=lambda: results.extend(backend.collect(ticket)[0]))
         collector.start()
-        assert waiting.wait(PATIENCE)
+        assert waiting.wait(TIMEOUT)
         closer = threading.Thread(target=backend.close)
         closer.start()
         closer.join(0.3)
         assert closer.is_alive() and any(kind == "pinned" for kind, _ in driver.alive.values())
         go_on.set()
         for thread in (collector, closer):
-            thread.join(PATIENCE)
+            thread.join(TIMEOUT)
             assert not thread.is_alive()
         assert len(results) == 1

@@ -14,7 +14,7 @@ from maskformer_fast.deploy.runtime.ranking import QueryMasks, best_first, best_
 @settings(max_examples=60, deadline=None)
 def test_instances_are_those_of_a_plain_sort(seed: int, queries: int, classes: int, top_k: int) -> None:
     rng = np.random.default_rng(seed)
-    logits = rng.integers(-2, 3, (queries, classes + 1)).astype(np.float32)  # few values, so that many are equal
+    logits = rng.integers(-2, 3, (queries, classes + 1)).astype(np.float32)  # so few values that many are equal
     logits[rng.random(queries) < 0.2, 0] = np.nan
     is_thing = rng.random(classes) < 0.6
     packed = rng.integers(0, 256, (queries, 3, 2), dtype=np.uint8)
@@ -24,11 +24,11 @@ def test_instances_are_those_of_a_plain_sort(seed: int, queries: int, classes: i
     pairs = best_pairs(logits, is_thing.tolist(), top_k)
     got = best_instances(pairs, pairs.queries, QueryMasks(packed, boxes, areas, mask_scores), (3, 11))
 
-    likely = []
+    candidates = []
     for query in range(queries):
         row = softmax(logits[query])
-        likely += [(-1.0 if np.isnan(row[c]) else row[c], query, c) for c in np.flatnonzero(is_thing)]
-    first = sorted(likely, key=lambda pair: -pair[0])[:top_k]
+        candidates += [(-1.0 if np.isnan(row[c]) else row[c], query, c) for c in np.flatnonzero(is_thing)]
+    first = sorted(candidates, key=lambda pair: -pair[0])[:top_k]
     scored = [(p * mask_scores[query], query, c) for p, query, c in first if p >= 0 and areas[query]]
     expected = sorted(scored, key=lambda pair: -pair[0])
     assert got.labels.tolist() == [c for _, _, c in expected] and got.size == (3, 11)
@@ -48,6 +48,6 @@ def test_best_first_is_a_stable_sort(seed: int, size: int, count: int, levels: i
 
 @given(st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=4))
 @settings(max_examples=100, deadline=None)
-def test_softmax_is_pytorchs(rows: list[list[float]]) -> None:
+def test_softmax_equals_pytorchs(rows: list[list[float]]) -> None:
     logits = np.array(rows, dtype=np.float32)
     np.testing.assert_allclose(softmax(logits), torch.from_numpy(logits).softmax(-1).numpy(), atol=1e-6, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The runtime: which backend it takes, frames in flight, errors in their place, and life without torch."""
+"""The runtime: choice of the backend, frames in flight, errors in their order, and running without torch."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def frame_of(number: int, height: int = 2, width: int = 3) -> np.ndarray:
 
 
 class FakeBackend:
-    """Gives a frame's first value back; 13 is a frame that fails. Notes what it is asked."""
+    """Backend whose result is a frame's first value. A frame of 13 fails later, a frame of 66 at once."""
 
     def __init__(self, most: int = 1, max_tasks: int = 1) -> None:
         self.most = most
         self.max_tasks = max_tasks
-        self.held: dict[int, Sequence[np.ndarray]] = {}
+        self.pending: dict[int, Sequence[np.ndarray]] = {}
         self.batches: list[list[int]] = []
-        self.peak = 0
+        self.peak = 0  # most batches that were pending at once
         self.closed = False
 
     def max_batch(self, height: int, width: int, task: Task) -> int:
@@ -60,12 +60,12 @@ class FakeBackend:
         assert len(frames) <= self.most and len({frame.shape for frame in frames}) == 1 and not self.closed
         self.batches.append([int(frame[0, 0, 0]) for frame in frames])
         assert 0 < len(tasks) <= self.max_tasks
-        self.held[len(self.batches)] = list(frames) * len(tasks)
-        self.peak = max(self.peak, len(self.held))
+        self.pending[len(self.batches)] = list(frames) * len(tasks)
+        self.peak = max(self.peak, len(self.pending))
         return len(self.batches)
 
     def collect(self, ticket: int) -> tuple[list[Result], StageSeconds]:
-        frames = self.held.pop(ticket)
+        frames = self.pending.pop(ticket)
         if any(frame[0, 0, 0] == 13 for frame in frames):
             raise RuntimeError("13 fails")
         return [SemanticResult(frame[:, :, 0]) for frame in frames], StageSeconds(1, 2, 3, 6)
@@ -98,18 +98,18 @@ def test_stream_keeps_order_and_as_many_frames_in_flight_as_asked(
 
     with load(bundle, "onnxruntime", in_flight=in_flight) as runtime:
         results = runtime.stream(camera())
-        assert taken == 0  # a frame is taken when it is needed
+        assert taken == 0  # a frame is not taken before it is needed
         for number in range(1, 9):
             assert value(next(results)) == number
-            assert taken == min(number + in_flight - 1, 8)  # and no further ahead
+            assert taken == min(number + in_flight - 1, 8)  # and no more
         for _ in range(2):
             with pytest.raises(StopIteration):
                 next(results)
         assert fake.peak == in_flight and list(runtime.stream([])) == []
-    assert fake.closed and not fake.held
+    assert fake.closed and not fake.pending
 
 
-def test_an_error_is_raised_in_its_place_and_the_stream_goes_on(bundle: Bundle, fake: FakeBackend) -> None:
+def test_an_error_is_raised_in_order_and_the_stream_continues(bundle: Bundle, fake: FakeBackend) -> None:
     def camera() -> Iterator[Any]:
         yield from map(frame_of, (1, 13, 2, 66))
         yield from ("text", frame_of(3).astype(float), frame_of(4))
@@ -130,10 +130,10 @@ def test_an_error_is_raised_in_its_place_and_the_stream_goes_on(bundle: Bundle, 
     assert [value(result) for result in runtime.predict([frame_of(7), frame_of(8)])] == [7, 8]
 
 
-def test_streams_that_are_left_or_mixed_do_not_clog_the_backend(bundle: Bundle, fake: FakeBackend) -> None:
+def test_abandoned_and_mixed_streams_do_not_fill_the_backend(bundle: Bundle, fake: FakeBackend) -> None:
     runtime = load(bundle, "onnxruntime", in_flight=2)
     for _ in range(5):
-        assert value(next(runtime.stream(frame_of(n) for n in range(9)))) == 0  # and nobody reads on
+        assert value(next(runtime.stream(frame_of(n) for n in range(9)))) == 0  # the rest is never read
     first, second = (runtime.stream(frame_of(n) for n in range(start, start + 4)) for start in (30, 40))
     assert [(value(a), value(b)) for a, b in zip(first, second, strict=True)] == [(n, n + 10) for n in range(30, 34)]
     assert value(runtime.predict(frame_of(5))) == 5
@@ -141,7 +141,7 @@ def test_streams_that_are_left_or_mixed_do_not_clog_the_backend(bundle: Bundle, 
     left = runtime.stream(frame_of(n) for n in range(30, 34))
     assert value(next(left)) == 30
     runtime.close()
-    assert value(next(left)) == 31  # it was begun
+    assert value(next(left)) == 31  # this batch had begun
     with pytest.raises(RuntimeError, match="closed"):
         next(left)
 
@@ -164,14 +164,14 @@ def test_predict_batches_frames_of_one_size(bundle: Bundle, fake: FakeBackend) -
 
 
 @pytest.mark.parametrize(("max_tasks", "passes"), [(1, 3), (2, 2), (3, 1)])
-def test_tasks_share_a_pass_as_the_backend_can(bundle: Bundle, fake: FakeBackend, max_tasks: int, passes: int) -> None:
+def test_tasks_share_passes_of_the_network(bundle: Bundle, fake: FakeBackend, max_tasks: int, passes: int) -> None:
     fake.most, fake.max_tasks = 2, max_tasks
     runtime = load(bundle, "onnxruntime", in_flight=2)
     images = [frame_of(1), frame_of(2, 4), frame_of(3), frame_of(4)]
     found = runtime.predict_tasks(images, ("instance", "semantic", "panoptic", "semantic"))
     assert list(found) == ["instance", "semantic", "panoptic"]
     assert all([value(result) for result in results] == [1, 2, 3, 4] for results in found.values())
-    assert fake.batches == [[1, 3], [4], [2]] * passes and fake.peak <= 2 and not fake.held
+    assert fake.batches == [[1, 3], [4], [2]] * passes and fake.peak <= 2 and not fake.pending
     assert runtime.predict_tasks([], ("semantic",)) == {"semantic": []} and runtime.predict_tasks(images, ()) == {}
     with pytest.raises(ValueError, match="task: expected one of"):
         runtime.predict_tasks(images, ("semantic", "depth"))  # type: ignore[arg-type]
@@ -191,7 +191,7 @@ def test_any_stream_gives_each_frame_its_own_outcome(bundle: Bundle, numbers: li
         except (RuntimeError, ValueError) as error:
             seen.append(number if str(number) in str(error) else -1)
     assert seen == numbers and next(results, None) is None
-    assert backend.peak <= in_flight and not backend.held
+    assert backend.peak <= in_flight and not backend.pending
 
 
 def test_threads_share_a_runtime(bundle: Bundle) -> None:
@@ -216,7 +216,7 @@ def test_threads_share_a_runtime(bundle: Bundle) -> None:
     assert not wrong
 
 
-def test_arguments_are_checked(bundle: Bundle, fake: FakeBackend) -> None:
+def test_wrong_arguments_of_a_runtime_are_refused(bundle: Bundle, fake: FakeBackend) -> None:
     runtime = load(bundle, "onnxruntime")
     for images, error, message in (
         (frame_of(1).astype(np.float32), TypeError, r"images\[0\]: expected uint8, got float32"),
@@ -240,7 +240,7 @@ def test_arguments_are_checked(bundle: Bundle, fake: FakeBackend) -> None:
     ("arguments", "message"),
     [({"backend": "cuda"}, "backend: expected one of"), ({"in_flight": 0}, "in_flight"), ({"device": -1}, "device")],
 )
-def test_load_checks_its_arguments(bundle: Bundle, arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_of_load_are_refused(bundle: Bundle, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(bundle, **arguments)
 
@@ -257,7 +257,7 @@ with load({str(bundle.folder)!r}, "onnxruntime") as runtime:
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        with runtime:  # closing must not wait for threads that are not here
+        with runtime:  # closing must not wait for threads that a fork does not copy
             try:
                 runtime.predict(frame)
             except RuntimeError as error:
@@ -291,7 +291,7 @@ def test_damaged_bundles_and_other_digests_are_refused(bundle: Bundle, tmp_path:
         load(tmp_path / "nowhere")
 
 
-# Which backend.
+# Choice of the backend.
 
 
 def with_engine(bundle: Bundle, folder: Path, targets: tuple[str, ...], kernels: tuple[str, ...], api: str) -> Bundle:
@@ -319,7 +319,7 @@ def test_a_bundle_without_engines_runs_on_the_cpu(bundle: Bundle, caplog: pytest
         (ValueError("device: none"), ("sm_87",), ("sm_87",), "tensorrt", ValueError, "device: none"),
     ],
 )  # fmt: skip
-def test_why_tensorrt_cannot(
+def test_the_reason_against_tensorrt_is_named(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Any, targets: Any, kernels: Any, api: str,
     error: Any, message: str,
 ) -> None:  # fmt: skip
@@ -339,7 +339,7 @@ def test_why_tensorrt_cannot(
         assert runtime.backend == "onnxruntime"
 
 
-def test_tensorrt_is_taken_where_it_can_run(
+def test_tensorrt_is_chosen_where_it_can_run(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
@@ -360,7 +360,7 @@ def test_tensorrt_is_taken_where_it_can_run(
     assert load(ready, "onnxruntime").backend == "onnxruntime" and not made
 
 
-def test_the_gpus_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_is_the_gpus_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = FakeDriver(lambda *_: None, (11, 0))
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
     assert selection.gpu_target(0) == "sm_110" and not driver.retained
@@ -378,7 +378,7 @@ def test_the_gpus_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
         selection.gpu_target(0)
 
 
-# Without torch.
+# Running without torch.
 
 
 def run_blocked(blocked: Sequence[str], code: str) -> str:
@@ -389,7 +389,7 @@ def run_blocked(blocked: Sequence[str], code: str) -> str:
     return result.stdout
 
 
-def test_a_whole_prediction_without_torch(bundle: Bundle, tmp_path: Path) -> None:
+def test_predictions_without_torch_equal_those_with_it(bundle: Bundle, tmp_path: Path) -> None:
     frames = [np.random.default_rng(n).integers(0, 256, (20 + 7 * n, 50, 3), dtype=np.uint8) for n in range(3)]
     np.savez(tmp_path / "frames.npz", *frames)
     out = run_blocked(["torch", "triton", "onnx", "PIL", "cuda", "tensorrt"], f"""
@@ -408,12 +408,12 @@ print(runtime.backend, sorted(name for name in sys.modules if name.startswith("m
         expected = [result.labels for result in runtime.predict(frames)]
         expected += [result.id_map for result in runtime.predict(frames, "panoptic")]
         expected += [result.boxes for result in runtime.predict(frames, "instance")]
-    with np.load(tmp_path / "results.npz") as found:
-        for got, wanted in zip(found.values(), expected, strict=True):
+    with np.load(tmp_path / "results.npz") as results:
+        for got, wanted in zip(results.values(), expected, strict=True):
             np.testing.assert_array_equal(got, wanted)
 
 
-def test_import_with_every_library_blocked(bundle: Bundle) -> None:
+def test_the_runtime_is_imported_without_any_library(bundle: Bundle) -> None:
     out = run_blocked(["torch", "triton", "onnxruntime", "PIL", "cuda", "tensorrt", "tensorrt_rtx", "tyro"], f"""
 from maskformer_fast.deploy import runtime
 try:

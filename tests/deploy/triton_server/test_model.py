@@ -1,4 +1,4 @@
-"""The Python backend's model of a bundle, with a stub in the place of the server's own module."""
+"""The model of the Python backend, with a stand-in for the server's own module."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from maskformer_fast.core.metadata import SegmentInfo
 from maskformer_fast.deploy.bundle.folder import Bundle, write_bundle
 from maskformer_fast.deploy.bundle.manifest import BundleError
 from maskformer_fast.deploy.runtime import session as runtime
-from maskformer_fast.deploy.triton_server.__main__ import write_repository
+from maskformer_fast.deploy.triton_server.repository import write_repository
 from tests.deploy.triton_server.test_repository import CLASSES, METADATA, options, served, tiny_bundle
 from tests.support.tiny_bundle import tiny_bundle as tiny_network_bundle
 
 
 class Server(types.ModuleType):
-    """What `ServedBundle` uses of ``triton_python_backend_utils``."""
+    """The part of ``triton_python_backend_utils`` that `ServedBundle` uses."""
 
     @dataclass
     class Tensor:
@@ -53,7 +53,7 @@ NUMPY = {"TYPE_UINT8": np.uint8, "TYPE_INT16": np.int16, "TYPE_INT32": np.int32,
 
 
 class Runtime:
-    """In the place of `deploy.runtime.Runtime`: results from the images' values, so that no two are exchanged."""
+    """Stand-in for `deploy.runtime.Runtime`, whose results depend on the images' values."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.manifest, self.calls, self.closed = bundle.manifest, [], False
@@ -102,7 +102,7 @@ def start_model(folder: Path, kind: str):
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Writes the results model of a task and starts it as the server does -> the model, its configuration, loads."""
+    """Function that writes a task's model and starts it -> the model, its configuration, calls of `load`."""
     bundle = tiny_bundle(tmp_path / "bundle")
     loads: list[tuple[object, ...]] = []
 
@@ -138,7 +138,7 @@ def random_images(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
-def test_results_model_answers_each_request_with_its_own(serve, task: str) -> None:
+def test_each_request_is_answered_with_its_own_results(serve, task: str) -> None:
     model, config, loads = serve(task)
     assert loads == [(model.bundle, "onnxruntime", 0)] and config.backend == "python"
     rng = np.random.default_rng(1)
@@ -170,7 +170,7 @@ def test_results_model_answers_each_request_with_its_own(serve, task: str) -> No
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
-def test_results_model_by_the_real_runtime(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_equal_those_of_the_runtime(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Server("triton_python_backend_utils"))
     thresholds = TestConfig(short_edge=None, object_mask_threshold=0.2, overlap_threshold=0.1)
     bundle, _ = tiny_network_bundle(tmp_path / "bundle", thresholds)
@@ -197,7 +197,7 @@ def test_results_model_by_the_real_runtime(task: str, tmp_path: Path, monkeypatc
     model.finalize()
 
 
-def test_a_bad_request_fails_alone(serve) -> None:
+def test_a_bad_request_does_not_fail_the_others(serve) -> None:
     model, config, _ = serve("semantic")
     rng = np.random.default_rng(2)
     requests = [{"images": random_images(rng, *shape)} for shape in ((1, 4, 4), (1, 0, 4), (2, 3, 3))]
@@ -207,12 +207,12 @@ def test_a_bad_request_fails_alone(serve) -> None:
     assert second.error.message == "ValueError: images: expected at least one pixel" and not second.output_tensors
 
 
-def test_backend_and_device_of_an_instance(serve) -> None:
+def test_an_instance_uses_its_backend_and_device(serve) -> None:
     model, _, loads = serve("semantic", kind="GPU", backend="tensorrt")
     assert loads == [(model.bundle, "tensorrt", 3)]
 
 
-def test_results_model_pins_its_bundle(serve, tmp_path: Path) -> None:
+def test_another_bundle_in_the_folder_is_refused(serve, tmp_path: Path) -> None:
     model, _, _ = serve("semantic")
     write_bundle(model.bundle, replace(model.runtime.manifest, name="another"), {
         name: (tmp_path / "bundle" / name).read_bytes() for name in model.runtime.manifest.files

@@ -1,4 +1,4 @@
-"""The model repository beside the server's own schema and documented rules, and beside what its files really take."""
+"""The model repository against the server's own schema, its documented rules, and the graphs that are served."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ from maskformer_fast.deploy.bundle.manifest import (
     Shape,
     TensorSpec,
 )
-from maskformer_fast.deploy.triton_server import __main__ as triton_server
-from maskformer_fast.deploy.triton_server.__main__ import TritonServerOptions, write_repository
+from maskformer_fast.deploy.triton_server import __main__ as command
+from maskformer_fast.deploy.triton_server import config as config_module
+from maskformer_fast.deploy.triton_server import repository as repository_module
+from maskformer_fast.deploy.triton_server.options import TritonServerOptions
+from maskformer_fast.deploy.triton_server.repository import write_repository
 
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan", "python": ""}
@@ -41,9 +44,9 @@ METADATA = Metadata("tiny", CLASSES, (False, True, False), (7, 8, 11), ((0, 0, 0
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"
 
 
-def network(batch: int | str, sides: tuple[int | str, int | str]) -> tuple[bytes, Graph]:
-    """Labels of the brightest channel by plain operators, in the place of a trained graph."""
-    images, labels = TensorSpec("images", "uint8", (batch, 3, *sides)), TensorSpec("labels", "int32", (batch, *sides))
+def network(batch: int | str, size: tuple[int | str, int | str]) -> tuple[bytes, Graph]:
+    """Graph of the brightest channel, in the place of a trained graph."""
+    images, labels = TensorSpec("images", "uint8", (batch, 3, *size)), TensorSpec("labels", "int32", (batch, *size))
     nodes = [
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("ArgMax", ["floats"], ["best"], axis=1, keepdims=0),
@@ -59,9 +62,9 @@ def network(batch: int | str, sides: tuple[int | str, int | str]) -> tuple[bytes
     return content, Graph("complete.onnx", (images,), (labels,), 20, not isinstance(batch, int))
 
 
-def tiny_bundle(folder: Path, batch: int | str = BATCH, sides: tuple[int | str, int | str] = (HEIGHT, WIDTH)) -> Bundle:
-    content, complete = network(batch, sides)
-    low = (HEIGHT + "4", WIDTH + "4") if isinstance(sides[0], str) else (16, 16)
+def tiny_bundle(folder: Path, batch: int | str = BATCH, size: tuple[int | str, int | str] = (HEIGHT, WIDTH)) -> Bundle:
+    content, complete = network(batch, size)
+    low = (HEIGHT + "4", WIDTH + "4") if isinstance(size[0], str) else (16, 16)
     outputs = (
         TensorSpec("class_logits", "float32", (batch, 5, 4)), TensorSpec("mask_logits", "float32", (batch, 5, *low)),
     )  # fmt: skip
@@ -90,7 +93,7 @@ def options(folder: Path, **more: object) -> TritonServerOptions:
 
 
 def served(folder: Path, version: int = 1) -> schema.ModelConfig:
-    """The configuration, held to the schema and to the rules of the server's documentation."""
+    """The configuration, checked against the schema and the rules of the server's documentation."""
     config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
     assert config.name == folder.name
     assert sorted(path.name for path in folder.iterdir()) == [str(version), "config.pbtxt"]
@@ -110,19 +113,19 @@ def served(folder: Path, version: int = 1) -> schema.ModelConfig:
     return config
 
 
-def whole_shape(config: schema.ModelConfig, tensor: schema.ModelInput | schema.ModelOutput) -> list[int]:
-    """As the documentation forms it."""
+def shape_with_batch(config: schema.ModelConfig, tensor: schema.ModelInput | schema.ModelOutput) -> list[int]:
+    """Shape of a tensor as the server's documentation forms it."""
     return [-1] * (config.max_batch_size > 0) + list(tensor.dims)
 
 
 @pytest.mark.parametrize(
-    ("batch", "sides", "max_batch"),
+    ("batch", "size", "max_batch"),
     [(BATCH, (HEIGHT, WIDTH), 8), (BATCH, (64, 64), 8), (2, (64, 64), 0), (1, (64, 64), 0), (BATCH, (HEIGHT, 64), 1)],
 )
 def test_onnx_model_runs_as_its_configuration_says(
-    batch: int | str, sides: tuple[int | str, int | str], max_batch: int, tmp_path: Path
+    batch: int | str, size: tuple[int | str, int | str], max_batch: int, tmp_path: Path
 ) -> None:
-    bundle = tiny_bundle(tmp_path / "bundle", batch, sides)
+    bundle = tiny_bundle(tmp_path / "bundle", batch, size)
     folder = write_repository(bundle, options(tmp_path, max_batch=max_batch or 8, device="cpu"))
     config = served(folder)
     assert folder.name == "Tiny-net-complete" and config.max_batch_size == max_batch
@@ -131,15 +134,15 @@ def test_onnx_model_runs_as_its_configuration_says(
         assert [tensor.name for tensor in tensors] == [one.name for one in real]
         assert [schema.DataType.Name(tensor.data_type) for tensor in tensors] == [KINDS[one.type] for one in real]
         shapes = [[-1 if isinstance(size, str) else size for size in one.shape] for one in real]
-        assert [whole_shape(config, tensor) for tensor in tensors] == shapes
-    shape = [size if size > 0 else free for size, free in zip(whole_shape(config, config.input[0]), (3, 0, 17, 23),
+        assert [shape_with_batch(config, tensor) for tensor in tensors] == shapes
+    shape = [size if size > 0 else free for size, free in zip(shape_with_batch(config, config.input[0]), (3, 0, 17, 23),
                                                               strict=True)]  # fmt: skip
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     (labels,) = session.run([config.output[0].name], {config.input[0].name: images})
     np.testing.assert_array_equal(labels, images.argmax(axis=1))
 
 
-def test_settings(tmp_path: Path) -> None:
+def test_settings_are_written(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
     more = {"queue_delay_us": 300, "instances": 2, "response_cache": True, "version": 7, "model": "raw", "max_batch": 4}
     folder = write_repository(bundle, options(tmp_path, name="a.b_c-D", **more))
@@ -147,7 +150,7 @@ def test_settings(tmp_path: Path) -> None:
     assert config.dynamic_batching.max_queue_delay_microseconds == 300 and config.response_cache.enable
     assert config.instance_group[0].count == 2
     assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
-    assert [(t.name, whole_shape(config, t)) for t in config.output] == [
+    assert [(t.name, shape_with_batch(config, t)) for t in config.output] == [
         ("class_logits", [-1, 5, 4]), ("mask_logits", [-1, 5, -1, -1]),
     ]  # fmt: skip
     assert (folder / "7" / "model.onnx").read_bytes() == b"raw"
@@ -155,22 +158,22 @@ def test_settings(tmp_path: Path) -> None:
     assert single.max_batch_size == 1 and not single.HasField("dynamic_batching")
 
 
-def test_engine_keeps_to_its_profile(tmp_path: Path) -> None:
+def test_an_engine_is_served_within_its_profile(tmp_path: Path) -> None:
     bundle = with_engine(tiny_bundle(tmp_path / "bundle"), "orin")
     folder = write_repository(bundle, options(tmp_path, model="engine"))
     config = served(folder)
     assert folder.name == "Tiny-net-engine" and (folder / "1" / "model.plan").read_bytes() == b"orin"
     assert config.max_batch_size == 6 and list(config.dynamic_batching.preferred_batch_size) == [4]
-    assert list(config.input[0].dims) == [3, 64, -1], "what the profile fixes is fixed"
+    assert list(config.input[0].dims) == [3, 64, -1], "the profile fixes the height"
     assert {tensor.data_type for tensor in config.output} == {schema.TYPE_FP16}
     fewer = served(write_repository(bundle, options(tmp_path, model="engine", max_batch=2, name="fewer")))
     assert fewer.max_batch_size == 2 and list(fewer.dynamic_batching.preferred_batch_size) == [2]
-    whole = with_engine(tiny_bundle(tmp_path / "whole"), "batches", low=(2, 64, 64))
-    config = served(write_repository(whole, options(tmp_path, model="engine", name="whole")))
+    batches = with_engine(tiny_bundle(tmp_path / "batches"), "batches", low=(2, 64, 64))
+    config = served(write_repository(batches, options(tmp_path, model="engine", name="batches")))
     assert config.max_batch_size == 0 and list(config.input[0].dims) == [-1, 3, 64, -1], "no single images"
 
 
-def test_which_engine(tmp_path: Path) -> None:
+def test_the_engine_is_chosen_by_name(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
     with pytest.raises(ValueError, match=r"expected a bundle with an engine \(.*--engine-only"):
         write_repository(bundle, options(tmp_path, model="engine"))
@@ -188,7 +191,7 @@ def test_which_engine(tmp_path: Path) -> None:
     assert served(write_repository(bundle, options(tmp_path, model="engine", engine="thor.engine", name="thor")))
 
 
-def test_other_models_and_versions_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_models_and_versions_are_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
     folder = write_repository(bundle, options(tmp_path))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -200,14 +203,14 @@ def test_other_models_and_versions_stay(tmp_path: Path, monkeypatch: pytest.Monk
     assert {path.name for path in folder.iterdir()} == {"1", "2", "config.pbtxt"}
     assert all(path.read_bytes() == content for path, content in before.items())
 
-    def full(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(triton_server.os, "fsync", full)
+    monkeypatch.setattr(repository_module.os, "fsync", fail)
     for more in ({"version": 3}, {"name": "another"}):
         with pytest.raises(OSError, match="disk full"):
             write_repository(bundle, options(tmp_path, **more))
-    assert {path.name for path in folder.parent.iterdir()} == {folder.name}, "nothing half written is left"
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name}, "no partial model is left"
     assert {path.name for path in folder.iterdir()} == {"1", "2", "config.pbtxt"}
 
 
@@ -229,26 +232,26 @@ def test_a_bundle_that_changed_is_refused(tmp_path: Path) -> None:
         ({"engine": "a.engine"}, "engine: expected none with --model complete"),
     ],
 )  # fmt: skip
-def test_wrong_options(more: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_wrong_options_are_refused(more: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         options(tmp_path, **more)
 
 
 @given(st.text())
-def test_any_text_survives_the_text_format(text: str) -> None:
+def test_text_format_keeps_any_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:  # a lone surrogate is no text
         return
-    written = triton_server.text_format([("name", text), ("parameters", [("key", text)])])
+    written = config_module.text_format([("name", text), ("parameters", [("key", text)])])
     assert text_format.Parse(written, schema.ModelConfig()).name == text
 
 
-def test_a_bundle_is_no_place_for_a_repository(tmp_path: Path) -> None:
+def test_a_repository_inside_a_bundle_is_refused(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
     for place in (bundle.folder, bundle.folder / "models"):
         with pytest.raises(ValueError, match="output: expected a folder outside of the bundle"):
-            triton_server.main([str(bundle.folder), "-o", str(place), "--model", "raw"])
+            command.main([str(bundle.folder), "-o", str(place), "--model", "raw"])
     Bundle.open(bundle.folder)
 
 
@@ -261,7 +264,7 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-from maskformer_fast.deploy.triton_server import main
+from maskformer_fast.deploy.triton_server.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
