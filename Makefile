@@ -17,7 +17,7 @@ TEST_READY := $(VENV)/.ready-$(KIND)-test
 # with the system's packages the GPU's tests and benchmarks do without what is missing, and say so
 GPU_READY := $(if $(SYSTEM_TORCH),$(VENV)/.ready-system,$(TEST_READY))
 
-.PHONY: help demo test test-slow lint bench docs-check gpu clean
+.PHONY: help demo test test-slow lint bench record docs-check gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,9 +26,10 @@ help:
 	@echo "make test-slow  the long tests, every command of the documentation, and an older processor's instruction sets"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   this machine's CPU in 20 minutes: operators, network, training step, loader and deployment beside"
-	@echo "             their peers, scaling curves, plots -> benchmarks/results/cpu.json, cpu.md, scaling.json, plots/"
+	@echo "             their peers, scaling curves, plots -> benchmarks/output/"
+	@echo "make record  replace the tracked results, benchmarks/results/, by what bench, gpu and studies wrote"
 	@echo "make docs-check  every command of README.md and docs/, run on small data or at least parsed"
-	@echo "make gpu     tests and benchmarks that need a CUDA device, in nine minutes -> benchmarks/results/GPU-NAME.json, .md"
+	@echo "make gpu     tests and benchmarks that need a CUDA device, in nine minutes -> benchmarks/output/"
 	@echo "make clean   remove builds and caches (not $(VENV), not runs/)"
 
 demo: $(DEMO_READY)
@@ -52,27 +53,38 @@ lint: $(TEST_READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-# Twenty minutes at most on two cores: one and a half, thirteen, one and a half, three. What fails does not keep the rest from running.
+# Twenty minutes at most on two cores. What fails does not keep the rest from running.
 bench: $(TEST_READY)
-	mkdir -p benchmarks/results
 	@status=0; set -x; \
-	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only \
-	  --benchmark-json=benchmarks/results/pytest_cpu.json || status=1; \
-	$(BIN)/python -m benchmarks.cpu || status=1; \
-	$(BIN)/python -m benchmarks.end_to_end --count 2 --classes 150 --kinds random || status=1; \
-	$(BIN)/python -m benchmarks.scaling --minutes 3 || status=1; \
+	$(BIN)/python -m benchmarks --minutes 13 || status=1; \
+	$(BIN)/python -m benchmarks.studies.end_to_end --count 2 --classes 150 --kinds random || status=1; \
+	$(BIN)/python -m benchmarks.studies.scaling --minutes 4 || status=1; \
 	$(BIN)/python -m benchmarks.plots || status=1; \
 	exit $$status
+
+# Replaces the tracked results, which the documentation quotes, by what the last runs wrote.
+record:
+	cp -R benchmarks/output/. benchmarks/results/
+	rm -f benchmarks/results/gpu_tests.xml
 
 docs-check: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.docs.run
 
-# Nine minutes at most, of which the build is a part. Built for this machine's GPU alone, which is quickest.
+# Nine minutes at most: the build, 200 seconds of tests, five minutes of benchmarks or what is left. Built for this
+# machine's GPU alone, which is quickest. Tests run one at a time where pytest-xdist is missing.
 GPU_STARTED := $(shell date +%s)
 gpu: export CUDAARCHS ?= native
 gpu: $(GPU_READY)
 	@$(if $(SYSTEM_TORCH),$(BIN)/python .ci/missing_packages.py --tell train test)
-	$(BIN)/python -m benchmarks.gpu --started $(GPU_STARTED)
+	mkdir -p benchmarks/output
+	@status=0; set -x; \
+	plugins=$$($(BIN)/python -c "from importlib.util import find_spec as found; \
+	  print('-n 4' * bool(found('xdist')), '--timeout 60' * bool(found('pytest_timeout')))"); \
+	timeout -s INT -k 10 200 $(BIN)/python -m pytest tests -m gpu -p tests.support.gpu_context $$plugins \
+	  --junitxml=benchmarks/output/gpu_tests.xml || status=1; \
+	minutes=$$(awk "BEGIN { left = (490 + $(GPU_STARTED) - $$(date +%s)) / 60; print (left < 5 ? left : 5) }"); \
+	$(BIN)/python -m benchmarks --device cuda --minutes $$minutes || status=1; \
+	exit $$status
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov

@@ -29,7 +29,7 @@ from benchmarks.cases.inputs import Size
 from benchmarks.cases.network import class_metadata, network_work
 from benchmarks.harness.case import Bound, Case, Work, beside
 from benchmarks.harness.runner import shared
-from maskformer_fast.benchmark.runners import BundleContestant, Setting, TorchContestant, draw_frame
+from maskformer_fast.benchmark.runners import BundleRunner, Setting, TorchRunner, draw_frame
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig, TestConfig
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
@@ -133,16 +133,16 @@ class Implementations:
         folder.mkdir()
         write_checkpoint(folder / "model.safetensors", model)
 
-    def _open(self, kind: Any, amp: Any) -> BundleContestant | TorchContestant:
+    def _open(self, kind: Any, amp: Any) -> BundleRunner | TorchRunner:
         common = {"batch": self.batch, "size": self.size, "task": "semantic", "device_index": self.device.index or 0}
         if kind != "bundle":
-            return TorchContestant(Setting(
+            return TorchRunner(Setting(
                 kind, str(self.checkpoint), **common, device=str(self.device), in_flight=1, amp=amp
             ))  # fmt: skip
         shape = f"{self.batch}x{self.size[0]}x{self.size[1]}"
         folder = shared(f"bundle_{shape}", lambda path: write_bundle(self.checkpoint, path, shape, self.device))
         backend, in_flight = ("tensorrt", 2) if self.device.type == "cuda" else ("onnxruntime", 1)
-        return BundleContestant(Setting(kind, str(folder), **common, device=backend, in_flight=in_flight, amp="off"))
+        return BundleRunner(Setting(kind, str(folder), **common, device=backend, in_flight=in_flight, amp="off"))
 
     def labels(self, kind: str, amp: str, frames: Tensor) -> np.ndarray:
         results = self.opened(kind, amp).predict(list(frames.numpy()))

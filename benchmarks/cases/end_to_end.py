@@ -8,7 +8,6 @@ photographs: `benchmarks.studies.end_to_end`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +25,7 @@ from benchmarks.harness.runner import shared
 from maskformer_fast.benchmark.runners import draw_frame
 from maskformer_fast.config import TASKS, BackboneConfig, Config, DataConfig, ModelConfig, ShapesConfig, Task
 from maskformer_fast.core.checks import check
+from maskformer_fast.core.stages import Stopwatch
 from maskformer_fast.data import build_dataset
 from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
 from maskformer_fast.inference.load import load
@@ -49,97 +49,89 @@ PHOTOGRAPH = (480, 640)
 Kind = Literal["random", "confident"]
 
 
-class StageTimes:
-    """Seconds between named moments, added up."""
+class Implementation:
+    """Segments a file; `watch` has the seconds of the last image's stages."""
 
     def __init__(self) -> None:
-        self.stages: dict[str, float] = {}
-        self.last = time.perf_counter()
+        self.watch = Stopwatch()
 
-    def begin(self) -> None:
-        """The first stage of an image begins."""
-        self.last = time.perf_counter()
-
-    def mark(self, name: str) -> None:
-        """The stage `name` ends; it began at the last mark."""
-        now = time.perf_counter()
-        self.stages[name] = self.stages.get(name, 0.0) + now - self.last
-        self.last = now
-
-    def watch(self, module: nn.Module, name: str, before: str | None = None) -> None:
-        """Mark the end of a module's calls, and with `before` their start."""
+    def time_module(self, module: nn.Module, stage: str, before: str | None = None) -> None:
+        """End a stage with each call of a module, and with `before` another at its start."""
         if before is not None:
-            module.register_forward_pre_hook(lambda *_: self.mark(before))
-        module.register_forward_hook(lambda *_: self.mark(name))
+            module.register_forward_pre_hook(lambda *_: self.watch.lap(before))
+        module.register_forward_hook(lambda *_: self.watch.lap(stage))
+
+    def segment(self, file: Path, folder: Path) -> np.ndarray:
+        """Write the labels of a file as PNG in `folder` -> the labels."""
+        raise NotImplementedError
 
 
-class Ours:
+class Ours(Implementation):
     """Segments as ``python -m maskformer_fast.predict`` does it."""
 
     def __init__(self, checkpoint: Path, dtype: str, order: str = "direct") -> None:
+        super().__init__()
         predictor = load(checkpoint, "cpu", amp="bf16" if dtype == "bfloat16" else "off")
         assert isinstance(predictor, Predictor)
         config = predictor.config
         predictor.config = replace(config, test=replace(config.test, semantic_order=order))  # type: ignore[arg-type]
-        self.predictor, self.times = predictor, StageTimes()
+        self.predictor = predictor
         network: Any = predictor.network
-        self.times.watch(network.backbone, "backbone", before="normalize")
+        network.register_forward_pre_hook(lambda *_: self.watch.lap("resize"))
+        self.time_module(network.backbone, "backbone", before="normalize")
         # between the backbone and the head there is the pixel decoder alone
-        self.times.watch(network.predictor, "transformer", before="pixel_decoder")
+        self.time_module(network.predictor, "transformer", before="pixel_decoder")
 
     def segment(self, file: Path, folder: Path) -> np.ndarray:
-        """Write the labels of a file as PNG in `folder` -> the labels."""
-        self.times.begin()
+        self.watch = Stopwatch()
         image = read_image(file)
-        self.times.mark("decode")
-        inputs = [self.predictor.resize(image)]
-        self.times.mark("resize")
-        results = self.predictor.infer(inputs, [image], ("semantic",))["semantic"]
-        self.times.mark("postprocess")
+        self.watch.lap("decode")
+        results = self.predictor.infer([image], ("semantic",))["semantic"]
+        self.watch.lap("postprocess")
         ResultWriter(folder, self.predictor.metadata, overlays=False).write(Path(file.name), 1, image, {
             "semantic": results[0]
         })  # fmt: skip
-        self.times.mark("write")
+        self.watch.lap("write")
         labels: np.ndarray = results[0].labels.numpy()  # type: ignore[union-attr]
         return labels
 
 
-class HuggingFace:
+class HuggingFace(Implementation):
     """Segments as Hugging Face's documentation does it, in the precision asked for."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
         import transformers
         from transformers.models.maskformer.image_processing_pil_maskformer import MaskFormerImageProcessorPil
 
+        super().__init__()
         self.dtype = getattr(torch, dtype)
         self.processor = MaskFormerImageProcessorPil.from_pretrained(folder)
         model = transformers.MaskFormerForInstanceSegmentation.from_pretrained(folder, dtype=self.dtype)
-        self.model, self.times = model.eval(), StageTimes()
+        self.model = model.eval()
         level = model.model.pixel_level_module
-        self.times.watch(level.encoder, "backbone", before="normalize")
-        self.times.watch(level.decoder, "pixel_decoder")
-        self.times.watch(model.model.transformer_module, "transformer")
+        self.time_module(level.encoder, "backbone", before="normalize")
+        self.time_module(level.decoder, "pixel_decoder")
+        self.time_module(model.model.transformer_module, "transformer")
 
     def segment(self, file: Path, folder: Path) -> np.ndarray:
-        """Write the labels of a file as PNG in `folder` -> the labels."""
-        self.times.begin()
+        self.watch = Stopwatch()
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-        self.times.mark("decode")
+        self.watch.lap("decode")
         inputs = self.processor(images=image, return_tensors="pt")
-        self.times.mark("resize")  # and normalisation
+        self.watch.lap("resize")  # and normalisation
         with torch.inference_mode():
             outputs = self.model(inputs["pixel_values"].to(self.dtype), pixel_mask=inputs["pixel_mask"])
-        self.times.mark("masks")
+        self.watch.lap("masks")
         sizes = [(image.height, image.width)]
         labels = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0].numpy()
-        self.times.mark("postprocess")
+        self.watch.lap("postprocess")
         write_index_png(folder / f"{file.stem}.png", labels)
-        self.times.mark("write")
+        self.watch.lap("write")
         return np.asarray(labels)
 
 
-def open_implementation(name: str, network: Path) -> Ours | HuggingFace:
+def open_implementation(name: str, network: Path) -> Implementation:
     """One of `IMPLEMENTATIONS` with the weights of `write_network`."""
     who, dtype = name.split(", ")
     return Ours(network / "ours.safetensors", dtype) if who == "ours" else HuggingFace(network / "theirs", dtype)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,25 +73,25 @@ def measure(network: Path, files: Sequence[Path], folder: Path) -> dict[str, Row
     opened = {name: open_implementation(name, network) for name in IMPLEMENTATIONS}
     seconds: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     labels: dict[str, list[np.ndarray]] = {name: [] for name in IMPLEMENTATIONS}
+    stages: dict[str, Counter[str]] = {name: Counter() for name in IMPLEMENTATIONS}
     for name, implementation in opened.items():  # warm-up
         implementation.segment(files[0], folder / name)
-        implementation.times.stages.clear()
     for number, file in enumerate(files):
         turn = number % len(IMPLEMENTATIONS)
         for name in IMPLEMENTATIONS[turn:] + IMPLEMENTATIONS[:turn]:
             start = time.perf_counter()
             labels[name].append(opened[name].segment(file, folder / name))
             seconds[name].append(time.perf_counter() - start)
+            stages[name].update(opened[name].watch.seconds)
     same_order = Ours(network / "ours.safetensors", "float32", "huggingface")
     ordered = [same_order.segment(file, folder / "ordered") for file in files]
     found: dict[str, Row] = {}
     for name in IMPLEMENTATIONS:
-        stages = opened[name].times.stages
         found[name] = {
             "milliseconds": 1e3 * statistics.median(seconds[name]),
             "quartiles_ms": [1e3 * value for value in quartiles(seconds[name])],
             "images_per_second": 1 / statistics.median(seconds[name]),
-            "stages_ms": {stage: 1e3 * value / len(files) for stage, value in stages.items()},
+            "stages_ms": {stage: 1e3 * value / len(files) for stage, value in stages[name].items()},
             "identical_labels": share_identical(labels[name], labels[HUGGINGFACE]),
         }
     found["ours, float32"]["identical_labels_in_their_order"] = share_identical(ordered, labels[HUGGINGFACE])

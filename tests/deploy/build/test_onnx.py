@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.export_parity import tell_queries_apart
+from benchmarks.studies.export_parity import spread_queries
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.deploy.build.onnx import Flavour, ParityError, check_parity, export_graphs, mask_size
 from maskformer_fast.deploy.bundle.manifest import Graph, Shape
@@ -51,7 +51,7 @@ def build(backbone: BackboneConfig, seed: int = 0, divisibility: int = 32, encod
                 parameter.normal_()
             if "multihead_attn.in_proj_weight" in name or "query_embed" in name:
                 parameter.mul_(4)  # queries attend to different places, so that their predictions differ
-    tell_queries_apart(network.eval(), random_images(Shape(1, 160, 192), seed))
+    spread_queries(network.eval(), random_images(Shape(1, 160, 192), seed))
     return network
 
 

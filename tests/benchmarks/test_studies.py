@@ -1,0 +1,193 @@
+"""The studies, the pictures, the recorded results, and ``pytest benchmarks``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import linregress
+
+from benchmarks import plots
+from benchmarks.cases import end_to_end as files_to_labels
+from benchmarks.harness.report import NUMBERS, markdown
+from benchmarks.harness.runner import plan
+from benchmarks.studies import class_count, end_to_end, half_labels, scaling
+from maskformer_fast.data import dataset_metadata
+from maskformer_fast.modeling import build_model
+from maskformer_fast.modeling.weights import save_weights
+from maskformer_fast.recipes import load_recipe
+from tests.support.graphs import raw_graph
+from tests.support.paths import ROOT, TINY_RECIPE
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@settings(max_examples=60, deadline=None)
+@given(xs=st.lists(st.integers(1, 10**7), min_size=3, max_size=9, unique=True), data=st.data())
+def test_fit_is_scipys_of_the_upper_half(xs: list[int], data: st.DataObject) -> None:
+    times = data.draw(st.lists(st.floats(1e-3, 1e3), min_size=len(xs), max_size=len(xs)))
+    points = list(zip(xs, times, strict=True))
+    fit = scaling.fit_exponent(data.draw(st.permutations(points)))
+    upper = sorted(points)[-max(3, (len(points) + 1) // 2) :]
+    assume(math.log(upper[-1][0] / upper[0][0]) > 1e-2)
+    assume(len({time for _, time in upper}) > 1)  # SciPy's error of a constant is not a number
+    oracle = linregress(*np.log(np.array(upper)).T)
+    assert fit is not None and (fit.low, fit.high) == (upper[0][0], upper[-1][0])
+    assert fit.exponent == pytest.approx(oracle.slope, rel=1e-6, abs=1e-6)
+    assert fit.error == pytest.approx(oracle.stderr, rel=1e-4, abs=1e-5)
+
+
+def test_fits_name_their_points_and_need_three() -> None:
+    times = [(1, 8.0, 1.0), (2, 8.0, 4.0), (4, 16.0, 16.0), (8, 32.0, 64.0), (16, 64.0, None)]
+    row = scaling.fits([{"x": x, "ours_ms": ours, "peer_ms": peer} for x, ours, peer in times])
+    assert (row["ours_exponent"], row["peer_exponent"]) == pytest.approx((1.0, 2.0))
+    assert row["fit"] == "log-log least squares over points 4..16; peer: points 2..8"
+    assert scaling.fit_exponent([(3, 1.0), (3, 2.0), (3, 4.0)]) is None
+    with pytest.raises(ValueError, match="points: expected numbers above 0, got"):
+        scaling.fit_exponent([(1, 1.0), (2, 2.0), (4, 0.0)])
+
+
+def test_curves_are_those_of_the_record() -> None:
+    curves = {curve.name: curve for curve in scaling.curves()}
+    todo = plan([scaling.MODULE], "cpu")
+    recorded = json.loads((RESULTS / "scaling.json").read_text())["curves"]
+    assert [row["name"] for row in recorded] == list(curves)
+    for row in recorded:
+        written = scaling.curve_row(curves[row["name"]], todo, {}, {})
+        assert written.keys() == row.keys() and (written["axis"], written["peer"]) == (row["axis"], row["peer"])
+        assert [(p["x"], p["label"]) for p in written["points"]] == [(p["x"], p["label"]) for p in row["points"]]
+        assert all(written["points"][0].keys() <= point.keys() for point in row["points"])
+        assert scaling.fits(row["points"]).items() <= row.items(), "the exponents are of the points"
+
+
+@pytest.mark.no_cover
+def test_files_become_the_labels_of_hugging_face(tmp_path: Path) -> None:
+    files = files_to_labels.prepare_images(None, 1, tmp_path / "images")
+    files_to_labels.write_network(tmp_path / "network", 19, "confident", files)
+    threads = torch.get_num_threads()
+    try:
+        measured = end_to_end.measure(tmp_path / "network", files, tmp_path / "labels")
+    finally:
+        torch.set_num_threads(threads)
+    ours, theirs = measured["ours, float32"], measured[files_to_labels.HUGGINGFACE]
+    assert theirs["identical_labels"] == 1 and ours["identical_labels_in_their_order"] > 0.999
+    assert ours["identical_labels"] > 0.8, "classes meet at other pixels, as ours resize once"
+    labels = np.array(Image.open(tmp_path / "labels" / "ours, float32" / "semantic" / "000.png"))
+    assert labels.shape == (512, 512) and len(np.unique(labels)) > 3
+    assert sum(ours["stages_ms"].values()) == pytest.approx(ours["milliseconds"], rel=0.2)
+    peaks = dict(zip(measured, (500.0, 900.0, 800.0, 700.0), strict=True))
+    for figures, milliseconds in zip(measured.values(), (400.0, 250.0, 800.0, 600.0), strict=True):
+        figures["milliseconds"] = milliseconds
+    row = end_to_end.build_row(150, "random", measured, peaks)["implementations"]
+    goals = [goal for figures in row.values() for goal in figures["goals"]]
+    assert [(goal["measured"], goal["reached"]) for goal in goals] == [(2.0, True), (3.2, False)], "memory counts too"
+    recorded = json.loads((RESULTS / "end_to_end.json").read_text())["rows"][0]["implementations"]
+    assert {name: list(figures) for name, figures in row.items()} == {n: list(f) for n, f in recorded.items()}
+
+
+def test_photographs_become_squares(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (90, 30), "red")
+    wide.paste((0, 0, 255), (30, 0, 60, 30))
+    wide.save(tmp_path / "a.png")
+    (file,) = files_to_labels.prepare_images(tmp_path, 1, tmp_path / "out")
+    pixels = np.array(Image.open(file))
+    assert pixels.shape == (512, 512, 3) and (abs(pixels[:, 100:400].astype(int) - (0, 0, 255)) < 20).all()
+
+
+def test_class_count_gives_both_models_the_same_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs: list[tuple[str, int, int]] = []
+
+    def train(folder: Path, model: str, classes: int, steps: int, images: int = 512) -> class_count.Run:
+        runs.append((model, classes, steps))
+        step = classes * 0.01
+        return class_count.Run(0.5 + classes / 1000 if model == "maskformer" else 0.5, 3.0 + step * steps, step)
+
+    monkeypatch.setattr(class_count, "train", train)
+    output = tmp_path / "out.json"
+    assert class_count.main(["--minutes", "4", "--classes", "5", "20", "--output", str(output)]) == 0
+    for classes, expected in ((5, 1140), (20, 285)):  # 120 s less two starts, by two steps; the trials took no time
+        steps = {number for _, k, number in runs if k == classes and number != class_count.TRIAL_STEPS}
+        assert len(steps) == 1 and abs(steps.pop() - expected) < 5
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["classes"], round(row["gain"], 3)) for row in rows] == [(5, 0.005), (20, 0.02)]
+    assert rows[0].keys() == json.loads((RESULTS / "class_count.json").read_text())["rows"][0].keys()
+
+
+def test_half_labels_prints_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = raw_graph(seed=3).SerializeToString()  # an export takes twenty seconds, and has tests of its own
+    monkeypatch.setattr(half_labels, "export_graphs", lambda network, flavours: {"raw": (graph, None)})
+    config = load_recipe(TINY_RECIPE)
+    metadata = dataset_metadata(config.data)
+    config = replace(config, model=replace(config.model, num_classes=metadata.num_classes))
+    path = tmp_path / "checkpoint.safetensors"
+    save_weights(path, build_model(config.model), config, metadata, 0)
+    assert half_labels.main([str(path), "--images", "2"]) == 0
+    kept = [float(share) for share in re.findall(r"\| ([\d.]+) % \|", capsys.readouterr().out)]
+    assert len(kept) == 6 and min(kept) > 90
+
+
+def test_recorded_pages_are_written_from_their_figures() -> None:
+    for path in RESULTS.glob("cpu*.json"):
+        content = json.loads(path.read_text())
+        assert path.with_suffix(".md").read_text() == markdown(content)
+        assert all(set(NUMBERS) | {"name", "subject", "peer", "threads", "goals", "command"} <= set(row)
+                   <= set(NUMBERS) | {"name", "subject", "peer", "threads", "goals", "command", "absent", "not_run"}
+                   for row in content["rows"])  # fmt: skip
+
+
+def test_every_recorded_file_is_linked() -> None:
+    pages = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    files = [path.relative_to(ROOT).as_posix() for path in RESULTS.rglob("*") if path.is_file()]
+    assert not [file for file in files if file not in pages]
+
+
+def test_pictures_are_drawn_from_the_record_with_text_as_text(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "scaling.json").write_text((RESULTS / "scaling.json").read_text())
+    drawn = plots.draw_all(tmp_path, tmp_path / "plots")
+    assert {path.stem for path in drawn} == set(plots.PICTURES["scaling.json"])
+    for path in drawn:
+        root = ElementTree.parse(path).getroot()
+        texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+        assert any("ours" in text for text in texts if text)
+        assert 780 <= float(root.attrib["width"].removesuffix("pt")) / 0.75 <= 820, "as wide as a page, in pixels"
+    with pytest.raises(ValueError, match=r"results: expected a folder with one of scaling.json, .*, got"):
+        plots.draw_all(tmp_path / "plots", tmp_path)
+
+
+@pytest.mark.no_cover
+def test_pytest_benchmark_saves_and_compares(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+
+    def run(*arguments: str) -> str:
+        command = [
+            sys.executable, "-m", "pytest", "benchmarks/test_cases.py", "-p", "no:cacheprovider", "-p", "no:xdist",
+            "-k", "assignment-cpu and 16 and 100x20 and uniform and threads", "--benchmark-only", *arguments,
+            f"--benchmark-storage=file://{tmp_path}", "--benchmark-max-time=0.01", "--benchmark-min-rounds=3",
+        ]  # fmt: skip
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
+
+    run("--benchmark-autosave")
+    (saved,) = tmp_path.rglob("0001_*.json")
+    content: dict[str, Any] = json.loads(saved.read_text())
+    assert {"packages", "isa"} <= content["machine_info"].keys() and len(content["benchmarks"]) == 2
+    assert {row["group"] for row in content["benchmarks"]} == {"assignment 16 x 100x20, uniform, 2 threads"}
+    assert "(0001_" in run("--benchmark-compare"), "both runs are in one table"
