@@ -113,16 +113,15 @@ def _semantic_embeddings_kernel(
         tiles_y, tiles_x, TILE_H, TILE_W,
     )  # fmt: skip
     tile = (first_y, first_x, low_y, share_y, low_x, share_x)
-    masks, queries = (), ()
+    masks = ()
     for group in tl.static_range(GROUPS):
         query = group * QUERIES + tl.arange(0, QUERIES)
-        queries += (query,)
         masks += (_masks_of_embeddings(
             embeddings + image * stride_eb, pixels + image * stride_b, query, query < num_queries, tile, stride_eq,
             stride_ed, stride_d, stride_y, stride_x, depth, map_height, map_width, tap_rows, tap_columns, TAPS, DEPTH,
         ),)  # fmt: skip
     classify(
-        masks, queries, probabilities, GROUPS * QUERIES, num_classes, padded_classes,
+        masks, tl.arange(0, QUERIES), probabilities, GROUPS * QUERIES, num_classes, padded_classes,
         labels, scores, margins, image, y, x, height, width, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
     )  # fmt: skip
 

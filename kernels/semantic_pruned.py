@@ -143,7 +143,7 @@ def _pruned_kernel(
             stride_q, stride_y, stride_x, map_height, map_width, tap_rows, tap_columns, TAPS,
         )  # fmt: skip
         value, label, runner_up = rank_classes(
-            (masks,), (query,), probabilities + image * (SPLIT + 1) * ROWS * padded_classes, ROWS, num_classes,
+            (masks,), query, probabilities + image * (SPLIT + 1) * ROWS * padded_classes, ROWS, num_classes,
             padded_classes, 1, CLASSES, SPLIT, True,
         )  # fmt: skip
         target, inside = pixels_inside(image, y, x, height, width)

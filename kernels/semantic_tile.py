@@ -90,7 +90,7 @@ def _add_queries(
 @triton.jit
 def rank_classes(
     masks,  # GROUPS of [pixels, QUERIES], each a sum of two float16
-    queries,  # GROUPS of [QUERIES]: whose they are
+    queries,  # [QUERIES]: whose the first group's are; each further group's are the next QUERIES
     probabilities,  # [SPLIT + 1, num_rows, padded_classes] of the tile's image
     num_rows, num_classes, padded_classes,
     GROUPS: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr, SECOND: tl.constexpr,
@@ -107,10 +107,12 @@ def rank_classes(
     best = tl.full((pixels, CLASSES), -1.0, tl.float32)
     start_of_best = tl.zeros((pixels, CLASSES), tl.int32)
     second = tl.full((pixels, CLASSES), -1.0, tl.float32)
+    rows: tl.constexpr = masks[0][0].shape[1]
+    offsets = queries[:, None] * padded_classes + column[None, :]
     for start in tl.range(0, padded_classes, CLASSES):
         score = tl.zeros((pixels, CLASSES), tl.float32)
         for group in tl.static_range(GROUPS):
-            source = probabilities + start + queries[group][:, None] * padded_classes + column[None, :]
+            source = probabilities + (start + group * rows * padded_classes) + offsets
             score = _add_queries(score, masks[group], source, num_rows * padded_classes, SPLIT)
         if SECOND:  # the repeated last class would be its own runner-up
             score = tl.where((start + column < num_classes)[None, :], score, -1.0)
@@ -167,16 +169,15 @@ def classify_tile(
         TILE_H, TILE_W,
     )  # fmt: skip
     tile = (first_y, first_x, low_y, share_y, low_x, share_x)
-    masks, queries = (), ()
+    masks = ()
     for group in tl.static_range(GROUPS):
         query = group * QUERIES + tl.arange(0, QUERIES)
-        queries += (query,)
         masks += (masks_of_logits(
             logits + image * stride_b, query, query < num_queries, tile,
             stride_q, stride_y, stride_x, map_height, map_width, tap_rows, tap_columns, TAPS,
         ),)  # fmt: skip
     classify(
-        masks, queries, probabilities, GROUPS * QUERIES, num_classes, padded_classes,
+        masks, tl.arange(0, QUERIES), probabilities, GROUPS * QUERIES, num_classes, padded_classes,
         labels, scores, margins, image, y, x, height, width, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
     )  # fmt: skip
 
