@@ -1,9 +1,10 @@
-"""What the commands share: reading options, exit statuses, and errors a user can act on instead of tracebacks."""
+"""Command lines: options, recipes with overrides, exit statuses, and errors in place of tracebacks."""
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,14 +19,14 @@ from maskformer_fast.recipes import load_recipe, recipe_names
 Options = TypeVar("Options")
 Command = TypeVar("Command")
 Recipe = Annotated[Config, tyro.conf.arg(name="")]
-"""Type of a command's field ``config``: its options carry no prefix."""
+"""Type of a command's field ``config``; the names of its options have no prefix."""
 
 USAGE_STATUS = 2
-"""Exit status of a command that was asked for something it cannot do."""
+"""Exit status after an error of the user's input."""
 INTERRUPTED_STATUS = 130
-"""Exit status after Ctrl-C, as shells have it (128 + SIGINT)."""
+"""Exit status after Ctrl-C, the shells' 128 + SIGINT."""
 TRACEBACK_VARIABLE = "MASKFORMER_FAST_TRACEBACK"
-"""Environment variable that, when set, keeps the traceback of expected errors."""
+"""Environment variable; if set, expected errors keep their traceback."""
 
 
 def parse(
@@ -38,11 +39,12 @@ def parse(
         command: dataclass of the options; its docstring is the description in ``--help`` unless one is given.
         argv: arguments without the program's name.
         prog: how the user calls the program.
-        default: what options that are not given keep; fields may be ``tyro.MISSING``. Without it, the class's defaults.
+        default: values of options that are not given; fields may be ``tyro.MISSING``. Without it, the class's defaults.
+        description: text in ``--help``.
 
     Raises:
-        SystemExit: status 0 after ``--help``; status 2, with what is wrong on stderr, for options that do not exist
-            and for values that cannot be.
+        SystemExit: status 0 after ``--help``; status 2, with what is wrong on stderr, for unknown options and values
+            that are refused.
     """
     if default is None:
         return tyro.cli(command, args=list(argv), prog=prog, description=description)
@@ -50,10 +52,10 @@ def parse(
 
 
 def leading_path(argv: Sequence[str]) -> str | None:
-    """The first argument, where defaults are read from before the options are; ``None`` if help or nothing is asked.
+    """First argument, the file whose settings are the options' defaults; ``None`` for ``--help`` or no arguments.
 
     Raises:
-        ValueError: an option comes first, so that its defaults could not be told.
+        ValueError: the first argument is an option.
     """
     if not argv or any(argument in ("-h", "--help") for argument in argv):
         return None
@@ -64,11 +66,12 @@ def leading_path(argv: Sequence[str]) -> str | None:
 
 @contextmanager
 def cli_errors(*expected: type[Exception]) -> Iterator[None]:
-    """Turn bad input into ``error: message`` on stderr and exit status 2.
+    """Turn expected exceptions into ``error: message`` on stderr and exit status 2.
 
     ``ValueError``, ``OSError`` (missing files, full disks) and ``ModuleNotFoundError`` (an extra that is not installed)
-    are expected everywhere; a command adds its own. Other exceptions are bugs and keep their traceback, as all do
-    while ``MASKFORMER_FAST_TRACEBACK`` is set.
+    are expected everywhere; ``expected`` adds a command's own. Other exceptions are bugs and keep their traceback, as
+    all do while ``MASKFORMER_FAST_TRACEBACK`` is set. A reader that closes standard output early, as ``head`` does, is
+    no error.
 
     Raises:
         SystemExit: in place of an expected exception.
@@ -77,6 +80,8 @@ def cli_errors(*expected: type[Exception]) -> Iterator[None]:
     try:
         yield
     except known as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            raise SystemExit(0) from error
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -86,25 +91,52 @@ def cli_errors(*expected: type[Exception]) -> Iterator[None]:
         raise SystemExit(INTERRUPTED_STATUS) from error
 
 
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output, a pipe, has closed it."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flush_output() -> None:
+    """Flush standard output; if its reader has closed it, redirect it, so that the flush at exit does not fail."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Log to stderr with the time of day; standard output stays free for results."""
+    """Log to stderr with the time of day; standard output is for results."""
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
 
 def run_command(main: Callable[[], int | None], *expected: type[Exception]) -> NoReturn:
-    """Run a command's entry point and exit with its status (``None`` is 0); ``expected`` as in `cli_errors`."""
+    """Run a command's entry point and exit with its status (``None`` is 0); ``expected`` as for `cli_errors`."""
     set_up_logging()
-    with cli_errors(*expected):
-        status = main()
+    try:
+        with cli_errors(*expected):
+            status = main()
+    finally:
+        _flush_output()
     sys.exit(status or 0)
 
 
 def parse_command(command: type[Command], argv: Sequence[str], default: str = "demo", *, prog: str) -> Command:
-    """Options of a command: a recipe (``--config NAME_OR_PATH``) with typed overrides, and options of its own.
+    """Read a command's options: a recipe (``--config NAME_OR_PATH``) with typed overrides, and options of its own.
 
-    Raises ``SystemExit``: status 0 after ``--help`` and ``--list-recipes``; status 2, with what is wrong on stderr.
-    ``default`` is the recipe where none is named; ``command`` is a dataclass with a field ``config: Recipe`` and
-    defaults for all other fields::
+    Args:
+        command: dataclass with a field ``config: Recipe`` and defaults for all other fields.
+        argv: arguments without the program's name.
+        default: recipe without ``--config``.
+        prog: how the user calls the program.
+
+    Raises:
+        SystemExit: status 0 after ``--help`` and ``--list-recipes``; status 2, with what is wrong on stderr.
+
+    Example::
 
         @dataclass(frozen=True)
         class TrainOptions:
@@ -116,32 +148,46 @@ def parse_command(command: type[Command], argv: Sequence[str], default: str = "d
 
         options = parse_command(TrainOptions, ["--config", "demo", "--resume", "--solver.lr", "1e-3"], prog="train")
     """
-    recipe, rest, usage = _choose_recipe(argv, default)
-    return parse(command, rest, prog=prog, default=command(config=recipe),  # type: ignore[call-arg]
-                 description=f"{command.__doc__}\n\n{usage}")
-
-
-def _choose_recipe(argv: Sequence[str], default: str) -> tuple[Config, list[str], str]:
-    """Recipe that the arguments name, the other arguments, and a line on ``--config`` for ``--help``."""
     if "--list-recipes" in argv:
-        print("\n".join(recipe_names()))
+        print_recipe_names()
         raise SystemExit(0)
     with cli_errors():
-        name, rest = _take_option(argv, "--config", default)
-        recipe = load_recipe(name)
-        backbone, _ = _take_option(rest, "--model.backbone.name", recipe.model.backbone.name)
-    usage = (
+        name, overrides = _take_option(argv, "--config", default)
+        recipe = _with_backbone_of(overrides, load_recipe(name))
+    return parse(
+        command, overrides, prog=prog, default=command(config=recipe),  # type: ignore[call-arg]
+        description=f"{command.__doc__}\n\n{_recipe_usage(name)}",
+    )  # fmt: skip
+
+
+def print_recipe_names() -> None:
+    """Print the names of the packaged recipes, one a line."""
+    print("\n".join(recipe_names()))
+
+
+def _with_backbone_of(overrides: Sequence[str], recipe: Config) -> Config:
+    """Recipe without its backbone's settings if the overrides name another backbone; else the recipe itself."""
+    name, _ = _take_option(overrides, "--model.backbone.name", recipe.model.backbone.name)
+    if name == recipe.model.backbone.name:
+        return recipe
+    return replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(name)))
+
+
+def _recipe_usage(name: str) -> str:
+    """Paragraph on ``--config`` for ``--help``; ``name`` is the chosen recipe."""
+    return (
         f"Options below override the recipe that --config NAME_OR_PATH chooses (now {name}; a packaged recipe or a "
         ".yaml file). --list-recipes prints the packaged ones. Naming another --model.backbone.name drops what "
         "the recipe says of its own backbone (its weights too)."
     )
-    if backbone != recipe.model.backbone.name:
-        recipe = replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(backbone)))
-    return recipe, rest, usage
 
 
 def _take_option(argv: Sequence[str], option: str, default: str) -> tuple[str, list[str]]:
-    """Value of the last ``option VALUE`` or ``option=VALUE``, and the arguments without it."""
+    """Value of the last ``option VALUE`` or ``option=VALUE``, and the arguments without it.
+
+    Raises:
+        ValueError: no value follows the option.
+    """
     value, rest, arguments = default, [], iter(argv)
     for argument in arguments:
         if argument == option:

@@ -1,13 +1,13 @@
-"""Frozen, validated configuration of a run; `recipes.py` reads it from YAML and the command line.
+"""Configuration of a run as frozen dataclasses; `recipes` reads it from YAML, `cli` from the command line.
 
-Every field is used. A value that cannot work fails at construction with the field's name, so a typo in a recipe
+A value that cannot work raises ``ValueError`` with the field's name when the object is made, so that a typo in a recipe
 costs a second and not an evening.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from maskformer_fast.core.checks import check, check_choice
 
@@ -21,12 +21,12 @@ PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A preset name plus whatever departs from it; ``None`` means "the preset's value"."""
+    """Backbone: a preset's name, and settings that differ from the preset's; ``None`` keeps the preset's value."""
 
     name: str = "resnet50"
-    """Preset: see `maskformer_fast.modeling.backbone.BACKBONES`."""
+    """Preset, a key of `maskformer_fast.modeling.backbone.BACKBONES`."""
     weights: str | None = None
-    """File of our own format with pretrained backbone weights (ImageNet), loaded before training."""
+    """File in this package's format with pretrained backbone weights (ImageNet), loaded before training."""
     depths: tuple[int, int, int, int] | None = None
     """Blocks in each of the four stages."""
     stem: Literal["basic", "deep"] | None = None
@@ -50,8 +50,8 @@ class BackboneConfig:
     drop_path_rate: float | None = None
     """Swin: stochastic depth of the last block; earlier blocks scale linearly from 0."""
     checkpointing: bool | None = None
-    """Swin: keep each block's input alone and compute the block again in the backward pass: far less memory for about a
-    third more time in the backbone. Activation checkpointing; results are the same."""
+    """Swin: activation checkpointing, with the same results: keep only the input of each block and compute the block
+    again in the backward pass. Takes far less memory, and about a third more time in the backbone."""
 
     def __post_init__(self) -> None:
         for name in ("stem_channels", "bottleneck_channels", "res2_channels", "embed_dim", "window_size"):
@@ -74,7 +74,7 @@ class PixelDecoderConfig:
     """Channels D of the pixel embeddings."""
     norm_groups: int = 32
     encoder_layers: int = 0
-    """Transformer encoder layers on res5; 0 is the plain FPN, 6 the official panoptic models."""
+    """Transformer encoder layers on res5: 0 for the plain FPN, 6 in the official panoptic models."""
     encoder_heads: int = 8
     encoder_ffn_dim: int = 2048
     encoder_dropout: float = 0.1
@@ -112,13 +112,14 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. ``num_classes`` 0 means "as many as the data set has"."""
+    """Network."""
 
     type: Literal["maskformer", "per_pixel", "per_pixel_plus"] = "maskformer"
     num_classes: int = 0
+    """Number of classes; 0 takes that of the data set."""
     weights: str | None = None
-    """Checkpoint of ours (perhaps a converted one) that training starts from: its network, with a new classifier where
-    the number of classes is another."""
+    """Checkpoint in this package's format (trained or converted) to start training from. The classifier starts anew if
+    its number of classes differs."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -137,21 +138,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Matching cost and loss; the weights serve both (paper section 3.3)."""
+    """Matching cost and loss, which share their weights (paper section 3.3)."""
 
     class_weight: float = 1.0
     mask_weight: float = 20.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.1
     mask_loss: Literal["focal", "bce"] = "focal"
-    """Focal is what the official code trains; binary cross-entropy is what the paper's equation 2 says."""
+    """Focal loss, as in the official code, or binary cross-entropy, as in the paper's equation 2."""
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     deep_supervision: bool = True
     padding: Literal["exclude", "include"] = "exclude"
-    """Whether pixels that only pad the batch count in mask losses; "include" gives the official code's numbers."""
+    """Whether padding pixels count in mask losses; ``include`` gives the official code's numbers."""
     max_nonfinite_steps: int = 10
-    """Consecutive skipped steps (non-finite cost or loss) after which training stops."""
+    """Number of consecutive skipped steps (non-finite cost, loss or gradient) after which training stops."""
 
     def __post_init__(self) -> None:
         for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "focal_gamma"):
@@ -164,26 +165,26 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training transforms of the official recipes, in the order in which they are applied."""
+    """Training transforms of the official recipes, in the order of their application."""
 
     scale_mode: Literal["short_edge", "scale", "none"] = "short_edge"
     """``short_edge`` resizes the shorter side to one of ``short_edge``; ``scale`` fits the image into
     ``scale_size`` times a uniform draw of ``scale_range`` (large-scale jitter)."""
     short_edge: tuple[int, ...] = (512,)
     max_size: int = 2048
-    """Limit of the longer side after a short-edge resize."""
+    """Largest longer side after a short-edge resize, in pixels."""
     scale_range: tuple[float, float] = (0.1, 2.0)
     scale_size: tuple[int, int] = (1024, 1024)
     crop_size: tuple[int, int] | None = (512, 512)
-    """Height, width; the batch is padded to it where images are smaller. ``None`` keeps the resized image whole."""
+    """Height, width; smaller images are padded to it. ``None`` does not crop."""
     detr_crop: bool = False
-    """DETR's and the official COCO panoptic recipe's: for one image in two, before the resize, the shorter side is
-    resized to 400, 500 or 600 and a window with sides of 384 to 600 is cropped."""
+    """Crop of DETR and of the official COCO panoptic recipe: in one image of two, before the resize, resize the shorter
+    side to 400, 500 or 600 and crop a window with sides of 384 to 600."""
     single_category_max_area: float = 0.75
-    """Retry a crop in which one category covers more than this share of the labelled pixels; 1.0 accepts any crop, and
-    so do data sets of overlapping instances, which have no such map."""
+    """Largest share of the labelled pixels of a crop that one category may cover; other crops are drawn again. 1.0
+    accepts any crop. Has no effect on data sets of overlapping instances, which have no map of categories."""
     color_jitter: bool = False
-    """Brightness, contrast, saturation and hue of SSD, which the official semantic recipes use."""
+    """Change brightness, contrast, saturation and hue as SSD does; the official semantic recipes use it."""
     flip: bool = True
 
     def __post_init__(self) -> None:
@@ -201,7 +202,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """The synthetic data set: overlapping shapes (things) over textured stuff regions."""
+    """Synthetic data set of overlapping shapes (things) over textured stuff regions."""
 
     num_things: int = 6
     num_stuff: int = 4
@@ -221,26 +222,26 @@ class ShapesConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images and truth come from."""
+    """Data set and its loading."""
 
     dataset: str = "shapes"
     """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, or a preset of `maskformer_fast.data.presets`."""
     root: str | None = None
-    """Folder of the data set; presets document the layout below it."""
+    """Folder of the data set, in the layout that its preset documents."""
     train_split: str = "train"
     val_split: str = "val"
     task: Task | None = None
-    """What the targets are; ``None`` takes the data set's own (folder: semantic, COCO instances: instance...)."""
+    """Task of the targets; ``None`` takes the data set's own (folder: semantic, COCO instances: instance...)."""
     ignore_index: int | None = None
     """Value of unlabelled pixels in index PNGs; ``None`` takes that of ``classes.json`` or of the preset, else 255."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     skip_broken: bool = False
-    """Leave out images or annotations that cannot be read, and list them, instead of stopping."""
+    """Skip and list images and annotations that cannot be read, instead of stopping."""
     cache: bool = False
-    """Hold the data set decoded in memory: for sets that fit, and are read or decoded slowly. Validation's too."""
+    """Keep both splits decoded in memory, for data sets that fit and are slow to read or decode."""
     workers: int = 2
-    """Loader processes; 0 loads in the training process."""
+    """Number of loader processes; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
         check_choice("data.task", self.task, (None, *TASKS))
@@ -256,25 +257,25 @@ class TestConfig:
     __test__ = False  # not a pytest class
 
     short_edge: int | None = 512
-    """Shorter side fed to the network; ``None`` feeds images as they are."""
+    """Shorter side of the network's input, in pixels; ``None`` does not resize."""
     max_size: int = 2048
     object_mask_threshold: float = 0.8
-    """Panoptic: queries whose best class scores less are dropped."""
+    """Panoptic: least score of a query's best class; other queries are dropped."""
     overlap_threshold: float = 0.8
-    """Panoptic: segments that keep less of their own mask than this are dropped."""
+    """Panoptic: least visible share of a segment's mask; other segments are dropped."""
     semantic_order: SemanticOrder = "direct"
-    """Semantic: where masks are resized, see `inference.postprocess`. The default resizes once and takes least
+    """Semantic: stage at which masks are resized, see `inference.postprocess`. The default resizes once and takes least
     time and memory; ``official`` and ``huggingface`` give the numbers of those implementations."""
     panoptic_order: PanopticOrder = "direct"
-    """Panoptic: the same; ``official`` gives the official numbers."""
+    """Panoptic: stage at which masks are resized; ``official`` gives the official numbers."""
     panoptic_rule: PanopticRule = "maskformer"
-    """Panoptic: whose segments, see `maskformer_fast.ops.segments.panoptic_inference`."""
+    """Panoptic: implementation whose segments to give, see `maskformer_fast.ops.segments.panoptic_inference`."""
     top_k: int = 100
-    """Instance: results an image."""
+    """Instance: largest number of results in an image."""
     multi_scale: tuple[float, ...] = ()
-    """Semantic: average the scores over these scales of ``short_edge``; empty uses one scale."""
+    """Semantic: scales of ``short_edge`` over which scores are averaged; empty uses one scale."""
     flip: bool = False
-    """Semantic: average with the mirrored image as well."""
+    """Semantic: average the scores with those of the mirrored image."""
     batch_size: int = 1
 
     def __post_init__(self) -> None:
@@ -296,15 +297,15 @@ class SolverConfig:
 
     max_steps: int = 160_000
     batch_size: int = 16
-    """Images of one optimiser step."""
+    """Number of images of one optimiser step, over all micro-batches and processes."""
     accumulate: int = 1
-    """Micro-batches a step is cut into; the batch size stays what it says."""
+    """Number of micro-batches of a step; it must divide ``batch_size``, which stays the same."""
     lr: float = 1e-4
     backbone_factor: float = 0.1
     """Learning-rate factor of the backbone."""
     weight_decay: float = 1e-4
     norm_weight_decay: float = 0.0
-    """Weight decay of normalisation weights and of position embeddings."""
+    """Weight decay of normalisation layers, learned queries and Swin's relative position biases."""
     schedule: Literal["poly", "step"] = "poly"
     poly_power: float = 0.9
     milestones: tuple[int, ...] = ()
@@ -317,10 +318,10 @@ class SolverConfig:
     """Largest gradient norm of the full model; 0 turns clipping off."""
     amp: Amp = "off"
     compile: bool = False
-    """Compile network and criterion by `torch.compile`. Batches are then padded to a few sizes, each compiled once."""
+    """Compile network and criterion by `torch.compile`; batches are padded to a few sizes, each compiled once."""
     channels_last: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes (torchrun): each holds the whole network, or its share of weights and optimiser state."""
+    """With several processes (torchrun): replicate the network, or shard weights and optimiser state."""
 
     def __post_init__(self) -> None:
         check_choice("solver.parallel", self.parallel, ("ddp", "fsdp"))
@@ -340,14 +341,14 @@ class SolverConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run writes, and how often (in steps)."""
+    """Logs, checkpoints and validations of a run; intervals are in steps."""
 
     every: int = 50
     validate_every: int = 5000
-    """0 validates at the end only."""
+    """Steps from one validation to the next; 0 validates only at the end."""
     checkpoint_every: int = 5000
     pictures: int = 4
-    """Sample pictures at each validation."""
+    """Number of sample pictures at each validation."""
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -359,15 +360,15 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run, as a recipe describes it."""
+    """Configuration of one run."""
 
     output: str = "runs/default"
     """Folder of logs, checkpoints, metrics and pictures."""
     seed: int = 0
     device: str = "auto"
-    """``auto`` takes the GPU where there is one."""
+    """Device by PyTorch's name; ``auto`` takes the GPU if there is one."""
     metrics: tuple[Task, ...] = ()
-    """Tasks measured in validation; empty measures the data set's own task."""
+    """Tasks measured in validation; empty takes the data set's own task."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -379,14 +380,3 @@ class Config:
         check(self.seed >= 0, "seed", ">= 0", self.seed)
         for task in self.metrics:
             check_choice("metrics", task, TASKS)
-
-
-def to_dict(config: object) -> dict[str, Any]:
-    """Nested plain containers (tuples become lists) for YAML and JSON; `recipes.from_dict` reads them back."""
-
-    def plain(value: object) -> Any:
-        if hasattr(value, "__dataclass_fields__"):
-            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}  # type: ignore[arg-type]
-        return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-    return plain(config)

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.config import BackboneConfig, Config, to_dict
+from maskformer_fast.config import BackboneConfig, Config
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write
 from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.typed import to_plain
 from maskformer_fast.inference.load import load_network
 from maskformer_fast.interop.architecture import check_fit, meta_backbone, meta_model
 from maskformer_fast.interop.files import read_weights
@@ -197,7 +198,7 @@ def write_backbone(weights: Mapping[str, Tensor], config: BackboneConfig, target
         OSError: the disk is full or cannot be written.
     """
     tensors = _filled(meta_backbone(config, target), weights).state_dict()
-    header = {"format": BACKBONE_FORMAT, "backbone": json.dumps(to_dict(config))}
+    header = {"format": BACKBONE_FORMAT, "backbone": json.dumps(to_plain(config))}
     _write(target, lambda path: save_file(tensors, path, metadata=header))
 
 

@@ -1,7 +1,7 @@
-"""Several processes as one run: their group, their agreement, wrapped networks, and states that know nothing of ranks.
+"""Several processes as one run: process group, collectives, sharded tensors; and the device of a process.
 
-Everything here also works in a single process, where it does nothing. `torchrun` starts the processes, names the rank
-of each in its environment, ends all when one fails, and starts them again as often as ``--max-restarts`` says.
+All functions also work in a single process, without a group. `torchrun` starts the processes, sets each one's rank in
+its environment, ends all when one fails, and restarts them up to ``--max-restarts`` times.
 """
 
 from __future__ import annotations
@@ -22,52 +22,52 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from maskformer_fast.core.checks import check
-
-logger = logging.getLogger(__name__)
+from maskformer_fast.core.machine import peak_resident_bytes
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for the others: at the start, and wherever rank 0 does something alone."""
+TIMEOUT = timedelta(minutes=30)
+"""Longest time that a rank waits for the others: at the start, and wherever rank 0 does something alone."""
 
 
 class RankError(RuntimeError):
-    """Rank 0 failed where the others wait for it; its own message says why."""
+    """Rank 0 failed while the others waited for it; its own error says why."""
 
 
 def rank() -> int:
-    """This process's number in the run, 0 where there is but one."""
-    return dist.get_rank() if _grouped() else 0
+    """Rank of this process; 0 without a group."""
+    return dist.get_rank() if _in_group() else 0
 
 
 def world_size() -> int:
-    """Number of processes of the run."""
-    return dist.get_world_size() if _grouped() else 1
+    """Number of processes of the run; 1 without a group."""
+    return dist.get_world_size() if _in_group() else 1
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that writes files and talks to the user."""
+    """Whether this is rank 0, which alone writes files and prints results."""
     return rank() == 0
 
 
 def restarted() -> bool:
-    """Whether torchrun started this group of processes again after one of them had failed."""
+    """Whether torchrun has restarted the processes after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started; without its environment, nothing happens.
+    """Join the group of processes that torchrun started; does nothing without its environment.
 
-    On GPUs each process takes the one of its ``LOCAL_RANK`` and tensors go through NCCL; on the CPU, and for objects
-    and flags everywhere, through gloo. Ranks other than 0 log errors only. A block that raises leaves the group as it
-    is: the process is about to end, and leaving in order would wait for ranks that may be gone.
+    With GPUs each process takes the one of its ``LOCAL_RANK``, and tensors go through NCCL. Tensors on the CPU, objects
+    and flags go through gloo. Ranks other than 0 log errors only. A block that raises leaves the group as it is: the
+    process is about to end, and destroying the group would wait for ranks that may be gone.
 
     Args:
         device: ``config.device``.
 
     Raises:
-        ValueError: half of torchrun's environment, a device of one rank's own, or fewer GPUs than processes.
+        ValueError: torchrun's environment is incomplete, `device` names a single GPU, or there are fewer GPUs than
+            processes.
     """
     ranks = os.environ.get("WORLD_SIZE", "1")
     if "RANK" not in os.environ:
@@ -83,15 +83,15 @@ def process_group(device: str) -> Iterator[None]:
     else:
         _join("gloo")
     if not is_main():
-        logging.getLogger().setLevel(logging.ERROR)  # warnings are of the run, and rank 0 gives them
+        logging.getLogger().setLevel(logging.ERROR)  # warnings concern the run: rank 0 logs them once
     yield
     dist.destroy_process_group()
 
 
-class LateFlag:
-    """A flag that ranks agree on without waiting for each other: each call tells what all had said at the call before.
+class DelayedFlag:
+    """A flag that is set as soon as any rank sets it, known one call later so that no rank waits for another.
 
-    All ranks make the same calls and get the same answers. Through the host's network, so no device is waited for.
+    All ranks make the same calls and get the same results. The flag goes through gloo: no device is waited for.
     """
 
     def __init__(self) -> None:
@@ -99,61 +99,63 @@ class LateFlag:
         self._work: dist.Work | None = None
 
     def __call__(self, flag: bool) -> bool:
-        """Say the own flag -> whether any rank's was set at the call before; in one process, the flag itself."""
+        """Pass this rank's flag -> whether any rank's was set at the previous call; in one process, the flag itself."""
         if world_size() == 1:
             return flag
         if self._work is not None:
             self._work.wait()
-        agreed = bool(self._value)
+        any_set = bool(self._value)
         self._value = torch.tensor(int(flag))
         self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, async_op=True)
-        return agreed
+        return any_set
 
 
 def gather_objects(value: T) -> list[T]:
-    """The value (anything that can be pickled) of every rank, in their order, on every rank."""
-    found: list[Any] = [value] * world_size()
+    """Values (anything that can be pickled) of all ranks, in their order, on every rank."""
+    values: list[Any] = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(found, value)
-    return found
+        dist.all_gather_object(values, value)
+    return values
 
 
 def gather_on_main(value: T) -> list[T]:
-    """The value of every rank, in their order, on rank 0; an empty list on the others."""
+    """Values (anything that can be pickled) of all ranks, in their order, on rank 0; an empty list on the others."""
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size() if is_main() else []
-    dist.gather_object(value, found if is_main() else None)
-    return found
+    values: list[Any] = [None] * world_size() if is_main() else []
+    dist.gather_object(value, values if is_main() else None)
+    return values
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call on rank 0 alone and give its result to every rank.
+    """Call a function on rank 0 alone and return its result on every rank.
 
     Raises:
-        RankError: on the other ranks, where the function raised on rank 0, which gets the exception itself.
+        RankError: on the other ranks, if the function raised on rank 0. Rank 0 raises the exception itself.
     """
     if world_size() == 1:
         return function()
     failure: Exception | None = None
-    box: list[Any] = [None, None]
+    result, message = None, None
     if is_main():
         try:
-            box[0] = function()
+            result = function()
         except Exception as error:
-            failure, box[1] = error, f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(box)
+            failure, message = error, f"{type(error).__name__}: {error}"
+    broadcast: list[Any] = [result, message]
+    dist.broadcast_object_list(broadcast)
+    result, message = broadcast
     if failure is not None:
         raise failure
-    if box[1] is not None:
-        raise RankError(f"rank 0 failed: {box[1]}")
-    return box[0]
+    if message is not None:
+        raise RankError(f"rank 0 failed: {message}")
+    return result  # type: ignore[return-value]
 
 
 def gather_ranks(
     values: Tensor,  # [N], of the same length on every rank
 ) -> Tensor:
-    """The values of all ranks in their order -> [ranks * N], without waiting for the device."""
+    """Concatenate the values of all ranks in their order -> [ranks * N], without waiting for the device."""
     if world_size() == 1:
         return values
     parts = [torch.empty_like(values) for _ in range(world_size())]
@@ -164,7 +166,7 @@ def gather_ranks(
 def max_over_ranks(
     value: Tensor,  # [...] without NaN
 ) -> Tensor:
-    """Largest value of any rank -> [...], without waiting for the device."""
+    """Elementwise maximum over the ranks -> [...], without waiting for the device."""
     if world_size() == 1:
         return value
     largest = value.clone()
@@ -184,15 +186,15 @@ def mean_over_ranks(
 
 
 def unsharded(value: Tensor) -> Tensor:
-    """A plain tensor of what may be sharded, on every rank."""
+    """Full tensor on every rank, of one that may be sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def shared_out(
-    value: Tensor,  # any shape, whole, the same on all ranks
+def shard_like(
+    value: Tensor,  # any shape, the full tensor, equal on all ranks
     like: Tensor,
 ) -> Tensor:
-    """The value as ``like`` holds its own: this rank's share where that is sharded and of the same shape."""
+    """Shard of a full tensor for this rank, if ``like`` is sharded and of the same shape; else the tensor itself."""
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -200,48 +202,55 @@ def shared_out(
 
 def _join(backend: str, device: torch.device | None = None) -> None:
     """Form the default group once all ranks are there. Raises RuntimeError if they do not come."""
-    store, own, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-    meeting = dist.PrefixStore(_meet(store, own, size), store)
-    dist.init_process_group(backend, store=meeting, rank=own, world_size=size, timeout=PATIENCE, device_id=device)
+    store, this_rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's store outlives the processes, also when it restarts them (torch 2.13). `init_process_group` alone would
+    # read addresses that ranks of an earlier start left there, and could not connect to them.
+    fresh = dist.PrefixStore(_agree_on_prefix(store, this_rank, size), store)
+    dist.init_process_group(backend, store=fresh, rank=this_rank, world_size=size, timeout=TIMEOUT, device_id=device)
 
 
-def _meet(store: dist.Store, own: int, size: int, patience: timedelta = PATIENCE) -> str:
-    """Wait until all ranks are there -> a name of this meeting, like none before.
+def _agree_on_prefix(store: dist.Store, this_rank: int, size: int, timeout: timedelta = TIMEOUT) -> str:
+    """Wait until all ranks are there -> a prefix for keys of the store that no earlier start has used.
 
-    torchrun's store outlives the processes (torch 2.13): a group that was started again would read addresses that dead
-    ranks left there. So each rank says hello by a token of its own, rank 0 proposes the tokens that it sees, again when
-    one changes, and the meeting is on when every rank has agreed to a proposal that has its own token.
+    ``TORCHELASTIC_RESTART_COUNT`` would not do: it stays the same when torchrun restarts the ranks because a node
+    joined. So each rank writes a random token. Rank 0 proposes the list of the tokens, again when one changes. A rank
+    accepts a proposal that contains its own token. The prefix is made of the list that all ranks have accepted.
+
+    Raises:
+        RuntimeError: not all ranks have accepted within the timeout.
     """
 
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
 
-    token, agreed = secrets.token_hex(8), ""
-    store.set(f"hello_{own}", token)
-    deadline = time.monotonic() + patience.total_seconds()
+    token, accepted = secrets.token_hex(8), ""
+    store.set(f"token_{this_rank}", token)
+    deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
-        if own == 0:
-            seen = [read(f"hello_{other}") for other in range(size)]
-            if all(seen) and agreed != ",".join(seen):
-                store.set("proposal", ",".join(seen))
+        if this_rank == 0:
+            tokens = [read(f"token_{other}") for other in range(size)]
+            if all(tokens) and accepted != ",".join(tokens):
+                store.set("proposal", ",".join(tokens))
         proposal = read("proposal")
-        if proposal != agreed and token in proposal.split(","):
-            store.set(f"agreed_{own}", agreed := proposal)
-        if own == 0 and agreed and all(read(f"agreed_{other}") == agreed for other in range(size)):
-            store.set("meeting", agreed)
-        if agreed and read("meeting") == agreed:
-            return hashlib.sha256(agreed.encode()).hexdigest()
+        if proposal != accepted and token in proposal.split(","):
+            store.set(f"accepted_{this_rank}", accepted := proposal)
+        if this_rank == 0 and accepted and all(read(f"accepted_{other}") == accepted for other in range(size)):
+            store.set("accepted_by_all", accepted)
+        if accepted and read("accepted_by_all") == accepted:
+            return hashlib.sha256(accepted.encode()).hexdigest()
         time.sleep(0.02)
-    missing = [str(other) for other in range(size) if read(f"agreed_{other}") != read("proposal")]
-    raise RuntimeError(f"rank {own}: expected {size} ranks within {patience}, no word of {', '.join(missing)}")
+    missing = [str(other) for other in range(size) if read(f"accepted_{other}") != read("proposal")]
+    raise RuntimeError(
+        f"rank {this_rank}: expected {size} ranks within {timeout}, no answer from {', '.join(missing)}"
+    )
 
 
-def _grouped() -> bool:
+def _in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the GPU where there is one. Raises ``ValueError`` for a device that is not there."""
+    """Device by name; ``auto`` is the GPU if there is one. Raises ``ValueError`` for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -250,3 +259,10 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: expected auto or a device that torch can use here, got {device!r}") from error
     return resolved
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of tensors on a CUDA device, otherwise of this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()

@@ -32,17 +32,17 @@ class TrainOptions:
 
     config: Recipe
     resume: bool = False
-    """Continue the run in ``output`` exactly where its last checkpoint stands, by default with its own recipe."""
+    """Continue the run in ``output`` exactly from its last checkpoint, by default with its own recipe."""
     profile: bool = False
-    """Write a trace of a few steps by PyTorch's profiler to ``profile/`` in the run's folder, and go on."""
+    """Write a trace of a few steps by PyTorch's profiler to ``profile/`` in the run's folder."""
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[str]:
-    """Hold a run's folder against other processes -> the launch that held it last (`launch_id`), if any.
+    """Lock a run's folder against other processes -> `launch_id` of the process that locked it before, else ``""``.
 
-    The lock is a file beside the folder and belongs to this process alone (`lockf`, unlike `flock`, is not inherited by
-    loader processes), so the kernel frees it however the process ends.
+    The lock is on a file beside the folder. It belongs to this process alone, since loader processes do not inherit
+    locks of `lockf` as they would those of `flock`. The kernel releases it however the process ends.
 
     Raises:
         ValueError: another process is training there.
@@ -56,26 +56,26 @@ def run_lock(folder: Path) -> Iterator[str]:
                 raise
             raise ValueError(f"output: expected a folder no other run is using, got {folder}") from None
         file.seek(0)
-        former = file.read()
+        previous = file.read()
         file.truncate(0)
         file.write(launch_id())
         file.flush()
-        yield former
+        yield previous
 
 
 def launch_id() -> str:
-    """What torchrun's ``--rdzv-id`` calls this launch; empty without one.
+    """Value of torchrun's ``--rdzv-id`` for this launch; empty without one.
 
-    Processes that are started again keep it, also where torchrun does not count that as a restart: when a node joins.
+    It stays the same when torchrun restarts the processes, even if a node joined, which does not count as a restart.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return "" if name == "none" else name
 
 
 def move_aside(folder: Path) -> None:
-    """Rename the folder of a former run, so that a new one loses nothing of it."""
-    traces = ("log.jsonl", "checkpoints")
-    if not (folder / "config.yaml").exists() or not any((folder / name).exists() for name in traces):
+    """Rename the folder of an earlier run, so that a new run in the folder overwrites nothing."""
+    written_by_runs = ("log.jsonl", "checkpoints")
+    if not (folder / "config.yaml").exists() or not any((folder / name).exists() for name in written_by_runs):
         return  # not a run: perhaps a folder with the user's own recipe
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
@@ -85,7 +85,7 @@ def move_aside(folder: Path) -> None:
 
 
 def with_own_recipe(argv: list[str]) -> list[str]:
-    """Arguments of ``--resume`` without ``--config``: the recipe is then the run's own ``config.yaml``."""
+    """Add the run's own ``config.yaml`` as ``--config`` to arguments with ``--resume`` but without ``--config``."""
     if "--resume" not in argv or any(argument.split("=")[0] == "--config" for argument in argv):
         return argv
     outputs = [b for a, b in pairwise([*argv, ""]) if a == "--output"]
@@ -103,22 +103,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config, resume: bool, profile: bool) -> int:
-    """Train and measure; in a process group, every rank calls it. Returns the exit status."""
+    """Train and measure; every rank of a process group calls it. Returns the exit status."""
     backbone = config.model.backbone
     if backbone.norm == "frozen" and not (backbone.weights or config.model.weights):
         logger.warning("the backbone's BatchNorm is frozen but it has no weights: set --model.backbone.weights, or "
                        "--model.backbone.norm batch to train from nothing")
     folder = Path(config.output)
-    with ExitStack() as held:
-        former = on_main(lambda: held.enter_context(run_lock(folder)))
-        resume = resume or restarted() or former == launch_id() != ""
-        trainer = Trainer(config, resume, profile)  # touches nothing, so bad input leaves a former run in its place
+    with ExitStack() as locks:
+        previous = on_main(lambda: locks.enter_context(run_lock(folder)))
+        resume = resume or restarted() or previous == launch_id() != ""
+        trainer = Trainer(config, resume, profile)  # writes no files, so bad input leaves an earlier run in its place
         if is_main():
             if not resume:
                 move_aside(folder)
             save_config(config, folder / "config.yaml")
         metrics = trainer.run()
-    if trainer.stopped:  # status 0 after SIGTERM: to a scheduler this job has not failed
+    if trainer.stopped:  # status 0 after SIGTERM: for a scheduler, the job has not failed
         return INTERRUPTED_STATUS if trainer.signals.received == signal.SIGINT else 0
     if is_main():
         for task in trainer.tasks:

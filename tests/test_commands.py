@@ -290,6 +290,7 @@ for _ in range(10):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_kill_9_ten_times_at_random_points_then_resume_ends_with_the_same_weights(tmp_path):
     """What is killed is forked from a process that has imported the package, which takes far longer than the steps."""

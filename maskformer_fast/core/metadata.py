@@ -1,4 +1,4 @@
-"""Classes and segments: what results are about, without torch, so that a bundle's runtime has them too."""
+"""Classes of a data set, and segments of its images or of results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ VOID = -1
 
 @dataclass(frozen=True)
 class Metadata:
-    """Classes of a data set, by contiguous index."""
+    """Classes of a data set, indexed from 0."""
 
     name: str
     class_names: tuple[str, ...]
     is_thing: tuple[bool, ...]
-    category_ids: tuple[int, ...]  # the data set's own id of each class, for files written in its format
+    category_ids: tuple[int, ...]  # id of each class in files of the data set's format
     colors: tuple[tuple[int, int, int], ...]  # RGB
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class Metadata:
 
 @dataclass(frozen=True)
 class SegmentInfo:
-    """One segment of the truth or of a result; ``category`` is a contiguous class index."""
+    """One segment of the truth or of a result; ``category`` is a class's index in `Metadata`."""
 
     id: int
     category: int
@@ -43,10 +43,10 @@ class SegmentInfo:
 
 
 def segments_of_rows(
-    rows: Iterable[Sequence[float]],  # id, category, area, score of each query; an id below 1: it has no segment
+    rows: Iterable[Sequence[float]],  # id, category, area, score of each query; an id below 1 means no segment
     is_thing: Sequence[bool],
 ) -> list[SegmentInfo]:
-    """Segments by id; queries that share an id are one segment: areas add up, the best score counts."""
+    """Merge queries with equal ids into segments, sorted by id: areas add up, and the best score counts."""
     merged: dict[int, tuple[int, int, float]] = {}
     for number, category, area, score in rows:
         if number > 0:

@@ -1,4 +1,4 @@
-"""Results of the three tasks: tensors from a network in PyTorch, NumPy arrays from a bundle."""
+"""Results of the three tasks, with tensors from PyTorch or NumPy arrays from a bundle."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Generic, TypeVar
 from maskformer_fast.core.metadata import SegmentInfo
 
 ArrayT = TypeVar("ArrayT")
-"""``torch.Tensor`` or ``numpy.ndarray``; all arrays of one result are of one kind."""
+"""Type of the arrays of one result: ``torch.Tensor`` or ``numpy.ndarray``."""
 
 
 @dataclass
 class SemanticResult(Generic[ArrayT]):
-    """The class of every pixel."""
+    """Class of every pixel."""
 
     labels: ArrayT  # [H, W] uint8 (K <= 255) or int16
     scores: ArrayT | None = None  # [H, W] float32, sum over queries of the winning class
@@ -21,7 +21,7 @@ class SemanticResult(Generic[ArrayT]):
 
 @dataclass
 class PanopticResult(Generic[ArrayT]):
-    """Segments that do not overlap; ids count from 1, pixels without a segment are `VOID`."""
+    """Segments that do not overlap. Ids start at 1; pixels without a segment are `VOID`."""
 
     id_map: ArrayT  # [H, W] int32
     segments: list[SegmentInfo] = field(default_factory=list)

@@ -129,7 +129,8 @@ def load_torch(path: Path) -> Any:
                 packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
             if packed:
                 raise ConvertError(f"refused: a compressed archive ({packed[0]!r}); torch.save stores without")
-        with warnings.catch_warnings(action="ignore"):  # of versions that nobody has, in damaged files
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of versions that nobody has, in damaged files
             return torch.load(path, map_location="cpu", weights_only=True)
     except ConvertError:
         raise

@@ -84,7 +84,8 @@ def load(stream: IO[bytes]) -> Any:
             (the message says what), holds an array of objects, is damaged, or is no pickle.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd escapes in the texts of damaged files
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in the texts of damaged files
             return _settle(_Machine().run(stream))
     except ConvertError:
         raise

@@ -1,21 +1,20 @@
-"""Checkpoints of a run: one file for the weights (`modeling.weights`), one for the trainer's state.
+"""Checkpoints of a run: a file with the weights (`modeling.weights`) and one with the trainer's state.
 
 ```
 runs/demo/checkpoints/
   step_00002000/model.safetensors     weights; the header carries configuration and classes as JSON
   step_00002000/trainer.pt            optimiser and counters, tensors and plain containers only
-  step_00002000/checksums.json        SHA-256 of both
+  step_00002000/checksums.json        SHA-256 of both files
   last -> step_00002000   best -> step_00001500
 ```
 
-A checkpoint is written under a temporary name and renamed when complete, so a run killed at any moment leaves
-only whole checkpoints behind. The two newest and the best are kept: where the newest turns out to be damaged, a run
-resumes from the one before. Checkpoints are the same however many processes wrote them, and by `solver.parallel`.
+A checkpoint is written under a temporary name and renamed when complete, so a run killed at any moment leaves only
+complete checkpoints behind. The two newest and the best are kept: if the newest turns out to be damaged, a run resumes
+from the one before it. Checkpoints depend neither on the number of processes nor on ``solver.parallel``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -28,24 +27,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from maskformer_fast.config import Config, to_dict
-from maskformer_fast.core.files import write_json
+from maskformer_fast.config import Config
+from maskformer_fast.core.files import flush, sha256_of_file, write_json
 from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.typed import to_plain
 from maskformer_fast.distributed import on_main
-from maskformer_fast.modeling.weights import (
-    WEIGHTS_NAME,
-    CheckpointError,
-    load_weights,
-    write_weights,
-)
+from maskformer_fast.modeling.weights import WEIGHTS_NAME, CheckpointError, load_weights, write_weights
 from maskformer_fast.training.parallel import gather_full_state
 
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer.pt"
 CHECKSUMS_NAME = "checksums.json"
-KEPT = 2
-"""Newest checkpoints of a run that are kept, beside the best."""
+KEPT_CHECKPOINTS = 2
+"""Number of newest checkpoints of a run that are kept, beside the best."""
 TEMPORARY_PREFIX = ".writing-"
 
 
@@ -57,13 +52,13 @@ def save_checkpoint(
     step: int,
     state: Mapping[str, Any],
 ) -> Path:
-    """Write ``folder/step_N`` atomically, point ``last`` to it, and drop what is neither new nor the best.
+    """Write ``folder/step_N`` atomically, point ``last`` to it, and delete old checkpoints except the best.
 
-    All ranks call it, since they put sharded tensors together; rank 0 writes.
+    All ranks call it, to gather sharded tensors; rank 0 writes.
 
     Raises:
-        OSError: on every rank: the disk is full or cannot be written. The error names the room that is left; the
-            checkpoints that stand there are untouched and nothing is left of this one.
+        OSError: on every rank: the disk is full or cannot be written. The error names the free space. Earlier
+            checkpoints are untouched, and nothing of this one remains.
     """
     final = folder / f"step_{step:08d}"
     weights, state = gather_full_state(network.state_dict()), gather_full_state(state)
@@ -93,14 +88,14 @@ def _write_checkpoint(
         torch.save(dict(state), temporary / STATE_NAME)
         (temporary / CHECKSUMS_NAME).write_text(json.dumps(_checksums(temporary)))
         for file in (*temporary.iterdir(), temporary):
-            _flush(file)
-        shutil.rmtree(final, ignore_errors=True)  # what an interrupted removal left of one
+            flush(file)
+        shutil.rmtree(final, ignore_errors=True)  # incomplete, from an interrupted deletion
         os.rename(temporary, final)
-        _flush(folder)
+        flush(folder)
         _point(folder / "last", final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors and torch.save have exceptions of their own for a full disk.
+        # For a full disk, safetensors and torch.save raise SafetensorError and RuntimeError.
         if isinstance(error, (OSError, SafetensorError, RuntimeError)):
             free = shutil.disk_usage(folder).free / 2**20
             raise OSError(f"{final}: the checkpoint could not be written ({free:.1f} MiB free), earlier ones stand: "
@@ -110,7 +105,7 @@ def _write_checkpoint(
 
 
 def mark_best(folder: Path, checkpoint: Path, score: float) -> None:
-    """Point ``best`` to a checkpoint of the folder and note its score for `best_score`."""
+    """Point ``best`` to a checkpoint of the folder and write its score for `best_score`."""
     _point(folder / "best", checkpoint)
     write_json(folder / "best.json", {"step": checkpoint.name, "score": score})
     _prune(folder)
@@ -124,22 +119,22 @@ def best_score(folder: Path) -> float | None:
 
 def _prune(folder: Path) -> None:
     keep = {(folder / name).resolve() for name in ("last", "best") if (folder / name).exists()}
-    for old in complete_checkpoints(folder)[:-KEPT]:
+    for old in complete_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
         if old.resolve() not in keep:
-            leftover = folder / f"{TEMPORARY_PREFIX}{old.name}"  # so that a kill leaves no half of a checkpoint
+            leftover = folder / f"{TEMPORARY_PREFIX}{old.name}"  # so that a killed run leaves no incomplete checkpoint
             old.rename(leftover)
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first: all were written to their end, but a disk may have damaged one since."""
+    """Checkpoints of a run that were written completely, oldest first; the disk may have damaged one since."""
     return sorted(path for path in folder.glob("step_*") if (path / STATE_NAME).is_file())
 
 
 def check_undamaged(path: Path) -> None:
-    """Raise `CheckpointError` unless a checkpoint folder is as it was written."""
+    """Raise `CheckpointError` unless the files of a checkpoint are as they were written."""
     sums = path / CHECKSUMS_NAME
-    if not sums.exists():  # of an earlier version: what can be read is taken for whole
+    if not sums.exists():  # written by an earlier version: undamaged if it can be read
         load_weights(path / WEIGHTS_NAME)
         load_state(path)
         return
@@ -152,10 +147,10 @@ def check_undamaged(path: Path) -> None:
 
 
 def newest_undamaged(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint that is undamaged, ``None`` where a run has none at all, and the damaged ones after it.
+    """Newest undamaged checkpoint of a run (``None`` if it has no checkpoints), and the damaged ones after it.
 
     Raises:
-        CheckpointError: there are checkpoints and each is damaged, said of each.
+        CheckpointError: all checkpoints are damaged; the error names what is wrong with each.
     """
     problems: dict[Path, CheckpointError] = {}
     for path in reversed(complete_checkpoints(folder)):
@@ -173,9 +168,9 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[Path]]:
 
 
 def set_aside(damaged: Iterable[Path], newest: Path) -> None:
-    """Rename damaged checkpoints, so that the steps they stood for can be saved anew, and point ``last`` to ``newest``.
+    """Rename damaged checkpoints, so that their steps can be saved again, and point ``last`` to ``newest``.
 
-    Where the best one is among them, there is no best one until the next validation.
+    If the best checkpoint is among them, there is no best one until the next validation.
     """
     folder = newest.parent
     for path in damaged:
@@ -192,7 +187,7 @@ def set_aside(damaged: Iterable[Path], newest: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read the trainer's state of a checkpoint folder (no pickled code: tensors and plain containers only)."""
+    """Read the trainer's state of a checkpoint: tensors and plain containers. Raises `CheckpointError`."""
     try:
         return dict(torch.load(path / STATE_NAME, map_location="cpu", weights_only=True))
     except Exception as error:
@@ -200,47 +195,36 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete half-written checkpoints of a killed run."""
+    """Delete incomplete checkpoints of a killed run."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def config_differences(old: Config, new: Config, sections: Iterable[str]) -> list[str]:
-    """Dotted keys below the given sections that differ -> ``["solver.lr: 0.1 -> 0.2", ...]``."""
-    found: list[str] = []
+    """Differing settings of the given sections -> ``["solver.lr: 0.1 -> 0.2", ...]``."""
+    differences: list[str] = []
 
     def compare(prefix: str, a: Any, b: Any) -> None:
         if isinstance(a, dict) and isinstance(b, dict):
             for key in a:
                 compare(f"{prefix}.{key}", a[key], b[key])
         elif a != b:
-            found.append(f"{prefix}: {a} -> {b}")
+            differences.append(f"{prefix}: {a} -> {b}")
 
-    before, after = to_dict(old), to_dict(new)
+    before, after = to_plain(old), to_plain(new)
     for section in sections:
         compare(section, before[section], after[section])
-    return found
+    return differences
 
 
 def _checksums(path: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files of a checkpoint folder."""
-    sums = {}
-    for name in (WEIGHTS_NAME, STATE_NAME):
-        with (path / name).open("rb") as file:
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    """SHA-256 by file name of a checkpoint's files."""
+    return {name: sha256_of_file(path / name) for name in (WEIGHTS_NAME, STATE_NAME)}
 
 
 def _point(link: Path, target: Path) -> None:
+    """Make a symbolic link to a checkpoint of the same folder, atomically."""
     temporary = link.with_name(f"{TEMPORARY_PREFIX}{link.name}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, link)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

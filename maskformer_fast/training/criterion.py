@@ -18,33 +18,32 @@ from maskformer_fast.training.matcher import match
 
 
 class Losses(NamedTuple):
-    """Losses of a batch. ``terms`` are weighted: ``total`` is their sum."""
+    """Losses of a batch. The terms are weighted, and ``total`` is their sum."""
 
     total: Tensor  # scalar
     terms: dict[str, Tensor]  # scalars: loss_ce, loss_mask, loss_dice; loss_ce_0, ... of the earlier layers
-    nonfinite: Tensor  # [L, B] bool: layer and image whose costs (per-pixel: logits) are not finite
-    num_masks: Tensor  # scalar float, what mask losses were divided by (per-pixel: labelled pixels)
-    num_matched: Tensor  # scalar int64, matched pairs of all layers (per-pixel: labelled pixels)
+    nonfinite: Tensor  # [L, B] bool: layers and images with a cost (per-pixel: logit) that is not finite
+    num_masks: Tensor  # scalar float, normaliser of the mask losses (per-pixel: number of labelled pixels)
+    num_matched: Tensor  # scalar int64, matched pairs of all layers (per-pixel: number of labelled pixels)
 
 
 def term_names(
     names: tuple[str, ...],
     layers: int,
 ) -> list[tuple[str, ...]]:
-    """Names of every layer's losses: the final layer's bare, those of earlier layers with their index."""
+    """Names of the losses of each layer: plain for the final layer, with the layer's index for earlier ones."""
     return [tuple(f"{name}_{layer}" for name in names) for layer in range(layers - 1)] + [names]
 
 
 class Criterion(nn.Module):
-    """Match predictions with targets and compare them.
+    """Loss of matched pairs of queries and targets.
 
-    Class loss: cross-entropy over all queries, where an unmatched query should say "no object", whose weight is
-    ``loss.no_object_weight``; weighted mean over queries. Mask and dice losses: see `ops.mask_loss`; divided by the
-    number of targets, at least 1. With ``loss.deep_supervision`` every decoder layer is matched and compared, otherwise
-    the final one alone.
+    Class loss: weighted mean over all queries of the cross-entropy. The class of an unmatched query is "no object", of
+    weight ``loss.no_object_weight``. Mask and dice losses (`ops.mask_loss`) are divided by the number of targets, at
+    least 1. With ``loss.deep_supervision`` every decoder layer is matched and compared, otherwise the final one alone.
 
-    Both divisors are means over the whole step, all its micro-batches and ranks: so the mean of their losses, and of
-    the gradients, is that of one batch which holds all the step's images.
+    Both normalisers are means over all micro-batches and ranks of an optimiser step. So the mean over them of the
+    losses, and of the gradients, is that of one batch with all images of the step.
     """
 
     class_weights: Tensor
@@ -58,17 +57,17 @@ class Criterion(nn.Module):
         weights[-1] = loss.no_object_weight
         self.register_buffer("class_weights", weights, persistent=False)
 
-    def amounts(self, targets: Targets) -> Tensor:
-        """What each image adds to the divisors of its step: its number of targets -> [B] int64."""
+    def image_counts(self, targets: Targets) -> Tensor:
+        """Number of targets of each image, its part of the normalisers -> [B] int64."""
         return targets.counts
 
     def forward(
         self,
         predictions: Predictions,
         targets: Targets,
-        whole: Tensor | None = None,  # [N] int64, `amounts` of all images of the step
+        step_counts: Tensor | None = None,  # [N] int64, `image_counts` of all images of the step
     ) -> Losses:
-        """Weighted losses of a batch, all in float32. Without ``whole`` the step is this batch of every rank.
+        """Weighted losses of a batch, all in float32. Without ``step_counts``, a step is one such batch on each rank.
 
         Raises:
             ValueError: class logits of another number of classes, or targets of another padded input size.
@@ -81,11 +80,12 @@ class Criterion(nn.Module):
                 class_logits=predictions.class_logits[-1:], mask_embeddings=predictions.mask_embeddings[-1:]
             )
         matching = match(predictions, targets, loss)
-        whole = gather_ranks(self.amounts(targets)) if whole is None else whole
-        num_masks = whole.sum().clamp(min=1) * (len(targets.counts) / len(whole))
+        step_counts = gather_ranks(self.image_counts(targets)) if step_counts is None else step_counts
+        num_masks = step_counts.sum().clamp(min=1) * (len(targets.counts) / len(step_counts))
         mask, dice = mask_loss(predictions, targets, matching.query, loss)
+        class_loss = self.class_loss(predictions.class_logits, targets.labels, matching.query, step_counts)
         weighted = torch.stack([
-            loss.class_weight * self.class_loss(predictions.class_logits, targets.labels, matching.query, whole),
+            loss.class_weight * class_loss,
             loss.mask_weight * mask / num_masks,
             loss.dice_weight * dice / num_masks,
         ], 1)  # [L, 3]
@@ -102,18 +102,18 @@ class Criterion(nn.Module):
         class_logits: Tensor,  # [L, B, Q, K+1]
         labels: Tensor,  # [B, T]
         query: Tensor,  # [L, B, T], -1 for none
-        whole: Tensor,  # [N] int64, targets of every image of the step
+        step_counts: Tensor,  # [N] int64, number of targets of each image of the step
     ) -> Tensor:
-        """Weighted mean cross-entropy of each layer -> [L]; the mean's total weight is that of the whole step."""
+        """Weighted mean cross-entropy of each layer -> [L]; the normaliser is a mean over the step (`Criterion`)."""
         layers, batch, queries = class_logits.shape[:3]
-        # Unassigned targets write to one query too many, which is then dropped.
+        # Unmatched targets write to an extra query, which is then dropped.
         truth = labels.new_full((layers, batch, queries + 1), self.num_classes)
         truth = truth.scatter(2, query.where(query >= 0, queries), labels.expand(layers, -1, -1))[..., :-1]
         logits = at_least_float32(class_logits)
         weights = self.class_weights.to(logits.dtype)
         losses = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), weights, reduction="none")
-        # As many queries answer for a target as there are targets, but for images that make their step be skipped.
-        matched = whole.clamp(max=queries).sum()
-        total = matched + (queries * len(whole) - matched) * weights[-1]
-        mean = (total * (batch / len(whole))).clamp(min=torch.finfo(weights.dtype).tiny)
-        return losses.view(layers, -1).sum(1) / mean
+        # Every image has min(targets, queries) matched queries, except one whose non-finite costs get its step skipped.
+        matched = step_counts.clamp(max=queries).sum()
+        total_weight = matched + (queries * len(step_counts) - matched) * weights[-1]
+        normaliser = (total_weight * (batch / len(step_counts))).clamp(min=torch.finfo(weights.dtype).tiny)
+        return losses.view(layers, -1).sum(1) / normaliser

@@ -13,10 +13,10 @@ from maskformer_fast.structures import Predictions, Targets
 
 
 class Matching(NamedTuple):
-    """Which query answers for which target."""
+    """Query that each target is assigned to."""
 
-    query: Tensor  # [L, B, T] int64, -1 for padding and for targets that got none
-    nonfinite: Tensor  # [L, B] bool, costs that are not finite or have no finite assignment: nothing is matched
+    query: Tensor  # [L, B, T] int64, -1 for padding and for targets without a query
+    nonfinite: Tensor  # [L, B] bool: some cost, or the least total cost, is not finite; nothing is matched
 
 
 @torch.no_grad()
@@ -27,9 +27,9 @@ def match(
 ) -> Matching:
     """Match every layer and image in one batched assignment, without a host synchronisation.
 
-    Where an image has more targets than there are queries, every query gets one and the rest stay unassigned. A
-    layer and image with a cost that is not finite, or so large that sums of costs overflow, is reported and left
-    unmatched; it does not raise.
+    If an image has more targets than there are queries, every query gets one and the other targets stay unmatched.
+    A layer of an image with a cost that is not finite, or so large that sums of costs overflow, is marked in
+    ``nonfinite`` and left unmatched; no error is raised.
     """
     cost = matching_cost(predictions, targets, loss)
     query = linear_sum_assignment(cost, targets.counts.expand(cost.shape[:2]))

@@ -39,7 +39,7 @@ def parameter_groups(network: nn.Module, config: SolverConfig) -> list[dict[str,
 
 
 def build_optimizer(network: nn.Module, config: SolverConfig) -> torch.optim.AdamW:
-    """Fused AdamW; the initial rate of each group is kept as ``initial_lr`` for `set_learning_rate`."""
+    """Build a fused AdamW; ``initial_lr`` of each group keeps its initial rate for `set_learning_rate`."""
     optimizer = torch.optim.AdamW(parameter_groups(network, config), lr=config.lr, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -47,7 +47,7 @@ def build_optimizer(network: nn.Module, config: SolverConfig) -> torch.optim.Ada
 
 
 def learning_rate_factor(step: int, config: SolverConfig) -> float:
-    """Factor of the base rate at a step: linear warm-up times polynomial or stepwise decay."""
+    """Factor of the base learning rate at a step: linear warm-up times polynomial or stepwise decay."""
     if config.schedule == "poly":
         factor = (1.0 - min(step, config.max_steps) / config.max_steps) ** config.poly_power
     else:
@@ -59,7 +59,7 @@ def learning_rate_factor(step: int, config: SolverConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: SolverConfig) -> float:
-    """Set every group's rate for a step (a pure function of it, so resuming is exact); returns the base rate."""
+    """Set the learning rate of every group for a step -> the base rate. It depends on the step number alone."""
     factor = learning_rate_factor(step, config)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor

@@ -16,7 +16,7 @@ from maskformer_fast.training.criterion import Losses, term_names
 
 
 def semantic_truth(targets: Targets) -> Tensor:
-    """Class of every pixel -> [B, H, W] int64; `VOID` in padding and where no mask is, later masks cover earlier."""
+    """Class of every pixel -> [B, H, W] int64: that of the last mask over it, `VOID` in padding and without a mask."""
     device = targets.masks.device
     height, width = targets.input_size
     slots = targets.labels.shape[1]
@@ -30,12 +30,12 @@ def semantic_truth(targets: Targets) -> Tensor:
     return classes.gather(1, (on_top * valid).flatten(1).long()).view_as(on_top)
 
 
-class PixelCriterion(nn.Module):
-    """Mean cross-entropy over the labelled pixels of the step, zero where there are none (see `Criterion`).
+class PerPixelCriterion(nn.Module):
+    """Mean cross-entropy over the labelled pixels of an optimiser step (see `Criterion`); zero if there are none.
 
-    Logits are upsampled bilinearly (``align_corners=False``) to the padded input size. Padding never counts. Of
-    ``loss``, ``class_weight`` and ``deep_supervision`` apply; the terms are ``loss_sem_seg`` and, for the earlier
-    decoder layers of per-pixel baseline+, ``loss_sem_seg_0`` and so on.
+    Logits are upsampled bilinearly (``align_corners=False``) to the padded input size. Padding never counts. Only
+    ``class_weight`` and ``deep_supervision`` of the loss configuration apply. The terms are ``loss_sem_seg`` and, for
+    the earlier decoder layers of per-pixel baseline+, ``loss_sem_seg_0`` and so on.
     """
 
     def __init__(self, num_classes: int, loss: LossConfig) -> None:
@@ -44,17 +44,17 @@ class PixelCriterion(nn.Module):
         self.num_classes = num_classes
         self.loss = loss
 
-    def amounts(self, targets: Targets) -> Tensor:
-        """What each image adds to the divisor of its step: its number of labelled pixels -> [B] int64."""
+    def image_counts(self, targets: Targets) -> Tensor:
+        """Number of labelled pixels of each image, its part of the normaliser -> [B] int64."""
         return (semantic_truth(targets) != VOID).sum((1, 2))
 
     def forward(
         self,
         predictions: PixelPredictions,
         targets: Targets,
-        whole: Tensor | None = None,  # [N] int64, `amounts` of all images of the step
+        step_counts: Tensor | None = None,  # [N] int64, `image_counts` of all images of the step
     ) -> Losses:
-        """Weighted losses of a batch, all in float32. Without ``whole`` the step is this batch of every rank.
+        """Weighted losses of a batch, all in float32. Without ``step_counts``, a step is one such batch on each rank.
 
         Raises:
             ValueError: logits of another number of classes, or targets of another padded input size.
@@ -65,18 +65,18 @@ class PixelCriterion(nn.Module):
               f"that of the predictions {predictions.input_size}", targets.input_size)
         layers = predictions.logits if self.loss.deep_supervision else predictions.logits[-1:]
         truth = semantic_truth(targets)
-        own = (truth != VOID).sum((1, 2))
-        whole = gather_ranks(own) if whole is None else whole
-        labelled = whole.sum().clamp(min=1) * (len(own) / len(whole))
+        counts = (truth != VOID).sum((1, 2))
+        step_counts = gather_ranks(counts) if step_counts is None else step_counts
+        normaliser = step_counts.sum().clamp(min=1) * (len(counts) / len(step_counts))
         names = term_names(("loss_sem_seg",), len(layers))
         with torch.autocast(layers.device.type, enabled=False):
             terms = {
-                name: self.loss.class_weight * self.layer_loss(logits, truth) / labelled
+                name: self.loss.class_weight * self.layer_loss(logits, truth) / normaliser
                 for (name,), logits in zip(names, layers, strict=True)
             }
         nonfinite = ~layers.detach().isfinite().flatten(2).all(2)
         total = torch.stack(list(terms.values())).sum()
-        return Losses(total, terms, nonfinite, labelled, own.sum())
+        return Losses(total, terms, nonfinite, normaliser, counts.sum())
 
     def layer_loss(
         self,
@@ -84,7 +84,7 @@ class PixelCriterion(nn.Module):
         truth: Tensor,  # [B, H, W] int64
     ) -> Tensor:
         """Cross-entropy summed over the labelled pixels -> scalar."""
-        # Classes last in memory: a pixel's softmax reads one row. On a CPU 3 to 6 times faster with 19 to 847 classes.
+        # With classes last in memory a pixel's softmax reads one row: 3 to 6 times faster on a CPU (19 to 847 classes).
         pixels = at_least_float32(logits).contiguous(memory_format=torch.channels_last)
         upsampled = F.interpolate(pixels, truth.shape[1:], mode="bilinear", align_corners=False)
         rows = upsampled.permute(0, 2, 3, 1).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""``--profile``: a trace of a few steps by PyTorch's profiler, for chrome://tracing or https://ui.perfetto.dev."""
+"""Trace of a few training steps by PyTorch's profiler (``--profile``), for https://ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from maskformer_fast.distributed import rank
 
 logger = logging.getLogger(__name__)
 
-WARM_UP = 5
-"""Steps before the trace, the last of them with the profiler's own warm-up."""
-TRACED = 3
+WARM_UP_STEPS = 5
+"""Number of steps before the trace; the last of them is the profiler's own warm-up."""
+TRACED_STEPS = 3
+"""Number of steps in the trace."""
 
 
 @contextmanager
-def step_trace(folder: Path, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Trace steps ``WARM_UP`` + 1 to ``WARM_UP`` + ``TRACED``; call what is yielded after each step.
+def profile_steps(folder: Path, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Trace `TRACED_STEPS` steps after `WARM_UP_STEPS`; the caller calls the yielded function after each step.
 
-    Each rank writes ``folder/trace_rank_N.json``; training goes on after that at its usual speed.
+    Each rank writes ``folder/trace_rank_N.json``. Training goes on after that at its usual speed.
     """
     path = folder / f"trace_rank_{rank()}.json"
     written = False
@@ -36,8 +37,8 @@ def step_trace(folder: Path, device: torch.device) -> Iterator[Callable[[], None
         logger.info("trace of a few steps: %s (open it in https://ui.perfetto.dev)", path)
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    plan = schedule(wait=WARM_UP - 1, warmup=1, active=TRACED, repeat=1)
+    plan = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=TRACED_STEPS, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write, record_shapes=True) as profiler:
         yield profiler.step
     if not written:
-        logger.warning("no trace was written: it takes %d steps", WARM_UP + TRACED)
+        logger.warning("no trace was written: it takes %d steps", WARM_UP_STEPS + TRACED_STEPS)

@@ -1,4 +1,4 @@
-"""Logs of a run: JSON lines that survive a crash, and TensorBoard where it is installed."""
+"""Logs of a run: JSON lines, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Appends one JSON object a line to ``log.jsonl``; a resumed run first drops what lies beyond its start.
+    """Appends JSON objects, one a line, to ``log.jsonl``. A resumed run first drops the lines after its first step.
 
-    A line that cannot be written, as on a full disk, is kept for the next one's turn: a run is worth more than its log.
+    A failed write, as on a full disk, raises no error: training goes on, and the next write tries again.
     """
 
     def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start_step]
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
         with atomic_write(path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
@@ -35,7 +35,8 @@ class RunLog:
         self._writer = _tensorboard(folder, start_step) if tensorboard else None
 
     @contextmanager
-    def _tolerant(self) -> Iterator[None]:
+    def _warn_once_if_it_fails(self) -> Iterator[None]:
+        """Turn an error of writing into a warning, once a run."""
         try:
             yield
         except OSError as error:
@@ -46,11 +47,11 @@ class RunLog:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log named numbers of a step."""
         written = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        with self._tolerant():
+        with self._warn_once_if_it_fails():
             self._file.write(json.dumps({"step": step, **written}) + "\n")
             self._file.flush()
         if self._writer is not None:
-            with self._tolerant():
+            with self._warn_once_if_it_fails():
                 for name, value in values.items():
                     self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
@@ -59,35 +60,35 @@ class RunLog:
         step: int,
         image: np.ndarray,  # [H, W, 3] uint8
     ) -> None:
-        """Log a picture to TensorBoard (the file itself is the caller's)."""
+        """Log a picture to TensorBoard; writes no image file."""
         if self._writer is not None:
-            with self._tolerant():
+            with self._warn_once_if_it_fails():
                 self._writer.add_image("val/predictions", image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close both logs."""
-        with self._tolerant():
+        with self._warn_once_if_it_fails():
             self._file.close()
         if self._writer is not None:
-            with self._tolerant():
+            with self._warn_once_if_it_fails():
                 self._writer.close()
 
 
 class NoLog:
-    """In the place of a `RunLog` on the ranks that write none."""
+    """Log of the ranks that write none, with the methods of `RunLog`."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def picture(self, step: int, image: np.ndarray) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines that are complete JSON: a killed run can leave half a line at the end."""
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of a file that are complete JSON; a killed run can leave half a line at the end."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

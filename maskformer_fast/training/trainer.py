@@ -1,4 +1,4 @@
-"""The training loop: steps, lines of the log, checkpoints and validations, and how a run ends before its time."""
+"""Training loop: steps, log, checkpoints and validations, resuming, and early ends of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from maskformer_fast.config import Config, Task
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import Batch, train_loader
-from maskformer_fast.distributed import LateFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
+from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.evaluation.measure import check_classes, measure
 from maskformer_fast.inference.load import with_classes
@@ -53,29 +53,29 @@ from maskformer_fast.training.interruptions import (
 )
 from maskformer_fast.training.optimizer import build_optimizer
 from maskformer_fast.training.parallel import average_statistics, load_optimizer, unsharded_parameters, wrap
-from maskformer_fast.training.per_pixel_criterion import PixelCriterion
-from maskformer_fast.training.profiler import step_trace
+from maskformer_fast.training.per_pixel_criterion import PerPixelCriterion
+from maskformer_fast.training.profiler import profile_steps
 from maskformer_fast.training.run_log import NoLog, RunLog
 from maskformer_fast.training.skipped_steps import TrainingDiverged
-from maskformer_fast.training.step_averages import Meter
+from maskformer_fast.training.step_averages import StepAverages
 from maskformer_fast.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
-HEADLINES: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": "ap"}
-
+MAIN_METRICS: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": "ap"}
+"""Metric of each task that decides which checkpoint is the best."""
 GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay")
-"""What the configuration says of a parameter group."""
+"""Keys of an optimiser's parameter group that the configuration sets."""
 
 
 class Trainer:
-    """One run in ``config.output``. The caller holds the folder's lock and decides whether it continues a run.
+    """One run in the folder ``config.output``, which the caller must have locked.
 
-    In a process group every rank makes one; rank 0 writes the files and every rank reads them.
+    In a process group every rank creates a trainer. Rank 0 writes the files, and every rank reads them.
     """
 
     def __init__(self, config: Config, resume: bool = False, profile: bool = False) -> None:
-        """``profile`` writes a trace of a few steps into the run's folder, see `tracing.step_trace`."""
+        """``resume`` continues the folder's run; ``profile`` writes a trace of a few steps to it (`profile_steps`)."""
         self.profile = profile
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
@@ -92,22 +92,22 @@ class Trainer:
             self._load_pretrained()
         layout = torch.channels_last if config.solver.channels_last else torch.contiguous_format
         self.network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        pixelwise = config.model.type != "maskformer"
-        criterion = (PixelCriterion if pixelwise else Criterion)(config.model.num_classes, config.loss).to(self.device)
+        criterion_type = Criterion if config.model.type == "maskformer" else PerPixelCriterion
+        criterion = criterion_type(config.model.num_classes, config.loss).to(self.device)
         forward: Any = self.network
         if config.solver.compile:
             forward, criterion = compile_single_graph(forward), compile_single_graph(criterion)
-        forward = wrap(forward, config)  # which may share parameters out: the optimiser comes after it
+        forward = wrap(forward, config)  # before the optimiser, as it may shard the parameters
         self.optimizer = build_optimizer(self.network, config.solver)
         self.train_step = TrainStep(self.network, criterion, self.optimizer, config, self.device, forward)
         self.predictor = Predictor(self.network, config, self.metadata, self.device)
         self.tasks: Sequence[Task] = config.metrics or (self.val_set.task,)
         for task in self.tasks:
             self.predictor.check_task(task)
-            build_evaluator(task, self.val_set.metadata)  # what it lacks is said now, not at the first validation
+            build_evaluator(task, self.val_set.metadata)  # raises now, not at the first validation
 
         self.signals = StopSignals()
-        self._asked_to_stop = LateFlag()
+        self._stop_flag = DelayedFlag()
         self.stopped = False
         self.resumed: Path | None = None
         self.damaged: list[Path] = []
@@ -115,25 +115,25 @@ class Trainer:
             self._restore()
 
     def _load_pretrained(self) -> None:
-        """Weights that training starts from, where the configuration names some."""
+        """Load the weights that the configuration names to start from, if any."""
         model = self.config.model
         if model.backbone.weights:
             load_backbone(self.network, model.backbone.weights)
-        if model.weights and (fresh := load_initial(self.network, model.weights)):
-            logger.info("%s has another number of classes: %s start anew", model.weights, ", ".join(fresh))
+        if model.weights and (untrained := load_initial(self.network, model.weights)):
+            logger.info("%s has another number of classes: %s start anew", model.weights, ", ".join(untrained))
 
     @property
     def step(self) -> int:
-        """Number of the next step: how many were done."""
+        """Number of the next step, which is the number of steps done."""
         return self.train_step.step
 
     def run(self) -> dict[str, Any]:
-        """Train to ``max_steps``; returns the last validation's metrics, which also stand in ``metrics.json``.
+        """Train to ``max_steps``; returns the metrics of the last validation, which are also in ``metrics.json``.
 
-        SIGTERM or SIGINT ends it early, after the current step and with a checkpoint: then ``stopped`` is true.
+        SIGTERM or SIGINT ends the run early, after the current step and with a checkpoint; ``stopped`` is then true.
 
         Raises:
-            TrainingDiverged, OutOfMemory, WorkerLost, OSError: what stands in the way; ``--resume`` continues the run.
+            TrainingDiverged, OutOfMemory, WorkerLost, OSError: the run could not go on; ``--resume`` continues it.
         """
         self.log: RunLog | NoLog = NoLog()
         if is_main():
@@ -142,17 +142,17 @@ class Trainer:
                 set_aside(self.damaged, self.resumed)
             self.log = RunLog(self.folder, self.step, self.config.log.tensorboard)
         try:
-            with self.signals, self._explained():
-                # A run killed between saving a checkpoint and measuring it resumes here.
-                measured = on_main(lambda: measured_step(self.folder))
-                owed = self.resumed is not None and self._validation_due() and measured != self.step
-                metrics = self._validate_checkpoint(self.resumed) if owed else {}
+            with self.signals, self._explain_interruptions():
+                # A run killed between saving a checkpoint and validating it lacks this validation.
+                validated = on_main(lambda: last_validated_step(self.folder))
+                missing = self.resumed is not None and self._validation_due() and validated != self.step
+                metrics = self._validate_checkpoint(self.resumed) if missing else {}
                 metrics = self._train() or metrics
                 metrics = metrics if metrics or self.stopped else self.validate()
                 for broken in gather_objects(self.train_step.broken):
                     self.train_step.broken.update(broken)
                 return metrics
-        except Stopped:  # out of a validation, which --resume makes up for
+        except Stopped:  # during a validation, which --resume repeats
             self.stopped = True
             return {}
         finally:
@@ -162,7 +162,7 @@ class Trainer:
                 logger.warning("%d files were skipped as broken:\n  %s", len(broken), listing)
 
     def _train(self) -> dict[str, Any]:
-        """The steps that are left -> metrics of the last validation among them."""
+        """Do the remaining steps -> metrics of the last validation among them, empty without one."""
         config = self.config
         metrics: dict[str, Any] = {}
         if self.step >= config.solver.max_steps:
@@ -171,53 +171,53 @@ class Trainer:
             self.train_set, config, self.train_set.task, start_step=self.step, rank=rank(), world_size=world_size()
         )
         batches: Iterator[Batch] = iter(loader)
-        meter = Meter(config.solver.batch_size, self.device)
+        averages = StepAverages(config.solver.batch_size, self.device)
         self.network.train()
-        tracing = step_trace(self.folder / "profile", self.device) if self.profile else nullcontext(lambda: None)
+        profiler = profile_steps(self.folder / "profile", self.device) if self.profile else nullcontext(lambda: None)
         bar = tqdm(
             total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not is_main()
         )
-        with tracing as traced, bar as progress:
-            while self.step < config.solver.max_steps and not self._stop():
-                meter.add(self.train_step.run(batches))
-                traced()
+        with profiler as end_profiled_step, bar as progress:
+            while self.step < config.solver.max_steps and not self._should_stop():
+                averages.add(self.train_step.run(batches))
+                end_profiled_step()
                 progress.update()
                 if self.step % config.log.every == 0 or self.step == config.solver.max_steps:
-                    progress.set_postfix(self._log_line(meter))
-                paused = time.perf_counter()
-                metrics = self._milestone() or metrics
-                meter.pause(time.perf_counter() - paused)
+                    progress.set_postfix(self._write_log(averages))
+                started = time.perf_counter()
+                metrics = self._save_and_validate_if_due() or metrics
+                averages.exclude(time.perf_counter() - started)
         if self.stopped:
             logger.info("stopped at step %d: --resume continues from %s", self.step, self._save())
         return metrics
 
-    def _stop(self) -> bool:
-        """Whether a signal asked any rank for it; several ranks do one step more until they all know."""
-        self.stopped = self._asked_to_stop(self.signals.received is not None)
+    def _should_stop(self) -> bool:
+        """Whether any rank received a stop signal; several ranks do one step more, until all of them know."""
+        self.stopped = self._stop_flag(self.signals.received is not None)
         return self.stopped
 
-    def _log_line(self, meter: Meter) -> dict[str, str]:
-        """Write a line of the log -> what the progress bar shows of it. The host waits for the device here."""
+    def _write_log(self, averages: StepAverages) -> dict[str, str]:
+        """Write a line of the log -> texts for the progress bar. Waits for the device."""
         self.train_step.settle()
-        line = meter.line(self.config.solver.max_steps - self.step)
-        line["skipped"] = self.skipped
-        self.log.scalars(self.step, line)
+        numbers = averages.read(self.config.solver.max_steps - self.step)
+        numbers["skipped"] = self.skipped
+        self.log.scalars(self.step, numbers)
         shown = {
-            "loss": f"{line['loss']:.3f}",
-            "img/s": f"{line['images_per_second']:.3g}",
-            "data": f"{line['data_share']:.0%}",
-            "mem": f"{line['memory_gib']:.1f}G",
+            "loss": f"{numbers['loss']:.3f}",
+            "img/s": f"{numbers['images_per_second']:.3g}",
+            "data": f"{numbers['data_share']:.0%}",
+            "mem": f"{numbers['memory_gib']:.1f}G",
         }
         return shown | ({"skipped": str(self.skipped)} if self.skipped else {})
 
     @property
     def skipped(self) -> int:
-        """Steps left out so far because something was not finite."""
+        """Number of steps skipped so far because a number was not finite."""
         return self.train_step.skipped
 
     @contextmanager
-    def _explained(self, validating: bool = False) -> Iterator[None]:
-        """Say of faults of the machine what to do about them, and save what the run has reached."""
+    def _explain_interruptions(self, validating: bool = False) -> Iterator[None]:
+        """Save the run's state when memory runs out or a loader process dies, and raise an error with advice."""
         try:
             yield
         except (OutOfMemory, WorkerLost):
@@ -225,8 +225,8 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not (is_out_of_memory(error) or is_lost_worker(error)):
                 raise
-            traceback.clear_frames(error.__traceback__)  # frees what the step held
-            saved = self._save_state()
+            traceback.clear_frames(error.__traceback__)  # frees the tensors of the step
+            saved = self._save_after_error()
             if is_lost_worker(error):
                 raise worker_lost(error, saved) from error
             if validating:
@@ -235,23 +235,27 @@ class Trainer:
                 advice = training_advice(self.config, self.device, self.train_step.input_size)
             raise out_of_memory(error, advice, saved) from error
 
-    def _save_state(self) -> str:
-        """After a fault: save what the run has reached, if it is whole -> where ``--resume`` continues."""
+    def _save_after_error(self) -> str:
+        """Save the state of the last finished step, if it can be restored -> a sentence on where to resume."""
         try:
-            # A rank that fails alone cannot save: the others wait for it elsewhere.
+            # A rank that fails alone cannot save, which takes all ranks.
             if world_size() == 1 and self.train_step.undo() and self.step > 0:
                 self._save()
         except (OSError, TrainingDiverged) as error:
             logger.warning("the state at step %d could not be saved: %s", self.step, error)
-        found = complete_checkpoints(self.checkpoints)
-        return f"--resume continues from {found[-1]}" if found else "There is no checkpoint yet"
+        saved = complete_checkpoints(self.checkpoints)
+        return f"--resume continues from {saved[-1]}" if saved else "There is no checkpoint yet"
 
     def _validation_due(self) -> bool:
+        """Whether the last step done is one after which to validate."""
         every = self.config.log.validate_every
         return self.step == self.config.solver.max_steps or (every > 0 and self.step % every == 0)
 
-    def _milestone(self) -> dict[str, Any]:
-        """Save and validate where a step asks for it. Saved first: nothing is lost if validation fails."""
+    def _save_and_validate_if_due(self) -> dict[str, Any]:
+        """Save a checkpoint and validate where the step number asks for it -> metrics, empty without a validation.
+
+        The checkpoint comes first, so that nothing is lost if validation fails.
+        """
         validate = self._validation_due()
         if not validate and self.step % self.config.log.checkpoint_every != 0:
             return {}
@@ -268,8 +272,8 @@ class Trainer:
         return metrics
 
     @contextmanager
-    def _unless_at_the_end(self) -> Iterator[None]:
-        """Go on over what cannot be written, as on a full disk, while there are steps to do and to save."""
+    def _log_write_errors(self) -> Iterator[None]:
+        """Log errors of writing, as on a full disk, and go on; after the last step, raise them."""
         try:
             yield
         except OSError as error:
@@ -284,22 +288,22 @@ class Trainer:
         return save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state)
 
     def _validate_checkpoint(self, path: Path | None) -> dict[str, Any]:
-        """Measure the network, whose weights ``path`` holds if they could be saved; that may be the best checkpoint."""
+        """Validate the network and mark its checkpoint if it is the best; ``path`` is ``None`` if saving failed."""
         metrics = self.validate()
         if is_main():
-            with self._unless_at_the_end():
-                score, best = metrics.get(HEADLINES[self.tasks[0]]), best_score(self.checkpoints)
+            with self._log_write_errors():
+                score, best = metrics.get(MAIN_METRICS[self.tasks[0]]), best_score(self.checkpoints)
                 if path is not None and score is not None and (best is None or score > best):
                     mark_best(self.checkpoints, path, score)
-                write_json(self.folder / "metrics.json", metrics)  # last: it says that nothing is owed for this step
+                write_json(self.folder / "metrics.json", metrics)  # last: it means that this step is validated
         return metrics
 
     def validate(self) -> dict[str, Any]:
-        """Measure on the validation split; writes a picture grid and the log."""
+        """Measure on the validation split; writes a grid of pictures and a line of the log."""
         data, log = self.config.data, self.config.log
         started = time.perf_counter()
-        # ranks have not equally many images, so each runs the network on its own
-        with self.signals.at_once(), self._explained(validating=True), unsharded_parameters(self.network):
+        # Ranks differ in their number of images, so each calls the network independently of the others.
+        with self.signals.at_once(), self._explain_interruptions(validating=True), unsharded_parameters(self.network):
             metrics, grid = measure(
                 self.predictor,
                 self.val_set,
@@ -311,7 +315,7 @@ class Trainer:
         metrics = {"step": self.step, "seconds": round(time.perf_counter() - started, 2), **metrics}
         self.log.scalars(self.step, {f"val/{key}": v for key, v in metrics.items() if isinstance(v, float)})
         if grid is not None:
-            with self._unless_at_the_end():
+            with self._log_write_errors():
                 pictures = self.folder / "pictures"
                 pictures.mkdir(exist_ok=True)
                 for target in (pictures / f"step_{self.step:08d}.png", self.folder / "predictions.png"):
@@ -322,26 +326,26 @@ class Trainer:
 
     def _restore(self) -> None:
         """Continue from the newest undamaged checkpoint; without one, start at step 0."""
-        found, self.damaged = on_main(lambda: newest_undamaged(self.checkpoints))
-        if found is None:
+        newest, self.damaged = on_main(lambda: newest_undamaged(self.checkpoints))
+        if newest is None:
             logger.warning("%s has no checkpoint: starting at step 0", self.folder)
             return
-        saved = load_weights(found)
+        saved = load_weights(newest)
         changed = config_differences(saved.config, self.config, ("model", "loss", "data", "solver"))
         if changed:
             logger.warning("resuming with another configuration:\n  %s", "\n  ".join(changed))
-        load_into(self.network, saved.weights, found)
-        state = load_state(found)
+        load_into(self.network, saved.weights, newest)
+        state = load_state(newest)
         settings = [{key: group[key] for key in GROUP_SETTINGS} for group in self.optimizer.param_groups]
         load_optimizer(self.optimizer, state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)  # a changed rate or decay counts, not the saved one
+        for group, current in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(current)  # the configuration's rates and decays, which may differ from the saved ones
         self.train_step.load_state_dict(state)
-        self.resumed = found
-        logger.info("resuming from %s", found)
+        self.resumed = newest
+        logger.info("resuming from %s", newest)
 
 
-def measured_step(folder: Path) -> int | None:
-    """Step of the run's last finished validation; ``None`` if there was none."""
+def last_validated_step(folder: Path) -> int | None:
+    """Step of a run's last finished validation; ``None`` if there was none."""
     path = folder / "metrics.json"
     return json.loads(path.read_text())["step"] if path.exists() else None

@@ -1,4 +1,4 @@
-"""What each rank of `test_distributed` runs: ``python run_ranks.py FOLDER`` as rank 0 and as rank 1."""
+"""Program of each rank of `test_distributed`: ``python run_ranks.py FOLDER``, as rank 0 and as rank 1."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ from tests.support.paths import TINY_RECIPE
 
 TINY = load_recipe(TINY_RECIPE)
 EXACT = {
-    # No dropout, no statistics of a batch: all else of a step must not depend on how many processes share it.
+    # No dropout, and no BatchNorm: everything else in a step must not depend on the number of processes.
     "maskformer": {"model": {"decoder": replace(TINY.model.decoder, dropout=0.0)}},
     "shallow": {"model": {"decoder": replace(TINY.model.decoder, dropout=0.0),
                           "backbone": BackboneConfig("swin_micro")}, "loss": {"deep_supervision": False}},
     "per_pixel": {"model": {"type": "per_pixel"}, "data": {"task": "semantic"}},
     "per_pixel_plus": {"model": {"type": "per_pixel_plus", "decoder": replace(TINY.model.decoder, dropout=0.0)},
-                       # Queries that see one token of memory are all alike, and gradients are what rounding leaves.
+                       # With one token of memory all queries are equal, and gradients consist of rounding errors.
                        "data": {"task": "semantic",
                                 "augment": replace(TINY.data.augment, short_edge=(64,), crop_size=(64, 64))},
-                       # The last bias moves all classes alike, so AdamW makes steps of rounding errors there.
+                       # The last bias changes all classes equally: its gradients are rounding errors, which AdamW
+                       # turns into steps.
                        "solver": {"lr": 1e-4}},
 }  # fmt: skip
 PARALLEL = {
@@ -53,7 +54,7 @@ def tiny(folder: Path, **sections: dict[str, Any]) -> Config:
 
 
 def exact(name: str, folder: Path, parallel: str = "ddp", **solver: Any) -> Config:
-    """Four steps, with checkpoints at 2 and 4, whose numbers any number of processes should reach."""
+    """Run of four steps, with checkpoints at 2 and 4, whose numbers do not depend on the number of processes."""
     solver = {"max_steps": 4, "warmup_steps": 0, "parallel": parallel, **EXACT[name].get("solver", {}), **solver}
     config = tiny(folder, **{**EXACT[name], "solver": solver})
     backbone = config.model.backbone
@@ -62,13 +63,13 @@ def exact(name: str, folder: Path, parallel: str = "ddp", **solver: Any) -> Conf
     return replace(config, metrics=()) if config.data.task == "semantic" else config
 
 
-def forgetful(folder: Path) -> Config:
-    """A run with all that depends on the rank: dropout, and BatchNorm over each rank's own images."""
+def rank_dependent(folder: Path) -> Config:
+    """Run with dropout and BatchNorm, whose numbers depend on the rank and on its images."""
     return tiny(folder, log={"checkpoint_every": 1})
 
 
 def measured(network: Path, images: int, batch_size: int) -> dict[str, Any]:
-    """Metrics of a run's network on so many images."""
+    """Metrics of a run's network on the first ``images`` of the validation split."""
     predictor = load(network, "cpu", TestConfig(short_edge=None, batch_size=batch_size))
     dataset = build_dataset(replace(TINY.data, shapes=replace(TINY.data.shapes, val_images=images)), "val")
     return measure(predictor, dataset, ("semantic", "panoptic", "instance"), workers=0, pictures=2)[0]
@@ -85,14 +86,14 @@ def send_sigterm(losses: Losses) -> Losses:
 
 @contextmanager
 def disturbed(step: int, disturb: Callable[[Losses], Losses]) -> Iterator[None]:
-    """Do something with one rank's losses of a step."""
+    """Apply a function to the losses of rank 1 in one step."""
     forward, calls = Criterion.forward, iter(range(100))
 
-    def disturbing(self: Criterion, *arguments: Any) -> Any:
+    def disturbed_forward(self: Criterion, *arguments: Any) -> Any:
         losses = forward(self, *arguments)
         return disturb(losses) if next(calls) == step and distributed.rank() == 1 else losses
 
-    Criterion.forward = disturbing  # type: ignore[method-assign]
+    Criterion.forward = disturbed_forward  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -101,7 +102,7 @@ def disturbed(step: int, disturb: Callable[[Losses], Losses]) -> Iterator[None]:
 
 @contextmanager
 def compiled_eagerly() -> Iterator[None]:
-    """Networks are traced as whole graphs and then run as they are: code generation would take minutes."""
+    """Trace networks as single graphs but generate no code, which would take minutes."""
     trainer.compile_single_graph = partial(compile_single_graph, backend="eager")
     try:
         yield
@@ -110,7 +111,7 @@ def compiled_eagerly() -> Iterator[None]:
 
 
 def attempt(function: Any, *arguments: Any) -> str:
-    """The exception that a call raises, as text."""
+    """Exception that a call raises, as text."""
     try:
         function(*arguments)
     except Exception as error:
@@ -123,13 +124,13 @@ def fail() -> None:
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """All checks in one group; what this rank saw of each."""
+    """Run everything that the tests check in one group -> results of this rank by name."""
     rank = distributed.rank()
     synchronised = BackboneConfig("resnet_micro", norm="sync")
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "gathered": distributed.gather_objects({"rank": rank}),
         "gathered on main": distributed.gather_on_main(rank),
-        "late": [late(rank == 1 and call == 1) for late in [distributed.LateFlag()] for call in range(4)],
+        "delayed flag": [flag(rank == 1 and call == 1) for flag in [distributed.DelayedFlag()] for call in range(4)],
         "tensors": (
             distributed.mean_over_ranks(torch.tensor(float(rank))).item(),
             distributed.max_over_ranks(torch.tensor([rank, 2.0 - rank])).tolist(),
@@ -142,13 +143,13 @@ def run(folder: Path) -> dict[str, Any]:
     }
     for name, kinds in PARALLEL.items():
         for parallel in kinds:
-            found[f"{name} {parallel}"] = Trainer(exact(name, folder / f"{name}_{parallel}", parallel)).run()
+            results[f"{name} {parallel}"] = Trainer(exact(name, folder / f"{name}_{parallel}", parallel)).run()
     for parallel in ("ddp", "fsdp"):
         Trainer(exact("maskformer", folder / f"accumulated_{parallel}", parallel, accumulate=2)).run()
     with compiled_eagerly():
         Trainer(exact("maskformer", folder / "accumulated_compiled", accumulate=2, compile=True)).run()
     Trainer(exact("maskformer", folder / "from_single", "fsdp"), resume=True).run()
-    found["metrics"] = [measured(folder / "single", *sizes) for sizes in ((7, 2), (1, 1), (4, 3))]
+    results["metrics"] = [measured(folder / "single", *sizes) for sizes in ((7, 2), (1, 1), (4, 3))]
     options = evaluate.EvaluateOptions(
         str(folder / "single"), output=str(folder / "metrics.json"), predictions=str(folder / "predictions"),
         task=("panoptic", "instance"), device="cpu", data=TINY.data, test=TINY.test,
@@ -157,34 +158,33 @@ def run(folder: Path) -> dict[str, Any]:
     with disturbed(1, make_nan):
         spoiled = Trainer(tiny(folder / "spoiled", solver={"max_steps": 3}))
         spoiled.run()
-    found["spoiled"] = spoiled.skipped, {name: t.clone() for name, t in spoiled.network.state_dict().items()}
+    results["spoiled"] = spoiled.skipped, {name: t.clone() for name, t in spoiled.network.state_dict().items()}
     with disturbed(1, send_sigterm):
         stopped = Trainer(tiny(folder / "stopped", log={"checkpoint_every": 100}))
-        found["stopped"] = stopped.run(), stopped.stopped, stopped.step
-    Trainer(forgetful(folder / "uninterrupted")).run()
-    return found
+        results["stopped"] = stopped.run(), stopped.stopped, stopped.step
+    Trainer(rank_dependent(folder / "uninterrupted")).run()
+    return results
 
 
 def die_once() -> None:
-    """Kill rank 1 in its fourth step, unless torchrun has started the ranks again."""
+    """Kill rank 1 in its fourth step, unless torchrun has restarted the ranks."""
     forward, calls = Criterion.forward, iter(range(100))
 
-    def killed(self: Criterion, *arguments: Any) -> Any:
+    def killing_forward(self: Criterion, *arguments: Any) -> Any:
         if next(calls) == 3 and distributed.rank() == 1 and not distributed.restarted():
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, *arguments)
 
-    Criterion.forward = killed  # type: ignore[method-assign]
+    Criterion.forward = killing_forward  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    build_evaluator("instance", build_dataset(TINY.data, "val").metadata)  # pycocotools is there
-    if sys.argv[2:] == ["elastic"]:
+    build_evaluator("instance", build_dataset(TINY.data, "val").metadata)  # raises now if pycocotools is missing
+    if sys.argv[2:] == ["restarted"]:
         die_once()
         with distributed.process_group("cpu"):
-            train.train(forgetful(target), resume=False, profile=False)
+            train.train(rank_dependent(target), resume=False, profile=False)
     else:
         with distributed.process_group("cpu"):
-            seen = run(target)
-            torch.save(seen, target / f"rank_{distributed.rank()}.pt")
+            torch.save(run(target), target / f"rank_{distributed.rank()}.pt")

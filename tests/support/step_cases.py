@@ -1,4 +1,4 @@
-"""What the tests of the training step run: tiny networks, endless batches, and steps that go wrong."""
+"""Cases for tests of the training step: tiny networks, endless batches, and steps with non-finite numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskformer_fast.recipes import load_recipe
 from maskformer_fast.structures import Targets, pack_masks
 from maskformer_fast.training.criterion import Criterion
 from maskformer_fast.training.optimizer import build_optimizer
-from maskformer_fast.training.per_pixel_criterion import PixelCriterion
+from maskformer_fast.training.per_pixel_criterion import PerPixelCriterion
 from maskformer_fast.training.train_step import TrainStep
 from tests.support.paths import TINY_RECIPE
 
@@ -21,11 +21,11 @@ TINY = load_recipe(TINY_RECIPE)
 CLASSES = 4
 SIZE = (40, 48)
 SWIN = BackboneConfig("swin_micro")
-COUNTS = [3, 0, 1, 11, 2, 5, 1, 0]  # of 8 queries: one image has more targets
+COUNTS = [3, 0, 1, 11, 2, 5, 1, 0]  # targets of each image; one image has more than the 8 queries
 
 
 def config_of(kind="maskformer", backbone=None, loss=None, **solver):
-    """The tiny recipe for 8 images a step, without dropout, whose networks treat every image alone."""
+    """Tiny recipe with 8 images a step, without dropout and BatchNorm, so that images do not affect each other."""
     model = replace(
         TINY.model,
         type=kind,
@@ -40,12 +40,12 @@ def config_of(kind="maskformer", backbone=None, loss=None, **solver):
 def step_of(config, device="cpu"):
     torch.manual_seed(3)
     network = build_model(config.model).to(device).train()
-    criterion = (Criterion if config.model.type == "maskformer" else PixelCriterion)(CLASSES, config.loss).to(device)
+    criterion = (Criterion if config.model.type == "maskformer" else PerPixelCriterion)(CLASSES, config.loss).to(device)
     return TrainStep(network, criterion, build_optimizer(network, config.solver), config, torch.device(device))
 
 
 def batches(parts, seed=0, pin=False):
-    """The same images again and again, 8 a step, cut into ``parts`` micro-batches with as many slots as each needs."""
+    """Endless batches of random images, 8 a step, in ``parts`` micro-batches with as many target slots as needed."""
     rng = torch.Generator().manual_seed(seed)
     counts = torch.tensor(COUNTS)
     while True:
@@ -64,7 +64,7 @@ def batches(parts, seed=0, pin=False):
 
 
 def spoil(step, where):
-    """Make the next run non-finite in one place; gives back what undoes it."""
+    """Make numbers of the next steps non-finite in one place -> function that undoes it."""
     forward, losses_of, calls = step.forward, step.criterion.forward, []
     if where == "cost":
         def spoiled(images, sizes):

@@ -1,3 +1,5 @@
+"""Checkpoints of a run, and weights files."""
+
 import json
 import os
 import pickle
@@ -39,7 +41,7 @@ def save(folder, network, step, best=False):
     return path
 
 
-def test_everything_comes_back(tmp_path):
+def test_a_saved_checkpoint_loads_equal(tmp_path):
     network = Toy()
     path = save(tmp_path, network, 7, best=True)
     saved = load_weights(path)
@@ -52,7 +54,7 @@ def test_everything_comes_back(tmp_path):
     assert state["step"] == 7 and torch.equal(state["x"], torch.arange(3))
 
 
-def test_the_two_newest_and_the_best_are_kept_and_the_rest_goes(tmp_path):
+def test_only_the_two_newest_checkpoints_and_the_best_are_kept(tmp_path):
     network = Toy()
     for step, best in ((1, True), (2, False), (3, False), (4, False)):
         save(tmp_path, network, step, best)
@@ -63,7 +65,7 @@ def test_the_two_newest_and_the_best_are_kept_and_the_rest_goes(tmp_path):
     assert best_score(tmp_path) == 0.1
 
 
-def test_a_half_written_checkpoint_is_never_seen(tmp_path, monkeypatch):
+def test_an_incomplete_checkpoint_is_never_listed_and_is_removed(tmp_path, monkeypatch):
     network = Toy()
     save(tmp_path, network, 1)
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -71,7 +73,7 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path, monkeypatch):
         save(tmp_path, network, 2)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000001"]
     assert load_weights(tmp_path / "last").step == 1
-    (tmp_path / ".writing-step_00000009").mkdir()  # what kill -9 leaves
+    (tmp_path / ".writing-step_00000009").mkdir()  # as a killed run leaves it
     remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".writing-*"))
 
@@ -83,7 +85,7 @@ def test_a_failing_writer_is_an_oserror_that_names_the_checkpoint(tmp_path, monk
         save(tmp_path, Toy(), 2)
 
 
-def test_misfit_lists_every_tensor(tmp_path):
+def test_weights_that_do_not_fit_are_all_named(tmp_path):
     weights = {name: tensor.clone() for name, tensor in Toy().state_dict().items()}
     weights["extra"] = weights.pop("head.bias")
     weights["head.weight"] = torch.zeros(9, 9)
@@ -94,7 +96,7 @@ def test_misfit_lists_every_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "garbage"])
-def test_damaged_files_are_named(tmp_path, damage):
+def test_a_damaged_weights_file_is_named(tmp_path, damage):
     path = save(tmp_path, Toy(), 1) / "model.safetensors"
     if damage == "foreign":
         save_file({"a": torch.zeros(1)}, str(path))
@@ -105,7 +107,7 @@ def test_damaged_files_are_named(tmp_path, damage):
         load_weights(path)
 
 
-def test_trainer_state_runs_no_code(tmp_path):
+def test_loading_a_trainer_state_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'owned'}",))
@@ -117,7 +119,7 @@ def test_trainer_state_runs_no_code(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_backbone_weights_from_a_checkpoint_and_from_a_bare_file(tmp_path):
+def test_backbone_weights_load_from_a_checkpoint_and_from_a_file_of_a_backbone(tmp_path):
     network = Toy()
     path = save(tmp_path, network, 1)
     save_file(network.backbone.state_dict(), str(tmp_path / "backbone.safetensors"))
@@ -128,7 +130,7 @@ def test_backbone_weights_from_a_checkpoint_and_from_a_bare_file(tmp_path):
         assert not torch.equal(other.head.weight, network.head.weight)
 
 
-def test_missing_checkpoint_says_where_it_looked(tmp_path):
+def test_a_missing_checkpoint_names_the_paths_that_were_tried(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.*best"):
         weights_file(tmp_path / "nowhere")
 

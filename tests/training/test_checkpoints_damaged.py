@@ -1,4 +1,4 @@
-"""A full disk while saving, and checkpoints that a disk has damaged since."""
+"""Checkpoints on a full disk, and checkpoints damaged after they were saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from maskformer_fast.config import Config, ModelConfig
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.modeling.weights import CheckpointError, load_weights
 from maskformer_fast.recipes import load_recipe
-from maskformer_fast.training import checkpoints as checkpoint
+from maskformer_fast.training import checkpoints
 from maskformer_fast.training import trainer as trainer_module
 from maskformer_fast.training.checkpoints import complete_checkpoints, newest_undamaged, save_checkpoint
 from maskformer_fast.training.run_log import RunLog
@@ -42,7 +42,7 @@ def save(folder, step, size=1000):
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let the writers of this process fail, as on a full disk, where a file grows beyond so many bytes."""
+    """Make writes of this process fail, as on a full disk, once a file is larger than ``size`` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -52,7 +52,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [0, 100_000, 500_000], ids=["at once", "weights", "state"])
-def test_a_full_disk_leaves_the_former_checkpoint_and_nothing_of_the_new_one(tmp_path, size):
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_of_the_new_one(tmp_path, size):
     save(tmp_path, 1)
     with largest_file(size), pytest.raises(OSError, match=r"step_00000002: .* not be written \([\d.]+ MiB free\)"):
         save(tmp_path, 2, size=100_000)
@@ -63,18 +63,18 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_nothing_of_the_new_one(tmp
 
 
 def fill_disk(monkeypatch, steps):
-    """Let checkpoints of some steps meet a full disk."""
-    write = checkpoint._write_weights
+    """Make saving the checkpoints of some steps fail as on a full disk."""
+    write = checkpoints.write_weights
 
     def full(path, weights, config, metadata, step):
         if step in steps:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, weights, config, metadata, step)
 
-    monkeypatch.setattr(checkpoint, "_write_weights", full)
+    monkeypatch.setattr(checkpoints, "write_weights", full)
 
 
-def test_training_goes_on_over_a_full_disk_and_saves_at_the_next_chance(tmp_path, monkeypatch, caplog):
+def test_training_goes_on_after_a_full_disk_and_saves_the_next_checkpoint(tmp_path, monkeypatch, caplog):
     fill_disk(monkeypatch, {2, 4})
     metrics = Trainer(tiny(tmp_path, validate_every=2)).run()
     assert caplog.text.count("No space left") == 2 and "MiB free" in caplog.text
@@ -84,7 +84,7 @@ def test_training_goes_on_over_a_full_disk_and_saves_at_the_next_chance(tmp_path
     assert [json.loads(line)["step"] for line in lines if "val/" in line] == [2, 4, 6]
 
 
-def test_a_line_of_the_log_that_a_full_disk_takes_half_of_is_made_whole(tmp_path, caplog):
+def test_a_log_line_cut_by_a_full_disk_is_completed_later(tmp_path, caplog):
     log, path = RunLog(tmp_path, 0, tensorboard=False), tmp_path / "log.jsonl"
     log.scalars(1, {"loss": 1.0})
     with largest_file(path.stat().st_size + 5):
@@ -97,7 +97,7 @@ def test_a_line_of_the_log_that_a_full_disk_takes_half_of_is_made_whole(tmp_path
     assert lines == [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)]
 
 
-def test_training_goes_on_where_a_validation_cannot_be_written(tmp_path, monkeypatch, caplog):
+def test_training_goes_on_when_a_validation_cannot_be_written(tmp_path, monkeypatch, caplog):
     trainer = Trainer(tiny(tmp_path, validate_every=2))
     for name in ("atomic_write", "mark_best"):
         monkeypatch.setattr(trainer_module, name, full_until(trainer, 6, getattr(trainer_module, name)))
@@ -108,7 +108,7 @@ def test_training_goes_on_where_a_validation_cannot_be_written(tmp_path, monkeyp
 
 
 def full_until(trainer, step, write):
-    """A function that meets a full disk before a step."""
+    """Function that fails as on a full disk before a step."""
 
     def attempt(*arguments):
         if trainer.step < step:
@@ -118,7 +118,7 @@ def full_until(trainer, step, write):
     return attempt
 
 
-def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch):
+def test_a_full_disk_after_the_last_step_is_an_error(tmp_path, monkeypatch):
     fill_disk(monkeypatch, {6})
     with pytest.raises(OSError, match=r"step_00000006.*MiB free\), earlier ones stand"):
         Trainer(tiny(tmp_path)).run()
@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch):
 
 
 def flip(path: Path) -> None:
-    """One wrong bit near the end: a file that loads without complaint."""
+    """Flip one bit near the end of a file, which then still loads without an error."""
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
@@ -146,22 +146,22 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_what_is_damaged_is_found(tmp_path, damage):
-    whole, newest = save(tmp_path, 1), save(tmp_path, 2)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
+    undamaged, newest = save(tmp_path, 1), save(tmp_path, 2)
     assert newest_undamaged(tmp_path) == (newest, [])
     damage(newest)
-    assert newest_undamaged(tmp_path) == (whole, [newest])
+    assert newest_undamaged(tmp_path) == (undamaged, [newest])
 
 
-def test_a_checkpoint_without_checksums_counts_as_long_as_it_can_be_read(tmp_path):
+def test_a_readable_checkpoint_without_checksums_counts_as_undamaged(tmp_path):
     path = save(tmp_path, 1)
     (path / "checksums.json").unlink()
     assert newest_undamaged(tmp_path) == (path, [])
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog):
-    Trainer(tiny(tmp_path / "whole")).run()
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut", symlinks=True)
+    Trainer(tiny(tmp_path / "undisturbed")).run()
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "cut", symlinks=True)
     folder = tmp_path / "cut" / "checkpoints"
     flip(folder / "step_00000006" / "model.safetensors")
     trainer = Trainer(tiny(tmp_path / "cut"), resume=True)
@@ -170,12 +170,12 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog
     trainer.run()
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["best", "best.json", "damaged_step_00000006", "last", "step_00000004", "step_00000006"]
-    expected, got = (load_weights(tmp_path / name / "checkpoints" / "last").weights for name in ("whole", "cut"))
+    expected, got = (load_weights(tmp_path / name / "checkpoints" / "last").weights for name in ("undisturbed", "cut"))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert newest_undamaged(folder) == (folder / "step_00000006", [])
 
 
-def test_where_all_are_damaged_each_is_named_and_nothing_is_touched(tmp_path):
+def test_if_all_checkpoints_are_damaged_each_is_named_and_no_file_changes(tmp_path):
     Trainer(tiny(tmp_path)).run()
     for path in (tmp_path / "checkpoints").glob("step_*"):
         flip(path / "trainer.pt")

@@ -1,4 +1,4 @@
-"""Network and criterion under `torch.compile`: whole graphs, one for each shape, and what eager mode computes."""
+"""Network and criterion under `torch.compile`: a single graph for each shape, and the numbers of eager mode."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_batch(seed: int, size: tuple[int, int], slots: int) -> tuple[torch.Te
 
 
 @pytest.mark.slow
-@pytest.mark.no_cover  # what is traced runs eagerly too, in tests of its own
+@pytest.mark.no_cover  # other tests run the same code eagerly
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda backbone: backbone.name)
 def test_no_shape_is_compiled_twice(backbone: BackboneConfig) -> None:
     torch._dynamo.reset()
@@ -48,14 +48,14 @@ def test_no_shape_is_compiled_twice(backbone: BackboneConfig) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     network, criterion = build_model(model).train(), Criterion(5, LossConfig())
-    # tracing gradients too takes long: of the networks, only what is computed twice needs it
+    # Tracing gradients takes long, and only the network with activation checkpointing needs it.
     backends = ("aot_eager" if backbone.checkpointing else "eager", "aot_eager")
     counters = [CompileCounterWithBackend(backend) for backend in backends]
     pairs = zip((network, criterion), counters, strict=True)
     compiled = [compile_single_graph(module, counter) for module, counter in pairs]
 
     def losses_and_gradients(forward, compare, images, targets):
-        torch.manual_seed(5)  # of dropout and stochastic depth
+        torch.manual_seed(5)  # for dropout and stochastic depth
         losses = compare(forward(images, targets.valid_sizes), targets)
         losses.total.backward()
         gradients = [parameter.grad for parameter in network.parameters()]

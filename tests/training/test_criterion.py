@@ -1,4 +1,4 @@
-"""Criteria against torch's cross-entropy and Hugging Face's MaskFormerLoss; official numbers: tests/interop."""
+"""Criteria against torch's cross-entropy and Hugging Face's MaskFormerLoss; for official numbers see tests/interop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import PixelPredictions, Predictions, Targets, pack_masks, unpack_masks
 from maskformer_fast.training.criterion import Criterion
 from maskformer_fast.training.matcher import match
-from maskformer_fast.training.per_pixel_criterion import PixelCriterion, semantic_truth
+from maskformer_fast.training.per_pixel_criterion import PerPixelCriterion, semantic_truth
 
 SIZE = (16, 20)
 
@@ -180,39 +180,39 @@ def pixel_part_of_a_batch(which: slice) -> tuple[PixelPredictions, Targets]:
 
 
 def _rank_losses(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    own = slice(2 * rank, 2 * rank + 2)
-    terms = Criterion(4, LossConfig())(*part_of_a_batch(own)).terms
-    terms |= PixelCriterion(4, LossConfig())(*pixel_part_of_a_batch(own)).terms
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    part = slice(2 * rank, 2 * rank + 2)
+    terms = Criterion(4, LossConfig())(*part_of_a_batch(part)).terms
+    terms |= PerPixelCriterion(4, LossConfig())(*pixel_part_of_a_batch(part)).terms
     torch.save({name: term.detach() for name, term in terms.items()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_losses_of_ranks_average_to_those_of_the_whole_batch(tmp_path):
+def test_losses_of_ranks_average_to_those_of_the_full_batch(tmp_path):
     multiprocessing.spawn(_rank_losses, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     terms = Criterion(4, LossConfig())(*part_of_a_batch(slice(4))).terms
-    terms |= PixelCriterion(4, LossConfig())(*pixel_part_of_a_batch(slice(4))).terms
+    terms |= PerPixelCriterion(4, LossConfig())(*pixel_part_of_a_batch(slice(4))).terms
     assert first.keys() == terms.keys()
     for name, term in terms.items():
         torch.testing.assert_close((first[name] + second[name]) / 2, term.detach(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_losses_of_micro_batches_average_to_those_of_the_whole_batch(parts):
+def test_losses_of_micro_batches_average_to_those_of_the_full_batch(parts):
     for criterion, part in (
         (Criterion(4, LossConfig(no_object_weight=0.3)), part_of_a_batch),
-        (PixelCriterion(4, LossConfig()), pixel_part_of_a_batch),
+        (PerPixelCriterion(4, LossConfig()), pixel_part_of_a_batch),
     ):
         expected = criterion(*part(slice(4)))
         size = 4 // parts
         batches = [part(slice(start, start + size)) for start in range(0, 4, size)]
-        whole = torch.cat([criterion.amounts(targets) for _, targets in batches])
-        losses = [criterion(*batch, whole) for batch in batches]
+        step_counts = torch.cat([criterion.image_counts(targets) for _, targets in batches])
+        losses = [criterion(*batch, step_counts) for batch in batches]
         for name, term in expected.terms.items():
-            torch.testing.assert_close(torch.stack([own.terms[name] for own in losses]).mean(), term)
-        torch.testing.assert_close(torch.stack([own.total for own in losses]).mean(), expected.total)
-        assert sum(own.num_matched for own in losses) == expected.num_matched
+            torch.testing.assert_close(torch.stack([each.terms[name] for each in losses]).mean(), term)
+        torch.testing.assert_close(torch.stack([each.total for each in losses]).mean(), expected.total)
+        assert sum(each.num_matched for each in losses) == expected.num_matched
 
 
 def test_wrong_shapes_are_refused():
@@ -223,9 +223,9 @@ def test_wrong_shapes_are_refused():
         Criterion(0, LossConfig())
     logits = PixelPredictions(torch.zeros(1, 1, 4, 4, 5), predictions.valid_sizes, SIZE)
     with pytest.raises(ValueError, match=r"predictions\.logits: expected 3 classes"):
-        PixelCriterion(3, LossConfig())(logits, targets)
+        PerPixelCriterion(3, LossConfig())(logits, targets)
     with pytest.raises(ValueError, match=r"targets\.input_size"):
-        PixelCriterion(4, LossConfig())(logits._replace(input_size=(16, 24)), targets)
+        PerPixelCriterion(4, LossConfig())(logits._replace(input_size=(16, 24)), targets)
 
 
 def test_semantic_truth_paints_masks_in_order():
@@ -261,7 +261,7 @@ def pixel_predictions(seed: int, layers: int, targets: Targets) -> PixelPredicti
 def test_pixel_losses_are_mean_cross_entropies():
     targets = random_targets(17, [2, 1])
     predictions = pixel_predictions(18, 3, targets)
-    losses = PixelCriterion(4, LossConfig(class_weight=1.5))(predictions, targets)
+    losses = PerPixelCriterion(4, LossConfig(class_weight=1.5))(predictions, targets)
     truth = semantic_truth(targets)
     assert list(losses.terms) == ["loss_sem_seg_0", "loss_sem_seg_1", "loss_sem_seg"]
     for value, logits in zip(losses.terms.values(), predictions.logits, strict=True):
@@ -270,14 +270,14 @@ def test_pixel_losses_are_mean_cross_entropies():
     assert all(a != b for a, b in pairwise(losses.terms.values()))
     torch.testing.assert_close(losses.total, torch.stack(list(losses.terms.values())).sum())
     assert losses.num_masks.item() == int((truth != VOID).sum())
-    final = PixelCriterion(4, LossConfig(class_weight=1.5, deep_supervision=False))(predictions, targets)
+    final = PerPixelCriterion(4, LossConfig(class_weight=1.5, deep_supervision=False))(predictions, targets)
     torch.testing.assert_close(final.terms, {"loss_sem_seg": losses.terms["loss_sem_seg"]})
 
 
 def test_pixel_loss_without_labelled_pixels_is_zero_and_connected():
     targets = random_targets(19, [0, 0])
     predictions = pixel_predictions(20, 1, targets)
-    losses = PixelCriterion(4, LossConfig())(predictions, targets)
+    losses = PerPixelCriterion(4, LossConfig())(predictions, targets)
     losses.total.backward()
     assert losses.total.item() == 0 and torch.equal(predictions.logits.grad, torch.zeros_like(predictions.logits))
 
@@ -287,7 +287,7 @@ def test_pixel_criterion_names_the_image_with_a_nan():
     predictions = pixel_predictions(23, 2, targets)
     with torch.no_grad():
         predictions.logits[0, 1, 2, 0, 0] = torch.nan
-    losses = PixelCriterion(4, LossConfig())(predictions, targets)
+    losses = PerPixelCriterion(4, LossConfig())(predictions, targets)
     assert losses.nonfinite.tolist() == [[False, True], [False, False]]
 
 
@@ -296,6 +296,6 @@ def test_pixel_criterion_is_float32_under_autocast():
     predictions = pixel_predictions(25, 1, targets)
     half = predictions._replace(logits=predictions.logits.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        losses = PixelCriterion(4, LossConfig())(half, targets)
-    expected = PixelCriterion(4, LossConfig())(half._replace(logits=half.logits.float()), targets)
+        losses = PerPixelCriterion(4, LossConfig())(half, targets)
+    expected = PerPixelCriterion(4, LossConfig())(half._replace(logits=half.logits.float()), targets)
     assert losses.total.dtype == torch.float32 and losses.total == expected.total

@@ -1,4 +1,4 @@
-"""What ends a run early: it says what to do, and the resumed run ends with the weights of an undisturbed one."""
+"""Early ends of a run: each gives advice, and the resumed run ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from maskformer_fast import train
 from maskformer_fast.modeling.weights import load_weights
 from maskformer_fast.recipes import load_recipe
-from maskformer_fast.training import interruptions as faults
+from maskformer_fast.training import interruptions
 from maskformer_fast.training.interruptions import (
     OutOfMemory,
     Stopped,
@@ -39,7 +39,7 @@ STEPS = 5
 
 
 def config_in(folder, workers=0):
-    """A run that saves and validates at its end only."""
+    """Run that saves and validates only at its end."""
     return replace(
         TINY,
         output=str(folder),
@@ -55,22 +55,22 @@ def last(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Weights of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("faults") / "whole"
+def undisturbed(tmp_path_factory):
+    """Weights at the end of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("interruptions") / "undisturbed"
     Trainer(config_in(folder)).run()
     return last(folder).weights
 
 
-def assert_resumes(folder, whole, workers=0):
+def assert_resumes(folder, undisturbed, workers=0):
     assert Trainer(config_in(folder, workers), resume=True).run()["step"] == STEPS
     weights = last(folder).weights
-    assert weights.keys() == whole.keys()
-    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+    assert weights.keys() == undisturbed.keys()
+    assert all(torch.equal(weights[name], undisturbed[name]) for name in undisturbed)
 
 
-def in_step(monkeypatch, number, what):
-    """Do something between forward and backward pass of a step's second micro-batch."""
+def in_step(monkeypatch, number, action):
+    """Call a function between forward and backward pass of a step's second micro-batch."""
     gradients = TrainStep._gradients
 
     def disturbed(self, micro, *arguments):
@@ -80,7 +80,7 @@ def in_step(monkeypatch, number, what):
             def disturb(*inputs):
                 self.criterion.forward = criterion
                 losses = criterion(*inputs)
-                what()
+                action()
                 return losses
 
             self.criterion.forward = disturb
@@ -95,7 +95,9 @@ def in_step(monkeypatch, number, what):
 @pytest.mark.parametrize(
     ("number", "times", "status"), [(signal.SIGTERM, 1, 0), (signal.SIGTERM, 2, 0), (signal.SIGINT, 1, 130)]
 )
-def test_a_signal_saves_the_current_step_and_ends_the_run(tmp_path, monkeypatch, whole, number, times, status, capfd):
+def test_a_signal_saves_the_current_step_and_ends_the_run(
+    tmp_path, monkeypatch, undisturbed, number, times, status, capfd
+):
     in_step(monkeypatch, 2, lambda: [os.kill(os.getpid(), number) for _ in range(times)])
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     line = ["--config", str(RECIPE), "--output", str(tmp_path / "run"), "--metrics", "semantic", "--log.pictures", "0",
@@ -105,12 +107,13 @@ def test_a_signal_saves_the_current_step_and_ends_the_run(tmp_path, monkeypatch,
     assert last(tmp_path / "run").step == 3 and not (tmp_path / "run" / "metrics.json").exists()
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     monkeypatch.undo()
-    assert_resumes(tmp_path / "run", whole)
+    assert_resumes(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
-def test_a_process_group_gets_sigterm_and_the_command_exits_0(tmp_path):
-    """As clusters do it: loader processes are sent the signal too."""
+def test_sigterm_to_the_process_group_ends_the_command_with_status_0(tmp_path):
+    """Loader processes get the signal too, as from the scheduler of a cluster."""
     line = [sys.executable, "-m", "maskformer_fast.train", "--config", str(RECIPE), "--output", str(tmp_path / "run"),
             "--solver.max-steps", "100000", "--data.workers", "2", "--log.checkpoint-every", "100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -119,14 +122,14 @@ def test_a_process_group_gets_sigterm_and_the_command_exits_0(tmp_path):
     while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text()):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert "Traceback" not in said and "stopped at step" in said
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors and "stopped at step" in errors
     steps = [json.loads(row)["step"] for row in log.read_text().splitlines()]
     assert last(tmp_path / "run").step == steps[-1]
 
 
-def test_a_signal_ends_a_validation_at_once_and_it_is_made_up_for(tmp_path, monkeypatch, whole):
+def test_a_signal_ends_a_validation_at_once_and_resuming_repeats_it(tmp_path, monkeypatch, undisturbed):
     from maskformer_fast.training import trainer as module
 
     trainer = Trainer(config_in(tmp_path))
@@ -139,27 +142,27 @@ def test_a_signal_ends_a_validation_at_once_and_it_is_made_up_for(tmp_path, monk
         patched.setattr(module, "measure", measure)
         assert trainer.run() == {} and trainer.stopped
     assert last(tmp_path).step == STEPS and not (tmp_path / "metrics.json").exists()
-    assert_resumes(tmp_path, whole)
+    assert_resumes(tmp_path, undisturbed)
 
 
-def test_a_second_signal_acts_as_it_used_to():
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+def test_a_second_signal_has_its_previous_effect():
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGINT)
             assert signals.received is signal.SIGINT
             with pytest.raises(Stopped), signals.at_once():
-                pytest.fail("work that is not waited for was begun")
+                pytest.fail("the block was entered")
             os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGINT, previous)
 
 
-def test_a_second_sigterm_counts_once_it_cannot_be_the_first(monkeypatch):
+def test_a_repeated_sigterm_counts_only_after_a_while(monkeypatch):
     seen = []
-    monkeypatch.setattr(faults, "ECHO", 0.05)
-    former = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    monkeypatch.setattr(interruptions, "REPEAT_SECONDS", 0.05)
+    previous = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
         with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -168,7 +171,7 @@ def test_a_second_sigterm_counts_once_it_cannot_be_the_first(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             assert seen == [signal.SIGTERM]
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_signals_are_left_alone_outside_the_main_thread():
@@ -198,9 +201,9 @@ def cuda_too_much():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\nmore lines")
 
 
-@pytest.mark.parametrize("fault", [too_much, cuda_too_much], ids=["cpu", "cuda"])
-def test_running_out_of_memory_saves_the_run_and_says_what_helps(tmp_path, monkeypatch, whole, fault):
-    in_step(monkeypatch, 3, fault)
+@pytest.mark.parametrize("allocate", [too_much, cuda_too_much], ids=["cpu", "cuda"])
+def test_running_out_of_memory_saves_the_run_and_names_options_that_help(tmp_path, monkeypatch, undisturbed, allocate):
+    in_step(monkeypatch, 3, allocate)
     with pytest.raises(OutOfMemory) as raised:
         Trainer(config_in(tmp_path)).run()
     message = str(raised.value)
@@ -209,27 +212,27 @@ def test_running_out_of_memory_saves_the_run_and_says_what_helps(tmp_path, monke
     assert "--resume continues from" in message and "step_00000003" in message and "\n" not in message
     assert last(tmp_path).step == 3
     monkeypatch.undo()
-    assert_resumes(tmp_path, whole)
+    assert_resumes(tmp_path, undisturbed)
 
 
-def test_out_of_memory_before_the_first_checkpoint_says_so(tmp_path, monkeypatch):
+def test_out_of_memory_before_the_first_checkpoint_is_reported_as_such(tmp_path, monkeypatch):
     in_step(monkeypatch, 0, too_much)
     with pytest.raises(OutOfMemory, match="There is no checkpoint yet"):
         Trainer(config_in(tmp_path)).run()
 
 
-def test_out_of_memory_in_validation_names_its_own_options(tmp_path, monkeypatch, whole):
+def test_out_of_memory_in_validation_names_options_of_validation(tmp_path, monkeypatch, undisturbed):
     from maskformer_fast.training import trainer as module
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "measure", lambda *_, **__: too_much())
         with pytest.raises(OutOfMemory, match=r"validation with 1 images.*--test\.short-edge.*step_00000005"):
             Trainer(config_in(tmp_path)).run()
-    assert_resumes(tmp_path, whole)
+    assert_resumes(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("x"), KeyError("memory")])
-def test_other_errors_are_left_as_they_are(tmp_path, monkeypatch, error):
+def test_other_errors_pass_unchanged(tmp_path, monkeypatch, error):
     def fail():
         raise error
 
@@ -240,7 +243,7 @@ def test_other_errors_are_left_as_they_are(tmp_path, monkeypatch, error):
     assert raised.value is error and not (tmp_path / "checkpoints").exists()
 
 
-def test_errors_that_mean_no_memory_are_known():
+def test_errors_of_running_out_of_memory_are_recognised():
     for kind in (torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("CUDA error: out of memory")):
         assert is_out_of_memory(kind)
     with pytest.raises(RuntimeError) as raised:
@@ -248,7 +251,7 @@ def test_errors_that_mean_no_memory_are_known():
     assert is_out_of_memory(raised.value)
 
 
-def test_advice_names_only_what_can_still_be_changed():
+def test_advice_names_only_options_that_can_still_reduce_memory():
     config = config_in("x")
     at_end = replace(config, solver=replace(config.solver, accumulate=4))
     assert "--solver.accumulate" not in training_advice(at_end, torch.device("cpu"), (32, 32))
@@ -259,8 +262,8 @@ def test_advice_names_only_what_can_still_be_changed():
 # Loader processes
 
 
-@pytest.mark.parametrize(("noticed", "step"), [("by its signal", 2), ("when data are wanted", 3)])
-def test_a_killed_loader_process_is_explained_and_the_run_resumes(tmp_path, monkeypatch, whole, noticed, step):
+@pytest.mark.parametrize(("noticed", "step"), [("by its signal", 2), ("at the next batch", 3)])
+def test_a_killed_loader_process_is_explained_and_the_run_resumes(tmp_path, monkeypatch, undisturbed, noticed, step):
     def kill():
         victim = multiprocessing.active_children()[0]
         if step == 3:
@@ -269,16 +272,16 @@ def test_a_killed_loader_process_is_explained_and_the_run_resumes(tmp_path, monk
         os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
 
     in_step(monkeypatch, 2, kill)
-    former = signal.getsignal(signal.SIGCHLD)
+    previous = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(WorkerLost, match=r"OOM killer.*fewer --data\.workers.*--resume continues from") as raised:
         Trainer(config_in(tmp_path, workers=1)).run()
     if step == 3:
-        signal.signal(signal.SIGCHLD, former)
+        signal.signal(signal.SIGCHLD, previous)
     assert is_lost_worker(raised.value.__cause__) and last(tmp_path).step == step
     monkeypatch.undo()
-    assert_resumes(tmp_path, whole, workers=1)
+    assert_resumes(tmp_path, undisturbed, workers=1)
 
 
-def test_a_bus_error_is_shared_memory():
+def test_a_bus_error_is_explained_by_shared_memory():
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that")
     assert "--shm-size" in str(worker_lost(error, "saved"))

@@ -35,7 +35,7 @@ def random_batch(seed: int, counts: list[int], queries: int = 5, layers: int = 2
 
 
 def best_total(cost: torch.Tensor) -> float:
-    """Least cost over every injection of the smaller side into the larger."""
+    """Least total cost over every assignment of the smaller set to the larger."""
     cost = cost if cost.shape[0] >= cost.shape[1] else cost.T
     columns = range(cost.shape[1])
     return min(float(sum(cost[r, c] for r, c in zip(rows, columns, strict=True)))
@@ -44,7 +44,7 @@ def best_total(cost: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("counts", [[3, 1, 0], [2, 5], [6, 2], [1]])
 @pytest.mark.parametrize("padding", ["exclude", "include"])
-def test_is_the_cheapest_assignment(counts, padding):
+def test_a_matching_has_the_least_total_cost_of_all_permutations(counts, padding):
     predictions, targets = random_batch(sum(counts), counts)
     loss = LossConfig(padding=padding)
     matching = match(predictions, targets, loss)
@@ -63,7 +63,7 @@ def test_is_the_cheapest_assignment(counts, padding):
 
 @given(st.integers(0, 10_000), st.permutations(range(4)))
 @settings(max_examples=25, deadline=None)
-def test_follows_a_permutation_of_the_targets(seed, order):
+def test_permuting_the_targets_permutes_the_matching(seed, order):
     predictions, targets = random_batch(seed, [4, 4])
     permuted = targets._replace(labels=targets.labels[:, order], masks=targets.masks[:, order])
     query = match(predictions, targets, LossConfig()).query
@@ -71,7 +71,7 @@ def test_follows_a_permutation_of_the_targets(seed, order):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_broken_layer_and_image_is_reported_and_left_out(value):
+def test_a_layer_of_an_image_with_a_non_finite_cost_is_reported_and_unmatched(value):
     predictions, targets = random_batch(1, [2, 3, 1])
     clean = match(predictions, targets, LossConfig())
     predictions.mask_embeddings[0, 1, 2, 3] = value
@@ -100,7 +100,7 @@ def test_an_image_without_a_finite_assignment_is_reported(monkeypatch, counts):
     assert torch.equal(matching.query[~expected], clean.query[~expected])
 
 
-def test_no_target_in_the_batch():
+def test_a_batch_without_targets_has_an_empty_matching():
     predictions, targets = random_batch(2, [0, 0])
     matching = match(predictions, targets, LossConfig())
     assert matching.query.shape == (2, 2, 0) and not matching.nonfinite.any()

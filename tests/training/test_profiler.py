@@ -1,4 +1,4 @@
-"""``--profile``."""
+"""Trace of a few training steps (``--profile``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from maskformer_fast import train
 from maskformer_fast.modeling.weights import load_weights
 from maskformer_fast.recipes import load_recipe
-from maskformer_fast.training.profiler import TRACED, WARM_UP, step_trace
+from maskformer_fast.training.profiler import TRACED_STEPS, WARM_UP_STEPS, profile_steps
 from maskformer_fast.training.trainer import Trainer
 from tests.support.paths import TINY_RECIPE
 
@@ -19,13 +19,13 @@ PHASES = {"data", "forward", "criterion", "backward", "update"}
 
 
 def test_a_profiled_run_writes_its_trace_and_ends_with_the_same_weights(tmp_path):
-    steps = WARM_UP + TRACED + 1
+    steps = WARM_UP_STEPS + TRACED_STEPS + 1
     line = ["--config", str(RECIPE), "--solver.max-steps", str(steps), "--metrics", "semantic", "--output"]
     assert train.main([*line, str(tmp_path / "run"), "--profile"]) == 0
     trace = json.loads((tmp_path / "run" / "profile" / "trace_rank_0.json").read_text())
     names = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
     for phase in PHASES:
-        assert names.count(f"step: {phase}") == TRACED, phase
+        assert names.count(f"step: {phase}") == TRACED_STEPS, phase
     assert any("adamw" in event.get("name", "") for event in trace["traceEvents"])
     config = load_recipe(RECIPE)
     config = replace(config, output=str(tmp_path / "plain"), metrics=("semantic",),
@@ -35,8 +35,8 @@ def test_a_profiled_run_writes_its_trace_and_ends_with_the_same_weights(tmp_path
     assert all(torch.equal(profiled[name], plain[name]) for name in plain)
 
 
-def test_a_run_that_is_too_short_to_trace_says_so(tmp_path, caplog):
-    with step_trace(tmp_path / "profile", torch.device("cpu")) as traced:
-        for _ in range(WARM_UP - 2):
-            traced()
+def test_a_run_too_short_for_a_trace_logs_a_warning(tmp_path, caplog):
+    with profile_steps(tmp_path / "profile", torch.device("cpu")) as end_profiled_step:
+        for _ in range(WARM_UP_STEPS - 2):
+            end_profiled_step()
     assert "no trace was written: it takes 8 steps" in caplog.text and not (tmp_path / "profile").exists()

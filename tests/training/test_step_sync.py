@@ -1,4 +1,4 @@
-"""Nothing in a training step makes the host wait for the device, and late reports of steps are read in order."""
+"""A training step never makes the host wait for the device, and late reports of steps are read in order."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskformer_fast.config import BackboneConfig, LossConfig
 from maskformer_fast.training.criterion import Criterion
-from maskformer_fast.training.skipped_steps import SkippedSteps, TrainingDiverged, Verdict
+from maskformer_fast.training.skipped_steps import SkippedSteps, StepReport, TrainingDiverged
 from tests.support.step_cases import CLASSES, SWIN, TINY, batches, config_of, spoil, step_of
 
-# Late reports
+# Late reports of steps
 
 
-class Arrival:
-    """An event that has not happened until ``here``."""
+class FakeEvent:
+    """CUDA event that happens when a test sets ``happened``."""
 
     def __init__(self):
-        self.here = False
+        self.happened = False
         self.waited = False
 
     def query(self):
-        return self.here
+        return self.happened
 
     def synchronize(self):
-        self.waited = not self.here
+        self.waited = not self.happened
 
 
 def test_reports_are_read_in_order_once_they_have_arrived(monkeypatch, caplog):
     arrivals = []
-    send = Verdict.send
+    to_host = StepReport.to_host
 
-    def send_late(self):
-        arrivals.append(Arrival())
-        return send(self)[0], arrivals[-1]
+    def to_host_late(self):
+        arrivals.append(FakeEvent())
+        return to_host(self)[0], arrivals[-1]
 
-    monkeypatch.setattr(Verdict, "send", send_late)
+    monkeypatch.setattr(StepReport, "to_host", to_host_late)
     step = step_of(config_of(loss={"max_nonfinite_steps": 4}))
     iterator = batches(1)
     undo = spoil(step, "loss")
     step.run(iterator)
     step.run(iterator)
-    arrivals[1].here = True
+    arrivals[1].happened = True
     undo()
     step.run(iterator)
     assert not caplog.text and step.skipped == 0  # the first has not arrived, and nothing waits for it
-    arrivals[0].here = True
+    arrivals[0].happened = True
     step.run(iterator)
     assert "step 0 skipped" in caplog.text and "step 1 skipped" in caplog.text
     assert step.skipped == step.skipped_in_a_row == 2
@@ -76,14 +76,14 @@ def test_counters_survive_a_checkpoint():
         again.run(iterator)
 
 
-# No host read
+# Reads by the host
 
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique2", "_unique2",
          "repeat_interleave.Tensor", "allclose", "bincount"}  # fmt: skip
 
 
 class NoHostRead(TorchDispatchMode):
-    """Fails on what would make the host wait for a device: numbers read, and shapes that depend on them."""
+    """Fails on operations for which the host waits for a device: reads of values, and shapes that depend on values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         packet, _, overload = func.name().removeprefix("aten::").partition(".")
@@ -95,7 +95,7 @@ class NoHostRead(TorchDispatchMode):
 
 @contextmanager
 def no_host_read(monkeypatch):
-    """Inside, reading a tensor's values fails, but in the reader of reports."""
+    """Let reads of a tensor's values fail, except in the reader of reports."""
     allowed = []
     for name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__contains__"):
         original = getattr(torch.Tensor, name)
@@ -105,16 +105,16 @@ def no_host_read(monkeypatch):
             return original(self, *arguments)
 
         monkeypatch.setattr(torch.Tensor, name, checked)
-    judge = SkippedSteps._judge
+    read_report = SkippedSteps._read_report
 
-    def judge_allowed(self, report):
+    def read_allowed(self, pending):
         allowed.append(True)
         try:
-            judge(self, report)
+            read_report(self, pending)
         finally:
             allowed.pop()
 
-    monkeypatch.setattr(SkippedSteps, "_judge", judge_allowed)
+    monkeypatch.setattr(SkippedSteps, "_read_report", read_allowed)
     with NoHostRead():
         yield
     monkeypatch.undo()
@@ -122,7 +122,7 @@ def no_host_read(monkeypatch):
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["maskformer", "per_pixel_plus", "swin"])
-def test_the_host_reads_nothing_in_a_step(amp, kind, monkeypatch):
+def test_the_host_reads_no_value_in_a_step(amp, kind, monkeypatch):
     backbone = replace(SWIN, drop_path_rate=0.2, checkpointing=True) if kind == "swin" else TINY.model.backbone
     config = config_of("maskformer" if kind == "swin" else kind, backbone, accumulate=2, amp=amp)
     step = step_of(config)
@@ -139,7 +139,7 @@ def test_the_host_reads_nothing_in_a_step(amp, kind, monkeypatch):
 
 @pytest.mark.parametrize("read", [lambda t: float(t), lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: bool(t),
                                   lambda t: t.tolist()])  # fmt: skip
-def test_a_host_read_is_noticed(read, monkeypatch):
+def test_the_check_notices_every_kind_of_host_read(read, monkeypatch):
     with pytest.raises(AssertionError, match=r"reads from the device|indexed by a mask"), no_host_read(monkeypatch):
         read(torch.ones(()) if read(torch.ones(1)) is not None else None)
 

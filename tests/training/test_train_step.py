@@ -1,4 +1,4 @@
-"""The training step: accumulation, and skipped steps that change nothing."""
+"""Training step: accumulation, and skipped steps that change nothing."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_micro_batches_give_the_numbers_of_one_batch(parts, kind, backbone, loss
     iterators = [batches(number) for number in (1, parts)]
     for _ in range(3):
         one, several = (step.run(iterator) for step, iterator in zip(steps, iterators, strict=True))
-        assert one.names == several.names and one.updated and several.updated
-        torch.testing.assert_close(several.values, one.values, rtol=1e-5, atol=1e-5)
+        assert list(one.scalars) == list(several.scalars) and one.updated and several.updated
+        torch.testing.assert_close(several.scalars, one.scalars, rtol=1e-5, atol=1e-5)
     weights = [step.network.state_dict() for step in steps]
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-5)
     start = step_of(config_of(kind, backbone, loss)).network.state_dict()
@@ -48,7 +48,7 @@ def test_micro_batches_give_the_numbers_of_one_batch(parts, kind, backbone, loss
 
 @pytest.mark.parametrize("where", ["cost", "cost of one image", "loss", "gradient"])
 @pytest.mark.parametrize("first", [0, 2])
-def test_a_skipped_step_changes_nothing_at_all(where, first, caplog):
+def test_a_skipped_step_changes_no_weight_buffer_or_optimiser_state(where, first, caplog):
     step = step_of(config_of(backbone=TINY.model.backbone, accumulate=2))  # BatchNorm has statistics to spoil
     iterator = batches(2)
     for _ in range(first):
@@ -58,19 +58,19 @@ def test_a_skipped_step_changes_nothing_at_all(where, first, caplog):
     record = step.run(iterator)
     assert not record.updated and step.skipped == step.skipped_in_a_row == 1 and step.step == first + 1
     assert f"step {first} skipped" in caplog.text
-    said = {
+    messages = {
         "cost": "decoder layer 1, image image4 (image4.jpg); and 2 more\n",  # an image without targets has no cost
         "cost of one image": ": non-finite matching cost in decoder layer 0, image image6 (image6.jpg)\n",
         "loss": "non-finite loss (loss_ce_0=inf) on images image4, image5, image6, image7",
         "gradient": "gradient norm",
     }
-    assert said[where] in caplog.text
+    assert messages[where] in caplog.text
     assert_same(before, state(step))
     undo()
     assert step.run(iterator).updated and step.skipped == 1 and step.skipped_in_a_row == 0
 
 
-def test_a_skipped_first_step_is_as_if_it_had_not_been():
+def test_a_run_whose_first_step_is_skipped_equals_one_that_starts_after_it():
     steps = [step_of(config_of()) for _ in range(2)]
     undo = spoil(steps[1], "loss")
     steps[1].run(batches(1, seed=5))
@@ -81,7 +81,7 @@ def test_a_skipped_first_step_is_as_if_it_had_not_been():
     assert_same(state(steps[0]), state(steps[1]))
 
 
-def test_fp16_overflow_lowers_the_scale_and_counts_only_at_scale_one():
+def test_an_fp16_overflow_lowers_the_scale_and_counts_as_skipped_only_at_scale_one():
     step = step_of(config_of(amp="fp16"))
     iterator = batches(1)
     step.run(iterator)  # makes the scaler's tensors
@@ -102,10 +102,10 @@ def test_a_run_continues_in_another_precision(before, after):
     step, other = step_of(config_of(amp=before)), step_of(config_of(amp=after))
     step.run(batches(1))
     other.load_state_dict(step.state_dict())
-    assert other.step == 1 and other.run(batches(1)).names
+    assert other.step == 1 and other.run(batches(1)).scalars
 
 
-def test_an_interrupted_step_is_undone_unless_the_update_had_begun(monkeypatch):
+def test_an_interrupted_step_is_undone_unless_its_update_had_begun(monkeypatch):
     step = step_of(config_of(backbone=TINY.model.backbone, accumulate=2))
     iterator = batches(2)
     step.run(iterator)

@@ -1,3 +1,5 @@
+"""Runs of the tiny recipe: files, resuming, skipped steps, options."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ TINY = load_recipe(TINY_RECIPE)
 
 
 def tiny(folder, **sections):
-    """The tiny recipe in a folder, with some fields of its sections replaced."""
+    """Tiny recipe in a folder, with some fields of its sections replaced."""
     changed = {name: replace(getattr(TINY, name), **fields) for name, fields in sections.items()}
     return replace(TINY, output=str(folder), **changed)
 
@@ -51,18 +53,18 @@ def test_a_run_leaves_metrics_pictures_logs_and_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, workers, monkeypatch):
-    Trainer(tiny(tmp_path / "whole", data={"workers": workers})).run()
+    Trainer(tiny(tmp_path / "undisturbed", data={"workers": workers})).run()
 
     config = tiny(tmp_path / "cut", data={"workers": workers})
     trainer = Trainer(config)
     step = TrainStep.run
 
-    def stop_at_five(self, *arguments):
+    def interrupt_at_five(self, *arguments):
         if self.step == 5:
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(TrainStep, "run", stop_at_five)
+    monkeypatch.setattr(TrainStep, "run", interrupt_at_five)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     monkeypatch.undo()
@@ -70,7 +72,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, workers, monkey
     resumed = Trainer(config, resume=True)
     assert resumed.step == 4
     resumed.run()
-    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert_same_weights(weights(tmp_path / "undisturbed"), weights(tmp_path / "cut"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps.count(5) == 1
 
@@ -87,7 +89,7 @@ def test_a_finished_run_resumes_to_its_metrics(tmp_path):
     assert again["step"] == 6 and again["miou"] == metrics["miou"]
 
 
-def test_a_failing_validation_loses_no_checkpoint_and_is_made_up_for(tmp_path, monkeypatch):
+def test_a_failing_validation_loses_no_checkpoint_and_resuming_repeats_it(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "validate", lambda self: (_ for _ in ()).throw(MemoryError("validation")))
     with pytest.raises(MemoryError):
         Trainer(tiny(tmp_path)).run()
@@ -108,7 +110,7 @@ def test_the_best_checkpoint_is_kept_over_a_resume(tmp_path, monkeypatch):
     assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 2
 
 
-def test_training_starts_from_a_whole_checkpoint_with_a_new_classifier(tmp_path, caplog):
+def test_training_starts_from_a_checkpoint_with_a_new_classifier(tmp_path, caplog):
     first = Trainer(tiny(tmp_path / "first", solver={"max_steps": 1}))
     first.run()
     given = weights(tmp_path / "first")
@@ -147,11 +149,11 @@ def test_seed_changes_the_weights(tmp_path):
     assert not torch.equal(a["predictor.class_embed.weight"], b["predictor.class_embed.weight"])
 
 
-def poison(trainer, steps):
-    """Make the loss of the given steps non-finite, after a forward pass that spoils BatchNorm statistics as well."""
+def make_non_finite(trainer, steps):
+    """Make the costs and the BatchNorm statistics of the given steps NaN."""
     forward = trainer.train_step.forward
 
-    def poisoned(images, sizes):
+    def forward_with_nan(images, sizes):
         predictions = forward(images, sizes)
         if trainer.step in steps:
             for buffer in trainer.network.buffers():
@@ -160,12 +162,12 @@ def poison(trainer, steps):
             return predictions._replace(mask_embeddings=predictions.mask_embeddings * float("nan"))
         return predictions
 
-    trainer.train_step.forward = poisoned
+    trainer.train_step.forward = forward_with_nan
 
 
 def test_a_non_finite_step_is_skipped_counted_and_named(tmp_path, caplog):
     trainer = Trainer(tiny(tmp_path))
-    poison(trainer, {2, 4})
+    make_non_finite(trainer, {2, 4})
     trainer.run()
     assert trainer.skipped == 2 and trainer.train_step.skipped_in_a_row == 0
     assert "step 2 skipped" in caplog.text
@@ -177,7 +179,7 @@ def test_a_non_finite_step_is_skipped_counted_and_named(tmp_path, caplog):
 def test_a_skipped_step_leaves_weights_and_statistics_untouched(tmp_path):
     trainer = Trainer(tiny(tmp_path, solver={"max_steps": 1}))
     before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
-    poison(trainer, {0})
+    make_non_finite(trainer, {0})
     trainer.run()
     assert_same_weights(
         {name: tensor for name, tensor in before.items() if tensor.is_floating_point()},
@@ -187,7 +189,7 @@ def test_a_skipped_step_leaves_weights_and_statistics_untouched(tmp_path):
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     trainer = Trainer(tiny(tmp_path, loss={"max_nonfinite_steps": 3}))
-    poison(trainer, {1, 2, 3, 4, 5})
+    make_non_finite(trainer, {1, 2, 3, 4, 5})
     with pytest.raises(TrainingDiverged, match="3 steps in a row.*step 3"):
         trainer.run()
     assert trainer.step == 4 and trainer.skipped == 3
@@ -204,7 +206,7 @@ def test_fp16_gradients_that_stay_infinite_stop_the_run(tmp_path, monkeypatch):
 
 def test_the_log_stays_json_when_a_loss_is_not_finite(tmp_path):
     trainer = Trainer(tiny(tmp_path, solver={"max_steps": 2}))
-    poison(trainer, {1})
+    make_non_finite(trainer, {1})
     trainer.run()
     for line in (tmp_path / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -256,8 +258,8 @@ def test_per_pixel_baselines_train_for_semantic_segmentation(tmp_path, kind):
         Trainer(replace(config, metrics=("panoptic",)))
 
 
-def test_training_learns(tmp_path):
-    """Forty steps on one batch of scenes must cut the loss by a third."""
+def test_training_reduces_the_loss(tmp_path):
+    """Forty steps on one batch of scenes reduce the loss by a third."""
     config = tiny(
         tmp_path,
         data={"augment": replace(TINY.data.augment, scale_mode="none", crop_size=None, color_jitter=False),

@@ -26,7 +26,8 @@ import numpy as np
 
 from maskformer_fast.config import Task
 from maskformer_fast.core.image_resize import short_edge_size
-from maskformer_fast.deploy.bundle.manifest import BundleError, Manifest, Preprocess, Shape, expect, plain, typed
+from maskformer_fast.core.typed import to_plain
+from maskformer_fast.deploy.bundle.manifest import READER, BundleError, Manifest, Preprocess, Shape, expect
 
 FILE = "kernels/tapes.json"
 FORMAT = "maskformer_fast.tapes.1"
@@ -248,7 +249,7 @@ class TapeFile:
 
     def to_bytes(self) -> bytes:
         """The file."""
-        data = {"format": FORMAT, **plain(self, TapeFile)}
+        data = {"format": FORMAT, **to_plain(self)}
         return (json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
 
     @classmethod
@@ -261,7 +262,7 @@ class TapeFile:
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{FILE}: expected JSON text, got {type(error).__name__}: {error}") from None
         expect(isinstance(data, dict) and data.pop("format", None) == FORMAT, FILE, f"the format {FORMAT}", "another")
-        found: TapeFile = typed(data, cls, "tapes")
+        found: TapeFile = READER.read(cls, data, "tapes")
         found.check(manifest)
         return found
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-import types
-import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.core.typed import TypedReader, to_plain
 
 FORMAT = "maskformer_fast.bundle.1"
 """Value of the manifest's key ``format``; another one is another layout."""
@@ -37,6 +35,10 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 class BundleError(ValueError):
     """A bundle that is damaged, was changed, or does not fit."""
+
+
+READER = TypedReader(error=BundleError, locate_checks=True)
+"""Reader of a bundle's JSON files: every key must be there, and nothing is converted."""
 
 
 def expect(condition: bool, name: str, expected: str, got: object) -> None:
@@ -238,7 +240,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers, as `from_json` reads them."""
-        return {"format": FORMAT, **plain(self, Manifest)}
+        return {"format": FORMAT, **to_plain(self)}
 
     @classmethod
     def from_json(cls, data: object) -> Manifest:
@@ -246,7 +248,9 @@ class Manifest:
         if not isinstance(data, dict):
             raise BundleError(f"manifest: expected an object, got {type(data).__name__}")
         expect(data.get("format") == FORMAT, "format", repr(FORMAT), data.get("format"))
-        return typed({key: value for key, value in data.items() if key != "format"}, cls, "manifest")
+        content = {key: value for key, value in data.items() if key != "format"}
+        manifest: Manifest = READER.read(cls, content, "manifest")
+        return manifest
 
 
 def manifest_bytes(manifest: Manifest) -> tuple[bytes, str]:
@@ -281,48 +285,3 @@ def _digest(data: dict[str, Any]) -> str:
 
 def _check_targets(name: str, targets: tuple[str, ...]) -> None:
     expect(all(_TARGET.fullmatch(target) for target in targets), name, "targets as sm_87", targets)
-
-
-def plain(value: Any, kind: Any) -> Any:
-    """A value of a declared type -> JSON's types; whole numbers in float fields become floats."""
-    if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return {f.name: plain(getattr(value, f.name), hints[f.name]) for f in fields(kind)}
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return [plain(item, arguments[0]) for item in value]  # all of this module's tuples are of one type
-    if typing.get_origin(kind) is dict:
-        return {key: plain(item, arguments[1]) for key, item in value.items()}
-    return float(value) if kind is float else value
-
-
-def typed(value: Any, kind: Any, where: str) -> Any:
-    """JSON's types -> a value of a declared type; nothing is converted on the way. Raises `BundleError`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        expect(isinstance(value, dict), where, "an object", value)
-        unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
-        expect(not unknown, where, f"the keys {', '.join(hints)}", f"also {unknown}")
-        expect(not missing, where, f"the keys {', '.join(hints)}", f"none of {missing}")
-        items = {name: typed(value[name], hint, f"{where}.{name}") for name, hint in hints.items()}
-        try:
-            return typing.cast(Any, kind)(**items)
-        except ValueError as error:
-            raise BundleError(f"{where}.{error}") from None
-    if origin is tuple:
-        expect(isinstance(value, list), where, "a list", value)
-        length = len(value) if arguments[-1] is Ellipsis else len(arguments)
-        expect(len(value) == length, where, f"{length} entries", value)
-        return tuple(typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        expect(isinstance(value, dict), where, "an object", value)
-        return {key: typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
-    if origin is Literal:
-        expect(isinstance(value, str) and value in arguments, where, f"one of {', '.join(arguments)}", value)
-        return value
-    choices = arguments if origin is types.UnionType else (kind,)
-    # By type and not by isinstance: a bool is no number here.
-    expect(type(value) in choices, where, " or ".join(choice.__name__ for choice in choices), value)
-    expect(not isinstance(value, float) or math.isfinite(value), where, "a finite number", value)
-    return value

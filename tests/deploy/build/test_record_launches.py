@@ -296,9 +296,9 @@ POINTER, NUMBER = "tapes.0.after.0.arguments.0", "tapes.0.after.1.arguments.9"
 FILL = {"buffer": "labels", "offset": 0, "bytes": 4, "value": 0}
 HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "another format": (set_at("format", "other"), "the format"),
-    "an unknown key": (set_at("tapes.0.more", 1), "also"),
+    "an unknown key": (set_at("tapes.0.more", 1), "an unknown key"),
     "a float for a whole number": (set_at(f"{POINTER}.value", 0.5), "a whole number"),
-    "a bool for a number": (set_at(f"{NUMBER}.value", True), "int or float"),
+    "a bool for a number": (set_at(f"{NUMBER}.value", True), "an integer or a finite number"),
     "no such buffer": (set_at(f"{POINTER}.buffer", "elsewhere"), "one of the tape's buffers"),
     "an address": (set_at(f"{POINTER}.buffer", None), "one of the tape's buffers"),
     "a pointer for a number": (set_at(f"{NUMBER}.buffer", "labels"), "a number of"),
@@ -309,7 +309,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "a number too large": (set_at(f"{NUMBER}.value", 1 << 31), "a number of"),
     "no blocks": (set_at("tapes.0.after.0.grid", [0, 1, 1]), "grid"),
     "too many blocks": (set_at("tapes.0.after.0.grid", [1, 65536, 1]), "grid"),
-    "a grid of two": (set_at("tapes.0.after.0.grid", [1, 1]), "3 entries"),
+    "a grid of two": (set_at("tapes.0.after.0.grid", [1, 1]), "a list of 3"),
     "an unknown kernel": (set_at("tapes.0.after.0.kernel", "other"), "kernel"),
     "too few arguments": (lambda data: launch_of(data)["arguments"].pop(), "arguments"),
     "a fill too long": (lambda data: launch_of(data)["fills"].append(FILL | {"bytes": 1 << 20}), "fill"),

@@ -1,0 +1,90 @@
+"""Description of this machine, and the peak memory of this process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch", "triton", "numpy", "scipy", "pillow", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx",
+    "cuda-python",
+)  # fmt: skip
+"""Packages whose versions belong to a description of a machine."""
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, usable cores, threads, GPUs as ``nvidia-smi`` names them, system, and versions of what is installed.
+
+    The keys are ``cpu``, ``cores`` (those that this process may use), ``threads`` (``OMP_NUM_THREADS``), ``gpus``,
+    ``system``, ``python``, and the name of each installed package of `PACKAGES`.
+    """
+    return {
+        "cpu": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all cores"),
+        "gpus": gpu_names(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version for package in PACKAGES if (version := installed_version(package))},
+    }
+
+
+def gpu_names() -> list[str]:
+    """Names of the NVIDIA GPUs; empty without a driver."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return process.stdout.strip().splitlines() if process.returncode == 0 else []
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, by its name in the package index; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def peak_resident_bytes() -> int:
+    """Peak size of this process's resident set in bytes, since its start or since `reset_peak_resident_bytes`.
+
+    Raises:
+        OSError: the system does not record it.
+    """
+    # Not `ru_maxrss` on Linux: a new process inherits the value of the process that started it.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError as error:
+        raise OSError("this system does not record the peak memory of a process") from error
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_resident_bytes() -> None:
+    """Make the current size of the resident set the peak that `peak_resident_bytes` gives.
+
+    Raises:
+        OSError: the system cannot; only Linux can.
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,57 @@
+"""Descriptions of the machine and the peak memory of a process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskformer_fast.core import machine
+
+MIB = 2**20
+
+
+def test_description_names_the_processor_and_the_installed_versions() -> None:
+    description = machine.describe_machine()
+    assert description["cpu"] and description["cores"] >= 1
+    assert description["numpy"] == np.__version__
+    assert list(description)[:6] == ["cpu", "cores", "threads", "gpus", "system", "python"]
+
+
+def test_version_of_a_package_that_is_not_installed_is_none() -> None:
+    assert machine.installed_version("numpy") == importlib.metadata.version("numpy")
+    assert machine.installed_version("no-such-package-is-installed") is None
+
+
+def test_no_driver_means_no_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.gpu_names() == []
+
+
+def test_peak_grows_by_an_array_and_stays_when_the_array_is_freed() -> None:
+    before = machine.peak_resident_bytes()
+    array = np.ones(before + 64 * MIB, dtype=np.uint8)
+    del array
+    assert machine.peak_resident_bytes() >= before + 64 * MIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the peak")
+def test_peak_starts_anew_after_a_reset() -> None:
+    array = np.ones(256 * MIB, dtype=np.uint8)
+    high = machine.peak_resident_bytes()
+    del array
+    machine.reset_peak_resident_bytes()
+    assert machine.peak_resident_bytes() < high - 128 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak that Linux hands on to a new process")
+def test_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
+    array = np.ones(512 * MIB, dtype=np.uint8)
+    code = "from maskformer_fast.core.machine import peak_resident_bytes; print(peak_resident_bytes())"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    del array
+    assert int(output) < 256 * MIB
