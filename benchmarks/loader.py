@@ -33,8 +33,8 @@ from maskformer_fast.config import AugmentConfig, Config, DataConfig, ShapesConf
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write
 from maskformer_fast.data import build_dataset
-from maskformer_fast.data.loader import Batch, train_loader
-from maskformer_fast.structures import unpack_masks
+from maskformer_fast.data.loader import train_loader
+from maskformer_fast.structures import Batch, unpack_masks
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 SIZE = (512, 683)

@@ -1,4 +1,4 @@
-"""The tensors that flow between the parts: predictions, targets and examples.
+"""Data that the parts of the package exchange: examples, batches, predictions and targets.
 
 Masks are bit-packed along the width, 8 pixels to a byte, least significant bit first (``numpy.packbits`` with
 ``bitorder="little"``): pixel ``x`` is bit ``x % 8`` of byte ``x // 8``. Padding bits are zero.
@@ -44,7 +44,7 @@ def unpack_masks(
 
 
 class Projection(NamedTuple):
-    """A convolution, linear and of unchanged size (odd k, zeros around), not yet applied to its input."""
+    """A linear convolution that keeps the size (odd k, zero padding), not yet applied to its input."""
 
     weight: Tensor  # [D, C, k, k]
     bias: Tensor  # [D]
@@ -53,7 +53,7 @@ class Projection(NamedTuple):
         self,
         features: Tensor,  # [B, C, h, w]
     ) -> Tensor:
-        """Apply it, in the precision of the features -> [B, D, h, w]."""
+        """Apply the convolution, in the precision of the features -> [B, D, h, w]."""
         weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
         return F.conv2d(features, weight, bias, padding=weight.shape[-1] // 2)
 
@@ -61,7 +61,7 @@ class Projection(NamedTuple):
         self,
         embeddings: Tensor,  # [N, D]
     ) -> Projection:
-        """The convolution whose output is the embeddings times this one's output: weight [N, C, k, k], bias [N]."""
+        """Convolution that computes the embeddings times this one's output: weight [N, C, k, k], bias [N]."""
         weight, bias = self.weight.to(embeddings.dtype), self.bias.to(embeddings.dtype)
         return Projection((embeddings @ weight.flatten(1)).unflatten(1, weight.shape[1:]), embeddings @ bias)
 
@@ -69,26 +69,26 @@ class Projection(NamedTuple):
 class Predictions(NamedTuple):
     """Output of the network for a batch. Mask logits stay factored; `ops.mask_product.layer_mask_logits` computes them.
 
-    L is the number of decoder layers kept (all with deep supervision, else 1), the final one last. Where only masks are
-    wanted, in inference, the convolution that ends the pixel decoder is left to do as ``projection``, so that it may
-    be done for the wanted masks alone; ``pixel_embeddings`` are the same either way.
+    L is the number of decoder layers kept (all with deep supervision, else 1), the final one last. In inference the
+    last convolution of the pixel decoder is not applied but given as ``projection``, so that it can be computed for the
+    wanted masks only; ``pixel_embeddings`` are the same either way.
     """
 
     class_logits: Tensor  # [L, B, Q, K+1], "no object" last
     mask_embeddings: Tensor  # [L, B, Q, D]
-    pixel_features: Tensor  # [B, D, h, w], stride 4 of the padded input: pixel embeddings, or [B, C, h, w] to project
+    pixel_features: Tensor  # pixel embeddings [B, D, h, w] at stride 4 of the padded input, or [B, C, h, w] to project
     valid_sizes: Tensor  # [B, 2] int64: height, width of each image inside the padded input
     input_size: tuple[int, int]  # height, width of the padded input
-    projection: Projection | None = None  # what makes pixel embeddings of the features; None: they are embeddings
+    projection: Projection | None = None  # from features to pixel embeddings; None where they are embeddings already
 
     @property
     def pixel_embeddings(self) -> Tensor:
-        """[B, D, h, w]; computed at every call where there is a projection."""
+        """[B, D, h, w]; with a projection they are computed at every call."""
         return self.pixel_features if self.projection is None else self.projection.embed(self.pixel_features)
 
 
 class PixelPredictions(NamedTuple):
-    """What a per-pixel baseline says: class scores at every pixel, no queries."""
+    """Output of a per-pixel baseline for a batch: class scores at every pixel, no queries."""
 
     logits: Tensor  # [L, B, K, h, w], the final layer last
     valid_sizes: Tensor  # [B, 2] int64
@@ -96,7 +96,7 @@ class PixelPredictions(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Truth of a batch for any of the three tasks; masks may overlap."""
+    """Ground truth of a batch for any of the three tasks; masks may overlap."""
 
     labels: Tensor  # [B, T] int64, rows beyond counts[b] are 0
     counts: Tensor  # [B] int64
@@ -110,12 +110,22 @@ class Targets(NamedTuple):
         return Targets(moved[0], moved[1], moved[2], moved[3], self.input_size)
 
 
+class Batch(NamedTuple):
+    """One micro-batch of one rank, as the training loader gives it."""
+
+    images: Tensor  # [B, 3, H, W] uint8 RGB, zero outside the valid sizes
+    targets: Targets
+    image_ids: list[int | str]
+    paths: list[str]
+    broken: list[tuple[str, str]]  # path and reason of each example that was replaced because it could not be read
+
+
 @dataclass
 class Example:
-    """One image and its truth, as a data set reads them, at their own resolution.
+    """One image and its ground truth, as a data set reads them, at their own resolution.
 
-    Truth without overlap (semantic, panoptic) is an ``id_map``; truth with overlap (instances) is ``masks``.
-    Exactly one of them is set. Semantic truth uses the class index as the segment's id.
+    Ground truth without overlap (semantic, panoptic) is an ``id_map``, with overlap (instances) ``masks``. Exactly one
+    of them is set. Semantic ground truth uses the class index as the segment's id.
     """
 
     image: np.ndarray  # [H, W, 3] uint8 RGB
@@ -135,7 +145,7 @@ class Example:
         return self.image.shape[0], self.image.shape[1]
 
     def segment_masks(self, segments: list[SegmentInfo]) -> np.ndarray:
-        """Mask of each of the given segments (all of them this example's) -> [T, H, W] bool."""
+        """Masks of the given segments, which must be this example's -> [T, H, W] bool."""
         if self.masks is not None:
             rows = {segment.id: row for row, segment in enumerate(self.segments)}
             return self.masks[[rows[segment.id] for segment in segments]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,22 +22,12 @@ from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
 from maskformer_fast.data.transforms import Sample, TrainTransform, resize_image
 from maskformer_fast.data.worker import worker_setup
-from maskformer_fast.structures import Example, Targets
+from maskformer_fast.structures import Batch, Example, Targets
 
 _PERMUTATION_STREAM = 1  # apart from [seed, epoch, index], which numpy reads as [seed, epoch, index, 0]
 
 Broken = tuple[str, str]
 """Path and reason of an example that could not be read."""
-
-
-class Batch(NamedTuple):
-    """One micro-batch of one rank."""
-
-    images: Tensor  # [B, 3, H, W] uint8 RGB, zero outside the valid sizes
-    targets: Targets
-    image_ids: list[int | str]
-    paths: list[str]
-    broken: list[Broken]  # examples left out for these
 
 
 def pad_images(

@@ -1,14 +1,14 @@
-"""From what the network says of a batch to results at the sizes asked for (paper section 3.4).
+"""Results of a batch at the wanted sizes, from the network's predictions (paper section 3.4).
 
-Each function takes the final decoder layer of a batch and one output size an image; images of one geometry (valid size
-and output size) are worked on together. Predictions may live on any device and in any floating type: everything is
+Each function takes the final decoder layer of a batch and one output size an image. Images of one geometry (valid size
+and output size) are processed together. Predictions may be on any device and of any floating type: everything is
 computed in float32, nothing has a gradient, and results stay on the device except the lists of segments.
 
-**Order of operations.** Published implementations resample at different points, which moves a few percent of the
+**Order of operations.** Published implementations resample at different points, which changes a few percent of the
 labels:
 
-- ``direct`` (default): mask logits go straight from stride 4 to the output size, then sigmoid and classes. One
-  resampling, and nothing of full size per query or class need ever exist. Where the output size is the image's size in
+- ``direct`` (default): mask logits are resampled from stride 4 to the output size, then sigmoid and classes. There is
+  one resampling, and nothing of full size per query or class is in memory. Where the output size is the image's size in
   the network, it is the official result.
 - ``official``: the semantic models of the official code upsample logits to the padded input, apply sigmoid and
   classes, crop the padding and resize the scores. Its panoptic models and per-pixel baselines resize the cropped
@@ -39,7 +39,7 @@ from maskformer_fast.ops.semantic import (
     semantic_inference,
 )
 from maskformer_fast.ops.semantic import semantic_scores as query_semantic_scores
-from maskformer_fast.ops.semantic_pruned import pruned_semantic_inference
+from maskformer_fast.ops.semantic_pruned import semantic_labels
 from maskformer_fast.structures import PixelPredictions, Predictions
 
 Size = tuple[int, int]
@@ -51,11 +51,11 @@ class _Group(NamedTuple):
     images: list[int]
     valid_size: Size
     output_size: Size
-    whole: bool  # all of the batch
+    is_full_batch: bool
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Rows of a [B, ...] tensor."""
-        return tensor if self.whole else tensor[self.images]
+        """Rows of a [B, ...] tensor that belong to the group's images."""
+        return tensor if self.is_full_batch else tensor[self.images]
 
     def extent(self, maps: Tensor, input_size: Size) -> tuple[float, float]:
         """Part of [..., h, w] maps that the images cover, in map pixels."""
@@ -74,8 +74,8 @@ def semantic(
 
     Args:
         output_sizes: height, width of each image's result.
-        with_scores: also give the winner's score (of per-pixel models: its softmax probability).
-        order: where resampling happens, see the module; per-pixel models know ``direct`` and ``official``.
+        with_scores: also return the winner's score (for per-pixel models its softmax probability).
+        order: where resampling happens, see the module; per-pixel models support ``direct`` and ``official``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, number, or value.
@@ -88,7 +88,10 @@ def semantic(
             scores, labels = _resized_scores(predictions, group, order).max(1)
             labels = labels.to(label_dtype(predictions.class_logits.shape[-1] - 1))
         elif order == "direct" and not with_scores and isinstance(predictions, Predictions):
-            labels, scores = _direct_labels(predictions, group), None
+            embeddings, features = _factors(predictions, group, None)
+            classes, extent = group.take(predictions.class_logits[-1]), group.extent(features, predictions.input_size)
+            labels = semantic_labels(classes, embeddings, features, predictions.projection, extent, group.output_size)
+            scores = None
         else:
             maps, extent = _window(_maps(predictions, group), predictions.input_size, group, order != "direct")
             if isinstance(predictions, PixelPredictions):
@@ -109,9 +112,9 @@ def semantic_scores(
 ) -> list[Tensor]:
     """Scores of every class at every pixel, one [K, H, W] float32 tensor an image.
 
-    For averaging over scales and flips, and for evaluation that wants more than labels; `semantic` needs far less
-    memory. Mask classification gives sums over queries (0..Q), per-pixel models softmax probabilities.
-    Arguments and errors are those of `semantic`.
+    They serve averaging over scales and flips, and evaluation that needs more than labels; `semantic` takes far less
+    memory. Mask classification gives sums over queries (0..Q), per-pixel models softmax probabilities. Arguments and
+    errors are those of `semantic`.
     """
     _check_order(predictions, order)
     results: dict[int, Tensor] = {}
@@ -139,9 +142,9 @@ def panoptic(
     order: PanopticOrder = "direct",
     rule: PanopticRule = "maskformer",
 ) -> list[PanopticResult]:
-    """Non-overlapping segments (`panoptic_inference`); the defaults but for `order` are the official MaskFormer's.
+    """Non-overlapping segments (`panoptic_inference`); the default of `rule` is the official MaskFormer's.
 
-    Queries whose best class is an object and whose probability of it is above `object_mask_threshold` take part; only
+    Queries take part whose best class is not "no object" and has a probability above `object_mask_threshold`; only
     their masks are computed. A segment's score is that probability (the highest, where stuff merged).
 
     Args:
@@ -149,7 +152,7 @@ def panoptic(
         is_thing: one flag a class; stuff segments of one class are merged.
         overlap_threshold: least share of its own mask (sigmoid >= 0.5) that a segment must win.
         order: where resampling happens, see the module.
-        rule: whose segments, see `panoptic_inference`: what Hugging Face or Mask2Former would give of these masks.
+        rule: implementation whose segments are made of these masks, see `panoptic_inference`.
 
     Raises:
         TypeError: predictions of a per-pixel model.
@@ -173,17 +176,27 @@ def panoptic(
         logits = _mask_logits(predictions, group, slots)
         logits, extent = _window(logits, predictions.input_size, group, order == "official")
         group_scores, group_categories = group.take(scores), group.take(categories)
-        found = panoptic_inference(
+        segments = panoptic_inference(
             logits, group_scores, group_categories, things, extent, group.output_size, overlap_threshold, rule
         )
-        columns = [found.ids, group_categories, found.areas, group_scores]
+        columns = [segments.ids, group_categories, segments.areas, group_scores]
         table = torch.stack([column.to(torch.float64) for column in columns], -1)  # exact: all below 2**53
         for row, image in enumerate(group.images):
-            maps[image], tables[image] = found.id_map[row], table[row]
+            maps[image], tables[image] = segments.id_map[row], table[row]
     if not tables:
         return []
     rows = torch.stack([tables[image] for image in range(len(tables))]).tolist()  # the only transfer of results
     return [PanopticResult(maps[image], segments_of_rows(rows[image], is_thing)) for image in range(len(rows))]
+
+
+class _RankedInstances(NamedTuple):
+    """Candidates of one image, best score first; those with an empty mask have a negative score and are last."""
+
+    masks: InstanceMasks  # of the image's group
+    row: int  # of the image in its group
+    scores: Tensor  # [P] float32
+    order: Tensor  # [P] int64, index of the pair of query and class
+    output_size: Size
 
 
 @torch.no_grad()
@@ -193,11 +206,11 @@ def instances(
     is_thing: Sequence[bool],
     top_k: int,
 ) -> list[InstanceResult]:
-    """Scored instances, best first: the `top_k` best pairs of query and thing class, less those with an empty mask.
+    """Scored instances, best first: the `top_k` best pairs of query and thing class, without those of an empty mask.
 
     A query may give several results of different classes; its mask is computed once. The score is the class
     probability (softmax with "no object") times the mean sigmoid over the mask, as in Mask2Former and Hugging Face. A
-    query with NaN among its class logits gives none.
+    query with NaN among its class logits gives no result.
 
     Args:
         output_sizes: height, width of each image's result.
@@ -218,33 +231,39 @@ def instances(
     slots = _compact(used)
     slot_of_pair = (used.cumsum(1) - 1).gather(1, queries)
 
-    ranked: dict[int, tuple[InstanceMasks, int, Tensor, Tensor, Size]] = {}
+    ranked: dict[int, _RankedInstances] = {}
     for group in _groups(predictions, output_sizes):
         logits = _mask_logits(predictions, group, slots)
-        found = instance_inference(logits, group.extent(logits, predictions.input_size), group.output_size)
+        masks = instance_inference(logits, group.extent(logits, predictions.input_size), group.output_size)
         pair_slots = group.take(slot_of_pair)
-        scores = group.take(best) * found.scores.gather(1, pair_slots)
-        scores = scores.masked_fill(found.areas.gather(1, pair_slots) == 0, -1.0)  # empty masks go last
+        scores = group.take(best) * masks.scores.gather(1, pair_slots)
+        scores = scores.masked_fill(masks.areas.gather(1, pair_slots) == 0, -1.0)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         for row, image in enumerate(group.images):
-            ranked[image] = (found, row, scores[row], order[row], group.output_size)
+            ranked[image] = _RankedInstances(masks, row, scores[row], order[row], group.output_size)
     if not ranked:
         return []
-    counts = torch.stack([(ranked[image][2] >= 0).sum() for image in range(len(ranked))]).tolist()
+    counts = torch.stack([(ranked[image].scores >= 0).sum() for image in range(len(ranked))]).tolist()
+    return [
+        _best_instances(ranked[image], count, labels[image], slot_of_pair[image]) for image, count in enumerate(counts)
+    ]
 
-    results = []
-    for image, count in enumerate(counts):
-        found, row, scores, order, size = ranked[image]
-        chosen = order[:count]
-        slot = slot_of_pair[image, chosen]
-        # index_select copies whole masks: five times faster here than masks[row, slot]
-        masks, boxes = (tensor[row].index_select(0, slot) for tensor in (found.masks, found.boxes))
-        results.append(InstanceResult(labels[image, chosen], scores[:count], masks, boxes, size))
-    return results
+
+def _best_instances(
+    ranked: _RankedInstances,
+    count: int,
+    labels: Tensor,  # [P] int64, class of each pair
+    slot_of_pair: Tensor,  # [P] int64, mask of each pair
+) -> InstanceResult:
+    chosen = ranked.order[:count]
+    slot = slot_of_pair[chosen]
+    # index_select copies complete masks: five times faster here than masks[row, slot]
+    masks, boxes = (tensor[ranked.row].index_select(0, slot) for tensor in (ranked.masks.masks, ranked.masks.boxes))
+    return InstanceResult(labels[chosen], ranked.scores[:count], masks, boxes, ranked.output_size)
 
 
 def _groups(predictions: Predictions | PixelPredictions, output_sizes: Sequence[Size]) -> Iterator[_Group]:
-    """Images by geometry; reads the valid sizes from the device."""
+    """Group the images by geometry; reads the valid sizes from the device."""
     valid_sizes = [(int(height), int(width)) for height, width in predictions.valid_sizes.tolist()]
     check(len(output_sizes) == len(valid_sizes), "output_sizes", f"{len(valid_sizes)} sizes", len(output_sizes))
     images: dict[tuple[Size, Size], list[int]] = {}
@@ -257,7 +276,7 @@ def _groups(predictions: Predictions | PixelPredictions, output_sizes: Sequence[
 
 
 def _maps(predictions: Predictions | PixelPredictions, group: _Group) -> Tensor:
-    """Low-resolution maps of the last layer: mask logits of all queries or class logits -> [b, N, h, w]."""
+    """Low-resolution maps of the last layer, mask logits of all queries or class logits -> [b, N, h, w]."""
     if isinstance(predictions, PixelPredictions):
         return group.take(predictions.logits[-1])
     return _mask_logits(predictions, group, None)
@@ -275,44 +294,22 @@ def _mask_logits(
 
 
 def _factors(predictions: Predictions, group: _Group, slots: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `_mask_logits` multiplies: mask embeddings [b, N, D] and pixel features [b, C, h, w], float32."""
+    """Factors of a group's mask logits: mask embeddings [b, N, D] and pixel features [b, C, h, w], float32."""
     embeddings = predictions.mask_embeddings[-1]
     if slots is not None:
         embeddings = embeddings.gather(1, slots[..., None].expand(-1, -1, embeddings.shape[-1]))
     return group.take(embeddings).to(torch.float32), group.take(predictions.pixel_features).to(torch.float32)
 
 
-def _direct_labels(predictions: Predictions, group: _Group) -> Tensor:
-    """Semantic labels of a group's images; where it pays, masks of the queries that can matter alone -> [b, H, W]."""
-    classes = group.take(predictions.class_logits[-1])
-    extent = group.extent(predictions.pixel_features, predictions.input_size)
-    if predictions.projection is None or classes.device.type != "cpu":  # elsewhere, reading counts costs too much
-        maps = _mask_logits(predictions, group, None)
-        return semantic_inference(maps, classes, extent, group.output_size).labels
-    embeddings, features = _factors(predictions, group, None)
-    images = []
-    for row in range(len(group.images)):
-        one = slice(row, row + 1)
-        with torch.autocast("cpu", enabled=False):
-            labels = pruned_semantic_inference(
-                embeddings[row], features[one], predictions.projection, classes[row], extent, group.output_size
-            )
-            if labels is None:
-                maps = mask_product(embeddings[one], features[one], predictions.projection)
-                labels = semantic_inference(maps, classes[one], extent, group.output_size).labels[0]
-        images.append(labels)
-    return torch.stack(images)
-
-
 def _window(maps: Tensor, input_size: Size, group: _Group, resize_twice: bool) -> tuple[Tensor, tuple[float, float]]:
-    """Maps and extent for an operator; in the official order already at the output size, where it changes nothing."""
+    """Maps and extent for an operator; with ``resize_twice`` the maps are at the output size already."""
     if not resize_twice:
         return maps, group.extent(maps, input_size)
     return _resize(_crop(_resize(maps.to(torch.float32), input_size), group), group.output_size), group.output_size
 
 
 def _resized_scores(predictions: Predictions, group: _Group, order: SemanticOrder) -> Tensor:
-    """Class scores formed before the last resize, as ``official`` or ``huggingface`` says -> [b, K, H, W] float32."""
+    """Class scores in the order ``official`` or ``huggingface``, resized last -> [b, K, H, W] float32."""
     masks = _mask_logits(predictions, group, None)
     if order == "official":
         masks = _resize(masks, predictions.input_size)
@@ -335,16 +332,17 @@ def _crop(maps: Tensor, group: _Group) -> Tensor:
 def _compact(
     used: Tensor,  # [B, Q] bool
 ) -> Tensor:
-    """Indices of the used queries of each image, in order, first -> [B, N] int64, N the most that any image uses.
+    """Indices of each image's queries, the used ones first and in order -> [B, N] int64.
 
-    Reads N from the device: the one transfer before masks are computed, so that only these are.
+    N is the largest number of used queries of any image. It is read from the device: the only transfer before masks are
+    computed, so that only the used ones are.
     """
     most = max(used.sum(1).tolist(), default=0)
     return used.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 def _thing_flags(is_thing: Sequence[bool], class_logits: Tensor) -> Tensor:
-    """-> [K] bool on the device of the logits."""
+    """Check the flags and make a tensor of them -> [K] bool on the device of the logits."""
     num_classes = class_logits.shape[-1] - 1
     check(len(is_thing) == num_classes, "is_thing", f"{num_classes} flags", len(is_thing))
     return torch.tensor(list(is_thing), dtype=torch.bool, device=class_logits.device)

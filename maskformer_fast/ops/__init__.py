@@ -1,4 +1,4 @@
-"""Operators: one file each, holding schema, fake, eager twin and backends."""
+"""Operators: one file each, with schema, implementations, fake, public function and eager twin."""
 
 from maskformer_fast.ops.assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import mask_loss
@@ -12,6 +12,7 @@ from maskformer_fast.ops.semantic import (
     semantic_inference,
     semantic_scores,
 )
+from maskformer_fast.ops.semantic_pruned import semantic_labels
 
 __all__ = [
     "encode_instances",
@@ -25,5 +26,6 @@ __all__ = [
     "pixel_semantic_scores",
     "resize_images",
     "semantic_inference",
+    "semantic_labels",
     "semantic_scores",
 ]

@@ -2,80 +2,79 @@
 
 Jonker-Volgenant reductions and Crouse's shortest augmenting paths in C++: on the CPU with threads over the batch, on
 CUDA with a warp for each small problem and a block for each large one. The optimum is that of
-`scipy.optimize.linear_sum_assignment`; among several optima each may choose another.
+`scipy.optimize.linear_sum_assignment`. Where there are several optima, each may choose another.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from maskformer_fast.core.arrays import address_of
 from maskformer_fast.core.extension import load_cuda_extension, load_extension
-
-_library = torch.library.Library("maskformer_fast", "FRAGMENT")
-_library.define(
-    "linear_sum_assignment(Tensor cost, Tensor? counts=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+from maskformer_fast.ops.registration import register_operator
 
 
-def _linear_sum_assignment_cpu(cost: Tensor, counts: Tensor | None = None) -> Tensor:
-    problems, sizes, strides = _problems(cost)
-    counts = None if counts is None else counts.contiguous()
-    rows = torch.empty(_result_shape(cost), dtype=torch.int64)
+class _Arguments(NamedTuple):
+    cost: Tensor  # [..., N, M] float32/64
+    counts: Tensor | None = None  # [...] int64
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        return (*self.cost.shape[:-2], self.cost.shape[-1])
+
+    def problems(self) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+        """[batch, N, M], its sizes and its strides."""
+        # Few tensor operations: each costs as much as a small problem. flatten copies only where it must.
+        cost = self.cost
+        problems = cost.flatten(0, -3) if cost.dim() > 3 else cost
+        if cost.dim() == 2:
+            return problems, (1, *problems.shape), (0, *problems.stride())
+        return problems, problems.shape, problems.stride()
+
+
+def _linear_sum_assignment_cpu(arguments: _Arguments) -> Tensor:
     extension = load_extension()
-    assign = (
-        extension.linear_sum_assignment_f32 if cost.dtype == torch.float32 else extension.linear_sum_assignment_f64
-    )
-    assign(
-        problems.data_ptr(),
-        sizes,
-        strides,
-        0 if counts is None else counts.data_ptr(),
-        rows.data_ptr(),
-        torch.get_num_threads(),
-    )
+    problems, sizes, strides = arguments.problems()
+    counts = None if arguments.counts is None else arguments.counts.contiguous()
+    rows = torch.empty(arguments.result_shape, dtype=torch.int64)
+    is_single = problems.dtype == torch.float32
+    assign = extension.linear_sum_assignment_f32 if is_single else extension.linear_sum_assignment_f64
+    assign(problems.data_ptr(), sizes, strides, address_of(counts), rows.data_ptr(), torch.get_num_threads())
     return rows
 
 
-def _linear_sum_assignment_cuda(cost: Tensor, counts: Tensor | None = None) -> Tensor:
+def _linear_sum_assignment_cuda(arguments: _Arguments) -> Tensor:
     extension = load_cuda_extension()
-    problems, sizes, strides = _problems(cost)
-    counts = None if counts is None else counts.contiguous()
-    rows = torch.empty(_result_shape(cost), dtype=torch.int64, device=cost.device)
-    if cost.dtype == torch.float32:
+    problems, sizes, strides = arguments.problems()
+    counts = None if arguments.counts is None else arguments.counts.contiguous()
+    rows = torch.empty(arguments.result_shape, dtype=torch.int64, device=problems.device)
+    if problems.dtype == torch.float32:
         assign, scratch_bytes = extension.linear_sum_assignment_cuda_f32, extension.assignment_scratch_bytes_f32
     else:
         assign, scratch_bytes = extension.linear_sum_assignment_cuda_f64, extension.assignment_scratch_bytes_f64
-    address = 0 if counts is None else counts.data_ptr()
-    arguments = (problems.data_ptr(), sizes, strides, address, rows.data_ptr())
-    device = cost.device.index
-    size = scratch_bytes(*arguments, device)
+    inputs = (problems.data_ptr(), sizes, strides, address_of(counts), rows.data_ptr())
+    device = problems.device.index
+    size = scratch_bytes(*inputs, device)
     # freed on return, while the kernel may run: the allocator gives it only to what comes later on this stream
-    scratch = torch.empty(size, dtype=torch.uint8, device=cost.device)
-    assign(*arguments, scratch.data_ptr(), size, device, torch.cuda.current_stream(device).cuda_stream)
+    scratch = torch.empty(size, dtype=torch.uint8, device=problems.device)
+    assign(*inputs, scratch.data_ptr(), size, device, torch.cuda.current_stream(device).cuda_stream)
     return rows
 
 
-def _problems(cost: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """[batch, N, M], its sizes and its strides; few tensor operations, as each costs as much as a small problem."""
-    problems = cost.flatten(0, -3) if cost.dim() > 3 else cost  # a copy only where the strides allow no view
-    if cost.dim() == 2:
-        return problems, (1, *problems.shape), (0, *problems.stride())
-    return problems, problems.shape, problems.stride()
+def _linear_sum_assignment_fake(arguments: _Arguments) -> Tensor:
+    return arguments.cost.new_empty(arguments.result_shape, dtype=torch.int64)
 
 
-def _linear_sum_assignment_fake(cost: Tensor, counts: Tensor | None = None) -> Tensor:
-    return cost.new_empty(_result_shape(cost), dtype=torch.int64)
-
-
-_library.impl("linear_sum_assignment", _linear_sum_assignment_cpu, "CPU")
-_library.impl("linear_sum_assignment", _linear_sum_assignment_cuda, "CUDA")
-torch.library.register_fake("maskformer_fast::linear_sum_assignment", _linear_sum_assignment_fake, lib=_library)
-_operator = torch.ops.maskformer_fast.linear_sum_assignment.default  # looked up once: a microsecond is a small problem
-
-
-def _result_shape(cost: Tensor) -> tuple[int, ...]:
-    return (*cost.shape[:-2], cost.shape[-1])
+_linear_sum_assignment = register_operator(
+    "linear_sum_assignment(Tensor cost, Tensor? counts=None) -> Tensor",
+    _Arguments,
+    cpu=_linear_sum_assignment_cpu,
+    cuda=_linear_sum_assignment_cuda,
+    fake=_linear_sum_assignment_fake,
+)
 
 
 def _check(cost: Tensor, counts: Tensor | None) -> None:
@@ -105,21 +104,21 @@ def linear_sum_assignment(
 
     Column ``j`` of a problem gets the index of its row, or -1 where it has none: every column ``j >= counts``, and,
     where ``counts > N``, the columns that the optimum leaves out (N of them are assigned). No row is used twice.
-    Without ``counts`` all M columns count. Any strides are taken as they are.
+    Without ``counts`` all M columns count. Inputs may have any strides.
 
-    A cost of +inf forbids the pair. A problem whose valid columns hold NaN or -inf, or which has no assignment of
-    finite cost, comes back all -1; the other problems of the batch are not touched by it. Potentials are float64.
+    A cost of +inf forbids the pair. A problem gives all -1 where its valid columns contain NaN or -inf, and where it
+    has no assignment of finite cost; the other problems of the batch are not affected. Potentials are float64.
 
     Runs on the CPU over ``torch.get_num_threads()`` threads, and on a CUDA device (compute capability 8.0 or newer) on
-    torch's current stream, without a synchronisation, so that CUDA graphs can capture it. Of equal optima the two may
-    choose different ones, the same in every run. The result is integer: no gradient flows through it.
+    torch's current stream, without a synchronisation, so that CUDA graphs can capture it. Among equal optima the two
+    devices may choose different ones, each the same in every run. The result is integer and has no gradient.
 
-    Raises TypeError or ValueError for a wrong type, shape or device, ImportError where the extension is not built, or
-    built without CUDA and given CUDA tensors. A count outside 0..M raises ValueError on the CPU; on CUDA, where raising
-    would take a synchronisation, its problem comes back all -1.
+    Raises TypeError or ValueError for a wrong type, shape or device. Raises ImportError where the extension is not
+    built, and for CUDA tensors where it was built without CUDA. A count outside 0..M raises ValueError on the CPU; on
+    CUDA, where raising would need a synchronisation, its problem gives all -1.
     """
     _check(cost, counts)
-    return _operator(cost, counts)
+    return _linear_sum_assignment(cost, counts)
 
 
 def linear_sum_assignment_eager(
@@ -139,7 +138,7 @@ def linear_sum_assignment_eager(
             raise ValueError(f"counts: expected 0..{total} (columns of cost), got {limit}")
         try:
             rows, columns = solve(problem[:, :limit])
-        except ValueError:  # SciPy's word for NaN, -inf or no finite assignment
+        except ValueError:  # raised for NaN, -inf and where no assignment has finite cost
             continue
         out[torch.from_numpy(columns)] = torch.from_numpy(rows)
-    return result.view(_result_shape(cost)).to(cost.device)
+    return result.view(_Arguments(cost).result_shape).to(cost.device)

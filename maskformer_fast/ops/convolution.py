@@ -1,61 +1,72 @@
 """3x3 convolution of stride 1 for inference on the CPU, by Winograd's algorithm F(4x4, 3x3) (Lavin and Gray, 2016).
 
-It takes 36 multiplications where the sum of products takes 144, which is most of the time of the pixel decoder and half
-of a ResNet's. C++ (`csrc/convolution/kernels.cpp`) does it with channels innermost; `torch.nn.functional.conv2d` is its
-eager twin. Sums are in float32, images float32 or bfloat16.
+It takes 36 multiplications where the sum of products takes 144. Such convolutions are most of the time of the pixel
+decoder and half of a ResNet's. The C++ (`csrc/convolution/kernels.cpp`) works with channels innermost;
+`torch.nn.functional.conv2d` is its eager twin. Sums are in float32, images in float32 or bfloat16.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskformer_fast.core.arrays import address_of, dtype_name
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.extension import load_extension
+from maskformer_fast.ops.registration import register_operator
 
 DTYPES = (torch.float32, torch.bfloat16)
 PANEL = 16
-"""Output channels that lie together in packed weights; input channels must be a multiple."""
+"""Output channels that lie together in packed weights. The number of input channels must be a multiple of it."""
 _POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2.0), -math.sqrt(2.0))
-"""Of the interpolation, and infinity."""
-
-_library = torch.library.Library("maskformer_fast", "FRAGMENT")
-_library.define(
-    "conv3x3_winograd(Tensor images, Tensor packed, Tensor? bias, int channels, bool relu) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+"""Interpolation points of F(4, 3), without the sixth, infinity."""
 
 
-def _conv3x3_cpu(images: Tensor, packed: Tensor, bias: Tensor | None, channels: int, relu: bool) -> Tensor:
-    images = images.contiguous(memory_format=torch.channels_last)
-    result = _conv3x3_fake(images, packed, bias, channels, relu)
+class _Arguments(NamedTuple):
+    images: Tensor  # [B, C, H, W] float32 or bfloat16
+    packed: Tensor  # [36, ceil(channels / 16), C, 16] float32
+    bias: Tensor | None  # [channels] float32
+    channels: int
+    relu: bool
+
+
+def _conv3x3_winograd_cpu(arguments: _Arguments) -> Tensor:
+    images = arguments.images.contiguous(memory_format=torch.channels_last)
+    result = _conv3x3_winograd_fake(arguments)
     count, in_channels, height, width = images.shape
     load_extension().convolve_winograd(
-        images.data_ptr(), str(images.dtype).removeprefix("torch."), (count, height, width, in_channels, channels),
-        packed.data_ptr(), 0 if bias is None else bias.data_ptr(), relu, result.data_ptr(), torch.get_num_threads(),
+        images.data_ptr(), dtype_name(images), (count, height, width, in_channels, arguments.channels),
+        arguments.packed.data_ptr(), address_of(arguments.bias), arguments.relu, result.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return result
 
 
-def _conv3x3_fake(images: Tensor, packed: Tensor, bias: Tensor | None, channels: int, relu: bool) -> Tensor:
-    shape = (images.shape[0], channels, *images.shape[2:])
+def _conv3x3_winograd_fake(arguments: _Arguments) -> Tensor:
+    images = arguments.images
+    shape = (images.shape[0], arguments.channels, *images.shape[2:])
     return torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
 
 
-_library.impl("conv3x3_winograd", _conv3x3_cpu, "CPU")
-torch.library.register_fake("maskformer_fast::conv3x3_winograd", _conv3x3_fake, lib=_library)
-_operator = torch.ops.maskformer_fast.conv3x3_winograd.default
+_conv3x3_winograd = register_operator(
+    "conv3x3_winograd(Tensor images, Tensor packed, Tensor? bias, int channels, bool relu) -> Tensor",
+    _Arguments,
+    cpu=_conv3x3_winograd_cpu,
+    fake=_conv3x3_winograd_fake,
+)
 
 
 def suits_winograd(images: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether `conv3x3_winograd` can convolve these: on the CPU, without gradients, and not while exporting."""
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (images, weight, bias))
+    """Tell whether `conv3x3_winograd` can convolve these: on the CPU, without gradients, and not while exporting."""
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (images, weight, bias))
     return (
-        images.device.type == "cpu" and images.dtype in DTYPES and not wanted and not torch.compiler.is_compiling()
+        images.device.type == "cpu" and images.dtype in DTYPES
+        and not needs_gradient and not torch.compiler.is_compiling()
         and weight.shape[1] % PANEL == 0 and tuple(weight.shape[2:]) == (3, 3)
     )  # fmt: skip
 
@@ -63,9 +74,9 @@ def suits_winograd(images: Tensor, weight: Tensor, bias: Tensor) -> bool:
 def pack_winograd_weights(
     weight: Tensor,  # [N, C, 3, 3] floating, on the CPU
 ) -> Tensor:
-    """Transform and pack a convolution's weights -> float32 [36, ceil(N / 16), C, 16], four times their memory.
+    """Transform and pack a convolution's weights -> [36, ceil(N / 16), C, 16] float32, four times their memory.
 
-    Raises ``ValueError`` for other kernels than 3x3, where N is 0, and where C is 0 or no multiple of 16.
+    Raises ``ValueError`` for other kernels than 3x3, where N is 0, and where C is 0 or not a multiple of 16.
     """
     check(weight.dim() == 4 and weight.shape[2:] == (3, 3), "weight", "shape [N, C, 3, 3]", tuple(weight.shape))
     channels, in_channels = weight.shape[:2]
@@ -80,8 +91,11 @@ def pack_winograd_weights(
 
 @functools.cache
 def _transform() -> Tensor:
-    """Of a kernel's 9 weights, float32 [36, 9]: G by rows and columns, G [6, 3] being a kernel's values at the points,
-    over what B leaves out."""
+    """Winograd transform of a 3x3 kernel's 9 weights, the Kronecker product of G with itself -> [36, 9] float32.
+
+    G [6, 3] evaluates a kernel of 3 weights at the points, divided by the scale that the input's transform B leaves
+    out.
+    """
     rows = []
     for point in _POINTS:
         scale = math.prod(point - other for other in _POINTS if other != point)
@@ -92,15 +106,15 @@ def _transform() -> Tensor:
 
 def conv3x3_winograd(
     images: Tensor,  # [B, C, H, W] float32 or bfloat16; best with channels last in memory
-    packed: Tensor,  # float32 [36, ceil(channels / 16), C, 16], of `pack_winograd_weights`
-    bias: Tensor | None,  # float32 [channels]
+    packed: Tensor,  # [36, ceil(channels / 16), C, 16] float32, by `pack_winograd_weights`
+    bias: Tensor | None,  # [channels] float32
     channels: int,
     relu: bool = False,
 ) -> Tensor:
-    """Convolve with zeros around, for inference only -> [B, channels, H, W] in the images' dtype, channels last.
+    """Convolve with zero padding, for inference only -> [B, channels, H, W] in the images' dtype, channels last.
 
     Differs from ``F.conv2d`` by rounding, about 1e-6 of the largest value in float32. A pixel that is not finite makes
-    the tile of 4x4 pixels not finite, and those beside it whose kernels reach it.
+    its tile of 4x4 pixels not finite, and the neighbouring tiles whose kernels reach it.
 
     Raises:
         TypeError: images of another dtype.
@@ -119,5 +133,4 @@ def conv3x3_winograd(
             raise TypeError(f"{name}: expected a contiguous torch.float32, got {tensor.dtype} {tensor.stride()}")
     if bias is not None:
         check(tuple(bias.shape) == (channels,), "bias", f"shape [{channels}]", tuple(bias.shape))
-    result: Tensor = _operator(images, packed, bias, channels, relu)
-    return result
+    return _conv3x3_winograd(images, packed, bias, channels, relu)

@@ -1,9 +1,9 @@
-"""Mask logits from embeddings and the input of the convolution that makes pixel embeddings: linear maps in any order.
+"""Mask logits: mask embeddings times pixel embeddings, with the pixel decoder's last convolution in the cheaper order.
 
 The pixel decoder ends in a linear 3x3 convolution ``P = W * x + b`` to D channels, and the logits of a query with
-embedding e are ``e . P = (e W) * x + (e . b)``: a convolution of the same input with one output channel a query. Where
-fewer than about D queries are wanted, folding the embeddings into the kernel is the cheaper order: D = 256 output
-channels and a matrix product become 100 channels for semantic inference, about 25 for panoptic.
+embedding e are ``e . P = (e W) * x + (e . b)``: a convolution of the same input with one output channel a query. For
+fewer than about D queries it is cheaper to fold the embeddings into the kernel: D = 256 output channels and a matrix
+product become 100 channels for semantic inference, about 25 for panoptic.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def mask_product(
     pixels: Tensor,  # [B, D, h, w], or [B, C, h, w] with a projection
     projection: Projection | None,
 ) -> Tensor:
-    """Mask logits: embeddings times pixel embeddings, the latter given as such or by their projection -> [B, N, h, w].
+    """Multiply mask embeddings by pixel embeddings, which may be given by their projection -> [B, N, h, w].
 
-    With a projection, the order with fewer multiplications is taken; the results are equal but for rounding. Factors of
-    different dtype, as autocast leaves them, are multiplied in the wider one.
+    With a projection, the order with fewer multiplications is used; the results are equal but for rounding. Factors of
+    different dtypes, as autocast leaves them, are multiplied in the wider one.
     """
     dtype = torch.promote_types(embeddings.dtype, pixels.dtype)
     embeddings, pixels = embeddings.to(dtype), pixels.to(dtype)
@@ -47,7 +47,7 @@ def mask_product(
 
 
 def _folding_pays(embeddings: Tensor, pixels: Tensor, projection: Projection) -> bool:
-    """Fewer multiplications by folding each image's embeddings than by projecting every pixel."""
+    """Tell whether folding each image's embeddings takes fewer multiplications than projecting every pixel."""
     queries, dim = embeddings.shape[1:]
     taps, size = projection.weight[0].numel(), pixels.shape[2] * pixels.shape[3]
     return queries * taps * (dim + size) < dim * size * (taps + queries)

@@ -1,172 +1,107 @@
 """Cost of giving a target to a query, for every decoder layer, image, query and target (paper section 3.3).
 
-In C++ on the CPU and in Triton on CUDA (kernels/matching_cost.py): a tile of mask logits is multiplied out of the
-embeddings, compared with the packed targets and forgotten, so the masks of a layer never exist. The eager twin, which
-also serves float64, holds those of one layer at a time.
+In C++ on the CPU and in Triton on CUDA (kernels/matching_cost.py), a tile of mask logits is computed from the
+embeddings, compared with the packed targets and discarded, so the masks of a layer are never in memory together. The
+eager twin also serves float64 and keeps the masks of one layer at a time.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from maskformer_fast.config import LossConfig
+from maskformer_fast.core.arrays import address_of
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.ops.mask_loss import focal_parameters, inside
+from maskformer_fast.ops.registration import register_operator
 from maskformer_fast.structures import Predictions, Targets
 
 
-class _Inputs(NamedTuple):
-    """Arguments of the operator. Its floats are all float32 or all float64, but on CUDA float32 class logits may come
-    with embeddings and pixels of one half precision."""
+class _Arguments(NamedTuple):
+    """Arguments of the operator.
+
+    Floating-point tensors are all float32 or all float64. On CUDA float32 class logits may also come with embeddings
+    and pixels of one half precision.
+    """
 
     class_logits: Tensor  # [L, B, Q, K+1]
-    embeddings: Tensor  # [L, B, Q, D], or where pixels is None the mask logits [L, B, Q, h, w]
+    embeddings: Tensor  # [L, B, Q, D]; mask logits [L, B, Q, h, w] where pixels is None
     pixels: Tensor | None  # [B, D, h, w]
     labels: Tensor  # [B, T] int64
     counts: Tensor  # [B] int64
     masks: Tensor  # [B, T, H, ceil(W/8)] uint8, packed
     valid_sizes: Tensor | None  # [B, 2] int64; None counts padding too
-    input_size: list[int]  # H, W
-    weights: list[float]  # class, mask, dice
-    focal: list[float]  # weight of mask pixels, of the others, exponent
+    input_size: tuple[int, int]  # H, W
+    weights: tuple[float, float, float]  # class, mask, dice
+    focal: tuple[float, float, float]  # weight of mask pixels, weight of other pixels, exponent
 
     @property
     def out_size(self) -> torch.Size:
+        """Height and width of the mask logits."""
         return (self.embeddings if self.pixels is None else self.pixels).shape[-2:]
 
 
-_library = torch.library.Library("maskformer_fast", "FRAGMENT")
-_library.define(
-    "matching_cost(Tensor class_logits, Tensor embeddings, Tensor? pixels, Tensor labels, Tensor counts, Tensor masks, "
-    "Tensor? valid_sizes, int[] input_size, float[] weights, float[] focal) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _matching_cost_cpu(*arguments: Any) -> Tensor:
-    inputs = _Inputs(*arguments)
-    class_logits, pixels = inputs.class_logits.contiguous(), inputs.pixels
+def _matching_cost_cpu(arguments: _Arguments) -> Tensor:
+    class_logits, pixels = arguments.class_logits.contiguous(), arguments.pixels
     if class_logits.dtype == torch.float64:
-        return _matching_cost_torch(*arguments)
+        return _matching_cost_torch(arguments)
     layers, batch, queries, classes = class_logits.shape
-    slots = inputs.labels.shape[1]
-    cost = class_logits.new_empty(layers, batch, queries, slots)
+    cost = _matching_cost_fake(arguments)
     depth, strides = (0, (0, 0, 0, 0)) if pixels is None else (pixels.shape[1], pixels.stride())
-    # held by a name while their addresses are in use
-    embeddings, labels, counts, masks = (t.contiguous() for t in (inputs.embeddings, *inputs[3:6]))
-    valid_sizes = None if inputs.valid_sizes is None else inputs.valid_sizes.contiguous()
+    # names keep the copies alive while their addresses are in use
+    embeddings, labels, counts, masks = (tensor.contiguous() for tensor in (arguments.embeddings, *arguments[3:6]))
+    valid_sizes = None if arguments.valid_sizes is None else arguments.valid_sizes.contiguous()
     load_extension().matching_cost(
         class_logits.data_ptr(),
         embeddings.data_ptr(),
-        0 if pixels is None else pixels.data_ptr(),
+        address_of(pixels),
         strides,
         labels.data_ptr(),
         counts.data_ptr(),
         masks.data_ptr(),
-        0 if valid_sizes is None else valid_sizes.data_ptr(),
-        (layers, batch, queries, classes, depth, *inputs.out_size, slots, *inputs.input_size),
-        inputs.weights,
-        inputs.focal,
+        address_of(valid_sizes),
+        (layers, batch, queries, classes, depth, *arguments.out_size, labels.shape[1], *arguments.input_size),
+        arguments.weights,
+        arguments.focal,
         cost.data_ptr(),
         torch.get_num_threads(),
     )
     return cost
 
 
-def _matching_cost_cuda(*arguments: Any) -> Tensor:
-    inputs = _Inputs(*arguments)
-    if inputs.class_logits.dtype == torch.float64:
-        return _matching_cost_torch(*arguments)
-    cost = _matching_cost_fake(*arguments)
-    load_kernels("matching_cost").matching_cost_forward(*inputs, cost)
+def _matching_cost_cuda(arguments: _Arguments) -> Tensor:
+    if arguments.class_logits.dtype == torch.float64:
+        return _matching_cost_torch(arguments)
+    cost = _matching_cost_fake(arguments)
+    load_kernels("matching_cost").matching_cost_forward(*arguments, cost)
     return cost
 
 
-def _nearest(out: int, size: int, device: torch.device) -> Tensor:
-    """Pixel (of ``size``) that each of ``out`` samples of ``F.interpolate(mode="nearest")`` reads -> int64 [out]."""
-    # float32, like torch's own: exact integer arithmetic would choose another pixel where the scale rounds down.
-    index = torch.arange(out, device=device, dtype=torch.float32) * (size / out)
-    return index.long().clamp(max=size - 1)
+def _matching_cost_fake(arguments: _Arguments) -> Tensor:
+    return arguments.class_logits.new_empty(*arguments.class_logits.shape[:3], arguments.labels.shape[1])
 
 
-def _matching_cost_torch(*arguments: Any) -> Tensor:
-    inputs = _Inputs(*arguments)
-    masks, dtype = inputs.masks, inputs.class_logits.dtype
-    rows, columns = (
-        _nearest(out, size, masks.device) for out, size in zip(inputs.out_size, inputs.input_size, strict=True)
-    )
-    with torch.autocast(masks.device.type, enabled=False):
-        sampled = masks[:, :, rows][..., columns // 8] >> (columns % 8).to(torch.uint8) & 1  # [B, T, h, w]
-        counted = None
-        if inputs.valid_sizes is not None:
-            inner = inside(inputs.valid_sizes, rows, columns)  # [B, h, w]
-            sampled = sampled * inner.unsqueeze(1)
-            counted = inner.flatten(1).unsqueeze(2).to(dtype)  # [B, h*w, 1]
-        truth = sampled.flatten(2).transpose(1, 2).to(dtype)  # [B, h*w, T]
-        layers, batch, queries = inputs.class_logits.shape[:3]
-        cost = inputs.class_logits.new_empty(layers, batch, queries, inputs.labels.shape[1])
-        for layer in range(layers):  # one at a time: all masks of one layer exist at once, not those of every layer
-            logits = inputs.embeddings[layer].to(dtype).flatten(2)
-            if inputs.pixels is not None:
-                logits = torch.bmm(logits, inputs.pixels.to(dtype).flatten(2))
-            cost[layer] = _layer_cost(inputs, layer, logits, truth, counted)
-        present = torch.arange(inputs.labels.shape[1], device=masks.device) < inputs.counts.unsqueeze(1)
-        return cost.where(present.unsqueeze(1), 0)
+_matching_cost = register_operator(
+    "matching_cost(Tensor class_logits, Tensor embeddings, Tensor? pixels, Tensor labels, Tensor counts, Tensor masks, "
+    "Tensor? valid_sizes, int[] input_size, float[] weights, float[] focal) -> Tensor",
+    _Arguments,
+    cpu=_matching_cost_cpu,
+    cuda=_matching_cost_cuda,
+    fake=_matching_cost_fake,
+)
 
 
-def _layer_cost(
-    inputs: _Inputs,
-    layer: int,
-    logits: Tensor,  # [B, Q, n]
-    truth: Tensor,  # [B, n, T]
-    counted: Tensor | None,  # [B, n, 1], None counts every pixel
-) -> Tensor:  # [B, Q, T]
-    on_weight, off_weight, gamma = inputs.focal
-    probability = logits.sigmoid()
-    # Loss of each pixel where the target is off, and what being on adds to it: a matrix product does the rest.
-    off = F.softplus(logits)
-    if gamma == 0.0:
-        rise = (on_weight - off_weight) * off - on_weight * logits
-        off = off_weight * off
-    else:
-        rise = on_weight * (1 - probability) ** gamma * (off - logits)
-        off = off_weight * probability**gamma * off
-        rise -= off
-
-    def total(values: Tensor) -> Tensor:
-        return values.sum(2, keepdim=True) if counted is None else torch.bmm(values, counted)
-
-    samples = truth.shape[1] if counted is None else counted.sum(1, keepdim=True).clamp(min=1)
-    mask = (total(off) + torch.bmm(rise, truth)) / samples
-    overlap = torch.bmm(probability, truth)
-    dice = 1 - (2 * overlap + 1) / (total(probability) + truth.sum(1, keepdim=True) + 1)
-    index = inputs.labels.unsqueeze(1).expand(-1, logits.shape[1], -1)
-    chosen = inputs.class_logits[layer].softmax(-1).gather(2, index)
-    class_weight, mask_weight, dice_weight = inputs.weights
-    return mask_weight * mask + dice_weight * dice - class_weight * chosen
-
-
-def _matching_cost_fake(*arguments: Any) -> Tensor:
-    inputs = _Inputs(*arguments)
-    return inputs.class_logits.new_empty(*inputs.class_logits.shape[:3], inputs.labels.shape[1])
-
-
-_library.impl("matching_cost", _matching_cost_cpu, "CPU")
-_library.impl("matching_cost", _matching_cost_cuda, "CUDA")
-torch.library.register_fake("maskformer_fast::matching_cost", _matching_cost_fake, lib=_library)
-
-
-def _inputs(
+def _checked_arguments(
     floats: dict[str, Tensor],  # class logits, then mask embeddings and pixel embeddings or else mask logits, by name
     targets: Targets,
     loss: LossConfig,
-) -> _Inputs:
-    """Check the arguments (the extension sees addresses only) and bring the floats to one type."""
+) -> _Arguments:
+    """Check the arguments, as the extension sees addresses only, and bring the floating-point tensors to one type."""
     (class_name, class_logits), (name, embeddings), *rest = floats.items()
     check(class_logits.dim() == 4, class_name, "shape [L, B, Q, K+1]", tuple(class_logits.shape))
     layers, batch, queries = class_logits.shape[:3]
@@ -195,7 +130,7 @@ def _inputs(
     kernel = class_logits.is_cuda and dtype == torch.float32
     if not kernel or any(tensor.dtype != embeddings.dtype for tensor in maps):
         maps = [tensor.to(dtype) for tensor in maps]
-    return _Inputs(
+    return _Arguments(
         class_logits.detach().to(dtype),
         maps[0].detach(),
         maps[1].detach() if rest else None,
@@ -203,17 +138,17 @@ def _inputs(
         targets.counts,
         targets.masks,
         targets.valid_sizes if loss.padding == "exclude" else None,
-        [height, width],
-        [loss.class_weight, loss.mask_weight, loss.dice_weight],
-        list(focal_parameters(loss)),
+        (height, width),
+        (loss.class_weight, loss.mask_weight, loss.dice_weight),
+        focal_parameters(loss),
     )
 
 
-def _prediction_inputs(predictions: Predictions, targets: Targets, loss: LossConfig) -> _Inputs:
+def _arguments_of_predictions(predictions: Predictions, targets: Targets, loss: LossConfig) -> _Arguments:
     check(targets.input_size == predictions.input_size, "targets.input_size",
           f"that of the predictions {predictions.input_size}", targets.input_size)
     names = ("class_logits", "mask_embeddings", "pixel_embeddings")
-    return _inputs({f"predictions.{name}": getattr(predictions, name) for name in names}, targets, loss)
+    return _checked_arguments({f"predictions.{name}": getattr(predictions, name) for name in names}, targets, loss)
 
 
 def matching_cost(
@@ -229,13 +164,13 @@ def matching_cost(
     nearest neighbours. With ``loss.padding == "exclude"`` only the samples whose source pixel lies inside the image's
     valid size are in these sums and means. Columns beyond ``targets.counts`` are 0: nothing is computed for them.
 
-    A query whose mask logits hold NaN or an infinity, or whose class logits hold NaN or +inf, has no finite cost in its
-    layer and image; the costs of the others are not touched. An image without targets has no costs to be broken.
+    A query whose mask logits contain NaN or an infinity, or whose class logits contain NaN or +inf, has no finite cost
+    in its layer and image; other costs are not affected.
 
     Half precision is computed in float32, also under autocast; there is no gradient. Float32 on the CPU runs over
-    ``torch.get_num_threads()`` threads, holds no masks, and gives the same costs for any number of threads. On CUDA a
-    Triton kernel holds no masks either, reads nothing back to the host and gives the same costs in every run; it takes
-    embeddings in half precision as they are, and products of them are exact. Float64 predictions take
+    ``torch.get_num_threads()`` threads, keeps no masks, and gives the same costs for any number of threads. On CUDA a
+    Triton kernel keeps no masks either, reads nothing back to the host and gives the same costs in every run. It takes
+    embeddings in half precision as they are; products of them are exact. Float64 predictions take
     `matching_cost_eager`.
 
     Raises:
@@ -243,7 +178,7 @@ def matching_cost(
             on the CPU also a count or label out of range (on CUDA such a label costs NaN).
         ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
-    return torch.ops.maskformer_fast.matching_cost(*_prediction_inputs(predictions, targets, loss))
+    return _matching_cost(*_arguments_of_predictions(predictions, targets, loss))
 
 
 def matching_cost_from_logits(
@@ -252,9 +187,9 @@ def matching_cost_from_logits(
     targets: Targets,
     loss: LossConfig,
 ) -> Tensor:
-    """`matching_cost` of predictions whose mask logits are at hand, multiplied out -> [L, B, Q, T]."""
-    inputs = _inputs({"class_logits": class_logits, "mask_logits": mask_logits}, targets, loss)
-    return torch.ops.maskformer_fast.matching_cost(*inputs)
+    """`matching_cost` of mask logits in place of their factors -> [L, B, Q, T]."""
+    floats = {"class_logits": class_logits, "mask_logits": mask_logits}
+    return _matching_cost(*_checked_arguments(floats, targets, loss))
 
 
 def matching_cost_eager(
@@ -262,8 +197,71 @@ def matching_cost_eager(
     targets: Targets,
     loss: LossConfig,
 ) -> Tensor:
-    """`matching_cost` in plain PyTorch: oracle of the tests, and what runs in float64.
+    """`matching_cost` in plain PyTorch: the oracle of the tests, and the implementation for float64.
 
-    A class logit of +inf or a label out of range do what ``softmax`` and ``gather`` do with them.
+    A class logit of +inf and a label out of range are treated as ``softmax`` and ``gather`` treat them.
     """
-    return _matching_cost_torch(*_prediction_inputs(predictions, targets, loss))
+    return _matching_cost_torch(_arguments_of_predictions(predictions, targets, loss))
+
+
+def _nearest(out: int, size: int, device: torch.device) -> Tensor:
+    """Pixel of ``size`` that each of ``out`` samples of ``F.interpolate(mode="nearest")`` reads -> [out] int64."""
+    # float32, like torch's own: exact integer arithmetic would choose another pixel where the scale rounds down.
+    index = torch.arange(out, device=device, dtype=torch.float32) * (size / out)
+    return index.long().clamp(max=size - 1)
+
+
+def _matching_cost_torch(arguments: _Arguments) -> Tensor:
+    masks, dtype = arguments.masks, arguments.class_logits.dtype
+    rows, columns = (
+        _nearest(out, size, masks.device) for out, size in zip(arguments.out_size, arguments.input_size, strict=True)
+    )
+    with torch.autocast(masks.device.type, enabled=False):
+        sampled = masks[:, :, rows][..., columns // 8] >> (columns % 8).to(torch.uint8) & 1  # [B, T, h, w]
+        counted = None
+        if arguments.valid_sizes is not None:
+            inner = inside(arguments.valid_sizes, rows, columns)  # [B, h, w]
+            sampled = sampled * inner.unsqueeze(1)
+            counted = inner.flatten(1).unsqueeze(2).to(dtype)  # [B, h*w, 1]
+        truth = sampled.flatten(2).transpose(1, 2).to(dtype)  # [B, h*w, T]
+        layers, batch, queries = arguments.class_logits.shape[:3]
+        cost = arguments.class_logits.new_empty(layers, batch, queries, arguments.labels.shape[1])
+        for layer in range(layers):  # one at a time: all masks of one layer exist at once, not those of every layer
+            logits = arguments.embeddings[layer].to(dtype).flatten(2)
+            if arguments.pixels is not None:
+                logits = torch.bmm(logits, arguments.pixels.to(dtype).flatten(2))
+            cost[layer] = _layer_cost(arguments, layer, logits, truth, counted)
+        present = torch.arange(arguments.labels.shape[1], device=masks.device) < arguments.counts.unsqueeze(1)
+        return cost.where(present.unsqueeze(1), 0)
+
+
+def _layer_cost(
+    arguments: _Arguments,
+    layer: int,
+    logits: Tensor,  # [B, Q, n]
+    truth: Tensor,  # [B, n, T]
+    counted: Tensor | None,  # [B, n, 1], None counts every pixel
+) -> Tensor:  # [B, Q, T]
+    on_weight, off_weight, gamma = arguments.focal
+    probability = logits.sigmoid()
+    # Loss of each pixel where the target is off, and its change where it is on: a matrix product does the rest.
+    off = F.softplus(logits)
+    if gamma == 0.0:
+        rise = (on_weight - off_weight) * off - on_weight * logits
+        off = off_weight * off
+    else:
+        rise = on_weight * (1 - probability) ** gamma * (off - logits)
+        off = off_weight * probability**gamma * off
+        rise -= off
+
+    def total(values: Tensor) -> Tensor:
+        return values.sum(2, keepdim=True) if counted is None else torch.bmm(values, counted)
+
+    samples = truth.shape[1] if counted is None else counted.sum(1, keepdim=True).clamp(min=1)
+    mask = (total(off) + torch.bmm(rise, truth)) / samples
+    overlap = torch.bmm(probability, truth)
+    dice = 1 - (2 * overlap + 1) / (total(probability) + truth.sum(1, keepdim=True) + 1)
+    index = arguments.labels.unsqueeze(1).expand(-1, logits.shape[1], -1)
+    chosen = arguments.class_logits[layer].softmax(-1).gather(2, index)
+    class_weight, mask_weight, dice_weight = arguments.weights
+    return mask_weight * mask + dice_weight * dice - class_weight * chosen

@@ -1,7 +1,7 @@
 """Bilinear resampling of a window of low-resolution maps to an output grid, tile by tile.
 
 Maps [N, h, w] cover the network's padded input; an image covers their top-left `extent` = (eh, ew) in map pixels
-(eh = valid height * h / padded height, not necessarily whole). Output pixel (y, x) of an (H, W) grid over that
+(eh = valid height * h / padded height, not necessarily an integer). Output pixel (y, x) of an (H, W) grid over that
 window reads the maps bilinearly at
 
     ((y + 0.5) * eh / H - 0.5, (x + 0.5) * ew / W - 0.5),
@@ -10,9 +10,9 @@ coordinates below 0 taken as 0 and taps beyond the last row or column taken from
 Taps may lie outside the window (in the padding), never outside the maps: where (H, W) is the image's size in the padded
 input, the result is ``F.interpolate`` to the padded size, cropped.
 
-Values beyond ±`VALUE_LIMIT`, infinities among them, count as ±`VALUE_LIMIT`, so that interpolation never meets
-inf - inf: a tap at -inf makes every pixel that it reaches hugely negative, and between opposite infinities the nearer
-one wins. NaN stays NaN.
+Values beyond ±`VALUE_LIMIT`, also infinities, count as ±`VALUE_LIMIT`, so that interpolation never computes inf - inf:
+a tap at -inf makes every pixel that it reaches hugely negative, and between opposite infinities the nearer one wins.
+NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor
 from maskformer_fast.core.checks import check
 
 CPU_TILE_BYTES = 4 << 20
-"""Temporaries of one tile on the CPU: about one core's cache (1 to 16 MiB run alike, whole images 1.6 times slower)."""
+"""Bytes of one tile's temporaries on the CPU: about one core's cache. From 1 to 16 MiB the time is the same; complete
+images take 1.6 times as long."""
 DEVICE_TILE_BYTES = 64 << 20
-"""The same on an accelerator, where launches cost more than cache misses."""
-
-
+"""Bytes of one tile's temporaries on an accelerator, where launches cost more than cache misses."""
 VALUE_LIMIT = 1e30
-"""Far beyond any logit, and far enough from the end of float32 that differences and products stay finite."""
+"""Largest magnitude of a value: far beyond any logit, and so far below the largest float32 that differences and
+products stay finite."""
 
 
 def check_geometry(maps: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> None:
@@ -41,8 +41,13 @@ def check_geometry(maps: Tensor, extent: tuple[float, float], output_size: tuple
     check(len(output_size) == 2 and min(output_size) > 0, "output_size", "positive height and width", output_size)
 
 
+def without_float64(logits: Tensor) -> Tensor:
+    """Convert float64, which no kernel takes, to float32; leave other types as they are."""
+    return logits.float() if logits.dtype == torch.float64 else logits
+
+
 def row_tiles(output_size: tuple[int, int], channels: int, device: torch.device) -> Iterator[slice]:
-    """Cut the output's rows so that `channels` float32 values a pixel stay within one tile's memory."""
+    """Split the output's rows so that `channels` float32 values a pixel stay within one tile's memory."""
     height, width = output_size
     budget = CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
     rows = max(1, budget // (4 * max(1, channels) * width))
@@ -56,7 +61,7 @@ def resample_rows(
     output_size: tuple[int, int],
     rows: slice,
 ) -> Tensor:
-    """Some rows of the resampled maps -> [N, rows, W] float32. Coordinates are as the module says."""
+    """Resample a slice of the output's rows -> [N, rows, W] float32. The module's docstring defines the coordinates."""
     height, width = output_size
     source_height, source_width = maps.shape[-2:]
     y = torch.arange(rows.start, rows.stop, dtype=torch.float64, device=maps.device)
@@ -73,7 +78,7 @@ def resample_rows(
         return tile
     if source_width == width:  # the operator below copies equal sizes, whatever the scale; a repeated edge is no change
         tile = torch.cat([tile, tile[..., -1:]], -1)
-    # F.interpolate cannot read a window: it derives the scale from whole sizes. The operator takes the scale itself.
+    # F.interpolate cannot read a window: it derives the scale from integer sizes. The operator takes the scale itself.
     return torch.ops.aten.upsample_linear1d(tile, [width], False, width / extent[1])
 
 
@@ -82,5 +87,5 @@ def resample(
     extent: tuple[float, float],
     output_size: tuple[int, int],
 ) -> Tensor:
-    """All rows at once -> [N, H, W] float32."""
+    """Resample all rows at once -> [N, H, W] float32."""
     return resample_rows(maps, extent, output_size, slice(0, output_size[0]))

@@ -1,14 +1,14 @@
-"""Frames of any size -> a padded batch, resized as the network was trained to see: antialiased bilinear, 8 bits.
+"""Resize of frames of any size into a padded batch as the network was trained on: antialiased bilinear, 8 bits.
 
-Pillow does it on the CPU, a Triton kernel on CUDA, equal bit for bit: Pillow's arithmetic is in integers. So pixels
-do not depend on the device, and frames that a decoder left in device memory need not visit the host.
+Pillow resizes on the CPU, a Triton kernel on CUDA. Both are equal bit for bit, because Pillow's arithmetic is in
+integers. So pixels do not depend on the device, and frames that a decoder left in device memory stay there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -17,61 +17,62 @@ from PIL import Image
 from torch import Tensor
 
 from maskformer_fast.core.checks import check
+from maskformer_fast.core.extension import load_kernels
 from maskformer_fast.kernels.resize_table import columns_first
-
-_library = torch.library.Library("maskformer_fast", "FRAGMENT")
-_library.define(
-    "resize_images(Tensor[] stacks, int[] sizes, int[] canvas, bool bgr) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from maskformer_fast.ops.registration import register_operator
 
 
-def _resize_images_cpu(stacks: Sequence[Tensor], sizes: Sequence[int], canvas: Sequence[int], bgr: bool) -> Tensor:
-    batch = _resize_images_fake(stacks, sizes, canvas, bgr).zero_()
+class _Arguments(NamedTuple):
+    stacks: tuple[Tensor, ...]  # [N, H, W, 3 or 4] uint8 each
+    sizes: tuple[int, ...]  # height and width after the resize, of each stack in turn
+    canvas: tuple[int, int]
+    bgr: bool
+
+    def stacks_and_sizes(self) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        return zip(self.stacks, zip(self.sizes[::2], self.sizes[1::2], strict=True), strict=True)
+
+
+def _resize_images_cpu(arguments: _Arguments) -> Tensor:
+    batch = _resize_images_fake(arguments).zero_()
     rows = iter(batch)
-    for stack, height, width in zip(stacks, sizes[::2], sizes[1::2], strict=True):
+    for stack, (height, width) in arguments.stacks_and_sizes():
         for image in stack[..., :3].numpy():
             resized = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
             planes = torch.from_numpy(resized).permute(2, 0, 1)
-            next(rows)[:, :height, :width] = planes.flip(0) if bgr else planes
+            next(rows)[:, :height, :width] = planes.flip(0) if arguments.bgr else planes
     return batch
 
 
-def _resize_images_cuda(stacks: Sequence[Tensor], sizes: Sequence[int], canvas: Sequence[int], bgr: bool) -> Tensor:
-    kernel = _load_kernel()
-    batch = _resize_images_fake(stacks, sizes, canvas, bgr)
+def _resize_images_cuda(arguments: _Arguments) -> Tensor:
+    kernels = load_kernels("resize")
+    batch = _resize_images_fake(arguments)
     start = 0
     with torch.cuda.device(batch.device):
-        for stack, height, width in zip(stacks, sizes[::2], sizes[1::2], strict=True):
-            size, part = (height, width), batch[start : start + len(stack)]
-            kernel.resize_forward(stack, size, part, filters_columns_first(tuple(stack.shape[1:3]), size), bgr)
+        for stack, size in arguments.stacks_and_sizes():
+            part = batch[start : start + len(stack)]
+            columns_come_first = filters_columns_first(tuple(stack.shape[1:3]), size)
+            kernels.resize_forward(stack, size, part, columns_come_first, arguments.bgr)
             start += len(stack)
     return batch
 
 
-def _resize_images_fake(stacks: Sequence[Tensor], sizes: Sequence[int], canvas: Sequence[int], bgr: bool) -> Tensor:
-    return stacks[0].new_empty((sum(stack.shape[0] for stack in stacks), 3, *canvas))
+def _resize_images_fake(arguments: _Arguments) -> Tensor:
+    count = sum(stack.shape[0] for stack in arguments.stacks)
+    return arguments.stacks[0].new_empty((count, 3, *arguments.canvas))
 
 
-_library.impl("resize_images", _resize_images_cpu, "CPU")
-_library.impl("resize_images", _resize_images_cuda, "CUDA")
-torch.library.register_fake("maskformer_fast::resize_images", _resize_images_fake, lib=_library)
+_resize_images = register_operator(
+    "resize_images(Tensor[] stacks, int[] sizes, int[] canvas, bool bgr) -> Tensor",
+    _Arguments,
+    cpu=_resize_images_cpu,
+    cuda=_resize_images_cuda,
+    fake=_resize_images_fake,
+)
 
 
 def filters_columns_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
-    """The order in which the installed Pillow filters: what the CPU does."""
+    """Tell whether the installed Pillow, which resizes on the CPU, filters columns before rows."""
     return int(PIL.__version__.split(".")[0]) >= 13 and columns_first(shape, size)
-
-
-def _load_kernel() -> ModuleType:
-    try:
-        from maskformer_fast.kernels import resize as preprocess
-    except ImportError as error:
-        raise ImportError(
-            f"resizing images on a CUDA device needs Triton, which cannot be imported: {error}. "
-            "Install it with: pip install triton"
-        ) from error
-    return preprocess
 
 
 def _check_image(
@@ -96,18 +97,18 @@ def resize_images(
 ) -> tuple[Tensor, Tensor]:
     """Resize images and stack them at the top left of a canvas -> uint8 [B, 3, H, W] RGB, int64 [B, 2] valid sizes.
 
-    The pixels are those of ``PIL.Image.resize(..., BILINEAR)``: `data.transforms.resize_image` and then
-    `data.loader.pad_images`, in one step, on the images' device. H and W are the largest height and width (of ``sizes``
-    and ``canvas``), rounded up to a multiple of ``divisor``; outside its size an image is zero. A fourth channel
-    (alpha) is left out; ``bgr`` says that blue comes first.
+    The pixels are those of ``PIL.Image.resize(..., BILINEAR)``. One call does the work of
+    `data.transforms.resize_image` and `data.loader.pad_images`, on the images' device. H and W are the largest height
+    and width (of ``sizes`` and ``canvas``), rounded up to a multiple of ``divisor``; outside its size an image is zero.
+    A fourth channel (alpha) is left out. With ``bgr`` the first channel is blue.
 
-    Rows may lie any pitch apart: pass the view (``buffer[:, :width]``, ``buffer.as_strided``), CUDA does not copy it.
-    There, images of one size in one tensor take one launch, images in a list one each; sizes seen for the first
-    time copy their filters to the device, which a CUDA graph cannot capture.
+    Rows may be any distance apart in memory: pass the view (``buffer[:, :width]``, ``buffer.as_strided``), which CUDA
+    does not copy. On CUDA, images of one tensor take one launch together, images of a list one each. The first call
+    with a size copies its filters to the device, which a CUDA graph cannot capture.
 
     Raises:
         TypeError: images that are not uint8 tensors.
-        ValueError: an empty image or another shape, a size below 1, images of which not all are on one device.
+        ValueError: an empty image or another shape, a size below 1, images on different devices.
         ImportError: a CUDA device without Triton.
     """
     single = isinstance(images, Tensor)
@@ -125,21 +126,22 @@ def resize_images(
     check(all(min(size) >= 1 for size in sizes), "sizes", "at least 1 x 1", sizes)
     if single:
         check(len(set(sizes)) == 1, "sizes", "the same for all images of one tensor", sizes)
-    largest = [max(side, *sides) for side, sides in zip(canvas, zip(*sizes, strict=True), strict=True)]
-    padded = [-(-side // divisor) * divisor for side in largest]
-    flat = [side for size in sizes[:: count // len(stacks)] for side in size]
-    batch = torch.ops.maskformer_fast.resize_images(stacks, flat, padded, bgr)
+    largest = [max(length, *lengths) for length, lengths in zip(canvas, zip(*sizes, strict=True), strict=True)]
+    padded = [-(-length // divisor) * divisor for length in largest]
+    flat = [length for size in sizes[:: count // len(stacks)] for length in size]
+    batch = _resize_images(stacks, flat, padded, bgr)
     return batch, _valid_sizes(sizes, batch.device)
 
 
 def _valid_sizes(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """int64 [B, 2]. Filled by the device: to copy it the host would wait for all work before, and a CUDA graph could
-    not capture that."""
+    """Make the tensor of sizes on the device -> [B, 2] int64."""
+    # Filled by the device: a copy from the host would wait for all work before it, and a CUDA graph could not capture
+    # it.
     result = torch.empty(len(sizes), 2, dtype=torch.int64, device=device)
     start = 0
     for size, equal in groupby(sizes):
         end = start + len(list(equal))
-        for column, side in enumerate(size):
-            result[start:end, column].fill_(side)
+        for column, length in enumerate(size):
+            result[start:end, column].fill_(length)
         start = end
     return result

@@ -1,13 +1,12 @@
-"""Masks as compressed COCO run lengths (RLE): of boolean or packed arrays, and straight from mask logits.
+"""Compressed COCO run lengths (RLE) of masks: of boolean arrays, of packed arrays, and directly of mask logits.
 
-`instance_rle` is the operator. On CUDA no mask is stored, dense or packed, on the way (kernels/rle.py);
-on the CPU each is packed, then encoded, in C++. The strings are those that pycocotools makes of the masks of
+`instance_rle` is the operator. On CUDA it stores no mask, neither dense nor packed (kernels/rle.py). On the CPU it
+packs each mask, then encodes it, in C++. The strings are those that pycocotools makes of the masks of
 `instance_inference`. No function has a gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -15,27 +14,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskformer_fast.core.arrays import address_of
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.extension import load_extension, load_kernels
-from maskformer_fast.ops.segments import check_logits, instance_inference, narrowed
+from maskformer_fast.ops.registration import register_operator
+from maskformer_fast.ops.resample import without_float64
+from maskformer_fast.ops.segments import check_logits, instance_inference
 
 BYTES_PER_COLUMN = 4
-"""Bytes that `encode_instances` reserves at first for each column of a mask: enough for two runs."""
-_CHUNK_PIXELS = 8 * 2**20  # pixels of masks encoded at a time
+"""Bytes that `encode_instances` first reserves for each column of a mask: enough for two runs."""
+_CHUNK_PIXELS = 8 * 2**20
+"""Pixels of masks that `encode_masks` encodes at a time."""
 
 
 class EncodedMasks(NamedTuple):
-    """What `instance_rle` makes."""
+    """Result of `instance_rle`."""
 
     data: Tensor  # [capacity] uint8: mask after mask, then zeros
     starts: Tensor  # [B * N + 1] int64: mask i is data[starts[i]:starts[i+1]]
 
 
-_library = torch.library.Library("maskformer_fast", "FRAGMENT")
-_library.define(
+class _Arguments(NamedTuple):
+    mask_logits: Tensor  # [B, N, h, w] floating
+    extent: tuple[float, float]
+    output_size: tuple[int, int]
+    capacity: int
+
+
+def _instance_rle_cpu(arguments: _Arguments) -> tuple[Tensor, Tensor]:
+    mask_logits, extent, output_size, capacity = arguments
+    masks = instance_inference(mask_logits, extent, output_size).masks
+    counts = [rle["counts"] for rle in encode_packed_masks(masks.flatten(0, 1).numpy(), output_size[1])]
+    starts = torch.tensor([0, *accumulate(map(len, counts))])
+    text = b"".join(counts)
+    data = torch.zeros(capacity, dtype=torch.uint8)
+    if 0 < len(text) <= capacity:
+        data[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return data, starts
+
+
+def _instance_rle_cuda(arguments: _Arguments) -> tuple[Tensor, Tensor]:
+    kernels = load_kernels("rle")
+    data, starts = _instance_rle_fake(arguments)
+    data.zero_()
+    kernels.encode_masks(without_float64(arguments.mask_logits), arguments.extent, arguments.output_size, data, starts)
+    return data, starts
+
+
+def _instance_rle_fake(arguments: _Arguments) -> tuple[Tensor, Tensor]:
+    mask_logits = arguments.mask_logits
+    data = mask_logits.new_empty(arguments.capacity, dtype=torch.uint8)
+    return data, data.new_empty(mask_logits.shape[0] * mask_logits.shape[1] + 1, dtype=torch.int64)
+
+
+_instance_rle = register_operator(
     "instance_rle(Tensor mask_logits, float[2] extent, SymInt[2] output_size, SymInt capacity) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _Arguments,
+    cpu=_instance_rle_cpu,
+    cuda=_instance_rle_cuda,
+    fake=_instance_rle_fake,
 )
 
 
@@ -48,8 +86,8 @@ def instance_rle(
 ) -> EncodedMasks:
     """Compressed COCO run lengths of the masks (logit > 0 after resampling to the output), all in one buffer.
 
-    Nothing waits for the device. The masks fit if ``starts[-1] <= capacity``; if not, ``starts[-1]`` is a capacity at
-    which they do, and the other numbers and the bytes mean nothing. `encode_instances` sees to that.
+    The host does not wait for the device. The masks fit if ``starts[-1] <= capacity``. If they do not, ``starts[-1]``
+    is a sufficient capacity, and the other numbers and the bytes are invalid. `encode_instances` handles both cases.
 
     Args:
         extent: height and width of the images in mask pixels, common to the batch.
@@ -63,7 +101,7 @@ def instance_rle(
     check_logits(mask_logits, extent, output_size)
     check(output_size[0] * output_size[1] < 1 << 31, "output_size", "fewer than 2^31 pixels", output_size)
     check(capacity >= 0, "capacity", "0 or more bytes", capacity)
-    return EncodedMasks(*torch.ops.maskformer_fast.instance_rle(mask_logits, extent, output_size, capacity))
+    return EncodedMasks(*_instance_rle(mask_logits, extent, output_size, capacity))
 
 
 def encode_instances(
@@ -71,9 +109,10 @@ def encode_instances(
     extent: tuple[float, float],
     output_size: tuple[int, int],
 ) -> list[list[dict[str, Any]]]:
-    """The same as COCO's objects, {"size": [H, W], "counts": bytes}, for every image and query.
+    """Encode the masks of `instance_rle` as COCO's objects, {"size": [H, W], "counts": bytes}, for each image and
+    query.
 
-    Errors are those of `instance_rle`. Where the buffer turns out too small, it is run again with one large enough.
+    Raises the errors of `instance_rle`. Where the buffer is too small, the operator runs again with a larger one.
     """
     batch, queries = mask_logits.shape[:2]
     capacity = BYTES_PER_COLUMN * batch * queries * output_size[1]
@@ -85,42 +124,6 @@ def encode_instances(
     text = data[: places[-1]].cpu().numpy().tobytes()
     masks = [{"size": [*output_size], "counts": text[start:end]} for start, end in pairwise(places)]
     return [masks[image * queries : (image + 1) * queries] for image in range(batch)]
-
-
-def _instance_rle_cpu(
-    mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int], capacity: int
-) -> tuple[Tensor, Tensor]:
-    masks = instance_inference(mask_logits, (extent[0], extent[1]), (output_size[0], output_size[1])).masks
-    counts = [rle["counts"] for rle in encode_packed_masks(masks.flatten(0, 1).numpy(), output_size[1])]
-    starts = torch.tensor([0, *accumulate(map(len, counts))])
-    text = b"".join(counts)
-    data = torch.zeros(capacity, dtype=torch.uint8)
-    if 0 < len(text) <= capacity:
-        data[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return data, starts
-
-
-def _instance_rle_cuda(
-    mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int], capacity: int
-) -> tuple[Tensor, Tensor]:
-    kernels = load_kernels("rle")
-    data, starts = _instance_rle_fake(mask_logits, extent, output_size, capacity)
-    data.zero_()
-    window = (extent[0], extent[1]), (output_size[0], output_size[1])
-    kernels.encode_masks(narrowed(mask_logits), *window, data, starts)
-    return data, starts
-
-
-def _instance_rle_fake(
-    mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int], capacity: int
-) -> tuple[Tensor, Tensor]:
-    data = mask_logits.new_empty(capacity, dtype=torch.uint8)
-    return data, data.new_empty(mask_logits.shape[0] * mask_logits.shape[1] + 1, dtype=torch.int64)
-
-
-_library.impl("instance_rle", _instance_rle_cpu, "CPU")
-_library.impl("instance_rle", _instance_rle_cuda, "CUDA")
-torch.library.register_fake("maskformer_fast::instance_rle", _instance_rle_fake, lib=_library)
 
 
 def encode_masks(
@@ -146,7 +149,7 @@ def encode_packed_masks(
     packed: np.ndarray,  # [N, H, ceil(W/8)] uint8, as `structures.pack_masks`
     width: int,
 ) -> list[dict[str, Any]]:
-    """Compressed COCO RLE of bit-packed masks, straight from the bits in C++; equal to pycocotools'.
+    """Compressed COCO RLE of bit-packed masks, encoded from the bits in C++; equal to pycocotools'.
 
     Padding bits are ignored. Runs on ``torch.get_num_threads()`` threads.
 
@@ -161,8 +164,7 @@ def encode_packed_masks(
         raise ValueError(f"packed: expected [N, H, {(width + 7) // 8}] for width {width}, got shape {packed.shape}")
     packed = np.ascontiguousarray(packed)
     count, height = packed.shape[:2]
-    address = packed.__array_interface__["data"][0]
-    counts = load_extension().encode_packed_masks(address, (count, height, width), torch.get_num_threads())
+    counts = load_extension().encode_packed_masks(address_of(packed), (count, height, width), torch.get_num_threads())
     return [{"size": [height, width], "counts": run_lengths} for run_lengths in counts]
 
 

@@ -1,17 +1,16 @@
 """Panoptic and instance inference: segments from the masks of the kept queries (paper section 3.4).
 
-On the CPU one pass over pixels in C++ (csrc/segments/), on CUDA one in Triton (kernels/segments_*.py); in both, bounds
-settle most tiles. The eager twins are plain PyTorch by tiles of rows, with no loop over queries and no transfer
+Each operator is one pass over pixels, on the CPU in C++ (csrc/segments/), on CUDA in Triton (kernels/segments_*.py);
+bounds settle most tiles. The eager twins are plain PyTorch by tiles of rows, with no loop over queries and no transfer
 to the host: oracle of the tests and baseline of the benchmarks. No function has a gradient.
 
-Logits should be finite. In the operators NaN counts as -1e30 (no mask covers it), and what is beyond +-1e30, infinities
-too, as that, and a negative or NaN score as 0; the eager twins let NaN spread to the pixels around.
+Logits should be finite. The operators treat NaN as -1e30 (no mask covers it), values beyond +-1e30, also infinities, as
++-1e30, and a negative or NaN score as 0. In the eager twins NaN spreads to the pixels around it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, cast, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +20,21 @@ from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.core.metadata import VOID
-from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
+from maskformer_fast.ops.registration import register_operator
+from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles, without_float64
 from maskformer_fast.structures import pack_masks
 
 
 class PanopticSegments(NamedTuple):
-    """What `panoptic_inference` finds."""
+    """Result of `panoptic_inference`."""
 
     id_map: Tensor  # [B, H, W] int32, VOID where no segment is
-    ids: Tensor  # [B, N] int32: segment that the query's pixels went to, VOID if it was dropped
-    areas: Tensor  # [B, N] int64: pixels of the query's segment, or that it would have had
+    ids: Tensor  # [B, N] int32: segment of the query's pixels, VOID if the query was dropped
+    areas: Tensor  # [B, N] int64: pixels of the query's segment; of a dropped query those it would have had
 
 
 class InstanceMasks(NamedTuple):
-    """What `instance_inference` finds."""
+    """Result of `instance_inference`."""
 
     masks: Tensor  # [B, N, H, ceil(W/8)] uint8, packed
     areas: Tensor  # [B, N] int64
@@ -42,17 +42,74 @@ class InstanceMasks(NamedTuple):
     scores: Tensor  # [B, N] float32: mean sigmoid over the mask's pixels, 0 for an empty mask
 
 
+class _PanopticArguments(NamedTuple):
+    mask_logits: Tensor  # [B, N, h, w] floating
+    scores: Tensor  # [B, N] floating
+    categories: Tensor  # [B, N] int64
+    is_thing: Tensor  # [K] bool
+    extent: tuple[float, float]
+    output_size: tuple[int, int]
+    overlap_threshold: float
+    rule: PanopticRule
+
+
+def _panoptic_inference_cpu(arguments: _PanopticArguments) -> tuple[Tensor, Tensor, Tensor]:
+    logits = _with_adjacent_columns(arguments.mask_logits)
+    scores, categories, is_thing = _contiguous_queries(arguments)
+    id_map, ids, areas = _panoptic_inference_fake(arguments)
+    load_extension().panoptic_inference(
+        *_window_values(logits, arguments.extent, arguments.output_size),
+        scores.data_ptr(),
+        categories.data_ptr(),
+        is_thing.data_ptr(),
+        len(is_thing),
+        arguments.overlap_threshold,
+        arguments.rule,
+        id_map.data_ptr(),
+        ids.data_ptr(),
+        areas.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return id_map, ids, areas
+
+
+def _panoptic_inference_cuda(arguments: _PanopticArguments) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = load_kernels("segments_panoptic")
+    if arguments.mask_logits.shape[1] > kernels.MAX_QUERIES:
+        return panoptic_inference_eager(*arguments)
+    results = _panoptic_inference_fake(arguments)
+    kernels.panoptic_segments(
+        without_float64(arguments.mask_logits),
+        *_contiguous_queries(arguments),
+        arguments.extent,
+        arguments.overlap_threshold,
+        arguments.rule,
+        *results,
+    )
+    return results
+
+
+def _panoptic_inference_fake(arguments: _PanopticArguments) -> tuple[Tensor, Tensor, Tensor]:
+    batch, queries = arguments.mask_logits.shape[:2]
+    id_map = arguments.mask_logits.new_empty((batch, *arguments.output_size), dtype=torch.int32)
+    return id_map, id_map.new_empty((batch, queries)), id_map.new_empty((batch, queries), dtype=torch.int64)
+
+
 _WINDOW = "float[2] extent, SymInt[2] output_size"
-_library = torch.library.Library("maskformer_fast", "FRAGMENT")
-_library.define(
+_panoptic_inference = register_operator(
     f"panoptic_inference(Tensor mask_logits, Tensor scores, Tensor categories, Tensor is_thing, {_WINDOW}, "
     "float overlap_threshold, str rule) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _PanopticArguments,
+    cpu=_panoptic_inference_cpu,
+    cuda=_panoptic_inference_cuda,
+    fake=_panoptic_inference_fake,
 )
-_library.define(
-    f"instance_inference(Tensor mask_logits, {_WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+
+
+def _contiguous_queries(arguments: _PanopticArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores in float32, categories and flags of things, as the backends take them."""
+    scores = arguments.scores.to(torch.float32).contiguous()
+    return scores, arguments.categories.contiguous(), arguments.is_thing.contiguous()
 
 
 @torch.no_grad()
@@ -79,11 +136,11 @@ def panoptic_inference(
       ``scores[q] * M[q]`` >= 0.5, and the ratio must be above the threshold, not equal to it. Its segment numbers are
       not followed: they start again from a merged segment's, so that two segments can share one.
 
-    ``maskformer`` is the default because the published weights of this model were measured by it and it leaves the
+    ``maskformer`` is the default because the published weights of this model were measured with it and it leaves the
     fewest pixels void.
 
-    Pixels of no segment are void. Segments are numbered from 1 in the order of queries; stuff of a class that has a
-    segment already joins it.
+    Pixels of no segment are void. Segments are numbered from 1 in the order of queries. Stuff joins the segment of its
+    class if there is one already.
 
     On CUDA: Triton kernels for up to 256 queries, `panoptic_inference_eager` for more.
 
@@ -92,17 +149,47 @@ def panoptic_inference(
         output_size: height H and width W of the result.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown rule, or a category that `is_thing` has no flag for (on CUDA,
-            where looking would mean to wait for the device, such a category is a thing's).
+        ValueError: shapes that do not fit, an unknown rule, or a category for which `is_thing` has no flag (on CUDA,
+            where a check would wait for the device, such a category counts as a thing's).
         TypeError: `categories` not int64 or `is_thing` not bool.
         ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     _check_panoptic(mask_logits, scores, categories, is_thing, extent, output_size, rule)
     return PanopticSegments(
-        *torch.ops.maskformer_fast.panoptic_inference(
-            mask_logits, scores, categories, is_thing, extent, output_size, overlap_threshold, rule
-        )
+        *_panoptic_inference(mask_logits, scores, categories, is_thing, extent, output_size, overlap_threshold, rule)
     )
+
+
+def _check_panoptic(
+    mask_logits: Tensor,
+    scores: Tensor,
+    categories: Tensor,
+    is_thing: Tensor,
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    rule: PanopticRule,
+) -> None:
+    check_choice("rule", rule, get_args(PanopticRule))
+    check_logits(mask_logits, extent, output_size)
+    for name, value in (("scores", scores), ("categories", categories)):
+        check(value.shape == mask_logits.shape[:2], name, f"{list(mask_logits.shape[:2])}", list(value.shape))
+    for name, value, dtype in (("categories", categories, torch.int64), ("is_thing", is_thing, torch.bool)):
+        if value.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+
+
+def _segment_ids(
+    categories: Tensor,  # [B, N] int64
+    kept: Tensor,  # [B, N] bool
+    is_thing: Tensor,  # [K] bool
+) -> Tensor:
+    """Number the kept queries from 1, stuff of one class alike -> [B, N] int32, VOID elsewhere."""
+    stuff = kept & ~is_thing[categories.clamp(min=0)]
+    same = (categories[:, :, None] == categories[:, None, :]) & stuff[:, :, None] & stuff[:, None, :]
+    own = torch.arange(categories.shape[1], device=categories.device).expand_as(categories)
+    first = torch.where(stuff, same.to(torch.int8).argmax(-1), own)  # argmax of 0s and 1s: the first 1
+    number = (kept & (first == own)).cumsum(-1)
+    return torch.where(kept, number.gather(-1, first), VOID).to(torch.int32)
 
 
 @torch.no_grad()
@@ -140,7 +227,7 @@ def panoptic_inference_eager(
             won[image].scatter_add_(0, winner.flatten(), torch.ones_like(winner).flatten())
             areas[image].scatter_add_(0, winner.flatten(), inside.flatten())
             id_map[image, rows] = torch.where(inside > 0, winner, num_queries).to(torch.int32)
-    won.masked_fill_(categories < 0, 0)  # with none present, "the first" won
+    won.masked_fill_(categories < 0, 0)  # where no query is present, the maximum is at the first
     areas.masked_fill_(categories < 0, 0)
     ratio = won.to(torch.float64) / owned  # in double, so that a ratio equal to the threshold is equal
     enough = ratio > overlap_threshold if rule == "huggingface" else ratio >= overlap_threshold
@@ -151,116 +238,50 @@ def panoptic_inference_eager(
     return PanopticSegments(id_map, ids, areas)
 
 
-def _panoptic_inference_cpu(
-    mask_logits: Tensor,
-    scores: Tensor,
-    categories: Tensor,
-    is_thing: Tensor,
-    extent: Sequence[float],
-    output_size: Sequence[int],
-    overlap_threshold: float,
-    rule: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits = _with_adjacent_columns(mask_logits)
-    scores = scores.to(torch.float32).contiguous()
-    categories, is_thing = categories.contiguous(), is_thing.contiguous()
-    id_map, ids, areas = _panoptic_inference_fake(
-        logits, scores, categories, is_thing, extent, output_size, overlap_threshold, rule
-    )
-    load_extension().panoptic_inference(
-        *_window_arguments(logits, extent, output_size),
-        scores.data_ptr(),
-        categories.data_ptr(),
-        is_thing.data_ptr(),
-        len(is_thing),
-        overlap_threshold,
-        rule,
-        id_map.data_ptr(),
-        ids.data_ptr(),
+class _InstanceArguments(NamedTuple):
+    mask_logits: Tensor  # [B, N, h, w] floating
+    extent: tuple[float, float]
+    output_size: tuple[int, int]
+
+
+def _instance_inference_cpu(arguments: _InstanceArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = _with_adjacent_columns(arguments.mask_logits)
+    masks, areas, boxes, scores = _instance_inference_fake(arguments)
+    load_extension().instance_inference(
+        *_window_values(logits, arguments.extent, arguments.output_size),
+        masks.data_ptr(),
         areas.data_ptr(),
+        boxes.data_ptr(),
+        scores.data_ptr(),
         torch.get_num_threads(),
     )
-    return id_map, ids, areas
+    return masks, areas, boxes, scores
 
 
-def _panoptic_inference_cuda(
-    mask_logits: Tensor,
-    scores: Tensor,
-    categories: Tensor,
-    is_thing: Tensor,
-    extent: Sequence[float],
-    output_size: Sequence[int],
-    overlap_threshold: float,
-    rule: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = load_kernels("segments_panoptic")
-    window = (extent[0], extent[1]), (output_size[0], output_size[1])
-    if mask_logits.shape[1] > kernels.MAX_QUERIES:
-        arguments = (mask_logits, scores, categories, is_thing, *window, overlap_threshold)
-        return panoptic_inference_eager(*arguments, cast(PanopticRule, rule))
-    id_map, ids, areas = _panoptic_inference_fake(
-        mask_logits, scores, categories, is_thing, *window, overlap_threshold, rule
+def _instance_inference_cuda(arguments: _InstanceArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = load_kernels("segments_instances")
+    results = _instance_inference_fake(arguments)
+    kernels.instance_masks(
+        without_float64(arguments.mask_logits), arguments.extent, arguments.output_size, *results
     )
-    kernels.panoptic_segments(
-        narrowed(mask_logits),
-        scores.to(torch.float32).contiguous(),
-        categories.contiguous(),
-        is_thing.contiguous(),
-        window[0],
-        overlap_threshold,
-        rule,
-        id_map,
-        ids,
-        areas,
-    )
-    return id_map, ids, areas
+    return results
 
 
-def _panoptic_inference_fake(
-    mask_logits: Tensor,
-    scores: Tensor,
-    categories: Tensor,
-    is_thing: Tensor,
-    extent: Sequence[float],
-    output_size: Sequence[int],
-    overlap_threshold: float,
-    rule: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, queries = mask_logits.shape[:2]
-    id_map = mask_logits.new_empty((batch, *output_size), dtype=torch.int32)
-    return id_map, id_map.new_empty((batch, queries)), id_map.new_empty((batch, queries), dtype=torch.int64)
+def _instance_inference_fake(arguments: _InstanceArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, queries), (height, width) = arguments.mask_logits.shape[:2], arguments.output_size
+    masks = arguments.mask_logits.new_empty((batch, queries, height, (width + 7) // 8), dtype=torch.uint8)
+    areas = masks.new_empty((batch, queries), dtype=torch.int64)
+    scores = masks.new_empty((batch, queries), dtype=torch.float32)
+    return masks, areas, scores.new_empty((batch, queries, 4)), scores
 
 
-def _check_panoptic(
-    mask_logits: Tensor,
-    scores: Tensor,
-    categories: Tensor,
-    is_thing: Tensor,
-    extent: tuple[float, float],
-    output_size: tuple[int, int],
-    rule: PanopticRule,
-) -> None:
-    check_choice("rule", rule, get_args(PanopticRule))
-    check_logits(mask_logits, extent, output_size)
-    for name, value in (("scores", scores), ("categories", categories)):
-        check(value.shape == mask_logits.shape[:2], name, f"{list(mask_logits.shape[:2])}", list(value.shape))
-    for name, value, dtype in (("categories", categories, torch.int64), ("is_thing", is_thing, torch.bool)):
-        if value.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
-
-
-def _segment_ids(
-    categories: Tensor,  # [B, N] int64
-    kept: Tensor,  # [B, N] bool
-    is_thing: Tensor,  # [K] bool
-) -> Tensor:
-    """Number the kept queries from 1, stuff of one class alike -> [B, N] int32, VOID elsewhere."""
-    stuff = kept & ~is_thing[categories.clamp(min=0)]
-    same = (categories[:, :, None] == categories[:, None, :]) & stuff[:, :, None] & stuff[:, None, :]
-    own = torch.arange(categories.shape[1], device=categories.device).expand_as(categories)
-    first = torch.where(stuff, same.to(torch.int8).argmax(-1), own)  # argmax of 0s and 1s: the first 1
-    number = (kept & (first == own)).cumsum(-1)
-    return torch.where(kept, number.gather(-1, first), VOID).to(torch.int32)
+_instance_inference = register_operator(
+    f"instance_inference(Tensor mask_logits, {_WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _InstanceArguments,
+    cpu=_instance_inference_cpu,
+    cuda=_instance_inference_cuda,
+    fake=_instance_inference_fake,
+)
 
 
 @torch.no_grad()
@@ -283,7 +304,7 @@ def instance_inference(
         ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     check_logits(mask_logits, extent, output_size)
-    return InstanceMasks(*torch.ops.maskformer_fast.instance_inference(mask_logits, extent, output_size))
+    return InstanceMasks(*_instance_inference(mask_logits, extent, output_size))
 
 
 @torch.no_grad()
@@ -321,70 +342,23 @@ def instance_inference_eager(
 def _span(
     hit: Tensor,  # [B, N, S] bool
 ) -> tuple[Tensor, Tensor]:
-    """First True and one past the last -> two [B, N] int64; any values where there is none."""
+    """Index of the first True and one past the last -> two [B, N] int64; undefined where there is none."""
     flags = hit.to(torch.int8)
     return flags.argmax(-1), hit.shape[-1] - flags.flip(-1).argmax(-1)
 
 
-def _instance_inference_cpu(
-    mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = _with_adjacent_columns(mask_logits)
-    masks, areas, boxes, scores = _instance_inference_fake(logits, extent, output_size)
-    load_extension().instance_inference(
-        *_window_arguments(logits, extent, output_size),
-        masks.data_ptr(),
-        areas.data_ptr(),
-        boxes.data_ptr(),
-        scores.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return masks, areas, boxes, scores
-
-
-def _instance_inference_cuda(
-    mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = load_kernels("segments_instances")
-    masks, areas, boxes, scores = _instance_inference_fake(mask_logits, extent, output_size)
-    window = (extent[0], extent[1]), (output_size[0], output_size[1])
-    kernels.instance_masks(narrowed(mask_logits), *window, masks, areas, boxes, scores)
-    return masks, areas, boxes, scores
-
-
-def _instance_inference_fake(
-    mask_logits: Tensor, extent: Sequence[float], output_size: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (batch, queries), (height, width) = mask_logits.shape[:2], output_size
-    masks = mask_logits.new_empty((batch, queries, height, (width + 7) // 8), dtype=torch.uint8)
-    areas = masks.new_empty((batch, queries), dtype=torch.int64)
-    scores = masks.new_empty((batch, queries), dtype=torch.float32)
-    return masks, areas, scores.new_empty((batch, queries, 4)), scores
-
-
-_library.impl("panoptic_inference", _panoptic_inference_cpu, "CPU")
-_library.impl("panoptic_inference", _panoptic_inference_cuda, "CUDA")
-torch.library.register_fake("maskformer_fast::panoptic_inference", _panoptic_inference_fake, lib=_library)
-_library.impl("instance_inference", _instance_inference_cpu, "CPU")
-_library.impl("instance_inference", _instance_inference_cuda, "CUDA")
-torch.library.register_fake("maskformer_fast::instance_inference", _instance_inference_fake, lib=_library)
-
-
 def check_logits(mask_logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> None:
+    """Raise ``ValueError`` for mask logits of another rank and for what `check_geometry` refuses."""
     check(mask_logits.ndim == 4, "mask_logits", "[B, N, h, w]", tuple(mask_logits.shape))
     check_geometry(mask_logits, extent, output_size)
 
 
-def narrowed(mask_logits: Tensor) -> Tensor:
-    """As kernels take them: float64 in float32, other types as they are."""
-    return mask_logits.float() if mask_logits.dtype == torch.float64 else mask_logits
-
-
 def _with_adjacent_columns(mask_logits: Tensor) -> Tensor:
-    """In float32, copied only if its rows are not dense."""
+    """Convert to float32 rows without gaps; copies only where needed."""
     logits = mask_logits.to(torch.float32)
     return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
-def _window_arguments(logits: Tensor, extent: Sequence[float], output_size: Sequence[int]) -> tuple[object, ...]:
-    return logits.data_ptr(), tuple(logits.shape), logits.stride()[:3], tuple(extent), tuple(output_size)
+def _window_values(logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> tuple[object, ...]:
+    """Logits and the window that the output covers, as the extension takes them."""
+    return logits.data_ptr(), tuple(logits.shape), logits.stride()[:3], extent, output_size

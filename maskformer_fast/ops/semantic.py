@@ -2,8 +2,8 @@
 
 `semantic_inference` is one fused operator: in C++ on the CPU (csrc/semantic/; tiles of pixels over threads, exact
 pruning of classes and queries, temporaries below 16 MiB), in Triton on CUDA (kernels/semantic.py, semantic_pruned.py).
-`semantic_inference_eager` and everything else here is plain PyTorch: oracle of the tests, baseline of the benchmarks,
-and what runs where there is no faster backend. No function has a gradient. Eager work goes by tiles of rows: beside
+`semantic_inference_eager` and the other functions are plain PyTorch: oracle of the tests, baseline of the benchmarks,
+and fallback where there is no faster backend. No function has a gradient. Eager code works on tiles of rows: beside
 inputs and results, temporaries stay within `resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
 """
 
@@ -15,20 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maskformer_fast.core.arrays import address_of, dtype_name
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.extension import load_extension, load_kernels
-from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles
+from maskformer_fast.ops.registration import register_operator
+from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles, without_float64
 
 CLASS_CHUNK = 256
-"""Classes scored at once: hundreds or thousands of them must not make even one row of scores too large."""
-PATHS = ("auto", "dense", "pruned")
-
-_library = torch.library.Library("maskformer_fast", "FRAGMENT")
-_library.define(
-    "semantic_inference(Tensor mask_logits, Tensor class_logits, float[] extent, SymInt[] output_size, "
-    "bool with_scores=False, bool with_margins=False, str path='auto') -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+"""Classes scored at once: with hundreds or thousands even one row of scores would be too large."""
 
 
 class SemanticMap(NamedTuple):
@@ -39,99 +33,84 @@ class SemanticMap(NamedTuple):
     margins: Tensor | None  # [B, H, W] float32
 
 
-def _semantic_inference_cpu(
-    mask_logits: Tensor,
-    class_logits: Tensor,
-    extent: list[float],
-    output_size: list[int],
-    with_scores: bool = False,
-    with_margins: bool = False,
-    path: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    mask_logits, class_logits = (
-        logits.float() if logits.dtype == torch.float64 else logits for logits in (mask_logits, class_logits)
-    )
-    results = _empty_results(mask_logits, class_logits, output_size, with_scores, with_margins)
+class _Arguments(NamedTuple):
+    mask_logits: Tensor  # [B, Q, h, w] floating
+    class_logits: Tensor  # [B, Q, K+1] floating, "no object" last
+    extent: tuple[float, float]
+    output_size: tuple[int, int]
+    with_scores: bool = False
+    with_margins: bool = False
+    path: str = "auto"
+    """For tests and benchmarks: ``dense`` computes every score, ``pruned`` only what can matter, ``auto`` decides, on
+    the CPU for each tile, on CUDA by shapes alone, as nothing is read back. Labels are the same. On CUDA scores and
+    margins always take every score."""
+
+
+def _semantic_inference_cpu(arguments: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    mask_logits, class_logits = without_float64(arguments.mask_logits), without_float64(arguments.class_logits)
+    results = _semantic_inference_fake(arguments)
     labels, scores, margins = results
     load_extension().semantic_inference(
         mask_logits.data_ptr(),
-        str(mask_logits.dtype).removeprefix("torch."),
+        dtype_name(mask_logits),
         tuple(mask_logits.shape),
         mask_logits.stride(),
         class_logits.data_ptr(),
-        str(class_logits.dtype).removeprefix("torch."),
+        dtype_name(class_logits),
         class_logits.shape[2] - 1,
         class_logits.stride(),
-        tuple(extent),
-        tuple(output_size),
+        arguments.extent,
+        arguments.output_size,
         labels.data_ptr(),
-        scores.data_ptr() if with_scores else 0,
-        margins.data_ptr() if with_margins else 0,
-        path,
+        address_of(scores if arguments.with_scores else None),
+        address_of(margins if arguments.with_margins else None),
+        arguments.path,
         torch.get_num_threads(),
     )
     return results
 
 
-def _semantic_inference_cuda(
-    mask_logits: Tensor,
-    class_logits: Tensor,
-    extent: list[float],
-    output_size: list[int],
-    with_scores: bool = False,
-    with_margins: bool = False,
-    path: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+def _semantic_inference_cuda(arguments: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     kernels = load_kernels("semantic")
-    results = _empty_results(mask_logits, class_logits, output_size, with_scores, with_margins)
-    if mask_logits.shape[1] <= kernels.MAX_QUERIES:
-        labels, scores, margins = results
+    results = _semantic_inference_fake(arguments)
+    labels, scores, margins = results
+    if arguments.mask_logits.shape[1] <= kernels.MAX_QUERIES:
         kernels.semantic_from_logits(
-            mask_logits.float() if mask_logits.dtype == torch.float64 else mask_logits,
-            class_logits,
-            (extent[0], extent[1]),
+            without_float64(arguments.mask_logits),
+            arguments.class_logits,
+            arguments.extent,
             labels,
-            scores if with_scores else None,
-            margins if with_margins else None,
-            path,
+            scores if arguments.with_scores else None,
+            margins if arguments.with_margins else None,
+            arguments.path,
         )
         return results
-    eager = semantic_inference_eager(
-        mask_logits, class_logits, (extent[0], extent[1]), (output_size[0], output_size[1]), with_scores, with_margins
-    )
-    for result, value in zip(results, eager, strict=True):
+    for result, value in zip(results, semantic_inference_eager(*arguments[:-1]), strict=True):
         if value is not None:
             result.copy_(value)
     return results
 
 
-def _semantic_inference_fake(
-    mask_logits: Tensor,
-    class_logits: Tensor,
-    extent: list[float],
-    output_size: list[int],
-    with_scores: bool = False,
-    with_margins: bool = False,
-    path: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_results(mask_logits, class_logits, output_size, with_scores, with_margins)
-
-
-def _empty_results(
-    mask_logits: Tensor, class_logits: Tensor, output_size: list[int], with_scores: bool, with_margins: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised labels, scores, margins; of no elements those that are not wanted."""
-    shape = (mask_logits.shape[0], *output_size)
-    labels = mask_logits.new_empty(shape, dtype=label_dtype(class_logits.shape[2] - 1))
+def _semantic_inference_fake(arguments: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised labels, scores and margins; scores and margins that are not wanted have no elements."""
+    mask_logits = arguments.mask_logits
+    shape = (mask_logits.shape[0], *arguments.output_size)
+    labels = mask_logits.new_empty(shape, dtype=label_dtype(arguments.class_logits.shape[2] - 1))
     scores, margins = (
-        mask_logits.new_empty(shape if wanted else (0,), dtype=torch.float32) for wanted in (with_scores, with_margins)
+        mask_logits.new_empty(shape if wanted else (0,), dtype=torch.float32)
+        for wanted in (arguments.with_scores, arguments.with_margins)
     )
     return labels, scores, margins
 
 
-_library.impl("semantic_inference", _semantic_inference_cpu, "CPU")
-_library.impl("semantic_inference", _semantic_inference_cuda, "CUDA")
-torch.library.register_fake("maskformer_fast::semantic_inference", _semantic_inference_fake, lib=_library)
+_semantic_inference = register_operator(
+    "semantic_inference(Tensor mask_logits, Tensor class_logits, float[] extent, SymInt[] output_size, "
+    "bool with_scores=False, bool with_margins=False, str path='auto') -> (Tensor, Tensor, Tensor)",
+    _Arguments,
+    cpu=_semantic_inference_cpu,
+    cuda=_semantic_inference_cuda,
+    fake=_semantic_inference_fake,
+)
 
 
 @torch.no_grad()
@@ -142,7 +121,6 @@ def semantic_inference(
     output_size: tuple[int, int],
     with_scores: bool = False,
     with_margins: bool = False,
-    path: str = "auto",
 ) -> SemanticMap:
     """Most likely class of every output pixel.
 
@@ -151,13 +129,13 @@ def semantic_inference(
     is computed in float32, whatever the inputs' dtype. Labels are right wherever the winner's score leads by more than
     1e-5 x max(1, its score); scores and margins are within 1e-5 of the same.
 
-    Infinite mask logits count as ±1e30 (see `resample`): sigmoid gives 0 and 1. A NaN mask logit makes the pixels that
-    it is interpolated to NaN, a query with NaN among its class logits (or +inf, or all of them -inf) the whole image:
-    such pixels have label 0, and NaN as score and margin.
+    Infinite mask logits count as ±1e30 (see `resample`): sigmoid gives 0 and 1. Invalid pixels have label 0, and NaN as
+    score and margin. A NaN mask logit makes the pixels to which it is interpolated invalid. A query with NaN or +inf
+    among its class logits, or with -inf only, makes the complete image invalid.
 
-    On the CPU: the C++ operator, over ``torch.get_num_threads()`` threads; results do not depend on their number.
-    Strides are taken as they are and half precision is converted on the fly, so beside the results less than 16 MiB are
-    allocated (float64 inputs are copied to float32 first).
+    On the CPU: the C++ operator, over ``torch.get_num_threads()`` threads; results do not depend on their number. It
+    takes any strides and converts half precision on the fly, so beside the results it allocates less than 16 MiB
+    (float64 inputs are first copied to float32).
 
     On CUDA: a Triton kernel for up to 256 queries, `semantic_inference_eager` for more. Where mask logits are float16
     or bfloat16 the kernel's tolerance is 2e-3 instead of 1e-5.
@@ -167,9 +145,6 @@ def semantic_inference(
         output_size: height H and width W of the result.
         with_scores: also return the winner's score.
         with_margins: also return by how much the winner's score exceeds the runner-up's (+inf with one class).
-        path: of the C++ operator and the Triton kernels, for tests: ``dense`` computes every score, ``pruned`` leaves
-            out what cannot matter, ``auto`` decides: on the CPU in each tile, on CUDA by shapes alone, as nothing is
-            read back. Labels are the same. On CUDA scores and margins always take every score.
 
     Returns:
         labels [B, H, W], uint8 if K <= 255 (255 stays free for "ignore") else int16; scores and margins [B, H, W]
@@ -180,9 +155,8 @@ def semantic_inference(
         ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     _check(mask_logits, class_logits, extent, output_size)
-    check(path in PATHS, "path", f"one of {', '.join(PATHS)}", path)
-    labels, scores, margins = torch.ops.maskformer_fast.semantic_inference(
-        mask_logits, class_logits, extent, output_size, with_scores, with_margins, path
+    labels, scores, margins = _semantic_inference(
+        mask_logits, class_logits, extent, output_size, with_scores, with_margins
     )
     return SemanticMap(labels, scores if with_scores else None, margins if with_margins else None)
 
@@ -214,7 +188,7 @@ def semantic_scores(
     extent: tuple[float, float],
     output_size: tuple[int, int],
 ) -> Tensor:
-    """The scores whose argmax `semantic_inference` returns -> [B, K, H, W] float32.
+    """Scores of all classes, of which `semantic_inference` takes the argmax -> [B, K, H, W] float32.
 
     They are sums over queries, in 0..Q: not probabilities, but they may be averaged over scales and flips.
     """
@@ -239,7 +213,7 @@ def pixel_semantic_inference(
 ) -> tuple[Tensor, Tensor | None]:
     """`semantic_inference` of a per-pixel model: argmax of its logits resampled to the output.
 
-    Scores, if asked for, are the winner's softmax probability. Returns and errors are those of `semantic_inference`.
+    Scores, where wanted, are the winner's softmax probability. Results and errors are those of `semantic_inference`.
     """
     check(logits.ndim == 4, "logits", "[B, K, h, w]", tuple(logits.shape))
     check_geometry(logits, extent, output_size)
@@ -289,7 +263,7 @@ def _check(
 def _class_probabilities(
     mask_logits: Tensor, class_logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]
 ) -> Tensor:
-    """Check the arguments; softmax over classes and "no object", without the latter's column -> [B, Q, K] float32."""
+    """Check the arguments, take the softmax over classes and "no object", drop the latter -> [B, Q, K] float32."""
     _check(mask_logits, class_logits, extent, output_size)
     return class_logits.to(torch.float32).softmax(-1)[..., :-1]
 
@@ -306,7 +280,7 @@ def _argmax(
 ) -> SemanticMap:
     """Running argmax over chunks of classes, for every tile of every image.
 
-    ``score(image, activated tile [N, pixels], classes)`` gives the scores [classes, pixels] of some of the classes.
+    ``score(image, activated tile [N, pixels], classes)`` returns the scores [classes, pixels] of a chunk of classes.
     """
     labels = maps.new_empty((len(maps), *output_size), dtype=label_dtype(num_classes))
     scores = maps.new_empty(labels.shape, dtype=torch.float32) if with_scores else None

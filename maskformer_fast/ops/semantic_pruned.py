@@ -1,12 +1,13 @@
-"""Semantic inference that computes the masks of those queries alone whose classes can matter; exact.
+"""Semantic labels from masks that are not computed yet: all masks, or on the CPU only those that can matter; exact.
 
-Class probabilities P are known before any mask. Queries of little class mass are dropped, and at most
-``R = max_c sum_q P[q, c]`` over the dropped q is missing from any class's score, as a mask is at most 1. So where the
-winner among the kept queries leads by more than R it is the winner of all. The few other pixels are done again with all
-queries, whose logits are computed at the taps of these pixels: a gather and a matrix product with the folded kernel.
+`semantic_labels` chooses. `pruned_semantic_inference` leaves queries out: class probabilities P are known before any
+mask. Queries with low class probabilities are dropped, and at most ``R = max_c sum_q P[q, c]`` over the dropped q is
+missing from any class's score, as a mask is at most 1. So where the winner among the kept queries leads by more than R,
+it is also the winner among all. The few other pixels are computed again with all queries, whose logits are computed at
+the taps of these pixels only: a gather and a matrix product with the folded kernel.
 
-With the peaky predictions of a trained network this leaves 20 of 100 masks and 3 % of the taps. Where it would save
-little, or too little is proven, the answer is None: the caller computes all masks.
+With the peaky predictions of a trained network 20 of 100 masks and 3 % of the taps are computed. Where pruning would
+save little, or too few pixels are proven, `pruned_semantic_inference` returns None and all masks are computed.
 """
 
 from __future__ import annotations
@@ -20,15 +21,48 @@ from maskformer_fast.ops.semantic import semantic_inference
 from maskformer_fast.structures import Projection
 
 MAX_MISSING = 0.02
-"""R may be as large: more of it leaves too many pixels unproven."""
+"""Largest R: a larger one leaves too many pixels unproven."""
 MAX_KEPT = 0.5
-"""Share of the queries that may be kept: masks of more cost about as much as all."""
+"""Largest share of the queries that is kept: the masks of more queries cost about as much as all masks."""
 MAX_PIXELS = 1.0
-"""Output pixels for each value of the masks left out: with more, the margins take more memory than these masks."""
+"""Most output pixels per value of the dropped masks: with more, the margins take more memory than these masks."""
 MAX_TAPS = 0.1
-"""Share of the taps that may be done again: gathering them takes as long as a convolution of all at about 0.25."""
+"""Largest share of the taps that is computed again: at about 0.25 gathering takes as long as a convolution of all."""
 ROUNDING = 1e-4
-"""More than the error of a margin in float32."""
+"""Bound of a margin's error in float32."""
+
+
+@torch.no_grad()
+def semantic_labels(
+    class_logits: Tensor,  # [B, Q, K+1] floating, "no object" last
+    mask_embeddings: Tensor,  # [B, Q, D] float32
+    pixel_features: Tensor,  # [B, D, h, w] float32, or [B, C, h, w] with a projection
+    projection: Projection | None,
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+) -> Tensor:
+    """Labels of `semantic_inference` for mask logits given by their factors (see `mask_product`) -> [B, H, W].
+
+    On the CPU each image's masks are pruned where that pays (`pruned_semantic_inference`). Other devices compute all
+    masks, because pruning reads counts back to the host. ``extent``, ``output_size``, the labels' dtype and the errors
+    are those of `semantic_inference`.
+    """
+    with torch.autocast(pixel_features.device.type, enabled=False):
+        if projection is None or pixel_features.device.type != "cpu":
+            masks = mask_product(mask_embeddings, pixel_features, projection)
+            return semantic_inference(masks, class_logits, extent, output_size).labels
+        images = []
+        for embeddings, features, classes in zip(
+            mask_embeddings.split(1), pixel_features.split(1), class_logits.split(1), strict=True
+        ):
+            labels = pruned_semantic_inference(
+                embeddings[0], features, projection, classes[0], extent, output_size
+            )
+            if labels is None:
+                masks = mask_product(embeddings, features, projection)
+                labels = semantic_inference(masks, classes, extent, output_size).labels[0]
+            images.append(labels)
+        return torch.stack(images)
 
 
 @torch.no_grad()
@@ -40,15 +74,15 @@ def pruned_semantic_inference(
     extent: tuple[float, float],
     output_size: tuple[int, int],
 ) -> Tensor | None:
-    """Labels of one image, as `semantic_inference` defines them, or None where pruning does not pay -> [H, W].
+    """Labels of one image as in `semantic_inference` -> [H, W], or None where pruning does not pay.
 
-    Reads from the device whether it pays, so it is meant for the CPU. Labels are those of all queries wherever the
-    winner's score leads by more than rounding. ``extent``, ``output_size`` and the labels' dtype are those of
-    `semantic_inference`, as are the errors.
+    Reads counts back from the device, so it is meant for the CPU. Labels equal those of all queries wherever the
+    winner's score leads by more than rounding. ``extent``, ``output_size``, the labels' dtype and the errors are those
+    of `semantic_inference`.
     """
     probabilities = class_logits.to(torch.float32).softmax(-1)[:, :-1]
     order = probabilities.max(1).values.argsort()
-    missing = probabilities[order].cumsum(0).max(1).values  # nondecreasing; NaN is never small enough to drop
+    missing = probabilities[order].cumsum(0).max(1).values  # nondecreasing; with NaN a query is never dropped
     dropped = int((missing <= MAX_MISSING).sum())
     if not 0 < len(order) - dropped <= MAX_KEPT * len(order):
         return None
@@ -56,24 +90,24 @@ def pruned_semantic_inference(
         return None
     kept, order = order[dropped:], order.roll(-dropped)  # kept first
     masks = mask_product(embeddings[kept][None], features, projection)
-    found = semantic_inference(masks, class_logits[kept][None], extent, output_size, with_margins=True)
-    assert found.margins is not None
-    unproven = (~(found.margins.flatten() > missing[dropped - 1] + ROUNDING)).nonzero().squeeze(1)  # with NaN
-    if len(unproven) > MAX_TAPS * len(found.margins.flatten()):
+    labels, _, margins = semantic_inference(masks, class_logits[kept][None], extent, output_size, with_margins=True)
+    assert margins is not None
+    unproven = (~(margins.flatten() > missing[dropped - 1] + ROUNDING)).nonzero().squeeze(1)  # also where NaN
+    if len(unproven) > MAX_TAPS * margins.numel():
         return None
     taps, weights = _bilinear_taps(unproven, masks.shape[2:], extent, output_size)
     cells, places = taps.unique(return_inverse=True)
     if len(cells) > MAX_TAPS * masks[0, 0].numel():
         return None
 
-    labels = found.labels.flatten()
+    labels = labels.flatten()
     rest = _logits_at(cells, features[0], projection.fold(embeddings[order[len(kept) :]]))
     logits = torch.cat([masks[0].flatten(1).T[cells], rest], 1).clamp_(-VALUE_LIMIT, VALUE_LIMIT)  # [cells, Q]
     chances = probabilities[order]
     tile = max(1, CPU_TILE_BYTES // (4 * (4 * len(order) + chances.shape[1])))  # pixels
-    for some, corner, weight in zip(unproven.split(tile), places.split(tile), weights.split(tile), strict=True):
-        pixels = torch.bmm(weight[:, None], logits[corner]).squeeze(1)
-        labels[some] = (pixels.sigmoid() @ chances).argmax(1).to(labels.dtype)
+    for pixels, corners, weight in zip(unproven.split(tile), places.split(tile), weights.split(tile), strict=True):
+        values = torch.bmm(weight[:, None], logits[corners]).squeeze(1)
+        labels[pixels] = (values.sigmoid() @ chances).argmax(1).to(labels.dtype)
     return labels.view(output_size)
 
 
@@ -83,7 +117,7 @@ def _bilinear_taps(
     extent: tuple[float, float],
     output_size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Where output pixels read the maps (`resample`) -> cells of the flat map [n, 4] int64, weights [n, 4] float32."""
+    """Taps of output pixels as in `resample` -> cells of the flat map [n, 4] int64, weights [n, 4] float32."""
     ends, weights = [], []
     for index, source, part, target in zip(
         (pixels // output_size[1], pixels % output_size[1]), size, extent, output_size, strict=True
@@ -101,7 +135,7 @@ def _logits_at(
     features: Tensor,  # [C, h, w]
     folded: Projection,  # weight [N, C, k, k]
 ) -> Tensor:
-    """The convolution's output at some cells -> [n, N]."""
+    """Output of the convolution at the given cells -> [n, N]."""
     height, width = features.shape[1:]
     size = folded.weight.shape[-1]
     around = torch.arange(size, device=cells.device) - size // 2

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from maskformer_fast.config import Config
-from maskformer_fast.data.loader import Batch
 from maskformer_fast.distributed import is_main
+from maskformer_fast.structures import Batch
 
 logger = logging.getLogger(__name__)
 

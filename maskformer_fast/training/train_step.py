@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from maskformer_fast.config import Config
-from maskformer_fast.data.loader import Batch
 from maskformer_fast.distributed import gather_ranks, max_over_ranks, rank, unsharded, world_size
 from maskformer_fast.modeling.autocast import autocast
-from maskformer_fast.structures import Targets
+from maskformer_fast.structures import Batch, Targets
 from maskformer_fast.training.criterion import Criterion, Losses
 from maskformer_fast.training.optimizer import set_learning_rate
 from maskformer_fast.training.parallel import gradient_sync

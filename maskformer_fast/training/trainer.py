@@ -18,7 +18,7 @@ from tqdm import tqdm
 from maskformer_fast.config import Config, Task
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.data import SegmentationDataset, build_dataset
-from maskformer_fast.data.loader import Batch, train_loader
+from maskformer_fast.data.loader import train_loader
 from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.evaluation.measure import check_classes, measure
@@ -27,6 +27,7 @@ from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.compile import compile_single_graph
 from maskformer_fast.modeling.weights import load_backbone, load_initial, load_into, load_weights
+from maskformer_fast.structures import Batch
 from maskformer_fast.training.checkpoints import (
     best_score,
     complete_checkpoints,

@@ -65,7 +65,7 @@ def test_folder(tmp_path: Path) -> Path:
 def test_tests_are_found_by_their_marker() -> None:
     names = [path.name for path in gpu_tests.find_files(ROOT / "tests")]
     assert names[0] == "test_compute_sanitizer.py" and set(gpu_tests.WHOLE) <= set(names)
-    assert {"test_semantic_gpu.py", "test_linear_sum_assignment_cuda.py"} <= set(names)
+    assert {"test_semantic_gpu.py", "test_assignment_gpu.py"} <= set(names)
     assert "test_build.py" not in names
 
 

@@ -27,7 +27,6 @@ from maskformer_fast.config import (
 )
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.loader import (
-    Batch,
     EvalLoader,
     TrainLoader,
     TrainSampler,
@@ -38,7 +37,7 @@ from maskformer_fast.data.loader import (
 )
 from maskformer_fast.data.shapes import ShapesDataset
 from maskformer_fast.data.transforms import Sample
-from maskformer_fast.structures import Example, pack_masks, unpack_masks
+from maskformer_fast.structures import Batch, Example, pack_masks, unpack_masks
 
 
 class Fragile:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.inference import postprocess
-from maskformer_fast.ops import semantic_pruned as pruned_semantic
+from maskformer_fast.ops import semantic_pruned
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import PixelPredictions, Predictions, Projection, unpack_masks
 
@@ -351,17 +351,18 @@ def test_semantic_masks_are_pruned_image_by_image(monkeypatch: pytest.MonkeyPatc
         size,
         Projection(torch.randn(16, 6, 3, 3, generator=generator) / 6, torch.randn(16, generator=generator)),
     )
-    done: list[bool] = []
+    pruned: list[bool] = []
+    prune = semantic_pruned.pruned_semantic_inference
 
     def recording(*arguments: Any) -> torch.Tensor | None:
-        labels = pruned_semantic.pruned_semantic_inference(*arguments)
-        done.append(labels is not None)
+        labels = prune(*arguments)
+        pruned.append(labels is not None)
         return labels
 
-    monkeypatch.setattr(pruned_semantic, "MAX_TAPS", 1.0)  # edges take a larger share of small maps
-    monkeypatch.setattr(postprocess, "pruned_semantic_inference", recording)
+    monkeypatch.setattr(semantic_pruned, "MAX_TAPS", 1.0)  # edges take a larger share of small maps
+    monkeypatch.setattr(semantic_pruned, "pruned_semantic_inference", recording)
     results = postprocess.semantic(waiting, [size] * 3)
-    assert done == [True, False, True]
+    assert pruned == [True, False, True]
     plain = waiting._replace(pixel_features=waiting.pixel_embeddings, projection=None)
     scores = postprocess.semantic_scores(plain, [size] * 3)
     for result, expected in zip(results, scores, strict=True):

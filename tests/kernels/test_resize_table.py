@@ -18,7 +18,7 @@ def resized_by_table(
     lines: np.ndarray,  # [..., size] uint8
     out_size: int,
 ) -> np.ndarray:
-    """One pass of the fixed-point resize, straight from the table -> uint8 [..., out_size]."""
+    """One pass of the fixed-point resize, by the table -> [..., out_size] uint8."""
     first, *coefficients = resize_table(lines.shape[-1], out_size).astype(np.int64)
     total = np.full((*lines.shape[:-1], out_size), 1 << (PRECISION_BITS - 1))
     past_the_end = np.full((*lines.shape[:-1], len(coefficients)), 255)  # must not count
@@ -53,7 +53,7 @@ def test_any_pair_of_sides(size: int, out_size: int, seed: int) -> None:
 
 @pytest.mark.parametrize(("size", "out_size"), [(1920, 1138), (1080, 640), (4000, 3), (9000, 1), (1, 5000), (480, 853)])
 def test_single_impulses(size: int, out_size: int) -> None:
-    """A lone white pixel shows its own coefficient, which random lines could drown."""
+    """A single white pixel shows its own coefficient, which random lines could hide."""
     for place in np.random.default_rng(0).integers(0, size, 30):
         line = np.zeros(size, np.uint8)
         line[place] = 255
@@ -77,7 +77,7 @@ def test_sides_out_of_range(size: int, out_size: int, name: str) -> None:
         resize_table(size, out_size)
 
 
-@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="older ones always begin with the rows")
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="older versions always begin with the rows")
 def test_order_of_the_passes() -> None:
     rng = np.random.default_rng(1)
     orders = []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from scipy.optimize import linear_sum_assignment as scipy_assignment
 from torch import Tensor
 
 from maskformer_fast.core import extension
+from maskformer_fast.core.extension import load_extension
 from maskformer_fast.ops import linear_sum_assignment
-from maskformer_fast.ops.assignment import linear_sum_assignment_eager
+from maskformer_fast.ops.assignment import _Arguments, _linear_sum_assignment_cuda, linear_sum_assignment_eager
 
 # N rows, M columns: tall, wide, square, vector widths and their neighbours, single rows and columns
 SHAPES = [(100, 20), (20, 100), (33, 33), (1, 1), (1, 9), (9, 1), (4, 4), (5, 3), (3, 5), (8, 7), (7, 8), (64, 63)]
@@ -384,3 +387,27 @@ def test_bindings_refuse_nonsense() -> None:
         bad[index] = value
         with pytest.raises(ValueError, match=message):
             assign(*bad)
+
+
+def test_extension_without_cuda_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "load_extension", lambda: SimpleNamespace(has_cuda=False))
+    with pytest.raises(ImportError, match=r"without its CUDA operators. .*nvcc .*: MF_CUDA=ON pip install -e \."):
+        _linear_sum_assignment_cuda(_Arguments(torch.zeros(2, 2)))
+
+
+@pytest.mark.no_cover
+def test_loads_without_a_driver() -> None:
+    """The CUDA runtime is linked in, and asks for the driver only when it is first used."""
+    code = (
+        "import maskformer_fast._C as C\n"
+        "if C.has_cuda:\n"
+        "    print(C.assignment_scratch_bytes_f32(0, (0, 5, 3), (15, 3, 1), 0, 0, 0))\n"
+        "    try:\n"
+        "        C.linear_sum_assignment_cuda_f32(64, (1, 5, 3), (15, 3, 1), 0, 64, 0, 0, 0, 0)\n"
+        "    except RuntimeError as error:\n"
+        "        print(error)"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    if load_extension().has_cuda:
+        assert result.stdout.startswith("0\nlinear_sum_assignment on CUDA: "), result.stdout

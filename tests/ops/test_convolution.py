@@ -15,15 +15,6 @@ extension = load_extension()
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 6e-3}  # of the largest value
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    if request.param not in extension.available_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    extension.use_isa(request.param)
-    yield request.param
-    extension.use_isa("auto")
-
-
 def random_case(seed, shape, channels, dtype):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(shape, generator=generator).to(dtype)

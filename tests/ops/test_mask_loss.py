@@ -1,4 +1,4 @@
-"""Mask losses against torch's own operators on whole masks, by hand, and by finite differences."""
+"""Mask losses against torch's own operators on complete masks, by hand, and by finite differences."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def random_case(
 def reference(
     predictions: Predictions, targets: Targets, query: Tensor, loss: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """The same sums by a loop over pairs, each on the cropped image in float64, differentiable."""
+    """Losses by a loop over pairs, each on the cropped image in float64, differentiable."""
     masks = unpack_masks(targets.masks, targets.input_size[1])
     sums = []
     for layer, queries in enumerate(query):
@@ -86,7 +86,7 @@ def gradients(predictions: Predictions, losses: tuple[Tensor, Tensor]) -> tuple[
 @pytest.mark.parametrize("padding", ["exclude", "include"])
 @pytest.mark.parametrize(("kind", "alpha", "gamma"), KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-10)])
-def test_equals_whole_masks(padding, kind, alpha, gamma, dtype, tolerance):
+def test_equals_complete_masks(padding, kind, alpha, gamma, dtype, tolerance):
     loss = LossConfig(mask_loss=kind, focal_alpha=alpha, focal_gamma=gamma, padding=padding)
     predictions, targets, query = random_case(1, dtype=dtype)
     assert (query >= 0).any(2)[:, 0].all() and ((query < 0) & (targets.counts[None, :, None] > 2)).any()
@@ -148,12 +148,12 @@ def test_nothing_matched_is_zero_and_connected(counts):
 
 def test_chunks_make_no_difference(monkeypatch):
     predictions, targets, query = random_case(5, counts=(3, 3, 2))
-    whole = mask_loss(predictions, targets, query, LossConfig())
-    expected = gradients(predictions, whole)
+    losses = mask_loss(predictions, targets, query, LossConfig())
+    expected = gradients(predictions, losses)
     for pixels in (1, 2 * 19 * 26 + 5):
         monkeypatch.setattr(sys.modules[mask_loss.__module__], "CPU_CHUNK", pixels)
         chunked = mask_loss(predictions, targets, query, LossConfig())
-        torch.testing.assert_close(chunked, whole)
+        torch.testing.assert_close(chunked, losses)
         torch.testing.assert_close(gradients(predictions, chunked), expected)
 
 
@@ -168,7 +168,7 @@ def test_compiles_in_one_graph_with_padded_pairs():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("padding", [True, False])
-def test_operators_are_registered_well(dtype, padding):
+def test_opcheck(dtype, padding):
     logits = torch.randn(5, 4, 3, dtype=dtype, requires_grad=True)
     masks = torch.randint(0, 256, (3, 13, 2), dtype=torch.uint8)
     sizes = torch.tensor([[13, 11], [9, 4], [0, 7]]) if padding else None
@@ -210,9 +210,9 @@ def test_more_padding_changes_nothing_when_excluded(seed, below, beside, kind):
 @pytest.mark.parametrize("kind", ["focal", "bce"])
 def test_paddings_agree_without_padding(kind):
     predictions, targets, query = random_case(7)
-    whole = targets._replace(valid_sizes=torch.tensor([targets.input_size] * 3))
+    unpadded = targets._replace(valid_sizes=torch.tensor([targets.input_size] * 3))
     exclude, include = (
-        mask_loss(predictions, whole, query, LossConfig(mask_loss=kind, padding=padding))
+        mask_loss(predictions, unpadded, query, LossConfig(mask_loss=kind, padding=padding))
         for padding in ("exclude", "include")
     )
     torch.testing.assert_close(exclude, include)

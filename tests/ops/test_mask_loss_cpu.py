@@ -10,23 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskformer_fast.core import extension
-from maskformer_fast.ops.mask_loss import mask_sums_backward_eager, mask_sums_eager
+from maskformer_fast.ops.mask_loss import (
+    MaskPairs,
+    MaskPairsBackward,
+    _mask_sums_cuda,
+    mask_sums_backward_eager,
+    mask_sums_eager,
+)
+from tests.support.instruction_sets import INSTRUCTION_SETS, instruction_set
+from tests.support.missing_modules import hide_triton
 
 operator = torch.ops.maskformer_fast.mask_sums
 backward = torch.ops.maskformer_fast.mask_sums_backward
-ISAS = ("baseline", "avx2", "avx512")
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, int, list[float]]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    module = extension.load_extension()
-    if request.param not in module.available_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    module.use_isa(request.param)
-    yield request.param
-    module.use_isa("auto")
 
 
 def random_arguments(
@@ -53,12 +49,12 @@ def random_arguments(
 def assert_equals_float64(arguments: Arguments, tolerance: float = 2e-6) -> None:
     """Sums and gradient, a pair at a time, so that each is held to its own size, and that of what cancels in it."""
     logits, masks, _, _, width, _ = arguments
-    exact = (logits.double(), *arguments[1:])
+    exact = MaskPairs(logits.double(), *arguments[1:])
     gradient = torch.randn(len(logits), 4, generator=torch.Generator().manual_seed(1))
     pixels_of_cell = max(1.0, masks.shape[1] * width / logits[0].numel()) if len(logits) else 1.0
     for got, expected, terms in (
-        (operator(*arguments), mask_sums_eager(*exact), torch.zeros(len(logits))),
-        (backward(gradient, *arguments), mask_sums_backward_eager(gradient.double(), *exact),
+        (operator(*arguments), mask_sums_eager(exact), torch.zeros(len(logits))),
+        (backward(gradient, *arguments), mask_sums_backward_eager(MaskPairsBackward(gradient.double(), exact)),
          0.2 * pixels_of_cell * gradient.abs().amax(1)),
     ):  # fmt: skip
         assert got.dtype == torch.float32 and got.shape == expected.shape and got.is_contiguous()
@@ -90,19 +86,15 @@ def test_every_instruction_set_equals_float64(isa, cells, size, gamma):
 @given(
     st.integers(0, 10_000), st.integers(1, 20), st.integers(1, 40), st.integers(1, 70), st.integers(1, 140),
     st.integers(0, 40), st.sampled_from([0.0, 1.0, 2.0, 1.3]), st.booleans(), st.floats(0.1, 30),
-    st.sampled_from(ISAS),
+    st.sampled_from(INSTRUCTION_SETS),
 )  # fmt: skip
 @settings(max_examples=120, deadline=None)
 def test_random_shapes_equal_float64(seed, h, w, height, width, pairs, gamma, padding, steepness, isa):
-    module = extension.load_extension()
-    module.use_isa(isa if isa in module.available_isas() else "auto")
-    try:
-        # a pair's logit errs by 1e-7 of itself, and its loss where it is small by as much as that of its probability
-        tolerance = 2e-6 + 2e-7 * steepness
-        arguments = random_arguments(seed, (h, w), (height, width), pairs, gamma, padding, steepness)
+    # a pair's logit errs by 1e-7 of itself, and its loss where it is small by as much as that of its probability
+    tolerance = 2e-6 + 2e-7 * steepness
+    arguments = random_arguments(seed, (h, w), (height, width), pairs, gamma, padding, steepness)
+    with instruction_set(isa):
         assert_equals_float64(arguments, tolerance)
-    finally:
-        module.use_isa("auto")
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0, 1.3])
@@ -179,14 +171,14 @@ def test_any_number_of_threads_gives_the_same(isa, pairs):
         assert torch.equal(sums, results[0][0]) and torch.equal(slopes, results[0][1])
 
 
-def test_a_gradient_does_not_hang_on_the_other_pairs(isa):
+def test_a_gradient_does_not_depend_on_the_other_pairs(isa):
     arguments = random_arguments(11, (33, 20), (130, 77), 40)
     gradient = torch.randn(40, 4)
-    whole = backward(gradient, *arguments)
+    together = backward(gradient, *arguments)
     for k in range(0, 40, 7):  # one pair is worked on in bands
         logits, rows = (arguments[n][k : k + 1] for n in (0, 2))
         alone = backward(gradient[k : k + 1], logits, arguments[1], rows, *arguments[3:])
-        assert torch.equal(alone[0], whole[k])
+        assert torch.equal(alone[0], together[k])
 
 
 def test_any_strides(isa):
@@ -200,7 +192,7 @@ def test_any_strides(isa):
     assert torch.equal(backward(gradient, *strided), backward(gradient.contiguous(), *plain))
 
 
-def test_empty():
+def test_no_pairs_and_no_targets_give_empty_results():
     logits, masks, rows, valid, width, focal = random_arguments(13, (4, 5), (16, 20), pairs=0)
     assert operator(logits, masks, rows, valid, width, focal).shape == (0, 4)
     assert backward(torch.zeros(0, 4), logits, masks, rows, valid, width, focal).shape == (0, 4, 5)
@@ -224,7 +216,7 @@ def test_empty():
         (3, torch.zeros(3, 2, dtype=torch.int64), r"valid_sizes: expected torch\.int64 \(4, 2\), got .*\(3, 2\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(place, value, message):
+def test_arguments_that_do_not_fit_are_refused(place, value, message):
     arguments = list(random_arguments(14, (4, 5), (16, 20)))
     arguments[place] = value
     for call in (lambda: operator(*arguments), lambda: backward(torch.zeros(5, 4), *arguments)):
@@ -236,3 +228,11 @@ def test_what_does_not_fit_is_refused(place, value, message):
 def test_a_gradient_that_does_not_fit_is_refused(gradient):
     with pytest.raises(ValueError, match=r"gradient: expected torch\.float32 \(5, 4\), got .torch"):
         backward(gradient, *random_arguments(14, (4, 5), (16, 20)))
+
+
+def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_triton(monkeypatch)
+    rows = torch.zeros(1, dtype=torch.int64)
+    pairs = MaskPairs(torch.zeros(1, 2, 2), torch.zeros(1, 4, 1), rows, None, 4, (1.0, 1.0, 0.0))
+    with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
+        _mask_sums_cuda(pairs)

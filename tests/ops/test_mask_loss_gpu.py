@@ -1,4 +1,4 @@
-"""The operators of the mask losses on CUDA; what needs no device is in tests/kernels and in test_mask_loss.py."""
+"""The operators of the mask losses on CUDA against their eager twins in float64."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from maskformer_fast.config import LossConfig
-from maskformer_fast.core import extension
-from maskformer_fast.ops.mask_loss import _mask_sums_cuda, mask_loss, mask_sums_backward_eager, mask_sums_eager
+from maskformer_fast.ops.mask_loss import (
+    MaskPairs,
+    MaskPairsBackward,
+    mask_loss,
+    mask_sums_backward_eager,
+    mask_sums_eager,
+)
 from maskformer_fast.structures import Predictions, Targets
 
-gpu = pytest.mark.gpu
+pytestmark = pytest.mark.gpu
 mask_sums = torch.ops.maskformer_fast.mask_sums
 mask_sums_backward = torch.ops.maskformer_fast.mask_sums_backward
 
@@ -56,40 +61,37 @@ GRID = [
 ]
 
 
-@gpu
 @pytest.mark.parametrize("cells, size, gamma, padding", GRID)
 def test_operators_equal_eager_twins(cells, size, gamma: float, padding: bool) -> None:
     arguments = random_case(cells, size, padding, gamma)
     logits, *rest = arguments
-    sums, expected = mask_sums(*arguments), mask_sums_eager(logits.double(), *rest)
+    sums, expected = mask_sums(*arguments), mask_sums_eager(MaskPairs(logits.double(), *rest))
     torch.testing.assert_close(sums.double(), expected, rtol=2e-5, atol=1e-13)
     upstream = upstream_of(arguments)
     gradient = mask_sums_backward(upstream, *arguments)
-    expected = mask_sums_backward_eager(upstream.double(), logits.double(), *rest)
+    exact = MaskPairsBackward(upstream.double(), MaskPairs(logits.double(), *rest))
+    expected = mask_sums_backward_eager(exact)
     for row, expected_row in zip(gradient.flatten(0, 1), expected.flatten(0, 1), strict=True):
         torch.testing.assert_close(row.double(), expected_row, rtol=2e-5, atol=2e-5 * expected_row.abs().max().item())
     assert torch.equal(mask_sums(*arguments), sums)
     assert torch.equal(mask_sums_backward(upstream, *arguments), gradient)
 
 
-@gpu
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 0.6])
 @pytest.mark.parametrize("level", [-40.0, -9.0, 0.0, 9.0])
 def test_sums_of_small_terms_keep_their_digits(level: float, gamma: float) -> None:
     logits, *rest = random_case((2, 3), (8, 12), True, gamma)
     logits = level + 1e-3 * logits
-    sums, expected = mask_sums(logits, *rest), mask_sums_eager(logits.double(), *rest)
+    sums, expected = mask_sums(logits, *rest), mask_sums_eager(MaskPairs(logits.double(), *rest))
     torch.testing.assert_close(sums.double(), expected, rtol=2e-5, atol=1e-13)
 
 
-@gpu
 def test_double_precision_by_finite_differences() -> None:
     logits, masks, rows, *rest = random_case((3, 4), (11, 15), True, 1.5)
     double = logits[2:].double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: mask_sums(x, masks, rows[2:], *rest), double)
 
 
-@gpu
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 0.6])
 def test_gradient_by_finite_differences(gamma: float) -> None:
     """Of the kernels themselves, along a direction: steps that float32 can resolve."""
@@ -136,7 +138,6 @@ def losses_and_gradients(
     return [*losses, *torch.autograd.grad(total, inputs)]
 
 
-@gpu
 @pytest.mark.parametrize("padding", ["exclude", "include"])
 @pytest.mark.parametrize("kind", ["focal", "bce"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -154,16 +155,14 @@ def test_losses_equal_double_precision(dtype, kind: str, padding: str) -> None:
         torch.testing.assert_close(value.double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
 
 
-@gpu
 @pytest.mark.parametrize("padding", [True, False])
-def test_operators_are_registered_well(padding: bool) -> None:
+def test_opcheck(padding: bool) -> None:
     logits, *rest = random_case((4, 3), (13, 11), padding, 2.0)
     logits = logits.nan_to_num().requires_grad_()
     torch.library.opcheck(mask_sums.default, (logits, *rest))
     torch.library.opcheck(mask_sums_backward.default, (torch.randn(5, 4, device="cuda"), logits.detach(), *rest))
 
 
-@gpu
 def test_compiles_in_one_graph() -> None:
     predictions, targets, query = predicted(torch.float32)
     compiled = torch.compile(mask_loss, fullgraph=True)
@@ -173,7 +172,6 @@ def test_compiles_in_one_graph() -> None:
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 
-@gpu
 def test_forward_and_backward_in_a_cuda_graph() -> None:
     arguments = random_case((20, 33), (80, 131), True, 2.0)
     logits, rows = arguments[0], arguments[2]
@@ -198,7 +196,6 @@ def test_forward_and_backward_in_a_cuda_graph() -> None:
     assert torch.equal(replayed[0][-2], torch.zeros(4, device="cuda")) and (replayed[0][-1] != 0).all()
 
 
-@gpu
 @pytest.mark.parametrize("pairs, targets", [(0, 0), (0, 2), (3, 0)])
 def test_nothing_to_do(pairs: int, targets: int) -> None:
     logits = torch.randn(pairs, 3, 4, device="cuda", requires_grad=True)
@@ -211,28 +208,23 @@ def test_nothing_to_do(pairs: int, targets: int) -> None:
     assert torch.equal(gradient, torch.zeros_like(logits))
 
 
-@gpu
 def test_memory_is_a_tenth_of_plain_pytorch() -> None:
     arguments = random_case((128, 128), (512, 512), False, 2.0, pairs=300)
-    upstream = upstream_of(arguments)
+    upstream, pairs = upstream_of(arguments), MaskPairs(*arguments)
 
-    def peak(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> int:
+    def fused() -> None:
+        mask_sums(*arguments)
+        mask_sums_backward(upstream, *arguments)
+
+    def eager() -> None:
+        mask_sums_eager(pairs)
+        mask_sums_backward_eager(MaskPairsBackward(upstream, pairs))
+
+    def peak(run: Callable[[], None]) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward(*arguments)
-        backward(upstream, *arguments)
+        run()
         return torch.cuda.max_memory_allocated() - before
 
-    assert peak(mask_sums, mask_sums_backward) <= peak(mask_sums_eager, mask_sums_backward_eager) / 10
-
-
-def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'triton'")
-
-    monkeypatch.setattr(extension.importlib, "import_module", fail)
-    extension.load_kernels.cache_clear()
-    rows = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
-        _mask_sums_cuda(torch.zeros(1, 2, 2), torch.zeros(1, 4, 1), rows, None, 4, [1.0, 1.0, 0.0])
+    assert peak(fused) <= peak(eager) / 10

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskformer_fast.ops import mask_product as projections
+from maskformer_fast.ops import mask_product as mask_product_module
 from maskformer_fast.ops.mask_product import mask_product
 from maskformer_fast.structures import Projection
 
@@ -57,34 +57,34 @@ def test_either_order_is_the_product_of_embeddings(channels_last: bool, **case: 
 
 
 @pytest.mark.parametrize(
-    ("queries", "size", "channels"),
+    ("queries", "size", "orders"),
     [
         (25, (16, 16), ["folded 25"]), (112, (16, 16), ["folded 112"]), (200, (64, 64), ["folded 200"]),
-        (200, (16, 16), [256]), (500, (64, 64), [256]),
+        (200, (16, 16), ["embedded"]), (500, (64, 64), ["embedded"]),
     ],
-)  # where folding costs more than the pixels' embeddings, these are computed
+)  # fmt: skip
 def test_the_cheaper_order_is_taken(
-    queries: int, size: tuple[int, int], channels: list[int | str], monkeypatch: pytest.MonkeyPatch
+    queries: int, size: tuple[int, int], orders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int | str] = []
-    convolve, winograd = projections._convolve, projections.conv3x3_winograd
+    taken: list[str] = []
+    embed, convolve_folded = Projection.embed, mask_product_module.conv3x3_winograd
 
-    def recording(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        seen.append(len(weight))
-        return convolve(pixels, weight, bias)
+    def recording_embed(projection: Projection, pixels: Tensor) -> Tensor:
+        taken.append("embedded")
+        return embed(projection, pixels)
 
     def recording_folded(image: Tensor, packed: Tensor, bias: Tensor, channels: int) -> Tensor:
-        seen.append(f"folded {channels}")
-        return winograd(image, packed, bias, channels)
+        taken.append(f"folded {channels}")
+        return convolve_folded(image, packed, bias, channels)
 
-    monkeypatch.setattr(projections, "_convolve", recording)
-    monkeypatch.setattr(projections, "conv3x3_winograd", recording_folded)
+    monkeypatch.setattr(Projection, "embed", recording_embed)
+    monkeypatch.setattr(mask_product_module, "conv3x3_winograd", recording_folded)
     embeddings, features, projection = random_case(1, 1, queries, 256, 64, size)
     mask_product(embeddings, features, projection)
-    assert seen == channels
+    assert taken == orders
 
 
-@pytest.mark.parametrize("queries", [3, 70])  # folded, and not
+@pytest.mark.parametrize("queries", [3, 70])  # folded, and not folded
 def test_gradients_agree_with_the_plain_order(queries: int) -> None:
     embeddings, features, projection = random_case(2, 2, queries, 8, 5, (6, 7))
     leaves = [t.double().requires_grad_() for t in (embeddings, features, *projection)]
@@ -96,7 +96,7 @@ def test_gradients_agree_with_the_plain_order(queries: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_a_bias_that_alone_is_trained_has_its_gradient() -> None:
+def test_bias_has_a_gradient_where_only_it_is_trained() -> None:
     embeddings, features, (weight, bias) = random_case(4, 1, 3, 32, 16, (8, 9))
     bias = bias.clone().requires_grad_()
     mask_product(embeddings, features, Projection(weight, bias)).sum().backward()
@@ -104,7 +104,7 @@ def test_a_bias_that_alone_is_trained_has_its_gradient() -> None:
     torch.testing.assert_close(bias.grad, embeddings.sum((0, 1)) * 72)
 
 
-def test_the_features_dtype_counts_not_the_weights() -> None:
+def test_result_has_the_dtype_of_embeddings_and_features_not_of_weights() -> None:
     embeddings, features, projection = random_case(3, 1, 4, 16, 8, (5, 5))
     assert projection.embed(features.bfloat16()).dtype == torch.bfloat16
     assert mask_product(embeddings.bfloat16(), features.bfloat16(), projection).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The operator on CUDA against its eager twin in float64; what needs no device is in tests/kernels."""
+"""The operator on CUDA against its eager twin in float64."""
 
 from __future__ import annotations
 
@@ -9,17 +9,11 @@ import torch
 from torch import Tensor
 
 from maskformer_fast.config import LossConfig
-from maskformer_fast.core import extension
 from maskformer_fast.ops.mask_product import layer_mask_logits
-from maskformer_fast.ops.matching_cost import (
-    _matching_cost_cuda,
-    matching_cost,
-    matching_cost_eager,
-    matching_cost_from_logits,
-)
+from maskformer_fast.ops.matching_cost import matching_cost, matching_cost_eager, matching_cost_from_logits
 from maskformer_fast.structures import Predictions, Targets
 
-gpu = pytest.mark.gpu
+pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -76,7 +70,6 @@ GRID = [
 ]
 
 
-@gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_equals_double_precision(dtype: torch.dtype, case: tuple) -> None:
@@ -85,7 +78,14 @@ def test_equals_double_precision(dtype: torch.dtype, case: tuple) -> None:
         check(predictions, targets, LossConfig(padding=padding, mask_loss=mask_loss, focal_gamma=gamma))
 
 
-@gpu
+def test_equals_cpu() -> None:
+    predictions, targets = random_batch([3, 5], 5, 6, (10, 14), (40, 56))
+    names = ("class_logits", "mask_embeddings", "pixel_features")
+    moved = predictions._replace(**{name: getattr(predictions, name).cpu() for name in names})
+    cost = matching_cost(predictions, targets, LossConfig())
+    torch.testing.assert_close(cost.cpu(), matching_cost(moved, targets.to("cpu"), LossConfig()), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_from_logits(dtype: torch.dtype) -> None:
     predictions, targets = random_batch([5, 40], 70, 16, (33, 21), (130, 84), dtype=dtype)
@@ -96,7 +96,6 @@ def test_from_logits(dtype: torch.dtype) -> None:
         torch.testing.assert_close(cost.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().amax()))
 
 
-@gpu
 def test_mixed_precision_under_autocast() -> None:
     """Half embeddings with float32 pixels are computed in float32."""
     predictions, targets = random_batch([5, 2], 30, 64, (20, 20), (80, 80))
@@ -106,7 +105,6 @@ def test_mixed_precision_under_autocast() -> None:
     assert torch.equal(cost, matching_cost(converted(half, torch.float32), targets, LossConfig()))
 
 
-@gpu
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("field", ["class_logits", "mask_embeddings", "pixel_features"])
 def test_broken_predictions_break_their_own_query(field: str, value: float) -> None:
@@ -123,7 +121,6 @@ def test_broken_predictions_break_their_own_query(field: str, value: float) -> N
     assert torch.equal(cost[~broken], clean[~broken]) or field == "class_logits"
 
 
-@gpu
 @pytest.mark.parametrize("mask_loss", ["focal", "bce"])
 def test_steep_logits(mask_loss: str) -> None:
     predictions, targets = random_batch([3, 4], 20, 16, (32, 36), (128, 144))
@@ -132,7 +129,6 @@ def test_steep_logits(mask_loss: str) -> None:
         check(steep, targets, LossConfig(mask_loss=mask_loss))
 
 
-@gpu
 def test_nothing_to_match() -> None:
     predictions, targets = random_batch([2, 1], 5, 8, (8, 8), (32, 32))
     no_targets = targets._replace(counts=torch.zeros_like(targets.counts))
@@ -148,7 +144,6 @@ def test_nothing_to_match() -> None:
     torch.cuda.synchronize()
 
 
-@gpu
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_opcheck_compile_and_graph(dtype: torch.dtype) -> None:
     predictions, targets = random_batch([3, 0, 2], 12, 16, (10, 11), (40, 44), dtype=dtype)
@@ -171,7 +166,6 @@ def test_opcheck_compile_and_graph(dtype: torch.dtype) -> None:
     assert torch.equal(replayed, cost(predictions)) and not torch.equal(replayed, expected)
 
 
-@gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_is_a_tenth_of_eager(dtype: torch.dtype) -> None:
     predictions, targets = random_batch([20] * 16, 100, 256, (128, 128), (512, 512), 6, 150, dtype)
@@ -182,15 +176,3 @@ def test_peak_memory_is_a_tenth_of_eager(dtype: torch.dtype) -> None:
         function(predictions, targets, LossConfig())
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert 10 * peaks[0] <= peaks[1], peaks
-
-
-def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'triton'")
-
-    monkeypatch.setattr(extension.importlib, "import_module", fail)
-    extension.load_kernels.cache_clear()
-    floats = (torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 4), torch.zeros(1, 4, 2, 2))
-    packed = (torch.zeros(1, 1).long(), torch.ones(1).long(), torch.zeros(1, 1, 4, 1, dtype=torch.uint8))
-    with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
-        _matching_cost_cuda(*floats, *packed, None, [4, 4], [1.0] * 3, [1.0] * 3)

@@ -1,8 +1,6 @@
-"""Resize operator: one meaning with the training-time transforms; the kernel itself is tested in tests/kernels."""
+"""The resize operator against the transforms of training; the kernel itself is tested in tests/kernels."""
 
 from __future__ import annotations
-
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,8 @@ from torch import Tensor
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image, short_edge_size
 from maskformer_fast.ops import resize_images
+from maskformer_fast.ops.resize import _Arguments, _resize_images_cuda
+from tests.support.missing_modules import hide_triton
 
 OPERATOR = torch.ops.maskformer_fast.resize_images
 SHAPES = [(37, 50), (64, 21), (16, 16), (1, 9)]
@@ -23,7 +23,7 @@ def random_image(seed: int, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize(("short_edge", "max_size"), [(24, 40), (16, 1000), (90, 200)])
 @pytest.mark.parametrize(("divisor", "canvas"), [(1, (0, 0)), (32, (0, 0)), (4, (30, 70))])
-def test_is_resize_image_then_pad_images(
+def test_equals_resize_image_then_pad_images(
     short_edge: int, max_size: int, divisor: int, canvas: tuple[int, int]
 ) -> None:
     images = [random_image(seed, *shape, 3) for seed, shape in enumerate(SHAPES)]
@@ -35,12 +35,12 @@ def test_is_resize_image_then_pad_images(
     torch.testing.assert_close(valid_sizes, expected_sizes, rtol=0, atol=0)
 
 
-def test_a_stack_is_its_images() -> None:
+def test_a_stack_gives_the_same_as_its_images_alone() -> None:
     stack = random_image(0, 3, 20, 31, 3)
-    whole = resize_images(stack, [(13, 17)] * 3, 8)
+    together = resize_images(stack, [(13, 17)] * 3, 8)
     alone = resize_images(list(stack), [(13, 17)] * 3, 8)
-    assert whole[0].shape == (3, 3, 16, 24)
-    torch.testing.assert_close(whole, alone, rtol=0, atol=0)
+    assert together[0].shape == (3, 3, 16, 24)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bgr", [False, True])
@@ -73,7 +73,7 @@ IMAGE = torch.zeros(4, 5, 3, dtype=torch.uint8)
         (([IMAGE], [(2, 2)], 0), ValueError, "divisor: expected >= 1"),
     ],
 )
-def test_refuses(arguments: tuple, error: type[Exception], message: str) -> None:
+def test_bad_input_is_named(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         resize_images(*arguments)
 
@@ -84,7 +84,7 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.no_cover
-def test_compiles_whole() -> None:
+def test_compiles_in_one_graph() -> None:
     def brightness(images: Tensor) -> Tensor:
         return resize_images(images, [(6, 8)] * 2, 4)[0].float().mean((1, 2, 3))
 
@@ -93,43 +93,7 @@ def test_compiles_whole() -> None:
     torch.testing.assert_close(compiled(frames), brightness(frames))
 
 
-def test_says_what_to_install_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    from maskformer_fast import kernels
-    from maskformer_fast.ops import resize
-
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "maskformer_fast.kernels.resize", raising=False)
-    monkeypatch.delattr(kernels, "preprocess", raising=False)
-    with pytest.raises(ImportError, match="pip install triton"):
-        resize._load_kernel()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("bgr", [False, True])
-def test_cuda_equals_pillow(bgr: bool) -> None:
-    rng = np.random.default_rng(5)
-    for _ in range(30):
-        shapes = rng.integers(8, 400, (3, 2)).tolist()
-        sizes = [tuple(size) for size in rng.integers(1, 300, (3, 2)).tolist()]
-        images = [random_image(int(rng.integers(2**32)), *shape, 3 + int(rng.integers(2))) for shape in shapes]
-        expected = resize_images(images, sizes, 32, bgr=bgr)
-        got = resize_images([image.cuda() for image in images], sizes, 32, bgr=bgr)
-        assert all(tensor.is_cuda for tensor in got)
-        torch.testing.assert_close([tensor.cpu() for tensor in got], list(expected), rtol=0, atol=0)
-
-
-@pytest.mark.gpu
-def test_cuda_frame_with_a_pitch_and_graph() -> None:
-    frames = random_image(6, 2, 1080, 1984, 4).cuda()[:, :, :1920]
-    size = [(640, 1138)] * 2
-    resize_images(frames, size, 32, bgr=True)  # brings the filters to the device
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        batch = OPERATOR(list(frames.split(1)), [640, 1138] * 2, [640, 1152], True)
-        together, valid_sizes = resize_images(frames, size, 32, bgr=True)
-    frames.bitwise_not_()
-    graph.replay()
-    expected, expected_sizes = resize_images(frames.cpu(), size, 32, bgr=True)
-    for found in (batch, together):
-        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0)
-    assert torch.equal(valid_sizes.cpu(), expected_sizes)
+def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_triton(monkeypatch)
+    with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
+        _resize_images_cuda(_Arguments((IMAGE[None],), (2, 2), (2, 2), False))

@@ -1,6 +1,6 @@
-"""Eager panoptic and instance inference against loops over queries; rules by hand and official outputs for both ways.
+"""Eager panoptic and instance inference against loops; both ways against rules by hand and official outputs.
 
-The compiled operators are held against a float64 oracle in test_segment_inference_cpu.py.
+test_segments_cpu.py compares the compiled operators with a float64 oracle.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,62 +14,41 @@ from torch import Tensor
 
 from maskformer_fast.config import PanopticRule
 from maskformer_fast.core import extension
-from maskformer_fast.core.extension import load_extension
 from maskformer_fast.core.metadata import VOID
+from maskformer_fast.ops.rle import _Arguments as _RleArguments
+from maskformer_fast.ops.rle import _instance_rle_cuda
 from maskformer_fast.ops.segments import (
     PanopticSegments,
+    _instance_inference_cuda,
+    _InstanceArguments,
+    _panoptic_inference_cuda,
+    _PanopticArguments,
     instance_inference,
     instance_inference_eager,
     panoptic_inference,
     panoptic_inference_eager,
 )
 from maskformer_fast.structures import unpack_masks
+from tests.support.instruction_sets import INSTRUCTION_SETS, instruction_set
+from tests.support.missing_modules import hide_triton
+from tests.support.segments_oracle import Scene, assert_instances, assert_panoptic, large_scene
 
-ISAS = load_extension().available_isas()
 RULES = get_args(PanopticRule)
-MARGIN = 1e-5  # of scores: closer ones may come in either order
-SLACK = 1e-6  # of probabilities: closer to 0.5 a pixel may be counted or not
 
 
 @pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
+def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    load_extension().use_isa("auto")
 
 
 def each_isa(run: Any) -> Iterator[Any]:
-    for isa in ISAS:
-        load_extension().use_isa(isa)
-        yield run()
-
-
-def interpolation(extent: float, size: int, source: int) -> np.ndarray:
-    """Weights of every map row in every output row, from the formula -> [size, source] float64."""
-    at = np.clip((np.arange(size) + 0.5) * extent / size - 0.5, 0, source - 1)
-    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(source)))
-
-
-def resampled(logits: Tensor, extent: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
-    """[..., h, w] -> [..., H, W] float64."""
-    rows, columns = (interpolation(e, s, n) for e, s, n in zip(extent, size, logits.shape[-2:], strict=True))
-    return rows @ logits.double().numpy() @ columns.T
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(x, -80, 80)))
-
-
-class Scene(NamedTuple):
-    logits: Tensor  # [B, N, h, w]
-    scores: Tensor
-    categories: Tensor
-    is_thing: Tensor
-    extent: tuple[float, float]
-    size: tuple[int, int]
-    threshold: float
-    rule: PanopticRule
+    """Result of a function with each instruction set."""
+    for isa in INSTRUCTION_SETS:
+        with instruction_set(isa):
+            result = run()
+        yield result
 
 
 @st.composite
@@ -102,74 +80,6 @@ def scenes(draw: st.DrawFn, most_queries: int = 12) -> Scene:
                  draw(st.sampled_from(RULES)))  # fmt: skip
 
 
-class Expected(NamedTuple):
-    """One image in float64; "sure" leaves out what rounding may turn."""
-
-    slots: np.ndarray  # [H, W] query whose segment the pixel is, N for none's
-    sure: np.ndarray  # [H, W]
-    areas: tuple[np.ndarray, np.ndarray]  # [N] least and most
-    kept: tuple[np.ndarray, np.ndarray]  # [N] certainly, and possibly
-
-
-def expect(scene: Scene, image: int) -> Expected:
-    masks = sigmoid(resampled(scene.logits[image], scene.extent, scene.size))
-    count, present = len(masks), (scene.categories[image] >= 0).numpy()
-    values = scene.scores[image].double().numpy()[:, None, None] * masks
-    ranked = np.where(present[:, None, None], values, -1.0)
-    winner = ranked.argmax(0)
-    top = np.sort(np.concatenate([ranked, np.full((1, *scene.size), -1.0)]), 0)[-2:]
-    won_surely = top[1] - top[0] > MARGIN
-    contending = ranked >= top[1] - MARGIN  # [N, H, W]
-    claim = values if scene.rule == "huggingface" else masks
-    owned = [(claim >= 0.5 + shift) & present[:, None, None] for shift in (SLACK, -SLACK)]
-    is_winner = winner == np.arange(count)[:, None, None]
-    won = [is_winner & won_surely, contending & present[:, None, None]]
-    if scene.rule == "mask2former":
-        segments = [won[0] & owned[0], won[1] & owned[1]]
-        inside = [np.take_along_axis(own, winner[None], 0)[0] for own in owned]
-        slots, sure = np.where(inside[1], winner, count), won_surely & (inside[0] == inside[1])
-    else:
-        segments, slots, sure = won, winner, won_surely
-    numbers = [[m.sum((1, 2)).astype(float) for m in pair] for pair in (won, owned, segments)]
-    (won_least, won_most), (owned_least, owned_most), (least, most) = numbers
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = won_least / owned_most, won_most / owned_least
-    above = np.greater if scene.rule == "huggingface" else np.greater_equal
-    surely = (least > 0) & (owned_least > 0) & above(low, scene.threshold)
-    possibly = (most > 0) & (owned_most > 0) & ~(high < scene.threshold)
-    return Expected(slots, sure, (least, most), (surely, possibly))
-
-
-def numbered(kept: np.ndarray, categories: list[int], is_thing: list[bool]) -> list[int]:
-    ids, stuff, count = [], {}, 0
-    for keep, category in zip(kept, categories, strict=True):
-        if keep and (is_thing[category] or category not in stuff):
-            count += 1
-            stuff[category] = count
-        ids.append((count if is_thing[category] else stuff[category]) if keep else VOID)
-    return ids
-
-
-def assert_panoptic(found: PanopticSegments, scene: Scene) -> int:
-    """Returns the number of pixels compared."""
-    compared = 0
-    for image in range(len(scene.logits)):
-        ids, areas = found.ids[image].tolist(), found.areas[image].numpy()
-        if not ids or not (scene.categories[image] >= 0).any():
-            assert (found.id_map[image] == VOID).all() and set(ids) <= {VOID} and not areas.any()
-            continue
-        expected = expect(scene, image)
-        assert (areas >= expected.areas[0]).all() and (areas <= expected.areas[1]).all()
-        kept = np.array(ids) != VOID
-        assert (kept >= expected.kept[0]).all() and (kept <= expected.kept[1]).all()
-        assert ids == numbered(kept, scene.categories[image].tolist(), scene.is_thing.tolist())
-        assert (found.id_map[image].numpy() == np.array([*ids, VOID])[expected.slots])[expected.sure].all()
-        for number in set(ids) - {VOID}:
-            assert (found.id_map[image] == number).sum() == areas[np.array(ids) == number].sum()
-        compared += int(expected.sure.sum())
-    return compared
-
-
 @settings(max_examples=250, deadline=None)
 @given(scenes())
 def test_panoptic_equals_float64(scene: Scene) -> None:
@@ -179,7 +89,7 @@ def test_panoptic_equals_float64(scene: Scene) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(scenes())
-def test_eager_panoptic_is_held_to_the_same(scene: Scene) -> None:
+def test_eager_panoptic_equals_float64(scene: Scene) -> None:
     assert_panoptic(panoptic_inference_eager(*scene), scene)
 
 
@@ -196,22 +106,6 @@ def test_nearly_every_pixel_is_compared() -> None:
             assert assert_panoptic(panoptic_inference(*scene), scene) > 0.98 * 2 * 77 * 131
 
 
-def assert_instances(found: Any, scene: Scene, slack: float = SLACK, tolerance: float = 1e-6) -> None:
-    logits = resampled(scene.logits, scene.extent, scene.size)
-    probabilities, masks = sigmoid(logits), unpack_masks(found.masks, scene.size[1]).numpy()
-    least, most = probabilities > 0.5 + slack, probabilities >= 0.5 - slack
-    assert (masks >= least).all() and (masks <= most).all()
-    areas = masks.sum((2, 3))
-    np.testing.assert_array_equal(found.areas.numpy(), areas)
-    scores = (probabilities * masks).sum((2, 3)) / (areas + 1e-6)
-    np.testing.assert_allclose(found.scores.numpy(), scores, atol=tolerance)
-    for mask, box in zip(masks.reshape(-1, *scene.size), found.boxes.reshape(-1, 4).tolist(), strict=True):
-        y, x = np.nonzero(mask)
-        assert box == ([x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0, 0, 0, 0])
-    if scene.size[1] % 8 and found.masks.numel():
-        assert (found.masks[..., -1] >> (scene.size[1] % 8) == 0).all()  # padding bits
-
-
 @settings(max_examples=150, deadline=None)
 @given(scenes(most_queries=6))
 def test_instances_equal_float64(scene: Scene) -> None:
@@ -221,8 +115,8 @@ def test_instances_equal_float64(scene: Scene) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(scenes(most_queries=6))
-def test_eager_instances_are_held_to_the_same(scene: Scene) -> None:
-    # its columns are placed in float32: some 1e-5 of a logit pixel on wide maps
+def test_eager_instances_equal_float64(scene: Scene) -> None:
+    # the eager twin places columns in float32: an error of about 1e-5 of a logit's pixel on wide maps
     assert_instances(instance_inference_eager(scene.logits, scene.extent, scene.size), scene, 1e-3, 1e-3)
 
 
@@ -272,16 +166,6 @@ def test_any_strides(view: str) -> None:
     assert all(torch.equal(got, want) for got, want in pairs)
 
 
-def large_scene(rule: PanopticRule = "maskformer") -> Scene:
-    generator = torch.Generator().manual_seed(1)
-    coarse = 9 * torch.randn(2, 30, 7, 9, generator=generator)
-    logits = torch.nn.functional.interpolate(coarse, (60, 75), mode="bicubic")
-    return Scene(
-        logits, torch.rand(2, 30, generator=generator), torch.randint(-1, 6, (2, 30), generator=generator),
-        torch.tensor([True, False] * 3), (58.5, 74.2), (237, 301), 0.3, rule,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_threads_change_nothing(rule: PanopticRule) -> None:
     scene, results = large_scene(rule), []
@@ -295,7 +179,7 @@ def test_threads_change_nothing(rule: PanopticRule) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 9999), st.sampled_from(RULES))
-def test_any_bits_give_sound_results(seed: int, rule: PanopticRule) -> None:
+def test_random_bits_give_consistent_results(seed: int, rule: PanopticRule) -> None:
     """Logits and scores of random bits: NaN, infinities, denormals, and numbers of any size."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -357,7 +241,7 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.no_cover
-def test_compiles_without_graph_break() -> None:
+def test_compiles_in_one_graph() -> None:
     things = torch.tensor([True, False])
 
     def both(logits: Tensor, scores: Tensor, categories: Tensor, extent: tuple[float, float]) -> tuple[Tensor, ...]:
@@ -373,15 +257,18 @@ def test_compiles_without_graph_break() -> None:
             assert torch.equal(got, want)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rule", RULES)
-def test_cuda_equals_cpu(rule: PanopticRule) -> None:
-    scene = large_scene(rule)
-    found = panoptic_inference(*(value.cuda() if isinstance(value, Tensor) else value for value in scene))
-    assert found.id_map.is_cuda
-    assert_panoptic(PanopticSegments(*(tensor.cpu() for tensor in found)), scene)
-    instances = instance_inference(scene.logits.cuda(), scene.extent, scene.size)
-    assert_instances(type(instances)(*(tensor.cpu() for tensor in instances)), scene)
+def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_triton(monkeypatch)
+    logits, window = torch.zeros(1, 2, 3, 3), ((3, 3), (5, 5))
+    flags = (torch.zeros(1, 2, dtype=torch.int64), torch.ones(1).bool())
+    panoptic = _PanopticArguments(logits, torch.ones(1, 2), *flags, *window, 0.8, "maskformer")
+    for implementation, arguments in (
+        (_panoptic_inference_cuda, panoptic),
+        (_instance_inference_cuda, _InstanceArguments(logits, *window)),
+        (_instance_rle_cuda, _RleArguments(logits, *window, 9)),
+    ):
+        with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
+            implementation(arguments)
 
 
 def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:

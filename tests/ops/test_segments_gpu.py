@@ -1,7 +1,6 @@
 """Panoptic and instance inference and run lengths on CUDA against formulas in float64 and the CPU's operators.
 
-What needs no device is in tests/kernels. Scenes are drawn until none of their pixels is so close to a tie that rounding
-may turn it: results must be equal.
+Scenes are drawn until none of their pixels is so close to a tie that rounding may change it: results must be equal.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ import pytest
 import torch
 
 from maskformer_fast.config import PanopticRule
-from maskformer_fast.core import extension
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.ops import encode_instances, instance_inference, instance_rle, panoptic_inference
-from maskformer_fast.ops.rle import _instance_rle_cuda, encode_packed_masks
+from maskformer_fast.ops.rle import encode_packed_masks
 from maskformer_fast.ops.segments import (
     PanopticSegments,
-    _instance_inference_cuda,
-    _panoptic_inference_cuda,
     panoptic_inference_eager,
 )
 from maskformer_fast.structures import unpack_masks
+from tests.support.oracles import resampled
+from tests.support.segments_oracle import assert_instances, assert_panoptic, large_scene
 
-gpu = pytest.mark.gpu
+pytestmark = pytest.mark.gpu
 RULES = get_args(PanopticRule)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 MARGIN = 3e-6  # of scores, probabilities and logits
@@ -41,15 +39,6 @@ GRID = [
     (2, 3, (3, 4), (3.0, 4.0), (1, 1)),
     (1, 4, (8, 6), (8.0, 6.0), (300, 260)),
 ]
-
-
-def resampled(logits: torch.Tensor, extent, size) -> torch.Tensor:
-    """[..., H, W] float64."""
-    weights = []
-    for source, part, target in zip(logits.shape[-2:], extent, size, strict=True):
-        place = ((torch.arange(target, dtype=torch.float64) + 0.5) * part / target - 0.5).clamp(0, source - 1)
-        weights.append((1 - (place[:, None] - torch.arange(source)).abs()).clamp(min=0))
-    return weights[0] @ logits.double() @ weights[1].T
 
 
 def ties(arguments) -> torch.Tensor:
@@ -88,7 +77,6 @@ def assert_same(found, expected) -> None:
         assert got.dtype == want.dtype and torch.equal(got.cpu(), want.cpu())
 
 
-@gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("case", GRID)
@@ -109,7 +97,6 @@ def test_panoptic(case, rule, dtype) -> None:
         assert torch.equal(found.id_map.cpu()[~unclear], expected.id_map[~unclear])
 
 
-@gpu
 @pytest.mark.parametrize("rule", RULES)
 def test_eager_twin_and_strides(rule) -> None:
     arguments = on_device(random_scene(3, GRID[5], torch.float32, rule))
@@ -119,13 +106,11 @@ def test_eager_twin_and_strides(rule) -> None:
         assert_same(panoptic_inference(view, scores.T.contiguous().T, categories, *rest), expected)
 
 
-@gpu
 def test_more_queries_than_the_kernel_takes() -> None:
     arguments = random_scene(1, (1, 300, (6, 6), (6.0, 6.0), (9, 11)), torch.float32, "maskformer")
     assert_same(panoptic_inference(*on_device(arguments)), panoptic_inference(*arguments))
 
 
-@gpu
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)])
 def test_nothing_to_do(shape) -> None:
     logits = torch.zeros(shape, device="cuda")
@@ -138,7 +123,6 @@ def test_nothing_to_do(shape) -> None:
     assert instance_rle(logits, (4, 4), (9, 9), 5).starts.tolist() == [0]
 
 
-@gpu
 @pytest.mark.parametrize("rule", RULES)
 def test_not_finite_is_as_on_the_cpu(rule) -> None:
     logits = torch.full((1, 5, 2, 4), -3.0)
@@ -151,7 +135,6 @@ def test_not_finite_is_as_on_the_cpu(rule) -> None:
     assert_same(instance_inference(logits.cuda(), *window)[:3], instance_inference(logits, *window)[:3])
 
 
-@gpu
 def test_ratio_equal_to_the_threshold() -> None:
     logits = torch.full((1, 2, 1, 10), -9.0)
     logits[0, 0, 0, :10], logits[0, 1, 0, :2] = 2.0, 8.0  # the first keeps 8 of 10 pixels
@@ -161,7 +144,6 @@ def test_ratio_equal_to_the_threshold() -> None:
         assert_same(panoptic_inference(*on_device(arguments)), panoptic_inference(*arguments))
 
 
-@gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", GRID)
 def test_instances_and_run_lengths(case, dtype) -> None:
@@ -195,7 +177,6 @@ def test_instances_and_run_lengths(case, dtype) -> None:
     assert [rle["counts"] for image in grown for rle in image] == expected
 
 
-@gpu
 def test_opcheck_compile_and_graph() -> None:
     arguments = on_device(random_scene(1, GRID[1], torch.float32, "mask2former"))
     logits, *_, extent, size, _, _ = arguments
@@ -218,18 +199,11 @@ def test_opcheck_compile_and_graph() -> None:
     assert_same(replayed, infer(logits))
 
 
-def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'triton'")
-
-    monkeypatch.setattr(extension.importlib, "import_module", fail)
-    extension.load_kernels.cache_clear()
-    logits, window = torch.zeros(1, 2, 3, 3), ((3, 3), (5, 5))
-    categories = torch.zeros(1, 2, dtype=torch.int64)
-    for call, arguments in (
-        (_panoptic_inference_cuda, (torch.ones(1, 2), categories, torch.ones(1).bool(), *window, 0.8, "maskformer")),
-        (_instance_inference_cuda, window),
-        (_instance_rle_cuda, (*window, 9)),
-    ):
-        with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
-            call(logits, *arguments)
+@pytest.mark.parametrize("rule", RULES)
+def test_large_scene_equals_float64(rule: PanopticRule) -> None:
+    scene = large_scene(rule)
+    segments = panoptic_inference(*on_device(scene))
+    assert segments.id_map.is_cuda
+    assert_panoptic(PanopticSegments(*(tensor.cpu() for tensor in segments)), scene)
+    instances = instance_inference(scene.logits.cuda(), scene.extent, scene.size)
+    assert_instances(type(instances)(*(tensor.cpu() for tensor in instances)), scene)

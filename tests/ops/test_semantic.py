@@ -1,11 +1,7 @@
-"""Semantic inference against loops in double precision and against F.interpolate."""
+"""Semantic inference against its definition in float64 and against F.interpolate."""
 
 from __future__ import annotations
 
-import math
-import sys
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskformer_fast.ops import resample as resample_module
+from maskformer_fast.ops import semantic as semantic_module
 from maskformer_fast.ops.resample import resample
 from maskformer_fast.ops.semantic import (
     pixel_semantic_inference,
@@ -22,70 +19,31 @@ from maskformer_fast.ops.semantic import (
     semantic_inference_eager,
     semantic_scores,
 )
-
-semantic_module = sys.modules[semantic_inference.__module__]  # the package exports the function under the module's name
-
-
-def axis_weights(source: int, extent: float, output: int) -> np.ndarray:
-    """Interpolation matrix of one axis, written from the definition -> [output, source] float64."""
-    matrix = np.zeros((output, source))
-    for position in range(output):
-        coordinate = max((position + 0.5) * extent / output - 0.5, 0.0)
-        low = min(math.floor(coordinate), source - 1)
-        share = coordinate - low if low + 1 < source else 0.0
-        matrix[position, low] += 1.0 - share
-        matrix[position, min(low + 1, source - 1)] += share
-    return matrix
+from tests.support.oracles import random_logits, resampled
+from tests.support.oracles import semantic_scores as oracle
 
 
-def naive_resample(maps: torch.Tensor, extent: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
-    rows, columns = (axis_weights(*args) for args in zip(maps.shape[-2:], extent, size, strict=True))
-    return np.einsum("yh,nhw,xw->nyx", rows, maps.double().numpy(), columns)
-
-
-def naive_scores(
-    masks: torch.Tensor, classes: torch.Tensor, extent: tuple[float, float], size: tuple[int, int]
-) -> np.ndarray:
-    """[K, H, W] of one image, a query and a class at a time."""
-    up = naive_resample(masks, extent, size)
-    logits = classes.double().numpy()
-    scores = np.zeros((logits.shape[1] - 1, *size))
-    for query in range(len(up)):
-        exponentials = np.exp(logits[query] - logits[query].max())
-        mask = 1.0 / (1.0 + np.exp(-up[query]))
-        for category in range(len(scores)):
-            scores[category] += exponentials[category] / exponentials.sum() * mask
-    return scores
-
-
-def assert_labels(labels: torch.Tensor, scores: np.ndarray, margin: float = 1e-5) -> None:
+def assert_labels(labels: torch.Tensor, scores: torch.Tensor, margin: float = 1e-5) -> None:
     """Each label's true score is the largest but for rounding."""
-    chosen = np.take_along_axis(scores, labels.long().numpy()[None], 0)[0]
-    assert (chosen >= scores.max(0) - margin).all()
-
-
-def random_case(seed: int, queries: int, classes: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    masks = 4 * torch.randn(1, queries, *size, generator=generator)
-    return masks, 3 * torch.randn(1, queries, classes + 1, generator=generator)
+    assert (scores.gather(1, labels.long()[:, None])[:, 0] >= scores.amax(1) - margin).all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_equals_loops_on_ragged_sizes(data: st.DataObject) -> None:
+def test_equals_definition_on_ragged_sizes(data: st.DataObject) -> None:
     side = st.integers(1, 13)
     h, w, height, width = data.draw(side), data.draw(side), data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     extent = (h * data.draw(st.floats(0.05, 1.0)), w * data.draw(st.floats(0.05, 1.0)))
-    masks, classes = random_case(
-        data.draw(st.integers(0, 99)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 12)), (h, w)
+    masks, classes = random_logits(
+        data.draw(st.integers(0, 99)), 1, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 12)), (h, w)
     )
-    expected = naive_scores(masks[0], classes[0], extent, (height, width))
+    expected = oracle(masks, classes, extent, (height, width))
     scores = semantic_scores(masks, classes, extent, (height, width))
-    np.testing.assert_allclose(scores[0].numpy(), expected, atol=2e-5)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-7, atol=2e-5)
     labels, best, _ = semantic_inference(masks, classes, extent, (height, width), with_scores=True)
     assert labels.shape == (1, height, width) and labels.dtype == torch.uint8
-    assert_labels(labels[0], expected)
-    np.testing.assert_allclose(best[0].numpy(), expected.max(0), atol=2e-5)
+    assert_labels(labels, expected)
+    torch.testing.assert_close(best.double(), expected.amax(1), rtol=1e-7, atol=2e-5)
 
 
 @pytest.mark.parametrize("padded, valid", [((64, 96), (64, 96)), ((64, 96), (51, 83)), ((60, 92), (33, 92))])
@@ -100,7 +58,8 @@ def test_resampling_to_the_network_size_is_interpolate_cropped(padded: tuple[int
 @pytest.mark.parametrize("extent", [(4.0, 4.0), (6.5, 6.9)])
 def test_window_as_large_as_the_maps_is_still_resampled(extent: tuple[float, float]) -> None:
     maps = torch.randn(2, 7, 7)
-    np.testing.assert_allclose(resample(maps, extent, (7, 7)).numpy(), naive_resample(maps, extent, (7, 7)), atol=1e-5)
+    expected = resampled(maps, extent, (7, 7))
+    torch.testing.assert_close(resample(maps, extent, (7, 7)).double(), expected, rtol=1e-7, atol=1e-5)
 
 
 def test_resampling_to_the_same_size_changes_no_bit() -> None:
@@ -112,10 +71,10 @@ def test_resampling_to_the_same_size_changes_no_bit() -> None:
     "classes, dtype", [(1, torch.uint8), (255, torch.uint8), (256, torch.int16), (300, torch.int16)]
 )
 def test_number_of_classes_sets_the_dtype(classes: int, dtype: torch.dtype) -> None:
-    masks, logits = random_case(1, 40, classes, (6, 5))
+    masks, logits = random_logits(1, 1, 40, classes, (6, 5))
     labels, scores, _ = semantic_inference(masks, logits, (6, 5), (11, 9))
     assert labels.dtype == dtype and scores is None
-    assert_labels(labels[0], naive_scores(masks[0], logits[0], (6, 5), (11, 9)))
+    assert_labels(labels, oracle(masks, logits, (6, 5), (11, 9)))
 
 
 def test_labels_above_127_keep_their_value() -> None:
@@ -126,7 +85,7 @@ def test_labels_above_127_keep_their_value() -> None:
 
 
 def test_one_query_labels_every_pixel_with_its_class() -> None:
-    masks, logits = random_case(2, 1, 6, (4, 4))
+    masks, logits = random_logits(2, 1, 1, 6, (4, 4))
     labels, _, _ = semantic_inference(masks, logits, (4, 4), (9, 7))
     assert (labels == logits[0, 0, :-1].argmax()).all()
 
@@ -142,7 +101,7 @@ def test_batch_equals_images_alone() -> None:
 
 
 def test_tiles_and_class_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks, logits = random_case(5, 12, 23, (9, 8))
+    masks, logits = random_logits(5, 1, 12, 23, (9, 8))
     arguments = (masks, logits, (8.2, 7.9), (31, 29))
     _, scores, _ = semantic_inference_eager(*arguments, with_scores=True)
     pixel_labels, _ = pixel_semantic_inference(masks, *arguments[2:])
@@ -150,7 +109,7 @@ def test_tiles_and_class_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(semantic_module, "CLASS_CHUNK", 5)
     tiled_labels, tiled_scores, _ = semantic_inference_eager(*arguments, with_scores=True)
     torch.testing.assert_close(tiled_scores, scores, atol=1e-6, rtol=1e-6)
-    assert_labels(tiled_labels[0], naive_scores(masks[0], logits[0], *arguments[2:]))
+    assert_labels(tiled_labels, oracle(*arguments))
     torch.testing.assert_close(semantic_scores(*arguments).amax(1), scores, atol=1e-6, rtol=1e-6)
     assert torch.equal(pixel_semantic_inference(masks, *arguments[2:])[0], pixel_labels)
 
@@ -179,7 +138,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_nothing_of_full_size_per_query_or_class_is_made() -> None:
-    masks, logits = random_case(6, 50, 40, (32, 32))
+    masks, logits = random_logits(6, 1, 50, 40, (32, 32))
     with LargestTensor() as largest:
         semantic_inference_eager(masks, logits, (32, 32), (256, 320), with_scores=True)
     assert largest.elements <= max(256 * 320, resample_module.CPU_TILE_BYTES // 4)
@@ -187,7 +146,7 @@ def test_nothing_of_full_size_per_query_or_class_is_made() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    masks, logits = (t.to(dtype) for t in random_case(7, 10, 9, (8, 8)))
+    masks, logits = (t.to(dtype) for t in random_logits(7, 1, 10, 9, (8, 8)))
     expected = semantic_scores(masks.float(), logits.float(), (8, 8), (21, 21))
     assert torch.equal(semantic_scores(masks, logits, (8, 8), (21, 21)), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -198,17 +157,17 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 30), st.integers(1, 30), st.integers(1, 60))
-def test_pixel_models(h: int, w: int, height: int, width: int, classes: int) -> None:
+def test_pixel_models_equal_definition(h: int, w: int, height: int, width: int, classes: int) -> None:
     logits = 3 * torch.randn(1, classes, h, w, generator=torch.Generator().manual_seed(h + 10 * w))
     extent = (0.8 * h, 0.9 * w)
-    up = naive_resample(logits[0], extent, (height, width))
-    expected = np.exp(up - up.max(0))
-    expected /= expected.sum(0)
+    expected_logits = resampled(logits, extent, (height, width))
+    expected = expected_logits.softmax(1)
     labels, best = pixel_semantic_inference(logits, extent, (height, width), with_scores=True)
-    assert_labels(labels[0], up)
-    np.testing.assert_allclose(best[0].numpy(), expected.max(0), atol=1e-5)
-    np.testing.assert_allclose(pixel_semantic_scores(logits, extent, (height, width))[0].numpy(), expected, atol=1e-5)
-    assert_labels(pixel_semantic_inference(logits, extent, (height, width))[0][0], up)
+    assert_labels(labels, expected_logits)
+    torch.testing.assert_close(best.double(), expected.amax(1), rtol=1e-7, atol=1e-5)
+    scores = pixel_semantic_scores(logits, extent, (height, width))
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-7, atol=1e-5)
+    assert_labels(pixel_semantic_inference(logits, extent, (height, width))[0], expected_logits)
 
 
 @pytest.mark.parametrize(

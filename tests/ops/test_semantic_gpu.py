@@ -1,4 +1,4 @@
-"""The operator on CUDA against the definition in double precision; what needs no device is in tests/kernels."""
+"""The operator on CUDA against its definition in float64."""
 
 from __future__ import annotations
 
@@ -10,41 +10,19 @@ import torch
 
 from maskformer_fast.core import extension
 from maskformer_fast.ops import semantic_inference
-from maskformer_fast.ops.semantic import SemanticMap, _semantic_inference_cuda, semantic_inference_eager
+from maskformer_fast.ops.semantic import SemanticMap, semantic_inference_eager
+from tests.support.operator_calls import semantic_by_path
+from tests.support.oracles import assert_semantic_map, random_logits, semantic_scores
 
-gpu = pytest.mark.gpu
+pytestmark = pytest.mark.gpu
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}
 
 
-def naive_scores(masks: torch.Tensor, classes: torch.Tensor, extent, size) -> torch.Tensor:
-    """[B, K, H, W] float64 on the masks' device."""
-    weights = []
-    for source, part, target in zip(masks.shape[2:], extent, size, strict=True):
-        place = ((torch.arange(target, dtype=torch.float64) + 0.5) * part / target - 0.5).clamp(0, source - 1)
-        weights.append((1 - (place[:, None] - torch.arange(source)).abs()).clamp(min=0).to(masks.device))
-    up = torch.einsum("yh,bqhw,xw->bqyx", weights[0], masks.double(), weights[1])
-    return torch.einsum("bqc,bqyx->bcyx", classes.double().softmax(-1)[..., :-1], up.sigmoid())
-
-
-def check(result: SemanticMap, expected: torch.Tensor, tolerance: float) -> None:
-    ordered = expected.sort(1, descending=True).values
-    best = ordered[:, 0]
-    lead = best - ordered[:, 1] if expected.shape[1] > 1 else torch.full_like(best, math.inf)
-    allowed = tolerance * best.clamp(min=1)
-    clear = lead > 2 * allowed
-    assert clear.any() and torch.equal(result.labels[clear].long(), expected.argmax(1)[clear])
-    assert ((best - result.scores).abs() <= allowed).all()
-    assert (((result.margins - lead).abs() <= 2 * allowed) | (lead.isinf() & result.margins.isinf())).all()
-
-
 def random_case(seed: int, batch: int, queries: int, classes: int, size, dtype: torch.dtype):
-    generator = torch.Generator().manual_seed(seed)
-    masks = 4 * torch.randn(batch, queries, *size, generator=generator)
-    logits = 3 * torch.randn(batch, queries, classes + 1, generator=generator)
+    masks, logits = random_logits(seed, batch, queries, classes, size)
     return masks.to("cuda", dtype), logits.to("cuda", dtype)
 
 
-@gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
     "batch, queries, classes, size, extent, output",
@@ -61,11 +39,11 @@ def random_case(seed: int, batch: int, queries: int, classes: int, size, dtype: 
 )
 def test_operator_equals_definition(dtype, batch, queries, classes, size, extent, output) -> None:
     masks, logits = random_case(queries, batch, queries, classes, size, dtype)
-    expected = naive_scores(masks, logits, extent, output)
+    expected = semantic_scores(masks, logits, extent, output)
     views = (masks, masks.contiguous(memory_format=torch.channels_last), masks.mT.contiguous().mT)
     for view in views:
         result = semantic_inference(view, logits, extent, output, True, True)
-        check(result, expected, TOLERANCES[dtype])
+        assert_semantic_map(result, expected, TOLERANCES[dtype])
     again = semantic_inference(views[-1], logits, extent, output, True, True)
     assert all(torch.equal(a, b) for a, b in zip(again, result, strict=True))
 
@@ -79,7 +57,6 @@ def peaky_case(queries: int, classes: int, size: tuple[int, int], dtype: torch.d
     return masks.to(dtype), logits.to(dtype)
 
 
-@gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("make", [peaky_case, partial(random_case, 1, 2)], ids=["peaky", "random"])
 @pytest.mark.parametrize(
@@ -97,12 +74,11 @@ def test_pruned_labels_are_those_of_all_queries(make, dtype, queries, classes, s
     dense = semantic_inference(masks, logits, extent, output, True, True)
     clear = dense.margins > TOLERANCES[dtype] * dense.scores.clamp(min=1)
     for view in (masks, masks.contiguous(memory_format=torch.channels_last)):
-        labels = semantic_inference(view, logits, extent, output, path="pruned").labels
+        labels = semantic_by_path(view, logits, extent, output, "pruned").labels
         assert clear.any() and torch.equal(labels[clear], dense.labels[clear])
-        assert torch.equal(labels, semantic_inference(view, logits, extent, output, path="pruned").labels)
+        assert torch.equal(labels, semantic_by_path(view, logits, extent, output, "pruned").labels)
 
 
-@gpu
 def test_peaky_predictions_leave_few_tiles_unproven() -> None:
     kernels = extension.load_kernels("semantic_pruned")
     tiles = extension.load_kernels("semantic_tile")
@@ -113,7 +89,6 @@ def test_peaky_predictions_leave_few_tiles_unproven() -> None:
     assert 0 <= count < tiling.tiles and len(set(rest[:count])) == count
 
 
-@gpu
 @pytest.mark.parametrize("fused", [True, False, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("queries, depth", [(100, 256), (200, 65)])
@@ -129,10 +104,9 @@ def test_embeddings_equal_definition(fused, dtype, queries: int, depth: int) -> 
     )
     kernels.semantic_from_embeddings(embeddings, pixels, logits, (15.0, 17.5), *result, fused=fused)
     rounding = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype] if not fused else 0
-    check(result, naive_scores(masks, logits, (15.0, 17.5), (60, 70)), TOLERANCES[dtype] + rounding)
+    assert_semantic_map(result, semantic_scores(masks, logits, (15.0, 17.5), (60, 70)), TOLERANCES[dtype] + rounding)
 
 
-@gpu
 @pytest.mark.parametrize("path", ["dense", "pruned"])
 @pytest.mark.parametrize("value, name", [(math.nan, "pixel"), (math.nan, "class"), (math.inf, "class")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -143,11 +117,10 @@ def test_nan_is_label_0_and_nan_score(dtype, value: float, name: str, path: str)
     result = semantic_inference(masks, logits, (12.0, 40.0), (48, 160), True, True)
     bad = semantic_inference_eager(masks, logits, (12.0, 40.0), (48, 160), True, True).scores.isnan()
     assert bad.any() and torch.equal(bad, result.scores.isnan()) and torch.equal(bad, result.margins.isnan())
-    labels = semantic_inference(masks, logits, (12.0, 40.0), (48, 160), path=path).labels
+    labels = semantic_by_path(masks, logits, (12.0, 40.0), (48, 160), path).labels
     assert (labels[bad] == 0).all() and torch.equal(labels[~bad], clean.labels[~bad])
 
 
-@gpu
 def test_infinite_masks_are_absent_or_present() -> None:
     masks = torch.tensor([[[[-math.inf, -math.inf, 2.0, 2.0]], [[1.0, 1.0, math.inf, -math.inf]]]], device="cuda")
     logits = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]], device="cuda")
@@ -157,7 +130,6 @@ def test_infinite_masks_are_absent_or_present() -> None:
     torch.testing.assert_close(result.scores, expected.scores)
 
 
-@gpu
 @pytest.mark.parametrize("path", ["dense", "pruned"])
 def test_opcheck_compile_and_graph(path: str) -> None:
     masks, logits = random_case(1, 2, 12, 9, (6, 7), torch.float32)
@@ -165,7 +137,7 @@ def test_opcheck_compile_and_graph(path: str) -> None:
     torch.library.opcheck(operator, (masks, logits, [6.0, 7.0], [17, 20], *[path == "dense"] * 2, path))
 
     def infer(masks: torch.Tensor) -> torch.Tensor:
-        return semantic_inference(masks * 2, logits, (6.0, 7.0), (24, 28), path=path).labels + 1
+        return semantic_by_path(masks * 2, logits, (6.0, 7.0), (24, 28), path).labels + 1
 
     assert torch.equal(torch.compile(infer, fullgraph=True)(masks), infer(masks))
     graph = torch.cuda.CUDAGraph()
@@ -174,13 +146,3 @@ def test_opcheck_compile_and_graph(path: str) -> None:
     masks.copy_(masks.flip(1))
     graph.replay()
     assert torch.equal(replayed, infer(masks))
-
-
-def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'triton'")
-
-    monkeypatch.setattr(extension.importlib, "import_module", fail)
-    extension.load_kernels.cache_clear()
-    with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
-        _semantic_inference_cuda(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 4), [3.0, 3.0], [5, 5])

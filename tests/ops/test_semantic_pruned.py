@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskformer_fast.ops import semantic_pruned as pruned_semantic
+from maskformer_fast.ops import semantic_pruned
 from maskformer_fast.ops.mask_product import mask_product
 from maskformer_fast.ops.semantic import semantic_inference
 from maskformer_fast.ops.semantic_pruned import pruned_semantic_inference
 from maskformer_fast.structures import Projection
+from tests.support.oracles import semantic_scores
 
 
 class Scene(NamedTuple):
@@ -48,16 +49,7 @@ def oracle(scene: Scene, extent: tuple[float, float], output_size: tuple[int, in
     embeddings, features, (weight, bias), class_logits = scene
     pixels = F.conv2d(features.double(), weight.double(), bias.double(), padding=1)[0]
     logits = torch.einsum("qd,dhw->qhw", embeddings.double(), pixels)
-    for dim in (1, 2):
-        size = logits.shape[dim]
-        place = (torch.arange(output_size[dim - 1], dtype=torch.float64) + 0.5) * extent[dim - 1] / output_size[dim - 1]
-        place = (place - 0.5).clamp(0, size - 1)
-        low = place.floor().long()
-        shares = F.one_hot(low, size) * (1 - (place - low))[:, None]
-        shares = shares + F.one_hot((low + 1).clamp(max=size - 1), size) * (place - low)[:, None]
-        logits = torch.einsum("qhw,yh->qyw" if dim == 1 else "qhw,xw->qhx", logits, shares)
-    probabilities = class_logits.double().softmax(-1)[:, :-1]
-    return torch.einsum("qk,qyx->kyx", probabilities, logits.sigmoid())
+    return semantic_scores(logits[None], class_logits[None], extent, output_size)[0]
 
 
 def assert_right(labels: Tensor, scores: Tensor) -> None:
@@ -66,14 +58,14 @@ def assert_right(labels: Tensor, scores: Tensor) -> None:
 
 
 def lift_limits(patch: pytest.MonkeyPatch) -> None:
-    """So that many pixels are not proven by the kept queries."""
+    """Prune so much that many pixels are not proven by the kept queries."""
     for name, value in (("MAX_MISSING", 0.5), ("MAX_KEPT", 0.9), ("MAX_PIXELS", 1e9), ("MAX_TAPS", 1.0)):
-        patch.setattr(pruned_semantic, name, value)
+        patch.setattr(semantic_pruned, name, value)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 19, 150, 847, 3000])
 def test_peaky_predictions_are_pruned_and_right(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruned_semantic, "MAX_TAPS", 0.3)  # edges take a larger share of small maps
+    monkeypatch.setattr(semantic_pruned, "MAX_TAPS", 0.3)  # edges take a larger share of small maps
     scene = random_scene(classes, classes=classes, dead=14.0)
     labels = pruned_semantic_inference(*scene, (24.0, 32.0), (96, 128))
     assert labels is not None and labels.shape == (96, 128)
@@ -154,7 +146,7 @@ def test_infinite_logits_count_as_finite_ones(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_nan_is_never_proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruned_semantic, "MAX_TAPS", 1.0)
+    monkeypatch.setattr(semantic_pruned, "MAX_TAPS", 1.0)
     scene = random_scene(5, dead=14.0)
     scene.features[0, 2, 3, 4] = torch.nan
     labels = pruned_semantic_inference(*scene, (24.0, 32.0), (96, 128))

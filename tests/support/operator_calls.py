@@ -1,6 +1,6 @@
-"""Small calls of each operator, for programs that watch a process: ``python -m tests.support.operator_calls cuda X``.
+"""Small calls of each operator, for sanitizers and the like: ``python -m tests.support.operator_calls cuda NAME``.
 
-Sizes are ragged, so that the last tile, row and problem of a launch reach over every edge.
+Sizes are ragged, so that the last tile, row and problem of a launch extend beyond every edge.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from maskformer_fast.config import LossConfig
 from maskformer_fast.core.metadata import VOID
@@ -20,22 +21,39 @@ from maskformer_fast.ops import (
     matching_cost,
     panoptic_inference,
     resize_images,
-    semantic_inference,
 )
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
+from maskformer_fast.ops.semantic import SemanticMap
 from maskformer_fast.structures import Predictions, Targets, pack_masks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PATHS = ("auto", "dense", "pruned")
+"""Ways of `semantic_inference` that only its schema gives a choice of."""
+
+
+def semantic_by_path(
+    mask_logits: Tensor,  # [B, Q, h, w]
+    class_logits: Tensor,  # [B, Q, K+1]
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    path: str,
+    with_values: bool = False,
+) -> SemanticMap:
+    """`semantic_inference` by one of `PATHS`, with scores and margins or neither."""
+    labels, scores, margins = torch.ops.maskformer_fast.semantic_inference(
+        mask_logits, class_logits, extent, output_size, with_values, with_values, path
+    )
+    return SemanticMap(labels, scores if with_values else None, margins if with_values else None)
 
 
 def semantic(device: str, path: str) -> None:
     for dtype in DTYPES:
         masks = 4 * torch.randn(2, 37, 11, 13, device=device)
         classes = 3 * torch.randn(2, 37, 20, device=device)
-        classes[:, 5:, -1] += 9  # most queries are no objects, which is what pruning looks for
+        classes[:, 5:, -1] += 9  # most queries are no objects, so that pruning pays
         for view in (masks.to(dtype), masks.to(dtype, memory_format=torch.channels_last)):
-            values = path == "dense"  # which take every score: asked for them, nothing would be pruned
-            semantic_inference(view, classes.to(dtype), (10.5, 13.0), (41, 50), values, values, path)
+            # scores and margins take every score: with them nothing would be pruned
+            semantic_by_path(view, classes.to(dtype), (10.5, 13.0), (41, 50), path, with_values=path == "dense")
 
 
 def semantic_embeddings(device: str) -> None:
@@ -59,13 +77,13 @@ def panoptic(device: str) -> None:
         panoptic_inference(masks, scores, categories, things, (10.5, 13.0), (41, 50), 0.3, rule)
 
 
-def instance(device: str) -> None:
+def instances(device: str) -> None:
     instance_inference(4 * torch.randn(2, 9, 11, 13, device=device), (10.5, 13.0), (41, 50))
 
 
-def run_lengths(device: str) -> None:
+def rle(device: str) -> None:
     masks = 4 * torch.randn(2, 9, 11, 13, device=device)
-    for capacity in (20000, 301, 0):  # enough, and too little for the bytes and for the runs
+    for capacity in (20000, 301, 0):  # enough, too little for the bytes, too little for the runs
         instance_rle(masks, (10.5, 13.0), (41, 50), capacity)
 
 
@@ -81,7 +99,7 @@ def batch(device: str, dtype: torch.dtype) -> tuple[Predictions, Targets]:
     return predictions, Targets(torch.randint(7, (2, 5), device=device), counts, masks, valid, input_size)
 
 
-def cost(device: str) -> None:
+def matching(device: str) -> None:
     for dtype in DTYPES:
         predictions, targets = batch(device, dtype)
         for loss in (LossConfig(), LossConfig(mask_loss="bce", padding="include")):
@@ -120,9 +138,9 @@ CALLS: dict[str, Callable[[str], None]] = {
     "semantic_pruned": lambda device: semantic(device, "pruned"),
     "semantic_embeddings": semantic_embeddings,
     "panoptic": panoptic,
-    "instance": instance,
-    "instance_rle": run_lengths,
-    "matching_cost": cost,
+    "instances": instances,
+    "rle": rle,
+    "matching_cost": matching,
     "mask_loss": losses,
     "assignment": assignment,
     "resize": resize,

@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 
 from maskformer_fast.config import BackboneConfig
-from maskformer_fast.data.loader import Batch
 from maskformer_fast.modeling import build_model
 from maskformer_fast.recipes import load_recipe
-from maskformer_fast.structures import Targets, pack_masks
+from maskformer_fast.structures import Batch, Targets, pack_masks
 from maskformer_fast.training.criterion import Criterion
 from maskformer_fast.training.optimizer import build_optimizer
 from maskformer_fast.training.per_pixel_criterion import PerPixelCriterion

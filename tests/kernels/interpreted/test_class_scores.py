@@ -1,4 +1,4 @@
-"""Scores and categories of queries against the same three steps in PyTorch, as `postprocess.panoptic` takes them."""
+"""Scores and categories of queries against `postprocess.panoptic`'s three steps in PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def eager(class_logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 1), (torch.float32, 133), (torch.float16, 1500)])
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
-def test_as_eager(dtype: torch.dtype, classes: int, threshold: float) -> None:
+def test_equals_eager(dtype: torch.dtype, classes: int, threshold: float) -> None:
     logits = (torch.randn(2, 4, classes + 1, generator=torch.Generator().manual_seed(classes)) * 4).to(dtype)
     logits[0, 0, -1] = 30  # no object
     logits[1, 3, 0] = 30
@@ -38,7 +38,7 @@ def test_as_eager(dtype: torch.dtype, classes: int, threshold: float) -> None:
     torch.testing.assert_close(scores, expected_scores, rtol=1e-6, atol=0)
 
 
-def test_ties_and_what_is_not_finite() -> None:
+def test_ties_and_values_that_are_not_finite() -> None:
     rows = [
         [3.0, 3.0, 1.0, 0.0], [1.0, 2.0, 2.0, 2.0], [0.0, 1e-9, 0.0, -1.0],  # the lower class
         [NAN, 5.0, 0.0, 0.0], [0.0, 0.0, 0.0, NAN], [INF, 0.0, 0.0, 0.0], [-INF] * 4,  # none

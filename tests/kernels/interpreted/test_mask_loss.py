@@ -13,6 +13,8 @@ from maskformer_fast.kernels.mask_loss import BACKWARD_PIXELS, CELLS, cells_of_p
 from maskformer_fast.kernels.mask_loss import mask_sums_backward as backward
 from maskformer_fast.kernels.mask_loss import mask_sums_forward as forward
 from maskformer_fast.ops.mask_loss import (
+    MaskPairs,
+    MaskPairsBackward,
     _mask_sums_backward_cuda,
     _mask_sums_cuda,
     mask_sums_backward_eager,
@@ -21,13 +23,15 @@ from maskformer_fast.ops.mask_loss import (
 
 
 def random_case(cells: tuple[int, int], size: tuple[int, int], padding: bool, gamma: float, spread: float = 3.0):
-    """Arguments of the operator: 4 pairs, one without a target and with NaN logits; 3 targets, whose bits beyond the
-    width are garbage."""
+    """Arguments of the operator: 4 pairs, of which one has no target and NaN logits, and 3 targets.
+
+    Bits of the targets beyond the width are garbage.
+    """
     rng = torch.Generator().manual_seed(sum(cells) + sum(size))
     logits = spread * torch.randn(4, *cells, generator=rng)
     logits[1] = math.nan
     masks = torch.randint(0, 256, (3, size[0], (size[1] + 7) // 8), generator=rng, dtype=torch.uint8)
-    masks[2, : size[0] // 2] = 255  # a mask of one piece
+    masks[2, : size[0] // 2] = 255  # a connected mask
     valid = torch.tensor([[size[0] + 5, size[1] - size[1] // 3], [size[0] // 2, size[1]], [size[0] - 1, size[1] - 1]])
     return logits, masks, torch.tensor([2, -1, 0, 1]), valid if padding else None, size[1], [0.3, 0.8, gamma]
 
@@ -36,12 +40,13 @@ def check(arguments) -> None:
     logits, *rest = arguments
     sums = forward(*arguments)
     assert sums.dtype == torch.float32
-    expected = mask_sums_eager(logits.double(), *rest)
+    exact = MaskPairs(logits.double(), *rest)
+    expected = mask_sums_eager(exact)
     torch.testing.assert_close(sums.double(), expected, rtol=2e-5, atol=1e-13)
     upstream = torch.randn(len(logits), 4, generator=torch.Generator().manual_seed(5))
     upstream[rest[1] < 0] = math.nan
     result = backward(upstream, *arguments)
-    expected = mask_sums_backward_eager(upstream.double(), logits.double(), *rest)
+    expected = mask_sums_backward_eager(MaskPairsBackward(upstream.double(), exact))
     for pair, row, row_of_cells in zip(result.flatten(0, 1), expected.flatten(0, 1), range(10**6), strict=False):
         torch.testing.assert_close(pair.double(), row, rtol=2e-5, atol=2e-6, msg=lambda m, r=row_of_cells: f"{r}: {m}")
 
@@ -69,7 +74,7 @@ def test_equals_eager_twin(cells, size, gamma: float, padding: bool) -> None:
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 0.6])
 @pytest.mark.parametrize("level", [-40.0, -9.0, 0.0, 9.0])
 def test_sums_of_small_terms_keep_their_digits(level: float, gamma: float) -> None:
-    """Of pixels that are all confidently right or wrong; the gradient goes by far smaller ones."""
+    """All pixels are confidently right or wrong; the gradient consists of far smaller terms."""
     logits, *rest = random_case((2, 3), (8, 12), True, gamma, spread=1e-3)
     check((logits + level, *rest))
 
@@ -89,7 +94,7 @@ def test_nan_and_infinity_stay_in_their_pair() -> None:
             assert gradient[2, 1:4, 6:9].isnan().all()
 
 
-def test_pixels_that_are_not_counted_take_nothing_from_what_they_read() -> None:
+def test_pixels_that_are_not_counted_do_not_pass_on_nan() -> None:
     logits, masks, rows, _, *rest = random_case((5, 9), (20, 36), False, 2.0)
     logits[:, 3:] = math.nan
     arguments = (logits, masks, rows, torch.tensor([[10, 36]] * 3), *rest)  # pixels above the centre of cell row 2
@@ -131,15 +136,17 @@ def test_nothing_to_do(pairs: int, targets: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_operator_calls_the_kernel(dtype: torch.dtype) -> None:
-    """What the operator does on CUDA; double precision goes to the eager twin."""
+    """The CUDA implementation; double precision goes to the eager twin."""
     logits, *rest = random_case((3, 4), (11, 15), True, 2.0)
     logits = logits.to(dtype)
-    sums = _mask_sums_cuda(logits, *rest)
-    gradient = _mask_sums_backward_cuda(torch.ones(4, 4, dtype=dtype), logits, *rest)
+    pairs = MaskPairs(logits, *rest)
+    arguments = MaskPairsBackward(torch.ones(4, 4, dtype=dtype), pairs)
+    sums, gradient = _mask_sums_cuda(pairs), _mask_sums_backward_cuda(arguments)
     assert sums.dtype == gradient.dtype == dtype
-    twin = dtype == torch.float64
-    assert torch.equal(sums, (mask_sums_eager if twin else forward)(logits, *rest))
-    assert torch.equal(gradient, (mask_sums_backward_eager if twin else backward)(torch.ones(4, 4), logits, *rest))
+    takes_eager_twin = dtype == torch.float64
+    assert torch.equal(sums, mask_sums_eager(pairs) if takes_eager_twin else forward(*pairs))
+    expected = mask_sums_backward_eager(arguments) if takes_eager_twin else backward(arguments.gradient, *pairs)
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize(

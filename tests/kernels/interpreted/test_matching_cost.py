@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,36 +11,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskformer_fast.kernels import matching_cost as kernels
-from maskformer_fast.ops.matching_cost import _matching_cost_cuda, _matching_cost_torch
+from maskformer_fast.ops.matching_cost import _Arguments, _matching_cost_cuda, _matching_cost_torch
 
 FOCAL = (0.25, 0.75, 2.0)
 BCE = (1.0, 1.0, 0.0)
-
-
-class Case(NamedTuple):
-    """Arguments of the operator."""
-
-    class_logits: Tensor
-    embeddings: Tensor
-    pixels: Tensor | None
-    labels: Tensor
-    counts: Tensor
-    masks: Tensor
-    valid_sizes: Tensor | None
-    input_size: tuple[int, int]
-    weights: tuple[float, float, float] = (1.5, 7.0, 2.5)
-    focal: tuple[float, float, float] = FOCAL
+WEIGHTS = (1.5, 7.0, 2.5)
 
 
 def random_case(
     counts: list[int], queries: int, depth: int, size: tuple[int, int], input_size: tuple[int, int], layers: int = 2,
-    classes: int = 5, slots: int | None = None, exclude: bool = True, dtype: torch.dtype = torch.float32, **rest: Any,
-) -> Case:  # fmt: skip
+    classes: int = 5, slots: int | None = None, exclude: bool = True, dtype: torch.dtype = torch.float32,
+    weights: tuple[float, float, float] = WEIGHTS, focal: tuple[float, float, float] = FOCAL,
+) -> _Arguments:  # fmt: skip
     """Logits of about 3; image b is shorter than the padded input by b rows and 2b columns, with targets there too."""
     rng = torch.Generator().manual_seed(queries * depth)
     batch, slots, (height, width) = len(counts), max(counts) if slots is None else slots, input_size
     valid = torch.tensor([[height - b, width - 2 * b] for b in range(batch)]).clamp(min=0)
-    return Case(
+    return _Arguments(
         torch.randn(layers, batch, queries, classes + 1, generator=rng),
         torch.randn(layers, batch, queries, depth, generator=rng).to(dtype),
         (3 / depth**0.5 * torch.randn(batch, depth, *size, generator=rng)).to(dtype),
@@ -50,29 +36,30 @@ def random_case(
         torch.randint(256, (batch, slots, height, (width + 7) // 8), generator=rng, dtype=torch.uint8),
         valid if exclude else None,
         input_size,
-        **rest,
+        weights,
+        focal,
     )
 
 
-def from_logits(case: Case) -> Case:
+def from_logits(case: _Arguments) -> _Arguments:
     logits = torch.einsum("lbqd,bdhw->lbqhw", case.embeddings.double(), case.pixels.double())
     return case._replace(embeddings=logits.to(case.embeddings.dtype), pixels=None)
 
 
-def oracle(case: Case) -> Tensor:
+def oracle(case: _Arguments) -> Tensor:
     floats = (case.class_logits, case.embeddings, case.pixels)
-    return _matching_cost_torch(*(None if t is None else t.double() for t in floats), *case[3:])
+    return _matching_cost_torch(_Arguments(*(None if t is None else t.double() for t in floats), *case[3:]))
 
 
-def run(case: Case) -> Tensor:
-    """What the operator does on CUDA, over memory that must be overwritten everywhere."""
+def run(case: _Arguments) -> Tensor:
+    """Run the kernels on memory that they must overwrite everywhere."""
     shape = (*case.class_logits.shape[:3], case.labels.shape[1])
     cost = torch.full(shape, -77.0)
     kernels.matching_cost_forward(*case, cost)
     return cost
 
 
-def check(case: Case) -> Tensor:
+def check(case: _Arguments) -> Tensor:
     cost, expected = run(case), oracle(case)
     tolerance = 2e-6 * max(1.0, float(expected.abs().amax())) if expected.numel() else 0
     torch.testing.assert_close(cost.double(), expected, rtol=0, atol=tolerance)
@@ -146,7 +133,8 @@ def test_samples_the_pixels_interpolate_would(out: int, size: int) -> None:
     row = torch.randint(256, (1, 1, 1, (size + 7) // 8), dtype=torch.uint8, generator=rng)
     logits = torch.linspace(-2, 2, out).expand(1, 1, 1, 1, out)
     floats = (torch.zeros(1, 1, 1, 2), logits, None)
-    check(Case(*floats, torch.tensor([[0]]), torch.tensor([1]), row, torch.tensor([[1, size]]), (1, size)))
+    targets = (torch.tensor([[0]]), torch.tensor([1]), row, torch.tensor([[1, size]]))
+    check(_Arguments(*floats, *targets, (1, size), WEIGHTS, FOCAL))
 
 
 def test_any_strides() -> None:
@@ -224,22 +212,24 @@ def test_labels_and_counts_out_of_range() -> None:
 @pytest.mark.parametrize(
     "layers, counts, queries, slots", [(0, [2], 5, None), (2, [0], 5, None), (2, [2, 1], 0, None), (1, [], 3, 2)]
 )
-def test_empty(layers: int, counts: list[int], queries: int, slots: int | None) -> None:
+def test_no_layers_targets_queries_or_images_give_empty_costs(
+    layers: int, counts: list[int], queries: int, slots: int | None
+) -> None:
     case = random_case(counts or [1], queries, 4, (4, 4), (16, 16), layers, slots=slots)
     if not counts:
-        case = Case(case[0][:, :0], case[1][:, :0], *(t[:0] for t in case[2:7]), *case[7:])
+        case = _Arguments(case[0][:, :0], case[1][:, :0], *(t[:0] for t in case[2:7]), *case[7:])
     assert run(case).numel() == 0
 
 
 def test_operator_takes_half_embeddings_and_doubles() -> None:
     case = random_case([2, 3], 4, 12, (5, 6), (20, 24), dtype=torch.float16)
-    cost = _matching_cost_cuda(*case)
+    cost = _matching_cost_cuda(case)
     assert cost.dtype == torch.float32 and torch.equal(cost, run(case))
     double = case._replace(**{name: getattr(case, name).double() for name in ("class_logits", "embeddings", "pixels")})
-    assert torch.equal(_matching_cost_cuda(*double), oracle(case))
+    assert torch.equal(_matching_cost_cuda(double), oracle(case))
 
 
-def test_wrong_arguments() -> None:
+def test_bad_input_is_named() -> None:
     case = random_case([2], 3, 4, (4, 4), (16, 16))
     cost = torch.empty(2, 1, 3, 2)
     with pytest.raises(ValueError, match=r"pixels: expected .*float32, got torch\.float16"):

@@ -11,8 +11,7 @@ from torch import Tensor
 from maskformer_fast.kernels.resize import resize_forward
 from maskformer_fast.ops.resize import filters_columns_first
 
-# input height, width -> height, width on a canvas; tiles are 8 x 32
-CASES = [
+CASES = [  # input height, width -> height, width on a canvas; tiles are 8 x 32
     ((19, 45), (11, 24), (16, 32)),  # down on both axes
     ((9, 7), (21, 40), (24, 64)),  # up on both, two tiles wide
     ((11, 30), (37, 7), (40, 8)),  # up and down
@@ -31,7 +30,7 @@ CASES = [
 
 
 def random_images(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Half of the pixels black or white, so that rounding at either end is met."""
+    """Random images; half of the pixels are black or white, so that values are clipped at either end."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, shape, dtype=np.uint8)
     return torch.from_numpy(np.where(rng.random(shape) < 0.5, noise, (noise > 127) * np.uint8(255)))
@@ -47,7 +46,7 @@ def on_canvas(images: Tensor, size: tuple[int, int], canvas: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize(("shape", "size", "canvas"), CASES)
-def test_pixels_are_pillows(shape: tuple[int, int], size: tuple[int, int], canvas: tuple[int, int]) -> None:
+def test_pixels_equal_pillows(shape: tuple[int, int], size: tuple[int, int], canvas: tuple[int, int]) -> None:
     images = random_images(sum(shape), (1, *shape, 3))
     out = torch.full((1, 3, *canvas), 99, dtype=torch.uint8)
     resize_forward(images, size, out, filters_columns_first(shape, size))
@@ -55,7 +54,7 @@ def test_pixels_are_pillows(shape: tuple[int, int], size: tuple[int, int], canva
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_sizes(seed: int) -> None:
+def test_random_sizes_equal_pillows(seed: int) -> None:
     rng = np.random.default_rng(seed)
     shape, size = (tuple(int(side) for side in rng.integers(1, 25, 2)) for _ in range(2))
     canvas = (size[0] + int(rng.integers(0, 9)), size[1] + int(rng.integers(0, 9)))

@@ -1,6 +1,6 @@
 """Kernels of panoptic and instance inference and of run lengths against formulas in float64, on ragged sizes.
 
-Scenes are drawn until none of their pixels is so close to a tie that rounding may turn it: results must be equal.
+Scenes are drawn until none of their pixels is so close to a tie that rounding may change it: results must be equal.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from maskformer_fast.core.metadata import VOID
 from maskformer_fast.kernels.rle import BYTES_LAUNCH, RUN_BLOCK, _bytes_kernel
 from maskformer_fast.kernels.segments_instances import instance_masks
 from maskformer_fast.kernels.segments_panoptic import panoptic_segments
-from maskformer_fast.ops.rle import _instance_rle_cuda, encode_instances, instance_rle
+from maskformer_fast.ops.rle import EncodedMasks, _instance_rle_cuda, encode_instances, instance_rle
+from maskformer_fast.ops.rle import _Arguments as _RleArguments
 from maskformer_fast.ops.segments import (
     InstanceMasks,
     PanopticSegments,
     _instance_inference_cuda,
+    _InstanceArguments,
     _panoptic_inference_cuda,
+    _PanopticArguments,
     instance_inference,
     panoptic_inference,
 )
 from maskformer_fast.structures import unpack_masks
+from tests.support.oracles import resampled
 
 RULES = get_args(PanopticRule)
 MARGIN = 1e-5  # of scores and probabilities
@@ -44,17 +48,8 @@ GRID = [
 ]
 
 
-def resampled(logits: torch.Tensor, extent, size) -> torch.Tensor:
-    """[..., H, W] float64."""
-    weights = []
-    for source, part, target in zip(logits.shape[-2:], extent, size, strict=True):
-        place = ((torch.arange(target, dtype=torch.float64) + 0.5) * part / target - 0.5).clamp(0, source - 1)
-        weights.append((1 - (place[:, None] - torch.arange(source)).abs()).clamp(min=0))
-    return weights[0] @ logits.double() @ weights[1].T
-
-
 def clear_logits(seed: int, batch: int, queries: int, grid, dtype=torch.float32, shift: float = 1.0) -> torch.Tensor:
-    """None of whose resampled values is about 0."""
+    """Draw logits of which no resampled value is close to 0."""
     for attempt in count(seed):
         generator = torch.Generator().manual_seed(attempt)
         logits = (3 * torch.randn(batch, queries, *grid[0], generator=generator) - shift).to(dtype)
@@ -63,7 +58,7 @@ def clear_logits(seed: int, batch: int, queries: int, grid, dtype=torch.float32,
 
 
 def expected_panoptic(logits, scores, categories, is_thing, extent, size, threshold, rule):
-    """Results in float64, one query after the other, and how close the closest pixel is to a tie."""
+    """Results in float64, one query after the other -> results, distance of the closest pixel to a tie."""
     masks = resampled(logits, extent, size).sigmoid()
     id_map = torch.full((len(logits), *size), VOID)
     ids, areas, closest = torch.full(scores.shape, VOID), torch.zeros(scores.shape, dtype=torch.int64), 1.0
@@ -97,7 +92,7 @@ def expected_panoptic(logits, scores, categories, is_thing, extent, size, thresh
 
 
 def clear_scene(seed: int, batch: int, queries: int, grid, dtype, rule: str, threshold: float = 0.4):
-    """Arguments of `panoptic_inference`, and its results."""
+    """Draw arguments of `panoptic_inference` without ties -> arguments, results."""
     for attempt in count(seed):
         generator = torch.Generator().manual_seed(attempt)
         logits = (3 * torch.randn(batch, queries, *grid[0], generator=generator) - 1).to(dtype)
@@ -110,8 +105,18 @@ def clear_scene(seed: int, batch: int, queries: int, grid, dtype, rule: str, thr
 
 
 def panoptic(*arguments) -> PanopticSegments:
-    """What the operator does on CUDA."""
-    return PanopticSegments(*_panoptic_inference_cuda(*arguments))
+    """`panoptic_inference` by its CUDA implementation."""
+    return PanopticSegments(*_panoptic_inference_cuda(_PanopticArguments(*arguments)))
+
+
+def instances(*arguments) -> InstanceMasks:
+    """`instance_inference` by its CUDA implementation."""
+    return InstanceMasks(*_instance_inference_cuda(_InstanceArguments(*arguments)))
+
+
+def rle(*arguments) -> EncodedMasks:
+    """`instance_rle` by its CUDA implementation."""
+    return EncodedMasks(*_instance_rle_cuda(_RleArguments(*arguments)))
 
 
 def assert_same(found, expected) -> None:
@@ -204,7 +209,7 @@ def test_no_query_kept_is_all_void(batch: int, queries: int) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_not_finite_is_as_on_the_cpu(rule: str) -> None:
+def test_values_that_are_not_finite_equal_the_cpus(rule: str) -> None:
     logits = torch.full((1, 5, 2, 4), -3.0)
     for query, value in enumerate((math.nan, -math.inf, math.inf, 2.0, 4.0)):
         logits[0, query, :, query % 4] = value
@@ -246,16 +251,16 @@ def test_instances(grid, dtype) -> None:
 def test_instances_of_values_that_are_not_finite() -> None:
     logits = torch.tensor([[[[math.nan, 1.0, math.inf, -math.inf, 2.0, 1e38]], [[math.nan] * 6]]])
     for view in (logits, logits.double(), logits.mT.contiguous().mT):
-        found = InstanceMasks(*_instance_inference_cuda(view, (1, 6), (3, 29)))
+        found = instances(view, (1, 6), (3, 29))
         assert_same(found[:3], instance_inference(logits, (1, 6), (3, 29))[:3])
         torch.testing.assert_close(found.scores, instance_inference(logits, (1, 6), (3, 29)).scores)
 
 
 def test_no_instances() -> None:
     for shape in ((0, 3, 2, 2), (2, 0, 2, 2)):
-        found = _instance_inference_cuda(torch.zeros(shape), (2, 2), (5, 9))
+        found = instances(torch.zeros(shape), (2, 2), (5, 9))
         assert [tuple(t.shape) for t in found] == [(*shape[:2], 5, 2), shape[:2], (*shape[:2], 4), shape[:2]]
-        data, starts = _instance_rle_cuda(torch.zeros(shape), (2, 2), (5, 9), 7)
+        data, starts = rle(torch.zeros(shape), (2, 2), (5, 9), 7)
         assert starts.tolist() == [0] and data.tolist() == [0] * 7
 
 
@@ -278,7 +283,7 @@ def test_run_lengths_equal_pycocotools(grid, dtype) -> None:
     logits = clear_logits(3, 1, 4, grid, dtype)
     logits[0, 2], logits[0, 3] = -1.0, 1.0  # nothing, and all
     expected = coco_counts(resampled(logits, *grid[1:])[0] > 0)
-    assert counts_of(*_instance_rle_cuda(logits, *grid[1:], 3000)) == expected
+    assert counts_of(*rle(logits, *grid[1:], 3000)) == expected
 
 
 def test_runs_from_column_to_column() -> None:
@@ -290,14 +295,14 @@ def test_runs_from_column_to_column() -> None:
     masks[3] = (torch.arange(9)[:, None] + torch.arange(34)) % 2 == 0
     masks[4, :, 31:33] = True  # from one block of columns to the next
     logits = torch.where(masks, 1.0, -1.0)[None]
-    found = _instance_rle_cuda(logits, (9, 34), (9, 34), 2000)
+    found = rle(logits, (9, 34), (9, 34), 2000)
     assert counts_of(*found) == coco_counts(masks)
 
 
 def test_tall_masks_settled_by_their_taps() -> None:
     logits = torch.tensor([[[[-1.0, 2.0], [-2.0, 5.0], [4.0, 3.0]]]])
     expected = coco_counts(resampled(logits, (3, 2), (300, 2))[0] > 0)
-    assert counts_of(*_instance_rle_cuda(logits, (3, 2), (300, 2), 30)) == expected
+    assert counts_of(*rle(logits, (3, 2), (300, 2), 30)) == expected
 
 
 def test_huge_and_tiny_taps_agree_between_tiles() -> None:
@@ -306,21 +311,21 @@ def test_huge_and_tiny_taps_agree_between_tiles() -> None:
     logits = 10.0 ** torch.randint(-30, 30, (1, 3, 12, 9), generator=generator)
     logits[0, 1] *= torch.rand(12, 9, generator=generator).sub(0.1).sign()
     logits[0, 2, :, 3] = math.nan
-    found = InstanceMasks(*_instance_inference_cuda(logits, (12, 9), (34, 26)))
+    found = instances(logits, (12, 9), (34, 26))
     masks = unpack_masks(found.masks[0], 26)
-    assert counts_of(*_instance_rle_cuda(logits, (12, 9), (34, 26), 5000)) == coco_counts(masks)
+    assert counts_of(*rle(logits, (12, 9), (34, 26), 5000)) == coco_counts(masks)
 
 
-def test_what_does_not_fit_says_what_would() -> None:
+def test_too_small_a_buffer_gives_a_sufficient_capacity() -> None:
     grid = ((3, 4), (3.0, 4.0), (9, 11))
     logits = clear_logits(7, 1, 2, grid)
     expected = counts_of(*instance_rle(logits, *grid[1:], 1000))
     size = sum(map(len, expected))
     for capacity in (0, size // 2, size - 1):
-        needed = _instance_rle_cuda(logits, *grid[1:], capacity)[1][-1].item()
+        needed = rle(logits, *grid[1:], capacity)[1][-1].item()
         assert capacity < needed <= 7 * size
     for capacity in (size, needed):
-        assert counts_of(*_instance_rle_cuda(logits, *grid[1:], capacity)) == expected
+        assert counts_of(*rle(logits, *grid[1:], capacity)) == expected
 
 
 def test_buffer_grows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +333,7 @@ def test_buffer_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = clear_logits(7, 1, 2, grid)
     expected = encode_instances(logits, *grid[1:])
     module = sys.modules["maskformer_fast.ops.rle"]
-    monkeypatch.setattr(module, "instance_rle", _instance_rle_cuda)
+    monkeypatch.setattr(module, "instance_rle", rle)
     for columns in (0, 4):
         monkeypatch.setattr(module, "BYTES_PER_COLUMN", columns)
         assert encode_instances(logits, *grid[1:]) == expected
@@ -357,6 +362,6 @@ def test_numbers_of_all_lengths_are_written_as_by_pycocotools() -> None:
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"dtype: expected one of .*, got torch.int32"):
-        _instance_rle_cuda(torch.zeros(1, 1, 2, 2, dtype=torch.int32), (2, 2), (4, 4), 9)
+        rle(torch.zeros(1, 1, 2, 2, dtype=torch.int32), (2, 2), (4, 4), 9)
     with pytest.raises(ValueError, match="output_size: expected fewer than 2\\^31 pixels"):
-        _instance_rle_cuda(torch.zeros(1, 1, 2, 2), (2, 2), (46341, 46341), 9)
+        rle(torch.zeros(1, 1, 2, 2), (2, 2), (46341, 46341), 9)

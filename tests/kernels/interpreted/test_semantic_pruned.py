@@ -1,4 +1,4 @@
-"""Pruned labels against those of all queries and against the definition in double precision."""
+"""Pruned labels against those of all queries and against the definition in float64."""
 
 from __future__ import annotations
 
@@ -12,25 +12,19 @@ from maskformer_fast.kernels import semantic, semantic_pruned
 from maskformer_fast.kernels.class_probabilities import class_probabilities
 from maskformer_fast.kernels.semantic import semantic_from_embeddings, semantic_from_logits
 from maskformer_fast.kernels.semantic_tile import TILE_H, TILE_W, plan_tiles
-from maskformer_fast.ops.semantic import _semantic_inference_cuda
+from maskformer_fast.ops.semantic import _Arguments, _semantic_inference_cuda
+from tests.support.oracles import semantic_scores
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 Size = tuple[int, int]
 
 
-def naive_scores(masks: torch.Tensor, classes: torch.Tensor, extent: tuple[float, float], size: Size) -> torch.Tensor:
-    """[B, K, H, W] float64."""
-    weights = []
-    for source, part, target in zip(masks.shape[2:], extent, size, strict=True):
-        place = ((torch.arange(target, dtype=torch.float64) + 0.5) * part / target - 0.5).clamp(0, source - 1)
-        weights.append((1 - (place[:, None] - torch.arange(source)).abs()).clamp(min=0))
-    up = torch.einsum("yh,bqhw,xw->bqyx", weights[0], masks.double(), weights[1])
-    return torch.einsum("bqc,bqyx->bcyx", classes.double().softmax(-1)[..., :-1], up.sigmoid())
-
-
 def predictions(kind: str, batch: int, queries: int, classes: int, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of masks and classes. Peaky: blobs with sharp edges, a fifth of the queries sure of a class, the others of
-    none; medium: the same less sure, under noise."""
+    """Logits of masks and classes.
+
+    Peaky: blobs with sharp edges, a fifth of the queries sure of a class, the others of "no object". Medium: the same
+    but less sure, with noise.
+    """
     generator = torch.Generator().manual_seed(queries)
     noise = torch.randn(batch, queries, *size, generator=generator)
     logits = torch.randn(batch, queries, classes + 1, generator=generator)
@@ -48,7 +42,7 @@ def predictions(kind: str, batch: int, queries: int, classes: int, size: Size) -
 
 
 def pruned_labels(masks, logits, extent, size: Size) -> tuple[torch.Tensor, set[int], int]:
-    """Labels; which tiles took all queries, of how many."""
+    """Labels, indices of the tiles that took all queries, number of tiles."""
     labels = torch.full((len(masks), *size), 99, dtype=torch.uint8 if logits.shape[2] <= 256 else torch.int16)
     tiling = plan_tiles(masks, masks.shape[2:], extent, labels)
     count, *rest = semantic_pruned.semantic_pruned(masks, logits, tiling, labels).tolist()
@@ -63,10 +57,10 @@ def dense_labels(masks, logits, extent, size: Size) -> torch.Tensor:
 
 
 def check(masks, logits, extent, size: Size) -> tuple[int, int]:
-    """How many tiles took all queries, and not."""
+    """Compare pruned labels with dense ones and the definition -> tiles that took all queries, and other tiles."""
     labels, unproven, tiles = pruned_labels(masks, logits, extent, size)
     assert torch.equal(labels, dense_labels(masks, logits, extent, size))
-    scores = naive_scores(masks, logits, extent, size)
+    scores = semantic_scores(masks, logits, extent, size)
     best = scores.topk(min(2, scores.shape[1]), dim=1).values
     clear = best[:, 0] - (best[:, 1] if scores.shape[1] > 1 else -1) > 2 * TOLERANCES[masks.dtype] * best[:, 0].clamp(1)
     assert clear.any() and torch.equal(labels[clear].long(), scores.argmax(1)[clear])
@@ -119,15 +113,15 @@ class NoKernel:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_what_is_missing_could_change_the_winner(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the queries scored class 0 has 0.5 and class 1 0.4, of all 0.5 and 0.532."""
+def test_tiles_whose_winner_could_change_take_all_queries(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class 0 scores 0.5 with any queries; class 1 scores 0.4 with the live queries and 0.532 with all."""
     masks, logits = weak_against_strong(0.5)
     case = (masks.to(dtype), logits, (4.0, 5.0), (8, 10))
     labels, unproven, tiles = pruned_labels(*case)
     assert (labels == 1).all() and len(unproven) == tiles
     monkeypatch.setattr(semantic_pruned, "_unproven_kernel", NoKernel())
     labels, unproven, tiles = pruned_labels(*case)
-    assert (labels == 0).all() and len(unproven) == tiles  # wrong, and known to be unproven
+    assert (labels == 0).all() and len(unproven) == tiles  # wrong, but listed as unproven
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -230,14 +224,17 @@ def test_operator_passes_the_path_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_calls(monkeypatch)
     found = {}
     for path, expected in (("auto", 0), ("dense", 0), ("pruned", 1)):
-        found[path] = _semantic_inference_cuda(masks, logits, [2.5, 4.0], [7, 9], path=path)[0]
+        found[path] = _semantic_inference_cuda(_Arguments(masks, logits, (2.5, 4.0), (7, 9), path=path))[0]
         assert len(calls) == expected
     assert torch.equal(found["pruned"], found["dense"])
-    valued = [_semantic_inference_cuda(masks, logits, [2.5, 4.0], [7, 9], True, True, path) for path in semantic.PATHS]
+    valued = [
+        _semantic_inference_cuda(_Arguments(masks, logits, (2.5, 4.0), (7, 9), True, True, path))
+        for path in semantic.PATHS
+    ]
     assert len(calls) == 1  # values take all queries
     assert all(torch.equal(a, b) for other in valued[1:] for a, b in zip(valued[0], other, strict=True))
     monkeypatch.setattr(semantic, "pruning_pays", lambda tiles, queries, classes: (queries, classes) == (14, 8))
-    _semantic_inference_cuda(masks, logits, [2.5, 4.0], [7, 9])
+    _semantic_inference_cuda(_Arguments(masks, logits, (2.5, 4.0), (7, 9)))
     assert len(calls) == 2
 
 

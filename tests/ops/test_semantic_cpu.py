@@ -1,13 +1,11 @@
-"""The C++ operator against the loops in double precision, on every instruction set that this processor runs."""
+"""The C++ operator against the definition in float64, on every instruction set that this processor runs."""
 
 from __future__ import annotations
 
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,136 +13,76 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maskformer_fast.core import extension
-from maskformer_fast.core.extension import load_extension
 from maskformer_fast.ops import semantic_inference
-from maskformer_fast.ops.semantic import PATHS, SemanticMap, semantic_inference_eager
+from maskformer_fast.ops.semantic import SemanticMap, _Arguments, _semantic_inference_cuda, semantic_inference_eager
+from tests.support.missing_modules import hide_triton
+from tests.support.operator_calls import PATHS, semantic_by_path
+from tests.support.oracles import assert_semantic_map, random_logits, semantic_scores
 from tests.support.paths import ROOT
 
 
-def axis_weights(source: int, extent: float, output: int) -> np.ndarray:
-    """Interpolation matrix of one axis, written from the definition -> [output, source] float64."""
-    matrix = np.zeros((output, source))
-    for position in range(output):
-        coordinate = max((position + 0.5) * extent / output - 0.5, 0.0)
-        low = min(math.floor(coordinate), source - 1)
-        share = coordinate - low if low + 1 < source else 0.0
-        matrix[position, low] += 1.0 - share
-        matrix[position, min(low + 1, source - 1)] += share
-    return matrix
-
-
-def naive_resample(maps: torch.Tensor, extent: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
-    rows, columns = (axis_weights(*args) for args in zip(maps.shape[-2:], extent, size, strict=True))
-    return np.einsum("yh,nhw,xw->nyx", rows, maps.double().numpy(), columns)
-
-
-def naive_scores(
-    masks: torch.Tensor, classes: torch.Tensor, extent: tuple[float, float], size: tuple[int, int]
-) -> np.ndarray:
-    """[K, H, W] of one image, a query and a class at a time."""
-    up = naive_resample(masks, extent, size)
-    logits = classes.double().numpy()
-    scores = np.zeros((logits.shape[1] - 1, *size))
-    for query in range(len(up)):
-        exponentials = np.exp(logits[query] - logits[query].max())
-        mask = 1.0 / (1.0 + np.exp(-up[query]))
-        for category in range(len(scores)):
-            scores[category] += exponentials[category] / exponentials.sum() * mask
-    return scores
-
-
-def random_case(seed: int, queries: int, classes: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def blob_case(
+    seed: int, batch: int, queries: int, classes: int, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predictions like a trained network's: smooth masks, a few queries sure of a class, the others of "no object"."""
     generator = torch.Generator().manual_seed(seed)
-    masks = 4 * torch.randn(1, queries, *size, generator=generator)
-    return masks, 3 * torch.randn(1, queries, classes + 1, generator=generator)
-
-
-@pytest.fixture(params=load_extension().available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    load_extension().use_isa(request.param)
-    yield request.param
-    load_extension().use_isa("auto")
-
-
-def blob_case(seed: int, queries: int, classes: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """As trained networks answer: smooth masks, a few queries sure of a class, the others of "no object"."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(1, queries, max(1, size[0] // 4), max(1, size[1] // 4), generator=generator)
+    coarse = torch.randn(batch, queries, max(1, size[0] // 4), max(1, size[1] // 4), generator=generator)
     masks = 6 * F.interpolate(coarse, size=size, mode="bilinear") - 2
-    logits = torch.randn(1, queries, classes + 1, generator=generator)
+    logits = torch.randn(batch, queries, classes + 1, generator=generator)
     logits[..., -1] += 6 + math.log(classes)
     live = torch.arange(0, queries, 4)
-    logits[0, live, torch.randint(classes, (len(live),), generator=generator)] += 10 + math.log(classes)
+    logits[:, live, torch.randint(classes, (len(live),), generator=generator)] += 10 + math.log(classes)
     return masks, logits
 
 
-def near_ties(seed: int, queries: int, classes: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every class has neighbours whose logits differ by about 1e-6, or not at all."""
-    masks, logits = blob_case(seed, queries, classes, size)
+def near_ties(
+    seed: int, batch: int, queries: int, classes: int, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predictions in which every class has neighbours whose logits differ by about 1e-6, or not at all."""
+    masks, logits = blob_case(seed, batch, queries, classes, size)
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
     return masks, (logits[..., :1] + 1e-6 * noise.round()).contiguous()
 
 
-def saturated(seed: int, queries: int, classes: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def saturated(
+    seed: int, batch: int, queries: int, classes: int, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of both signs from 0 to far beyond where sigmoid is 0 or 1 in float32, infinities among them."""
-    masks, logits = random_case(seed, queries, classes, size)
+    masks, logits = random_logits(seed, batch, queries, classes, size)
     masks = masks.sign() * 4.0 ** masks.abs()
     return torch.where(masks.abs() > 1e5, masks.sign() * math.inf, masks), logits
 
 
-CASES = [random_case, blob_case, near_ties, saturated]
-
-
-def limited_scores(masks: torch.Tensor, classes: torch.Tensor, extent, size) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return naive_scores(masks.clamp(-1e30, 1e30), classes, extent, size)
-
-
-def check_against_loops(result: SemanticMap, expected: np.ndarray) -> None:
-    """Labels right where the lead exceeds 1e-5 (x the score, if larger), values within as much, of one image."""
-    ordered = np.sort(expected, axis=0)
-    best = ordered[-1]
-    tolerance = 1e-5 * np.maximum(best, 1)
-    lead = best - ordered[-2] if len(ordered) > 1 else np.full_like(best, np.inf)
-    labels = result.labels[0].long().numpy()
-    assert (labels[lead > tolerance] == expected.argmax(0)[lead > tolerance]).all()
-    assert (np.take_along_axis(expected, labels[None], 0)[0] >= best - tolerance).all()
-    if result.scores is not None and result.margins is not None:
-        assert (np.abs(result.scores[0].numpy() - best) <= tolerance).all()
-        margins = result.margins[0].numpy()
-        if len(ordered) == 1:
-            assert np.isposinf(margins).all()
-        else:
-            assert (np.abs(margins - lead) <= 2 * tolerance).all()
+CASES = [random_logits, blob_case, near_ties, saturated]
 
 
 @settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_operator_equals_loops(isa: str, data: st.DataObject) -> None:
+def test_operator_equals_definition(isa: str, data: st.DataObject) -> None:
     """All paths with and without scores, on ragged sizes, up and down, over three numbers of threads."""
     h, w = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 24))
     size = data.draw(st.integers(1, 50)), data.draw(st.integers(1, 70))
     extent = (h * data.draw(st.sampled_from([1.0, 0.97, 0.3])), w * data.draw(st.sampled_from([1.0, 0.9, 0.5])))
     make = data.draw(st.sampled_from(CASES))
     masks, classes = make(
-        data.draw(st.integers(0, 10**6)), data.draw(st.integers(1, 20)), data.draw(st.integers(1, 30)), (h, w)
+        data.draw(st.integers(0, 10**6)), 1, data.draw(st.integers(1, 20)), data.draw(st.integers(1, 30)), (h, w)
     )
-    # float32 cannot tell where large logits cross zero between two taps: the reference reads maps at whole pixels
+    # float32 does not resolve where large logits cross zero between two taps: the oracle reads maps at whole pixels
     if make is saturated:
         extent, size = (float(h), float(w)), (h, w)
-    expected = limited_scores(masks[0], classes[0], extent, size)
+    expected = semantic_scores(masks, classes, extent, size)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(data.draw(st.integers(1, 3)))
         results = {
-            (path, values): semantic_inference(masks, classes, extent, size, values, values, path)
+            (path, values): semantic_by_path(masks, classes, extent, size, path, values)
             for path in PATHS
             for values in (False, True)
         }
     finally:
         torch.set_num_threads(threads)
     for result in results.values():
-        check_against_loops(result, expected)
+        assert_semantic_map(result, expected, 1e-5)
         assert torch.equal(result.labels, results["dense", False].labels)  # pruning is exact to the last bit
 
 
@@ -159,24 +97,24 @@ def test_operator_equals_loops(isa: str, data: st.DataObject) -> None:
     ],
 )
 def test_operator_equals_eager(isa: str, make, queries: int, classes: int, size, output) -> None:
-    masks, logits = make(queries, queries, classes, size)
+    masks, logits = make(queries, 1, queries, classes, size)
     eager = semantic_inference_eager(masks, logits, size, output, True, True)
     for path in PATHS:
-        result = semantic_inference(masks, logits, size, output, True, True, path)
+        result = semantic_by_path(masks, logits, size, output, path, with_values=True)
         torch.testing.assert_close(result.scores, eager.scores, atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(result.margins, eager.margins, atol=4e-5, rtol=2e-5)
         clear = eager.margins > 2e-5 * eager.scores.clamp(min=1)
         assert torch.equal(result.labels[clear], eager.labels[clear])
-        assert torch.equal(semantic_inference(masks, logits, size, output, path=path).labels, result.labels)
+        assert torch.equal(semantic_by_path(masks, logits, size, output, path).labels, result.labels)
 
 
-def test_more_probabilities_than_are_kept(isa: str) -> None:
+def test_probabilities_beyond_the_size_of_the_table(isa: str) -> None:
     """Queries x classes over the 4 MiB of the table: each worker computes the probabilities that it needs."""
-    for make in (random_case, blob_case):
-        masks, logits = make(3, 600, 2000, (4, 4))
+    for make in (random_logits, blob_case):
+        masks, logits = make(3, 1, 600, 2000, (4, 4))
         eager = semantic_inference_eager(masks, logits, (4, 4), (13, 18), True, True)
         for path in PATHS:
-            result = semantic_inference(masks, logits, (4, 4), (13, 18), True, True, path)
+            result = semantic_by_path(masks, logits, (4, 4), (13, 18), path, with_values=True)
             torch.testing.assert_close(result.scores, eager.scores, atol=1e-5, rtol=1e-5)
             clear = eager.margins > 1e-5
             assert torch.equal(result.labels[clear], eager.labels[clear])
@@ -184,11 +122,11 @@ def test_more_probabilities_than_are_kept(isa: str) -> None:
 
 @pytest.mark.parametrize("value, name", [(math.nan, "pixel"), (math.nan, "class"), (math.inf, "class")])
 def test_nan_is_label_0_and_nan_score(isa: str, value: float, name: str) -> None:
-    masks, logits = blob_case(0, 9, 7, (12, 40))
+    masks, logits = blob_case(0, 1, 9, 7, (12, 40))
     clean = semantic_inference(masks, logits, (12, 40), (48, 160), True, True)
     (masks if name == "pixel" else logits)[0, 3, 5, ...].view(-1)[-1 if name == "class" else 20] = value
     for path in PATHS:
-        result = semantic_inference(masks, logits, (12, 40), (48, 160), True, True, path)
+        result = semantic_by_path(masks, logits, (12, 40), (48, 160), path, with_values=True)
         eager = semantic_inference_eager(masks, logits, (12, 40), (48, 160), True, True)
         bad = result.scores.isnan()
         assert bad.any() and torch.equal(bad, eager.scores.isnan()) and torch.equal(bad, result.margins.isnan())
@@ -217,10 +155,10 @@ def test_infinite_masks(isa: str) -> None:
     assert (result.labels == 0).all() and (result.scores < 1e-30).all() and (result.margins < 1e-30).all()
 
 
-def test_all_classes_alike(isa: str) -> None:
+def test_equal_scores_give_class_0(isa: str) -> None:
     for path in PATHS:
-        result = semantic_inference(
-            torch.zeros(1, 40, 6, 6), torch.zeros(1, 40, 301), (6, 6), (24, 24), True, True, path
+        result = semantic_by_path(
+            torch.zeros(1, 40, 6, 6), torch.zeros(1, 40, 301), (6, 6), (24, 24), path, with_values=True
         )
         assert (result.labels == 0).all() and (result.margins == 0).all()
 
@@ -228,7 +166,7 @@ def test_all_classes_alike(isa: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", [(3, 5), (24, 36)])
 def test_dtypes_and_strides(isa: str, dtype: torch.dtype, size: tuple[int, int]) -> None:
-    masks, logits = (t.to(dtype) for t in blob_case(2, 21, 33, size))
+    masks, logits = (t.to(dtype) for t in blob_case(2, 1, 21, 33, size))
     if dtype != torch.bfloat16:
         masks[0, 0, 0, 0] = 6e-8  # a denormal of float16
     output = (61, 140)
@@ -243,12 +181,12 @@ def test_dtypes_and_strides(isa: str, dtype: torch.dtype, size: tuple[int, int])
         masks.mT.contiguous().mT,
     ):
         for path in PATHS:
-            result = semantic_inference(view, columns, size, output, True, True, path)
+            result = semantic_by_path(view, columns, size, output, path, with_values=True)
             torch.testing.assert_close(tuple(result), tuple(expected), atol=2e-6, rtol=2e-6)
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    masks, logits = blob_case(8, 50, 60, (40, 50))
+    masks, logits = blob_case(8, 1, 50, 60, (40, 50))
     threads = torch.get_num_threads()
     results = []
     try:
@@ -296,7 +234,7 @@ def test_temporaries_stay_below_16_mib(queries: int, classes: int, height: int, 
 
 
 def test_opcheck() -> None:
-    masks, logits = blob_case(1, 6, 5, (5, 6))
+    masks, logits = blob_case(1, 1, 6, 5, (5, 6))
     for values in (False, True):
         torch.library.opcheck(
             torch.ops.maskformer_fast.semantic_inference.default,
@@ -306,7 +244,7 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.no_cover
-def test_compiles_whole(dynamic: bool) -> None:
+def test_compiles_in_one_graph(dynamic: bool) -> None:
     def infer(masks: torch.Tensor, logits: torch.Tensor) -> SemanticMap:
         h, w = masks.shape[-2:]
         result = semantic_inference(masks * 2, logits, (h, w), (4 * h, 4 * w), with_scores=True)
@@ -316,9 +254,16 @@ def test_compiles_whole(dynamic: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(infer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for size in ((5, 6), (7, 9), (8, 6)) if dynamic else ((5, 6),):
-        masks, logits = blob_case(1, 6, 5, size)
+        masks, logits = blob_case(1, 1, 6, 5, size)
         for got, want in zip(compiled(masks, logits), infer(masks, logits), strict=True):
             assert got is want is None or torch.equal(got, want)
+
+
+def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_triton(monkeypatch)
+    arguments = _Arguments(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 4), (3.0, 3.0), (5, 5))
+    with pytest.raises(ImportError, match=r"No module named 'triton'.*pip install triton"):
+        _semantic_inference_cuda(arguments)
 
 
 def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,5 +280,5 @@ def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unknown_path_is_named() -> None:
-    with pytest.raises(ValueError, match="path: expected one of auto, dense, pruned, got 'fast'"):
-        semantic_inference(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 4), (3, 3), (5, 5), path="fast")
+    with pytest.raises(ValueError, match="path: expected one of auto, dense, pruned, got fast"):
+        semantic_by_path(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 4), (3, 3), (5, 5), "fast")

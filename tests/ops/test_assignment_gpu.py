@@ -1,27 +1,22 @@
-"""The assignment on a CUDA device against SciPy: every way in which a batch is worked on, streams, devices, graphs.
+"""The assignment on a CUDA device against SciPy: every way in which a batch is processed, streams, devices, graphs.
 
-What needs no device is here too: an extension without CUDA says how to build it, and one with it loads anywhere. The
-teams of lanes run on host threads in tests/csrc/run_teams.cpp.
+The teams of lanes run on host threads in tests/csrc/run_teams.cpp.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskformer_fast.core import extension
 from maskformer_fast.core.extension import load_extension
 from maskformer_fast.ops import linear_sum_assignment
-from maskformer_fast.ops.assignment import _linear_sum_assignment_cuda, linear_sum_assignment_eager
+from maskformer_fast.ops.assignment import linear_sum_assignment_eager
+from tests.support.compute_sanitizer import find_sanitizer, run_under_sanitizer
 
+pytestmark = pytest.mark.gpu
 SHAPES = [(100, 20), (20, 100), (33, 33), (1, 1), (1, 9), (9, 1), (31, 32), (64, 63), (0, 3), (3, 0)]
 # a warp with its costs in shared memory is above; here: a warp with costs copied, and in place; a block with tables
 # in shared memory (of 873 columns: just under the 48 KiB that need no asking), and (the last two) with nothing there
@@ -63,7 +58,6 @@ def check_against_scipy(cost: Tensor, counts: Tensor | None = None) -> None:
     )
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -71,7 +65,6 @@ def test_cost_equals_scipy(shape: tuple[int, int], kind: str, dtype: torch.dtype
     check_against_scipy(random_costs(kind, (6, *shape), dtype))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", LARGE_SHAPES)
@@ -80,13 +73,11 @@ def test_large_problems_equal_scipy(shape: tuple[int, int], kind: str, dtype: to
     check_against_scipy(random_costs(kind, (2, *shape[::-1]), dtype).transpose(1, 2))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["uniform", "tied"])
 def test_thousands_of_rows_and_columns(kind: str) -> None:
     check_against_scipy(random_costs(kind, (2000, 2000)))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(100, 20), (200, 256), (40, 300), (30, 6000)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ragged_batch_equals_scipy(kind: str, shape: tuple[int, int]) -> None:
@@ -94,12 +85,11 @@ def test_ragged_batch_equals_scipy(kind: str, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(0, shape[1] + 1, (3, 4), generator=generator)
     counts[0, 0], counts[0, 1], counts[0, 2] = 0, shape[1], min(shape)
-    cost[0, 0, :, 0] = math.nan  # beyond the count, so nobody looks
+    cost[0, 0, :, 0] = math.nan  # beyond the count, so it is not read
     check_against_scipy(cost, counts)
     check_against_scipy(cost.transpose(0, 1), counts.T)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(100, 20), (250, 256), (10, 5000)])
 def test_more_problems_than_run_at_a_time(shape: tuple[int, int]) -> None:
     batch = 9 * torch.cuda.get_device_properties(0).multi_processor_count + 5
@@ -109,7 +99,6 @@ def test_more_problems_than_run_at_a_time(shape: tuple[int, int]) -> None:
     assert torch.equal(result[:8], linear_sum_assignment(cost[:8]))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (20, 400), (400, 20), (260, 260)])
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_invalid_cost_empties_its_problem_only(bad: float, shape: tuple[int, int]) -> None:
@@ -120,7 +109,6 @@ def test_invalid_cost_empties_its_problem_only(bad: float, shape: tuple[int, int
     assert torch.equal(linear_sum_assignment(cost.cuda()).cpu(), expected)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("value", [1e38, -1e38, 1e308, -1e308, 1e-300, 0.0])
 def test_extreme_magnitudes_end(value: float) -> None:
     choices = torch.tensor([value, -value, value / 2, 1.0], dtype=torch.float64)
@@ -130,7 +118,6 @@ def test_extreme_magnitudes_end(value: float) -> None:
         assert len(used) in (0, 12) and len(used.unique()) == len(used)
 
 
-@pytest.mark.gpu
 def test_counts_outside_empty_their_problem_only() -> None:
     cost = random_costs("uniform", (5, 12, 7))
     counts = torch.tensor([7, -1, 8, 2**40, 3])
@@ -138,7 +125,6 @@ def test_counts_outside_empty_their_problem_only() -> None:
     assert torch.equal(linear_sum_assignment(cost.cuda(), counts.cuda()).cpu(), expected)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(
     "view",
     [
@@ -155,12 +141,11 @@ def test_strides(view, shape: tuple[int, ...]) -> None:
     assert torch.equal(linear_sum_assignment(view(cost.cuda())).cpu(), linear_sum_assignment(view(cost)))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(100, 20), (200, 256), (300, 400), (20, 6000)])
 def test_runs_on_the_current_stream_without_waiting(shape: tuple[int, int]) -> None:
     first, second = random_costs("uniform", (4, *shape)), random_costs("tied", (4, *shape))
     late, cost, stream = second.cuda(), first.cuda(), torch.cuda.Stream()
-    linear_sum_assignment(cost)  # what is loaded once is loaded
+    linear_sum_assignment(cost)  # loads the kernels
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(500_000_000)  # some 0.3 s
@@ -171,7 +156,6 @@ def test_runs_on_the_current_stream_without_waiting(shape: tuple[int, int]) -> N
     torch.testing.assert_close(totals(second, result.cpu()), totals(second, linear_sum_assignment(second)))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(100, 20), (200, 256), (300, 400), (20, 6000)])
 def test_captured_into_a_graph(shape: tuple[int, int]) -> None:
     cost, counts = torch.zeros(4, *shape, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
@@ -186,7 +170,6 @@ def test_captured_into_a_graph(shape: tuple[int, int]) -> None:
         assert torch.equal(result.cpu(), linear_sum_assignment(fresh, counts.cpu()))
 
 
-@pytest.mark.gpu
 def test_any_device_and_the_current_one_stays() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
@@ -198,7 +181,6 @@ def test_any_device_and_the_current_one_stays() -> None:
             assert torch.equal(result.cpu(), linear_sum_assignment(cost))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(100, 20), (300, 400), (20, 6000)])
 def test_every_run_gives_the_same(shape: tuple[int, int]) -> None:
     cost = random_costs("tied", (8, *shape)).cuda()
@@ -206,7 +188,6 @@ def test_every_run_gives_the_same(shape: tuple[int, int]) -> None:
     assert all(torch.equal(linear_sum_assignment(cost), expected) for _ in range(5))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck_and_compile(dtype: torch.dtype) -> None:
     cost = random_costs("uniform", (2, 3, 9, 5), dtype).cuda()
@@ -216,10 +197,9 @@ def test_opcheck_and_compile(dtype: torch.dtype) -> None:
     assert torch.equal(compiled(cost, counts), linear_sum_assignment(cost, counts))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_under_compute_sanitizer(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+def test_compute_sanitizer_finds_no_errors(tool: str) -> None:
+    sanitizer = find_sanitizer()
     if sanitizer is None:
         pytest.skip("no compute-sanitizer: it comes with the CUDA toolkit")
     code = (
@@ -230,15 +210,10 @@ def test_under_compute_sanitizer(tool: str) -> None:
         "    linear_sum_assignment(cost); linear_sum_assignment(cost, torch.tensor([3, 7]).cuda())\n"
         "torch.cuda.synchronize()"
     )
-    # every tensor an allocation of its own, so that an access past its end is one past the allocation's
-    result = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    status, output = run_under_sanitizer(sanitizer, tool, "-c", code)
+    assert status == 0, output
 
 
-@pytest.mark.gpu
 def test_too_little_scratch_is_refused() -> None:
     cost, row_of = torch.zeros(1, 20, 6000, device="cuda"), torch.zeros(1, 6000, dtype=torch.int64, device="cuda")
     arguments = (cost.data_ptr(), (1, 20, 6000), (120000, 6000, 1), 0, row_of.data_ptr())
@@ -247,27 +222,3 @@ def test_too_little_scratch_is_refused() -> None:
     assert size > 6000 * 8
     with pytest.raises(ValueError, match=f"scratch: expected {size} bytes, got {size - 1}"):
         extension.linear_sum_assignment_cuda_f32(*arguments, 0, size - 1, 0, 0)
-
-
-def test_extension_without_cuda_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "load_extension", lambda: SimpleNamespace(has_cuda=False))
-    with pytest.raises(ImportError, match=r"without its CUDA operators. .*nvcc .*: MF_CUDA=ON pip install -e \."):
-        _linear_sum_assignment_cuda(torch.zeros(2, 2))
-
-
-@pytest.mark.no_cover
-def test_loads_without_a_driver() -> None:
-    """The CUDA runtime is linked in, and asks for the driver only when it is first used."""
-    code = (
-        "import maskformer_fast._C as C\n"
-        "if C.has_cuda:\n"
-        "    print(C.assignment_scratch_bytes_f32(0, (0, 5, 3), (15, 3, 1), 0, 0, 0))\n"
-        "    try:\n"
-        "        C.linear_sum_assignment_cuda_f32(64, (1, 5, 3), (15, 3, 1), 0, 64, 0, 0, 0, 0)\n"
-        "    except RuntimeError as error:\n"
-        "        print(error)"
-    )
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    if load_extension().has_cuda:
-        assert result.stdout.startswith("0\nlinear_sum_assignment on CUDA: "), result.stdout
