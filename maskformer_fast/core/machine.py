@@ -58,7 +58,7 @@ def peak_resident_bytes() -> int:
     Raises:
         OSError: the system does not record it.
     """
-    # Not `ru_maxrss` on Linux: a new process inherits the value of the process that started it.
+    # Linux hands `ru_maxrss` on from the process that started this one, so its own peak is read from `status`.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     for line in lines:

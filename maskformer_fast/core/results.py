@@ -21,7 +21,7 @@ class SemanticResult(Generic[ArrayT]):
 
 @dataclass
 class PanopticResult(Generic[ArrayT]):
-    """Segments that do not overlap. Ids start at 1; pixels without a segment are `VOID`."""
+    """Segments that do not overlap. Ids count from 1; pixels without a segment are `VOID`."""
 
     id_map: ArrayT  # [H, W] int32
     segments: list[SegmentInfo] = field(default_factory=list)

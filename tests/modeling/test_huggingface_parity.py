@@ -177,7 +177,7 @@ def test_logits_equal_hugging_face(small_pair: Pair, size: tuple[int, int]) -> N
     assert_same_logits(small_pair, *run(small_pair, *batch(*size)))
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "swin_tiny"])
+@pytest.mark.parametrize("backbone", ["resnet50", pytest.param("swin_tiny", marks=pytest.mark.slow)])
 def test_logits_of_full_size_models_equal_hugging_face(backbone: str, tmp_path: Path) -> None:
     networks = pair(full_size(backbone), tmp_path / "model")
     assert networks.config.model.backbone.name == backbone

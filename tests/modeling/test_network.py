@@ -194,8 +194,12 @@ def test_channels_last_and_bfloat16_predictions_are_close_to_float32(backbone: s
 # Only one shifted block and one transformer encoder, as tracing symbolic sizes takes long.
 @pytest.mark.parametrize(
     "model_config",
-    [config(layers=1, encoder_layers=1), config(BackboneConfig("swin_micro", depths=(1, 2, 1, 1)), layers=1)],
-    ids=BACKBONES,
+    [
+        pytest.param(config(layers=1, encoder_layers=1), id="resnet_micro"),
+        pytest.param(
+            config(BackboneConfig("swin_micro", depths=(1, 2, 1, 1)), layers=1), id="swin_micro", marks=pytest.mark.slow
+        ),
+    ],
 )
 @pytest.mark.no_cover
 def test_networks_compile_as_one_graph_for_all_sizes(model_config: ModelConfig) -> None:
