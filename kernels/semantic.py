@@ -142,8 +142,8 @@ def _semantic_embeddings_kernel(
             depth, query, query < num_queries, tile, geometry, TAPS, DEPTH,
         ),)  # fmt: skip
     classify(
-        masks, tl.arange(0, QUERIES), probabilities, GROUPS * QUERIES, (num_classes, padded_classes), (labels, scores, margins),
-        image, y, x, geometry, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
+        masks, tl.arange(0, QUERIES), probabilities, GROUPS * QUERIES, (num_classes, padded_classes),
+        (labels, scores, margins), image, y, x, geometry, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
     )  # fmt: skip
 
 
