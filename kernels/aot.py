@@ -3,7 +3,8 @@
     python -m maskformer_fast.kernels.aot --check [--targets sm_80,sm_90] [--kernels semantic]
 
 compiles every variant that the kernel modules list, prints registers, spilled bytes, shared memory and time of each,
-and exits with 1 if one spills, needs more shared memory than its target has, or does not compile.
+and exits with 1 if one spills more than `ALLOWED_SPILLS`, needs more shared memory than its target has, or does not
+compile.
 """
 
 from __future__ import annotations
@@ -38,7 +39,16 @@ SHARED_MEMORY_LIMITS = {
     "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_110": 227 << 10, "sm_120": 99 << 10,
 }  # fmt: skip
 """Targets -> most bytes of shared memory of one block (CUDA C++ programming guide, "compute capabilities").
-sm_87 is Jetson Orin, sm_110 Jetson Thor (which CUDA before 13 called sm_101)."""
+sm_87 is Jetson Orin, sm_110 Jetson Thor (which CUDA before 13 called sm_101, and Triton 3.6 cannot compile for)."""
+
+ALLOWED_SPILLS = {
+    ("3.6", "rle_changes_fp32_write", "sm_80"): 16,
+    ("3.6", "rle_changes_fp32_count", "sm_120"): 8,
+    ("3.8", "rle_changes_fp32_count", "sm_80"): 8,
+}
+"""(Triton version, kernel, target) -> most bytes that a thread may spill, 0 for all others. These kernels do not lack
+registers: with 48 or 80 of 255 the assembler spills one to four values for another block on each multiprocessor. Other
+orders of their statements move such spills to other targets and Triton versions."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +71,14 @@ class CompiledKernel:
     registers: int
     spilled_bytes: int
     seconds: float
+    triton_version: str
+    """Major and minor version of the compiler."""
 
     @property
     def failure(self) -> str:
         """Reason why this kernel must not be shipped, or an empty string."""
         limit = SHARED_MEMORY_LIMITS[self.target]
-        if self.spilled_bytes:
+        if self.spilled_bytes > ALLOWED_SPILLS.get((self.triton_version, self.variant, self.target), 0):
             return f"spills {self.spilled_bytes} bytes a thread"
         if self.shared_bytes > limit:
             return f"needs {self.shared_bytes} bytes of shared memory, {self.target} has {limit}"
@@ -118,6 +130,7 @@ def compile_kernel(variant: KernelVariant, target: str) -> CompiledKernel:
         registers,
         spilled,
         seconds,
+        ".".join(triton.__version__.split(".")[:2]),
     )
 
 

@@ -177,8 +177,8 @@ def _sums_kernel(
         else:
             place = pixel.to(tl.int64)[None, :] * stride_i
             logits = tl.load(source[:, None] + place, mask=here[None, :], other=0.0).to(tl.float32)
-        probability, on, off = _pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
         word = tl.load(words + pixel, mask=here, other=0)
+        probability, on, off = _pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
         truth = ((word[:, None] >> column[None, :]) & 1).to(tl.float16)
         probability_sum += _dot_truth(probability * _SCALE, truth)
         counted = ((word >> (TARGETS - 1)) & 1).to(tl.float32)

@@ -133,18 +133,17 @@ def _semantic_embeddings_kernel(
         (tap_rows, tap_columns), (tiles_y, tiles_x),
     )  # fmt: skip
     image, y, x, tile = place_tile(tl.program_id(0), geometry, TILE_H, TILE_W)
-    masks, queries = (), ()
+    masks = ()
     for group in tl.static_range(GROUPS):
         query = group * QUERIES + tl.arange(0, QUERIES)
-        queries += (query,)
         masks += (_masks_of_embeddings(
             embeddings + image * stride_eb, (stride_eq, stride_ed),
             pixels + image * stride_b, (stride_d, stride_y, stride_x),
             depth, query, query < num_queries, tile, geometry, TAPS, DEPTH,
         ),)  # fmt: skip
     classify(
-        masks, queries, probabilities, GROUPS * QUERIES, (num_classes, padded_classes), (labels, scores, margins),
-        image, y, x, geometry, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
+        masks, tl.arange(0, QUERIES), probabilities, GROUPS * QUERIES, (num_classes, padded_classes),
+        (labels, scores, margins), image, y, x, geometry, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def _pruned_kernel(
             logits + image * stride_b, query, tl.arange(0, LIVE) < count, tile, strides, geometry, TAPS
         )
         value, label, runner_up = rank_classes(
-            (masks,), (query,), probabilities + image * (SPLIT + 1) * ROWS * padded_classes, ROWS,
+            (masks,), query, probabilities + image * (SPLIT + 1) * ROWS * padded_classes, ROWS,
             (num_classes, padded_classes), 1, CLASSES, SPLIT, True,
         )  # fmt: skip
         target, inside = pixels_inside(image, y, x, geometry)

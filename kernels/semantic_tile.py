@@ -124,7 +124,7 @@ def _add_queries(
 @triton.jit
 def rank_classes(
     masks,  # GROUPS of [pixels, QUERIES], each a sum of two float16
-    queries,  # GROUPS of [QUERIES]: the masks' queries
+    queries,  # [QUERIES]: rows of the first group's probabilities; each further group's are the next QUERIES
     probabilities,  # [SPLIT + 1, num_rows, padded_classes] of the tile's image
     num_rows,
     classes,
@@ -143,10 +143,12 @@ def rank_classes(
     best = tl.full((pixels, CLASSES), -1.0, tl.float32)
     start_of_best = tl.zeros((pixels, CLASSES), tl.int32)
     second = tl.full((pixels, CLASSES), -1.0, tl.float32)
+    group_rows: tl.constexpr = masks[0][0].shape[1]
+    offsets = queries[:, None] * padded_classes + column[None, :]  # one tensor for all groups, which spares registers
     for start in tl.range(0, padded_classes, CLASSES):
         score = tl.zeros((pixels, CLASSES), tl.float32)
         for group in tl.static_range(GROUPS):
-            source = probabilities + start + queries[group][:, None] * padded_classes + column[None, :]
+            source = probabilities + (start + group * group_rows * padded_classes) + offsets
             score = _add_queries(score, masks[group], source, num_rows * padded_classes, SPLIT)
         if SECOND:  # the repeated last class would be its own runner-up
             score = tl.where((start + column < num_classes)[None, :], score, -1.0)
@@ -208,15 +210,14 @@ def classify_tile(
 ):  # fmt: skip
     """Score all queries and classes at the pixels of tile `index`, from logits."""
     image, y, x, tile = place_tile(index, geometry, TILE_H, TILE_W)
-    masks, queries = (), ()
+    masks = ()
     for group in tl.static_range(GROUPS):
         query = group * QUERIES + tl.arange(0, QUERIES)
-        queries += (query,)
         masks += (
             masks_of_logits(logits + image * stride_b, query, query < num_queries, tile, strides, geometry, TAPS),
         )
     classify(
-        masks, queries, probabilities, GROUPS * QUERIES, classes, results, image, y, x, geometry,
+        masks, tl.arange(0, QUERIES), probabilities, GROUPS * QUERIES, classes, results, image, y, x, geometry,
         GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
     )  # fmt: skip
 
