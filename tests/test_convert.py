@@ -91,8 +91,8 @@ def test_recorded_models_convert_load_and_predict(name: str, tmp_path: Path, cap
     ("name", "ending", "preset", "classes"),
     [
         ("r50_ade", "pkl", "resnet50", "ade20k_150"),
-        ("swint_ade", "pth", "swin_tiny", "ade20k_150"),
-        ("r50_coco_panoptic", "pth", "resnet50", "coco_panoptic_133"),
+        pytest.param("swint_ade", "pth", "swin_tiny", "ade20k_150", marks=pytest.mark.slow),
+        pytest.param("r50_coco_panoptic", "pth", "resnet50", "coco_panoptic_133", marks=pytest.mark.slow),
     ],
 )
 def test_models_of_full_size_convert(name: str, ending: str, preset: str, classes: str, tmp_path: Path) -> None:
@@ -248,6 +248,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, source: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["small.pkl"]
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_the_command_runs_in_a_shell(tmp_path: Path, source: Path) -> None:
     def command(*arguments: object) -> subprocess.CompletedProcess[str]:
