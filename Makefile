@@ -10,7 +10,7 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt $(PIP_ARGS)
-BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 KIND := $(if $(SYSTEM_TORCH),system,own)
 DEMO_READY := $(VENV)/.ready-$(KIND)-train
 TEST_READY := $(VENV)/.ready-$(KIND)-test

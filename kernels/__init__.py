@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``maskformer_fast.kernels``; they know nothing of the rest of the package."""
+"""Triton kernels, installed as ``maskformer_fast.kernels``; they import nothing else of the package."""

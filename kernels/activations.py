@@ -1,4 +1,4 @@
-"""What losses are made of: sigmoid and softplus of logits, whose small values keep their relative precision."""
+"""Sigmoid and softplus of logits, for losses: small values keep their relative precision."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def logistic(x):
-    """-> log(1 + exp(-|x|)), sigmoid(|x|), sigmoid(-|x|).
+    """Values from which softplus and sigmoid follow -> log(1 + exp(-|x|)), sigmoid(|x|), sigmoid(-|x|).
 
-    softplus(x) is max(x, 0) plus the first. At infinities they are 0, 1 and 0; NaN stays NaN.
+    softplus(x) is max(x, 0) plus the first value. At infinities the values are 0, 1 and 0; NaN stays NaN.
     """
     e = tl.exp2(tl.abs(x) * -LOG2_E)
-    # log(1 + e) / e for e in 0..1: minimax polynomial, relative error 3e-8, as the logarithm has not where e is small
+    # log(1 + e) / e for e in 0..1: minimax polynomial of relative error 3e-8; the logarithm's is larger where e is
+    # small
     small = 5.232694303e-03 * e - 2.950523893e-02
     small = small * e + 7.822595212e-02
     small = small * e - 1.366324582e-01

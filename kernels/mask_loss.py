@@ -1,19 +1,18 @@
 """Focal (or binary cross-entropy) and dice sums of matched pairs at full resolution, and their gradient.
 
-A pair is a map of low-resolution logits and a target, one bit a pixel. Of the full resolution nothing but registers is
-ever made. Programs walk down the map's rows, one after another: each is interpolated along x once, and the few rows of
-pixels between two of them take their logits from both.
+A pair is a map of low-resolution logits and a target, one bit a pixel. Values of full resolution exist only in
+registers. Programs process the map's rows from top to bottom: each row is interpolated along x once, and the few rows
+of pixels between two rows of the map take their logits from both.
 
 - `mask_sums_forward` reduces the pixels of a band to four sums; a second reduction adds up the bands.
-- `mask_sums_backward` gathers: a program owns a tile of cells of the map. Slopes of pixels are added to the row above
-  and the row below by their shares, in registers, then the rows are multiplied by the transpose of the interpolation
-  along x. Only where tiles meet are pixels worked on twice.
+- `mask_sums_backward` gathers: a program computes a tile of cells of the map. Slopes of pixels are added to the row
+  above and the row below by their shares, in registers, then the rows are multiplied by the transpose of the
+  interpolation along x. Only pixels at the border of two tiles are processed twice.
 
-Each number is summed in one order, so results are the same from run to run. Pixels lie where
-``F.interpolate(align_corners=False)`` puts them, exactly: coordinates are fractions of integers. All is summed in
-float32, sums within 2e-5 of the exact ones, relatively. A NaN logit makes the sums of its pair NaN if a counted pixel
-reads it, and the gradient NaN in at least the cells that share such a pixel with it; an infinite one may do as much.
-Other pairs never notice.
+Each number is summed in a fixed order, so results are the same in every run. Pixels have exactly the coordinates of
+``F.interpolate(align_corners=False)``, computed as fractions of integers. Sums are in float32, with a relative error of
+at most 2e-5. A NaN logit makes the sums of its pair NaN if a counted pixel reads it, and the gradient NaN in at least
+the cells that share such a pixel with it; an infinite logit may have the same effect. Other pairs are not affected.
 """
 
 from __future__ import annotations
@@ -29,32 +28,33 @@ from maskformer_fast.kernels.activations import LOG2_E, logistic
 from maskformer_fast.kernels.variant import KernelVariant
 
 PIXELS = 128
-"""Columns of pixels that the forward pass works on at once. These constants are guesses where they give no reason: a
-GPU must tell."""
+"""Columns of pixels that the forward pass processes at once. Not measured on a GPU, like all constants without a
+reason."""
 BACKWARD_PIXELS = 64
-"""Those of the backward pass, which needs more registers: with 128 half as many programs fit."""
+"""Columns of pixels that the backward pass processes at once: with 128, half as many programs fit the registers."""
 ROWS = 4
-"""Rows of pixels worked on at once: as many as lie between two rows of a map at scale 4."""
+"""Rows of pixels processed at once: as many as are between two rows of a map at scale 4."""
 CELLS = 16
-"""Rows of a map that a program works on, and most of its columns that a program of the backward pass owns: the least
-that products of matrices are made for. At scale 4 it owns 15 columns, which `BACKWARD_PIXELS` pixels read."""
+"""Rows of a map that a program processes, and most columns of a program of the backward pass: the least that matrix
+products support. At scale 4 a program has 15 columns, which `BACKWARD_PIXELS` pixels read."""
 LAUNCH = {"num_warps": 2, "num_stages": 1}
-"""4 to 8 pixels a thread: no target spills."""
+"""Options of every launch, 4 to 8 pixels a thread: no target spills."""
 
 _SIZES = ["map_height", "map_width", "height", "width", "cells", "tiles_y", "tiles_x"]
-"""Arguments of any value: a kernel of its own for a size of 1 would be compiled for nothing."""
+"""Arguments that are not specialised: a separate kernel for a size of 1 would be compiled without need."""
 
 
 @triton.jit
 def _taps(index, size, out):
-    """Where pixels of ``out`` read a map's axis of ``size`` -> tap before, share of the tap after it.
+    """Taps of pixels of ``out`` on a map's axis of ``size`` -> tap before, share of the tap after it.
 
-    That is (index + 1/2) size / out - 1/2, from 0 to size - 1. `_check` keeps the products within 32 bits.
+    The coordinate is (index + 1/2) size / out - 1/2, limited to 0..size - 1. `_check` ensures that products fit 32
+    bits.
     """
     doubled = (2 * index + 1) * size + out  # coordinate plus 1, times 2 out: never negative, so division is the floor
-    whole = doubled // (2 * out)
-    share = (doubled - whole * (2 * out)).to(tl.float32) / (2 * out).to(tl.float32)
-    return tl.minimum(tl.maximum(whole - 1, 0), size - 1), tl.where((whole > 0) & (whole < size), share, 0.0)
+    floor = doubled // (2 * out)
+    share = (doubled - floor * (2 * out)).to(tl.float32) / (2 * out).to(tl.float32)
+    return tl.minimum(tl.maximum(floor - 1, 0), size - 1), tl.where((floor > 0) & (floor < size), share, 0.0)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _first_reader(cell, size, out):
 
 @triton.jit
 def _counted_part(valid_sizes, row, height, width):
-    """Ends of the counted rows and columns of a pair with this target; 0 without one."""
+    """Ends of the counted rows and columns of a pair with this target; 0 for a pair without a target."""
     bottom = tl.where(row >= 0, height, 0)
     right = width
     if valid_sizes is not None:
@@ -79,7 +79,7 @@ def _counted_part(valid_sizes, row, height, width):
 
 @triton.jit
 def _line(logits, cell, map_height, map_width, low, share):
-    """A row of the map, the last one for those after it, interpolated along x -> [1, pixels]."""
+    """Interpolate a row of the map along x; after the last row it is the last -> [1, pixels]."""
     line = logits + tl.minimum(cell, map_height - 1).to(tl.int64) * map_width
     high = tl.minimum(low + 1, map_width - 1)
     before, after = tl.load(line + low[None, :]), tl.load(line + high[None, :])
@@ -88,14 +88,14 @@ def _line(logits, cell, map_height, map_width, low, share):
 
 @triton.jit
 def _shares(y, cell, size, out):
-    """Of rows of pixels that lie after a row of cells, the share of the row of cells after it."""
+    """Share of the next row of cells in the rows of pixels that are after a row of cells."""
     beyond = (2 * y + 1) * size - (2 * cell + 1) * out
     return tl.maximum(beyond, 0).to(tl.float32) / (2 * out).to(tl.float32)
 
 
 @triton.jit
 def _weights(x, cell, size, out):
-    """Of cells in pixels, as by `_taps` -> [pixels, cells]; no division, as every lane makes many."""
+    """Weights of cells in pixels, equal to those of `_taps`, without division -> [pixels, cells]."""
     place = tl.minimum(tl.maximum((2 * x + 1) * size - out, 0), (size - 1) * (2 * out))  # coordinate times 2 out
     distance = tl.abs(place[:, None] - (cell * (2 * out))[None, :]).to(tl.float32)
     return tl.maximum(1.0 - distance * (1.0 / (2 * out).to(tl.float32)), 0.0)
@@ -104,19 +104,19 @@ def _weights(x, cell, size, out):
 @triton.jit
 def _scores_of_pixels(
     above, below,  # [1, pixels]
-    share,  # [rows], of the latter
+    share,  # [rows], of below
     target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER: tl.constexpr,
 ):  # fmt: skip
-    """Of pixels y, x: truth, the probabilities of the wrong and of the right side, cross-entropy, its weight.
+    """Truth, probabilities of the wrong and the right class, cross-entropy and its weight, of pixels y, x.
 
-    A pixel that is not counted, from row end or column right on, is off, and is wrong with probability 0.
+    A pixel that is not counted, from row end or column right on, is off and wrong with probability 0.
     """
     counted = (y < end)[:, None] & (x < right)[None, :]
     byte = tl.load(target + y.to(tl.int64)[:, None] * pitch + (x >> 3)[None, :], mask=counted, other=0).to(tl.int32)
     truth = ((byte >> (x & 7)[None, :]) & 1) != 0
     logit = (1.0 - share)[:, None] * above + share[:, None] * below
-    # One formula for both kinds of pixel: the probability given to the wrong side is sigmoid(z), the cross-entropy
-    # softplus(z). At z = -inf both are zero, and so is every gradient: that takes a pixel out of the loss.
+    # One formula for both classes of pixel: the probability of the wrong class is sigmoid(z), the cross-entropy
+    # softplus(z). At z = -inf both are zero, and so is every gradient: this excludes a pixel from the loss.
     z = tl.where(counted, tl.where(truth, -logit, logit), float("-inf"))
     small, likely, unlikely = logistic(z)
     wrong = tl.where(z >= 0, likely, unlikely)
@@ -165,13 +165,13 @@ def _mask_sums_kernel(
             end = tl.minimum(following, bottom)
             for top in range(begin, end, ROWS):
                 y = top + tl.arange(0, ROWS)
-                truth, wrong, right_side, entropy, weight = _scores_of_pixels(
+                truth, wrong, correct, entropy, weight = _scores_of_pixels(
                     above, below, _shares(y, cell, map_height, height), target, y, x, end, right, pitch,
                     mask_weight, other_weight, gamma, POWER,
                 )  # fmt: skip
                 focal += tl.sum(entropy * weight, 0, keep_dims=True)
-                overlap += tl.sum(tl.where(truth, right_side, 0.0), 0, keep_dims=True)
-                total += tl.sum(tl.where(truth, right_side, wrong), 0, keep_dims=True)
+                overlap += tl.sum(tl.where(truth, correct, 0.0), 0, keep_dims=True)
+                total += tl.sum(tl.where(truth, correct, wrong), 0, keep_dims=True)
                 area += tl.sum(truth.to(tl.float32), 0, keep_dims=True)
             begin = following
         place = sums + program.to(tl.int64) * 4
@@ -190,7 +190,7 @@ def _mask_sums_backward_kernel(
     rows,  # [P] int64
     valid_sizes,  # [N, 2] int64, or None
     map_height, map_width, height, width,
-    cells,  # of a row that a program owns, at most CELLS
+    cells,  # columns of a program, at most CELLS
     tiles_y, tiles_x, mask_weight, other_weight, gamma,
     POWER: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +218,7 @@ def _mask_sums_backward_kernel(
         x = left + tl.arange(0, PIXELS)
         low, share_x = _taps(x, map_width, width)
         lines = tl.zeros((CELLS, PIXELS), tl.float32)
-        rest = tl.zeros((1, PIXELS), tl.float32)  # what the cells before gave to the row of cells after them
+        rest = tl.zeros((1, PIXELS), tl.float32)  # slopes that the cells before add to the row of cells after them
         begin = top
         below = _line(maps, before, map_height, map_width, low, share_x)
         for cell in range(before, tl.minimum(first_y + CELLS, map_height)):
@@ -231,12 +231,12 @@ def _mask_sums_backward_kernel(
             for start in range(begin, end, ROWS):
                 y = start + tl.arange(0, ROWS)
                 share = _shares(y, cell, map_height, height)
-                truth, wrong, right_side, entropy, weight = _scores_of_pixels(
+                truth, wrong, correct, entropy, weight = _scores_of_pixels(
                     above, below, share, target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER
                 )
-                change = tl.where(truth, for_total + for_overlap, for_total) * (wrong * right_side)
+                change = tl.where(truth, for_total + for_overlap, for_total) * (wrong * correct)
                 if POWER != 0:
-                    wrong += gamma * entropy * right_side
+                    wrong += gamma * entropy * correct
                 slope = for_entropy * weight * wrong
                 slope = tl.where(truth, -slope, slope) + change
                 line += tl.sum((1.0 - share)[:, None] * slope, 0, keep_dims=True)
@@ -258,14 +258,14 @@ def mask_sums_forward(
     rows: Tensor,  # [P] int64, the pair's target, below N, -1 for none
     valid_sizes: Tensor | None,  # [N, 2] int64, None counts every pixel
     width: int,  # W
-    focal: list[float],  # weight of mask pixels, of the others, exponent
+    focal: tuple[float, float, float],  # weight of mask pixels, weight of other pixels, exponent
 ) -> Tensor:
-    """What the losses of each pair are made of -> [P, 4] float32.
+    """Compute the sums from which the losses of each pair follow -> [P, 4] float32.
 
     Over the counted pixels of the upsampled logits x of a pair, with p = sigmoid(x) and truth t: the weighted focal
     loss, p t, p, and t, each summed. Zeros for a pair without a target, whatever its logits.
 
-    Raises ValueError for other dtypes and shapes, and for sides of which the product of map and output passes 2^30.
+    Raises ValueError for other dtypes and shapes, and where map size times output size along one axis reaches 2^30.
     """
     _check(logits, masks, rows, valid_sizes, width)
     pairs, *cells = logits.shape
@@ -288,9 +288,9 @@ def mask_sums_backward(
     rows: Tensor,  # [P] int64, the pair's target, below N, -1 for none
     valid_sizes: Tensor | None,  # [N, 2] int64, None counts every pixel
     width: int,  # W
-    focal: list[float],  # weight of mask pixels, of the others, exponent
+    focal: tuple[float, float, float],  # weight of mask pixels, weight of other pixels, exponent
 ) -> Tensor:
-    """Gradient by the logits -> [P, h, w] float32. Errors as `mask_sums_forward`."""
+    """Compute the gradient of the logits -> [P, h, w] float32. Errors are those of `mask_sums_forward`."""
     _check(logits, masks, rows, valid_sizes, width)
     if gradient.shape != (len(logits), 4) or gradient.dtype != torch.float32:
         raise ValueError(f"gradient: expected [{len(logits)}, 4] float32, got {_described(gradient)}")
@@ -311,7 +311,7 @@ def mask_sums_backward(
 
 @functools.lru_cache(maxsize=4096)
 def cells_of_program(size: int, out: int) -> int:
-    """So many cells of an axis of ``size`` that blocks of pixels are filled best by those who read them."""
+    """Number of columns of a program for which the pixels that read them fill blocks of pixels best."""
 
     def cells_a_block(cells: int) -> float:
         return cells / triton.cdiv((cells + 1) * out, BACKWARD_PIXELS * size)
@@ -324,7 +324,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _power(gamma: float) -> int:
-    """Exponents that need no exponential; -1 for the others."""
+    """Exponent that needs no exponential function, or -1."""
     return int(gamma) if gamma in (0.0, 1.0, 2.0) else -1
 
 
@@ -333,7 +333,7 @@ def _described(tensor: Tensor) -> str:
 
 
 def _check(logits: Tensor, masks: Tensor, rows: Tensor, valid_sizes: Tensor | None, width: int) -> None:
-    """What would otherwise be read out of bounds or wrongly."""
+    """Raise ValueError for arguments that would be read out of bounds or wrongly."""
     if logits.dim() != 3 or logits.dtype != torch.float32:
         raise ValueError(f"logits: expected [P, h, w] float32, got {_described(logits)}")
     if masks.dim() != 3 or masks.shape[2] != (width + 7) // 8 or masks.dtype != torch.uint8:
@@ -348,8 +348,10 @@ def _check(logits: Tensor, masks: Tensor, rows: Tensor, valid_sizes: Tensor | No
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time: the paper's exponent, and any, which takes the most registers; the others, and
-    those without padding, are the same less some instructions."""
+    """Specialisations to compile ahead of time: the paper's exponent, and any, which takes the most registers.
+
+    The other exponents, and kernels without padding, have the same code without some instructions.
+    """
     return [
         mask_loss_variant(kernel, power)
         for kernel in (_mask_sums_kernel, _mask_sums_backward_kernel)
@@ -358,7 +360,7 @@ def variants() -> list[KernelVariant]:
 
 
 def mask_loss_variant(kernel: triton.JITFunction, power: int) -> KernelVariant:
-    """One of the kernels with valid sizes; ``power`` is one of `_power`."""
+    """Specialisation of a kernel with valid sizes; ``power`` is a result of `_power`."""
     backward = kernel is _mask_sums_backward_kernel
     pixels = BACKWARD_PIXELS if backward else PIXELS
     constants = {"POWER": power, "PIXELS": pixels, "ROWS": ROWS, "CELLS": CELLS}

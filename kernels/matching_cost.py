@@ -1,16 +1,17 @@
-"""Matching cost of every layer, image, query and target, nothing of size Q*h*w in memory (paper section 3.3).
+"""Matching cost of every layer, image, query and target, with nothing of size Q*h*w in memory (paper section 3.3).
 
-Three kernels, and no floating-point atomics: the same inputs give the same costs to the last bit.
+Three kernels, without floating-point atomics: the same inputs give the same costs to the last bit.
 
 1. `_sample_kernel` samples the packed targets at the resolution of the mask logits: for each pixel a word with a bit
-   for each of `BLOCK_TARGETS` targets, and a last bit that says whether the pixel is counted at all.
-2. `_sums_kernel` takes a chunk of an image's pixels and a block of its queries, those of all layers in one row, tile
-   by tile: mask logits, from memory or multiplied out of embeddings, then probabilities and losses of their pixels,
-   then the product of these with the unpacked words. The last bit's column holds the sum over all counted pixels.
+   for each of `BLOCK_TARGETS` targets, and a last bit that is set where the pixel is counted.
+2. `_sums_kernel` processes a chunk of an image's pixels and a block of its queries, those of all layers in one row,
+tile
+   by tile: mask logits, from memory or computed from embeddings, then probabilities and losses of their pixels, then
+   the product of these with the unpacked words. The last bit's column is the sum over all counted pixels.
 3. `_cost_kernel` adds the chunks' sums, divides, and adds the class cost.
 
-Precision: embeddings are multiplied with 22 bits or more (products of halves are exact); what is multiplied with the
-targets is a sum of two float16, scaled by its row's largest value; everything is summed in float32.
+Precision: embeddings are multiplied with 22 bits or more (products of halves are exact). The values multiplied by the
+targets are sums of two float16, scaled by their row's largest value. All sums are in float32.
 """
 
 from __future__ import annotations
@@ -26,22 +27,25 @@ from maskformer_fast.kernels.activations import LOG2_E, logistic
 from maskformer_fast.kernels.variant import KernelVariant
 
 WORD_BITS = 32
+"""Bits of a pixel's word."""
 BLOCK_TARGETS = WORD_BITS - 1
-"""Targets of one word. Images with more of them take the logits' product once for each block."""
+"""Targets of one word. Images with more targets compute the logits once for each block of targets."""
 ROWS = 64
-"""Queries of a program: 6 layers of 100 queries are 10 blocks with 40 rows to spare."""
+"""Queries of a program: 6 layers of 100 queries are 10 blocks with 40 unused rows."""
 PIXELS = 32
-"""Of a tile: with 64, products of float32 spill on sm_80, those of halves on sm_100."""
+"""Pixels of a tile: with 64, products of float32 spill on sm_80, products of halves on sm_100."""
 DEPTH_BLOCKS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
 """Channels of embeddings multiplied at once: 128 bytes of a row."""
 LAUNCH = {"num_warps": 4, "num_stages": 2}
-"""Of every kernel. With these and the sizes above no target spills, nor lacks shared memory, and two blocks fit a
-multiprocessor: one multiplies while the other takes logarithms. Which sizes are fastest is a guess: a GPU must tell."""
+"""Options of every launch. With them and the sizes above no target spills registers or lacks shared memory, and two
+blocks fit a multiprocessor: one multiplies while the other takes logarithms. The sizes are not measured on a GPU."""
 PROGRAMS = 1024
-"""Pixels are cut into chunks until there are about so many: a few for each multiprocessor. Also bounds the memory for
-their sums, to 16 MiB where the result is smaller than that. A guess: a GPU must tell."""
+"""Number of programs up to which pixels are split into chunks: a few for each multiprocessor. It also bounds the memory
+of their sums, to 16 MiB where the result is smaller. Not measured on a GPU."""
 SAMPLE_PIXELS = 128
+"""Pixels of a program of `_sample_kernel`."""
 COST_ROWS = 16
+"""Queries of a program of `_cost_kernel`."""
 CLASSES = 64
 """Classes of which `_cost_kernel` takes the softmax at once."""
 
@@ -53,7 +57,7 @@ _ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32
 
 @triton.jit
 def _block_of_program(num_blocks, rest, counts, TARGETS: tl.constexpr):
-    """Image, first target and whether the image has that many, of the program's index less what varies faster."""
+    """Place of a program in blocks of targets -> image, first target, flag that the image has this target."""
     image = rest // num_blocks
     first = rest % num_blocks * (TARGETS - 1)
     return image.to(tl.int64), first, first < tl.load(counts + image)
@@ -61,7 +65,7 @@ def _block_of_program(num_blocks, rest, counts, TARGETS: tl.constexpr):
 
 @triton.jit
 def _source_index(index, scale, size):
-    """Pixel that ``F.interpolate(mode="nearest")`` reads. In float32, as torch does: exact arithmetic would differ."""
+    """Pixel that ``F.interpolate(mode="nearest")`` reads, in float32 as in torch: exact arithmetic would differ."""
     return tl.minimum((index.to(tl.float32) * scale).to(tl.int32), size - 1)
 
 
@@ -102,10 +106,10 @@ def _sample_kernel(
 
 @triton.jit
 def _pixel_losses(x, on_weight, off_weight, gamma, EXPONENT: tl.constexpr):
-    """Of mask logits: probability, loss where the target is on, loss where it is off. EXPONENT is that of the focal
-    loss if 0 or 2, else -1 for any.
+    """Probability, loss where the target is on and loss where it is off, of mask logits.
 
-    Small probabilities and losses keep their relative precision. NaN and infinities leave such in one of the losses.
+    EXPONENT is that of the focal loss where it is 0 or 2, and -1 for any other. Small probabilities and losses keep
+    their relative precision. A logit of NaN or infinity makes one of the losses NaN or infinite.
     """
     small, likely, unlikely = logistic(x)
     on = tl.maximum(-x, 0.0) + small  # softplus(-x), and softplus(x)
@@ -122,7 +126,7 @@ def _pixel_losses(x, on_weight, off_weight, gamma, EXPONENT: tl.constexpr):
 
 @triton.jit
 def _dot_truth(values, truth):
-    """``values`` [rows, pixels] float32, at most `_SCALE`, @ ``truth`` [pixels, TARGETS] float16, zeros and ones."""
+    """Multiply ``values`` [rows, pixels] float32, at most `_SCALE`, by ``truth`` [pixels, TARGETS] float16, 0 or 1."""
     high = values.to(tl.float16)
     # a product of its own for each tile, which is then added to the others': tensor cores round sums towards zero
     total = tl.dot(high, truth)
@@ -173,14 +177,14 @@ def _sums_kernel(
         else:
             place = pixel.to(tl.int64)[None, :] * stride_i
             logits = tl.load(source[:, None] + place, mask=here[None, :], other=0.0).to(tl.float32)
-        probability, on, off = _pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
         word = tl.load(words + pixel, mask=here, other=0)
+        probability, on, off = _pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
         truth = ((word[:, None] >> column[None, :]) & 1).to(tl.float16)
         probability_sum += _dot_truth(probability * _SCALE, truth)
         counted = ((word >> (TARGETS - 1)) & 1).to(tl.float32)
         off_sum += tl.sum(off * counted[None, :], 1)
         rise = on - off
-        # what is not finite stays so, in all columns: 0 times it is NaN
+        # a value that is not finite makes all columns so: 0 times it is NaN
         unit = tl.maximum(tl.max(tl.abs(rise), 1), _TINY) / _SCALE
         rise_sum += _dot_truth(rise * (1.0 / unit)[:, None], truth) * unit[:, None]
     target = sums + program.to(tl.int64) * (2 * ROWS * TARGETS)
@@ -239,7 +243,7 @@ def _cost_kernel(
     source += (row % SUM_ROWS)[:, None] * TARGETS + bit[None, :]
     mask = tl.zeros((ROWS, TARGETS), tl.float32)
     overlap = tl.zeros((ROWS, TARGETS), tl.float32)
-    for _ in tl.range(num_chunks):  # rows past the last are in the last block of sums: it is whole
+    for _ in tl.range(num_chunks):  # rows past the last exist in the last block of sums
         mask += tl.load(source)
         overlap += tl.load(source + SUM_ROWS * TARGETS)
         source += row_blocks * (2 * SUM_ROWS * TARGETS)
@@ -261,19 +265,19 @@ def _cost_kernel(
     tl.store(place, tl.where((target < tl.load(counts + image))[None, :], value, 0.0), mask=inside)
 
 
-class _Cut(NamedTuple):
-    """How the pixels of a batch are shared by programs."""
+class _Chunking(NamedTuple):
+    """Division of a batch's pixels among programs."""
 
     row_blocks: int
     chunks: int
     chunk_tiles: int
 
 
-def _cut(images: int, blocks: int, rows: int, pixels: int) -> _Cut:
+def _chunking(images: int, blocks: int, rows: int, pixels: int) -> _Chunking:
     row_blocks = triton.cdiv(rows, ROWS)
     tiles = triton.cdiv(pixels, PIXELS)
     chunk_tiles = triton.cdiv(tiles, triton.cdiv(PROGRAMS, images * blocks * row_blocks))
-    return _Cut(row_blocks, triton.cdiv(tiles, chunk_tiles), chunk_tiles)
+    return _Chunking(row_blocks, triton.cdiv(tiles, chunk_tiles), chunk_tiles)
 
 
 def matching_cost_forward(
@@ -289,10 +293,10 @@ def matching_cost_forward(
     focal: tuple[float, float, float],  # weight of mask pixels, of the others, exponent
     cost: Tensor,  # [L, B, Q, T] float32, contiguous, written
 ) -> None:
-    """Costs as ``matching_cost_eager`` defines them, of inputs with any strides.
+    """Write the costs that ``matching_cost_eager`` defines, of inputs with any strides.
 
-    A label out of range costs NaN. The chunks that sums are made of depend on the number of images, layers and queries,
-    and so do the last bits of the costs.
+    A label out of range costs NaN. The chunks of the sums depend on the number of images, layers and queries, and so do
+    the last bits of the costs.
 
     Raises ValueError for other dtypes.
     """
@@ -309,10 +313,10 @@ def matching_cost_forward(
     height, width = maps.shape[-2:]
     num_pixels, num_rows = height * width, layers * num_queries
     blocks, tiles = triton.cdiv(slots, BLOCK_TARGETS), triton.cdiv(num_pixels, SAMPLE_PIXELS)
-    cut = _cut(batch, blocks, num_rows, num_pixels)
+    chunking = _chunking(batch, blocks, num_rows, num_pixels)
     words = masks.new_empty((batch, blocks, num_pixels), dtype=torch.int32)
     areas = masks.new_empty((batch, blocks, tiles, WORD_BITS), dtype=torch.int32)
-    sums = cost.new_empty((batch * blocks * cut.chunks * cut.row_blocks, 2, ROWS, WORD_BITS))
+    sums = cost.new_empty((batch * blocks * chunking.chunks * chunking.row_blocks, 2, ROWS, WORD_BITS))
     counts = counts.contiguous()
     valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
     rows = embeddings.flatten(3)
@@ -325,12 +329,12 @@ def matching_cost_forward(
         )  # fmt: skip
         _sums_kernel[(len(sums),)](
             sums, words, counts, rows, *rows.stride(), columns, *columns.stride()[-3:],
-            num_queries, num_rows, columns.shape[-2], num_pixels, blocks, cut.chunks, cut.chunk_tiles, *focal,
+            num_queries, num_rows, columns.shape[-2], num_pixels, blocks, chunking.chunks, chunking.chunk_tiles, *focal,
             **_constants(embeddings.dtype, pixels is not None, focal[2]), **LAUNCH,
         )  # fmt: skip
         _cost_kernel[(batch * blocks * triton.cdiv(num_rows, COST_ROWS),)](
             cost, sums, areas, class_logits, *class_logits.stride(), labels, *labels.stride(), counts,
-            batch, num_queries, num_rows, slots, class_logits.shape[3], blocks, cut.chunks, tiles, *weights,
+            batch, num_queries, num_rows, slots, class_logits.shape[3], blocks, chunking.chunks, tiles, *weights,
             SUM_ROWS=ROWS, ROWS=COST_ROWS, TARGETS=WORD_BITS, CLASSES=CLASSES, **LAUNCH,
         )  # fmt: skip
 
@@ -348,7 +352,7 @@ def _constants(dtype: torch.dtype, factored: bool, gamma: float) -> dict[str, An
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time: the usual exponent, 2, and any, with which float32 needs most registers."""
+    """Specialisations to compile ahead of time: the usual exponent, 2, and any, which takes the most registers."""
     found = [
         _sums_variant("embeddings", torch.float32, 1.5),
         _sums_variant("embeddings", torch.bfloat16, 2.0),
@@ -367,7 +371,7 @@ def variants() -> list[KernelVariant]:
 
 
 def _sums_variant(form: str, dtype: torch.dtype, gamma: float) -> KernelVariant:
-    """For contiguous inputs. `form` is "logits" or "embeddings"."""
+    """Specialisation of `_sums_kernel` for contiguous inputs; `form` is "logits" or "embeddings"."""
     constants = _constants(dtype, form == "embeddings", gamma)
     element = _ELEMENTS[dtype]
     types = {"sums": "*fp32", "words": "*i32", "counts": "*i64", "queries": f"*{element}", "pixels": f"*{element}"}

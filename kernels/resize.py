@@ -1,16 +1,16 @@
-"""Camera or decoder frame -> resized, padded network input, bit for bit as Pillow resizes, in one kernel.
+"""Resize of camera or decoder frames into the padded network input, equal to Pillow's bit for bit, in one kernel.
 
 Pillow's antialiased bilinear resize (``Image.resize(..., BILINEAR)``) filters rows, rounds to 8 bits, then filters
 columns, with coefficients of 22 binary places: integer arithmetic from end to end, so every backend can agree.
 
-A program owns a tile of the output, one column a lane. It walks down the source rows that the tile needs, once: of
-each row it computes the tile's part of the horizontal pass, rounds it to 8 bits, and adds it to those of the tile's
-rows whose filter reaches it. So the intermediate image lives in registers, a row at a time, and only the few source
-rows at which neighbouring tiles' filters overlap are filtered twice.
+A program computes a tile of the output, one column a lane. It reads the source rows of the tile once, from top to
+bottom: for each row it computes the tile's part of the horizontal pass, rounds it to 8 bits, and adds it to the tile's
+rows whose filter reaches it. So the intermediate image is in registers, a row at a time. Only the few source rows where
+the filters of neighbouring tiles overlap are filtered twice.
 
-Where bytes lie is told by strides: interleaved or planar source, with or without alpha, rows padded to any pitch;
-blue first is a negative stride of the channels; and where Pillow filters the columns first (`columns_first`), the same
-kernel runs with rows and columns exchanged on both sides. That reads across rows, slower, for tall images only.
+Strides describe the layout: interleaved or planar source, with or without alpha, rows padded to any pitch; blue first
+is a negative stride of the channels. Where Pillow filters the columns first (`columns_first`), the same kernel runs
+with rows and columns exchanged in source and output. It then reads across rows, which is slower, for tall images only.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from maskformer_fast.kernels.resize_table import PRECISION_BITS, resize_table
 from maskformer_fast.kernels.variant import KernelVariant
 
 BLOCK_H = 8
+"""Rows of a tile."""
 BLOCK_W = 32
-NUM_WARPS = 1  # one column a lane: nothing passes through shared memory
+"""Columns of a tile."""
+NUM_WARPS = 1  # one column a lane: shared memory is not needed
 NUM_STAGES = 1
 _SHIFT = tl.constexpr(PRECISION_BITS)
 _HALF = tl.constexpr(1 << (PRECISION_BITS - 1))
@@ -41,10 +43,10 @@ _SIZES = (
 @triton.jit(do_not_specialize=[*_SIZES, "image", "out"])  # every frame size runs the same binary
 def _resize_kernel(
     image,  # uint8, first byte of the red channel; the rest by the strides below, in bytes
-    out,  # [N, 3, canvas] without gaps, in it by the strides below; uint8 without levels, else of their type
+    out,  # [N, 3, canvas], contiguous, by the strides below; uint8 without levels, else of their type
     x_table,  # int32 [1 + x_taps, out_width], of resize_table
     y_table,  # int32 [1 + y_taps, out_height]
-    levels,  # None, or [3, 256]: the output for each channel's each 8-bit value
+    levels,  # None, or [3, 256]: the output for every 8-bit value of each channel
     height,
     width,
     image_stride,
@@ -72,7 +74,7 @@ def _resize_kernel(
     x_first = tl.load(x_table + x, mask=in_x, other=0)
     y_first = tl.load(y_table + y, mask=in_y, other=0)
 
-    # source rows of the tile; none where it is padding only
+    # source rows of the tile; none for a tile of padding only
     row_begin = tl.load(y_table + tl.minimum(top, out_height - 1))
     row_end = tl.load(y_table + tl.minimum(top + BLOCK_H, out_height) - 1) + y_taps
     row_end = tl.where((top < out_height) & (left < out_width), tl.minimum(row_end, height), row_begin)
@@ -136,12 +138,12 @@ def resize_forward(
 ) -> None:
     """Resize images of one size into the top left of their canvases as planar RGB, zero elsewhere.
 
-    ``columns_first`` is the order of the passes, by `resize_table.columns_first` that of Pillow 13. ``levels`` maps the
-    8-bit result: for a network that does not normalise by itself, ``(v - mean) / std`` of every channel and value
-    in float16 or float32. Channels after the third (alpha) are left out.
+    ``columns_first`` is the order of the passes; `resize_table.columns_first` gives that of Pillow 13. ``levels`` maps
+    the 8-bit result: for a network without normalisation it is ``(v - mean) / std`` of every channel and value, in
+    float16 or float32. Channels after the third (alpha) are left out.
 
-    Tables of coefficients are made by the host and kept on the device for the 256 pairs of sides used last, so a size's
-    first call copies to the device: to capture a CUDA graph, run it once before. Arguments are the caller's to check.
+    The host makes tables of coefficients. They stay on the device for the 256 pairs of sizes used last, so the first
+    call with a size copies to the device: run it once before a CUDA graph captures it. The caller checks the arguments.
     """
     image_stride, *strides, channel_stride = images.stride()
     shape, canvas, out_strides = images.shape[1:3], out.shape[2:], out.stride()[2:]
@@ -176,7 +178,7 @@ def resize_forward(
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time: 8 bits for our networks, floats for those that do not normalise by themselves."""
+    """Specialisations to compile ahead of time: 8 bits for our networks, floats for networks without normalisation."""
     strides = ("image_stride", "pitch", "pixel_stride", "channel_stride")
     sizes = {name: "i64" if name in strides else "i32" for name in _SIZES}
     blocks = {"BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W}

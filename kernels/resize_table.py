@@ -1,21 +1,21 @@
-"""Coefficients of Pillow's antialiased bilinear resize, and its order of passes; numpy alone, for runtimes too."""
+"""Coefficients of Pillow's antialiased bilinear resize, and its order of passes; needs NumPy only, for runtimes."""
 
 from __future__ import annotations
 
 import numpy as np
 
 PRECISION_BITS = 22
-"""Binary places of a coefficient: of 32 bits, 8 are the result's and 2 spare for filters with negative lobes."""
+"""Fractional bits of a coefficient: of 32 bits, 8 are the result's and 2 are spare for filters with negative lobes."""
 MAX_SIDE = (1 << 24) - 1
-"""Longest side in pixels: Pillow holds the image's box in float32."""
+"""Largest height or width in pixels: Pillow stores the image's box in float32."""
 
 
 def resize_table(size: int, out_size: int) -> np.ndarray:
-    """Where each output pixel's filter begins and its fixed-point coefficients -> int32 [1 + taps, out_size].
+    """Start and fixed-point coefficients of each output pixel's filter -> [1 + taps, out_size] int32.
 
     Row 0 is the first source pixel, row 1 + t the coefficient of source pixel ``first + t`` times 2**PRECISION_BITS.
-    Filters shorter than the longest end in zeros, which may lie beyond the last source pixel; ``taps`` is as small
-    as the filters allow, 1 where nothing is to be resized. Both passes of ``Image.resize(..., BILINEAR)`` use these
+    Filters shorter than the longest end in zeros, which may be beyond the last source pixel; ``taps`` is as small as
+    the filters allow, 1 where the size does not change. Both passes of ``Image.resize(..., BILINEAR)`` use these
     numbers: triangles of half-width max(1, size / out_size), clipped at the border and normalised in float64 in
     Pillow's order of operations (src/libImaging/Resample.c), hence equal to the last bit.
 
@@ -33,17 +33,17 @@ def resize_table(size: int, out_size: int) -> np.ndarray:
     source = first + np.arange(int((end - first).max()))[:, None]
     weights = np.maximum(1.0 - np.abs((source - center + 0.5) * (1.0 / half_width)), 0.0)
     weights[source >= end] = 0.0
-    total = np.cumsum(weights, axis=0)[-1]  # one after another, as Pillow adds; np.sum would add in pairs
+    total = np.cumsum(weights, axis=0)[-1]  # one after another, like Pillow; np.sum would add in pairs
     coefficients = (0.5 + weights / total * (1 << PRECISION_BITS)).astype(np.int32)
     taps = 1 + int(np.max(coefficients.any(axis=1).nonzero()[0], initial=0))  # millions to one: all round to zero
     return np.concatenate([first[None].astype(np.int32), coefficients[:taps]])
 
 
 def columns_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
-    """Whether Pillow filters the columns of an image of ``shape`` before its rows on the way to ``size``.
+    """Tell whether Pillow, resizing an image of ``shape`` to ``size``, filters its columns before its rows.
 
-    The order shows: between the passes pixels are rounded to 8 bits. Pillow 13 begins with the columns where the height
-    loses more than twice the pixels that the width does (#9549); earlier versions always begin with the rows.
+    The order matters, because pixels are rounded to 8 bits between the passes. Pillow 13 begins with the columns where
+    the height loses more than twice as many pixels as the width (#9549); earlier versions always begin with the rows.
     """
     loss = shape[0] - size[0]
     return loss > 0 and loss > 2 * (shape[1] - size[1])

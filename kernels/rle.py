@@ -1,16 +1,17 @@
-"""Compressed COCO run lengths of masks, written on the device straight from mask logits: no mask is ever stored.
+"""Compressed COCO run lengths of masks, written on the device directly from mask logits: no mask is stored.
 
 COCO's runs go down the columns, so a mask is a list of the places x * H + y at which the value changes along them, and
-the end, H * W. Four kernels, with sums of their counts between them (`torch.cumsum`):
+the end, H * W. Four launches, with sums of their counts between them (`torch.cumsum`):
 
-- `_changes_kernel`, a block of columns of one mask a program, walks down the rows and counts each column's changes.
-  A tile whose taps are all positive, or none is, has no changes; few tiles are looked at pixel by pixel.
-- The same walk again, now that every column knows its first slot, writes the places.
-- `_bytes_kernel`, a mask a program, counts the characters of its runs, and once masks know their first byte writes
-  them.
+- `_changes_kernel`, a block of columns of one mask a program, goes down the rows and counts each column's changes. A
+tile
+  whose taps are all positive, or all not positive, has no changes; few tiles are computed pixel by pixel.
+- `_changes_kernel` again, with the first slot of each column, writes the places.
+- `_bytes_kernel`, a mask a program, counts the characters of its runs.
+- `_bytes_kernel` again, with the first byte of each mask, writes them.
 
 A run's characters are those of pycocotools: from the fourth run on its difference to the run before the last, in groups
-of 5 bits, lowest first, until the rest is the sign; 32 says that more follow, and 48 is added.
+of 5 bits, lowest first, until the rest is the sign; bit 32 is set where more follow, and 48 is added.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from maskformer_fast.kernels.segments_taps import (
 from maskformer_fast.kernels.variant import KernelVariant
 
 TILE_H, TILE_W = 16, 32
-"""Rows looked at together, and columns of a program. A guess: a GPU must tell."""
+"""Rows processed together, and columns of a program. Not measured on a GPU."""
 TAP_H, TAP_W = 8, 16
-"""Taps looked at together: those of a tile at scale 4."""
+"""Taps read together: those of a tile at scale 4."""
 RUN_BLOCK = 256
-"""Runs that are encoded together; most masks have one or a few thousand. A guess: a GPU must tell."""
+"""Runs that are encoded together; most masks have one or a few thousand. Not measured on a GPU."""
 MAX_RUN_BYTES = 7
-"""Groups of 5 bits in 32 bits and a sign."""
+"""Most characters of a run: groups of 5 bits in 32 bits and a sign."""
 CHANGES_LAUNCH = {"num_warps": 4, "num_stages": 2}
 BYTES_LAUNCH = {"num_warps": 1, "num_stages": 2}
 _CONSTANTS = {"TILE_H": TILE_H, "TILE_W": TILE_W, "TAP_H": TAP_H, "TAP_W": TAP_W}
@@ -62,7 +63,7 @@ def _changes_kernel(
     in_width = x < width
     columns = pixel_taps(x, scale_x, rest_x, map_width, stride_x)
     column_taps = tap_range(left, tl.minimum(left + TILE_W, width) - 1, scale_x, rest_x, map_width)
-    # before a column comes the end of the one to its left
+    # the pixel before a column's first is the last of the column to its left
     columns_before = pixel_taps(x - 1, scale_x, rest_x, map_width, stride_x)
     last_row = pixel_taps(height - 1 + tl.zeros((1,), tl.int32), scale_y, rest_y, map_height, stride_y)
     before_first = (interpolate(source, last_row, columns_before) > 0.0) & (x > 0)[None, :]
@@ -71,7 +72,7 @@ def _changes_kernel(
     count = tl.zeros((TILE_W,), tl.int32)
     slot = tl.zeros((TILE_W,), tl.int64)
     if WRITE:
-        slot = tl.load(target - 1, mask=in_width & (index + x > 0), other=0) + index  # an end for each mask before
+        slot = tl.load(target - 1, mask=in_width & (index + x > 0), other=0) + index  # one end for each mask before
     for top in tl.range(0, height, TILE_H):
         row_taps = tap_range(tl.maximum(top - 1, 0), tl.minimum(top + TILE_H, height) - 1, scale_y, rest_y, map_height)
         least, most = tap_bounds(source, row_taps, column_taps, stride_y, stride_x, TAP_H, TAP_W)
@@ -96,7 +97,7 @@ def _changes_kernel(
 
 @triton.jit
 def _encoded(places, first, run, inside, capacity):
-    """Numbers that stand for some of a mask's runs, and how many characters each takes."""
+    """Encode some of a mask's runs -> numbers that stand for them, characters of each."""
     # places of the run's end and of the three before it; before the first run is place 0
     place = places + first + run
     inside = inside & (first + run < capacity)
@@ -151,11 +152,11 @@ def encode_masks(
     data: Tensor,  # [capacity] uint8, written
     starts: Tensor,  # [B * N + 1] int64, written
 ) -> None:
-    """Compressed COCO run lengths of the masks of `instances`: those of mask i are data[starts[i]:starts[i+1]].
+    """Write compressed COCO run lengths of masks (logit > 0): those of mask i are data[starts[i]:starts[i+1]].
 
-    They fit if starts[-1] is at most the capacity. If not, starts[-1] is a capacity at which they do, and the rest is
-    not to be used. What is behind the last byte stays as it was. NaN logits count as -1e30, what is beyond ±1e30 as
-    that. Raises ValueError for other dtypes and for outputs of 2^31 pixels.
+    They fit if starts[-1] is at most the capacity. If not, starts[-1] is a sufficient capacity, and all other results
+    are invalid. Bytes after the last one are not written. NaN logits count as -1e30, values beyond ±1e30 as ±1e30.
+    Raises ValueError for other dtypes and for outputs of 2^31 pixels.
     """
     height, width = output_size
     if height * width >= 1 << 31:
@@ -184,7 +185,7 @@ def encode_masks(
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time."""
+    """Specialisations to compile ahead of time."""
     found = []
     for write, sums in ((False, "*i32"), (True, "*i64")):
         suffix = "write" if write else "count"

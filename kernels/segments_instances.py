@@ -1,8 +1,8 @@
-"""Instance masks as bits, with area, box and the sum of their scores; nothing of size N*H*W is written but the bits.
+"""Instance masks as bits, with area, box and the sum of their scores; of size N*H*W only the bits are written.
 
-A program works on a tile of one query's mask, and on most only stores zeros, because no tap in it is positive. Sums go
-to one row of integers a mask, by atomics whose order is of no matter: sigmoids of a mask's pixels lie in [0.5, 1], so
-with 24 binary places even the sum of scores is one of integers. `_finish_kernel` makes the results of them.
+A program computes a tile of one query's mask. For most tiles it only stores zeros, because no tap is positive. Sums are
+added to one row of integers a mask, by atomics whose order has no effect: sigmoids of a mask's pixels are in [0.5, 1],
+so that with 24 fractional bits the sum of scores is also a sum of integers. `_finish_kernel` computes the results.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from maskformer_fast.kernels.segments_taps import (
 from maskformer_fast.kernels.variant import KernelVariant
 
 TILE_H, TILE_W = 8, 128
-"""Pixels of a program; rows of 16 bytes. A guess: a GPU must tell."""
+"""Pixels of a program; rows of 16 bytes. Not measured on a GPU."""
 TAP_H, TAP_W = 4, 64
-"""Taps looked at together: those of a tile at scale 4."""
+"""Taps read together: those of a tile at scale 4."""
 FINISH_BLOCK = 128
 """Masks that one program finishes."""
 LAUNCH = {"num_warps": 4, "num_stages": 2}
 _ONE = tl.constexpr(1 << 24)
-"""Score 1 in the sums: that of a tile is a float32 between 0.5 and 2^10, of 24 bits, hence a whole number of these."""
+"""Value of score 1 in the sums: a tile's sum is a float32 of 24 bits between 0.5 and 2^10, hence an integer here."""
 _SUMS = 6
+"""Rows of the sums: area, score and the four sides of the box."""
 _CONSTANTS = {"TILE_H": TILE_H, "TILE_W": TILE_W, "TAP_H": TAP_H, "TAP_W": TAP_W}
 
 
@@ -121,10 +122,10 @@ def instance_masks(
     boxes: Tensor,  # [B, N, 4] float32, written
     scores: Tensor,  # [B, N] float32, written
 ) -> None:
-    """Masks (logit > 0 after resampling the part `extent` of the maps), packed, with what `instance_inference` returns.
+    """Write packed masks (logit > 0 after resampling the part `extent` of the maps), areas, boxes and scores.
 
-    NaN logits count as -1e30, what is beyond ±1e30 as that. The same from run to run, bit for bit. Raises ValueError
-    for other dtypes.
+    The results are those of `instance_inference`. NaN logits count as -1e30, values beyond ±1e30 as ±1e30. Results are
+    equal bit for bit in every run. Raises ValueError for other dtypes.
     """
     window = window_arguments(mask_logits, extent, output_size)
     count = areas.numel()
@@ -143,7 +144,7 @@ def instance_masks(
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time."""
+    """Specialisations to compile ahead of time."""
     found = []
     for dtype in (torch.float16, torch.float32):
         constants = {**_CONSTANTS, "stride_x": 1}

@@ -1,12 +1,12 @@
-"""Panoptic inference: every pixel's query, which queries keep enough of their masks, and the numbers of their segments.
+"""Panoptic inference: the winning query of each pixel, the overlap filter of queries, and the numbers of segments.
 
 Three kernels, one after the other, with nothing of size N*H*W in memory and no copy to the host:
 
 - `_claim_kernel`, a tile of output pixels a program: argmax over the queries of score x sigmoid, one query at a time.
-  A query whose largest tap in the tile says that it neither wins nor owns a pixel there is skipped. Writes the winners
-  and counts pixels, with atomics of integers, so that their order is of no matter.
+  A query is skipped where its largest tap in the tile proves that it neither wins nor owns a pixel. Writes the winners
+  and counts pixels, with atomics of integers, whose order has no effect.
 - `_decide_kernel`, an image a program: overlap filter, merging of stuff, numbers and areas.
-- `_number_kernel`: winners become numbers of segments, in place.
+- `_number_kernel`: replaces winners by numbers of segments, in place.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from maskformer_fast.kernels.segments_taps import (
 from maskformer_fast.kernels.variant import KernelVariant
 
 MAX_QUERIES = 256
-"""One program decides for all of an image at once."""
+"""Most queries: one program decides for all queries of an image at once."""
 TILE_H, TILE_W = 8, 8
-"""Pixels of one warp: sums over a tile need no shared memory. With twice as many, some targets spill."""
+"""Pixels of a program, one warp: sums over a tile need no shared memory. With twice as many, some targets spill."""
 TAP_H, TAP_W = 4, 8
-"""Taps looked at together, one a lane: more than a tile has at scale 4."""
+"""Taps read together, one a lane: more than a tile has at scale 4."""
 PIXEL_BLOCK = 1024
-"""Pixels that one program numbers. A guess: a GPU must tell."""
+"""Pixels that one program numbers. Not measured on a GPU."""
 CLAIM_LAUNCH = {"num_warps": 1, "num_stages": 2}
 _VOID = tl.constexpr(-1)
 _CONSTANTS = {"TILE_H": TILE_H, "TILE_W": TILE_W, "TAP_H": TAP_H, "TAP_W": TAP_W}
@@ -52,7 +52,7 @@ _RULES = {
 
 @triton.jit(do_not_specialize=[*WINDOW, "tiles_y", "tiles_x"], do_not_specialize_on_alignment=STRIDES)
 def _claim_kernel(
-    winners,  # [B, H, W] int32, num_queries where nobody's
+    winners,  # [B, H, W] int32, num_queries where there is none
     counts,  # [B, 3, num_queries] int64, zeros: pixels that each query won, owns, won and owns
     scores,  # [B, num_queries] float32
     categories,  # [B, num_queries] int64
@@ -61,8 +61,11 @@ def _claim_kernel(
     SCALED: tl.constexpr, INTERSECT: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, TAP_H: tl.constexpr, TAP_W: tl.constexpr,
 ):  # fmt: skip
-    """SCALED: a query owns where score x sigmoid >= 0.5, else where sigmoid is. INTERSECT: segments are what was won
-    and is owned."""
+    """Find each pixel's winner and count the pixels of queries.
+
+    With SCALED a query owns pixels where score x sigmoid >= 0.5, else where sigmoid >= 0.5. With INTERSECT a segment is
+    the pixels that were won and are owned.
+    """
     program = tl.program_id(0)
     image = (program // (tiles_y * tiles_x)).to(tl.int64)
     top = program // tiles_x % tiles_y * TILE_H
@@ -150,7 +153,7 @@ def _decide_kernel(
     # 1 + the class of queries whose segment joins others of it, 0 elsewhere
     stuff = tl.where(kept & (thing == 0), category + 1, 0).to(tl.int32)
     first = query
-    for step in tl.range(0, num_queries):  # backwards: the first of a class has the last word
+    for step in tl.range(0, num_queries):  # backwards, so that the first of a class is written last
         other = num_queries - 1 - step
         wanted = tl.sum(tl.where(query == other, stuff, 0))
         first = tl.where((stuff > 0) & (stuff == wanted), other, first)
@@ -188,11 +191,11 @@ def panoptic_segments(
     ids: Tensor,  # [B, N] int32, written
     areas: Tensor,  # [B, N] int64, written
 ) -> None:
-    """Panoptic inference of the part `extent` of the maps; the rules are those of the operator `panoptic_inference`.
+    """Write the results of the operator `panoptic_inference` for the part `extent` of the maps.
 
-    NaN logits count as -1e30, what is beyond ±1e30 as that, a negative or NaN score as 0, a category from K on as a
-    thing's. Counts are exact, whatever the order of programs. Raises ValueError for more than `MAX_QUERIES` queries and
-    for other dtypes.
+    NaN logits count as -1e30, values beyond ±1e30 as ±1e30, a negative or NaN score as 0, a category from K on as a
+    thing's. Counts are exact for any order of programs. Raises ValueError for more than `MAX_QUERIES` queries and for
+    other dtypes.
     """
     batch, queries = mask_logits.shape[:2]
     height, width = id_map.shape[1:]
@@ -218,7 +221,7 @@ def panoptic_segments(
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time: float32 for all rules, half precision for the default one."""
+    """Specialisations to compile ahead of time: float32 for all rules, half precision for the default rule."""
     types = {
         "ids": "*i32", "areas": "*i64", "counts": "*i64", "categories": "*i64", "is_thing": "*u8",
         "num_queries": "i32", "num_classes": "i32", "area_row": "i32", "threshold_bits": "i64", "strict": "i32",

@@ -1,12 +1,12 @@
-"""Resampled logits of one query's mask, tile by tile: four taps gathered for each pixel, and bounds of whole tiles.
+"""Resampled logits of one query's mask, tile by tile: four taps gathered for each pixel, and bounds of complete tiles.
 
-Pixels lie where `resample` says. What is shared by the kernels of segments (`panoptic`, `instances`, `rle`), which look
-at queries one after the other and skip most: bilinear values lie between the least and the largest tap of a tile, so
-taps settle most tiles before any pixel is interpolated. NaN counts as the least logit, -1e30, and what is beyond ±1e30,
-infinities too, as that.
+The kernels of segments (`segments_panoptic`, `segments_instances`, `rle`) share these functions. They process queries
+one after the other and skip most: bilinear values are between the least and the largest tap of a tile, so that the taps
+settle most tiles before any pixel is interpolated. `resample` defines the coordinates of pixels. NaN counts as -1e30,
+values beyond ±1e30, also infinities, as ±1e30.
 
-A logit is interpolated by the same operations in every kernel, down columns first: two kernels that ask for a pixel
-agree on its sign, and between taps that are not positive no pixel is.
+Every kernel interpolates a logit by the same operations, down columns first. So all kernels agree on a pixel's sign,
+and between taps that are not positive no pixel is positive.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 from maskformer_fast.kernels.resample import LIMIT, narrow_maps, scale_parts, tap_place
 
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-"""Types of logits -> Triton's names of them."""
+"""Types of logits -> Triton's names."""
 WINDOW = ["num_queries", "map_height", "map_width", "height", "width"]
-"""Arguments of any value: a kernel of its own for a size of 1 would be compiled for nothing."""
+"""Arguments that are not specialised: a separate kernel for a size of 1 would be compiled without need."""
 STRIDES = ["stride_b", "stride_q", "stride_y", "stride_x"]
-"""Arguments of which only 1 counts: taps are gathered one by one, so nothing is gained from a multiple of 16."""
+"""Arguments specialised for the value 1 only: taps are gathered one by one, so that multiples of 16 do not help."""
 
 
 @triton.jit
@@ -34,14 +34,14 @@ def _finite(values):
 
 @triton.jit
 def pixel_taps(index, scale, rest, size, stride):
-    """Of output pixels along one axis -> offsets of the taps before and after, share of the latter."""
+    """Taps of output pixels along one axis -> offsets of the taps before and after, share of the tap after."""
     low, share = tap_place(index, scale, rest, size)
     return low * stride, tl.minimum(low + 1, size - 1) * stride, share
 
 
 @triton.jit
 def interpolate(source, rows, columns):
-    """Logits [rows, columns] of the map at ``source``; both axes as `pixel_taps` gives them."""
+    """Interpolate the map at ``source`` -> logits [rows, columns]; rows and columns are results of `pixel_taps`."""
     upper, lower, share_y = rows
     left, right, share_x = columns
     down = tl.broadcast_to(share_y[:, None], (share_y.shape[0], share_x.shape[0]))
@@ -56,7 +56,7 @@ def interpolate(source, rows, columns):
 
 @triton.jit
 def tap_range(first, last, scale, rest, size):
-    """First and last tap that output pixels first..last along one axis read."""
+    """First and last tap of the output pixels first..last along one axis."""
     low, _ = tap_place(first, scale, rest, size)
     high, _ = tap_place(last, scale, rest, size)
     return low, tl.minimum(high + 1, size - 1)
@@ -64,7 +64,7 @@ def tap_range(first, last, scale, rest, size):
 
 @triton.jit
 def tap_bounds(source, rows, columns, stride_y, stride_x, TAP_H: tl.constexpr, TAP_W: tl.constexpr):
-    """Least and largest of the taps in two `tap_range`, TAP_H x TAP_W of them at a time."""
+    """Least and largest tap in two results of `tap_range`, reading TAP_H x TAP_W taps at a time."""
     first_row, last_row = rows
     first_column, last_column = columns
     least = tl.full((TAP_H, TAP_W), LIMIT, tl.float32)
@@ -84,7 +84,7 @@ def window_arguments(
     extent: tuple[float, float],
     size: tuple[int, int],
 ) -> tuple[Tensor | int | float, ...]:
-    """What kernels take from ``logits`` to ``rest_x``.
+    """Arguments of the kernels from ``logits`` to ``rest_x``.
 
     Raises ValueError for maps of 2^31 elements and more, and for other dtypes.
     """
@@ -96,6 +96,6 @@ def window_arguments(
 
 
 def window_types(dtype: torch.dtype) -> dict[str, str]:
-    """Their types for contiguous logits, whose ``stride_x`` is the constant 1."""
+    """Types of `window_arguments` that are not i32, for contiguous logits, whose ``stride_x`` is the constant 1."""
     scales = ("scale_y", "rest_y", "scale_x", "rest_x")
     return {"logits": f"*{ELEMENTS[dtype]}", **dict.fromkeys(scales, "fp32")}

@@ -1,18 +1,18 @@
-"""Semantic inference in one kernel: labels of the output's pixels, nothing of size Q*H*W or K*H*W in memory.
+"""Semantic inference in one kernel: labels of the output's pixels, with nothing of size Q*H*W or K*H*W in memory.
 
 label(y, x) = argmax_c sum_q P[q, c] * sigmoid(bilinear(mask logits)[q, y, x]), P = softmax(class logits) less its last
-column (paper section 3.4). One program makes one tile of output pixels:
+column (paper section 3.4). One program computes one tile of output pixels:
 
     resampling (`resample`) -> [pixels, queries] -> sigmoid -> @ P [queries, classes] -> running argmax.
 
-The logits are read from memory (`semantic_from_logits`) or multiplied out of embeddings for just the tile's taps
-(`semantic_from_embeddings`). Where labels alone are wanted, queries that cannot matter may be left out
+The logits are read from memory (`semantic_from_logits`) or computed from embeddings for the tile's taps
+(`semantic_from_embeddings`). Where only labels are wanted, queries that cannot matter may be left out
 (`semantic_pruned`).
 
-Precision: everything is summed in float32. Masks and P are multiplied as float16, scaled so that small values keep
-their bits. For float32 inputs each is the sum of two such halves, which makes three products: results are those of
-float32, scores within 1e-5 x max(1, score). For float16 and bfloat16 inputs one rounding remains: scores are within
-2e-3 x max(1, score).
+Precision: all sums are in float32. Masks and P are multiplied as float16, scaled so that small values keep their bits.
+For float32 inputs each factor is the sum of two such halves, which takes three products: results have float32
+precision, scores are within 1e-5 x max(1, score). For float16 and bfloat16 inputs each factor is rounded once: scores
+are within 2e-3 x max(1, score).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.class_probabilities import class_probabilities, class_probabilities_variant
-from maskformer_fast.kernels.resample import add_taps, narrow_maps, tap_weights, tile_at
+from maskformer_fast.kernels.resample import add_taps, narrow_maps, tap_weights
 from maskformer_fast.kernels.semantic_pruned import pruning_pays, semantic_pruned
 from maskformer_fast.kernels.semantic_tile import (
     CLASS_BLOCK,
@@ -38,6 +38,7 @@ from maskformer_fast.kernels.semantic_tile import (
     constants_of,
     halves,
     kernel_variant,
+    place_tile,
     plan_tiles,
 )
 from maskformer_fast.kernels.variant import KernelVariant
@@ -45,10 +46,11 @@ from maskformer_fast.kernels.variant import KernelVariant
 DEPTH_BLOCKS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 16}
 """Channels of embeddings multiplied at once."""
 FUSED_REPEATS = 4
-"""Logits are computed inside the kernel where tiles compute each at most as often as this. A guess: a GPU must tell."""
+"""Most times that tiles may compute one logit for logits to be computed inside the kernel. Not measured on a GPU."""
 MARGIN_CLASS_BLOCK = 16
-"""`CLASS_BLOCK` where margins are wanted: runners-up of more classes spill on sm_120."""
+"""Classes scored at once where margins are wanted: runners-up of more classes spill on sm_120."""
 PATHS = ("auto", "dense", "pruned")
+"""Choices of all queries or pruned ones, see `semantic_from_logits`."""
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -62,19 +64,37 @@ def _semantic_logits_kernel(
     QUERIES: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr,
     SCORES: tl.constexpr, MARGINS: tl.constexpr,
 ):  # fmt: skip
+    geometry = (
+        (map_height, map_width), (height, width), (scale_y, rest_y, scale_x, rest_x), (offset_y, offset_x),
+        (tap_rows, tap_columns), (tiles_y, tiles_x),
+    )  # fmt: skip
     classify_tile(
-        tl.program_id(0), labels, scores, margins, probabilities, logits, stride_b, stride_q, stride_y, stride_x,
-        num_queries, num_classes, padded_classes, map_height, map_width, height, width,
-        scale_y, rest_y, scale_x, rest_x, offset_y, offset_x, tap_rows, tap_columns, tiles_y, tiles_x,
+        tl.program_id(0), (labels, scores, margins), probabilities, logits, stride_b, (stride_q, stride_y, stride_x),
+        num_queries, (num_classes, padded_classes), geometry,
         TILE_H, TILE_W, TAPS, QUERIES, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
     )  # fmt: skip
 
 
 @triton.jit
 def _masks_of_embeddings(
-    embeddings, pixels, query, present, tile, stride_eq, stride_ed, stride_d, stride_y, stride_x,
-    depth, map_height, map_width, tap_rows, tap_columns, TAPS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    embeddings,  # [Q, D] of the tile's image
+    embedding_strides,
+    pixels,  # [D, h, w] of the tile's image
+    pixel_strides,
+    depth,
+    query,  # [QUERIES] int32
+    present,  # [QUERIES]: the masks of others are 0
+    tile,
+    geometry,
+    TAPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Masks of the given queries at a tile's pixels, as `halves`."""
+    stride_eq, stride_ed = embedding_strides
+    stride_d, stride_y, stride_x = pixel_strides
+    map_size, _, _, _, tap_counts, _ = geometry
+    map_height, map_width = map_size
+    tap_rows, tap_columns = tap_counts
     first_y, first_x, low_y, share_y, low_x, share_x = tile
     resampled = tl.zeros((low_y.shape[0], query.shape[0]), tl.float32)
     for start in tl.range(0, tap_rows * tap_columns, TAPS):
@@ -108,22 +128,22 @@ def _semantic_embeddings_kernel(
     QUERIES: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr,
     SCORES: tl.constexpr, MARGINS: tl.constexpr,
 ):  # fmt: skip
-    image, y, x, first_y, first_x, low_y, share_y, low_x, share_x = tile_at(
-        tl.program_id(0), map_height, map_width, scale_y, rest_y, scale_x, rest_x, offset_y, offset_x,
-        tiles_y, tiles_x, TILE_H, TILE_W,
+    geometry = (
+        (map_height, map_width), (height, width), (scale_y, rest_y, scale_x, rest_x), (offset_y, offset_x),
+        (tap_rows, tap_columns), (tiles_y, tiles_x),
     )  # fmt: skip
-    tile = (first_y, first_x, low_y, share_y, low_x, share_x)
-    masks, queries = (), ()
+    image, y, x, tile = place_tile(tl.program_id(0), geometry, TILE_H, TILE_W)
+    masks = ()
     for group in tl.static_range(GROUPS):
         query = group * QUERIES + tl.arange(0, QUERIES)
-        queries += (query,)
         masks += (_masks_of_embeddings(
-            embeddings + image * stride_eb, pixels + image * stride_b, query, query < num_queries, tile, stride_eq,
-            stride_ed, stride_d, stride_y, stride_x, depth, map_height, map_width, tap_rows, tap_columns, TAPS, DEPTH,
+            embeddings + image * stride_eb, (stride_eq, stride_ed),
+            pixels + image * stride_b, (stride_d, stride_y, stride_x),
+            depth, query, query < num_queries, tile, geometry, TAPS, DEPTH,
         ),)  # fmt: skip
     classify(
-        masks, queries, probabilities, GROUPS * QUERIES, num_classes, padded_classes,
-        labels, scores, margins, image, y, x, height, width, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
+        masks, tl.arange(0, QUERIES), probabilities, GROUPS * QUERIES, (num_classes, padded_classes),
+        (labels, scores, margins), image, y, x, geometry, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
     )  # fmt: skip
 
 
@@ -136,15 +156,15 @@ def semantic_from_logits(
     margins: Tensor | None = None,  # [B, H, W] float32, written
     path: str = "auto",
 ) -> None:
-    """Labels and, where given room, the winner's score and its lead over the runner-up, as the module says.
+    """Write labels and, where a tensor is given, the winner's score and its lead over the runner-up.
 
     `extent` is the part of the maps that the output covers, height and width in map pixels. Infinite logits count as
-    ±1e30. A NaN logit makes the pixels that it is interpolated to label 0 with NaN score and margin, a query whose
-    probabilities are NaN the whole image. Fastest where queries are innermost in memory (a matrix product can write
-    them so): a tap's logits then lie side by side.
+    ±1e30. Pixels to which a NaN logit is interpolated get label 0 and NaN as score and margin; a query whose
+    probabilities are NaN has this effect on the complete image. Fastest where queries are innermost in memory (a matrix
+    product can write them so): a tap's logits are then adjacent.
 
-    `path` is ``dense``, ``pruned`` (`semantic_pruned`: the same labels wherever they do not hang on float32 rounding)
-    or ``auto``, which lets shapes decide (`pruning_pays`). Scores and margins take all queries, whatever it says.
+    `path` is ``dense``, ``pruned`` (`semantic_pruned`: the same labels unless float32 rounding decides) or ``auto``, in
+    which shapes decide (`pruning_pays`). Scores and margins take all queries with any path.
 
     Raises ValueError for more than `MAX_QUERIES` queries, for other dtypes and paths, and maps of 2^31 elements.
     """
@@ -157,7 +177,7 @@ def semantic_from_logits(
         semantic_pruned(mask_logits, class_logits, tiling, labels)
         return
     with torch.cuda.device_of(labels):
-        constants = constants_of(mask_logits) | _wanted(scores is not None, margins is not None)
+        constants = constants_of(mask_logits) | _result_constants(scores is not None, margins is not None)
         _semantic_logits_kernel[(tiling.tiles,)](
             *_results(labels, scores, margins),
             chances := _chances(class_logits, constants),
@@ -178,10 +198,10 @@ def semantic_from_embeddings(
     fused: bool | None = None,
     path: str = "auto",
 ) -> None:
-    """`semantic_from_logits` of the mask logits ``einsum("bqd,bdhw->bqhw", embeddings, pixels)``.
+    """Run `semantic_from_logits` on the mask logits ``einsum("bqd,bdhw->bqhw", embeddings, pixels)``.
 
-    `fused` computes the logits inside the kernel, in float32 and of all queries; otherwise a matrix product writes
-    them, in the inputs' dtype. None decides: pruning needs them written, else by `FUSED_REPEATS`.
+    With `fused` the kernel computes the logits, in float32 and for all queries; otherwise a matrix product writes them,
+    in the inputs' dtype. With None, pruning has them written, and else `FUSED_REPEATS` decides.
 
     Raises ValueError also for a fused path ``pruned``.
     """
@@ -203,7 +223,7 @@ def semantic_from_embeddings(
         return
     pixels = narrow_maps(pixels)
     with torch.cuda.device_of(labels):
-        constants = constants_of(embeddings) | _wanted(scores is not None, margins is not None)
+        constants = constants_of(embeddings) | _result_constants(scores is not None, margins is not None)
         _semantic_embeddings_kernel[(tiling.tiles,)](
             *_results(labels, scores, margins),
             chances := _chances(class_logits, constants),
@@ -222,12 +242,12 @@ def _prunes(path: str, tiling: Tiling, class_logits: Tensor, scores: Tensor | No
     return path == "pruned" or pruning_pays(tiling.tiles, class_logits.shape[1], class_logits.shape[2] - 1)
 
 
-def _wanted(scores: bool, margins: bool) -> dict[str, int]:
+def _result_constants(scores: bool, margins: bool) -> dict[str, int]:
     return {"SCORES": scores, "MARGINS": margins, "CLASSES": MARGIN_CLASS_BLOCK if margins else CLASS_BLOCK}
 
 
 def _results(labels: Tensor, scores: Tensor | None, margins: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What is not wanted is never written; any pointer will do."""
+    """Arguments for the results; one that is not wanted is never written, so that any pointer serves."""
     return labels, labels if scores is None else scores, labels if margins is None else margins
 
 
@@ -237,7 +257,7 @@ def _chances(class_logits: Tensor, constants: dict[str, int]) -> Tensor:
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time."""
+    """Specialisations to compile ahead of time."""
     shapes = ((torch.float16, 128), (torch.bfloat16, MAX_QUERIES), (torch.float32, MAX_QUERIES))
     found = [semantic_variant(form, *shape) for form in ("logits", "embeddings") for shape in shapes]
     found.append(semantic_variant("logits", torch.float32, MAX_QUERIES, scores=True, margins=True))
@@ -247,11 +267,13 @@ def variants() -> list[KernelVariant]:
 def semantic_variant(
     form: str, dtype: torch.dtype, queries: int, scores: bool = False, margins: bool = False, labels: str = "*u8"
 ) -> KernelVariant:
-    """The kernel for contiguous inputs of at most so many queries. `form` is "logits" or "embeddings", `labels`
-    Triton's type of them, ``*u8`` or ``*i16``."""
+    """Specialisation for contiguous inputs and at most so many queries.
+
+    `form` is "logits" or "embeddings", `labels` Triton's type of the labels, ``*u8`` or ``*i16``.
+    """
     constants = constants_of(torch.empty(0, queries, dtype=dtype))
     name = f"semantic_{form}_{ELEMENTS[dtype]}_q{constants['GROUPS'] * constants['QUERIES']}"
-    constants |= {**_wanted(scores, margins), "stride_x": 1}
+    constants |= {**_result_constants(scores, margins), "stride_x": 1}
     if form == "embeddings":
         constants |= {"DEPTH": DEPTH_BLOCKS[dtype], "stride_ed": 1}
     kernel = _semantic_embeddings_kernel if form == "embeddings" else _semantic_logits_kernel

@@ -1,16 +1,15 @@
-"""Labels of semantic inference from those queries alone that can matter in a tile; exact, as on the CPU
-(csrc/semantic/kernels.cpp).
+"""Labels of semantic inference from only those queries that can matter in a tile; exact, like the C++ on the CPU.
 
 In a tile query q adds at most ``b_q = max_c P[q, c] * sigmoid(largest of the tile's taps)`` to any score, as bilinear
-interpolation is convex. The `LIVE` queries of largest bounds are scored, the others together miss at most R = sum b_q.
-A pixel whose winner leads the runner-up by more than R, and what float32 rounds, has the label that all queries would
-give it: live queries are multiplied as the same halves. A tile with another pixel in it is done again with all queries:
+interpolation is convex. The `LIVE` queries with the largest bounds are scored; the others together miss at most R = sum
+b_q. A pixel whose winner leads the runner-up by more than R, plus float32 rounding, has the same label with all
+queries: live queries are multiplied as the same halves. A tile with any other pixel is computed again with all queries:
 
     probabilities and each query's largest -> one program per tile: bounds, live queries, labels, proof
-    -> one program for each place in the list of unproven tiles, most of which end at once: labels of all queries
+    -> one program per entry of the list of unproven tiles, most of which end at once: labels of all queries
 
-Scoring all queries needs so many registers that in one kernel half as many tiles would be under way at a time. Nothing
-is read by the host; the order of the list is that of chance, the labels are not.
+Scoring all queries takes so many registers that one kernel for both would halve the number of concurrent tiles. The
+host reads nothing. The order of the list varies between runs, the labels do not.
 
 Simulated on the CPU with the predictions of benchmarks/cpu_semantic.py (128x128 -> 512x512, Q=100): unproven are 17 %
 (K=19) and 5 % (K=150) of the tiles of peaky predictions, 36 and 37 % of medium-hard ones, all of random ones.
@@ -24,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.class_probabilities import SCALE, class_probabilities, class_probabilities_variant
-from maskformer_fast.kernels.resample import limit_taps, sigmoid, tile_at
+from maskformer_fast.kernels.resample import limit_taps, sigmoid
 from maskformer_fast.kernels.semantic_tile import (
     CLASS_BLOCK,
     ELEMENTS,
@@ -38,42 +37,46 @@ from maskformer_fast.kernels.semantic_tile import (
     load_taps,
     masks_of_logits,
     pixels_inside,
+    place_tile,
     rank_classes,
 )
 from maskformer_fast.kernels.variant import KernelVariant
 
 LIVE = tl.constexpr(32)
-"""Queries scored. 16 leave most tiles of peaky predictions unproven, 64 few more proven than 32 for twice the work."""
+"""Queries scored. 16 leave most tiles of peaky predictions unproven; 64 prove few more than 32, for twice the work."""
 _THRESHOLDS = tl.constexpr(32)
-"""Of bounds, each 0.6 of the one before: the smallest that leaves at most `LIVE` is taken, in place of a sort."""
+"""Number of candidate thresholds of bounds, each 0.6 of the one before. The smallest that leaves at most `LIVE` queries
+is taken, in place of a sort."""
 _FIRST_THRESHOLD = tl.constexpr(0.1)
+"""Largest threshold, as a share of the largest bound."""
 _LOG2_STEP = tl.constexpr(-0.7369656)
+"""Base-2 logarithm of the ratio of two thresholds, 0.6."""
 _MOST_MISSING = tl.constexpr(0.3)
-"""Tiles that miss more of the largest bound are hardly ever proven: they are not tried."""
+"""Largest R, as a share of the largest bound, of a tile that is tried: beyond it hardly any tile is proven."""
 _ROUNDING = tl.constexpr(1e-4)
-"""Of the best score: more than the float32 sums of two classes differ with and without the queries left out."""
+"""Share of the best score by which float32 sums of two classes may differ with and without the dropped queries."""
 _HALF_ROUNDING = tl.constexpr(1.002)
-"""What is missing was to be multiplied as halves, which may be larger than the mask and the probability by 2^-11."""
+"""Factor of R: dropped masks and probabilities as halves may be larger than themselves by 2^-11 each."""
 _TINY = tl.constexpr(1e-8)
-"""The same of numbers below the normal halves, in all."""
+"""Addend of R, in total, for dropped values below the normal halves."""
 _CLASS_BLOCK = 16
-"""Scored at once. With 32 a multiprocessor of sm_90 has registers for one tile at a time, with 16 for two;
-and all queries spill on sm_120."""
+"""Classes scored at once. With 32 a multiprocessor of sm_90 has registers for one tile at a time, with 16 for two; and
+with 32 the kernel of all queries spills on sm_120."""
 
 MASK_COST = 300
-"""A mask's resampling and sigmoid cost about as much as its product with so many classes, by counting instructions."""
+"""Cost of a mask's resampling and sigmoid in products with one class, by counting instructions."""
 PRUNED_WORK = 1 << 28
-"""Pruning is chosen from so much work on: tiles x queries x (classes + `MASK_COST`)."""
+"""Least work for which pruning is chosen: tiles x queries x (classes + `MASK_COST`)."""
 
 
 def pruning_pays(tiles: int, queries: int, classes: int) -> bool:
-    """Whether to prune, from shapes alone: how peaky the predictions are is known only on the device.
+    """Decide by shapes alone whether to prune: only the device knows how peaky the predictions are.
 
-    No GPU has measured this. By counting, pruning spares up to 1 - `LIVE` / Q of the work on a trained network's
-    predictions and adds two launches and the bounds, which is all that is left on random ones. So it takes more than
-    twice `LIVE` queries and outputs larger than 512x512 with 100 queries and 150 classes, whose launches would weigh
-    as much as what is spared. To measure: both paths at 512x512 and 1024x2048, B = 1 and 8, K = 19, 150, 847, on
-    peaky, medium-hard and random predictions; where the lines cross is `PRUNED_WORK`.
+    Not measured on a GPU. By counting, pruning saves up to 1 - `LIVE` / Q of the work on a trained network's
+    predictions. It adds two launches and the bounds, and saves nothing on random predictions. So it takes more than
+    twice `LIVE` queries, and outputs larger than 512x512 with 100 queries and 150 classes, where the launches would
+    cost what pruning saves. To measure: both paths at 512x512 and 1024x2048, B = 1 and 8, K = 19, 150, 847, on peaky,
+    medium-hard and random predictions; `PRUNED_WORK` is where the times are equal.
     """
     return queries > 2 * LIVE.value and tiles * queries * (classes + MASK_COST) >= PRUNED_WORK
 
@@ -81,21 +84,27 @@ def pruning_pays(tiles: int, queries: int, classes: int) -> bool:
 @triton.jit
 def _live_queries(
     logits,  # [Q, h, w] of the tile's image
-    largest,  # [Q] float32, of its probabilities
-    tile, stride_q, stride_y, stride_x, num_queries, map_height, map_width, tap_rows, tap_columns,
-    TAPS: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """-> the queries of largest bounds [LIVE], how many of these count, the sum of the others' bounds (inf where too
-    many are large), the largest bound."""
+    largest,  # [Q] float32, largest probability of each query
+    tile,
+    strides,
+    num_queries,
+    geometry,
+    TAPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Choose the queries with the largest bounds -> four values.
+
+    These are the queries [LIVE], how many of them count, the sum of the others' bounds (inf where too many are large),
+    and the largest bound.
+    """
+    tap_rows, tap_columns = geometry[4]
     query = tl.arange(0, QUERIES)
     present = query < num_queries
     peaks = tl.full((TAPS, QUERIES), float("-inf"), tl.float32)
     taps = tap_rows * tap_columns
     for start in tl.range(0, taps, TAPS):
         tap = tl.minimum(start + tl.arange(0, TAPS), taps - 1)
-        values, _, _ = load_taps(
-            logits, query, present, tap, tile, stride_q, stride_y, stride_x, map_height, map_width, tap_columns
-        )
+        values, _, _ = load_taps(logits, query, present, tap, tile, strides, geometry)
         peaks = tl.maximum(peaks, limit_taps(values))
     peak = tl.max(peaks, 0)
     mask = sigmoid(peak + tl.abs(peak) * 4e-6)  # the interpolation may round to more than its largest tap
@@ -127,26 +136,25 @@ def _pruned_kernel(
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, TAPS: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    image, y, x, first_y, first_x, low_y, share_y, low_x, share_x = tile_at(
-        tl.program_id(0), map_height, map_width, scale_y, rest_y, scale_x, rest_x, offset_y, offset_x,
-        tiles_y, tiles_x, TILE_H, TILE_W,
+    geometry = (
+        (map_height, map_width), (height, width), (scale_y, rest_y, scale_x, rest_x), (offset_y, offset_x),
+        (tap_rows, tap_columns), (tiles_y, tiles_x),
     )  # fmt: skip
-    tile = (first_y, first_x, low_y, share_y, low_x, share_x)
+    strides = (stride_q, stride_y, stride_x)
+    image, y, x, tile = place_tile(tl.program_id(0), geometry, TILE_H, TILE_W)
     query, count, missing, top = _live_queries(
-        logits + image * stride_b, largest + image * ROWS, tile, stride_q, stride_y, stride_x,
-        num_queries, map_height, map_width, tap_rows, tap_columns, TAPS, QUERIES,
-    )  # fmt: skip
+        logits + image * stride_b, largest + image * ROWS, tile, strides, num_queries, geometry, TAPS, QUERIES
+    )
     doubts = 1
     if missing <= top * _MOST_MISSING:
         masks = masks_of_logits(
-            logits + image * stride_b, query, tl.arange(0, LIVE) < count, tile,
-            stride_q, stride_y, stride_x, map_height, map_width, tap_rows, tap_columns, TAPS,
-        )  # fmt: skip
+            logits + image * stride_b, query, tl.arange(0, LIVE) < count, tile, strides, geometry, TAPS
+        )
         value, label, runner_up = rank_classes(
-            (masks,), (query,), probabilities + image * (SPLIT + 1) * ROWS * padded_classes, ROWS, num_classes,
-            padded_classes, 1, CLASSES, SPLIT, True,
+            (masks,), query, probabilities + image * (SPLIT + 1) * ROWS * padded_classes, ROWS,
+            (num_classes, padded_classes), 1, CLASSES, SPLIT, True,
         )  # fmt: skip
-        target, inside = pixels_inside(image, y, x, height, width)
+        target, inside = pixels_inside(image, y, x, geometry)
         tl.store(labels + target, label.to(labels.dtype.element_ty), mask=inside)
         bar = (missing * _HALF_ROUNDING + _TINY) * (SCALE * SCALE) + value * _ROUNDING
         proven = (value >= 0.0) & ((runner_up < 0.0) | (value - runner_up > bar))  # not NaN; one class or a lead
@@ -165,13 +173,15 @@ def _unproven_kernel(
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, TAPS: tl.constexpr,
     QUERIES: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """All queries in one tile of the list; a loop over several would not fit the registers of every target."""
+    """Score all queries in one tile of the list; a loop over several tiles would not fit every target's registers."""
+    geometry = (
+        (map_height, map_width), (height, width), (scale_y, rest_y, scale_x, rest_x), (offset_y, offset_x),
+        (tap_rows, tap_columns), (tiles_y, tiles_x),
+    )  # fmt: skip
     if tl.program_id(0) < tl.load(unproven):
         classify_tile(
-            tl.load(unproven + 1 + tl.program_id(0)), labels, labels, labels, probabilities,
-            logits, stride_b, stride_q, stride_y, stride_x,
-            num_queries, num_classes, padded_classes, map_height, map_width, height, width,
-            scale_y, rest_y, scale_x, rest_x, offset_y, offset_x, tap_rows, tap_columns, tiles_y, tiles_x,
+            tl.load(unproven + 1 + tl.program_id(0)), (labels, labels, labels), probabilities,
+            logits, stride_b, (stride_q, stride_y, stride_x), num_queries, (num_classes, padded_classes), geometry,
             TILE_H, TILE_W, TAPS, QUERIES, GROUPS, CLASSES, SPLIT, False, False,
         )  # fmt: skip
 
@@ -179,12 +189,12 @@ def _unproven_kernel(
 def semantic_pruned(
     mask_logits: Tensor,  # [B, Q, h, w] float16, bfloat16 or float32, any strides
     class_logits: Tensor,  # [B, Q, K+1] floating, "no object" last
-    tiling: Tiling,  # not of no tiles
+    tiling: Tiling,  # of at least one tile
     labels: Tensor,  # [B, H, W] uint8 or int16, written
 ) -> Tensor:
-    """The labels that `semantic.semantic_from_logits` finds with all queries.
+    """Write the labels of `semantic.semantic_from_logits` with all queries.
 
-    -> [1 + tiles] int32, for tests: how many tiles took all queries, then which, in any order.
+    -> [1 + tiles] int32, for tests: the number of tiles that took all queries, then their indices, in any order.
     """
     dense, pruned = _constants(mask_logits)
     with torch.cuda.device_of(labels):
@@ -202,7 +212,7 @@ def semantic_pruned(
 
 
 def _constants(maps: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Compile-time constants of the kernel of all queries and of the pruning one."""
+    """Compile-time constants of the kernel of all queries and of the pruning kernel."""
     dense = constants_of(maps) | {"CLASSES": _CLASS_BLOCK}
     rows = dense["GROUPS"] * dense["QUERIES"]
     pruned = {**dense, "ROWS": rows, "QUERIES": triton.next_power_of_2(rows)}
@@ -211,7 +221,7 @@ def _constants(maps: Tensor) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def variants() -> list[KernelVariant]:
-    """What is compiled ahead of time: queries innermost, as a matrix product writes them; usual and most registers."""
+    """Specialisations to compile ahead of time: queries innermost, for the usual and the most registers."""
     found = []
     for dtype, queries in ((torch.float16, 128), (torch.float32, MAX_QUERIES)):
         dense, pruned = _constants(torch.empty(0, queries, dtype=dtype))

@@ -1,4 +1,4 @@
-"""What the kernels of semantic inference share: masks of a tile, the argmax over classes, how tiles cover an output."""
+"""Parts of the kernels of semantic inference: masks of a tile, the argmax over classes, the tiling of the output."""
 
 from __future__ import annotations
 
@@ -14,22 +14,34 @@ from maskformer_fast.kernels.resample import add_taps, axis_tiles, sigmoid, tap_
 from maskformer_fast.kernels.variant import KernelVariant
 
 MAX_QUERIES = 256
-"""A tile's masks of all queries are held in registers at once."""
+"""Most queries of a kernel: a tile's masks of all queries are in registers at once."""
 TILE_H, TILE_W = 8, 16
+"""Pixels of a tile."""
 TAP_BLOCK = 16
-"""Taps multiplied at once; a tile with more of them takes more rounds."""
+"""Taps multiplied at once; a tile with more taps takes more rounds."""
 QUERY_BLOCK = 64
 """Queries resampled at once."""
 CLASS_BLOCK = 32
 """Classes scored at once."""
 LAUNCH = {"num_warps": 8, "num_stages": 2}
-"""With these and the sizes above no target spills, nor lacks shared memory."""
+"""Options of every launch. With them and the sizes above no target spills registers or lacks shared memory."""
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+"""Types of logits and embeddings -> Triton's names."""
 SIZES = [
     "num_queries", "num_classes", "map_height", "map_width", "height", "width",
     "offset_y", "offset_x", "tap_rows", "tap_columns", "tiles_y", "tiles_x",
 ]  # fmt: skip
-"""Arguments of any value: a kernel of its own for a size of 1 would be compiled for nothing."""
+"""Arguments that are not specialised: a separate kernel for a size of 1 would be compiled without need."""
+
+
+# Helpers take related values as one tuple, which costs nothing in the compiled code. Parameters of the kernels stay
+# single values: compilation ahead of time and recorded launches describe a kernel's interface by them.
+#
+# geometry: map_size (height, width), output_size (height, width), scales (scale_y, rest_y, scale_x, rest_x), offsets
+#     (y, x), tap_counts (rows, columns of a tile), tile_counts (y, x); see `resample.AxisTiles`
+# tile: row and column of its first tap; for each pixel the tap before it and the share of the tap after it, along y, x
+# strides: stride_q, stride_y, stride_x of the logits
+# classes: num_classes, padded_classes
 
 
 @triton.jit
@@ -41,9 +53,28 @@ def halves(resampled):
 
 
 @triton.jit
-def load_taps(logits, query, present, tap, tile, stride_q, stride_y, stride_x, map_height, map_width, tap_columns):
-    """Logits [taps, queries] float32 of a tile, -inf for queries that are not present; the taps' rows and columns."""
+def place_tile(index, geometry, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Image of tile `index`, rows and columns of its pixels, the tile; see `resample.tile_at`."""
+    map_size, _, scales, offsets, _, tile_counts = geometry
+    map_height, map_width = map_size
+    scale_y, rest_y, scale_x, rest_x = scales
+    offset_y, offset_x = offsets
+    tiles_y, tiles_x = tile_counts
+    image, y, x, first_y, first_x, low_y, share_y, low_x, share_x = tile_at(
+        index, map_height, map_width, scale_y, rest_y, scale_x, rest_x, offset_y, offset_x, tiles_y, tiles_x,
+        TILE_H, TILE_W,
+    )  # fmt: skip
+    return image, y, x, (first_y, first_x, low_y, share_y, low_x, share_x)
+
+
+@triton.jit
+def load_taps(logits, query, present, tap, tile, strides, geometry):
+    """Logits of a tile's taps -> [taps, queries] float32, -inf for queries that are not present; rows, columns."""
     first_y, first_x, _, _, _, _ = tile
+    stride_q, stride_y, stride_x = strides
+    map_size, _, _, _, tap_counts, _ = geometry
+    map_height, map_width = map_size
+    _, tap_columns = tap_counts
     row, column = first_y + tap // tap_columns, first_x + tap % tap_columns
     place = tl.minimum(row, map_height - 1) * stride_y + tl.minimum(column, map_width - 1) * stride_x
     source = logits + query.to(tl.int64)[None, :] * stride_q + place[:, None]
@@ -56,16 +87,19 @@ def masks_of_logits(
     logits,  # [Q, h, w] of the tile's image
     query,  # [QUERIES] int32
     present,  # [QUERIES]: the masks of others are 0
-    tile, stride_q, stride_y, stride_x, map_height, map_width, tap_rows, tap_columns, TAPS: tl.constexpr,
-):  # fmt: skip
-    """Of some queries at a tile's pixels, as `halves`."""
+    tile,
+    strides,
+    geometry,
+    TAPS: tl.constexpr,
+):
+    """Masks of the given queries at a tile's pixels, as `halves`."""
     _, _, low_y, share_y, low_x, share_x = tile
+    _, _, _, _, tap_counts, _ = geometry
+    tap_rows, tap_columns = tap_counts
     resampled = tl.zeros((low_y.shape[0], query.shape[0]), tl.float32)
     for start in tl.range(0, tap_rows * tap_columns, TAPS):
         tap = start + tl.arange(0, TAPS)
-        values, row, column = load_taps(
-            logits, query, present, tap, tile, stride_q, stride_y, stride_x, map_height, map_width, tap_columns
-        )
+        values, row, column = load_taps(logits, query, present, tap, tile, strides, geometry)
         resampled = add_taps(resampled, tap_weights(row, column, low_y, share_y, low_x, share_x), values)
     return halves(resampled)
 
@@ -90,16 +124,18 @@ def _add_queries(
 @triton.jit
 def rank_classes(
     masks,  # GROUPS of [pixels, QUERIES], each a sum of two float16
-    queries,  # GROUPS of [QUERIES]: whose they are
+    queries,  # [QUERIES]: rows of the first group's probabilities; each further group's are the next QUERIES
     probabilities,  # [SPLIT + 1, num_rows, padded_classes] of the tile's image
-    num_rows, num_classes, padded_classes,
+    num_rows,
+    classes,
     GROUPS: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """Product with the probabilities by blocks of classes, running argmax.
+    """Multiply by the probabilities in blocks of classes, with a running argmax -> three values of each pixel.
 
-    -> for each pixel the best score, times SCALE twice, or -1 where all are NaN; its class, 0 there; with SECOND the
-    next score, -1 where there is none.
+    These are the best score times SCALE^2, or -1 where all are NaN; its class, 0 where all are NaN; with SECOND the
+    second score, -1 where there is none.
     """
+    num_classes, padded_classes = classes
     pixels: tl.constexpr = masks[0][0].shape[0]
     column = tl.arange(0, CLASSES)
     # Maxima are kept for every column of the block and reduced at the end. Scores are not negative, and NaN beats
@@ -107,10 +143,12 @@ def rank_classes(
     best = tl.full((pixels, CLASSES), -1.0, tl.float32)
     start_of_best = tl.zeros((pixels, CLASSES), tl.int32)
     second = tl.full((pixels, CLASSES), -1.0, tl.float32)
+    group_rows: tl.constexpr = masks[0][0].shape[1]
+    offsets = queries[:, None] * padded_classes + column[None, :]  # one tensor for all groups, which spares registers
     for start in tl.range(0, padded_classes, CLASSES):
         score = tl.zeros((pixels, CLASSES), tl.float32)
         for group in tl.static_range(GROUPS):
-            source = probabilities + start + queries[group][:, None] * padded_classes + column[None, :]
+            source = probabilities + (start + group * group_rows * padded_classes) + offsets
             score = _add_queries(score, masks[group], source, num_rows * padded_classes, SPLIT)
         if SECOND:  # the repeated last class would be its own runner-up
             score = tl.where((start + column < num_classes)[None, :], score, -1.0)
@@ -125,23 +163,28 @@ def rank_classes(
 
 
 @triton.jit
-def pixels_inside(image, y, x, height, width):
-    """Offsets of pixels in the results, and which of them exist."""
+def pixels_inside(image, y, x, geometry):
+    """Offsets of pixels in the results, and a flag for each pixel that is inside the output."""
+    _, output_size, _, _, _, _ = geometry
+    height, width = output_size
     return (image * height + y) * width + x, (y >= 0) & (y < height) & (x >= 0) & (x < width)
 
 
 @triton.jit
 def classify(
-    masks, queries, probabilities, num_rows, num_classes, padded_classes,
-    labels, scores, margins, image, y, x, height, width,
+    masks, queries, probabilities, num_rows, classes,  # as in `rank_classes`
+    results,  # labels, scores, margins, [B, H, W] each
+    image, y, x, geometry,
     GROUPS: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr, SCORES: tl.constexpr, MARGINS: tl.constexpr,
 ):  # fmt: skip
-    """`rank_classes`, stored."""
+    """Rank the classes and store the results of a tile."""
+    labels, scores, margins = results
+    _, padded_classes = classes
     value, label, runner_up = rank_classes(
-        masks, queries, probabilities + image * (SPLIT + 1) * num_rows * padded_classes, num_rows, num_classes,
-        padded_classes, GROUPS, CLASSES, SPLIT, MARGINS,
+        masks, queries, probabilities + image * (SPLIT + 1) * num_rows * padded_classes, num_rows, classes,
+        GROUPS, CLASSES, SPLIT, MARGINS,
     )  # fmt: skip
-    target, inside = pixels_inside(image, y, x, height, width)
+    target, inside = pixels_inside(image, y, x, geometry)
     tl.store(labels + target, label.to(labels.dtype.element_ty), mask=inside)
     if SCORES:
         tl.store(scores + target, tl.where(value < 0.0, float("nan"), value / (SCALE * SCALE)), mask=inside)
@@ -152,43 +195,43 @@ def classify(
 
 @triton.jit
 def classify_tile(
-    index, labels, scores, margins,  # [B, H, W]
+    index,
+    results,  # labels, scores, margins, [B, H, W] each
     probabilities,  # [B, SPLIT + 1, GROUPS * QUERIES, padded_classes]
-    logits, stride_b, stride_q, stride_y, stride_x,  # [B, Q, h, w]
-    num_queries, num_classes, padded_classes, map_height, map_width, height, width,
-    scale_y, rest_y, scale_x, rest_x, offset_y, offset_x, tap_rows, tap_columns, tiles_y, tiles_x,
+    logits,  # [B, Q, h, w]
+    stride_b,
+    strides,
+    num_queries,
+    classes,
+    geometry,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, TAPS: tl.constexpr,
     QUERIES: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr,
     SCORES: tl.constexpr, MARGINS: tl.constexpr,
 ):  # fmt: skip
-    """All queries and classes at the pixels of tile `index`, from logits."""
-    image, y, x, first_y, first_x, low_y, share_y, low_x, share_x = tile_at(
-        index, map_height, map_width, scale_y, rest_y, scale_x, rest_x, offset_y, offset_x, tiles_y, tiles_x,
-        TILE_H, TILE_W,
-    )  # fmt: skip
-    tile = (first_y, first_x, low_y, share_y, low_x, share_x)
-    masks, queries = (), ()
+    """Score all queries and classes at the pixels of tile `index`, from logits."""
+    image, y, x, tile = place_tile(index, geometry, TILE_H, TILE_W)
+    masks = ()
     for group in tl.static_range(GROUPS):
         query = group * QUERIES + tl.arange(0, QUERIES)
-        queries += (query,)
-        masks += (masks_of_logits(
-            logits + image * stride_b, query, query < num_queries, tile,
-            stride_q, stride_y, stride_x, map_height, map_width, tap_rows, tap_columns, TAPS,
-        ),)  # fmt: skip
+        masks += (
+            masks_of_logits(logits + image * stride_b, query, query < num_queries, tile, strides, geometry, TAPS),
+        )
     classify(
-        masks, queries, probabilities, GROUPS * QUERIES, num_classes, padded_classes,
-        labels, scores, margins, image, y, x, height, width, GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
+        masks, tl.arange(0, QUERIES), probabilities, GROUPS * QUERIES, classes, results, image, y, x, geometry,
+        GROUPS, CLASSES, SPLIT, SCORES, MARGINS,
     )  # fmt: skip
 
 
 class Tiling(NamedTuple):
+    """Tiles that cover the output."""
+
     tiles: int
-    taps: int  # that one of them reads
+    taps: int  # of one tile
     arguments: tuple[int | float, ...]  # of the kernels, from `height` to `tiles_x`
 
 
 def plan_tiles(maps: Tensor, map_size: torch.Size, extent: tuple[float, float], labels: Tensor) -> Tiling:
-    """Check what would otherwise fail silently; how tiles cover the output."""
+    """Check what would otherwise fail silently, and choose the tiles."""
     if maps.dtype not in ELEMENTS:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, ELEMENTS))}, got {maps.dtype}")
     if maps.shape[1] > MAX_QUERIES:
@@ -224,7 +267,7 @@ def constants_of(maps: Tensor) -> dict[str, int]:
 def kernel_variant(
     name: str, kernel: Any, dtype: torch.dtype, constants: dict[str, int], labels: str = "*u8"
 ) -> KernelVariant:
-    """A kernel for masks of `dtype`. `labels` is Triton's type of them, ``*u8`` or ``*i16``."""
+    """A kernel for masks of `dtype`; `labels` is Triton's type of the labels, ``*u8`` or ``*i16``."""
     types = {
         "labels": labels, "probabilities": "*fp16", "unproven": "*i32",
         **dict.fromkeys(("logits", "embeddings", "pixels"), f"*{ELEMENTS[dtype]}"),

@@ -1,4 +1,4 @@
-"""What a kernel module says of the specialisations that are compiled ahead of time."""
+"""Specialisations of kernels for compilation ahead of time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ class KernelVariant:
     """A Triton kernel with the types of its arguments and the values of its compile-time constants."""
 
     name: str
-    """Unique among all kernels; not the symbol in the cubin, which is the function's name."""
+    """Name, unique among all kernels. The symbol in the cubin is the function's name."""
     kernel: Any
     """Function decorated with ``triton.jit``."""
     arguments: dict[str, str]
     """Run-time arguments in the function's order -> Triton's name of the type: ``*fp16``, ``i32``, ``fp32``."""
     constants: dict[str, Any] = field(default_factory=dict)
-    """``tl.constexpr`` arguments."""
+    """``tl.constexpr`` arguments and their values."""
     num_warps: int = 4
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
-    """Run-time arguments that are always multiples of 16: addresses in bytes, integers as they are."""
+    """Run-time arguments that are always multiples of 16: addresses in bytes, integers by value."""

@@ -120,7 +120,8 @@ def run_command(main: Callable[[], int | None], *expected: type[Exception]) -> N
         with cli_errors(*expected):
             status = main()
     finally:
-        _flush_output()
+        with cli_errors():  # a full disk
+            _flush_output()
     sys.exit(status or 0)
 
 

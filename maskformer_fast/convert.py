@@ -1,4 +1,4 @@
-"""``python -m maskformer_fast.convert SOURCE DEST``: weights of other implementations become ours, and ours theirs."""
+"""``python -m maskformer_fast.convert SOURCE DEST`` converts weights of other implementations to ours and back."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from maskformer_fast.modeling.weights import FORMAT, WEIGHTS_NAME, load_into, lo
 logger = logging.getLogger(__name__)
 
 BACKBONE_FORMAT = "maskformer_fast/backbone/1"
-"""In the header of a backbone's own file, which `checkpoint.load_backbone` takes."""
-_NO_FILE = (".pth", ".pt", ".pkl", ".bin", ".json")
+"""Format in the header of a backbone's own file, which `modeling.weights.load_backbone` reads."""
+_OTHER_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".json")
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,28 @@ class ConvertOptions:
     """Convert weights of other implementations to ours, or ours to Hugging Face's. Nothing in a file is ever run.
 
     SOURCE is an official checkpoint (.pkl, .pth), a Hugging Face folder (config.json beside its weights), a checkpoint
-    of ours, or an ImageNet backbone: detectron2's or torchvision's ResNet, a Swin Transformer of its authors. What it
-    is, and its architecture, is read off its contents; any tensor that is missing, unknown or misshapen is an error.
+    of ours, or an ImageNet backbone: detectron2's or torchvision's ResNet, a Swin Transformer of its authors. Its
+    contents decide its kind and its architecture. Any tensor that is missing, unknown or misshapen is an error.
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """File or folder to convert."""
     dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")]
-    """A .safetensors file, or a folder for model.safetensors. It must not exist yet."""
+    """A .safetensors file, or a folder for model.safetensors. The file must not exist yet."""
     to: Literal["ours", "huggingface"] = "ours"
     """``huggingface`` writes a folder that transformers loads."""
     num_heads: int | None = None
     """Attention heads of the transformer decoder and encoder, which official weights do not show; default: 8."""
     things: tuple[str, ...] | None = None
-    """Classes that are things, as ``0-79`` or ``0 1 5``; default: those of the published data set that has as many
-    classes (ADE20K 150, COCO panoptic 133, ...), otherwise none."""
+    """Classes that are things, as ``0-79`` or ``0 1 5``; default: those of the published data set with as many classes
+    (ADE20K 150, COCO panoptic 133, ...), otherwise none."""
     verify: str | None = None
-    """Recorded outputs (case.pt, synth.pt or their folder) to compare with what was written. Prints one JSON object
-    with the largest difference of each quantity; the exit status is 1 if one is beyond its tolerance."""
+    """Recorded outputs (case.pt, synth.pt or their folder) to compare with the written model. One JSON object with the
+    largest difference of each quantity is printed; the exit status is 1 if one is beyond its tolerance."""
 
 
 class Converted(NamedTuple):
-    """A whole model, in our names."""
+    """A model under our names."""
 
     kind: str
     weights: Mapping[str, Tensor]
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise FileNotFoundError(f"verify: expected recorded outputs, found nothing at {options.verify}")
     source = read_source(options)
     if isinstance(source, Converted):
-        if options.verify:  # one that does not fit is refused before anything is written
+        if options.verify:  # recordings of another model are refused before anything is written
             check_recordings(source, options.verify)
         write_model(source, target, options.to)
         summarize(source, report)
@@ -107,11 +107,11 @@ def destination(options: ConvertOptions) -> Path:
 
     Raises:
         FileExistsError: it exists.
-        ValueError: a name that weights of ours do not have.
+        ValueError: a suffix that our weights do not have.
     """
     target = Path(options.dest)
     if options.to == "ours":
-        check(target.suffix not in _NO_FILE, "dest", "a .safetensors file or a folder", options.dest)
+        check(target.suffix not in _OTHER_SUFFIXES, "dest", "a .safetensors file or a folder", options.dest)
         if target.suffix != ".safetensors":
             target = target / WEIGHTS_NAME
         exists = target.exists()
@@ -123,13 +123,13 @@ def destination(options: ConvertOptions) -> Path:
 
 
 def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor], BackboneConfig]:
-    """Find out what the source is and read it: a whole model, or a backbone's weights with its preset.
+    """Determine the kind of the source and read it: a model, or a backbone's weights with its preset.
 
     Raises:
-        FileNotFoundError: there is nothing, or a folder without weights.
+        FileNotFoundError: the source does not exist, or is a folder without weights.
         ConvertError: unknown, damaged or refused contents (a ``ValueError``).
         CheckpointError: a damaged checkpoint of ours.
-        ValueError: options that do not go with the source.
+        ValueError: options that do not apply to the source.
     """
     path = Path(options.source)
     if not path.exists():
@@ -166,7 +166,7 @@ def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor],
 
 
 def check_recordings(source: Converted, path: str) -> None:
-    """Check that recorded outputs can be read and are of such a model.
+    """Check that recorded outputs can be read and belong to such a model.
 
     Raises:
         ValueError: a model without queries, or recordings that are damaged or of another number of classes.
@@ -178,11 +178,11 @@ def check_recordings(source: Converted, path: str) -> None:
 
 
 def write_model(source: Converted, target: Path, to: str) -> None:
-    """Write a checkpoint of ours, or a Hugging Face folder: whole, or not at all.
+    """Write a checkpoint of ours, or a Hugging Face folder, completely or not at all.
 
     Raises:
         OSError: the disk is full or cannot be written.
-        ConvertError: Hugging Face has no such model.
+        ConvertError: Hugging Face's MaskFormer cannot express the model.
     """
     if to == "huggingface":
         write_folder(target, source.weights, source.config, source.metadata)
@@ -203,7 +203,7 @@ def write_backbone(weights: Mapping[str, Tensor], config: BackboneConfig, target
 
 
 def read_back(target: Path, to: str) -> nn.Module:
-    """What was written, as a network on the CPU."""
+    """Load the written model as a network on the CPU."""
     if to == "ours":
         return load_network(target, "cpu").network
     model = read_folder(target)
@@ -213,7 +213,7 @@ def read_back(target: Path, to: str) -> nn.Module:
 
 
 def summarize(source: Converted, report: Callable[[str], object]) -> None:
-    """Say in a few lines what the source was found to be."""
+    """Report kind, architecture, classes and size of the source in a few lines."""
     model, metadata = source.config.model, source.metadata
     decoder, encoder = model.decoder, model.pixel_decoder.encoder_layers
     names = ", ".join(metadata.class_names[:3])
@@ -229,13 +229,13 @@ def summarize(source: Converted, report: Callable[[str], object]) -> None:
 
 
 def describe_backbone(config: BackboneConfig) -> str:
-    """The preset's name and what departs from it."""
-    departs = [f"{name} {value}" for name, value in dataclasses.asdict(config).items() if value and name != "name"]
-    return config.name + (f" ({', '.join(departs)})" if departs else "")
+    """Name of the preset, and the fields that differ from it."""
+    different = [f"{name} {value}" for name, value in dataclasses.asdict(config).items() if value and name != "name"]
+    return config.name + (f" ({', '.join(different)})" if different else "")
 
 
 def parameters(weights: Mapping[str, Tensor]) -> str:
-    """How much there is."""
+    """Number of parameters and tensors."""
     return f"{sum(tensor.numel() for tensor in weights.values()) / 1e6:.2f} million in {len(weights)} tensors"
 
 
@@ -252,7 +252,7 @@ def _with_classes(
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file has the header of our checkpoints; damaged ones are left to who reads them."""
+    """Whether a file has the header of our checkpoints; False for damaged files, whose reading raises the error."""
     try:
         with safe_open(str(path), framework="pt") as reader:
             return (reader.metadata() or {}).get("format") == FORMAT
@@ -265,14 +265,14 @@ def _refuse(name: str, value: object, source: str) -> None:
 
 
 def _filled(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A module from the meta device with weights that are known to fit, in its own order and types."""
-    own = network.state_dict()
-    network.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, assign=True)
+    """Fill a module from the meta device with checked weights, in the module's order and types."""
+    state = network.state_dict()
+    network.load_state_dict({name: weights[name].to(tensor.dtype) for name, tensor in state.items()}, assign=True)
     return network
 
 
 def _write(target: Path, write: Callable[[str], None]) -> None:
-    """Have a safetensors file written under a temporary name, and put it in its place when it is whole."""
+    """Let a function write a safetensors file under a temporary name, and rename it when it is complete."""
     try:
         with atomic_write(target) as file:
             write(file.name)

@@ -152,7 +152,7 @@ def check_test(test: TestConfig) -> None:
 
 
 def compile_kernels(manifest: Manifest, frames: Sequence[Shape], options: ExportOptions) -> dict[str, bytes]:
-    """Launch tapes and cubins -> files for the bundle."""
+    """Record launches and compile their kernels -> files for the bundle."""
     from maskformer_fast.deploy.build.record_launches import compile_launches, record_launches
 
     logger.info("compiling kernels for %s", ", ".join(options.target))

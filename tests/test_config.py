@@ -1,4 +1,4 @@
-"""The configuration refuses what cannot work, and its plain form reads back; the command line overrides it."""
+"""Configuration: checks, plain form, overrides on the command line; and exit statuses of commands."""
 
 from __future__ import annotations
 
@@ -137,17 +137,17 @@ def test_a_saved_configuration_reads_back_identically(config: Config, tmp_path_f
     assert from_dict(to_plain(config)) == config
 
 
-def test_tuples_become_lists_in_the_plain_form() -> None:
+def test_the_plain_form_of_tuples_is_lists() -> None:
     assert to_plain(Config())["data"]["augment"]["crop_size"] == [512, 512]
     assert yaml.safe_load(yaml.safe_dump(to_plain(Config()))) == to_plain(Config())
 
 
 @pytest.mark.parametrize("written", ["1e-3", "1.0e-3", "0.001", "!!float 1e-3"])
-def test_floats_in_any_yaml_spelling(written: str) -> None:
+def test_floats_are_read_in_every_spelling_of_yaml(written: str) -> None:
     assert from_dict(yaml.safe_load(f"solver: {{lr: {written}}}")).solver.lr == 1e-3
 
 
-def test_an_integer_is_a_float_where_one_is_expected() -> None:
+def test_an_integer_in_a_float_field_becomes_a_float() -> None:
     lr = from_dict({"solver": {"lr": 1}}).solver.lr
     assert lr == 1.0 and isinstance(lr, float)
 
@@ -189,17 +189,17 @@ def test_plain_data_must_be_a_mapping() -> None:
 # Command line
 
 
-def test_no_argument_is_the_demo() -> None:
+def test_without_arguments_the_recipe_is_the_demo() -> None:
     assert parse_config([]) == load_recipe("demo")
 
 
 @pytest.mark.parametrize("arguments", [["--config", "ade20k_150/maskformer_r50"],
                                        ["--config=demo", "--config=ade20k_150/maskformer_r50"]])
-def test_a_recipe_is_chosen(arguments: list[str]) -> None:
+def test_config_chooses_a_recipe(arguments: list[str]) -> None:
     assert parse_config(arguments) == load_recipe("ade20k_150/maskformer_r50")
 
 
-def test_overrides_of_every_kind() -> None:
+def test_options_override_the_recipe() -> None:
     demo = load_recipe("demo")
     config = parse_config(
         words(
@@ -215,13 +215,13 @@ def test_overrides_of_every_kind() -> None:
     assert config.model == demo.model and config.loss == demo.loss and config.log == demo.log
 
 
-def test_flags_and_none_switch_off() -> None:
+def test_negated_flags_and_none_turn_settings_off() -> None:
     config = parse_config(words("--config ade20k_150/maskformer_r50 --data.augment.crop-size None "
                                 "--test.short-edge None --data.augment.no-flip"))
     assert config.data.augment.crop_size is None and config.test.short_edge is None and not config.data.augment.flip
 
 
-def test_another_backbone_drops_what_the_recipe_says_of_its_own() -> None:
+def test_another_backbone_drops_the_recipes_backbone_settings() -> None:
     config = parse_config(words("--config ade20k_150/maskformer_r50 --model.backbone.name swin_tiny "
                                 "--model.backbone.window-size 12"))
     assert config.model.backbone == BackboneConfig("swin_tiny", window_size=12)
@@ -242,7 +242,7 @@ def test_another_backbone_drops_what_the_recipe_says_of_its_own() -> None:
         ("--config nowhere.yaml", "error: nowhere.yaml: no such recipe file"),
     ],
 )
-def test_mistakes_end_with_status_2_and_a_message(
+def test_wrong_options_end_with_status_2_and_a_message(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -262,14 +262,14 @@ def test_help_shows_options_with_the_recipes_values(capsys: pytest.CaptureFixtur
         assert part in text
 
 
-def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_recipes_prints_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse_config(["--list-recipes"])
     assert stopped.value.code == 0
     assert "cityscapes_19/maskformer_r101c" in capsys.readouterr().out.splitlines()
 
 
-def test_a_command_adds_options_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_has_its_own_options_beside_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     options = parse_command(Options, words("--seed 3 --resume --config demo"), prog="train")
     assert options == Options(dataclasses.replace(load_recipe("demo"), seed=3), resume=True)
     with pytest.raises(SystemExit):
@@ -298,13 +298,13 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [(None, 0), (0, 0), (1, 1)])
-def test_a_commands_status_is_the_programs(status: int | None, code: int) -> None:
+def test_the_exit_status_is_that_of_the_command(status: int | None, code: int) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: status)
     assert stopped.value.code == code
 
 
-def test_an_interrupt_has_the_shells_status() -> None:
+def test_an_interrupted_command_has_exit_status_130() -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
@@ -347,13 +347,13 @@ def test_a_broken_pipe_of_another_process_is_an_error(capsys: pytest.CaptureFixt
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: of a worker\n"
 
 
-def test_the_leading_path() -> None:
+def test_the_leading_path_is_the_first_argument() -> None:
     assert leading_path(["runs/demo", "--limit", "3"]) == "runs/demo"
     assert leading_path([]) is None and leading_path(["--limit", "3", "--help"]) is None
     with pytest.raises(ValueError, match=r"first argument: expected the checkpoint, .* got '--limit'"):
         leading_path(["--limit", "3", "runs/demo"])
 
 
-def test_options_default_to_the_class_or_to_what_is_given() -> None:
+def test_options_default_to_the_class_or_to_the_given_object() -> None:
     assert parse(TestConfig, ["--top-k", "5"], prog="x") == TestConfig(top_k=5)
     assert parse(TestConfig, ["--flip"], prog="x", default=TestConfig(top_k=7)) == TestConfig(top_k=7, flip=True)

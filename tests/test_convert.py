@@ -1,4 +1,4 @@
-"""The converter as a user calls it: official files and backbones in, checkpoints of ours out, or a clear refusal."""
+"""The command convert: official files and backbones become checkpoints of ours, or are refused with a reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL = ModelConfig(
 
 
 def official(config: ModelConfig) -> dict[str, Tensor]:
-    """Random weights under the official names."""
+    """File of random weights under the official names."""
     torch.manual_seed(3)
     weights = build_model(config).state_dict()
     theirs = {n if n.startswith("backbone.") else f"sem_seg_head.{n}": t for n, t in weights.items()}
@@ -91,11 +91,11 @@ def test_recorded_models_convert_load_and_predict(name: str, tmp_path: Path, cap
     ("name", "ending", "preset", "classes"),
     [
         ("r50_ade", "pkl", "resnet50", "ade20k_150"),
-        ("swint_ade", "pth", "swin_tiny", "ade20k_150"),
-        ("r50_coco_panoptic", "pth", "resnet50", "coco_panoptic_133"),
+        pytest.param("swint_ade", "pth", "swin_tiny", "ade20k_150", marks=pytest.mark.slow),
+        pytest.param("r50_coco_panoptic", "pth", "resnet50", "coco_panoptic_133", marks=pytest.mark.slow),
     ],
 )
-def test_full_size_models_convert(name: str, ending: str, preset: str, classes: str, tmp_path: Path) -> None:
+def test_models_of_full_size_convert(name: str, ending: str, preset: str, classes: str, tmp_path: Path) -> None:
     shapes = json.loads((ORACLES / "state_dict_keys.json").read_text())[name]
     generator = torch.Generator().manual_seed(0)
     theirs = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
@@ -126,7 +126,7 @@ def test_a_recipe_takes_the_backbone_of_a_converted_model(tmp_path: Path, source
         assert torch.equal(weights[f"backbone.{name}"], tensor)
 
 
-def test_imagenet_backbone(tmp_path: Path, capsys: Any) -> None:
+def test_an_imagenet_backbone_converts(tmp_path: Path, capsys: Any) -> None:
     weights = {n.removeprefix("backbone."): t for n, t in official(SMALL).items() if n.startswith("backbone.")}
     for index in range(4):
         del weights[f"norm{index}.weight"], weights[f"norm{index}.bias"]
@@ -154,7 +154,7 @@ def test_the_weight_of_no_object_goes_to_the_configuration(tmp_path: Path) -> No
     assert load_weights(tmp_path / "ours").config.loss.no_object_weight == 0.3
 
 
-def test_things(tmp_path: Path, source: Path) -> None:
+def test_things_are_those_of_the_option(tmp_path: Path, source: Path) -> None:
     assert run(source, tmp_path / "a", "--num-heads", 4, "--things", "1-2", "4") == 0
     assert load_weights(tmp_path / "a").metadata.is_thing == (False, True, True, False, True)
     assert run(tmp_path / "a", tmp_path / "b", "--things") == 0, "a checkpoint of ours, with other things"
@@ -180,7 +180,7 @@ def test_nothing_is_overwritten(existing: str, tmp_path: Path, source: Path) -> 
     assert target.read_text() == "precious"
 
 
-def test_a_folder_with_other_files_is_a_destination(tmp_path: Path, source: Path) -> None:
+def test_a_folder_with_other_files_may_be_the_destination(tmp_path: Path, source: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/notes.txt").write_text("mine")
     assert run(source, tmp_path / "folder") == 0
@@ -188,7 +188,7 @@ def test_a_folder_with_other_files_is_a_destination(tmp_path: Path, source: Path
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.pkl", "model.bin"])
-def test_destinations_that_are_no_safetensors(name: str, tmp_path: Path, source: Path) -> None:
+def test_destinations_of_other_formats_are_refused(name: str, tmp_path: Path, source: Path) -> None:
     with pytest.raises(ValueError, match="dest: expected a .safetensors file or a folder"):
         run(source, tmp_path / name)
 
@@ -248,8 +248,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, source: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["small.pkl"]
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
-def test_from_a_shell(tmp_path: Path, source: Path) -> None:
+def test_the_command_runs_in_a_shell(tmp_path: Path, source: Path) -> None:
     def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "maskformer_fast.convert", *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -278,7 +279,7 @@ def test_half_and_double_precision_become_float32(tmp_path: Path) -> None:
 
 
 @needs_oracles
-def test_verification_tells_right_from_wrong(tmp_path: Path, capsys: Any) -> None:
+def test_verification_fails_for_wrong_weights(tmp_path: Path, capsys: Any) -> None:
     folder = ORACLES / "r50_ade_tiny"
     for heads, status in ((4, 0), (8, 1)):
         dest = tmp_path / f"{heads}.safetensors"
@@ -288,7 +289,7 @@ def test_verification_tells_right_from_wrong(tmp_path: Path, capsys: Any) -> Non
         assert dest.exists()
     with pytest.raises(FileNotFoundError, match="expected recorded outputs"):
         run(folder / "model.pkl", tmp_path / "x.safetensors", "--verify", tmp_path / "absent.pt")
-    # A recording that is none, of another model, or for a network without queries is seen before anything is written.
+    # Recordings that are damaged or of another model are refused before anything is written.
     (tmp_path / "text.pt").write_text("none")
     other = ORACLES / "r50_coco_panoptic_tiny/case.pt"
     write_pickle(tmp_path / "plain.pkl", official(replace(SMALL, type="per_pixel")))
@@ -311,7 +312,7 @@ def test_tensors_that_share_memory_convert(tmp_path: Path) -> None:
     assert torch.equal(load_weights(tmp_path / "ours").weights["pixel_decoder.layer_2.norm.weight"], one)
 
 
-def test_there_and_back_through_hugging_face(tmp_path: Path) -> None:
+def test_weights_are_equal_after_conversion_to_hugging_face_and_back(tmp_path: Path) -> None:
     config = replace(SMALL, backbone=replace(SMALL.backbone, depths=(2, 2, 2, 2)))
     write_pickle(tmp_path / "model.pkl", official(config))
     assert run(tmp_path / "model.pkl", tmp_path / "ours", "--num-heads", 4) == 0

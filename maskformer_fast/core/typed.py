@@ -12,12 +12,12 @@ import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from maskformer_fast.core.checks import check
 
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
 """Names of the types of single values in errors."""
-_MAX_SHOWN = 200
-"""Characters of a wrong value that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TypedReader:
     locate_checks: bool = False
     """Errors of a dataclass's own checks get the dotted key of the object in front."""
 
-    def read(self, kind: Any, value: object, key: str) -> Any:
+    def read(self, kind: Any, value: Any, key: str) -> Any:
         """Value of a declared type from plain containers.
 
         Args:
@@ -53,18 +53,16 @@ class TypedReader:
         if origin is tuple:
             return self._read_tuple(arguments, value, key)
         if origin is dict:
-            if not isinstance(value, Mapping):
-                self._fail(key, "a mapping", value)
+            check(isinstance(value, Mapping), key, "a mapping", value, self.error)
             return {name: self.read(arguments[1], item, _dotted(key, name)) for name, item in value.items()}
         if origin is Literal:
-            if not isinstance(value, str) or value not in arguments:
-                self._fail(key, f"one of {', '.join(map(repr, arguments))}", value)
+            known = isinstance(value, str) and value in arguments
+            check(known, key, f"one of {', '.join(map(repr, arguments))}", value, self.error)
             return value
         return self._read_single(kind, value, key)
 
-    def _read_object(self, kind: Any, value: object, key: str) -> Any:
-        if not isinstance(value, Mapping):
-            self._fail(key, "a mapping", value)
+    def _read_object(self, kind: Any, value: Any, key: str) -> Any:
+        check(isinstance(value, Mapping), key, "a mapping", value, self.error)
         hints = _field_types(kind)
         for name in value:
             if name not in hints:
@@ -82,36 +80,30 @@ class TypedReader:
                 raise
             raise self.error(_dotted(key, error)) from None
 
-    def _read_union(self, kinds: tuple[Any, ...], value: object, key: str) -> Any:
+    def _read_union(self, kinds: tuple[Any, ...], value: Any, key: str) -> Any:
         if value is None and type(None) in kinds:
             return None
         others = [kind for kind in kinds if kind is not type(None)]
         if len(others) == 1:
             return self.read(others[0], value, key)
-        if type(value) not in others:
-            self._fail(key, " or ".join(_WORDS[kind] for kind in kinds), value)
+        check(type(value) in others, key, " or ".join(_WORDS[kind] for kind in kinds), value, self.error)
         return self._read_single(type(value), value, key)
 
-    def _read_tuple(self, kinds: tuple[Any, ...], value: object, key: str) -> tuple[Any, ...]:
+    def _read_tuple(self, kinds: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
         any_length = kinds[-1] is Ellipsis
-        if not isinstance(value, (list, tuple)) or not (any_length or len(value) == len(kinds)):
-            self._fail(key, "a list" if any_length else f"a list of {len(kinds)}", value)
+        fits = isinstance(value, (list, tuple)) and (any_length or len(value) == len(kinds))
+        check(fits, key, "a list" if any_length else f"a list of {len(kinds)}", value, self.error)
         item_kinds = kinds[:1] * len(value) if any_length else kinds
         items = enumerate(zip(item_kinds, value, strict=True))
         return tuple(self.read(kind, item, f"{key}[{index}]") for index, (kind, item) in items)
 
-    def _read_single(self, kind: Any, value: object, key: str) -> Any:
+    def _read_single(self, kind: Any, value: Any, key: str) -> Any:
         if kind is float and self.convert_floats:
             value = _as_float(value)
         # By type and not by isinstance: a bool is no number here.
-        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-            self._fail(key, _WORDS[kind], value)
+        fits = type(value) is kind and (kind is not float or math.isfinite(value))
+        check(fits, key, _WORDS[kind], value, self.error)
         return value
-
-    def _fail(self, key: str, expected: str, got: object) -> NoReturn:
-        shown = repr(got)
-        shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
-        raise self.error(f"{key}: expected {expected}, got {shown}")
 
 
 def to_plain(value: Any, kind: Any = None) -> Any:

@@ -32,7 +32,7 @@ class BrokenExampleError(ValueError):
 
     @property
     def reason(self) -> str:
-        """What is wrong with the file."""
+        """Problem with the file."""
         return self.args[1]
 
     def __str__(self) -> str:

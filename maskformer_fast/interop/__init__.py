@@ -1,1 +1,1 @@
-"""Weights in the layouts of other implementations: the official detectron2 files and Hugging Face's folders."""
+"""Weights of other implementations: official detectron2 files, Hugging Face's folders and ImageNet backbones."""

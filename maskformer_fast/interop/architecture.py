@@ -1,14 +1,14 @@
-"""Which network a set of weights belongs to, read off its names and shapes, and the strict check that it fits.
+"""Inference of the network's architecture from names and shapes of weights, and the strict check that they match.
 
-Every size is put to the vote among all tensors that show it, so that one misshapen tensor is reported as such and does
-not bend the architecture to itself. What no tensor shows has the official default:
+Every size is the most frequent value among all tensors that show it. So one misshapen tensor is reported as such and
+does not change the architecture. Properties that no tensor shows have the official defaults:
 
-- attention heads of the transformers: 8, unless told otherwise (Swin's are in its position bias tables);
-- groups of the pixel decoder's norms: 32; dropout: 0.1; stochastic depth of Swin: its preset's;
-- padding: to a multiple of 32 for the semantic models, none for those with an encoder and the per-pixel baselines;
-- BatchNorm: trained where the weights count its batches (``num_batches_tracked``), as Hugging Face's do, frozen where
-  they do not, as in the published official models. Inference is the same.
-- ResNet with three convolutions in its stem: dilated res5 ("multi-grid"), as the published ResNet-101c has it.
+- attention heads of the transformers: 8, unless given (Swin's are in its position bias tables);
+- groups of the pixel decoder's norms: 32; dropout: 0.1; stochastic depth of Swin: that of its preset;
+- padding: to a multiple of 32 for the semantic models, none for models with an encoder and per-pixel baselines;
+- BatchNorm: trained where the weights count its batches (``num_batches_tracked``), as Hugging Face's do; frozen where
+  they do not, as in the published official models. Inference is the same;
+- ResNet with three convolutions in its stem: dilated res5 ("multi-grid"), as in the published ResNet-101c.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ModelType = Literal["maskformer", "per_pixel", "per_pixel_plus"]
 
 
 class Shapes:
-    """Shapes of tensors by name, and questions about them."""
+    """Shapes of tensors by name, with queries by patterns of names."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -47,9 +47,9 @@ class Shapes:
         return any(re.match(pattern, name) for name in self.shapes)
 
     def size(self, *where: tuple[str, int], default: int = 0, known: Sequence[int] = ()) -> int:
-        """Most frequent size among the dimensions of the tensors whose full names match, and what is known otherwise.
+        """Most frequent size among dimensions of tensors whose names match patterns fully, and the ``known`` sizes.
 
-        ``default`` without any.
+        Without any size it is ``default``.
         """
         votes = Counter(known)
         for pattern, dimension in where:
@@ -59,12 +59,12 @@ class Shapes:
         return votes.most_common(1)[0][0] if votes else default
 
     def count(self, pattern: str) -> int:
-        """One more than the largest index that the pattern's group captures at a name's start; 0 without any.
+        """One more than the largest index that the pattern's group captures at the start of a name; 0 without any.
 
-        No more than there are tensors, lest a false name asks for a network without end.
+        The count is limited by the number of tensors, so that a wrong name cannot demand an endless network.
         """
-        found = (re.match(pattern, name) for name in self.shapes)
-        return min(max((int(match[1]) + 1 for match in found if match), default=0), len(self.shapes))
+        matches = (re.match(pattern, name) for name in self.shapes)
+        return min(max((int(match[1]) + 1 for match in matches if match), default=0), len(self.shapes))
 
 
 def infer_model(
@@ -77,17 +77,17 @@ def infer_model(
     pixel_mean: tuple[float, float, float] | None = None,
     pixel_std: tuple[float, float, float] | None = None,
 ) -> ModelConfig:
-    """Architecture of a whole model's weights under our names.
+    """Infer the architecture of a model from its weights under our names.
 
     Args:
-        weights: name -> tensor; only shapes count.
-        source: what messages call the weights, usually a path.
-        num_heads: of the transformer decoder and encoder; ``None`` is the official 8.
-        num_classes: known otherwise (from the official criterion's weights); it also says that this is a MaskFormer.
+        weights: name -> tensor; only shapes are read.
+        source: name of the weights in messages, usually a path.
+        num_heads: heads of the transformer decoder and encoder; ``None`` is the official 8.
+        num_classes: number of classes by the official criterion's weights, if present. They also show a MaskFormer.
         size_divisibility, pixel_mean, pixel_std: as in `ModelConfig`; ``None`` is the official value.
 
     Raises:
-        ConvertError: no such network, or sizes that the configuration refuses.
+        ConvertError: weights of another network, or sizes that the configuration refuses.
     """
     shapes = Shapes(weights)
     kind = _model_type(shapes, num_classes is not None, source)
@@ -122,30 +122,30 @@ def infer_model(
 
 
 def infer_backbone(weights: Mapping[str, Tensor], prefix: str = "", source: object = "weights") -> BackboneConfig:
-    """Backbone of weights under our names: the preset that has its shape, or the nearest with what departs from it.
+    """Infer a backbone from its weights under our names: the nearest preset, and the fields that differ from it.
 
     Raises:
         ConvertError: neither a bottleneck ResNet nor a Swin Transformer.
     """
     shapes = Shapes({name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)})
     if shapes.has(r"(patch_embed|layers)\."):
-        found = _swin(shapes)
+        fields = _swin(shapes)
     elif shapes.has(r"(stem|res\d)\."):
         if not shapes.has(r"res\d\.\d+\.conv3\."):
             raise ConvertError(f"{source}: backbone: expected a ResNet of bottleneck blocks (50 layers or more), "
                                "got one of basic blocks")
-        found = _resnet(shapes)
+        fields = _resnet(shapes)
     else:
         listed = ", ".join(list(shapes.shapes)[:3]) or "no tensor"
         raise ConvertError(f"{source}: backbone: expected tensors of a ResNet or a Swin Transformer, got {listed}")
-    return nearest_preset(found)
+    return nearest_preset(fields)
 
 
 def meta_model(config: ModelConfig, source: object) -> nn.Module:
-    """The network without memory for its weights, to compare names and shapes with.
+    """Build a network on the meta device, without memory for weights, for comparisons of names and shapes.
 
     Raises:
-        ConvertError: sizes that do not make a network.
+        ConvertError: sizes from which no network can be built.
     """
     try:
         with torch.device("meta"):
@@ -155,7 +155,7 @@ def meta_model(config: ModelConfig, source: object) -> nn.Module:
 
 
 def meta_backbone(config: BackboneConfig, source: object) -> nn.Module:
-    """As `meta_model`, of a backbone alone."""
+    """Build a backbone as `meta_model` builds a network."""
     try:
         with torch.device("meta"):
             return build_backbone(config)
@@ -166,32 +166,32 @@ def meta_backbone(config: BackboneConfig, source: object) -> nn.Module:
 def check_fit(
     module: nn.Module, renamed: Renamed, rules: Sequence[Rule], source: object, optional: Collection[str] = ()
 ) -> None:
-    """Check that weights under our names are the module's, no more, no less, and of its shapes.
+    """Check that weights under our names are exactly the module's, with the same shapes.
 
     Args:
-        module: may be on the meta device.
-        renamed: weights under our names, with the problems found so far.
-        rules: the table they were renamed by, for the names in messages.
+        module: the network, which may be on the meta device.
+        renamed: weights under our names, with the problems so far.
+        rules: table by which they were renamed, for the names in messages.
         source: path for the message.
         optional: our names that may be missing.
 
     Raises:
         ConvertError: lists every problem, by the names of the source.
     """
-    own = module.state_dict()
+    expected = module.state_dict()
     weights, problems = renamed.weights, list(renamed.problems)
     reported = {name for name, known in renamed.origin.items() if name not in weights}
-    for name in own:
+    for name in expected:
         if name not in weights and name not in reported and name not in optional:
             problems.append(f"missing: {their_name(rules, name)}")
     for name, tensor in weights.items():
         theirs = renamed.origin.get(name, name)
-        if name not in own:
+        if name not in expected:
             problems.append(f"unknown: {theirs}")
-        elif own[name].shape != tensor.shape:
-            problems.append(f"shape: {theirs}: expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
-        elif own[name].is_floating_point() != tensor.is_floating_point():
-            problems.append(f"type: {theirs}: expected {own[name].dtype}, got {tensor.dtype}")
+        elif expected[name].shape != tensor.shape:
+            problems.append(f"shape: {theirs}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
+        elif expected[name].is_floating_point() != tensor.is_floating_point():
+            problems.append(f"type: {theirs}: expected {expected[name].dtype}, got {tensor.dtype}")
     if problems:
         raise ConvertError("\n  ".join(
             [f"{source}: the weights do not fit the network that they or their configuration describe:", *problems]
@@ -233,7 +233,7 @@ def _decoder(shapes: Shapes, kind: _ModelType, num_heads: int | None) -> Decoder
         hidden_dim=shapes.size((_DECODER + r"(layers\.\d+\.)?norm\d?\.(weight|bias)", 0), default=default.hidden_dim),
         num_heads=default.num_heads if num_heads is None else num_heads,
         ffn_dim=_ffn_dim(shapes, _DECODER),
-        num_queries=queries if kind == "maskformer" else default.num_queries,  # per_pixel_plus has one a class
+        num_queries=queries if kind == "maskformer" else default.num_queries,  # per_pixel_plus has one for each class
     )
 
 
@@ -270,10 +270,10 @@ def _swin(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def nearest_preset(found: dict[str, Any]) -> BackboneConfig:
-    """The published preset that agrees in most fields, and the fields in which it does not."""
-    family = [BACKBONES[name] for name in _PUBLISHED if (BACKBONES[name].embed_dim is None) == ("stem" in found)]
-    told = {name: value for name, value in found.items() if name != "norm"}
-    preset = max(family, key=lambda preset: sum(getattr(preset, name) == value for name, value in told.items()))
-    departs = {name: value for name, value in found.items() if getattr(preset, name) != value}
-    return BackboneConfig(preset.name, **departs)
+def nearest_preset(fields: dict[str, Any]) -> BackboneConfig:
+    """The published preset that agrees in most fields, with the fields that differ from it."""
+    family = [BACKBONES[name] for name in _PUBLISHED if (BACKBONES[name].embed_dim is None) == ("stem" in fields)]
+    compared = {name: value for name, value in fields.items() if name != "norm"}
+    preset = max(family, key=lambda preset: sum(getattr(preset, name) == value for name, value in compared.items()))
+    different = {name: value for name, value in fields.items() if getattr(preset, name) != value}
+    return BackboneConfig(preset.name, **different)

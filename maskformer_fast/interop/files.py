@@ -1,7 +1,7 @@
-"""Reading tensors from the files of others, without running code that such files may hold.
+"""Reading tensors from files of other implementations, without running code that such files may contain.
 
-What a file is shows in its first bytes, not in its name: a zip archive or an old stream of ``torch.save``, a
-safetensors file, or a plain pickle as detectron2 writes it.
+The first bytes decide the kind of a file, not its name: a zip archive or an old stream of ``torch.save``, a safetensors
+file, or a plain pickle as detectron2 writes it.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from maskformer_fast.interop.unpickle import load as load_pickle
 FOLDER_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-"""What holds the weights of a Hugging Face folder, in the order of preference."""
+"""Names of the files of weights in a Hugging Face folder, in the order of preference."""
 
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
-_GIT_LFS = b"version https://"  # a small text that stands for a large file in a clone without it
+_GIT_LFS = b"version https://"  # text file in the place of a large file that was not fetched
 _WRAPPERS = ("model", "state_dict")
-_SHARING = 4
-"""No honest file shows its bytes more often: tensors of a few bytes could otherwise fill the memory."""
+_MAX_SHARING = 4
+"""Largest ratio of the tensors' bytes to the file's: tensors that share memory could otherwise fill all memory."""
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors of a file, on the CPU, in the file's order.
+    """Read the named tensors of a file, on the CPU, in the file's order.
 
     Args:
-        path: a pickle of numpy arrays (``.pkl``), a file of ``torch.save`` (``.pth``, ``.pt``, ``.bin``), a safetensors
+        path: a pickle of NumPy arrays (``.pkl``), a file of ``torch.save`` (``.pth``, ``.pt``, ``.bin``), a safetensors
             file, or the ``.index.json`` of a sharded one. ``{"model": {...}}`` and ``{"state_dict": {...}}`` are
-            unwrapped; what stands beside them (optimiser, iteration) is left.
+            unwrapped; other entries beside them (optimiser, iteration) are ignored.
 
     Returns:
-        Floating-point tensors as float32, others as they are.
+        Floating-point tensors as float32, others with their own type.
 
     Raises:
         FileNotFoundError: no such file.
-        ConvertError: damaged, empty, of another kind, or holding anything that would have to be imported.
+        ConvertError: a file that is damaged, empty, of another kind, or that imports other names than those of arrays.
     """
     path = Path(path)
     if path.is_dir():
@@ -69,17 +69,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             with path.open("rb") as file:
                 content = load_pickle(file)
-        return _tensors(content, _SHARING * path.stat().st_size)
+        return _tensors(content, _MAX_SHARING * path.stat().st_size)
     except ConvertError as error:
         raise ConvertError(f"{path}: {error}") from error
 
 
 def read_folder_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Named tensors of a Hugging Face folder, from the first of `FOLDER_FILES` that it has; else as `read_weights`.
+    """Read the named tensors of a Hugging Face folder from the first of `FOLDER_FILES` that exists.
 
     Raises:
-        FileNotFoundError: it has none of them.
-        ConvertError: as `read_weights`.
+        FileNotFoundError: none of them exists.
+        ConvertError: as in `read_weights`.
     """
     for name in FOLDER_FILES:
         if (path := Path(folder) / name).is_file():
@@ -96,7 +96,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Tensors of all files an index lists; they lie beside it."""
+    """Tensors of all files that an index lists, which must lie beside it."""
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(listed.values()))
@@ -118,10 +118,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def load_torch(path: Path) -> Any:
-    """`torch.load` of tensors and plain containers, on the CPU; no archive that unpacks to more than it is.
+    """Read tensors and plain containers by `torch.load`, on the CPU. Compressed archives are refused.
 
     Raises:
-        ConvertError: damaged, of another kind, or refused; without the path.
+        ConvertError: a file that is damaged, of another kind, or refused. The message does not have the path.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -130,12 +130,12 @@ def load_torch(path: Path) -> Any:
             if packed:
                 raise ConvertError(f"refused: a compressed archive ({packed[0]!r}); torch.save stores without")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of versions that nobody has, in damaged files
+            warnings.simplefilter("ignore")  # damaged files seem to be of unknown versions
             return torch.load(path, map_location="cpu", weights_only=True)
     except ConvertError:
         raise
     except Exception as error:  # torch raises nearly anything for a damaged file
-        # Its own text recommends to switch the protection off.
+        # torch's own text recommends to switch the protection off.
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ConvertError(f"refused: the file imports {refused[1]}, expected tensors in plain containers alone; "
                                "nothing of it was run") from error
@@ -144,7 +144,7 @@ def load_torch(path: Path) -> Any:
 
 
 def _tensors(content: Any, limit: int) -> dict[str, Tensor]:
-    """Named tensors, unwrapped; ``limit`` is how many bytes they may take as they are in the file."""
+    """Unwrap and convert named tensors, whose original types may take ``limit`` bytes in total."""
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -175,7 +175,7 @@ def _tensors(content: Any, limit: int) -> dict[str, Tensor]:
 
 
 def _check_plain(value: Any) -> None:
-    """Raise a ``TypeError`` unless it is an array or a tensor of numbers in memory."""
+    """Raise ``TypeError`` unless the value is an array or a tensor of numbers in memory."""
     if isinstance(value, (np.ndarray, np.generic)):
         return
     if not isinstance(value, Tensor):
@@ -185,7 +185,7 @@ def _check_plain(value: Any) -> None:
 
 
 def _tensor(value: np.ndarray | np.generic | Tensor) -> Tensor:
-    """As a tensor of its own memory, floating point as float32."""
+    """Copy a value to a tensor, floating point as float32."""
     if isinstance(value, Tensor):
         tensor = value.detach().clone(memory_format=torch.contiguous_format)
     else:

@@ -1,8 +1,8 @@
 """Folders of Hugging Face's ``MaskFormerForInstanceSegmentation``: ``config.json``, weights, image processor.
 
-Every version of `transformers` so far (4.17 to 5.23) saves the same parameter names, and reads them; those of the
-decoder that version 5 has in memory stand below them in `RULES`. So both are read, and the first are written: folders
-written here were loaded by 4.27, 4.36, 4.57 and 5.23 with nothing missing or unexpected. Before 4.26 there are no
+Every version of `transformers` so far (4.17 to 5.23) saves and reads the same parameter names. Version 5 has other
+names of the decoder in memory, which `RULES` lists after them. Both are read, and the saved names are written. Folders
+written here were loaded by 4.27, 4.36, 4.57 and 5.23 with no missing or unexpected names. Versions before 4.26 have no
 ResNet backbones.
 """
 
@@ -83,8 +83,8 @@ _SWIN = [
             ("layernorm_after", "norm2"),
         )
     ),
-    Rule(_INDEX, None),  # follows from the window
-    Rule(f"{_FINAL_NORM}.{{leaf}}", None),  # of their pooled output; each stage has a norm of its own
+    Rule(_INDEX, None),  # follows from the size of the window
+    Rule(f"{_FINAL_NORM}.{{leaf}}", None),  # for a pooled output; the features of each stage have their own norm
 ]
 _PIXEL_DECODER = [
     *(Rule(f"{_FPN}.stem.{a}", f"pixel_decoder.layer_4.{b}") for a, b in _SEQUENCE),
@@ -114,7 +114,7 @@ _HEAD = [
             ("self_attn_layer_norm", "norm1"),
             ("encoder_attn_layer_norm", "norm2"),
             ("final_layer_norm", "norm3"),
-            # In the memory of version 5, for state dictionaries saved without `save_pretrained`.
+            # Names in the memory of version 5, for state dictionaries saved without `save_pretrained`.
             ("self_attn.o_proj", "self_attn.out_proj"),
             ("encoder_attn.o_proj", "multihead_attn.out_proj"),
             ("mlp.fc1", "linear1"),
@@ -124,29 +124,29 @@ _HEAD = [
     Rule("model.transformer_module.decoder.layernorm.{leaf}", "predictor.transformer.decoder.norm.{leaf}"),
     Rule("class_predictor.{leaf}", "predictor.class_embed.{leaf}"),
     Rule("mask_embedder.{i}.0.{leaf}", "predictor.mask_embed.layers.{i}.{leaf}"),
-    Rule(_CRITERION, None),  # made of the configuration's no_object_weight
+    Rule(_CRITERION, None),  # follows from the configuration's no_object_weight
 ]
 RULES = [*_RESNET, *_SWIN, *_PIXEL_DECODER, *_HEAD]
 
 
 class HuggingFaceModel(NamedTuple):
-    """What a folder says."""
+    """Content of a folder. It has no information on which classes are things."""
 
     weights: dict[str, Tensor]
-    """In our names: all that the network of ``config.model`` has, and nothing else."""
+    """Weights under our names: exactly those of the network of ``config.model``."""
     config: Config
-    """Network, loss weights and inference; the rest is our default."""
+    """Configuration of network, loss weights and inference; the rest has our defaults."""
     class_names: tuple[str, ...] | None
-    """``None`` where the folder has none but made-up ones. Which classes are things it never says."""
+    """Names of the classes; ``None`` where the folder has only generated ones."""
 
 
 def read_folder(path: str | os.PathLike[str]) -> HuggingFaceModel:
-    """Read a model folder, of `transformers` 4 or 5.
+    """Read a model folder of `transformers` 4 or 5.
 
     Raises:
         FileNotFoundError: no ``config.json``, or no weights beside it.
         ConvertError: a file is damaged; tensors are unknown, missing or misshapen (all are listed); or the
-            configuration asks for what our network does not do.
+            configuration describes a computation that our network does not have.
     """
     folder = Path(path)
     config = Section(str(folder / CONFIG_NAME), _read_json(folder / CONFIG_NAME))
@@ -162,7 +162,7 @@ def read_folder(path: str | os.PathLike[str]) -> HuggingFaceModel:
     try:
         ours = read_config(config, processor, len(classifier) - 1)
         deepest = max(ours.model.decoder.layers, *(resolve_backbone(ours.model.backbone).depths or ()))
-        if deepest > len(theirs):  # before a network without end is built
+        if deepest > len(theirs):  # before an endless network is built
             raise ConvertError(f"{folder / CONFIG_NAME}: expected no more layers than tensors, got {deepest}")
         network = meta_model(ours.model, folder)
     except (ValueError, RuntimeError) as error:
@@ -177,19 +177,19 @@ def read_folder(path: str | os.PathLike[str]) -> HuggingFaceModel:
 def write_folder(
     path: str | os.PathLike[str], weights: Mapping[str, Tensor], config: Config, metadata: Metadata
 ) -> None:
-    """Write a folder that `transformers` loads, whole or not at all.
+    """Write a folder that `transformers` loads, completely or not at all.
 
     Args:
-        path: the folder to make; there may be an empty one.
-        weights: of the network of ``config.model``, in our names.
+        path: the folder to make; it may be an empty folder.
+        weights: weights of the network of ``config.model``, under our names.
         config: network, loss weights and sizes at inference.
-        metadata: names the classes, and the data set for the values of its label images. Which classes are things is
-            lost: ``post_process_panoptic_segmentation`` asks for it as ``label_ids_to_fuse``.
+        metadata: classes, and the data set, which decides the values of label images. The format does not store which
+            classes are things: ``post_process_panoptic_segmentation`` takes them as ``label_ids_to_fuse``.
 
     Raises:
-        ConvertError: the model has no form there (a transformer encoder in the pixel decoder, ResNet-101c, per-pixel
-            baselines, unusual widths), or the weights are not the network's; nothing is written.
-        FileExistsError: there is something at ``path``.
+        ConvertError: Hugging Face's MaskFormer cannot express the model (a transformer encoder in the pixel decoder,
+            ResNet-101c, per-pixel baselines, unusual widths), or the weights are not the network's. Nothing is written.
+        FileExistsError: ``path`` is a file or a folder that is not empty.
         OSError: the disk is full or cannot be written.
     """
     folder = Path(path)
@@ -198,20 +198,20 @@ def write_folder(
     config_json, processor_json = write_config(config, metadata), write_processor(config, metadata)
     check_fit(meta_model(config.model, "model"), Renamed(dict(weights), {}, []), (), "weights")
     renamed = from_ours(weights, RULES).weights
-    # Pieces of packed tensors share memory, which the format does not allow.
+    # Parts of packed tensors share memory, which the format does not allow.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in renamed.items()}
     tensors |= _constants(renamed, resolve_backbone(config.model.backbone), config)
-    with _whole_folder(folder) as temporary:
+    with _atomic_folder(folder) as temporary:
         try:
             save_file(tensors, str(temporary / WEIGHTS_NAME), metadata={"format": "pt"})
-        except SafetensorError as error:  # its own exception for a full disk
+        except SafetensorError as error:  # raised for a full disk, too
             raise OSError(f"{folder}: the weights could not be written: {error}") from error
         write_json(temporary / CONFIG_NAME, config_json)
         write_json(temporary / PROCESSOR_NAME, processor_json)
 
 
 def _constants(theirs: Mapping[str, Tensor], backbone: BackboneConfig, config: Config) -> dict[str, Tensor]:
-    """What their network keeps beside parameters, so that none is reported missing."""
+    """Buffers of their network, so that none is reported as missing."""
     class_weights = torch.ones(theirs["class_predictor.bias"].shape)
     class_weights[-1] = config.loss.no_object_weight
     constants = {_CRITERION: class_weights}
@@ -221,7 +221,7 @@ def _constants(theirs: Mapping[str, Tensor], backbone: BackboneConfig, config: C
         index = WindowAttention(1, backbone.window_size or 0, 1).relative_position_index
         for stage, depth in enumerate(backbone.depths or ()):
             constants |= {_INDEX.format(i=stage, j=block): index.clone() for block in range(depth)}
-    # Frozen norms count no batches.
+    # Frozen norms do not count batches.
     for name in [name for name in theirs if name.endswith(".running_var")]:
         counter = f"{name.removesuffix('running_var')}num_batches_tracked"
         if counter not in theirs:
@@ -230,8 +230,8 @@ def _constants(theirs: Mapping[str, Tensor], backbone: BackboneConfig, config: C
 
 
 @contextlib.contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder``, which takes its place when the block ends well and is gone otherwise."""
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """Make a temporary folder beside ``folder``, which is renamed to it after the block or removed after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{secrets.token_hex(8)}.tmp"
     temporary.mkdir()
@@ -252,5 +252,5 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
 def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: of the encoding, too
+    except (ValueError, RecursionError) as error:  # ValueError: of JSON or of the encoding
         raise ConvertError(f"{path}: not readable JSON: {error}") from error

@@ -1,9 +1,9 @@
-"""What Hugging Face's ``config.json`` and ``preprocessor_config.json`` say, as our configuration, and the way back.
+"""Conversion between Hugging Face's ``config.json`` and ``preprocessor_config.json`` and our configuration.
 
-Absent keys have the defaults of their classes: `transformers` leaves those out when it saves. A value that asks for
-another computation than ours is an error; what matters in training alone is not, where the two have no common form:
-Hugging Face applies ``dropout`` to residuals and has rates of its own for attention and FFN, of which only the first is
-read. Its images are stretched to multiples of ``size_divisor``, ours are padded to them.
+Absent keys have the defaults of their classes, which `transformers` leaves out when it saves. A value that means
+another computation than ours is an error. The exception is dropout, which matters in training alone: Hugging Face
+applies ``dropout`` to residuals and has other rates for attention and FFN; only the first is read. Hugging Face
+stretches images to multiples of ``size_divisor``, ours are padded to them.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ T = TypeVar("T", bound=bool | float | str | tuple[float, ...])
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 NORM_GROUPS = 32
 BOTTLENECK = 4
-"""A bottleneck is this many times narrower than its output."""
+"""Ratio of the widths of a bottleneck's output and of the bottleneck."""
 _LIMIT = 2**24
-"""No number of an honest configuration is as large."""
+"""Limit of numbers in a configuration; real ones are smaller."""
 
-# Keys whose other values mean other computations, with the only value that we implement: their default.
+# Keys with the only value that is implemented here, which is their default. Other values mean other computations.
 SWIN_FIXED = {
     "num_channels": 3, "patch_size": 4, "mlp_ratio": 4.0, "qkv_bias": True, "hidden_act": "gelu",
     "use_absolute_embeddings": False, "layer_norm_eps": 1e-5,
@@ -61,12 +61,12 @@ class Section:
         self.values: dict[str, Any] = values
 
     def section(self, key: str, default: Mapping[str, object]) -> Section:
-        """An object below this one."""
+        """The object of a key."""
         values = self.values.get(key)
         return Section(f"{self.where}: {key}", dict(default) if values is None else values)
 
     def get(self, key: str, default: T) -> T:
-        """The value, of the default's type (an int will do for a float); the default where it is absent or null."""
+        """The value of a key, of the default's type (or int for float); the default where it is absent or null."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -78,7 +78,7 @@ class Section:
         return typed
 
     def departures(self, fixed: Mapping[str, object]) -> list[str]:
-        """Keys with another value than the fixed one, as sentences."""
+        """Problems: one text for each key with another value than the fixed one."""
         return [
             f"{self.where}: {key}: expected {value!r}, got {_shown(self.values[key])}"
             for key, value in fixed.items()
@@ -91,12 +91,12 @@ def read_config(config: Section, processor: Section | None, num_classes: int) ->
 
     Args:
         config: ``config.json``.
-        processor: ``preprocessor_config.json``; ImageNet's mean and deviation and our default sizes without one.
-        num_classes: what the classifier has.
+        processor: ``preprocessor_config.json``; None takes ImageNet's mean and deviation and our default sizes.
+        num_classes: number of classes of the classifier.
 
     Raises:
-        ConvertError: a value of the wrong kind, or one that asks for what our network does not do (all are listed).
-        ValueError: widths that do not fit together.
+        ConvertError: a value of a wrong type, or values that mean other computations than ours (all are listed).
+        ValueError: contradicting widths.
     """
     problems = []
     if config.get("model_type", "maskformer") != "maskformer":
@@ -135,7 +135,7 @@ def read_config(config: Section, processor: Section | None, num_classes: int) ->
 
 
 def read_class_names(config: Section, num_classes: int) -> tuple[str, ...] | None:
-    """Names of ``id2label``; ``None`` without it, and for the names that Hugging Face makes up (``LABEL_0``)."""
+    """Names in ``id2label``; ``None`` without it, or where Hugging Face generated the names (``LABEL_0``)."""
     labels = config.values.get("id2label")
     if labels is None:
         return None
@@ -155,7 +155,7 @@ def write_config(config: Config, metadata: Metadata) -> dict[str, Any]:
     """Contents of ``config.json``.
 
     Raises:
-        ConvertError: Hugging Face's MaskFormer cannot compute what the network does; every reason is listed.
+        ConvertError: Hugging Face's MaskFormer cannot express the network; every reason is listed.
     """
     model, loss = config.model, config.loss
     backbone = resolve_backbone(model.backbone)
@@ -183,7 +183,7 @@ def write_config(config: Config, metadata: Metadata) -> dict[str, Any]:
             "model_type": "detr",
             "d_model": decoder.hidden_dim, "decoder_layers": decoder.layers, "decoder_ffn_dim": decoder.ffn_dim,
             "decoder_attention_heads": decoder.num_heads, "num_queries": decoder.num_queries,
-            # Ours drops out at all three places.
+            # Our network has one rate for all three.
             "dropout": decoder.dropout, "attention_dropout": decoder.dropout, "activation_dropout": decoder.dropout,
             **DETR_FIXED,
         },
@@ -193,14 +193,14 @@ def write_config(config: Config, metadata: Metadata) -> dict[str, Any]:
         "mask_weight": loss.mask_weight,
         "dice_weight": loss.dice_weight,
         "no_object_weight": loss.no_object_weight,
-        "use_auxiliary_loss": False,  # true makes their inference fail, unless all hidden states are asked for as well
+        "use_auxiliary_loss": False,  # with true their inference fails, unless all hidden states are requested
         "id2label": {str(index): name for index, name in names.items()},
         "label2id": {name: index for index, name in names.items()},
     }  # fmt: skip
 
 
 def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
-    """Contents of ``preprocessor_config.json``; ``ignore_index`` and ``do_reduce_labels`` are the data set's."""
+    """Contents of ``preprocessor_config.json``. The data set decides ``ignore_index`` and ``do_reduce_labels``."""
     model, test = config.model, config.test
     ignore_index, reduce_labels = _label_values(metadata)
     return {
@@ -221,12 +221,12 @@ def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
 
 
 def _read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
-    """The nearest preset with what departs from it, and what we cannot compute."""
+    """The nearest preset with the fields that differ from it, and problems."""
     kind = backbone.get("model_type", "missing")
-    found: dict[str, Any]
+    fields: dict[str, Any]
     if kind in ("swin", "maskformer-swin"):
         problems = backbone.departures(SWIN_FIXED)
-        found = {
+        fields = {
             "depths": backbone.get("depths", (2, 2, 6, 2)),
             "embed_dim": backbone.get("embed_dim", 96),
             "num_heads": backbone.get("num_heads", (3, 6, 12, 24)),
@@ -239,7 +239,7 @@ def _read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
         if widths[0] % BOTTLENECK or widths != tuple(widths[0] * 2**stage for stage in range(4)):
             problems.append(f"{backbone.where}: hidden_sizes: expected widths that double, the first a multiple of "
                             f"{BOTTLENECK}, got {list(widths)}")  # fmt: skip
-        found = {
+        fields = {
             "depths": backbone.get("depths", (3, 4, 6, 3)),
             "stem": "basic",
             "stem_channels": backbone.get("embedding_size", 64),
@@ -248,11 +248,11 @@ def _read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
         }
     else:
         return BackboneConfig(), [f"{backbone.where}: model_type: expected resnet, swin or maskformer-swin, got {kind}"]
-    # For "swin" they set the stages themselves.
+    # For "swin", Hugging Face sets the stages itself.
     stages = backbone.values.get("out_features") or [f"stage{i}" for i in backbone.values.get("out_indices") or ()]
     if kind != "swin" and stages != STAGES:
         problems.append(f"{backbone.where}: out_features: expected {STAGES}, got {_shown(stages)}")
-    return nearest_preset(found), problems
+    return nearest_preset(fields), problems
 
 
 def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
@@ -262,7 +262,7 @@ def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
     scale = 1 / factor
 
     def pixels(key: str, default: tuple[float, ...]) -> tuple[float, float, float]:
-        # Folders hold 123.675 / 255 as it comes out of float32; five decimals give it back.
+        # Folders have 123.675 / 255 rounded to float32; five decimals restore the value.
         red, green, blue = (round(v * scale, 5) for v in processor.get(key, tuple(v / scale for v in default)))
         return red, green, blue
 
@@ -275,7 +275,7 @@ def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
 
 
 def _read_test(processor: Section) -> TestConfig:
-    """Sizes at inference; a fixed height and width, which ours has no form for, is left at the default."""
+    """Sizes at inference. A fixed height and width, which we do not have, becomes the default."""
     size = processor.values.get("size", 800)
     if processor.values.get("do_resize") is False:
         return TestConfig(short_edge=None)
@@ -314,7 +314,7 @@ def _check_expressible(model: ModelConfig, backbone: BackboneConfig, metadata: M
 
 
 def _label_values(metadata: Metadata) -> tuple[int, bool]:
-    """Pixel value of unlabelled pixels in index images, and whether 1 is the first class (and 0 unlabelled)."""
+    """Value of unlabelled pixels in label images, and whether 1 is the first class (and 0 unlabelled)."""
     preset = PRESETS.get(metadata.name)
     if preset is None or preset.contiguous:
         return 255, False
@@ -326,13 +326,13 @@ def _label_values(metadata: Metadata) -> tuple[int, bool]:
 
 
 def _typed(value: Any, example: object) -> Any:
-    """The value as the example's type (a list of as many for a tuple), ``None`` where it is of another."""
+    """The value as the example's type (a list of equal length for a tuple); ``None`` where it has another type."""
     if isinstance(example, tuple):
         if not isinstance(value, list) or len(value) != len(example):
             return None
         items = tuple(_typed(item, like) for item, like in zip(value, example, strict=True))
         return None if None in items else items
-    if type(value) in (int, float) and not abs(value) < _LIMIT:  # not a number, too
+    if type(value) in (int, float) and not abs(value) < _LIMIT:  # true for NaN, too
         return None
     if isinstance(example, float) and type(value) is int:
         return float(value)

@@ -1,4 +1,4 @@
-"""Tensor names of one layout turned into those of another, by one table of rules that is read both ways.
+"""Renaming of tensors from one layout to another, by one table of rules that is read in both directions.
 
 ::
 
@@ -10,12 +10,12 @@
         Rule("sem_seg_head.{rest*}", "{rest*}"),
     ]
     renamed = to_ours(their_weights, RULES)  # the three projections are concatenated
-    theirs = from_ours(network.state_dict(), RULES)  # and cut apart again
+    theirs = from_ours(network.state_dict(), RULES)  # and split again
 
-``{name}`` stands for one part of a dotted name (no dot in it), ``{name*}`` for one or more parts; both templates of a
-rule have the same ones. The first rule that matches a name is the one that counts, so general ones stand last. Nothing
-is raised here for a name that no rule knows: `Renamed.problems` lists all that is wrong, so that
-`maskformer_fast.interop.architecture.check_fit` can show it with what else is.
+``{name}`` stands for one part of a dotted name (without dots), ``{name*}`` for one or more parts; both templates of a
+rule have the same placeholders. The first rule that matches a name is applied, so general rules stand last. Unknown
+names raise no error here: `Renamed.problems` lists all problems, and `maskformer_fast.interop.architecture.check_fit`
+reports them together with others.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _PLACEHOLDER = re.compile(r"\{(\w+)(\*?)\}")
 
 
 class ConvertError(ValueError):
-    """Weights that cannot be converted, with the file and every reason."""
+    """Weights that cannot be converted. The message has the file and every reason."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: a template of their names, and of ours."""
+    """One line of a table: a template of their names and one of ours."""
 
     theirs: str
     ours: str | None
-    """``None`` drops the tensor; there is no way back from that."""
+    """``None`` drops the tensor, which cannot be undone."""
     part: tuple[int, int] | None = None
-    """``(i, n)``: theirs is the ``i``-th of ``n`` equal pieces of ours along the first dimension."""
+    """``(i, n)``: their tensor is number ``i`` of ``n`` equal parts of ours along the first dimension."""
     _patterns: tuple[re.Pattern[str], re.Pattern[str] | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Rule:
         object.__setattr__(self, "_patterns", patterns)
 
     def our_name(self, name: str) -> str | None:
-        """Our name of their tensor; ``None`` where the rule does not match. A rule that drops gives ''."""
+        """Our name of their tensor; ``None`` where the rule does not match, empty where it drops the tensor."""
         match = self._patterns[0].fullmatch(name)
         return None if match is None else _fill(self.ours or "", match)
 
@@ -65,17 +65,17 @@ class Rule:
 
 
 class Renamed(NamedTuple):
-    """Weights under new names, and what is wrong with them."""
+    """Weights under new names, and their problems."""
 
     weights: dict[str, Tensor]
     origin: dict[str, str]
-    """New name -> old one; of a concatenated tensor the old ones, joined by `` + ``."""
+    """New name -> old name; for a concatenated tensor the old names, joined by `` + ``."""
     problems: list[str]
-    """Sentences that start with ``unknown: NAME``, ``missing: NAME``, ``shape: NAME`` or ``twice: NAME``."""
+    """Texts that start with ``unknown: NAME``, ``missing: NAME``, ``shape: NAME`` or ``twice: NAME``."""
 
 
 def to_ours(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> Renamed:
-    """Their tensors under our names, in their order, the parts of packed ones concatenated along dimension 0."""
+    """Rename their tensors to ours, in their order. Parts of packed tensors are concatenated along dimension 0."""
     renamed: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     problems: list[str] = []
@@ -94,15 +94,15 @@ def to_ours(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> Renamed:
             renamed[target], origin[target] = weights[name], name
         else:
             index, counts[target] = rule.part
-            found = pieces.setdefault(target, {})
-            if index in found or target in renamed:
-                problems.append(f"twice: {found.get(index, origin.get(target))} and {name} are both in {target}")
-            found[index] = name
+            parts = pieces.setdefault(target, {})
+            if index in parts or target in renamed:
+                problems.append(f"twice: {parts.get(index, origin.get(target))} and {name} are both in {target}")
+            parts[index] = name
             origin[target] = name
-    for target, found in pieces.items():
-        names = [found[index] for index in sorted(found)]
+    for target, parts in pieces.items():
+        names = [parts[index] for index in sorted(parts)]
         origin[target] = " + ".join(names)
-        absent = [index for index in range(counts[target]) if index not in found]
+        absent = [index for index in range(counts[target]) if index not in parts]
         problems += [f"missing: {_sibling(rules, target, index)} (part of {target})" for index in absent]
         shapes = {tuple(weights[name].shape) for name in names}
         if len(shapes) > 1 or () in shapes:
@@ -114,15 +114,15 @@ def to_ours(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> Renamed:
 
 
 def from_ours(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> Renamed:
-    """Our tensors under their names: the inverse of `to_ours`, packed ones cut into their parts."""
+    """Rename our tensors to theirs and split packed tensors: the inverse of `to_ours`."""
     renamed: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     problems: list[str] = []
     for name, tensor in weights.items():
-        found = _all_parts(rules, name)
-        if not found:
+        targets = _all_parts(rules, name)
+        if not targets:
             problems.append(f"unknown: {name}")
-        for target, part in found:
+        for target, part in targets:
             if target in origin:
                 problems.append(f"twice: {origin[target]} and {name} are both {target}")
                 continue
@@ -137,18 +137,18 @@ def from_ours(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> Renamed:
 
 
 def their_name(rules: Sequence[Rule], name: str) -> str:
-    """How their layout calls our tensor (its parts joined by `` + ``), for messages; our name where no rule knows."""
+    """Their name of our tensor for messages (parts joined by `` + ``); our name where no rule matches."""
     return " + ".join(target for target, _ in _all_parts(rules, name)) or name
 
 
 def _all_parts(rules: Sequence[Rule], name: str) -> list[tuple[str, tuple[int, int] | None]]:
     """Their names of one of our tensors, each with its part, in the order of the parts."""
-    matches = [(rule.their_name(name), rule.part) for rule in rules]
-    found = [(target, part) for target, part in matches if target is not None]
-    if not found or found[0][1] is None:
-        return found[:1]
+    names = [(rule.their_name(name), rule.part) for rule in rules]
+    matches = [(target, part) for target, part in names if target is not None]
+    if not matches or matches[0][1] is None:
+        return matches[:1]
     first: dict[int, tuple[str, tuple[int, int] | None]] = {}
-    for target, part in found:
+    for target, part in matches:
         if part is not None:
             first.setdefault(part[0], (target, part))
     return [first[index] for index in sorted(first)]
@@ -168,16 +168,16 @@ def _first(rules: Sequence[Rule], name: str) -> tuple[Rule | None, str]:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """Regular expression of a template; a placeholder used twice must stand for the same text."""
+    """Regular expression of a template. A placeholder that stands twice must match the same text."""
     parts, end, seen = [], 0, set()
-    for found in _PLACEHOLDER.finditer(template):
-        name, many = found.groups()
-        parts.append(re.escape(template[end : found.start()]))
+    for placeholder in _PLACEHOLDER.finditer(template):
+        name, many = placeholder.groups()
+        parts.append(re.escape(template[end : placeholder.start()]))
         parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{'.+' if many else '[^.]+'})")
         seen.add(name)
-        end = found.end()
+        end = placeholder.end()
     return re.compile("".join(parts) + re.escape(template[end:]), re.DOTALL)
 
 
 def _fill(template: str, match: re.Match[str]) -> str:
-    return _PLACEHOLDER.sub(lambda found: match[found[1]], template)
+    return _PLACEHOLDER.sub(lambda placeholder: match[placeholder[1]], template)

@@ -1,11 +1,11 @@
-"""Names of the official implementation and of ImageNet backbones, turned into ours.
+"""Conversion of the official implementation's models and of ImageNet backbones.
 
-Whole models: the detectron2 layout of MaskFormer and of its per-pixel baselines, also the older one in which the pixel
-decoder's tensors stand directly below ``sem_seg_head.``. Backbones alone: detectron2's ResNet pickles, torchvision's
-ResNets, and the Swin Transformers of their authors.
+Models: the detectron2 layout of MaskFormer and its per-pixel baselines, including the older layout in which the tensors
+of the pixel decoder have the prefix ``sem_seg_head.``. Backbones: detectron2's ResNet pickles, torchvision's ResNets,
+and the Swin Transformers of their authors.
 
-Both detectron2 and torchvision models here have the stride in the 3x3 convolution, as ours do. (The Caffe2 models of
-detectron2 have it in the 1x1 one; their names are others, and they are refused.) Input is RGB everywhere.
+The models of detectron2 and torchvision have the stride in the 3x3 convolution, as ours do. (The Caffe2 models of
+detectron2 have it in the 1x1 convolution. Their names differ, and they are refused.) All take RGB.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from maskformer_fast.interop.names import ConvertError, Rule, to_ours
 EMPTY_WEIGHT = "criterion.empty_weight"
 _POSITION_INDEX = "relative_position_index"
 
-# Swin keeps constants beside its weights: they follow from the window's size, and ours are computed.
+# Swin stores constants beside its weights. They follow from the size of the window, and ours are computed.
 _SWIN_CONSTANTS = [
     Rule("{path*}.attn.relative_position_index", None),
     Rule("{path*}.attn_mask", None),
@@ -39,7 +39,7 @@ _SWIN_CONSTANTS = [
 
 
 def _deep_stem(weights: Mapping[str, Tensor], ours: str) -> list[Rule]:
-    """detectron2 numbers the three convolutions of ResNet-101c's stem as it does those of a block."""
+    """Rules for ResNet-101c's stem of three convolutions, which detectron2 numbers as those of a block."""
     for theirs in ("", "backbone."):
         if any(name.startswith((f"{theirs}stem.conv2.", f"{theirs}stem.conv3.")) for name in weights):
             return [Rule(f"{theirs}stem.conv{i}.{{leaf*}}", f"{ours}stem.conv1_{i}.{{leaf*}}") for i in (1, 2, 3)]
@@ -48,7 +48,7 @@ def _deep_stem(weights: Mapping[str, Tensor], ours: str) -> list[Rule]:
 
 MODEL_RULES = [
     Rule(EMPTY_WEIGHT, None),  # see `no_object_weight`
-    Rule("pixel_mean", None),  # these two go to the configuration
+    Rule("pixel_mean", None),  # mean and deviation go to the configuration
     Rule("pixel_std", None),
     *_SWIN_CONSTANTS,
     Rule("backbone.{rest*}", "backbone.{rest*}"),
@@ -56,9 +56,9 @@ MODEL_RULES = [
     Rule("sem_seg_head.pixel_decoder.{rest*}", "pixel_decoder.{rest*}"),
     Rule("sem_seg_head.{rest*}", "pixel_decoder.{rest*}"),
 ]
-"""The official MaskFormer and baselines."""
+"""Rules of the official MaskFormer and its baselines."""
 
-# Frozen or not, a backbone that is fine-tuned starts to count its batches anew.
+# Fine-tuning starts to count batches from zero.
 _CLASSIFIER_AND_COUNTERS = [
     Rule("{path*}." + BATCH_COUNTER, None),
     Rule("fc.{leaf}", None),
@@ -80,33 +80,33 @@ TORCHVISION_RULES = [
         )
     ),
 ]
-"""torchvision's ResNets."""
+"""Rules of torchvision's ResNets."""
 
 SWIN_RULES = [
     *_SWIN_CONSTANTS,
-    Rule("norm.{leaf}", None),  # of the classifier, as the head is
+    Rule("norm.{leaf}", None),  # norm and head of the classifier
     Rule("head.{leaf}", None),
 ]
-"""What Swin Transformers of ImageNet, as their authors publish them, have beside our names."""
+"""Rules of Swin Transformers as their authors publish them; all other names equal ours."""
 
 
 def is_model(names: Iterable[str]) -> bool:
-    """Whether the names are those of a whole official model."""
+    """Whether the names are those of an official model, and not of a backbone alone."""
     return any(name.startswith("sem_seg_head.") for name in names)
 
 
 def model_to_ours(
     weights: Mapping[str, Tensor], source: object, num_heads: int | None = None
 ) -> tuple[dict[str, Tensor], ModelConfig]:
-    """Weights of an official model -> weights under our names, and the network they belong to.
+    """Convert the weights of an official model -> weights under our names, configuration of the network.
 
-    Constants may be absent (``criterion.empty_weight``, ``relative_position_index``, ``pixel_mean``, ``pixel_std``);
-    where they are there, they must fit too.
+    Constants may be absent (``criterion.empty_weight``, ``relative_position_index``, ``pixel_mean``, ``pixel_std``).
+    Where they are present, their values and shapes are checked.
 
     Args:
         weights: name -> tensor.
         source: path for messages.
-        num_heads: of the transformer decoder and encoder, which the weights do not show; ``None`` is the official 8.
+        num_heads: heads of the transformer decoder and encoder, which weights do not show; ``None`` is the official 8.
 
     Raises:
         ConvertError: lists every missing, unknown and misshapen tensor.
@@ -136,7 +136,7 @@ def model_to_ours(
 
 
 def no_object_weight(weights: Mapping[str, Tensor]) -> float | None:
-    """Weight of "no object" in the classification loss, if the criterion's constant shows one: other classes have 1."""
+    """Weight of "no object" in the classification loss, by the criterion's constant, in which other classes have 1."""
     constant = weights.get(EMPTY_WEIGHT)
     if constant is None or constant.ndim != 1 or not constant[:-1].eq(1).all() or not 0 <= constant[-1] < math.inf:
         return None
@@ -144,14 +144,14 @@ def no_object_weight(weights: Mapping[str, Tensor]) -> float | None:
 
 
 def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dict[str, Tensor], BackboneConfig]:
-    """Weights of a backbone alone -> weights under the names of our backbone, and its preset.
+    """Convert the weights of a backbone -> weights under the names of our backbone, its preset.
 
-    The classifier is dropped. A Swin Transformer of ImageNet lacks the four norms of the features: they are added as
-    they are initialised, with ones and zeros. BatchNorm is frozen, as in the published recipes; `load_backbone` takes
-    the weights for a trained one too.
+    The classifier is dropped. A Swin Transformer of ImageNet lacks the four norms of the features, which are added with
+    their initial ones and zeros. BatchNorm is frozen, as in the published recipes; `load_backbone` also loads the
+    weights for a trained BatchNorm.
 
     Raises:
-        ConvertError: neither layout; or a list of every missing, unknown and misshapen tensor.
+        ConvertError: an unknown layout, or a list of every missing, unknown and misshapen tensor.
     """
     optional: list[str] = []
     prefix = "backbone." if any(name.startswith("backbone.") for name in weights) else ""
@@ -173,10 +173,10 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
     backbone = meta_backbone(config, source)
     renamed = renamed._replace(problems=renamed.problems + _wrong_positions(weights))
     check_fit(backbone, renamed, rules, source, optional)
-    own = backbone.state_dict()
+    expected = backbone.state_dict()
     for name in optional:
         fill = torch.ones if name.endswith("weight") else torch.zeros
-        renamed.weights.setdefault(name, fill(own[name].shape))
+        renamed.weights.setdefault(name, fill(expected[name].shape))
     return renamed.weights, config
 
 
@@ -188,19 +188,19 @@ def _triple(value: Tensor | None) -> tuple[float, float, float] | None:
 
 
 def _decimal(value: Tensor) -> float:
-    """The shortest decimal number that is this float32: 0.1, and not what lies nearest to it."""
+    """Shortest decimal number that rounds to this float32, as 0.1."""
     return float(str(np.float32(float(value))))
 
 
 def _wrong_positions(weights: Mapping[str, Tensor]) -> list[str]:
-    """Position indices that are not for the window their bias table is for."""
+    """Problems of position indices whose window differs from that of their bias table."""
     problems = []
     for name, index in weights.items():
         if not name.endswith(_POSITION_INDEX):
             continue
         table = weights.get(name.removesuffix(_POSITION_INDEX) + "relative_position_bias_table")
         if table is None or table.ndim != 2:
-            continue  # said already
+            continue  # reported by `check_fit`
         window = (round(table.shape[0] ** 0.5) + 1) // 2
         if index.shape != (window**2, window**2):
             problems.append(f"shape: {name}: expected {(window**2, window**2)}, got {tuple(index.shape)}")

@@ -1,4 +1,4 @@
-"""What weights do not say of a published model: its classes, its data set, how large its images are."""
+"""Properties of published models that weights do not show: classes, data set, and size of images."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _FOLDERS = {
     171: "coco_stuff_10k_171",
     847: "ade20k_full_847",
 }
-"""Recipes of the published data sets, by their number of classes."""
+"""Number of classes -> folder of the recipes of the published data set."""
 _ADE20K_PANOPTIC = "ade20k_panoptic"
-"""As many classes as the semantic one; its models have an encoder."""
+"""Folder of ADE20K panoptic, with as many classes as the semantic data set. Its models have an encoder."""
 
 
 def published_recipe(model: ModelConfig) -> Config | None:
-    """The packaged recipe nearest to a network, if its number of classes is that of a published data set."""
+    """The packaged recipe that is most similar to a network, if a published data set has as many classes."""
     folder = _FOLDERS.get(model.num_classes)
     if folder is None:
         return None
     if folder == "ade20k_150" and model.pixel_decoder.encoder_layers > 0:
         folder = _ADE20K_PANOPTIC
 
-    def likeness(recipe: Config) -> tuple[bool, bool]:
+    def similarity(recipe: Config) -> tuple[bool, bool]:
         other = recipe.model
         return other.type == model.type, other.backbone.name == model.backbone.name
 
-    return max(_recipes(folder), key=likeness)
+    return max(_recipes(folder), key=similarity)
 
 
 @functools.cache
@@ -46,9 +46,9 @@ def _recipes(folder: str) -> tuple[Config, ...]:
 
 
 def published_config(model: ModelConfig) -> Config:
-    """Configuration around a converted network: its published recipe's, or the defaults.
+    """Configuration of a converted network: that of its published recipe, or the defaults.
 
-    The recipe says whether images are padded, which weights do not show.
+    The recipe decides whether images are padded, which weights do not show.
     """
     recipe = published_recipe(model)
     if recipe is None:
@@ -57,16 +57,16 @@ def published_config(model: ModelConfig) -> Config:
 
 
 def published_metadata(model: ModelConfig, class_names: Sequence[str] | None = None) -> Metadata:
-    """Classes of a network.
+    """Metadata of a network's classes.
 
     Args:
-        model: its number of classes (and its encoder, for ADE20K) tells the published data set.
-        class_names: where the source has them. They win; of a published data set they are only if half of them or more
-            are its.
+        model: the network. Its number of classes (for ADE20K also its encoder) decides the published data set.
+        class_names: names that the source has, which replace those of the data set. The data set is only taken if half
+            of the names or more are its own.
 
     Returns:
-        Names, things and colours of the published data set; otherwise the names given, or ``class_0`` and so on, none
-        of them a thing.
+        Names, things and colours of the published data set; otherwise the given names, or ``class_0`` and so on,
+        without things.
     """
     count = model.num_classes
     recipe = published_recipe(model)
@@ -82,14 +82,14 @@ def published_metadata(model: ModelConfig, class_names: Sequence[str] | None = N
 
 
 def with_things(metadata: Metadata, things: Sequence[str]) -> Metadata:
-    """Metadata in which just the classes told are things.
+    """Metadata in which exactly the given classes are things.
 
     Args:
         metadata: the classes.
         things: indices and ranges, as ``0-79`` or ``0``, ``1``, ``5``; also joined by commas.
 
     Raises:
-        ValueError: something else, or an index that is no class's.
+        ValueError: another text, or an index outside of the classes.
     """
     chosen: set[int] = set()
     last = metadata.num_classes - 1
@@ -106,5 +106,5 @@ def with_things(metadata: Metadata, things: Sequence[str]) -> Metadata:
 
 
 def _first_word(name: str) -> str:
-    """Of a list of synonyms the first, in lower case."""
+    """First name in a list of synonyms, in lower case."""
     return name.replace(";", ",").partition(",")[0].strip().lower()

@@ -124,12 +124,12 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in of an imported name."""
-        wanted = f"{_PYTHON_2.get(module, module)}.{name}"
+        full_name = f"{_PYTHON_2.get(module, module)}.{name}"
         # A name with dots would be an attribute of the name before it.
-        if wanted not in self._names or "." in name:
-            raise ConvertError(f"refused: the pickle imports {wanted[:200]}, expected numpy arrays in plain containers "
-                               "alone; nothing of it was run")
-        return self._names[wanted]
+        if full_name not in self._names or "." in name:
+            raise ConvertError(f"refused: the pickle imports {full_name[:200]}, expected numpy arrays in plain "
+                               "containers alone; nothing of it was run")
+        return self._names[full_name]
 
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
@@ -167,7 +167,7 @@ class _Unpickler(pickle._Unpickler):
         super().load_setitems()  # type: ignore[misc]
 
     def _encode(self, text: Any, encoding: Any) -> bytes:
-        """Bytes, as pickles of protocol 2 and less hold them."""
+        """Bytes from a text, which is the form of bytes in pickles of protocol 2 and less."""
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
             raise ConvertError(f"refused: _codecs.encode to {_short(encoding)}")
         self._encodable -= len(text)
@@ -206,7 +206,7 @@ def _dispatch() -> dict[int, Callable[[Any], None]]:
     methods: dict[int, Callable[[Any], None]] = {}
     for operation in pickletools.opcodes:
         code = ord(operation.code)
-        # The standard library's table holds its own methods; overridden ones are looked up by their names.
+        # The standard library's table has its methods; those that are overridden here are looked up by name.
         method = pickle._Unpickler.dispatch[code]
         allowed = operation.name in _ALLOWED
         methods[code] = getattr(_Unpickler, method.__name__) if allowed else _refuse(operation.name)
@@ -226,7 +226,7 @@ def load(file: IO[bytes]) -> Any:
 
     Raises:
         ConvertError: the pickle names anything but NumPy's arrays, dtypes and numbers and ``collections.OrderedDict``
-            (the message says what), holds an array of objects, is damaged, or is no pickle.
+            (the message has the name), contains an array of objects, is damaged, or is no pickle.
     """
     try:
         with warnings.catch_warnings():
@@ -283,7 +283,7 @@ def _with_arrays(content: Any) -> Any:
 
 
 def _short(value: object) -> str:
-    """A few words on a value of the file, whose own text could be endless."""
+    """A short text for a value of the file, whose full text could be endless."""
     if isinstance(value, (str, bytes)):
         return repr(value[:200])
     if isinstance(value, Exception):

@@ -1,4 +1,4 @@
-"""The network: backbone, pixel decoder, transformer decoder, heads."""
+"""Networks: backbone, pixel decoder, transformer decoder, heads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ __all__ = [
 
 
 def build_model(config: ModelConfig) -> SegmentationNetwork:
-    """Network of the asked type with freshly initialised weights.
+    """Build a network with freshly initialised weights.
 
-    Raises ``ValueError`` for an unknown backbone, for values that do not fit together, and while ``num_classes`` is 0.
+    Raises:
+        ValueError: the backbone is unknown, values do not fit together, or ``num_classes`` is 0.
     """
     types: dict[str, type[SegmentationNetwork]] = {
         "maskformer": MaskFormer,

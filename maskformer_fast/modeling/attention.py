@@ -1,4 +1,4 @@
-"""Multi-head attention on `scaled_dot_product_attention`."""
+"""Multi-head attention by `scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class MultiHeadAttention(nn.Module):
-    """Softmax attention over batch-first sequences, named and laid out as ``nn.MultiheadAttention``."""
+    """Softmax attention over batch-first sequences, with the parameters of ``nn.MultiheadAttention``."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class MultiHeadAttention(nn.Module):
         key: Tensor,  # [B, M, C]
         value: Tensor,  # [B, M, C]
     ) -> Tensor:
-        """-> [B, N, C]; the attention weights drop out in training."""
+        """Output [B, N, C]; training applies dropout to the attention weights."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, ., C/heads]

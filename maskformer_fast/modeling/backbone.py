@@ -1,4 +1,4 @@
-"""Backbone presets, and building a backbone from a preset and what departs from it."""
+"""Backbone presets, and backbones built from a preset and settings that differ from it."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ BACKBONES: dict[str, BackboneConfig] = {preset.name: preset for preset in _PRESE
 
 
 def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
-    """Fill the fields left at ``None`` from the preset.
+    """Fill the fields that are ``None`` from the preset.
 
-    Raises ``ValueError`` for an unknown preset, for a field of the other family, and for values that do not fit.
+    Raises:
+        ValueError: the preset is unknown, a field belongs to the other family, or values do not fit together.
     """
     check(config.name in BACKBONES, "backbone.name", "one of " + ", ".join(BACKBONES), config.name)
     preset = BACKBONES[config.name]
@@ -75,7 +76,7 @@ def is_swin(config: BackboneConfig) -> bool:
 
 
 def build_backbone(config: BackboneConfig) -> ResNet | SwinTransformer:
-    """Backbone with freshly initialised weights; it returns four feature maps with ``channels`` channels."""
+    """Build a backbone with freshly initialised weights; it returns four feature maps of ``channels`` channels."""
     config = resolve_backbone(config)
     names = ("depths", *(SWIN_FIELDS if is_swin(config) else RESNET_FIELDS))
     arguments = {name: getattr(config, name) for name in names}

@@ -1,4 +1,4 @@
-"""`torch.compile` as training uses it: whole graphs, one for each of few shapes (`data.buckets`)."""
+"""Compilation for training by `torch.compile`: a single graph for each of a few shapes (`data.buckets`)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-COMPILED_SHAPES = 256
-"""Nine sizes of images and a few numbers of targets as a rule, more where a recipe does not bound the sizes. PyTorch's
-own limit, 8, is there to stop code that never settles."""
+MAX_COMPILED_SHAPES = 256
+"""Largest number of shapes that a module is compiled for. Usually these are nine sizes of images times a few numbers of
+targets, but more if a recipe does not bound the sizes. PyTorch's default of 8 is too low."""
 
 
 def compile_single_graph(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> Any:
-    """A module that is compiled as one graph for each shape of its input, never in pieces.
+    """Compile a module as a single graph for each shape of its input, when it is first called with that shape.
 
-    What cannot be traced raises instead of running uncompiled; so does a shape beyond `COMPILED_SHAPES`.
+    Code that cannot be traced raises an error instead of running uncompiled, and so does a shape beyond the first
+    `MAX_COMPILED_SHAPES`.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
     return torch.compile(module, fullgraph=True, dynamic=False, backend=backend)

@@ -1,4 +1,4 @@
-"""Convolution, normalisation and ReLU in one module, as both ResNet and the pixel decoder use them."""
+"""Convolution with normalisation and ReLU, and initial weights, for ResNet and the pixel decoder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 class ConvNorm(nn.Conv2d):
-    """2-d convolution without bias, then ``norm``, then ReLU if asked.
+    """2-d convolution without bias, then ``norm``, then optionally ReLU.
 
-    The norm is a child of the convolution (``conv.weight``, ``conv.norm.weight``), which is how checkpoints name them.
+    The norm is a child of the convolution, as in the names of checkpoints: ``conv.weight``, ``conv.norm.weight``.
     """
 
     def __init__(
@@ -28,13 +28,13 @@ class ConvNorm(nn.Conv2d):
         self,
         x: Tensor,  # [B, in_channels, H, W]
     ) -> Tensor:
-        """-> [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
+        """Output [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
         x = self.norm(super().forward(x))
         return F.relu(x) if self.relu else x
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation with constant statistics, scale and shift: buffers, so that no optimiser touches them."""
+    """Batch normalisation with constant statistics, scale and shift, which are buffers and not trained."""
 
     weight: Tensor
     bias: Tensor
@@ -53,19 +53,19 @@ class FrozenBatchNorm2d(nn.Module):
         self,
         x: Tensor,  # [B, C, H, W]
     ) -> Tensor:
-        """-> [B, C, H, W]."""
+        """Output [B, C, H, W]."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 def msra_fill(conv: nn.Conv2d) -> None:
-    """Normal with variance 2 / fan_out, zero bias (He et al., 2015), for convolutions of the backbone."""
+    """Initialise a convolution of the backbone: normal with variance 2 / fan_out, zero bias (He et al., 2015)."""
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
 
 
 def xavier_fill(conv: nn.Conv2d) -> None:
-    """Uniform with variance 1 / fan_in, zero bias (Caffe2's Xavier fill), for convolutions outside the backbone."""
+    """Initialise another convolution: uniform with variance 1 / fan_in, zero bias (Caffe2's Xavier fill)."""
     nn.init.kaiming_uniform_(conv.weight, a=1)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

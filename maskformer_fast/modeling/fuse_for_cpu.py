@@ -1,9 +1,9 @@
-"""A network rebuilt to run on the CPU only forward: what its convolutions are followed by is done within them.
+"""Fused convolutions for inference on the CPU: normalisation, residual and ReLU are part of the convolution.
 
-BatchNorm with its running statistics is a scale and an offset of each channel: the scale goes into the weights, the
-offset becomes the bias. oneDNN adds the residual and takes the ReLU where it writes a convolution's output; most 3x3
-convolutions are Winograd's (`ops.convolution`). Channels are innermost in memory throughout. Results are the
-network's but for rounding.
+BatchNorm with its running statistics is a scale and an offset of each channel: the weights are multiplied by the scale,
+and the offset becomes the bias. oneDNN adds the residual and applies the ReLU when it writes a convolution's output.
+Most 3x3 convolutions use Winograd's algorithm (`ops.convolution`). Channels are innermost in memory throughout. Results
+equal the network's up to rounding.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from maskformer_fast.modeling.resnet import Bottleneck
 from maskformer_fast.ops.convolution import PANEL, conv3x3_winograd, pack_winograd_weights
 
 MAX_WINOGRAD_WEIGHTS = 256 * 256
-"""Channels in times out: above, the transformed weights take more memory than the fewer multiplications are worth."""
-ADVICE = "maskformer_fast.inference.load.load_network gives one as it was trained"
+"""Largest product of input and output channels for Winograd's algorithm; above it, the transformed weights take more
+memory than the saved multiplications are worth."""
+_ADVICE = "maskformer_fast.inference.load.load_network gives one as it was trained"
 
 
 def fuse_for_cpu(network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Replace the convolutions of a network on the CPU; afterwards it cannot be trained, saved, moved or exported.
+    """Replace the convolutions of a network on the CPU by fused ones, and set it to evaluation mode.
 
-    Copies and pickles of it work.
+    Afterwards it cannot be trained, saved, moved or exported, but copied and pickled.
 
     Args:
-        network: a `SegmentationNetwork`. Its other layers are kept; call it without gradients, in evaluation mode.
-        dtype: of what its convolutions read and write, float32 or bfloat16. The latter goes with
+        network: a `SegmentationNetwork`; its other layers stay.
+        dtype: float32 or bfloat16, of the inputs and outputs of convolutions. For bfloat16, call the network within
             ``torch.autocast("cpu", torch.bfloat16)``.
     """
     _replace_children(network, dtype)
@@ -39,7 +40,7 @@ def fuse_for_cpu(network: nn.Module, dtype: torch.dtype = torch.float32) -> None
 
 
 def convolves_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 convolutions for this processor; without AVX-512 and the like it refuses them."""
+    """Whether oneDNN has bfloat16 convolutions for this processor, which needs AVX-512 or similar instructions."""
     return bool(_mkldnn()._is_mkldnn_bf16_supported())
 
 
@@ -54,13 +55,13 @@ def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class FusedConv(nn.Module):
-    """A `ConvNorm` for inference, perhaps with a residual added before its ReLU."""
+    """Fused `ConvNorm` for inference, optionally with a residual added before its ReLU."""
 
     def __init__(self, conv: ConvNorm, dtype: torch.dtype, relu: bool | None = None) -> None:
         super().__init__()
         weight, bias, self.norm = _folded(conv)
         relu = conv.relu if relu is None else relu
-        # a norm that stays comes between the convolution and its ReLU
+        # A norm that cannot be folded comes between the convolution and its ReLU.
         self.relu, self.late_relu = relu and self.norm is None, relu and self.norm is not None
         self.dtype, self.channels = dtype, conv.out_channels
         self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), 1)  # type: ignore[arg-type]
@@ -72,7 +73,7 @@ class FusedConv(nn.Module):
             self.weight, self.bias = pack_winograd_weights(weight), bias
         else:
             self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-            if conv.kernel_size != (1, 1):  # reordered weights make some 1x1 convolutions several times slower
+            if conv.kernel_size != (1, 1):  # some 1x1 convolutions are several times slower with reordered weights
                 self._reorder_weight()
             self.bias = None if bias is None else bias.to(dtype)
 
@@ -81,7 +82,7 @@ class FusedConv(nn.Module):
         x: Tensor,  # [B, C, H, W]
         residual: Tensor | None = None,  # [B, N, h, w], overwritten
     ) -> Tensor:
-        """-> [B, N, h, w], channels last."""
+        """Output [B, N, h, w], channels last."""
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if self.winograd:
             x = conv3x3_winograd(x, self.weight, self.bias, self.channels, self.relu)
@@ -96,7 +97,7 @@ class FusedConv(nn.Module):
         return F.relu_(x) if self.late_relu else x
 
     def _reorder_weight(self) -> None:
-        """Into a layout of oneDNN's choice, which is opaque: it can neither be copied nor pickled."""
+        """Convert the weight to a layout that oneDNN chooses; such an opaque tensor cannot be copied or pickled."""
         self.weight = _mkldnn()._reorder_convolution_weight(self.weight, *self.geometry)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,18 +111,18 @@ class FusedConv(nn.Module):
             self._reorder_weight()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv:
-        """What moves and converts modules comes here."""
+        """Refuse to be moved or converted; modules do both by this method."""
         probe = fn(torch.empty(0))
         if probe.device.type != "cpu" or probe.dtype != torch.float32:
-            raise RuntimeError(f"network: it was rebuilt for the CPU and stays in its precision; {ADVICE}")
+            raise RuntimeError(f"network: it was rebuilt for the CPU and stays in its precision; {_ADVICE}")
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        raise RuntimeError(f"network: it was rebuilt for inference and has no checkpoint's weights; {ADVICE}")
+        raise RuntimeError(f"network: it was rebuilt for inference and has no checkpoint's weights; {_ADVICE}")
 
 
 class FusedBottleneck(nn.Module):
-    """A `Bottleneck` for inference. It writes its result into its input where that is the shortcut."""
+    """Fused `Bottleneck` for inference. It overwrites its input if the shortcut is the identity."""
 
     def __init__(self, block: Bottleneck, dtype: torch.dtype) -> None:
         super().__init__()
@@ -134,13 +135,13 @@ class FusedBottleneck(nn.Module):
         self,
         x: Tensor,  # [B, C, H, W]
     ) -> Tensor:
-        """-> [B, N, h, w], channels last."""
+        """Output [B, N, h, w], channels last."""
         inner = self.conv2(self.conv1(x))
         return self.conv3(inner, self.shortcut(x))
 
 
 def _folded(conv: ConvNorm) -> tuple[Tensor, Tensor | None, nn.Module | None]:
-    """Weights and bias with BatchNorm in them, and a norm of another kind, which stays."""
+    """Weights and bias that include BatchNorm; or for another norm, the weights, no bias and the norm."""
     norm: Any = conv.norm
     weight = conv.weight.detach()
     if isinstance(norm, nn.GroupNorm):
@@ -150,5 +151,5 @@ def _folded(conv: ConvNorm) -> tuple[Tensor, Tensor | None, nn.Module | None]:
 
 
 def _mkldnn() -> Any:
-    """oneDNN's convolutions with what follows them, which PyTorch has for its compiler."""
+    """oneDNN's convolutions with fused operations, which PyTorch provides for its compiler."""
     return torch.ops.mkldnn

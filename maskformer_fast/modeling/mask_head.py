@@ -1,4 +1,4 @@
-"""Transformer module and mask head (paper section 3.2): queries -> classes and mask embeddings."""
+"""Transformer decoder and heads (paper section 3.2): from memory to classes and mask embeddings of queries."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class MLP(nn.Module):
         self,
         x: Tensor,  # [..., in_dim]
     ) -> Tensor:
-        """-> [..., out_dim]."""
+        """Output [..., out_dim]."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
 class QueryDecoder(nn.Module):
-    """Learned queries look at the memory; each becomes a mask embedding of ``mask_dim`` channels."""
+    """Learned queries that attend to the memory, and a mask embedding of ``mask_dim`` channels for each."""
 
     def __init__(self, in_channels: int, num_queries: int, mask_dim: int, config: DecoderConfig) -> None:
-        """``in_channels``: of the memory. ``num_queries`` stands in for the config's."""
+        """``in_channels`` are those of the memory; ``num_queries`` replaces the config's."""
         super().__init__()
         dim = config.hidden_dim
         check(dim % 4 == 0, "decoder.hidden_dim", "a multiple of 4 (sine positions)", dim)
@@ -55,7 +55,7 @@ class QueryDecoder(nn.Module):
     ) -> Tensor:
         """Query states of all decoder layers, or of the last alone -> [L, B, Q, hidden_dim].
 
-        Every position is attended to, padding included: that is what the published weights were trained with.
+        The queries attend to every position, padding included, as in the training of the published weights.
         """
         x = self.input_proj(memory)
         height, width = x.shape[-2:]
@@ -75,6 +75,6 @@ class MaskHead(QueryDecoder):
         memory: Tensor,  # [B, in_channels, h, w]
         all_layers: bool,
     ) -> tuple[Tensor, Tensor]:
-        """-> class logits [L, B, Q, K+1] ("no object" last), mask embeddings [L, B, Q, mask_dim]."""
+        """Class logits [L, B, Q, K+1] ("no object" last) and mask embeddings [L, B, Q, mask_dim]."""
         states = self.decode(memory, all_layers)
         return self.class_embed(states), self.mask_embed(states)

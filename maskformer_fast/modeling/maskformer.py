@@ -1,4 +1,4 @@
-"""MaskFormer (Cheng, Schwing, Kirillov, NeurIPS 2021): one mask-classification network for all three tasks."""
+"""MaskFormer (Cheng, Schwing, Kirillov, NeurIPS 2021), a mask-classification network for all three tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskformer_fast.structures import Predictions
 
 
 class MaskFormer(SegmentationNetwork):
-    """Image -> a set of (class, mask) predictions, one a query."""
+    """Network that predicts a set of classes with masks, one for each query."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -27,14 +27,19 @@ class MaskFormer(SegmentationNetwork):
         all_layers: bool | None = None,
         project: bool | None = None,
     ) -> Predictions:
-        """Predict a batch; any size of image will do.
+        """Predict a batch of images of any size.
 
-        ``all_layers`` keeps the predictions of every decoder layer (deep supervision); ``None`` does so in training.
-        ``project`` computes the pixel embeddings themselves, which losses read; otherwise the last convolution of the
-        pixel decoder is left to do for the wanted masks alone (`Predictions`). ``None`` computes them in training and
-        with all layers. Predictions that are projected are plain tensors, none of them a parameter.
+        Args:
+            images: pixels outside ``valid_sizes`` count as the mean colour.
+            valid_sizes: ``None`` means that there is no padding.
+            all_layers: keep the predictions of every decoder layer (deep supervision); ``None`` does so in training.
+            project: compute the pixel embeddings, which losses need. Otherwise the predictions carry the last
+                convolution of the pixel decoder, to apply to the needed masks only (`Predictions`). ``None`` computes
+                them in training and with all layers. With them, no tensor of the predictions is a parameter.
 
-        Pixels outside ``valid_sizes`` count as the mean colour. Raises ``TypeError`` for images that are not uint8.
+        Raises:
+            TypeError: the images are not uint8.
+            ValueError: the images or sizes have another shape.
         """
         sizes = checked_sizes(images, valid_sizes)
         all_layers = self.training if all_layers is None else all_layers

@@ -1,4 +1,4 @@
-"""What MaskFormer and the per-pixel baselines share: image -> pixel embeddings and memory."""
+"""Base of MaskFormer and the per-pixel baselines: from images to pixel embeddings and memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskformer_fast.modeling.pixel_decoder import PixelDecoder
 
 
 class SegmentationNetwork(nn.Module):
-    """Normalisation, backbone and pixel decoder; subclasses put a head (``predictor``) on top."""
+    """Normalisation, backbone and pixel decoder; subclasses add a head (``predictor``)."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -43,7 +43,7 @@ class SegmentationNetwork(nn.Module):
         images: Tensor,  # [B, 3, H, W] uint8 RGB
         valid_sizes: Tensor,  # [B, 2] int64
     ) -> tuple[Tensor, Tensor]:
-        """-> pixel embeddings [B, D, ceil(H/4), ceil(W/4)], memory [B, C, ceil(H/32), ceil(W/32)]."""
+        """Pixel embeddings [B, D, ceil(H/4), ceil(W/4)] and memory [B, C, ceil(H/32), ceil(W/32)]."""
         return self.pixel_decoder(self.backbone(self.normalize(images, valid_sizes)))
 
 
@@ -51,9 +51,11 @@ def checked_sizes(
     images: Tensor,  # [B, 3, H, W] uint8 RGB
     valid_sizes: Tensor | None,  # [B, 2] int64: height, width of each image inside its padding
 ) -> Tensor:
-    """Validate a network's input; ``None`` becomes the full size of every image -> [B, 2] int64.
+    """Check a network's input -> valid sizes [B, 2] int64; for ``None``, the full size of every image.
 
-    Raises ``TypeError`` and ``ValueError`` for another dtype or shape.
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images: expected torch.uint8 (normalisation is inside the network), got {images.dtype}")

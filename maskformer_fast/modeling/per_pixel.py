@@ -13,7 +13,7 @@ from maskformer_fast.structures import PixelPredictions
 
 
 class PerPixelBaseline(SegmentationNetwork):
-    """``PerPixelBaseline``: a 1x1 convolution classifies the pixel embeddings; there is no transformer decoder."""
+    """``PerPixelBaseline``: a 1x1 convolution that classifies the pixel embeddings, without a transformer decoder."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -27,7 +27,7 @@ class PerPixelBaseline(SegmentationNetwork):
         *,
         all_layers: bool | None = None,
     ) -> PixelPredictions:
-        """Predict a batch; arguments as `MaskFormer.forward`. There is one layer whatever ``all_layers`` says."""
+        """Predict a batch; arguments as for `MaskFormer.forward`. ``all_layers`` has no effect: there is one layer."""
         sizes = checked_sizes(images, valid_sizes)
         pixel_embeddings, _ = self.embed(images, sizes)
         height, width = images.shape[-2:]
@@ -35,7 +35,7 @@ class PerPixelBaseline(SegmentationNetwork):
 
 
 class PerPixelBaselinePlus(SegmentationNetwork):
-    """``PerPixelBaseline+``: MaskFormer's modules with one query a class, so that its mask is the class's score."""
+    """``PerPixelBaseline+``: MaskFormer's modules with one query for each class, whose mask is the class's score."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -50,7 +50,7 @@ class PerPixelBaselinePlus(SegmentationNetwork):
         *,
         all_layers: bool | None = None,
     ) -> PixelPredictions:
-        """Predict a batch; arguments as `MaskFormer.forward`."""
+        """Predict a batch; arguments as for `MaskFormer.forward`."""
         sizes = checked_sizes(images, valid_sizes)
         pixel_embeddings, memory = self.embed(images, sizes)
         states = self.predictor.decode(memory, self.training if all_layers is None else all_layers)

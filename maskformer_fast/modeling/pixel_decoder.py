@@ -16,13 +16,13 @@ from maskformer_fast.structures import Projection
 
 
 class PixelDecoder(nn.Module):
-    """Backbone features -> pixel embeddings at stride 4, and the memory for the transformer decoder.
+    """FPN from backbone features to pixel embeddings at stride 4 and the memory for the transformer decoder.
 
-    ``memory_channels`` are those of the memory: res5's, or ``conv_dim`` behind a transformer encoder.
+    The memory has ``memory_channels`` channels: those of res5, or ``conv_dim`` after a transformer encoder.
     """
 
     def __init__(self, in_channels: Sequence[int], config: PixelDecoderConfig) -> None:
-        """``in_channels``: of res2, res3, res4, res5."""
+        """``in_channels`` are those of res2, res3, res4, res5."""
         super().__init__()
         dim = config.conv_dim
 
@@ -54,13 +54,13 @@ class PixelDecoder(nn.Module):
         self,
         features: Sequence[Tensor],  # res2 ... res5, [B, in_channels[i], H/2^(i+2), W/2^(i+2)]
     ) -> tuple[Tensor, Tensor]:
-        """-> pixel embeddings [B, mask_dim, H/4, W/4], memory [B, memory_channels, H/32, W/32]."""
+        """Pixel embeddings [B, mask_dim, H/4, W/4] and memory [B, memory_channels, H/32, W/32]."""
         x, memory = self.fuse(features)
         return self.mask_features(x), memory
 
     @property
     def projection(self) -> Projection:
-        """The last convolution, as `Predictions` carries it."""
+        """Last convolution, in the form that `Predictions` carries."""
         assert self.mask_features.bias is not None
         return Projection(self.mask_features.weight, self.mask_features.bias)
 
@@ -68,7 +68,7 @@ class PixelDecoder(nn.Module):
         self,
         features: Sequence[Tensor],  # as for `forward`
     ) -> tuple[Tensor, Tensor]:
-        """All but the last convolution -> its input [B, conv_dim, H/4, W/4], memory as from `forward`."""
+        """Run all but the last convolution -> its input [B, conv_dim, H/4, W/4], and memory as from `forward`."""
         res2, res3, res4, memory = features
         if self.has_encoder:
             memory = self.encode(memory)
@@ -81,7 +81,7 @@ class PixelDecoder(nn.Module):
         self,
         res5: Tensor,  # [B, C, h, w]
     ) -> Tensor:
-        """Transformer encoder over the pixels of res5 -> [B, conv_dim, h, w]."""
+        """Run the transformer encoder over the pixels of res5 -> [B, conv_dim, h, w]."""
         x = self.input_proj(res5)
         height, width = x.shape[-2:]
         positions = sine_positions(height, width, x.shape[1], x.device).to(x.dtype)
@@ -93,5 +93,5 @@ def merge(
     lateral: Tensor,  # [B, C, H, W]
     top: Tensor,  # [B, C, ceil(H/2), ceil(W/2)]
 ) -> Tensor:
-    """Add the coarser map, repeated to the lateral's size -> [B, C, H, W]."""
+    """Add the coarser map, upsampled (nearest) to the size of the lateral one -> [B, C, H, W]."""
     return lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest")

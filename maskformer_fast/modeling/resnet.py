@@ -16,11 +16,11 @@ NORMS: dict[str, type[nn.Module]] = {
     "sync": nn.SyncBatchNorm,
 }
 MULTI_GRID = (1, 2, 4)
-"""Dilations of the blocks of res5 in ResNet-101c (Chen et al., 2017, "multi-grid")."""
+"""Dilations of the blocks of res5 in ResNet-101c ("multi-grid", Chen et al., 2017)."""
 
 
 class BasicStem(nn.Module):
-    """One 7x7 convolution and a max pooling: stride 4."""
+    """One 7x7 convolution and a max pooling, with a stride of 4."""
 
     def __init__(self, channels: int, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class BasicStem(nn.Module):
         self,
         x: Tensor,  # [B, 3, H, W]
     ) -> Tensor:
-        """-> [B, channels, ceil(H/4), ceil(W/4)]."""
+        """Output [B, channels, ceil(H/4), ceil(W/4)]."""
         return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
 
 
 class DeepStem(nn.Module):
-    """Three 3x3 convolutions and a max pooling: stride 4."""
+    """Three 3x3 convolutions and a max pooling, with a stride of 4."""
 
     def __init__(self, channels: int, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class DeepStem(nn.Module):
         self,
         x: Tensor,  # [B, 3, H, W]
     ) -> Tensor:
-        """-> [B, channels, ceil(H/4), ceil(W/4)]."""
+        """Output [B, channels, ceil(H/4), ceil(W/4)]."""
         x = self.conv1_3(self.conv1_2(self.conv1_1(x)))
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
 class Bottleneck(nn.Module):
-    """1x1 to the inner width, 3x3 (with stride and dilation), 1x1 to the output width, plus the shortcut."""
+    """Convolutions 1x1 to the inner width, 3x3 (with stride and dilation), 1x1 to the output width, plus shortcut."""
 
     def __init__(
         self, in_channels: int, inner: int, out_channels: int, stride: int, dilation: int, norm: type[nn.Module]
@@ -73,12 +73,12 @@ class Bottleneck(nn.Module):
         self,
         x: Tensor,  # [B, in_channels, H, W]
     ) -> Tensor:
-        """-> [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
+        """Output [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
         return F.relu(self.conv3(self.conv2(self.conv1(x))) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
-    """Bottleneck ResNet without its classifier; ``channels`` are those of the four outputs."""
+    """Bottleneck ResNet without classifier; ``channels`` are those of the four outputs."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class ResNet(nn.Module):
         self,
         x: Tensor,  # [B, 3, H, W] normalised
     ) -> list[Tensor]:
-        """-> res2 ... res5 at strides 4, 8, 16, 32 (sizes rounded up): [B, channels[i], ., .]."""
+        """Feature maps res2 ... res5 at strides 4, 8, 16, 32 (sizes rounded up): [B, channels[i], ., .]."""
         x = self.stem(x)
         features = []
         for stage in (self.res2, self.res3, self.res4, self.res5):

@@ -11,13 +11,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 MLP_RATIO = 4
+"""Hidden channels of a block's MLP, as a multiple of its channels."""
 PATCH = 4
+"""Side of a patch in pixels."""
 BLOCKED = -100.0
-"""Added to attention scores across the seams of a cyclic shift; finite, as when the published weights were trained."""
+"""Value added to attention scores across the seams of a cyclic shift; finite, as in the training of the published
+weights."""
 
 
 class PatchEmbedding(nn.Module):
-    """4x4 patches, padded right and below to whole ones, each a token."""
+    """Embedding of 4x4 patches as tokens; images are padded at the right and below to complete patches."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -28,7 +31,7 @@ class PatchEmbedding(nn.Module):
         self,
         x: Tensor,  # [B, 3, H, W]
     ) -> Tensor:
-        """-> [B, ceil(H/4), ceil(W/4), dim]."""
+        """Output [B, ceil(H/4), ceil(W/4), dim]."""
         height, width = x.shape[-2:]
         right, bottom = (padding(size, PATCH) for size in (width, height))
         x = F.pad(x, (0, right, 0, bottom))
@@ -36,7 +39,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """2x2 neighbours, padded to even sizes, become one token of twice the channels."""
+    """Merging of 2x2 tokens into one with twice the channels; maps are padded to even sizes."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -49,10 +52,10 @@ class PatchMerging(nn.Module):
         height: int,
         width: int,
     ) -> Tensor:
-        """-> [B, height, width, 2C], where height and width are H/2 and W/2, rounded up."""
+        """Output [B, height, width, 2C], where height and width are H/2 and W/2, rounded up."""
         x = F.pad(x, (0, 0, 0, 2 * width - x.shape[2], 0, 2 * height - x.shape[1]))
         x = x.view(x.shape[0], height, 2, width, 2, x.shape[3])
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # columns before rows: the order of published weights
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # columns before rows, as in the published weights
         return self.reduction(self.norm(x))
 
 
@@ -77,11 +80,11 @@ class WindowAttention(nn.Module):
         x: Tensor,  # [B, windows, N, C]
         mask: Tensor | None,  # [windows, N, N] added to the scores of every head
     ) -> Tensor:
-        """-> [B, windows, N, C]."""
+        """Output [B, windows, N, C]."""
         batch, windows = x.shape[:2]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)  # [B, W, heads, N, d]
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [heads, N, N]
-        # One broadcast dimension is free: the batch where windows differ in their mask, else all windows.
+        # The bias broadcasts over one dimension: the batch if windows differ in their mask, else all windows.
         if mask is None:
             start, bias = 0, bias[None]
         else:
@@ -104,12 +107,12 @@ class MLP(nn.Module):
         self,
         x: Tensor,  # [..., dim]
     ) -> Tensor:
-        """-> [..., dim]."""
+        """Output [..., dim]."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): in training a sample skips the branch with probability ``rate``."""
+    """Stochastic depth (Huang et al., 2016): a training sample skips the branch with probability ``rate``."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -119,12 +122,12 @@ class DropPath(nn.Module):
         self,
         x: Tensor,  # [B, ...]
     ) -> Tensor:
-        """-> [B, ...], scaled so that the expectation stays."""
+        """Output [B, ...], scaled so that its expectation is the input."""
         if not self.training or self.rate == 0.0:
             return x
-        keep = 1.0 - self.rate
-        kept = torch.rand([x.shape[0]] + [1] * (x.ndim - 1), device=x.device) < keep
-        return x * (kept / keep).to(x.dtype)
+        probability = 1.0 - self.rate
+        kept = torch.rand([x.shape[0]] + [1] * (x.ndim - 1), device=x.device) < probability
+        return x * (kept / probability).to(x.dtype)
 
 
 class SwinBlock(nn.Module):
@@ -145,7 +148,7 @@ class SwinBlock(nn.Module):
         x: Tensor,  # [B, H, W, C]
         mask: Tensor,  # [windows, N, N] for the shifted windows
     ) -> Tensor:
-        """-> [B, H, W, C]."""
+        """Output [B, H, W, C]."""
         x = x + self.drop_path(self.attend(self.norm1(x), mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -154,7 +157,7 @@ class SwinBlock(nn.Module):
         x: Tensor,  # [B, H, W, C]
         mask: Tensor,  # [windows, N, N]
     ) -> Tensor:
-        """Pad to whole windows, shift, attend, and undo both -> [B, H, W, C]."""
+        """Attend in windows -> [B, H, W, C]: pad to complete windows, shift, attend, shift back, crop."""
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, padding(width, self.window), 0, padding(height, self.window)))
         padded_height, padded_width = x.shape[1:3]
@@ -168,7 +171,7 @@ class SwinBlock(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks of one resolution, every second one with shifted windows, and the way down to the next."""
+    """Blocks of one resolution, every second one with shifted windows, and downsampling to the next resolution."""
 
     def __init__(
         self,
@@ -179,7 +182,7 @@ class SwinStage(nn.Module):
         downsample: PatchMerging | None,
         checkpointing: bool,
     ) -> None:
-        """One block for each entry of ``drop_path``, its stochastic depth."""
+        """``drop_path`` has the rate of stochastic depth of each block."""
         super().__init__()
         self.window = window
         self.checkpointing = checkpointing
@@ -195,7 +198,7 @@ class SwinStage(nn.Module):
         next_height: int,
         next_width: int,
     ) -> tuple[Tensor, Tensor]:
-        """-> output [B, H, W, C], input of the next stage [B, next_height, next_width, 2C] (unused after the last)."""
+        """Output [B, H, W, C] and input of the next stage [B, next_height, next_width, 2C] (unused after the last)."""
         mask = shifted_window_mask(x, self.window)
         for block in self.blocks:
             if self.checkpointing and self.training:
@@ -206,7 +209,7 @@ class SwinStage(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """Swin without its classifier, with a LayerNorm on each of the four outputs (``channels``)."""
+    """Swin without classifier, with a LayerNorm on each of the four outputs, of ``channels`` channels."""
 
     def __init__(
         self,
@@ -241,12 +244,12 @@ class SwinTransformer(nn.Module):
         self,
         x: Tensor,  # [B, 3, H, W] normalised
     ) -> list[Tensor]:
-        """-> res2 ... res5 at strides 4, 8, 16, 32 (sizes rounded up): [B, channels[i], ., .]."""
+        """Feature maps res2 ... res5 at strides 4, 8, 16, 32 (sizes rounded up): [B, channels[i], ., .]."""
         image_size = x.shape[-2:]
         x = self.patch_embed(x)
         features = []
         for index, norm in enumerate((self.norm0, self.norm1, self.norm2, self.norm3)):
-            # From the image's size, not from this stage's: symbolic sizes would nest deeper at every stage.
+            # From the image's size, not from this stage's: symbolic sizes would grow more complex at every stage.
             next_stride = PATCH * 2 ** (index + 1)
             next_size = ((size + next_stride - 1) // next_stride for size in image_size)
             output, x = self.layers[index](x, *next_size)
@@ -255,20 +258,20 @@ class SwinTransformer(nn.Module):
 
 
 def padding(size: int, multiple: int) -> int:
-    """What ``size`` lacks to a multiple; written so that symbolic sizes cancel out (a modulo would pile up)."""
+    """Amount that ``size`` lacks to a multiple; without a modulo, so that symbolic sizes simplify."""
     return (size + multiple - 1) // multiple * multiple - size
 
 
 def dense(x: Tensor) -> Tensor:
-    """Copy to contiguous memory without asking whether it is: a question about sizes would split compiled graphs."""
+    """Copy to contiguous memory; unconditionally, since a check of the layout would split compiled graphs."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def to_windows(
-    x: Tensor,  # [B, H, W, C], whole windows
+    x: Tensor,  # [B, H, W, C], with H and W multiples of the window
     window: int,
 ) -> Tensor:
-    """-> [B, windows, N, C], row by row; N = window squared."""
+    """Split a map into windows -> [B, windows, N, C], row by row; N = window squared."""
     batch, height, width, channels = x.shape
     rows, columns = height // window, width // window
     x = x.view(batch, rows, window, columns, window, channels).transpose(2, 3)
@@ -291,10 +294,10 @@ def shifted_window_mask(
     x: Tensor,  # [B, H, W, C], before padding
     window: int,
 ) -> Tensor:
-    """What to add to the attention scores of shifted windows -> [windows, N, N], 0 or `BLOCKED`.
+    """Mask to add to the attention scores of shifted windows -> [windows, N, N], 0 or `BLOCKED`.
 
-    After the cyclic shift the last row and column of windows hold tokens from opposite sides of the image; tokens
-    attend to their own side only.
+    After the cyclic shift, the last row and column of windows contain tokens from opposite sides of the image. A token
+    attends to tokens of its own side only.
     """
     height, width = (size + padding(size, window) for size in x.shape[1:3])
     rows, columns = (

@@ -13,7 +13,7 @@ from maskformer_fast.modeling.attention import MultiHeadAttention
 
 
 class FeedForward(nn.Module):
-    """Base of both layers: ``linear1``, ReLU, dropout, ``linear2``. Checkpoints keep the two beside the attention."""
+    """Feed-forward part, a base class since checkpoints name ``linear1`` and ``linear2`` beside the attention."""
 
     def __init__(self, dim: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class FeedForward(nn.Module):
         self,
         x: Tensor,  # [B, N, C]
     ) -> Tensor:
-        """-> [B, N, C]."""
+        """Output [B, N, C]."""
         return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
 
@@ -45,14 +45,14 @@ class EncoderLayer(FeedForward):
         x: Tensor,  # [B, N, C]
         positions: Tensor,  # [1, N, C]
     ) -> Tensor:
-        """-> [B, N, C]."""
+        """Output [B, N, C]."""
         located = x + positions
         x = self.norm1(x + self.dropout(self.self_attn(located, located, x)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of `EncoderLayer`; post-norm, so without a final LayerNorm."""
+    """Stack of `EncoderLayer`; post-norm, so without a final LayerNorm."""
 
     def __init__(self, layers: int, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -63,14 +63,14 @@ class TransformerEncoder(nn.Module):
         x: Tensor,  # [B, N, C]
         positions: Tensor,  # [1, N, C]
     ) -> Tensor:
-        """-> [B, N, C]."""
+        """Output [B, N, C]."""
         for layer in self.layers:
             x = layer(x, positions)
         return x
 
 
 class DecoderLayer(FeedForward):
-    """Self-attention of the queries, attention to the memory, feed-forward; each with dropout, residual, LayerNorm."""
+    """Self-attention, attention to the memory, feed-forward; each with dropout, residual and LayerNorm."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__(dim, ffn_dim, dropout)
@@ -87,7 +87,7 @@ class DecoderLayer(FeedForward):
         memory: Tensor,  # [B, N, C]
         keys: Tensor,  # [B, N, C] memory with its positions added
     ) -> Tensor:
-        """-> [B, Q, C]."""
+        """Output [B, Q, C]."""
         located = x + queries
         x = self.norm1(x + self.dropout(self.self_attn(located, located, x)))
         x = self.norm2(x + self.dropout(self.multihead_attn(x + queries, keys, memory)))
@@ -95,7 +95,7 @@ class DecoderLayer(FeedForward):
 
 
 class TransformerDecoder(nn.Module):
-    """A stack of `DecoderLayer` from zero states; one LayerNorm serves the output of every layer."""
+    """Stack of `DecoderLayer` on zero initial states; all layers share one LayerNorm of the output."""
 
     def __init__(self, layers: int, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class TransformerDecoder(nn.Module):
         positions: Tensor,  # [1, N, C]
         all_layers: bool,
     ) -> Tensor:
-        """Query states -> [L, B, Q, C]: of every layer, the last one last, or of the last alone (L = 1)."""
+        """Query states [L, B, Q, C] of every layer in order, or of the last one only (L = 1)."""
         x = memory.new_zeros(memory.shape[0], *queries.shape)
         keys = memory + positions
         states = []

@@ -119,17 +119,17 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | Pa
         CheckpointError: the weights do not fit; the message lists every tensor that is missing, unknown or of another
             shape, after ``source``.
     """
-    own = module.state_dict()
-    problems = [f"missing: {name}" for name in own if name not in weights]
-    problems += [f"unknown: {name}" for name in weights if name not in own]
+    current = module.state_dict()
+    problems = [f"missing: {name}" for name in current if name not in weights]
+    problems += [f"unknown: {name}" for name in weights if name not in current]
     problems += [
-        f"shape: {name}: expected {tuple(own[name].shape)}, got {tuple(weights[name].shape)}"
-        for name in own
-        if name in weights and own[name].shape != weights[name].shape
+        f"shape: {name}: expected {tuple(current[name].shape)}, got {tuple(weights[name].shape)}"
+        for name in current
+        if name in weights and current[name].shape != weights[name].shape
     ]
     if problems:
         raise CheckpointError(f"{source}: the weights do not fit the network:\n  " + "\n  ".join(problems))
-    module.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in weights.items()})
+    module.load_state_dict({name: shard_like(tensor, current[name]) for name, tensor in weights.items()})
 
 
 def load_backbone(network: nn.Module, path: str | Path) -> None:
@@ -159,14 +159,14 @@ def load_initial(network: nn.Module, path: str | Path) -> list[str]:
         FileNotFoundError, CheckpointError: see `load_weights` and `load_into`.
     """
     weights = _with_counters_of(network, load_weights(path).weights)
-    own = network.state_dict()
-    fresh = [
+    current = network.state_dict()
+    untrained = [
         name
-        for name in own
-        if name.startswith(_CLASSIFIER) and name in weights and weights[name].shape != own[name].shape
+        for name in current
+        if name.startswith(_CLASSIFIER) and name in weights and weights[name].shape != current[name].shape
     ]
-    load_into(network, weights | {name: own[name] for name in fresh}, path)
-    return fresh
+    load_into(network, weights | {name: current[name] for name in untrained}, path)
+    return untrained
 
 
 def _with_counters_of(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def _linear_sum_assignment_cpu(arguments: _Arguments) -> Tensor:
     rows = torch.empty(arguments.result_shape, dtype=torch.int64)
     is_single = problems.dtype == torch.float32
     assign = extension.linear_sum_assignment_f32 if is_single else extension.linear_sum_assignment_f64
-    assign(problems.data_ptr(), sizes, strides, address_of(counts), rows.data_ptr(), torch.get_num_threads())
+    assign(address_of(problems), sizes, strides, address_of(counts), address_of(rows), torch.get_num_threads())
     return rows
 
 
@@ -55,12 +55,12 @@ def _linear_sum_assignment_cuda(arguments: _Arguments) -> Tensor:
         assign, scratch_bytes = extension.linear_sum_assignment_cuda_f32, extension.assignment_scratch_bytes_f32
     else:
         assign, scratch_bytes = extension.linear_sum_assignment_cuda_f64, extension.assignment_scratch_bytes_f64
-    inputs = (problems.data_ptr(), sizes, strides, address_of(counts), rows.data_ptr())
+    inputs = (address_of(problems), sizes, strides, address_of(counts), address_of(rows))
     device = problems.device.index
     size = scratch_bytes(*inputs, device)
     # freed on return, while the kernel may run: the allocator gives it only to what comes later on this stream
     scratch = torch.empty(size, dtype=torch.uint8, device=problems.device)
-    assign(*inputs, scratch.data_ptr(), size, device, torch.cuda.current_stream(device).cuda_stream)
+    assign(*inputs, address_of(scratch), size, device, torch.cuda.current_stream(device).cuda_stream)
     return rows
 
 

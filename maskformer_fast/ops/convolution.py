@@ -40,8 +40,8 @@ def _conv3x3_winograd_cpu(arguments: _Arguments) -> Tensor:
     result = _conv3x3_winograd_fake(arguments)
     count, in_channels, height, width = images.shape
     load_extension().conv3x3_winograd(
-        images.data_ptr(), dtype_name(images), (count, height, width, in_channels, arguments.channels),
-        arguments.packed.data_ptr(), address_of(arguments.bias), arguments.relu, result.data_ptr(),
+        address_of(images), dtype_name(images), (count, height, width, in_channels, arguments.channels),
+        address_of(arguments.packed), address_of(arguments.bias), arguments.relu, address_of(result),
         torch.get_num_threads(),
     )  # fmt: skip
     return result

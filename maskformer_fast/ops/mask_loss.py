@@ -153,7 +153,7 @@ def _mask_sums_cpu(pairs: MaskPairs) -> Tensor:
         return mask_sums_eager(pairs)
     arguments = _ExtensionArguments(pairs)
     sums = _mask_sums_fake(pairs)
-    load_extension().mask_sums(*arguments.values, sums.data_ptr(), torch.get_num_threads())
+    load_extension().mask_sums(*arguments.values, address_of(sums), torch.get_num_threads())
     return sums
 
 
@@ -177,7 +177,7 @@ def _mask_sums_backward_cpu(arguments: MaskPairsBackward) -> Tensor:
     gradient = gradient.contiguous()
     result = torch.empty_like(pairs.logits, memory_format=torch.contiguous_format)
     load_extension().mask_sums_backward(
-        gradient.data_ptr(), *inputs.values, result.data_ptr(), torch.get_num_threads()
+        address_of(gradient), *inputs.values, address_of(result), torch.get_num_threads()
     )
     return result
 

@@ -57,18 +57,18 @@ def _matching_cost_cpu(arguments: _Arguments) -> Tensor:
     embeddings, labels, counts, masks = (tensor.contiguous() for tensor in (arguments.embeddings, *arguments[3:6]))
     valid_sizes = None if arguments.valid_sizes is None else arguments.valid_sizes.contiguous()
     load_extension().matching_cost(
-        class_logits.data_ptr(),
-        embeddings.data_ptr(),
+        address_of(class_logits),
+        address_of(embeddings),
         address_of(pixels),
         strides,
-        labels.data_ptr(),
-        counts.data_ptr(),
-        masks.data_ptr(),
+        address_of(labels),
+        address_of(counts),
+        address_of(masks),
         address_of(valid_sizes),
         (layers, batch, queries, classes, depth, *arguments.out_size, labels.shape[1], *arguments.input_size),
         arguments.weights,
         arguments.focal,
-        cost.data_ptr(),
+        address_of(cost),
         torch.get_num_threads(),
     )
     return cost

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast.config import PanopticRule
+from maskformer_fast.core.arrays import address_of
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.core.metadata import VOID
@@ -59,15 +60,15 @@ def _panoptic_inference_cpu(arguments: _PanopticArguments) -> tuple[Tensor, Tens
     id_map, ids, areas = _panoptic_inference_fake(arguments)
     load_extension().panoptic_inference(
         *_window_values(logits, arguments.extent, arguments.output_size),
-        scores.data_ptr(),
-        categories.data_ptr(),
-        is_thing.data_ptr(),
+        address_of(scores),
+        address_of(categories),
+        address_of(is_thing),
         len(is_thing),
         arguments.overlap_threshold,
         arguments.rule,
-        id_map.data_ptr(),
-        ids.data_ptr(),
-        areas.data_ptr(),
+        address_of(id_map),
+        address_of(ids),
+        address_of(areas),
         torch.get_num_threads(),
     )
     return id_map, ids, areas
@@ -249,10 +250,10 @@ def _instance_inference_cpu(arguments: _InstanceArguments) -> tuple[Tensor, Tens
     masks, areas, boxes, scores = _instance_inference_fake(arguments)
     load_extension().instance_inference(
         *_window_values(logits, arguments.extent, arguments.output_size),
-        masks.data_ptr(),
-        areas.data_ptr(),
-        boxes.data_ptr(),
-        scores.data_ptr(),
+        address_of(masks),
+        address_of(areas),
+        address_of(boxes),
+        address_of(scores),
         torch.get_num_threads(),
     )
     return masks, areas, boxes, scores
@@ -361,4 +362,4 @@ def _with_adjacent_columns(mask_logits: Tensor) -> Tensor:
 
 def _window_values(logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> tuple[object, ...]:
     """Logits and the window that the output covers, as the extension takes them."""
-    return logits.data_ptr(), tuple(logits.shape), logits.stride()[:3], extent, output_size
+    return address_of(logits), tuple(logits.shape), logits.stride()[:3], extent, output_size

@@ -51,17 +51,17 @@ def _semantic_inference_cpu(arguments: _Arguments) -> tuple[Tensor, Tensor, Tens
     results = _semantic_inference_fake(arguments)
     labels, scores, margins = results
     load_extension().semantic_inference(
-        mask_logits.data_ptr(),
+        address_of(mask_logits),
         dtype_name(mask_logits),
         tuple(mask_logits.shape),
         mask_logits.stride(),
-        class_logits.data_ptr(),
+        address_of(class_logits),
         dtype_name(class_logits),
         class_logits.shape[2] - 1,
         class_logits.stride(),
         arguments.extent,
         arguments.output_size,
-        labels.data_ptr(),
+        address_of(labels),
         address_of(scores if arguments.with_scores else None),
         address_of(margins if arguments.with_margins else None),
         arguments.path,

@@ -101,7 +101,7 @@ class SkippedSteps:
             return
         problems = self._problems(pending)
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        reasons = "; ".join(problems[:MAX_PROBLEMS] + more or ["for what another rank says"])
+        reasons = "; ".join(problems[:MAX_PROBLEMS] + more or ["for a reason that another rank logs"])
         if problems or is_main():
             log = logger.warning if is_main() else logger.error  # ranks other than 0 show errors only
             log("step %d skipped (%d so far): %s", pending.step, self.total, reasons)

@@ -152,10 +152,14 @@ def import_program(module: str) -> ModuleType:
 
 
 def option_classes(program: ModuleType) -> list[Any]:
-    """Return the dataclasses NAMEOptions that a module, or the package whose ``__main__`` it is, defines."""
-    place = program.__name__.removesuffix(".__main__")
-    named = [value for name, value in vars(program).items() if name.endswith("Options")]
-    return [kind for kind in named if dataclasses.is_dataclass(kind) and kind.__module__.startswith(place)]
+    """Return the dataclasses NAMEOptions of a command: defined in its module, or in its package if it has one."""
+    name, package = program.__name__, program.__name__.removesuffix("__main__")  # for a module, both are its name
+    named = [value for key, value in vars(program).items() if key.endswith("Options")]
+    return [
+        kind for kind in named
+        if dataclasses.is_dataclass(kind)
+        and (kind.__module__ == name or (package != name and kind.__module__.startswith(package)))
+    ]
 
 
 class _Parsed(Exception):

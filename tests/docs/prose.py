@@ -24,7 +24,10 @@ ARGPARSE_COMMANDS: dict[str, tuple[str, ...]] = {"benchmarks": (), "maskformer_f
 OTHER_OPTIONS = frozenset({"--help", "--config", "--list-recipes", "--rdzv-id", "--shm-size"})
 """Options that are no field of a dataclass: those that choose a recipe, and those of torchrun and Docker."""
 SECTIONS = frozenset(field.name for field in dataclasses.fields(Config))
-FOLDERS = ("", "maskformer_fast", "csrc", "maskformer_fast/ops", "maskformer_fast/data", "maskformer_fast/modeling")
+FOLDERS = (
+    "", "maskformer_fast", "csrc", "maskformer_fast/ops", "maskformer_fast/data", "maskformer_fast/modeling",
+    "benchmarks/results",
+)  # fmt: skip
 """Folders to which a page's paths may be relative, besides the page's own."""
 FILES_OF_OTHERS = frozenset({"MODEL_ZOO.md"})
 _SOURCE = re.compile(r"^[\w./-]+\.(py|cpp|cu|h|md)$")

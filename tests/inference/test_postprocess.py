@@ -17,25 +17,7 @@ from maskformer_fast.inference import postprocess
 from maskformer_fast.ops import semantic_pruned
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import PixelPredictions, Predictions, Projection, unpack_masks
-
-INPUT_SIZE = (40, 56)
-VALID_SIZES = [(40, 56), (33, 41), (40, 56), (1, 7)]
-OUTPUT_SIZES = [(40, 56), (33, 41), (25, 91), (9, 9)]
-
-
-def random_predictions(
-    seed: int = 0, classes: int = 7, queries: int = 9, valid_sizes: list[tuple[int, int]] = VALID_SIZES
-) -> Predictions:
-    """Two decoder layers, of which only the last should count; embedding values make logits of a few units."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = len(valid_sizes)
-    return Predictions(
-        3 * torch.randn(2, batch, queries, classes + 1, generator=generator),
-        torch.randn(2, batch, queries, 16, generator=generator),
-        torch.randn(batch, 16, INPUT_SIZE[0] // 4, INPUT_SIZE[1] // 4, generator=generator),
-        torch.tensor(valid_sizes),
-        INPUT_SIZE,
-    )
+from tests.support.postprocess_cases import INPUT_SIZE, OUTPUT_SIZES, VALID_SIZES, all_results, random_predictions
 
 
 def upsampled_logits(predictions: Predictions, image: int) -> torch.Tensor:
@@ -277,17 +259,6 @@ def test_a_batch_of_no_images_has_no_results(projection: Projection | None) -> N
     assert postprocess.instances(empty, [], [True] * 7, 10) == []
 
 
-def all_results(predictions: Predictions, sizes: list[tuple[int, int]]) -> list[list[object]]:
-    is_thing = [True, False, True, False, True, False, True]
-    semantic = postprocess.semantic(predictions, sizes, with_scores=True)
-    panoptic = postprocess.panoptic(predictions, sizes, is_thing, 0.4, 0.3)
-    instance = postprocess.instances(predictions, sizes, is_thing, 10)
-    return [
-        [s.labels, s.scores, p.id_map, p.segments, i.labels, i.scores, i.masks, i.boxes]
-        for s, p, i in zip(semantic, panoptic, instance, strict=True)
-    ]
-
-
 def assert_same(results: list[list[object]], expected: list[list[object]]) -> None:
     for got, want in zip(results, expected, strict=True):
         for a, b in zip(got, want, strict=True):
@@ -378,19 +349,6 @@ def test_results_carry_no_gradient_and_leave_predictions_alone() -> None:
         assert not scores.requires_grad
     all_results(predictions, OUTPUT_SIZES)
     assert all(torch.equal(a, b) for a, b in zip(before, predictions[:4], strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_equals_cpu() -> None:
-    predictions = random_predictions(14)
-    moved = Predictions(*(t.cuda() for t in predictions[:4]), INPUT_SIZE)
-    results = all_results(moved, OUTPUT_SIZES)
-    on_cpu = [[v.cpu() if isinstance(v, torch.Tensor) else v for v in result] for result in results]
-    for got, want in zip(on_cpu, all_results(predictions, OUTPUT_SIZES), strict=True):
-        assert (got[0] == want[0]).float().mean() > 0.999 and (got[2] == want[2]).float().mean() > 0.99
-        assert [s.category for s in got[3]] == [s.category for s in want[3]]
-        torch.testing.assert_close(got[5], want[5], atol=1e-4, rtol=1e-4)
 
 
 def test_bad_input_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Networks read off the shapes of their own weights."""
+"""Architectures inferred from the shapes of weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ MODELS = st.builds(
 
 @settings(max_examples=12, deadline=None)
 @given(MODELS)
-def test_any_network_is_read_off_its_shapes(config: ModelConfig) -> None:
+def test_any_architecture_is_inferred_from_its_shapes(config: ModelConfig) -> None:
     weights = meta_weights(config)
     found = infer_model(weights)
     check_fit(meta_model(found, "found"), Renamed(weights, {}, []), (), "found")
@@ -80,13 +80,13 @@ def test_any_network_is_read_off_its_shapes(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if "micro" not in name])
-def test_presets_are_named_without_departures(name: str) -> None:
+def test_presets_are_recognised_without_differences(name: str) -> None:
     weights = meta_weights(ModelConfig(num_classes=2, backbone=BackboneConfig(name)))
     found = infer_backbone(weights, "backbone.")
     assert replace(found, norm=None) == BackboneConfig(name)
 
 
-def test_defaults_where_weights_tell_nothing() -> None:
+def test_properties_that_weights_do_not_show_have_defaults() -> None:
     weights = meta_weights(ModelConfig(num_classes=2))
     assert infer_model(weights).decoder.num_heads == 8
     assert infer_model(weights).size_divisibility == 32
@@ -96,7 +96,7 @@ def test_defaults_where_weights_tell_nothing() -> None:
     assert infer_model(encoder, num_heads=4).pixel_decoder.encoder_heads == 4
 
 
-def test_batch_counters_tell_a_trained_norm() -> None:
+def test_batch_counters_mean_a_trained_norm() -> None:
     for norm in ("batch", "frozen"):
         weights = meta_weights(ModelConfig(num_classes=2, backbone=BackboneConfig("resnet50", norm=norm)))
         assert resolve_backbone(infer_model(weights).backbone).norm == norm
@@ -116,7 +116,7 @@ def test_other_networks_are_refused(names: list[str], message: str) -> None:
         infer_model({name: torch.zeros(2, 2) for name in names}, source="file")
 
 
-def test_votes_outweigh_one_wrong_tensor() -> None:
+def test_one_misshapen_tensor_does_not_change_the_architecture() -> None:
     shapes = Shapes({"a.0.w": torch.zeros(3), "a.1.w": torch.zeros(3), "a.2.w": torch.zeros(4), "b.w": torch.zeros(())})
     assert shapes.size((r"a\.\d\.w", 0)) == 3
     assert shapes.size((r"a\.2\.w", 0), known=[3, 3]) == 3

@@ -62,16 +62,16 @@ def write(path: Path, weights: dict[str, Tensor], kind: str, wrapper: str | None
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
 @pytest.mark.parametrize("kind", ["pickle", "torch", "old_torch", "safetensors"])
 @pytest.mark.parametrize("name", ["model.pkl", "model.pth", "model_without_suffix"])
-def test_contents_decide_and_not_the_name(tmp_path: Path, kind: str, wrapper: str | None, name: str) -> None:
+def test_the_content_decides_the_kind_of_a_file(tmp_path: Path, kind: str, wrapper: str | None, name: str) -> None:
     write(tmp_path / name, WEIGHTS, kind, wrapper if kind != "safetensors" else None)
     assert_same(read_weights(tmp_path / name), FLOAT32)
 
 
-def test_what_is_read_belongs_to_the_caller(tmp_path: Path) -> None:
+def test_tensors_do_not_share_memory_with_the_file(tmp_path: Path) -> None:
     write(tmp_path / "model.pkl", WEIGHTS, "pickle", "model")
     read_weights(tmp_path / "model.pkl")["a.weight"].add_(1)  # not a view of the file's bytes
-    views = {"whole": torch.arange(12.0).reshape(3, 4)}
-    views["column"] = views["whole"][:, 1]
+    views = {"matrix": torch.arange(12.0).reshape(3, 4)}
+    views["column"] = views["matrix"][:, 1]
     torch.save(views, tmp_path / "views.pth")
     got = read_weights(tmp_path / "views.pth")
     assert torch.equal(got["column"], torch.tensor([1.0, 5.0, 9.0])) and got["column"].is_contiguous()
@@ -82,7 +82,7 @@ def test_bfloat16_becomes_float32(tmp_path: Path) -> None:
     assert_same(read_weights(tmp_path / "w.safetensors"), {"w": torch.tensor([1.5, -3.0])})
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
     for number, names in ((1, ["a.weight", "b.count"]), (2, ["a.bias", "b.half", "b.index"])):
         write(tmp_path / f"part-{number}.safetensors", {name: WEIGHTS[name] for name in names}, "safetensors", None)
     index = tmp_path / "model.safetensors.index.json"
@@ -116,7 +116,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FOLDER_FILES if "index" not in name])
-def test_folder(tmp_path: Path, name: str) -> None:
+def test_a_folders_weights_are_read(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin"):
         read_folder_weights(tmp_path)
     write(tmp_path / name, WEIGHTS, "safetensors" if name.endswith("safetensors") else "torch", None)
@@ -168,19 +168,19 @@ def test_memory_bombs_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "value", [torch.eye(2).to_sparse(), torch.zeros(2, dtype=torch.complex64), torch.zeros(2, device="meta"), "text", 3]
 )
-def test_values_that_are_no_plain_tensors(tmp_path: Path, value: Any) -> None:
+def test_values_that_are_no_plain_tensors_are_refused(tmp_path: Path, value: Any) -> None:
     torch.save({"fine": torch.zeros(1), "odd": value}, tmp_path / "model.pth")
     with pytest.raises(ConvertError, match=r"odd: (an object of type|a tensor that is not a plain one)"):
         read_weights(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "old_torch", "safetensors"])
-def test_truncated_and_foreign_files(tmp_path: Path, kind: str) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.pth"
     write(path, WEIGHTS, kind, None)
-    whole = path.read_bytes()
-    for end in (0, 1, 2, 9, 17, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:end])
+    content = path.read_bytes()
+    for end in (0, 1, 2, 9, 17, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:end])
         with pytest.raises(ConvertError, match=r"model\.pth: "):
             read_weights(path)
 
@@ -200,13 +200,13 @@ def test_truncated_and_foreign_files(tmp_path: Path, kind: str) -> None:
         (pickle.dumps({"w": 1, "v": "x"}), "(?s)w: an object of type int.*v: an object of type str"),
     ],
 )
-def test_files_without_weights(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_without_weights_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "model.pkl").write_bytes(content)
     with pytest.raises(ConvertError, match=message):
         read_weights(tmp_path / "model.pkl")
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_weights(tmp_path / "missing.pkl")
     with pytest.raises(ConvertError, match="got a folder"):

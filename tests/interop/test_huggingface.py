@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's MaskFormer: what `transformers` writes is read, what is written `transformers` loads."""
+"""Folders of Hugging Face's MaskFormer: `transformers` loads the written ones, and its own are read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def model_config(backbone: BackboneConfig, **changes: Any) -> ModelConfig:
 
 @functools.cache
 def random_weights(model: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor random, so that no two are alike."""
+    """Random tensors, so that no two are equal."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, value in build_model(model).state_dict().items():
@@ -83,7 +83,7 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def assert_transformers_agrees(folder: Path, model: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """`from_pretrained` misses nothing, finds nothing unexpected, and computes our logits."""
+    """Check that `from_pretrained` reports no missing or unexpected names and computes our logits."""
     theirs, info = TheirModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     network = build_model(model).eval()
@@ -101,8 +101,8 @@ def assert_transformers_agrees(folder: Path, model: ModelConfig, weights: dict[s
 
 @pytest.mark.parametrize("backbone", [RESNET, SWIN], ids=["resnet", "swin"])
 @pytest.mark.parametrize("hidden_dim", [32, 128, 64], ids=["projected", "resnet equal", "swin equal"])
-def test_there_and_back(backbone: BackboneConfig, hidden_dim: int, tmp_path: Path) -> None:
-    """Also where the memory has the decoder's width: then neither side has an input projection."""
+def test_a_written_folder_is_read_back(backbone: BackboneConfig, hidden_dim: int, tmp_path: Path) -> None:
+    """Where the memory has the decoder's width, neither implementation has an input projection."""
     config = Config(
         model=model_config(
             backbone, decoder=replace(DECODER, hidden_dim=hidden_dim), pixel_mean=(1.5, 20.25, 100.0),
@@ -122,7 +122,7 @@ def test_there_and_back(backbone: BackboneConfig, hidden_dim: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["resnet50", "swin_tiny"])
-def test_full_size_there_and_back(name: str, tmp_path: Path) -> None:
+def test_a_folder_of_full_size_is_read_back(name: str, tmp_path: Path) -> None:
     model = ModelConfig(num_classes=5, backbone=BackboneConfig(name), decoder=DecoderConfig(layers=2))
     weights = write(tmp_path / "model", Config(model=model), random_weights.__wrapped__(model))
     got = read_folder(tmp_path / "model")
@@ -136,8 +136,8 @@ PUBLISHED = [name for name in BACKBONES if "micro" not in name and name != "resn
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes_have_their_parameters(name: str) -> None:
-    """Names and shapes of every full-size model are those of `transformers`, without memory for the values."""
+def test_parameters_of_published_models_equal_those_of_transformers(name: str) -> None:
+    """Names and shapes of full-size models are compared without memory for the values."""
     model = ModelConfig(num_classes=150, backbone=BackboneConfig(name))
     metadata = preset_metadata("ade20k_150")
     content = json.loads(json.dumps(write_config(Config(model=model), metadata)))
@@ -160,8 +160,8 @@ def test_published_sizes_have_their_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet101", "swin_small", "swin_base", "swin_large"])
-def test_deep_models_there_and_back(name: str, tmp_path: Path) -> None:
-    """The published depths, heads and windows, narrower."""
+def test_folders_of_deep_models_are_read_back(name: str, tmp_path: Path) -> None:
+    """The models have the published depths, heads and windows, but small widths."""
     narrow = {"stem_channels": 8, "bottleneck_channels": 4, "res2_channels": 16}
     if name.startswith("swin"):
         narrow = {"embed_dim": BACKBONES[name].num_heads[0]}  # type: ignore[index]
@@ -174,7 +174,7 @@ def test_deep_models_there_and_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backbone", [RESNET, SWIN], ids=["resnet", "swin"])
 @pytest.mark.parametrize("form", ["written", "shards", "bin", "memory names", "version 4 config"])
-def test_reads_every_form_of_folder(backbone: BackboneConfig, form: str, tmp_path: Path) -> None:
+def test_every_form_of_folder_is_read(backbone: BackboneConfig, form: str, tmp_path: Path) -> None:
     config = Config(model=model_config(backbone))
     weights = write(tmp_path / "first", config)
     folder = tmp_path / "second"
@@ -201,7 +201,7 @@ def test_reads_every_form_of_folder(backbone: BackboneConfig, form: str, tmp_pat
 
 
 def as_version_4(config: dict[str, Any]) -> None:
-    """Published folders: Swin by its own name, values at their defaults left out, stages by number."""
+    """Published folders name Swin itself, leave out default values, and number the stages."""
     backbone = config["backbone_config"]
     if backbone["model_type"] == "maskformer-swin":
         backbone["model_type"] = "swin"
@@ -217,7 +217,7 @@ def as_version_4(config: dict[str, Any]) -> None:
         del config[key]
 
 
-def test_frozen_norms_come_back_as_batch_norms(tmp_path: Path) -> None:
+def test_frozen_norms_are_read_back_as_batch_norms(tmp_path: Path) -> None:
     model = model_config(replace(RESNET, norm="frozen"))
     weights = write(tmp_path / "model", Config(model=model))
     assert_transformers_agrees(tmp_path / "model", model, weights)
@@ -249,7 +249,7 @@ def test_image_processor_prepares_our_input(tmp_path: Path) -> None:
     assert processor(torch.zeros(3, 32, 40).numpy(), return_tensors="pt")["pixel_values"].shape[-2:] == (64, 96)
 
 
-def test_reads_the_image_processor(tmp_path: Path) -> None:
+def test_the_image_processor_is_read(tmp_path: Path) -> None:
     write(tmp_path / "model", Config(model=model_config(SWIN)))
     content = {"size": 640, "max_size": 2560, "image_mean": [0.5, 0.25, 0.2]}
     (tmp_path / "model/preprocessor_config.json").write_text(json.dumps(content))
@@ -261,7 +261,7 @@ def test_reads_the_image_processor(tmp_path: Path) -> None:
             read_folder(tmp_path / "model")
 
 
-def test_made_up_class_names_are_none(tmp_path: Path) -> None:
+def test_generated_class_names_are_ignored(tmp_path: Path) -> None:
     write(tmp_path / "model", Config(model=model_config(SWIN)))
     for labels in (None, {str(i): f"LABEL_{i}" for i in range(5)}):
         edit(tmp_path / "model/config.json", lambda config, labels=labels: config.update(id2label=labels))
@@ -285,14 +285,16 @@ def test_made_up_class_names_are_none(tmp_path: Path) -> None:
         (None, "id2label", {str(i): f"\x1b[3{i}m" for i in range(5)}),
     ],
 )
-def test_configurations_of_no_network_are_refused(section: str | None, key: str, value: Any, tmp_path: Path) -> None:
+def test_configurations_of_impossible_networks_are_refused(
+    section: str | None, key: str, value: Any, tmp_path: Path
+) -> None:
     write(tmp_path / "model", Config(model=model_config(SWIN)))
     edit(tmp_path / "model/config.json", lambda config: (config[section] if section else config).update({key: value}))
     with pytest.raises(ConvertError, match="model"):
         read_folder(tmp_path / "model")
 
 
-def test_models_without_a_form_are_not_written(tmp_path: Path) -> None:
+def test_models_that_hugging_face_cannot_express_are_not_written(tmp_path: Path) -> None:
     model = model_config(SWIN, pixel_decoder=PixelDecoderConfig(conv_dim=64, mask_dim=16, encoder_layers=2))
     with pytest.raises(ConvertError, match="encoder_layers"):
         write(tmp_path / "model", Config(model=model))
@@ -310,7 +312,7 @@ def test_weights_of_another_network_are_not_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_appears_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(model=model_config(SWIN))
 
     def fail(path: Path, content: Any) -> None:
@@ -324,7 +326,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
 
     (tmp_path / "model").mkdir()
-    write(tmp_path / "model", config)  # an empty folder is in nobody's way
+    write(tmp_path / "model", config)  # an empty folder may be replaced
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     with pytest.raises(FileExistsError, match="model"):
         write(tmp_path / "model", config)

@@ -1,4 +1,4 @@
-"""Hugging Face's configuration files in our terms, without weights."""
+"""Conversion of Hugging Face's configuration files, without weights."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ configs = st.builds(
 
 @given(configs)
 @settings(max_examples=60, deadline=None)
-def test_any_configuration_survives(config: Config) -> None:
+def test_any_configuration_is_converted_back_and_forth(config: Config) -> None:
     got = read(as_json(write_config(config, METADATA)), as_json(write_processor(config, METADATA)))
     assert resolve_backbone(got.model.backbone) == replace(
         resolve_backbone(config.model.backbone), name=got.model.backbone.name
@@ -88,14 +88,14 @@ def test_any_configuration_survives(config: Config) -> None:
         ("ade20k_150", (255, True)),  # 0 is unlabelled, classes count from 1
         ("ade20k_panoptic", (255, False)),
         ("ade20k_full_847", (65535, False)),
-        ("cityscapes", (255, False)),  # as train ids, for their processor cannot map label ids
+        ("cityscapes", (255, False)),  # train ids, as their processor cannot map label ids
         ("coco_panoptic_133", (255, False)),
         ("coco_stuff_10k", (255, False)),
         ("mapillary_vistas", (65, False)),
         ("camvid", (11, False)),
     ],
 )
-def test_label_values_are_the_data_sets(dataset: str, expected: tuple[int, bool]) -> None:
+def test_label_values_are_those_of_the_data_set(dataset: str, expected: tuple[int, bool]) -> None:
     metadata = preset_metadata(dataset)
     processor = write_processor(Config(), metadata)
     assert (processor["ignore_index"], processor["do_reduce_labels"]) == expected
@@ -109,16 +109,16 @@ def test_label_values_are_the_data_sets(dataset: str, expected: tuple[int, bool]
         ({"size": 640, "max_size": 2560, "size_divisibility": 32}, 640, 2560, 32),  # version 4.17
         ({"size": {"shortest_edge": 640, "longest_edge": 2560}, "size_divisor": 0}, 640, 2560, 0),
         ({"size": {"shortest_edge": 384}, "_max_size": 1000}, 384, 1000, 32),
-        ({"size": {"height": 384, "width": 384}}, 512, 2048, 32),  # no form here: our default
+        ({"size": {"height": 384, "width": 384}}, 512, 2048, 32),  # not expressible here: our default
         ({"size": [384, 384]}, 512, 2048, 32),
         ({"do_resize": False, "size_divisor": 16}, None, 2048, 16),
-        ({}, 800, 1333, 32),  # theirs
+        ({}, 800, 1333, 32),  # their defaults
     ],
 )
-def test_sizes_of_the_image_processor(
+def test_sizes_of_the_image_processor_are_read(
     content: dict[str, Any], short_edge: int | None, max_size: int, divisibility: int
 ) -> None:
-    mean = torch.tensor([0.485, 0.456, 0.406]).tolist()  # as published: out of float32
+    mean = torch.tensor([0.485, 0.456, 0.406]).tolist()  # as published: rounded to float32
     config = read({"backbone_config": {"model_type": "swin"}}, {"image_mean": mean, **content})
     assert (config.test.short_edge, config.test.max_size) == (short_edge, max_size)
     assert config.model.size_divisibility == divisibility
@@ -144,7 +144,7 @@ def test_sizes_of_the_image_processor(
         (model_config(SWIN, num_classes=4), "model.num_classes: expected the 5 of the metadata"),
     ],
 )
-def test_models_without_a_form_are_refused(model: ModelConfig, message: str) -> None:
+def test_models_that_hugging_face_cannot_express_are_refused(model: ModelConfig, message: str) -> None:
     with pytest.raises(ConvertError, match=message):
         write_config(Config(model=model), METADATA)
 
@@ -177,7 +177,7 @@ def test_all_reasons_are_listed() -> None:
         (SWIN, "decoder_config", "model_type", "conditional_detr"),
         (SWIN, None, "model_type", "mask2former"),
         (SWIN, None, "backbone_config", None),
-        # Values of the wrong kind, and absurd ones.
+        # Values of a wrong type, and absurd values.
         (SWIN, "backbone_config", "depths", [2, 2, "6", 2]),
         (SWIN, "backbone_config", "depths", [2, 2]),
         (SWIN, "backbone_config", "embed_dim", 10**40),
@@ -186,7 +186,7 @@ def test_all_reasons_are_listed() -> None:
         (SWIN, None, "decoder_config", "detr"),
     ],
 )
-def test_configurations_that_are_not_ours_are_refused(
+def test_configurations_of_other_computations_are_refused(
     backbone: BackboneConfig, section: str | None, key: str, value: Any
 ) -> None:
     content = as_json(write_config(Config(model=model_config(backbone)), METADATA))
@@ -198,6 +198,6 @@ def test_configurations_that_are_not_ours_are_refused(
 @pytest.mark.parametrize(
     "content", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 0}, {"size": "x"}]
 )
-def test_image_processors_that_are_not_ours_are_refused(content: dict[str, Any]) -> None:
+def test_image_processors_of_other_computations_are_refused(content: dict[str, Any]) -> None:
     with pytest.raises(ConvertError, match=f"preprocessor_config.json: {next(iter(content))}"):
         read({"backbone_config": {"model_type": "swin"}}, content)

@@ -1,4 +1,4 @@
-"""Renaming by tables: both directions, packed projections, and everything that is wrong in one list."""
+"""Renaming by tables: both directions, packed projections, and one list of all problems."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def weights_of(layers: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(layers)
     weights = {}
     for i in range(layers):
-        for name in "vqk":  # not in the order in which they are packed
+        for name in "vqk":  # another order than that of the packed tensor
             weights[f"enc.{i}.{name}_proj.weight"] = torch.randn(4, 5, generator=generator)
             weights[f"enc.{i}.{name}_proj.bias"] = torch.randn(4, generator=generator)
         weights[f"enc.{i}.out.weight"] = torch.randn(3, generator=generator)
@@ -33,7 +33,7 @@ def weights_of(layers: int) -> dict[str, Tensor]:
     return weights
 
 
-def test_parts_are_packed_in_their_order_and_cut_again() -> None:
+def test_parts_are_packed_in_order_and_split_again() -> None:
     weights = weights_of(2)
     ours = to_ours(weights | {"stats.x.y": torch.zeros(1)}, RULES)
     assert not ours.problems
@@ -47,7 +47,7 @@ def test_parts_are_packed_in_their_order_and_cut_again() -> None:
     assert all(torch.equal(back.weights[name], weights[name]) for name in back.weights)
 
 
-def test_everything_wrong_is_listed() -> None:
+def test_all_problems_are_listed() -> None:
     weights = weights_of(1)
     del weights["enc.0.k_proj.bias"]
     weights["enc.0.v_proj.weight"] = torch.zeros(5, 5)
@@ -66,42 +66,42 @@ def test_everything_wrong_is_listed() -> None:
     assert "enc.0.in_proj_weight" not in renamed.weights
 
 
-def test_one_part_given_twice_is_wrong() -> None:
+def test_a_part_that_is_given_twice_is_a_problem() -> None:
     tensors = {name: tensor for name, tensor in weights_of(1).items() if name != "head.a.b.c"}
     rules = [*RULES[:-1], Rule("again.{i}.{leaf}", "enc.{i}.in_proj_{leaf}", part=(0, 3))]
     renamed = to_ours({**tensors, "again.0.bias": torch.zeros(4)}, rules)
     assert renamed.problems == ["twice: enc.0.q_proj.bias and again.0.bias are both in enc.0.in_proj_bias"]
 
 
-def test_a_whole_and_its_parts_are_wrong_together() -> None:
+def test_a_packed_tensor_beside_its_parts_is_a_problem() -> None:
     renamed = to_ours({"head.enc.0.in_proj_bias": torch.zeros(12), **weights_of(1)}, RULES)
     assert any(problem.startswith("twice: head.enc.0.in_proj_bias and ") for problem in renamed.problems)
 
 
-def test_what_cannot_be_cut_is_wrong() -> None:
+def test_a_tensor_that_cannot_be_split_is_a_problem() -> None:
     renamed = from_ours({"enc.0.in_proj_bias": torch.zeros(10), "enc.0.in_proj_weight": torch.tensor(1.0)}, RULES[:-1])
     assert len(renamed.problems) == 6 and all(problem.startswith("shape: ") for problem in renamed.problems)
 
 
-def test_names_for_messages() -> None:
+def test_messages_have_their_names() -> None:
     assert their_name(RULES[:-1], "enc.7.in_proj_bias").split(" + ") == [f"enc.7.{name}_proj.bias" for name in "qkv"]
     assert their_name(RULES, "x.y") == "head.x.y"
     assert their_name(RULES[:-1], "x.y") == "x.y"
 
 
 @pytest.mark.parametrize("name", ["a1b", "a.b.c.d", "a.b", "xa.b.c", "a.b.cx\n", "a..c"])
-def test_a_placeholder_is_one_whole_part(name: str) -> None:
+def test_a_placeholder_matches_one_part_of_a_name(name: str) -> None:
     assert Rule("a.{x}.c", "{x}").our_name(name) is None
     assert Rule("a.{x}.c", "{x}").our_name("a.b+.c") == "b+"
 
 
-def test_placeholders_must_agree() -> None:
+def test_rules_with_different_placeholders_are_refused() -> None:
     with pytest.raises(ValueError, match="same placeholders"):
         Rule("a.{x*}", "b.{x}")
 
 
 @given(st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=12).filter(lambda s: "." not in s))
-def test_any_text_is_taken_literally(text: str) -> None:
+def test_text_of_a_template_is_matched_literally(text: str) -> None:
     if "{" in text or "}" in text:
         return
     rule = Rule(f"{text}.{{i}}", f"x.{{i}}.{text}")

@@ -1,4 +1,4 @@
-"""Official checkpoints and ImageNet backbones become ours, bit by bit; what does not fit is listed, all of it."""
+"""Conversion of official checkpoints and ImageNet backbones, bit for bit, with lists of all problems."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ CONSTANTS = ("criterion.empty_weight", "relative_position_index")
 
 
 def official_layout(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of our network as the official code names them, with the constants it keeps beside them."""
+    """Weights of our network under the official names, with the official code's constants."""
     theirs = {}
     for name, tensor in model.state_dict().items():
         theirs[name if name.startswith("backbone.") else f"sem_seg_head.{name}"] = tensor
@@ -101,7 +101,7 @@ def test_published_architectures_are_recognised(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"), [("r50_ade", "r50"), ("swint_ade", "swin_tiny"), ("r50_coco_panoptic", "r50_panoptic")]
 )
-def test_recorded_names_convert_with_none_left_over(name: str, expected: str) -> None:
+def test_all_recorded_names_are_converted(name: str, expected: str) -> None:
     shapes = json.loads((ORACLES / "state_dict_keys.json").read_text())[name]
     theirs = {
         key: torch.empty(shape, dtype=torch.int64 if key.endswith("_index") else torch.float32, device="meta")
@@ -114,7 +114,7 @@ def test_recorded_names_convert_with_none_left_over(name: str, expected: str) ->
 
 @needs_oracles
 @pytest.mark.parametrize("name", ["r50_ade_tiny", "r50_coco_panoptic_tiny"])
-def test_recorded_models_convert(name: str) -> None:
+def test_recorded_models_are_converted(name: str) -> None:
     theirs = read_weights(ORACLES / name / "model.pkl")
     weights, config = model_to_ours(theirs, name, num_heads=4)
     panoptic = name == "r50_coco_panoptic_tiny"
@@ -132,7 +132,7 @@ def test_recorded_models_convert(name: str) -> None:
 
 
 @pytest.mark.parametrize("config", [ODD_SWIN, ODD_RESNET], ids=["swin", "resnet"])
-def test_odd_sizes_come_back_bit_by_bit(config: ModelConfig) -> None:
+def test_models_of_unusual_sizes_are_converted_bit_for_bit(config: ModelConfig) -> None:
     model = random_model(config)
     weights, found = model_to_ours(official_layout(model), "odd", num_heads=4)
     assert found == config
@@ -141,7 +141,7 @@ def test_odd_sizes_come_back_bit_by_bit(config: ModelConfig) -> None:
     assert all(torch.equal(weights[key], expected[key]) for key in weights)
 
 
-def test_the_older_layout_and_the_stem_of_detectron2() -> None:
+def test_the_older_layout_and_the_stem_of_detectron2_are_converted() -> None:
     model = random_model(ODD_RESNET)
     theirs = {}
     for name, tensor in official_layout(model).items():
@@ -168,7 +168,7 @@ def test_pixel_statistics_go_to_the_configuration() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Build each network to compare with once."""
+    """Build each network for comparisons only once."""
     for name in ("meta_model", "meta_backbone"):
         monkeypatch.setattr(official, name, functools.lru_cache(getattr(official, name)))
 
@@ -178,7 +178,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     [([1.0, 1.0, 0.1], 0.1), ([1.0, 0.4], 0.4), ([1.0, 0.0], 0.0), ([2.0, 0.1], None), ([1.0, -1.0], None),
      ([1.0, float("nan")], None), ([1.0, float("inf")], None)],
 )  # fmt: skip
-def test_weight_of_no_object(values: list[float], expected: float | None) -> None:
+def test_the_weight_of_no_object_is_read(values: list[float], expected: float | None) -> None:
     assert no_object_weight({"criterion.empty_weight": torch.tensor(values)}) == expected
     assert no_object_weight({}) is None
 
@@ -204,7 +204,7 @@ def test_every_misshapen_tensor_is_named(config: ModelConfig) -> None:
     theirs = official_layout(random_model(config))
     for name, tensor in theirs.items():
         wrong = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
-        if name.endswith("bias_table"):  # more heads or another window would do
+        if name.endswith("bias_table"):  # another number of heads or another window would be valid
             wrong = torch.zeros(tensor.shape[0] + 1, tensor.shape[1])
         with pytest.raises(ConvertError) as caught:
             model_to_ours({**theirs, name: wrong}, "file", num_heads=4)
@@ -244,13 +244,13 @@ def test_missing_unknown_and_misshapen_are_listed_together() -> None:
 
 
 @pytest.mark.parametrize("heads", [0, -1, 5])
-def test_impossible_heads(heads: int) -> None:
+def test_impossible_numbers_of_heads_are_refused(heads: int) -> None:
     with pytest.raises(ConvertError, match=r"_heads: expected .*\(see --num-heads\)"):
         model_to_ours(official_layout(random_model(ODD_SWIN)), "swin", num_heads=heads)
 
 
 def torchvision_layout(backbone: nn.Module) -> dict[str, Tensor]:
-    """A ResNet of ours under torchvision's names, with a classifier and counters."""
+    """Weights of our ResNet under torchvision's names, with a classifier and counters."""
     theirs = {"fc.weight": torch.zeros(10, 4), "fc.bias": torch.zeros(10)}
     for name, tensor in backbone.state_dict().items():
         name = name.replace("stem.conv1.norm", "bn1").replace("stem.conv1", "conv1")
@@ -269,7 +269,7 @@ def detectron2_layout(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def swin_layout(backbone: nn.Module) -> dict[str, Tensor]:
-    """As its authors publish it: one norm before the classifier, none on the stages."""
+    """Weights of a Swin Transformer as its authors publish it: one norm before the classifier, none for the stages."""
     theirs = {name: t for name, t in backbone.state_dict().items() if not re.match(r"norm\d", name)}
     for name, module in backbone.named_modules():
         if isinstance(module, WindowAttention):
@@ -303,7 +303,7 @@ def test_imagenet_backbones_load_into_recipes(layout: str, prefix: str, tmp_path
     rename, config = BACKBONES[layout]
     backbone = random_backbone(config)
     theirs = rename(backbone)
-    if prefix:  # then it is a detector's or a segmenter's backbone, without a classifier
+    if prefix:  # the backbone of a detector or segmenter, without a classifier
         classifier = ("head.", "norm.", "stem.fc.")
         theirs = {prefix + name: tensor for name, tensor in theirs.items() if not name.startswith(classifier)}
     weights, found = backbone_to_ours(theirs, "file")
@@ -320,7 +320,7 @@ def test_imagenet_backbones_load_into_recipes(layout: str, prefix: str, tmp_path
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("layout", BACKBONES)
-def test_backbones_are_strict(layout: str) -> None:
+def test_backbones_with_other_tensors_are_refused(layout: str) -> None:
     rename, config = BACKBONES[layout]
     theirs = rename(random_backbone(config))
     free = ("fc.", "stem.fc", "head.", "norm.")
@@ -335,7 +335,7 @@ def test_backbones_are_strict(layout: str) -> None:
         backbone_to_ours({**theirs, "absolute_pos_embed": torch.zeros(1), "res9.x": torch.zeros(1)}, "file")
 
 
-def test_backbones_that_are_none_of_ours() -> None:
+def test_unknown_backbones_are_refused() -> None:
     def names(*listed: str) -> Mapping[str, Tensor]:
         return {name: torch.zeros(1) for name in listed}
 
@@ -347,7 +347,7 @@ def test_backbones_that_are_none_of_ours() -> None:
         backbone_to_ours({}, "empty")
 
 
-def test_position_index_of_another_window() -> None:
+def test_a_position_index_of_another_window_is_refused() -> None:
     theirs = official_layout(random_model(ODD_SWIN))
     name = "backbone.layers.1.blocks.0.attn.relative_position_index"
     with pytest.raises(ConvertError, match=rf"shape: {name}: expected \(25, 25\), got \(49, 49\)"):

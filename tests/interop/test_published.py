@@ -26,7 +26,7 @@ ENCODER = PixelDecoderConfig(encoder_layers=6)
         (ModelConfig("per_pixel", num_classes=847), "ade20k_full_847", 512, 0, 0),
     ],
 )
-def test_the_recipe_of_a_published_model(
+def test_the_recipe_of_a_published_model_is_chosen(
     model: ModelConfig, dataset: str, short_edge: int, size_divisibility: int, things: int
 ) -> None:
     config = published_config(model)
@@ -39,7 +39,7 @@ def test_the_recipe_of_a_published_model(
     assert sum(metadata.is_thing) == things
 
 
-def test_unknown_data_sets() -> None:
+def test_unknown_data_sets_have_generated_metadata() -> None:
     model = ModelConfig(num_classes=3)
     assert published_recipe(model) is None
     assert published_config(model) == Config(model=model)
@@ -49,7 +49,7 @@ def test_unknown_data_sets() -> None:
     assert published_metadata(model, ["a", "b", "c"]).class_names == ("a", "b", "c")
 
 
-def test_names_of_the_source_win() -> None:
+def test_names_of_the_source_replace_those_of_the_data_set() -> None:
     model = ModelConfig(num_classes=133)
     coco = preset_metadata("coco_panoptic_133")
     renamed = [name.upper() for name in coco.class_names]
@@ -72,11 +72,11 @@ STUFF = Metadata("x", ("a", "b", "c", "d"), (False, True, False, False), (0, 1, 
         ([], set()),
     ],
 )
-def test_things(things: list[str], expected: set[int]) -> None:
+def test_things_are_parsed(things: list[str], expected: set[int]) -> None:
     assert {index for index, thing in enumerate(with_things(STUFF, things).is_thing) if thing} == expected
 
 
 @pytest.mark.parametrize("things", ["4", "0-4", "2-1", "-1", "a", "", "1-", "0--2", "1 2", "1.5", "²", "99999999999"])
-def test_things_that_are_no_classes(things: str) -> None:
+def test_things_that_are_no_classes_are_refused(things: str) -> None:
     with pytest.raises(ValueError, match="things: expected"):
         with_things(STUFF, [things])

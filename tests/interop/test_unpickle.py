@@ -39,7 +39,7 @@ CONTENT = {
 
 
 class Call:
-    """Pickles as a call of any function."""
+    """An object that is pickled as a call of a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -71,17 +71,17 @@ def test_plain_contents_are_read_as_python_reads_them(protocol: int) -> None:
     assert got["same"] is got["model"]
 
 
-def test_names_of_old_numpy_and_python_2() -> None:
+def test_pickles_of_old_numpy_and_python_2_are_read() -> None:
     stream = pickle.dumps({"w": np.arange(4, dtype=np.float32)}, 2)
     assert b"numpy._core" in stream
     old = stream.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     assert_same(load(io.BytesIO(old)), {"w": np.arange(4, dtype=np.float32)})
-    # Python 2 wrote the bytes as a text: opcode T, four bytes of length.
+    # Python 2 wrote the bytes as a text (opcode T, four bytes of length).
     text = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
     text += b"(K\x01(K\x02tcnumpy\ndtype\n"
     text += b"(U\x02f4K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
     text += struct.pack("<I", 8) + struct.pack("<2f", 1.5, -300.25) + b"tb."
-    # An array alone is not settled, as files hold dictionaries of them.
+    # Only arrays in containers are read, as files have dictionaries of them.
     assert_same(load(io.BytesIO(b"\x80\x02}U\x01w" + text[2:-1] + b"s.")), {"w": np.array([1.5, -300.25], np.float32)})
 
 
@@ -106,7 +106,7 @@ def test_names_of_old_numpy_and_python_2() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: {"model": {"w": np.zeros(2), "x": [({"y": v},)]}}])
-def test_anything_else_is_refused_by_name(value: Any, name: str, wrap: Any, protocol: int, tmp_path: Path) -> None:
+def test_other_names_are_refused_and_not_run(value: Any, name: str, wrap: Any, protocol: int, tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     if isinstance(value, Call):
         value = Call(value.function, *(a.format(path=str(trap)) if isinstance(a, str) else a for a in value.arguments))
@@ -116,7 +116,7 @@ def test_anything_else_is_refused_by_name(value: Any, name: str, wrap: Any, prot
     assert not trap.exists()
 
 
-def test_a_name_with_dots_reaches_nothing() -> None:
+def test_names_with_dots_are_refused() -> None:
     dotted = b"\x80\x04\x8c\x05numpy\x8c\x0bcore.memmap\x93."
     for stream in (b"cnumpy\nndarray.__class__\n.", dotted, b"cos\nsystem\n."):
         with pytest.raises(ConvertError, match="refused: the pickle imports"):
@@ -124,7 +124,7 @@ def test_a_name_with_dots_reaches_nothing() -> None:
 
 
 def array_state(shape: bytes, data: bytes, dtype: bytes = b"S'f4'\nI0\nI1\n") -> bytes:
-    """Protocol 0 stream of an array with a state of our making."""
+    """Stream of protocol 0 for an array with the given state."""
     start = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n"
     return start + shape + b"cnumpy\ndtype\n(" + dtype + b"tRI00\n" + data + b"tb."
 
@@ -160,13 +160,13 @@ def array_state(shape: bytes, data: bytes, dtype: bytes = b"S'f4'\nI0\nI1\n") ->
         (b"I" + b"9" * 10_000 + b"\n.", "not a readable pickle"),
     ],
 )
-def test_hostile_and_broken_streams(stream: bytes, message: str) -> None:
+def test_hostile_and_broken_streams_are_refused(stream: bytes, message: str) -> None:
     with pytest.raises(ConvertError, match=message):
         load(io.BytesIO(stream))
 
 
 def test_a_deep_tuple_as_a_key_is_refused() -> None:
-    # Its hash would recurse in C until the process dies; that of shared tuples would take forever.
+    # The hash of a deep tuple recurses in C until the process dies; that of shared tuples takes forever.
     deep = b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s."
     shared = b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(40))
     for stream in (deep, b"\x80\x02})q\x000" + shared + b"h\x28K\x01s."):
@@ -194,7 +194,7 @@ def test_one_text_does_not_become_bytes_again_and_again() -> None:
         load(io.BytesIO(b"\x80\x02" + text + b"q\x000](" + call * 1000 + b"e."))
 
 
-def test_bombs_stay_small() -> None:
+def test_memory_bombs_stay_small() -> None:
     # A memo index of four billion, containers that double forty times, and nesting beyond any stack.
     assert load(io.BytesIO(b"\x80\x02]r\xff\xff\xff\xff.")) == []
     doubling = b"\x80\x02]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(40)) + b"."
@@ -221,7 +221,7 @@ def test_damaged_streams_are_read_or_refused(protocol: int, seed: int, damages: 
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_every_truncation_is_noticed(protocol: int) -> None:
+def test_every_truncation_is_refused(protocol: int) -> None:
     stream = pickle.dumps({"w": np.arange(5.0), "x": [1, "a"]}, protocol)
     for end in range(len(stream)):
         with pytest.raises(ConvertError):

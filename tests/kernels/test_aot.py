@@ -1,7 +1,8 @@
-"""Kernels are compiled for GPUs that are not here, in processes without the interpreter."""
+"""Compilation of the kernels for GPUs that are not present, in processes without the interpreter."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -28,7 +29,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 SAME_CODE = ("sm_86", "sm_87", "sm_89")
 """Triton generates the PTX of sm_80 for these too; what ptxas makes of it differs."""
-THOR, QUICK = "sm_110", ("class_scores", "instances", "panoptic", "preprocess")
+THOR = "sm_110"
+QUICK = ("class_scores", "segments_instances", "segments_panoptic", "resize")
+"""Modules of a bundle's kernels that compile quickly."""
 
 ASSEMBLED = """
 import triton
@@ -60,15 +63,17 @@ def check_figures(
     """Rows of name, target, registers, spilled bytes, shared bytes, of all variants for all of the targets."""
     variants = aot.all_variants(modules)
     assert {tuple(line[:2]) for line in lines} == {(name, target) for name in variants for target in targets}
-    for _, target, registers, spilled, shared, *_ in lines:
-        assert 16 <= int(registers) <= 255 and spilled == "0" and int(shared) <= aot.SHARED_MEMORY_LIMITS[target]
+    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    for name, target, registers, spilled, shared, *_ in lines:
+        assert 16 <= int(registers) <= 255 and int(shared) <= aot.SHARED_MEMORY_LIMITS[target]
+        assert int(spilled) <= aot.ALLOWED_SPILLS.get((version, name, target), 0)
 
 
 @pytest.mark.slow
 def test_every_kernel_fits_every_target() -> None:
-    """Even from where the interpreter is asked for: the compiling processes do without."""
+    """TRITON_INTERPRET is set: the compiling processes must remove it."""
     targets = [target for target in aot.SHARED_MEMORY_LIMITS if target not in ("sm_80", *SAME_CODE, THOR)]
-    # For Jetson Thor, whose code is much like that of sm_100, the quick ones of a bundle's kernels are enough here.
+    # The code for Jetson Thor is much like that for sm_100: the quick kernels are enough.
     for chosen, modules in ((targets, aot.KERNEL_MODULES), ([THOR], QUICK)):
         options = ("--targets", ",".join(chosen), "--kernels", ",".join(modules))
         result = run("-m", "maskformer_fast.kernels.aot", "--check", *options, TRITON_INTERPRET="1")
@@ -78,7 +83,7 @@ def test_every_kernel_fits_every_target() -> None:
 
 @pytest.mark.slow
 def test_every_kernel_fits_where_the_code_of_sm_80_runs(tmp_path: Path) -> None:
-    """Generating code is most of the time: it is done for one target, and assembled for all four."""
+    """Generating code takes most of the time: it is generated for one target and assembled for all four."""
     code = ASSEMBLED.replace("TARGETS", str(SAME_CODE))
     result = run("-c", code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
@@ -105,15 +110,25 @@ else:
 """
 
 
-def test_compiled_kernel_says_how_to_launch_it() -> None:
+def test_one_module_fits_sm_90() -> None:
+    result = run("-m", "maskformer_fast.kernels.aot", "--check", "--targets", "sm_90", "--kernels", "class_scores")
+    assert result.returncode == 0, result.stdout + result.stderr
+    check_figures([line.split() for line in result.stdout.splitlines()[1:-1]], {"sm_90"}, ("class_scores",))
+
+
+def test_compiled_kernel_describes_its_launch() -> None:
     result = run("-c", BUNDLED, TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stderr
 
 
 def test_spills_and_too_much_shared_memory_fail() -> None:
-    kernel = aot.CompiledKernel("k", "sm_86", "k", b"", (), 2, 4, 99 << 10, 255, 0, 0.1)
+    kernel = aot.CompiledKernel("k", "sm_86", "k", b"", (), 2, 4, 99 << 10, 255, 0, 0.1, "3.8")
     assert not kernel.failure
     assert "spills 8 bytes" in replace(kernel, spilled_bytes=8).failure
+    excepted = replace(kernel, variant="rle_changes_fp32_count", target="sm_80", spilled_bytes=8)
+    assert not excepted.failure
+    assert "spills 8 bytes" in replace(excepted, triton_version="3.7").failure
+    assert "spills 16 bytes" in replace(excepted, spilled_bytes=16).failure
     assert "needs 101377 bytes of shared memory" in replace(kernel, shared_bytes=(99 << 10) + 1).failure
     assert not replace(kernel, target="sm_90", shared_bytes=(99 << 10) + 1).failure
 
@@ -130,5 +145,5 @@ def test_unknown_target_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", ["aot", "--check", "--targets", "sm_80,sm_75"])
     with pytest.raises(SystemExit) as exit:
         aot.main()
-    said = capsys.readouterr().err
-    assert exit.value.code == 2 and "--targets: expected some of sm_80," in said and "sm_75" in said
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and "--targets: expected some of sm_80," in message and "sm_75" in message

@@ -1,4 +1,4 @@
-"""Networks rebuilt for inference on the CPU against themselves before."""
+"""Networks with fused convolutions against the networks that they were made from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BACKBONES = {
 
 
 def make_network(backbone, kind="maskformer", encoder_layers=0):
-    """With statistics that a trained network could have, so that folding them matters."""
+    """Network with BatchNorm statistics as of a trained one, so that folding them changes the weights."""
     torch.manual_seed(0)
     network = build_model(ModelConfig(
         type=kind, num_classes=7, backbone=backbone,
@@ -52,7 +52,7 @@ def error(got, wanted):
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("size", [(64, 96), (45, 131)])
 @torch.no_grad()
-def test_predictions_stay_the_same(name, size):
+def test_fused_predictions_equal_the_networks(name, size):
     network = make_network(BACKBONES[name], encoder_layers=1 if name == "frozen" else 0)
     fast = copy.deepcopy(network)
     fuse_for_cpu(fast)
@@ -62,14 +62,14 @@ def test_predictions_stay_the_same(name, size):
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     sizes = torch.tensor([size, (size[0] - 9, size[1] - 20)])
     wanted, got = network(images, sizes), fast(images, sizes)
-    again = fast(images, sizes)  # what a call writes into its inputs is its own
+    again = fast(images, sizes)  # a call does not change its inputs
     for one in (got, again):
         assert error(one.class_logits, wanted.class_logits) < 2e-5
         assert error(layer_mask_logits(one), layer_mask_logits(wanted)) < 5e-5
 
 
 @torch.no_grad()
-def test_per_pixel_baselines_too():
+def test_fused_per_pixel_baselines_equal_the_networks():
     for kind in ("per_pixel", "per_pixel_plus"):
         network = make_network(BACKBONES["frozen"], kind)
         fast = copy.deepcopy(network)
@@ -83,7 +83,7 @@ needs_bfloat16 = pytest.mark.skipif(not convolves_bfloat16(), reason="this proce
 
 @needs_bfloat16
 @torch.no_grad()
-def test_bfloat16_is_as_close_as_autocast():
+def test_fused_bfloat16_is_as_close_as_autocast():
     network = make_network(BACKBONES["batch, wider"])
     fast = copy.deepcopy(network)
     fuse_for_cpu(fast, torch.bfloat16)
@@ -95,7 +95,7 @@ def test_bfloat16_is_as_close_as_autocast():
 
 
 @torch.no_grad()
-def test_images_of_a_pixel_and_no_images():
+def test_fused_networks_take_images_of_a_pixel_and_empty_batches():
     network = make_network(BACKBONES["input is the shortcut"], encoder_layers=1)
     fast = copy.deepcopy(network)
     fuse_for_cpu(fast)
@@ -108,7 +108,7 @@ def test_images_of_a_pixel_and_no_images():
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 @torch.no_grad()
-def test_copies_predict_the_same(copier, dtype):
+def test_copies_of_a_fused_network_predict_the_same(copier, dtype):
     network = make_network(BACKBONES["batch, wider"])
     fuse_for_cpu(network, dtype)
     images = torch.randint(0, 256, (1, 3, 50, 70), dtype=torch.uint8)
@@ -116,7 +116,7 @@ def test_copies_predict_the_same(copier, dtype):
         assert torch.equal(layer_mask_logits(copier(network)(images)), layer_mask_logits(network(images)))
 
 
-def test_what_it_cannot_do_is_refused():
+def test_a_fused_network_refuses_to_be_moved_converted_or_saved():
     network = make_network(BACKBONES["frozen"])
     fuse_for_cpu(network)
     for move in (lambda: network.to("meta"), network.double, network.bfloat16):
@@ -135,7 +135,7 @@ def write_weights(path):
     return network
 
 
-def test_bfloat16_convolutions_are_left_to_processors_that_have_them(tmp_path, monkeypatch):
+def test_convolutions_stay_float32_on_processors_without_bfloat16(tmp_path, monkeypatch):
     write_weights(tmp_path / "weights.safetensors")
     monkeypatch.setattr("maskformer_fast.inference.load.convolves_bfloat16", lambda: False)
     predictor = maskformer_fast.load(tmp_path / "weights.safetensors", "cpu", amp="bf16")
@@ -144,7 +144,7 @@ def test_bfloat16_convolutions_are_left_to_processors_that_have_them(tmp_path, m
     assert predictor.predict(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)).labels.shape == (40, 50)
 
 
-def test_load_prepares_and_load_network_does_not(tmp_path):
+def test_load_fuses_convolutions_and_load_network_does_not(tmp_path):
     path = tmp_path / "weights.safetensors"
     network = write_weights(path)
     image = torch.randint(0, 256, (3, 70, 50), dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""The network, its losses and its results against Hugging Face's MaskFormer with the same random weights.
+"""Network, losses and results against Hugging Face's MaskFormer with the same random weights.
 
-The weights go through a folder that `transformers` writes and `read_folder` reads. They are made peaky, as a trained
-network's: classes are decided, and masks cover a few percent of the image.
+The weights go through a folder that `transformers` writes and `read_folder` reads. They are made peaky, as in a trained
+network: classes are decided, and masks cover a few percent of the image.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ transformers = pytest.importorskip("transformers")
 
 NUM_CLASSES = 9
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-COVERED = 0.05
-# Multiples of 32, neither side one, below one window (5 tokens of 4 pixels), odd at every stage.
+COVERED = 0.05  # share of the image that masks cover
+# Multiples of 32; no multiples; smaller than a window (5 tokens of 4 pixels); odd at every stage.
 SIZES = [(64, 96), (75, 101), (17, 15), (61, 190)]
 
 
 class Pair(NamedTuple):
-    """Their network and ours, with the same weights."""
+    """Hugging Face's network and this package's, with the same weights."""
 
     theirs: Any
     ours: Any
@@ -64,7 +64,7 @@ def small(backbone: str) -> Any:
 
 
 def full_size(backbone: str) -> Any:
-    """ResNet-50 and Swin-T as published for ADE20K."""
+    """Configuration of ResNet-50 or Swin-T as published for ADE20K."""
     backbones = {
         "resnet50": transformers.ResNetConfig(out_features=STAGES),
         "swin_tiny": transformers.SwinConfig(drop_path_rate=0.3, out_features=STAGES),
@@ -74,8 +74,10 @@ def full_size(backbone: str) -> Any:
 
 @torch.no_grad()
 def make_peaky(model: nn.Module) -> None:
-    """Random weights whose predictions look trained; norms, biases and statistics are random too: with ones and zeros
-    a swapped parameter would go unseen."""
+    """Make weights random, with predictions as of a trained network.
+
+    Norms, biases and statistics are random too: with ones and zeros, swapped parameters would go unnoticed.
+    """
     generator = torch.Generator().manual_seed(1)
     for name, value in model.state_dict().items():
         if name.endswith("running_var"):
@@ -86,7 +88,7 @@ def make_peaky(model: nn.Module) -> None:
             value.add_(torch.randn(value.shape, generator=generator), alpha=0.2)
         elif name.endswith(("relative_position_bias_table", "queries_embedder.weight")):
             value.normal_(generator=generator)
-        elif value.is_floating_point() and value.ndim == 2:  # theirs are so small that all queries say the same
+        elif value.is_floating_point() and value.ndim == 2:  # the initial ones are so small that all queries are alike
             value.normal_(std=1.5 * value.shape[1] ** -0.5, generator=generator)
     images = 4 * torch.rand(4, 3, 96, 128, generator=generator) - 2
     images[0, :, 60:] = 0
@@ -95,7 +97,7 @@ def make_peaky(model: nn.Module) -> None:
     scale = 4 / outputs.class_queries_logits.std(1).mean()
     for parameter in (model.class_predictor.weight, model.class_predictor.bias):
         parameter.mul_(scale)
-    # The first channel of the pixel embeddings becomes 1, so that its mask embedding shifts the mask logits.
+    # The first channel of the pixel embeddings becomes 1, so that the first mask embedding shifts the mask logits.
     last, projection = model.mask_embedder.get_submodule("2.0"), model.model.pixel_level_module.decoder.mask_projection
     for parameter in (last.weight, last.bias, projection.weight, projection.bias):
         parameter[0] = 0
@@ -125,7 +127,7 @@ def small_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def batch(height: int, width: int, seed: int = 2) -> tuple[Tensor, Tensor]:
-    """Three images [3, 3, H, W] uint8, one that fills the input and two padded (with noise that must not be seen)."""
+    """Three images [3, 3, H, W] uint8 and their valid sizes: one fills the input, two are padded with noise."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (3, 3, height, width), dtype=torch.uint8, generator=generator)
     return images, torch.tensor([[height, width], [height * 2 // 3, width], [height, width // 2]])
@@ -133,9 +135,9 @@ def batch(height: int, width: int, seed: int = 2) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def run(networks: Pair, images: Tensor, valid_sizes: Tensor) -> tuple[Predictions, Any]:
-    """Ours of every layer, and theirs with the states of every layer.
+    """Predictions of this package's network for every layer, and Hugging Face's output with all hidden states.
 
-    They take normalised images padded with zeros, and a ``pixel_mask`` that they ignore.
+    Hugging Face's network takes normalised images padded with zeros, and a ``pixel_mask`` that it ignores.
     """
     pixel_values = networks.ours.normalize(images, valid_sizes)
     rows, columns = (torch.arange(size) < valid_sizes[:, i, None] for i, size in enumerate(images.shape[-2:]))
@@ -151,8 +153,11 @@ def assert_close(name: str, got: Tensor, expected: Tensor) -> None:
 
 
 def assert_same_logits(networks: Pair, got: Predictions, expected: Any) -> None:
-    """Every layer. Their auxiliary predictions are no peer: they start with the zero states before the first layer and
-    leave out the final LayerNorm, so their states go through their own norm and heads here."""
+    """Assert that the logits of every layer are close.
+
+    Hugging Face's auxiliary predictions begin with the zero states before the first layer and leave out the final
+    LayerNorm. So the hidden states go through Hugging Face's norm and heads here.
+    """
     assert_close("class logits", got.class_logits[-1], expected.class_queries_logits)
     assert_close("mask logits", layer_mask_logits(got), expected.masks_queries_logits)
     states = expected.transformer_decoder_hidden_states
@@ -168,19 +173,19 @@ def assert_same_logits(networks: Pair, got: Predictions, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_same_weights_give_the_same_logits(small_pair: Pair, size: tuple[int, int]) -> None:
+def test_logits_equal_hugging_face(small_pair: Pair, size: tuple[int, int]) -> None:
     assert_same_logits(small_pair, *run(small_pair, *batch(*size)))
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "swin_tiny"])
-def test_full_size_models_give_the_same_logits(backbone: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backbone", ["resnet50", pytest.param("swin_tiny", marks=pytest.mark.slow)])
+def test_logits_of_full_size_models_equal_hugging_face(backbone: str, tmp_path: Path) -> None:
     networks = pair(full_size(backbone), tmp_path / "model")
     assert networks.config.model.backbone.name == backbone
     assert_same_logits(networks, *run(networks, *batch(70, 100)))
 
 
 def random_targets(valid_sizes: Tensor, size: tuple[int, int], seed: int) -> Targets:
-    """Zero to six rectangles an image, inside its valid part."""
+    """Targets of zero to six rectangles an image, inside its valid part."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.tensor([6, 0, 3])
     masks = torch.zeros(3, 6, *size, dtype=torch.bool)
@@ -196,8 +201,8 @@ def random_targets(valid_sizes: Tensor, size: tuple[int, int], seed: int) -> Tar
 
 
 @pytest.mark.parametrize("size, seed", [((64, 96), 0), ((75, 101), 1), ((61, 190), 2)])
-def test_same_matching_losses_and_gradients(small_pair: Pair, size: tuple[int, int], seed: int) -> None:
-    """Of the final layer; their losses of earlier layers are of other predictions, see `assert_same_logits`."""
+def test_matching_losses_and_gradients_equal_hugging_face(small_pair: Pair, size: tuple[int, int], seed: int) -> None:
+    """Compares the final layer only; Hugging Face's other layers are other predictions, see `assert_same_logits`."""
     theirs, model = small_pair.theirs, small_pair.ours
     images, valid_sizes = batch(*size, seed=10 + seed)
     got = model(images, valid_sizes)
@@ -206,7 +211,7 @@ def test_same_matching_losses_and_gradients(small_pair: Pair, size: tuple[int, i
     counts = targets.counts.tolist()
     masks = [m[:n].float() for m, n in zip(unpack_masks(targets.masks, size[1]), counts, strict=True)]
     labels = [row[:n] for row, n in zip(targets.labels, counts, strict=True)]
-    loss = LossConfig(padding="include")  # they count padding, too
+    loss = LossConfig(padding="include")  # Hugging Face counts padding too
 
     logits = expected.masks_queries_logits, expected.class_queries_logits
     query = match(got, targets, loss).query[-1]
@@ -223,7 +228,7 @@ def test_same_matching_losses_and_gradients(small_pair: Pair, size: tuple[int, i
     for network, value in ((model, losses.total), (theirs, total)):
         network.zero_grad()
         value.backward()
-    # Their last Swin norm takes no part.
+    # Hugging Face's last Swin norm is not used and has no gradient.
     gradients = to_ours({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}, RULES)
     assert gradients.problems == [] and gradients.weights.keys() == dict(model.named_parameters()).keys()
     largest = max(gradient.norm() for gradient in gradients.weights.values())
@@ -232,10 +237,10 @@ def test_same_matching_losses_and_gradients(small_pair: Pair, size: tuple[int, i
         assert error <= 1e-3 * gradients.weights[name].norm() + 1e-7 * largest, name
 
 
-def test_same_results(small_pair: Pair) -> None:
-    """Label maps and instances; sizes of results are theirs: labels at any, instances at that of the mask logits."""
+def test_label_maps_and_instances_equal_hugging_face(small_pair: Pair) -> None:
+    """Label maps are compared at several sizes, and instances at the size of the mask logits, as Hugging Face does."""
     images, valid_sizes = batch(96, 128, seed=20)
-    full = torch.tensor([[96, 128]] * 3)  # they do not crop the padding
+    full = torch.tensor([[96, 128]] * 3)  # Hugging Face does not crop the padding
     got, expected = run(small_pair, images, valid_sizes)
     got = got._replace(valid_sizes=full)
     covered = (expected.masks_queries_logits > 0).float().mean()
@@ -252,12 +257,12 @@ def test_same_results(small_pair: Pair) -> None:
         assert sure.float().mean() > 0.999 and (result.labels.long() == labels)[sure].all()
 
     low = got.pixel_embeddings.shape[-2:]
-    found = postprocess.instances(got, [low] * 3, [True] * NUM_CLASSES, top_k=got.class_logits.shape[2])
+    results = postprocess.instances(got, [low] * 3, [True] * NUM_CLASSES, top_k=got.class_logits.shape[2])
     peers = processor.post_process_instance_segmentation(expected, 0.0, return_binary_maps=True)
     larger = processor.post_process_instance_segmentation(
         expected, 0.0, target_sizes=[(192, 256)] * 3, return_binary_maps=True
     )
-    for result, peer, large in zip(found, peers, larger, strict=True):
+    for result, peer, large in zip(results, peers, larger, strict=True):
         segments = peer["segments_info"]
         order = sorted(range(len(segments)), key=lambda index: -segments[index]["score"])
         assert len(order) > 0 and result.labels.tolist() == [segments[index]["label_id"] for index in order]
@@ -266,6 +271,6 @@ def test_same_results(small_pair: Pair) -> None:
         )
         masks = unpack_masks(result.masks, low[1])
         assert torch.equal(masks, peer["segmentation"][order].bool())
-        # They enlarge the finished masks, pixel by pixel.
+        # Hugging Face enlarges the binary masks, by nearest neighbours.
         enlarged = F.interpolate(masks[None].float(), (192, 256))[0]
         assert torch.equal(enlarged, large["segmentation"][order])

@@ -1,4 +1,4 @@
-"""The parts of the network against independent formulations."""
+"""Modules of the networks against independent formulations."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_attention_equals_torch() -> None:
     torch.testing.assert_close(ours(query, key, value), theirs(query, key, value)[0])
 
 
-def test_encoder_and_decoder_equal_torch_where_positions_are_zero() -> None:
+def test_encoder_and_decoder_equal_torch_with_zero_positions() -> None:
     torch.manual_seed(0)
     encoder = randomize(TransformerEncoder(2, 24, 3, 40, dropout=0.0))
     their_encoder = nn.TransformerEncoder(
@@ -71,7 +71,7 @@ def test_encoder_and_decoder_equal_torch_where_positions_are_zero() -> None:
 
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([4, 8, 12]))
 @settings(max_examples=20, deadline=None)
-def test_sine_positions_element_by_element(height: int, width: int, channels: int) -> None:
+def test_sine_positions_equal_their_formula(height: int, width: int, channels: int) -> None:
     got = sine_positions(height, width, channels, torch.device("cpu"))
     half = channels // 2
     expected = torch.zeros(height, width, channels)
@@ -84,7 +84,7 @@ def test_sine_positions_element_by_element(height: int, width: int, channels: in
     torch.testing.assert_close(got, expected.reshape(1, -1, channels), rtol=0, atol=1e-5)
 
 
-def test_frozen_batch_norm_equals_eval_mode_and_learns_nothing() -> None:
+def test_frozen_batch_norm_equals_eval_mode_and_has_no_parameters() -> None:
     torch.manual_seed(0)
     reference = nn.BatchNorm2d(6).eval()
     for value in reference.state_dict().values():
@@ -99,7 +99,7 @@ def test_frozen_batch_norm_equals_eval_mode_and_learns_nothing() -> None:
 
 
 def attend_by_hand(block: SwinBlock, x: Tensor) -> Tensor:
-    """Shifted-window attention token by token: who is in whose window, without rolls, masks or partitions."""
+    """Shifted-window attention computed token by token, without rolls, masks or partitions."""
     _, height, width, channels = x.shape
     window, shift, heads = block.window, block.shift, block.attn.num_heads
     padded = [size + -size % window for size in (height, width)]
@@ -109,7 +109,7 @@ def attend_by_hand(block: SwinBlock, x: Tensor) -> Tensor:
     places = torch.cartesian_prod(torch.arange(padded[0]), torch.arange(padded[1]))
     output = torch.zeros(*padded, channels)
     for y, x_ in places.tolist():
-        # Shifting by s puts the window borders at s, s + window, ...; the strip before s is a window of its own.
+        # Shifting by s puts the window borders at s, s + window, ...; the strip before s is a separate window.
         seen = (places - shift).div(window, rounding_mode="floor") == (torch.tensor([y, x_]) - shift) // window
         rows = places[seen.all(1)]
         query, keys, values = qkv[y, x_, 0], qkv[rows[:, 0], rows[:, 1], 1], qkv[rows[:, 0], rows[:, 1], 2]
@@ -122,7 +122,7 @@ def attend_by_hand(block: SwinBlock, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [(6, 9), (4, 7), (2, 2), (3, 8)])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_window_attention_by_hand(size: tuple[int, int], shift: int) -> None:
+def test_window_attention_equals_attention_token_by_token(size: tuple[int, int], shift: int) -> None:
     torch.manual_seed(0)
     block = randomize(SwinBlock(8, 2, window=3, shift=shift, drop_path=0.0))
     nn.init.normal_(block.attn.relative_position_bias_table)
@@ -135,7 +135,7 @@ def test_window_attention_by_hand(size: tuple[int, int], shift: int) -> None:
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
 @settings(max_examples=20, deadline=None)
-def test_windows_partition_and_come_back(batch: int, rows: int, columns: int, window: int) -> None:
+def test_joining_windows_inverts_splitting_into_windows(batch: int, rows: int, columns: int, window: int) -> None:
     x = torch.randn(batch, rows * window, columns * window, 2)
     windows = to_windows(x, window)
     assert windows.shape == (batch, rows * columns, window * window, 2)
@@ -152,7 +152,7 @@ def test_patch_merging_takes_columns_of_rows_and_pads_odd_sizes() -> None:
     torch.testing.assert_close(merging(x, 3, 2), merging.reduction(merging.norm(torch.cat(parts, -1))))
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
+def test_drop_path_drops_samples_as_a_unit_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     drop = DropPath(0.25)
     x = torch.ones(4000, 2, 3)
@@ -191,7 +191,7 @@ def test_only_resnet101c_dilates_and_only_in_res5() -> None:
         assert all(block.conv2.dilation == (1, 1) for block in [*backbone.res2, *backbone.res3, *backbone.res4])
 
 
-def test_what_departs_from_a_preset_is_kept_and_the_rest_filled() -> None:
+def test_given_settings_replace_those_of_a_preset() -> None:
     config = resolve_backbone(BackboneConfig("resnet101", weights="w.safetensors", norm="frozen", res2_channels=128))
     assert (config.weights, config.norm, config.res2_channels) == ("w.safetensors", "frozen", 128)
     assert (config.depths, config.stem, config.stem_channels) == ((3, 4, 23, 3), "basic", 64)
@@ -200,7 +200,7 @@ def test_what_departs_from_a_preset_is_kept_and_the_rest_filled() -> None:
 @pytest.mark.parametrize(
     ("norm", "kind"), [("batch", nn.BatchNorm2d), ("frozen", FrozenBatchNorm2d), ("sync", nn.SyncBatchNorm)]
 )
-def test_the_asked_norm_is_everywhere(norm: Any, kind: type[nn.Module]) -> None:
+def test_all_norms_of_a_backbone_are_of_the_given_kind(norm: Any, kind: type[nn.Module]) -> None:
     backbone = build_backbone(BackboneConfig("resnet_micro", norm=norm))
     assert all(type(m.norm) is kind for m in backbone.modules() if isinstance(m, nn.Conv2d))
 
@@ -216,12 +216,12 @@ def test_the_asked_norm_is_everywhere(norm: Any, kind: type[nn.Module]) -> None:
         (BackboneConfig("resnet101c", stem_channels=65), r"backbone\.stem_channels: expected an even"),
     ],
 )
-def test_backbones_that_cannot_be_built_say_why(config: BackboneConfig, message: str) -> None:
+def test_backbones_that_cannot_be_built_are_refused_by_field(config: BackboneConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_backbone(config)
 
 
-def test_checkpointed_swin_equals_swin_and_keeps_less() -> None:
+def test_activation_checkpointing_of_swin_keeps_results_and_saves_memory() -> None:
     torch.manual_seed(0)
     arguments = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 4, 8), "window_size": 4}
     plain = SwinTransformer(**arguments, drop_path_rate=0.3).train()
@@ -236,7 +236,7 @@ def test_checkpointed_swin_equals_swin_and_keeps_less() -> None:
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        torch.manual_seed(1)  # of stochastic depth
+        torch.manual_seed(1)  # for stochastic depth
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             total = sum((feature**2).sum() for feature in network(image))
         total.backward()

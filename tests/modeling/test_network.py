@@ -46,7 +46,7 @@ def random_images(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("size", [(64, 96), (61, 47), (1, 1), (5, 130)])
-def test_any_size_gives_predictions_at_a_quarter(backbone: str, size: tuple[int, int]) -> None:
+def test_images_of_any_size_give_masks_at_a_quarter_of_it(backbone: str, size: tuple[int, int]) -> None:
     height, width = size
     predictions = build(config(backbone))(random_images(2, height, width))
     assert isinstance(predictions, Predictions)
@@ -73,7 +73,7 @@ def test_per_pixel_baselines_give_class_scores(backbone: str, kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["maskformer", "per_pixel_plus"])
-def test_layers_kept_follow_the_mode_and_the_argument(kind: str) -> None:
+def test_predictions_have_the_layers_of_the_mode_or_the_argument(kind: str) -> None:
     model = build(config(kind=kind))
     images = random_images(2, 64, 64)
     assert model(images)[0].shape[0] == 1
@@ -84,18 +84,18 @@ def test_layers_kept_follow_the_mode_and_the_argument(kind: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_last_convolution_may_wait(batch: int) -> None:
+def test_predictions_without_the_last_convolution_equal_projected_ones(batch: int) -> None:
     model = build(config(encoder_layers=1))
     with torch.no_grad():
         model.pixel_decoder.mask_features.bias.normal_()
     images, sizes = random_images(batch, 70, 96), torch.tensor([[70, 90]] * batch)
-    waiting, projected = model(images, sizes), model(images, sizes, project=True)
-    assert waiting.projection is not None and projected.projection is None
-    assert waiting.pixel_features.shape[1] == CONV_DIM and projected.pixel_features.shape[1] == MASK_DIM
-    torch.testing.assert_close(waiting.pixel_embeddings, projected.pixel_embeddings, rtol=0, atol=0)
-    for a, b in zip(waiting[:2], projected[:2], strict=True):
+    deferred, projected = model(images, sizes), model(images, sizes, project=True)
+    assert deferred.projection is not None and projected.projection is None
+    assert deferred.pixel_features.shape[1] == CONV_DIM and projected.pixel_features.shape[1] == MASK_DIM
+    torch.testing.assert_close(deferred.pixel_embeddings, projected.pixel_embeddings, rtol=0, atol=0)
+    for a, b in zip(deferred[:2], projected[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    torch.testing.assert_close(layer_mask_logits(waiting), layer_mask_logits(projected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer_mask_logits(deferred), layer_mask_logits(projected), rtol=1e-4, atol=1e-5)
 
     every = model(images, sizes, all_layers=True)
     assert every.projection is None
@@ -107,7 +107,7 @@ def test_the_last_convolution_may_wait(batch: int) -> None:
 
 @pytest.mark.parametrize("project", [False, True])
 @pytest.mark.no_cover
-def test_exports_whole(project: bool) -> None:
+def test_networks_export_as_one_graph(project: bool) -> None:
     model = build(config(layers=1))
     images, other = random_images(2, 64, 64), random_images(2, 64, 64, seed=1)
     exported = torch.export.export(model, (images,), {"project": project})
@@ -118,7 +118,7 @@ def test_exports_whole(project: bool) -> None:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_padding_is_the_mean_colour_whatever_its_pixels_are(backbone: str) -> None:
+def test_pixels_in_the_padding_have_no_effect(backbone: str) -> None:
     model = build(config(backbone))
     valid_sizes = torch.tensor([[64, 50], [33, 64]])
     images, other = random_images(2, 64, 64), random_images(2, 64, 64, seed=1)
@@ -135,7 +135,7 @@ def test_padding_is_the_mean_colour_whatever_its_pixels_are(backbone: str) -> No
     assert normalized[1, :, 33:].count_nonzero() == 0
 
 
-def test_wrong_inputs_are_named() -> None:
+def test_inputs_of_a_wrong_dtype_or_shape_are_refused_by_name() -> None:
     model = build(config())
     images = random_images(2, 32, 32)
     with pytest.raises(TypeError, match=r"images: expected torch\.uint8.*float32"):
@@ -164,16 +164,16 @@ def test_every_parameter_gets_a_finite_gradient(backbone: str, kind: str) -> Non
         if isinstance(predictions, Predictions)
         else [predictions.logits]
     )
-    # Random weights of the sum: a plain one is blind to what a normalisation takes out.
+    # A weighted sum: in a plain sum, normalisations would make some gradients zero.
     sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
     unused = {name for name, parameter in model.named_parameters() if parameter.grad.count_nonzero() == 0}
-    # The first self-attention sees zero states: its values are all the bias, whatever it attends to.
+    # The first self-attention gets zero states, so all of its values are the bias and its weights have no effect.
     assert unused <= {"predictor.transformer.decoder.layers.0.self_attn.in_proj_weight"}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_channels_last_and_bfloat16_stay_close(backbone: str) -> None:
+def test_channels_last_and_bfloat16_predictions_are_close_to_float32(backbone: str) -> None:
     model = build(config(backbone, encoder_layers=1))
     images = random_images(2, 61, 96)
     with torch.no_grad():
@@ -191,14 +191,18 @@ def test_channels_last_and_bfloat16_stay_close(backbone: str) -> None:
     assert (masks - layer_mask_logits(expected)).norm() < 0.1 * layer_mask_logits(expected).norm()
 
 
-# One shifted block is enough, and one transformer encoder: tracing symbolic sizes takes its time.
+# Only one shifted block and one transformer encoder, as tracing symbolic sizes takes long.
 @pytest.mark.parametrize(
     "model_config",
-    [config(layers=1, encoder_layers=1), config(BackboneConfig("swin_micro", depths=(1, 2, 1, 1)), layers=1)],
-    ids=BACKBONES,
+    [
+        pytest.param(config(layers=1, encoder_layers=1), id="resnet_micro"),
+        pytest.param(
+            config(BackboneConfig("swin_micro", depths=(1, 2, 1, 1)), layers=1), id="swin_micro", marks=pytest.mark.slow
+        ),
+    ],
 )
 @pytest.mark.no_cover
-def test_compiles_whole_and_once_for_all_sizes(model_config: ModelConfig) -> None:
+def test_networks_compile_as_one_graph_for_all_sizes(model_config: ModelConfig) -> None:
     model = build(model_config)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

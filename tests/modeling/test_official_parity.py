@@ -1,4 +1,4 @@
-"""The networks against the parameters of full-size official models; for their outputs see tests/interop."""
+"""Names and shapes of parameters against full-size official models; for their outputs see tests/interop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FULL = {
 
 
 def our_name(official: str) -> str | None:
-    """Name of an official parameter here; None where it is no parameter of the network."""
+    """Name in this package of an official parameter; None if it is not one of the network."""
     if official == "criterion.empty_weight" or official.endswith("relative_position_index"):
         return None
     return official.removeprefix("sem_seg_head.")

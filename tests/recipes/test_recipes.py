@@ -1,4 +1,4 @@
-"""The 30 published configurations as recipes, and how recipe files are found and merged."""
+"""Recipes of the 30 published configurations, and recipe files: names, bases, merging, errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.recipes import CONFIG_DIR, load_recipe, recipe_names
 from tests.support.paths import ROOT
 
-# Facts of the published configurations, one line a data set:
+# Values of the published configurations, one line for each data set:
 # steps, batch, crop, first and last short edge, their number, longest side in training, test size.
 FACTS = {
     "ade20k_150": (160_000, 16, (512, 512), 256, 1024, 16, 2048, (512, 2048)),
@@ -30,7 +30,7 @@ BACKBONES = {"r50": "resnet50", "r101": "resnet101", "r101c": "resnet101c", "tin
              "base": "swin_base", "large": "swin_large"}
 
 
-def test_all_30_are_there() -> None:
+def test_there_is_a_recipe_for_each_of_the_30_published_configurations() -> None:
     assert len(OFFICIAL) == 30
     folders = [name.split("/")[0] for name in OFFICIAL]
     assert {folder: folders.count(folder) for folder in folders} == COUNTS
@@ -51,7 +51,7 @@ def test_the_data_set_is_a_preset_of_the_recipes_task(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_schedule_crop_and_sizes(name: str) -> None:
+def test_schedule_crop_and_sizes_are_the_published_ones(name: str) -> None:
     config, augment = load_recipe(name), load_recipe(name).data.augment
     steps, batch, crop, low, high, count, longest, test = FACTS[name.split("/")[0]]
     if "res640" in name:
@@ -69,7 +69,7 @@ def test_schedule_crop_and_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_backbone_and_optimiser(name: str) -> None:
+def test_backbone_and_optimiser_are_the_published_ones(name: str) -> None:
     config = load_recipe(name)
     solver, backbone = config.solver, config.model.backbone
     assert backbone.name == next(BACKBONES[part] for part in name.split("_") if part in BACKBONES)
@@ -88,7 +88,7 @@ def test_backbone_and_optimiser(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_network_loss_and_thresholds(name: str) -> None:
+def test_network_loss_and_thresholds_are_the_published_ones(name: str) -> None:
     config = load_recipe(name)
     model, loss = config.model, config.loss
     kind = next(k for part, k in (("plus", "per_pixel_plus"), ("per_pixel", "per_pixel"), ("", "maskformer"))
@@ -104,7 +104,7 @@ def test_network_loss_and_thresholds(name: str) -> None:
 
 
 def table_row(name: str) -> str:
-    """The recipe's row of docs/recipes.md."""
+    """Row of a recipe in docs/recipes.md."""
     config = load_recipe(name)
     crop, solver, test = config.data.augment.crop_size, config.solver, config.test
     cells = [
@@ -122,12 +122,12 @@ def table_row(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_the_table_in_the_documentation_is_true(name: str) -> None:
+def test_the_table_in_the_documentation_lists_the_recipes_values(name: str) -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert table_row(name) in text.splitlines()
 
 
-def test_bases_are_no_recipes() -> None:
+def test_base_files_are_not_listed_as_recipes() -> None:
     assert (CONFIG_DIR / "ade20k_150" / "_base.yaml").is_file()
     assert not any("_base" in name.split("/")[-1][:5] for name in recipe_names())
 
@@ -177,7 +177,7 @@ def test_files_that_cannot_be_used_are_named(files: dict[str, str], message: str
         load_recipe(write(tmp_path, **files))
 
 
-def test_a_missing_file_and_an_unknown_name(tmp_path: Path) -> None:
+def test_a_missing_file_and_an_unknown_name_get_a_hint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml: no such recipe file"):
         load_recipe(tmp_path / "gone.yaml")
     with pytest.raises(ValueError, match="did you mean cityscapes_19/maskformer_r101"):

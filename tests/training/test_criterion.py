@@ -210,9 +210,9 @@ def test_losses_of_micro_batches_average_to_those_of_the_full_batch(parts):
         step_counts = torch.cat([criterion.image_counts(targets) for _, targets in batches])
         losses = [criterion(*batch, step_counts) for batch in batches]
         for name, term in expected.terms.items():
-            torch.testing.assert_close(torch.stack([own.terms[name] for own in losses]).mean(), term)
-        torch.testing.assert_close(torch.stack([own.total for own in losses]).mean(), expected.total)
-        assert sum(own.num_matched for own in losses) == expected.num_matched
+            torch.testing.assert_close(torch.stack([each.terms[name] for each in losses]).mean(), term)
+        torch.testing.assert_close(torch.stack([each.total for each in losses]).mean(), expected.total)
+        assert sum(each.num_matched for each in losses) == expected.num_matched
 
 
 def test_wrong_shapes_are_refused():

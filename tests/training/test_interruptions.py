@@ -146,7 +146,7 @@ def test_a_signal_ends_a_validation_at_once_and_resuming_repeats_it(tmp_path, mo
 
 
 def test_a_second_signal_has_its_previous_effect():
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGINT)
@@ -156,13 +156,13 @@ def test_a_second_signal_has_its_previous_effect():
             os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_a_repeated_sigterm_counts_only_after_a_while(monkeypatch):
     seen = []
     monkeypatch.setattr(interruptions, "REPEAT_SECONDS", 0.05)
-    former = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    previous = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
         with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -171,7 +171,7 @@ def test_a_repeated_sigterm_counts_only_after_a_while(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             assert seen == [signal.SIGTERM]
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_signals_are_left_alone_outside_the_main_thread():
@@ -272,11 +272,11 @@ def test_a_killed_loader_process_is_explained_and_the_run_resumes(tmp_path, monk
         os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
 
     in_step(monkeypatch, 2, kill)
-    former = signal.getsignal(signal.SIGCHLD)
+    previous = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(WorkerLost, match=r"OOM killer.*fewer --data\.workers.*--resume continues from") as raised:
         Trainer(config_in(tmp_path, workers=1)).run()
     if step == 3:
-        signal.signal(signal.SIGCHLD, former)
+        signal.signal(signal.SIGCHLD, previous)
     assert is_lost_worker(raised.value.__cause__) and last(tmp_path).step == step
     monkeypatch.undo()
     assert_resumes(tmp_path, undisturbed, workers=1)

@@ -129,7 +129,7 @@ class Profile:
             low, best, high = (getattr(shape, f.name) for shape in (self.minimum, self.optimum, self.maximum))
             expect(low <= best <= high, f.name, "minimum <= optimum <= maximum", (low, best, high))
 
-    def holds(self, shape: Shape) -> bool:
+    def contains(self, shape: Shape) -> bool:
         """Whether the engine takes images of this shape."""
         return all(
             getattr(self.minimum, f.name) <= getattr(shape, f.name) <= getattr(self.maximum, f.name)

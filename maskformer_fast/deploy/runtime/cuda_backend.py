@@ -100,7 +100,7 @@ class TensorRTBackend:
             dtypes = {spec.name: spec.dtype for spec in entry.outputs}
             usable = [
                 sequence for sequence in launch_file.sequences
-                if entry.profile.holds(sequence.images) and dtypes.get("mask_logits") == sequence.mask_dtype
+                if entry.profile.contains(sequence.images) and dtypes.get("mask_logits") == sequence.mask_dtype
             ]  # fmt: skip
             low, high = entry.profile.minimum, entry.profile.maximum
             expect(bool(usable), FILE, f"launches for {entry.file}, which takes {low} to {high} and gives {dtypes}",

@@ -1,4 +1,4 @@
-"""How far computed tensors are from recorded ones, and the report of it."""
+"""Differences between computed and recorded tensors, and their report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maskformer_fast.core.results import PanopticResult
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one quantity is from the recorded one; ``tolerance`` is ``None`` where nothing here can compare it."""
+    """Difference of one quantity from the recorded one; ``tolerance`` is ``None`` for an unknown quantity."""
 
     largest: float
     tolerance: float | None
@@ -24,7 +24,7 @@ class Difference:
 
     @property
     def ok(self) -> bool | None:
-        """``None`` for what could not be compared; NaN and infinity are never ok."""
+        """Whether the difference is within the tolerance (NaN and infinity are not); ``None`` without a tolerance."""
         if self.tolerance is None:
             return None
         return math.isfinite(self.largest) and self.largest <= self.tolerance
@@ -32,18 +32,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Report:
-    """Differences by the quantity's name, which is its place in the recording."""
+    """Differences by name of the quantity, which consists of its keys in the recording."""
 
     quantities: Mapping[str, Difference]
 
     @property
     def ok(self) -> bool:
-        """Something was compared, and nothing is beyond its tolerance."""
+        """Whether at least one quantity was compared, and none is beyond its tolerance."""
         verdicts = [quantity.ok for quantity in self.quantities.values()]
         return True in verdicts and False not in verdicts
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: a difference that is not finite is ``None``, and so is ``ok`` of what was not compared."""
+        """Containers for JSON. A difference that is not finite is ``None``, as is ``ok`` of a quantity not compared."""
         report: dict[str, Any] = {}
         for name, quantity in self.quantities.items():
             difference = float(quantity.largest) if math.isfinite(quantity.largest) else None
@@ -60,7 +60,7 @@ def relative(
 ) -> Difference:
     """Largest absolute difference, relative to the largest recorded magnitude (absolute where that is zero)."""
     if got is None or got.shape != recorded.shape:
-        return _misfit(got, recorded, tolerance)
+        return _other_shape(got, recorded, tolerance)
     error, scale = _maximum((_double(got) - _double(recorded)).abs()), _maximum(_double(recorded).abs())
     return Difference(error if scale == 0 else error / scale, tolerance)
 
@@ -70,9 +70,10 @@ def rows_relative(
     recorded: Tensor,  # [B, Q, ...]
     tolerance: float,
 ) -> Difference:
-    """`relative` of the worst query, so that a small row that is wrong is not lost beside large ones.
+    """`relative` of the worst query, so that an error in a small row is not hidden by large rows.
 
-    A row is measured against its own largest magnitude, and at least 1e-3 of the tensor's, where rounding begins.
+    A row's difference is relative to the row's largest magnitude, but at least to 1e-3 of the tensor's, below which
+    rounding dominates.
     """
     got, recorded = _double(got).flatten(0, 1).flatten(1), _double(recorded).flatten(0, 1).flatten(1)
     magnitude = recorded.abs().amax(1)
@@ -85,18 +86,18 @@ def differing_pixels(
     recorded: Tensor,  # [H, W] integer
     counted: Tensor | None = None,  # [H, W] bool, None counts every pixel
 ) -> Difference:
-    """Number of counted pixels with another value; none may have."""
+    """Number of counted pixels with another value. The tolerance is zero."""
     if got.shape != recorded.shape:
-        return _misfit(got, recorded, 0)
+        return _other_shape(got, recorded, 0)
     different = got.cpu().long() != recorded.long()
     return Difference(int((different if counted is None else different & counted.cpu()).sum()), 0)
 
 
 def differing_pairs(
-    query: Tensor | None,  # [T], query of each target, -1 for none; None where there is no such layer
+    query: Tensor | None,  # [T] query of each target, -1 for none; None where the network has no such layer
     recorded: Mapping[str, Tensor],  # i: queries, j: targets they are assigned to
 ) -> Difference:
-    """Number of targets that another query answers for."""
+    """Number of targets that are assigned to another query."""
     if query is None:
         return Difference(math.nan, 0, "the network has no such layer")
     ours = {(q, target) for target, q in enumerate(query.tolist()) if q >= 0}
@@ -105,29 +106,29 @@ def differing_pairs(
 
 
 def differing_segments(result: PanopticResult, recorded: Sequence[Mapping[str, Any]]) -> Difference:
-    """Number of segments whose id, class or kind is found on one side only."""
+    """Number of segments (id, class, thing or not) that are only in one of the two lists."""
     ours = {(segment.id, segment.category, segment.is_thing) for segment in result.segments}
     theirs = {(int(s["id"]), int(s["category_id"]), bool(s["isthing"])) for s in recorded}
     return Difference(len(ours ^ theirs) + abs(len(theirs) - len(recorded)), 0)
 
 
 def official_ids(result: PanopticResult) -> Tensor:
-    """Id map as the official code has it: 0 where no segment is -> [H, W] int32."""
+    """Id map as in the official code, with 0 where no segment is -> [H, W] int32."""
     return result.id_map.masked_fill(result.id_map == VOID, 0)
 
 
 def worst(values: Mapping[str, float], tolerance: float) -> Difference:
-    """The largest of several (NaN before all), noted with its name."""
+    """Difference of the largest value (NaN counts as the largest), with its name as the note."""
     name = max(values, key=lambda key: math.inf if math.isnan(values[key]) else values[key], default="")
     return Difference(values.get(name, 0.0), tolerance, name)
 
 
 def not_compared(names: Iterable[str]) -> dict[str, Difference]:
-    """Entries for recorded quantities that nothing here knows."""
+    """Entries for recorded quantities that are unknown here."""
     return {name: Difference(math.nan, None, "recorded, but unknown here") for name in names}
 
 
-def _misfit(got: Tensor | None, recorded: Tensor, tolerance: float) -> Difference:
+def _other_shape(got: Tensor | None, recorded: Tensor, tolerance: float) -> Difference:
     ours = "the network has none" if got is None else f"shape {list(got.shape)}"
     return Difference(math.nan, tolerance, f"{ours}, recorded {list(recorded.shape)}")
 
@@ -137,5 +138,5 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _maximum(values: Tensor) -> float:
-    """NaN if there is one, 0 of nothing."""
+    """Largest value: NaN if there is one, 0 for an empty tensor."""
     return float(values.max()) if values.numel() else 0.0

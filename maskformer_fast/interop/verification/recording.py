@@ -1,43 +1,129 @@
-"""Recorded outputs of the official implementation: reading the files and checking their layout.
+"""Reading and checking recorded outputs of the official implementation.
 
-`case.pt` holds a batch of images and everything that the official network made of it; `synth.pt` holds post-processing
-and criterion on made-up predictions, without a network. Both are dictionaries of tensors and plain containers.
+`case.pt` has a batch of images with all outputs of the official network for it. `synth.pt` has outputs of
+post-processing and criterion for synthetic predictions, without a network. Both files are dictionaries of tensors and
+plain containers.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from maskformer_fast.interop.files import load_torch
 from maskformer_fast.interop.names import ConvertError
+from maskformer_fast.interop.verification.recording_checks import (
+    EVALUATION_KEYS,
+    TRAINING_KEYS,
+    Checker,
+    check_case,
+    check_synth,
+)
 
 CASE_NAME = "case.pt"
 SYNTH_NAME = "synth.pt"
-TRAINING_KEYS = ("match", "losses", "losses64", "grad_norm", "no_grad_params")
-"""What a case can hold only together with its targets."""
-MAX_PADDED = 16384
-"""Largest side of a padded batch: no recording comes near it, and a file must not ask for all the memory."""
+DESCRIPTIONS = {
+    "images", "image_sizes", "padded_size", "size_divisibility", "sizes", "thresholds", "thresholds_loose", "targets",
+    "size", "seed", "torch", "match_same_in_f64",
+}  # fmt: skip
+"""Keys of a case that are inputs, or describe how it was made."""
+Size = tuple[int, int]
+Number = float | Tensor
+Match = Mapping[str, Tensor]
+"""Assignment of one image: the costs ``C``, queries ``i`` and targets ``j``."""
+Target = Mapping[str, Tensor]
+"""Targets of one image: ``labels`` and ``masks``."""
+Segments = Sequence[Mapping[str, Any]]
+
+
+class Evaluation(NamedTuple):
+    """Results of a case for one pair of thresholds."""
+
+    name: str  # "eval" or "eval_loose"
+    results: Mapping[str, Any]  # "labels.0", "panoptic_info.1", ...: kind and number of the image -> result
+    thresholds: tuple[float, float] | None  # object mask threshold, overlap threshold
+
+
+class Losses(NamedTuple):
+    """Assignments and losses."""
+
+    matches: Mapping[str, Sequence[Match]]  # "0", "1", ..., "final": layer -> assignment of each image
+    terms: Mapping[str, Mapping[str, Number]]  # "losses", "losses64" -> term -> value
+
+
+class Training(NamedTuple):
+    """Targets of a case, and the losses and gradients for them."""
+
+    targets: Sequence[Target]
+    losses: Losses
+    gradient_norms: Mapping[str, float] | None  # official name of the parameter -> norm
+    without_gradient: Sequence[str] | None  # official names of parameters whose gradient is zero
+
+
+class Case(NamedTuple):
+    """Content of `case.pt`."""
+
+    images: Sequence[Tensor]  # each [3, H, W] uint8
+    image_sizes: Sequence[Size]
+    padded_size: Size
+    outputs: Mapping[str, Tensor]  # intermediates and logits
+    sizes: Sequence[Size]  # of the results
+    evaluations: Sequence[Evaluation]
+    thing_ids: Sequence[int] | None
+    kept_counts: Sequence[int] | None
+    training: Training | None
+    unknown: Sequence[str]  # other keys
+
+
+class SynthPost(NamedTuple):
+    """Post-processing of synthetic predictions of one image."""
+
+    class_logits: Tensor  # [Q, K+1] float32
+    mask_logits: Tensor  # [Q, h, w] float32
+    size: Size
+    labels: Tensor | None  # [H, W] int16
+    margin: Tensor | None  # [H, W], lead of the best class over the second best
+    panoptic: Mapping[str, tuple[Tensor, Segments]]  # "panoptic@0.8,0.5" -> id map [H, W] int32, segments
+    unknown: Sequence[str]
+
+
+class SynthCriterion(NamedTuple):
+    """Criterion of synthetic predictions of a batch."""
+
+    class_logits: Tensor  # [B, Q, K+1] float32
+    mask_logits: Tensor  # [B, Q, h, w] float32
+    targets: Sequence[Target]
+    match: Sequence[Match] | None
+    unweighted_losses: Mapping[str, Number]
+    gradients: Mapping[str, Tensor]  # "grad_logits", "grad_masks"
+    unknown: Sequence[str]
+
+
+class Synth(NamedTuple):
+    """Content of `synth.pt`."""
+
+    posts: Sequence[SynthPost]
+    criteria: Sequence[SynthCriterion]
+    unknown: Sequence[str]
 
 
 class Recordings(NamedTuple):
-    """Checked contents of what a path names; ``None`` for the file that is not there."""
+    """Checked contents of a recording or a folder of recordings; ``None`` for a file that is missing."""
 
-    case: dict[str, Any] | None
-    synth: dict[str, Any] | None
+    case: Case | None
+    synth: Synth | None
 
 
 def read_recordings(path: str | Path, num_classes: int) -> Recordings:
-    """Read a recording, or a folder with a `case.pt`, a `synth.pt` or both; a file is told by its content.
+    """Read a recording, or a folder with a `case.pt`, a `synth.pt` or both. The content decides which of them it is.
 
     Raises:
         FileNotFoundError: there is no such file, or none in the folder.
-        ValueError: a file that is no recording (it names what lacks or is wrong), or one of another number of classes.
+        ValueError: a file that is no recording (the message has the missing or wrong key), or one of another number of
+            classes.
     """
     path = Path(path)
     files = [path]
@@ -45,224 +131,90 @@ def read_recordings(path: str | Path, num_classes: int) -> Recordings:
         files = [path / name for name in (CASE_NAME, SYNTH_NAME) if (path / name).is_file()]
         if not files:
             raise FileNotFoundError(f"{path}: expected a recording, {CASE_NAME} or {SYNTH_NAME}, in this folder")
-    found: dict[str, dict[str, Any]] = {}
+    case, synth = None, None
     for file in files:
         content = _load(file)
         if "post" in content or "criterion" in content:
-            _check_synth(_Checker(file), content, num_classes)
-            found["synth"] = content
+            check_synth(Checker(file), content, num_classes)
+            synth = _synth(content)
         else:
-            _check_case(_Checker(file), content, num_classes)
-            found["case"] = content
-    return Recordings(found.get("case"), found.get("synth"))
+            check_case(Checker(file), content, num_classes)
+            case = _case(content)
+    return Recordings(case, synth)
 
 
-class _Checker:
-    """Errors that name the file and the place in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def expect(self, condition: bool, name: str, expected: str, got: object) -> None:
-        if not condition:
-            raise ValueError(f"{self.path}: {name}: expected {expected}, got {got!r:.200}")
-
-    def keys(self, content: Any, name: str, wanted: tuple[str, ...]) -> None:
-        """``content`` is a dictionary that has all of these."""
-        self.expect(isinstance(content, Mapping), name or "content", "a dictionary", type(content).__name__)
-        self.expect(all(isinstance(key, str) for key in content), name or "content", "names as keys", list(content))
-        missing = [f"{name}.{key}" if name else key for key in wanted if key not in content]
-        if missing:
-            raise ValueError(f"{self.path}: not a recording of the official implementation: lacks {', '.join(missing)}")
-
-    def sequence(self, value: Any, name: str, length: int | None = None) -> None:
-        fits = isinstance(value, (list, tuple)) and length in (None, len(value))
-        self.expect(fits, name, "a list" if length is None else f"a list of {length}", value)
-
-    def list_of(self, kind: type, value: Any, name: str) -> None:
-        self.sequence(value, name)
-        self.expect(all(isinstance(entry, kind) for entry in value), name, f"a list of {kind.__name__}", value)
-
-    def size(self, value: Any, name: str) -> None:
-        self.sequence(value, name, 2)
-        self.expect(all(isinstance(v, int) and v > 0 for v in value), name, "a height and a width", value)
-
-    def tensor(self, value: Any, name: str, dtype: torch.dtype | None, shape: tuple[int | None, ...]) -> None:
-        """``None`` in the shape is any extent; without a dtype any floating one will do."""
-        self.expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__)
-        right_type = value.is_floating_point() if dtype is None else value.dtype == dtype
-        right_shape = value.ndim == len(shape) and all(
-            want in (None, got) for want, got in zip(shape, value.shape, strict=True)
+def _case(content: Mapping[str, Any]) -> Case:
+    training = None
+    if "targets" in content:
+        terms = {key: content[key] for key in ("losses", "losses64") if key in content}
+        norms = content.get("grad_norm")
+        training = Training(
+            content["targets"],
+            Losses(content.get("match", {}), terms),
+            None if norms is None else {name: float(norm) for name, norm in norms.items()},
+            content.get("no_grad_params"),
         )
-        expected = f"{dtype or 'a floating type'} of shape {list(shape)} (None: any)"
-        self.expect(right_type and right_shape, name, expected, f"{value.dtype} {list(value.shape)}")
+    known = {*DESCRIPTIONS, *TRAINING_KEYS, *EVALUATION_KEYS, "f32", "thing_ids", "n_kept"}
+    return Case(
+        content["images"],
+        [_size(size) for size in content["image_sizes"]],
+        _size(content["padded_size"]),
+        content["f32"],
+        [_size(size) for size in content.get("sizes", ())],
+        [
+            Evaluation(key, content[key], content.get(key.replace("eval", "thresholds")))
+            for key in EVALUATION_KEYS
+            if content.get(key)
+        ],
+        content.get("thing_ids"),
+        content.get("n_kept"),
+        training,
+        [name for name in content if name not in known],
+    )
 
-    def targets(self, value: Any, name: str, batch: int, size: tuple[int, int] | None, classes: int) -> None:
-        """Labels and masks of every image; ``size`` is that of the masks, ``None`` takes it from the first image."""
-        self.sequence(value, name, batch)
-        for image, target in enumerate(value):
-            where = f"{name}.{image}"
-            self.keys(target, where, ("labels", "masks"))
-            self.tensor(target["labels"], f"{where}.labels", torch.int64, (None,))
-            self.tensor(target["masks"], f"{where}.masks", torch.bool, (len(target["labels"]), *(size or (None, None))))
-            size = size or tuple(target["masks"].shape[1:])
-            known = bool(((target["labels"] >= 0) & (target["labels"] < classes)).all())
-            self.expect(known, f"{where}.labels", f"classes in 0..{classes - 1}", target["labels"].tolist())
 
-    def match(self, value: Any, name: str, batch: int) -> None:
-        self.sequence(value, name, batch)
-        for image, pairs in enumerate(value):
-            self.keys(pairs, f"{name}.{image}", ("C", "i", "j"))
-            self.tensor(pairs["C"], f"{name}.{image}.C", None, (None, None))
-            self.tensor(pairs["i"], f"{name}.{image}.i", torch.int64, (None,))
-            self.tensor(pairs["j"], f"{name}.{image}.j", torch.int64, (len(pairs["i"]),))
+def _synth(content: Mapping[str, Any]) -> Synth:
+    post_keys = ("mask_cls", "mask_pred", "size", "labels", "margin")
+    posts = [
+        SynthPost(
+            post["mask_cls"],
+            post["mask_pred"],
+            _size(post["size"]),
+            post.get("labels"),
+            post.get("margin"),
+            {name: (value[0], value[1]) for name, value in post.items() if name.startswith("panoptic@")},
+            [name for name in post if name not in post_keys and not name.startswith("panoptic@")],
+        )
+        for post in content.get("post", [])
+    ]
+    gradients = ("grad_logits", "grad_masks")
+    known = ("pred_logits", "pred_masks", "targets", "match", "unweighted_losses", *gradients)
+    criteria = [
+        SynthCriterion(
+            case["pred_logits"],
+            case["pred_masks"],
+            case["targets"],
+            case.get("match"),
+            case.get("unweighted_losses", {}),
+            {name: case[name] for name in gradients if name in case},
+            [name for name in case if name not in known],
+        )
+        for case in content.get("criterion", [])
+    ]
+    return Synth(posts, criteria, [name for name in content if name not in ("post", "criterion")])
 
-    def segments(self, value: Any, name: str) -> None:
-        self.sequence(value, name)
-        for index, segment in enumerate(value):
-            self.keys(segment, f"{name}.{index}", ("id", "category_id", "isthing"))
 
-    def numbers(self, value: Any, name: str) -> None:
-        self.keys(value, name, ())
-        for key, number in value.items():
-            scalar = isinstance(number, (int, float)) or (isinstance(number, Tensor) and number.numel() == 1)
-            self.expect(scalar, f"{name}.{key}", "a number", type(number).__name__)
-
-    def thresholds(self, value: Any, name: str) -> None:
-        self.sequence(value, name, 2)
-        inside = all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value)
-        self.expect(inside, name, "two numbers in 0..1", value)
+def _size(value: Sequence[int]) -> Size:
+    return value[0], value[1]
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Tensors and plain containers; nothing else is unpickled."""
+    """Read a file of tensors and plain containers; nothing else is unpickled."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recording")
     try:
         content = load_torch(path)
     except ConvertError as error:
         raise ValueError(f"{path}: not a recording of tensors and plain containers: {error}") from error
-    _Checker(path).keys(content, "", ())
+    Checker(path).keys(content, "", ())
     return content
-
-
-def _check_case(checker: _Checker, case: dict[str, Any], num_classes: int) -> None:
-    """Everything that `verify` reads of a case, except shapes that it compares."""
-    training = [key for key in TRAINING_KEYS if key in case]
-    evaluation = [key for key in ("eval", "eval_loose") if case.get(key)]
-    wanted = ["images", "image_sizes", "padded_size", "f32"]
-    wanted += ["targets"] if training else []
-    wanted += ["sizes"] if evaluation else []
-    checker.keys(case, "", tuple(wanted))
-
-    checker.sequence(case["images"], "images")
-    batch = len(case["images"])
-    checker.expect(batch > 0, "images", "at least one", batch)
-    checker.sequence(case["image_sizes"], "image_sizes", batch)
-    checker.size(case["padded_size"], "padded_size")
-    height, width = case["padded_size"]
-    checker.expect(max(height, width) <= MAX_PADDED, "padded_size", f"at most {MAX_PADDED}", (height, width))
-    for image, (pixels, size) in enumerate(zip(case["images"], case["image_sizes"], strict=True)):
-        checker.size(size, f"image_sizes.{image}")
-        checker.tensor(pixels, f"images.{image}", torch.uint8, (3, *size))
-        fits = size[0] <= height and size[1] <= width
-        checker.expect(fits, "padded_size", f"one that holds image {image} of {tuple(size)}", (height, width))
-
-    checker.keys(case["f32"], "f32", ())
-    for name, value in case["f32"].items():
-        checker.expect(isinstance(value, Tensor), f"f32.{name}", "a tensor", type(value).__name__)
-    if "pred_logits" in case["f32"]:
-        _check_classes(checker, case["f32"]["pred_logits"], "f32.pred_logits", num_classes)
-
-    if evaluation:
-        checker.sequence(case["sizes"], "sizes", batch)
-        for image, size in enumerate(case["sizes"]):
-            checker.size(size, f"sizes.{image}")
-    for key in evaluation:
-        thresholds = key.replace("eval", "thresholds")
-        checker.keys(case[key], key, ())
-        if any(name.startswith("panoptic") for name in case[key]):
-            checker.keys(case, "", (thresholds,))
-            checker.thresholds(case[thresholds], thresholds)
-        for name, value in case[key].items():
-            known = re.fullmatch(r"(labels|margin|sem_seg_small|panoptic|panoptic_info)\.(\d+)", name)
-            if known is None:
-                continue
-            where = f"{key}.{name}"
-            checker.expect(int(known[2]) < batch, where, f"one of {batch} images", known[2])
-            size = tuple(case["sizes"][int(known[2])])
-            match known[1]:
-                case "labels":
-                    checker.tensor(value, where, torch.int16, size)
-                    checker.keys(case[key], key, (f"margin.{known[2]}",))
-                case "margin":
-                    checker.tensor(value, where, None, size)
-                case "sem_seg_small":
-                    checker.tensor(value, where, None, (num_classes, None, None))
-                case "panoptic":
-                    checker.tensor(value, where, torch.int32, size)
-                case "panoptic_info":
-                    checker.segments(value, where)
-    checker.list_of(int, case.get("thing_ids", []), "thing_ids")
-    checker.list_of(int, case.get("n_kept", []), "n_kept")
-
-    if training:
-        checker.targets(case["targets"], "targets", batch, (height, width), num_classes)
-    checker.list_of(str, case.get("no_grad_params", []), "no_grad_params")
-    checker.keys(case.get("match", {}), "match", ())
-    for layer, pairs in case.get("match", {}).items():
-        checker.match(pairs, f"match.{layer}", batch)
-    for key in ("losses", "losses64", "grad_norm"):
-        checker.numbers(case.get(key, {}), key)
-
-
-def _check_synth(checker: _Checker, synth: dict[str, Any], num_classes: int) -> None:
-    for key in ("post", "criterion"):
-        checker.sequence(synth.get(key, []), key)
-    for index, post in enumerate(synth.get("post", [])):
-        where = f"post.{index}"
-        checker.keys(post, where, ("mask_cls", "mask_pred", "size"))
-        checker.size(post["size"], f"{where}.size")
-        checker.tensor(post["mask_cls"], f"{where}.mask_cls", torch.float32, (None, None))
-        _check_classes(checker, post["mask_cls"], f"{where}.mask_cls", num_classes)
-        queries = len(post["mask_cls"])
-        checker.tensor(post["mask_pred"], f"{where}.mask_pred", torch.float32, (queries, None, None))
-        checker.expect(post["mask_pred"].numel() > 0, f"{where}.mask_pred", "masks", list(post["mask_pred"].shape))
-        for name, value in post.items():
-            if name == "labels":
-                checker.tensor(value, f"{where}.labels", torch.int16, tuple(post["size"]))
-                checker.keys(post, where, ("margin",))
-                checker.tensor(post["margin"], f"{where}.margin", None, tuple(post["size"]))
-            if name.startswith("panoptic@"):
-                checker.sequence(value, f"{where}.{name}", 2)
-                checker.tensor(value[0], f"{where}.{name}.0", torch.int32, tuple(post["size"]))
-                checker.segments(value[1], f"{where}.{name}.1")
-                checker.thresholds(synth_thresholds(name), f"{where}.{name}")
-    for index, case in enumerate(synth.get("criterion", [])):
-        where = f"criterion.{index}"
-        checker.keys(case, where, ("pred_logits", "pred_masks", "targets"))
-        checker.tensor(case["pred_logits"], f"{where}.pred_logits", torch.float32, (None, None, None))
-        _check_classes(checker, case["pred_logits"], f"{where}.pred_logits", num_classes)
-        batch, queries = case["pred_logits"].shape[:2]
-        checker.tensor(case["pred_masks"], f"{where}.pred_masks", torch.float32, (batch, queries, None, None))
-        checker.expect(case["pred_masks"].numel() > 0, f"{where}.pred_masks", "masks", list(case["pred_masks"].shape))
-        checker.targets(case["targets"], f"{where}.targets", batch, None, num_classes)
-        if "match" in case:
-            checker.match(case["match"], f"{where}.match", batch)
-        checker.numbers(case.get("unweighted_losses", {}), f"{where}.unweighted_losses")
-        for name in ("grad_logits", "grad_masks"):
-            if name in case:
-                checker.tensor(case[name], f"{where}.{name}", None, tuple(case[name.replace("grad", "pred")].shape))
-
-
-def synth_thresholds(name: str) -> tuple[float, ...]:
-    """``panoptic@0.8,0.5`` -> object mask threshold, overlap threshold; nothing where they are no numbers."""
-    try:
-        return tuple(float(number) for number in name.partition("@")[2].split(","))
-    except ValueError:
-        return ()
-
-
-def _check_classes(checker: _Checker, logits: Tensor, name: str, num_classes: int) -> None:
-    got = logits.shape[-1] - 1 if logits.ndim else 0
-    checker.expect(got == num_classes, name, f"the network's {num_classes} classes and no-object", f"{got} classes")

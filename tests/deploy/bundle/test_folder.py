@@ -300,7 +300,7 @@ def test_shapes_are_parsed_and_profiles_are_checked() -> None:
     for text in ("", "5", "axb", "0x5", "-1x5", "1x2x3x4", "5x", "５x５"):
         with pytest.raises(ValueError, match="shape"):
             Shape.parse(text)
-    assert ENGINE.profile.holds(Shape(8, 1024, 2048)) and ENGINE.profile.holds(Shape(1, 32, 32))
-    assert not ENGINE.profile.holds(Shape(9, 32, 32)) and not ENGINE.profile.holds(Shape(1, 31, 32))
+    assert ENGINE.profile.contains(Shape(8, 1024, 2048)) and ENGINE.profile.contains(Shape(1, 32, 32))
+    assert not ENGINE.profile.contains(Shape(9, 32, 32)) and not ENGINE.profile.contains(Shape(1, 31, 32))
     with pytest.raises(BundleError, match="height"):
         Profile(Shape(1, 33, 32), Shape(1, 32, 32), Shape(1, 64, 64))

@@ -1,4 +1,4 @@
-"""The network, post-processing and criterion against recordings of the official code; and that `verify` sees faults."""
+"""Network, post-processing and criterion against recordings of the official code; errors that `verify` must detect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.paths import ORACLES
 
 needs_oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason="recordings of the official code are not here")
 
-# Dropout and BatchNorm that would learn: a recording has neither.
+# Dropout and trained BatchNorm must be switched off, as in the recordings.
 TINY_BACKBONE = BackboneConfig("resnet50", stem_channels=16, bottleneck_channels=8, res2_channels=32)
 TINY_DECODER = DecoderConfig(layers=3, hidden_dim=64, num_heads=4, ffn_dim=96, dropout=0.3, num_queries=24)
 TINY = {
@@ -47,7 +47,7 @@ ADE, COCO = TINY
 
 
 class NumpyUnpickler(pickle.Unpickler):
-    """Admits numpy arrays in plain containers and nothing else."""
+    """Unpickler of numpy arrays in plain containers alone."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] != "numpy":
@@ -79,11 +79,11 @@ def failed(report: Report) -> set[str]:
 
 @needs_oracles
 @pytest.mark.parametrize("name", TINY)
-def test_every_recorded_quantity_of_the_official_code_is_met(name: str) -> None:
+def test_every_recorded_quantity_of_the_official_code_is_reproduced(name: str) -> None:
     network = official_network(name).train()
     report = verify(network, things(name), ORACLES / name)
     assert report.ok and not failed(report)
-    assert network.training and all(module.training for module in network.modules()), "its mode comes back"
+    assert network.training and all(module.training for module in network.modules()), "its mode is restored"
     assert all(parameter.grad is None for parameter in network.parameters())
 
     case, synth = recording(name), recording(name, "synth.pt")
@@ -108,7 +108,7 @@ def test_every_recorded_quantity_of_the_official_code_is_met(name: str) -> None:
     assert set(report.quantities) == expected
     assert len(synth["post"]) == len(synth["criterion"]) == 3
 
-    # Given the same predictions, nothing but summation order differs.
+    # For equal predictions only the order of summation differs.
     criterion = {key: q for key, q in report.quantities.items() if key.startswith("criterion.")}
     assert max(quantity.largest for quantity in criterion.values()) < 2e-6
     losses = {key: q for key, q in report.quantities.items() if key.startswith("losses")}
@@ -118,7 +118,7 @@ def test_every_recorded_quantity_of_the_official_code_is_met(name: str) -> None:
 @needs_oracles
 @pytest.mark.parametrize("name", TINY)
 def test_gradients_of_all_recorded_parameters_are_compared(name: str, tmp_path: Path) -> None:
-    # One parameter's norm is wrong by 0.2 percent: whichever it is, it is found and named.
+    # The norm of one parameter is wrong by 0.2 per cent, which must be reported with its name.
     case = recording(name)
     assert len(case["grad_norm"]) > 140
     network = official_network(name)
@@ -146,7 +146,7 @@ def break_pixels(network: MaskFormer) -> None:
 
 @needs_oracles
 @pytest.mark.parametrize(
-    ("fault", "seen", "unseen"),
+    ("change", "reported", "not_reported"),
     [
         (scale_weight, {"features.res4", "features.res5", "pred_masks", "grad_norm"}, {"features.res2"}),
         (swap_queries, {"hs", "pred_logits", "match.final.0"}, {"mask_features", "features.res5"}),
@@ -154,22 +154,22 @@ def break_pixels(network: MaskFormer) -> None:
          {"hs", "pred_logits"}),
     ],
 )  # fmt: skip
-def test_a_fault_in_the_network_is_seen_where_it_begins(
-    fault: Callable[[MaskFormer], None], seen: set[str], unseen: set[str]
+def test_an_error_in_the_network_is_reported_where_it_begins(
+    change: Callable[[MaskFormer], None], reported: set[str], not_reported: set[str]
 ) -> None:
     network = official_network(COCO)
-    fault(network)
+    change(network)
     report = verify(network, things(COCO), ORACLES / COCO / "case.pt")
     assert not report.ok
-    assert seen <= failed(report) and not unseen & failed(report)
+    assert reported <= failed(report) and not not_reported & failed(report)
     text = json.dumps(report.to_dict(), allow_nan=False)
     assert json.loads(text)["ok"] is False
-    if fault is break_pixels:
+    if change is break_pixels:
         assert json.loads(text)["mask_features"]["difference"] is None
 
 
 @needs_oracles
-def test_other_heads_are_suspected(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_number_of_heads_is_suspected(caplog: pytest.LogCaptureFixture) -> None:
     weights = official_network(ADE).state_dict()
     network = build_model(replace(TINY[ADE], decoder=replace(TINY_DECODER, num_heads=8)))
     network.load_state_dict(weights)
@@ -179,7 +179,7 @@ def test_other_heads_are_suspected(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @needs_oracles
-def test_other_things_than_the_official_ones_are_seen() -> None:
+def test_other_things_than_the_official_ones_are_reported() -> None:
     report = verify(official_network(COCO), [True] * 133, ORACLES / COCO)
     assert "thing_ids" in failed(report) and report.quantities["thing_ids"].largest == 53
     assert any(name.startswith("post.") for name in failed(report))
@@ -216,24 +216,24 @@ def test_one_changed_number_fails_its_quantity_alone(
 
 
 @needs_oracles
-def test_quantities_nobody_knows_are_listed_and_do_not_decide(tmp_path: Path) -> None:
+def test_unknown_quantities_are_listed_as_not_compared(tmp_path: Path) -> None:
     case = recording(ADE)
     case["depth"] = torch.zeros(3)
     case["f32"]["attention.0"] = torch.zeros(2)
     case["eval"]["boxes.0"] = torch.zeros(4)
     for key in ("losses", "losses64", "match"):
-        del case[key]  # what is absent is not reported
+        del case[key]  # absent quantities are not reported
     torch.save(case, tmp_path / "any name")
     report = verify(official_network(ADE), things(ADE), tmp_path / "any name")
     assert report.ok
-    found = {name: entry for name, entry in report.to_dict().items() if name != "ok"}
-    assert [name for name, entry in found.items() if entry["ok"] is None] == ["attention.0", "eval.boxes.0", "depth"]
-    assert found["depth"]["difference"] is None and found["depth"]["tolerance"] is None
-    assert not any(name.startswith(("losses", "match")) for name in found)
+    entries = {name: entry for name, entry in report.to_dict().items() if name != "ok"}
+    assert [name for name, entry in entries.items() if entry["ok"] is None] == ["attention.0", "eval.boxes.0", "depth"]
+    assert entries["depth"]["difference"] is None and entries["depth"]["tolerance"] is None
+    assert not any(name.startswith(("losses", "match")) for name in entries)
 
 
 @needs_oracles
-def test_metadata_tells_the_things_and_only_queries_can_be_verified() -> None:
+def test_things_come_from_metadata_and_networks_without_queries_are_refused() -> None:
     classes = tuple(map(str, range(133)))
     metadata = Metadata("coco", classes, tuple(things(COCO)), tuple(range(133)), ((0, 0, 0),) * 133)
     assert verify(official_network(COCO), metadata, ORACLES / COCO / "synth.pt").ok
@@ -252,7 +252,7 @@ def test_a_recording_of_other_classes_is_refused(file: str) -> None:
 
 @pytest.mark.parametrize("padding", ["include", "exclude"])
 @pytest.mark.parametrize("order", ["official", "official_panoptic"])
-def test_other_backbones_and_behaviours_are_found_out(padding: Any, order: Any, tmp_path: Path) -> None:
+def test_the_recorded_behaviour_is_recognised(padding: Any, order: Any, tmp_path: Path) -> None:
     torch.manual_seed(5)
     config = ModelConfig(
         num_classes=5, backbone=BackboneConfig("swin_micro", drop_path_rate=0.5),
@@ -262,7 +262,7 @@ def test_other_backbones_and_behaviours_are_found_out(padding: Any, order: Any, 
     network = build_model(config).eval()
     for parameter in network.predictor.parameters():
         parameter.data = 0.5 * torch.randn_like(parameter)
-    network.predictor.transformer["decoder"].norm.bias.data.zero_()  # queries that differ
+    network.predictor.transformer["decoder"].norm.bias.data.zero_()  # different queries
     network.predictor.class_embed.weight.data.mul_(4)
     sizes, padded, asked = [(41, 70), (64, 50)], (64, 96), [(41, 70), (77, 33)]
     images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
@@ -297,7 +297,7 @@ def test_other_backbones_and_behaviours_are_found_out(padding: Any, order: Any, 
     report = verify(network.train(), [False] * 5, tmp_path, LossConfig(no_object_weight=0.3))
     assert report.ok and not failed(report) and len(report.quantities) == 2 + 4 + 6 + 2
     other = postprocess.semantic_scores(predictions, asked, "official" if order != "official" else "official_panoptic")
-    assert relative(other[1], scores[1], 1e-2).ok is False, "a case that tells the orders apart"
+    assert relative(other[1], scores[1], 1e-2).ok is False, "the case must distinguish the orders"
 
 
 TINY_CASE = {
@@ -331,7 +331,7 @@ TINY_CASE = {
         ({"criterion": 3}, "criterion: expected a list"),
     ],
 )  # fmt: skip
-def test_what_is_no_recording_says_what_it_lacks(content: Any, message: str, tmp_path: Path) -> None:
+def test_files_without_a_recording_are_refused(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "case.pt")
     with torch.device("meta"):
         network = build_model(TINY[ADE])
@@ -339,7 +339,7 @@ def test_what_is_no_recording_says_what_it_lacks(content: Any, message: str, tmp
         verify(network, things(ADE), tmp_path / "case.pt")
 
 
-def test_files_that_are_not_there_or_hold_code_are_refused(tmp_path: Path) -> None:
+def test_missing_files_and_files_with_code_are_refused(tmp_path: Path) -> None:
     with torch.device("meta"):
         network = build_model(TINY[ADE])
     with pytest.raises(FileNotFoundError, match=r"no such recording"):
@@ -353,14 +353,14 @@ def test_files_that_are_not_there_or_hold_code_are_refused(tmp_path: Path) -> No
         assert "trust" not in str(caught.value), "no advice to switch the protection off"
 
 
-def test_differences_by_hand() -> None:
+def test_differences_equal_values_computed_by_hand() -> None:
     recorded = torch.tensor([[1.0, -4.0], [0.5, 0.0]])
     assert relative(recorded + torch.tensor([[0.0, 0.0], [0.1, 0.0]]), recorded, 1e-4).largest == pytest.approx(0.025)
-    assert relative(torch.full((2,), 0.5), torch.zeros(2), 1e-4).largest == 0.5  # absolute where all is zero
+    assert relative(torch.full((2,), 0.5), torch.zeros(2), 1e-4).largest == 0.5  # absolute, as recorded values are zero
     assert relative(torch.zeros(0), torch.zeros(0), 1e-4).ok
     for wrong in (None, recorded[:1], recorded * torch.nan, recorded * torch.inf):
         assert relative(wrong, recorded, 1e9).ok is False
-    # A zeroed row is found beside one a thousand times larger.
+    # A zeroed row is reported beside a row that is a thousand times larger.
     gradient = torch.tensor([[[1.0, -2.0], [2e-3, 1e-3]]])
     assert rows_relative(gradient, gradient, 1e-3).largest == 0
     assert rows_relative(gradient * torch.tensor([[[1.0], [0.0]]]), gradient, 1e-3).largest == pytest.approx(1.0)
