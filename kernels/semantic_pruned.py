@@ -11,7 +11,7 @@ queries: live queries are multiplied as the same halves. A tile with any other p
 Scoring all queries takes so many registers that one kernel for both would halve the number of concurrent tiles. The
 host reads nothing. The order of the list varies between runs, the labels do not.
 
-Simulated on the CPU with the predictions of benchmarks/cpu_semantic.py (128x128 -> 512x512, Q=100): unproven are 17 %
+Simulated on the CPU with the predictions of benchmarks/cases/semantic.py (128x128 -> 512x512, Q=100): unproven are 17 %
 (K=19) and 5 % (K=150) of the tiles of peaky predictions, 36 and 37 % of medium-hard ones, all of random ones.
 """
 
