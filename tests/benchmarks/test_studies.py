@@ -74,6 +74,7 @@ def test_curves_are_those_of_the_record() -> None:
         assert scaling.fits(row["points"]).items() <= row.items(), "the exponents are of the points"
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_files_become_the_labels_of_hugging_face(tmp_path: Path) -> None:
     files = files_to_labels.prepare_images(None, 1, tmp_path / "images")
@@ -171,6 +172,7 @@ def test_pictures_are_drawn_from_the_record_with_text_as_text(tmp_path: Path) ->
         plots.draw_all(tmp_path / "plots", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_pytest_benchmark_saves_and_compares(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
