@@ -3,12 +3,12 @@ of labels there.
 
 The network is R50 with 150 classes and weights by chance, which is exported here. On the CPU it runs in float32 by
 onnxruntime and our post-processing. On a GPU it runs in FP16 by a TensorRT engine that is built for it, which takes
-minutes; without onnx, onnxruntime, or TensorRT (also that for RTX) the row says what is missing. That it runs answers
-whether TensorRT for RTX serves this GPU. Peak memory is there what PyTorch allocates, in which TensorRT has no part.
+minutes; without onnx, onnxruntime, or TensorRT (also that for RTX) the row names what is missing. Peak memory on a GPU
+is what PyTorch allocates, in which TensorRT has no part.
 
 A row of the GPU compares labels with those of FP32. With weights by chance many labels are close calls: halves,
 emulated on the CPU, kept 98.8 to 99.6 % of them. MASKFORMER_FAST_CHECKPOINT names a trained checkpoint, for which the
-goal of 99.5 % holds.
+goal of 99.5 % applies.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ WEIGHT_BYTES = 2 * 41e6
 
 
 def write_checkpoint(path: Path, model: ModelConfig) -> None:
-    """The checkpoint that the environment names, else one of weights by chance. It takes frames as they are."""
+    """Write the checkpoint that the environment names, else one of weights by chance; it takes frames as they are."""
     test = TestConfig(short_edge=None)
     if VARIABLE in os.environ:
         config, metadata, weights, _ = load_weights(os.environ[VARIABLE])
@@ -90,7 +90,11 @@ def spread_queries(network: Any) -> None:
 
 
 def tensorrt_api() -> str:
-    """The installed TensorRT, that for RTX where there is no other. Raises ModuleNotFoundError without either."""
+    """The name of the installed TensorRT: that for RTX where there is no other.
+
+    Raises:
+        ModuleNotFoundError: neither is installed.
+    """
     for api in ("tensorrt", "tensorrt_rtx"):
         if importlib.util.find_spec(api) is not None:
             return api
@@ -111,7 +115,7 @@ def export_arguments(path: Path, folder: Path, shape: str, target: str | None) -
 def write_bundle(path: Path, folder: Path, shape: str, device: torch.device) -> None:
     """Export a checkpoint as a user does."""
     target = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
-    arguments = export_arguments(path, folder, shape, target)  # says so where there is no TensorRT
+    arguments = export_arguments(path, folder, shape, target)  # raises without TensorRT
     from maskformer_fast import export
 
     if export.main(arguments) != 0:
@@ -119,8 +123,7 @@ def write_bundle(path: Path, folder: Path, shape: str, device: torch.device) -> 
 
 
 class Implementations:
-    """Each implementation is made when it is first called: what one lacks, or takes long to build, is not the others'
-    concern."""
+    """The bundle and its peers, each made when it is first called: one that is missing does not stop the others."""
 
     def __init__(self, device: torch.device, batch: int, size: Size, model: ModelConfig) -> None:
         self.device, self.batch, self.size = device, batch, size
@@ -149,12 +152,12 @@ class Implementations:
         return np.stack([result.labels for result in results])
 
     def shares(self, frames: Tensor) -> dict[str, float]:
-        """The bundle's stages over its time."""
+        """Shares of the bundle's stages in the time of a call."""
         stages = self.opened("bundle", "off").timed(list(frames.numpy()))
         return {name: getattr(stages, name) / stages.total for name in ("preprocess", "network", "postprocess")}
 
     def _huggingface(self) -> tuple[Any, Any]:
-        """Their processor, and their model with the checkpoint's weights, which are written beside it."""
+        """Hugging Face's processor, and its model with the checkpoint's weights, which are written beside it."""
         import transformers
         from transformers.models.maskformer.image_processing_pil_maskformer import MaskFormerImageProcessorPil
 
@@ -200,13 +203,13 @@ def setup(device: torch.device, batch: int = 1, size: Size = SIZE, model: ModelC
 
 
 def cpu_bound() -> Bound:
-    """The network's: weights and a frame read, labels written."""
+    """Work of the network: weights and a frame read, labels written."""
     parameters, operations = network_work(MODEL, SIZE)
     return Bound(4 * parameters + 4 * SIZE[0] * SIZE[1], operations)
 
 
 def cases(device: str) -> list[Case]:
-    """No call is captured as a graph: each waits for the device."""
+    """Cases of a device; on a GPU no call is captured, as each waits for the device."""
     if device == "cpu":
         return [
             Case(f"bundle resnet50 {SIZE[0]}x{SIZE[1]}, K={CLASSES}, B=1, float32, vs {peer}", peer, None, setup,

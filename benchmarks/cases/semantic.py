@@ -33,7 +33,7 @@ from maskformer_fast.ops.semantic import label_dtype, semantic_inference_eager
 QUERIES, LIVE, DEPTH = 100, 20, 256
 OFFICIAL, HUGGINGFACE = "official formula, eager PyTorch", "transformers"
 COMPILED, TWIN = "torch.compile of the formula", "our eager twin, float32"
-PRUNED, DENSE = "pruned", "dense"  # our kernel, told what to do
+PRUNED, DENSE = "pruned", "dense"  # our operator with this path
 PRODUCT_FIRST, CHOSEN = "matrix product first", "chosen"
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 LEAST_EQUAL = {torch.float16: 0.95, torch.bfloat16: 0.85, torch.float32: 0.999}
@@ -125,7 +125,7 @@ def setup(
     device: torch.device, kind: str, classes: int, size: Size, queries: int = QUERIES, batch: int = 1,
     dtype: torch.dtype = torch.float32, planes: bool = True,
 ) -> Work:  # fmt: skip
-    """Labels of mask logits of `size`; `planes` or queries innermost is how ours reads them."""
+    """Labels of mask logits of `size`, which ours reads as planes or with queries innermost."""
     output = (SCALE * size[0], SCALE * size[1])
 
     def draw(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,9 +170,9 @@ def embeddings_setup(
     def labels(fused: bool | None, embeddings: Tensor, pixels: Tensor, logits: Tensor) -> Tensor:
         from maskformer_fast.kernels.semantic import semantic_from_embeddings  # needs Triton, as only CUDA has it
 
-        found = torch.empty(batch, *output, dtype=label_dtype(classes), device=device)
-        semantic_from_embeddings(embeddings, pixels, logits, size, found, fused=fused)
-        return found
+        result = torch.empty(batch, *output, dtype=label_dtype(classes), device=device)
+        semantic_from_embeddings(embeddings, pixels, logits, size, result, fused=fused)
+        return result
 
     peers = {PRODUCT_FIRST: partial(labels, False), CHOSEN: partial(labels, None)}
     return Work(partial(labels, True), peers, draw, share_equal, dict.fromkeys(peers, LEAST_EQUAL[dtype]))
@@ -188,7 +188,7 @@ def bound(batch: int, classes: int, size: Size, dtype: torch.dtype, dense: bool,
 
 
 def embeddings_bound(batch: int, classes: int, size: Size, scale: int, dtype: torch.dtype) -> Bound:
-    """The product with the pixel embeddings counts too, once a low-resolution pixel."""
+    """The work of `bound`, and the product with the pixel embeddings, once a low-resolution pixel."""
     low = size[0] * size[1]
     read = batch * (QUERIES * DEPTH + DEPTH * low + QUERIES * (classes + 1)) * dtype.itemsize
     operations = 2.0 * batch * QUERIES * low * (DEPTH + scale**2 * classes)
@@ -196,7 +196,7 @@ def embeddings_bound(batch: int, classes: int, size: Size, scale: int, dtype: to
 
 
 def matrix_unit(dtype: torch.dtype) -> str:
-    """The type that our kernel multiplies in: float32 goes in three products of halves."""
+    """Type in which our kernel multiplies; float32 takes three products of halves."""
     return "fp16" if dtype == torch.float32 else DTYPES[dtype]
 
 

@@ -202,7 +202,7 @@ def _forward(process: subprocess.Popen[str], request: str, lines: queue.Queue[st
 
 
 def _end_session(process: subprocess.Popen[Any]) -> None:
-    """Kill a process of a session of its own and what it started: compilers, for one."""
+    """Kill a process and what it started, compilers for one; it was started in a new session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

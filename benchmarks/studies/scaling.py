@@ -1,4 +1,4 @@
-"""How cost grows with classes, queries, targets, pixels and images, ours beside its peers, with fitted exponents.
+"""Growth of cost with classes, queries, targets, pixels and images, ours beside its peers, with fitted exponents.
 
     python -m benchmarks.studies.scaling [--minutes 4] [--only TEXT] [--output FILE]
 
