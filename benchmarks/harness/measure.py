@@ -112,7 +112,7 @@ MEASURES: dict[str, Callable[[Case, Work, Sequence[Inputs], Clock], Row]] = {
 
 
 def draw_inputs(work: Work, fresh_bytes: int) -> list[Inputs]:
-    """As many sets of inputs as fill `fresh_bytes`, so that each is read from memory and not from the cache."""
+    """Make enough sets of inputs to fill `fresh_bytes`, so that each is read from memory and not from the cache."""
     inputs = [work.draw(0)]
     size = max(1, sum(tensor.nbytes for tensor in tensors(inputs[0])))
     return inputs + [work.draw(seed) for seed in range(1, min(MAX_COPIES, math.ceil(fresh_bytes / size)))]

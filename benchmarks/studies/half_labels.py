@@ -38,7 +38,7 @@ class HalfOptions:
     checkpoint: tyro.conf.Positional[str]
     """Run folder, checkpoint folder, or weights file."""
     images: int = 16
-    """How many of the validation data are used."""
+    """Number of validation images to use."""
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
