@@ -147,7 +147,7 @@ def test_any_strides_and_float64() -> None:
 
 
 def test_ratio_equal_to_the_threshold_keeps_the_segment() -> None:
-    """8 / 10 is not 0.8 in float32, so the ratio is compared otherwise."""
+    """8 / 10 rounded to float32 is not the threshold 0.8, which is a float64."""
     logits = torch.full((1, 2, 1, 10), -9.0)
     logits[0, 0, 0, :10], logits[0, 1, 0, :2] = 2.0, 8.0  # the first keeps 8 of 10 pixels
     arguments = (logits, torch.ones(1, 2), torch.tensor([[0, 1]]), torch.tensor([True, True]), (1, 10), (1, 10))
