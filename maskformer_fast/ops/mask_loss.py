@@ -244,13 +244,16 @@ def mask_loss(
     affected.
 
     Raises:
-        ValueError: predictions and targets are not of one padded input size; on the CPU also where targets are not of
-            the types and shapes given in `Targets`.
+        ValueError: predictions and targets are not of one padded input size, or the masks do not have this size; on the
+            CPU also where targets are not of the types and shapes given in `Targets`.
         ImportError: the extension is not built.
     """
     check(targets.input_size == predictions.input_size, "targets.input_size",
           f"that of the predictions {predictions.input_size}", targets.input_size)
     layers, batch, slots = query.shape
+    height, width = targets.input_size
+    expected = (batch, slots, height, (width + 7) // 8)
+    check(targets.masks.shape == expected, "targets.masks", f"shape {expected}", tuple(targets.masks.shape))
     with torch.autocast(query.device.type, enabled=False):
         embeddings, pixels = (at_least_float32(e) for e in (predictions.mask_embeddings, predictions.pixel_embeddings))
         index = query.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, embeddings.shape[-1])
