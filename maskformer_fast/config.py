@@ -196,6 +196,7 @@ class AugmentConfig:
         check(0.0 < low <= high, "data.augment.scale_range", "0 < low <= high", self.scale_range)
         area = self.single_category_max_area
         check(0.0 < area <= 1.0, "data.augment.single_category_max_area", "0 < share <= 1", area)
+        check(min(self.scale_size) > 0, "data.augment.scale_size", "positive height and width", self.scale_size)
         if self.crop_size is not None:
             check(min(self.crop_size) > 0, "data.augment.crop_size", "positive height and width", self.crop_size)
 
@@ -234,6 +235,8 @@ class DataConfig:
     """Task of the targets; ``None`` takes the data set's own (folder: semantic, COCO instances: instance...)."""
     ignore_index: int | None = None
     """Value of unlabelled pixels in index PNGs; ``None`` takes that of ``classes.json`` or of the preset, else 255."""
+    keep_empty: bool = True
+    """COCO instances: train on images without annotations, in which everything is background."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     skip_broken: bool = False

@@ -269,6 +269,9 @@ def mask_loss(
     check(targets.input_size == predictions.input_size, "targets.input_size",
           f"that of the predictions {predictions.input_size}", targets.input_size)
     layers, batch, slots = query.shape
+    height, width = targets.input_size
+    expected = (batch, slots, height, (width + 7) // 8)
+    check(targets.masks.shape == expected, "targets.masks", f"shape {expected}", tuple(targets.masks.shape))
     with torch.autocast(query.device.type, enabled=False):
         embeddings, pixels = (at_least_float32(e) for e in (predictions.mask_embeddings, predictions.pixel_embeddings))
         index = query.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, embeddings.shape[-1])

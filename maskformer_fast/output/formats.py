@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.metadata import VOID, Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult
@@ -142,9 +143,12 @@ def write_panoptic_json(
 def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Metadata) -> list[dict[str, Any]]:
     """Instances as entries of a COCO results file, in their order.
 
+    There is no ``bbox``: pycocotools would take the box's area for the object's size, which decides about AP of small,
+    medium and large objects. It adds the box of the mask itself.
+
     Returns:
-        image_id, category_id (of the data set), segmentation (compressed RLE, its counts a str), bbox (x, y, width,
-        height; zeros for an empty mask) and score.
+        image_id, category_id (of the data set), segmentation (compressed RLE, its counts a str), area (pixels), box (x,
+        y, width, height; zeros for an empty mask) and score.
 
     Raises:
         TypeError, ValueError: the masks do not have the packed shape of the result's size.
@@ -152,6 +156,7 @@ def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Met
     """
     rles = encode_packed_masks(result.masks.cpu().numpy(), result.size[1])
     entries = []
+    area = coco_tools().mask.area
     for rle, label, score, (x0, y0, x1, y1) in zip(
         rles, result.labels.tolist(), result.scores.tolist(), result.boxes.tolist(), strict=True
     ):
@@ -159,7 +164,8 @@ def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Met
             "image_id": image_id,
             "category_id": metadata.category_ids[label],
             "segmentation": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")},
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "area": int(area(rle)),
+            "box": [x0, y0, x1 - x0, y1 - y0],
             "score": score,
         })
     return entries
