@@ -118,8 +118,8 @@ class ModelConfig:
     num_classes: int = 0
     """Number of classes; 0 takes that of the data set."""
     weights: str | None = None
-    """Checkpoint in this package's format (trained or converted) to start training from. The classifier starts anew if
-    its number of classes differs."""
+    """Checkpoint in this package's format (trained or converted) to start training from. Its classes are compared with
+    those of the data set by name: equal names keep their weights at any index, others start anew."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)

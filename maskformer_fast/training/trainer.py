@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from maskformer_fast.config import Config, Task
 from maskformer_fast.core.files import atomic_write, write_json
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import train_loader
 from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
@@ -120,8 +122,11 @@ class Trainer:
         model = self.config.model
         if model.backbone.weights:
             load_backbone(self.network, model.backbone.weights)
-        if model.weights and (untrained := load_initial(self.network, model.weights)):
-            logger.info("%s has another number of classes: %s start anew", model.weights, ", ".join(untrained))
+        if model.weights:
+            classes = load_initial(self.network, model.weights, self.metadata)
+            if classes.moved or classes.new or classes.dropped:
+                logger.info("%s has other classes than this data set. Their weights go by name; %s", model.weights,
+                            classes)
 
     @property
     def step(self) -> int:
@@ -332,6 +337,7 @@ class Trainer:
             logger.warning("%s has no checkpoint: starting at step 0", self.folder)
             return
         saved = load_weights(newest)
+        check_same_classes(saved.metadata, self.metadata, newest)
         changed = config_differences(saved.config, self.config, ("model", "loss", "data", "solver"))
         if changed:
             logger.warning("resuming with another configuration:\n  %s", "\n  ".join(changed))
@@ -344,6 +350,19 @@ class Trainer:
         self.train_step.load_state_dict(state)
         self.resumed = newest
         logger.info("resuming from %s", newest)
+
+
+def check_same_classes(trained: Metadata, now: Metadata, checkpoint: Path) -> None:
+    """Raise ``ValueError`` unless a data set has the classes that a run was trained with, by name and in their order."""
+    pairs = list(zip_longest(trained.class_names, now.class_names, fillvalue="(none)"))
+    different = [f"{index}: {a} / {b}" for index, (a, b) in enumerate(pairs) if a != b]
+    if different:
+        raise ValueError(
+            f"resume: expected the {trained.num_classes} classes of {checkpoint} in their order, got "
+            f"{now.num_classes} of which {len(different)} differ (training / data set now: {'; '.join(different[:5])}); "
+            "give the data set its earlier classes, or start a new run from these weights: --output ANOTHER "
+            f"--model.weights {checkpoint}, which keeps the classes of the same names"
+        )
 
 
 def last_validated_step(folder: Path) -> int | None:
