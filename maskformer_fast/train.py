@@ -19,6 +19,7 @@ from maskformer_fast.config import Config
 from maskformer_fast.distributed import RankError, is_main, on_main, process_group, restarted
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.recipes import load_recipe, save_config
+from maskformer_fast.training.checkpoints import clean_run
 from maskformer_fast.training.interruptions import OutOfMemory, WorkerLost
 from maskformer_fast.training.skipped_steps import TrainingDiverged
 from maskformer_fast.training.trainer import Trainer
@@ -80,6 +81,7 @@ def move_aside(folder: Path) -> None:
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
+    clean_run(folder)
     folder.rename(aside)
     logger.info("%s held a run already: moved to %s (--resume would have continued it)", folder, aside)
 

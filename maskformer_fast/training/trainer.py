@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import traceback
@@ -32,13 +31,14 @@ from maskformer_fast.modeling.weights import load_backbone, load_initial, load_i
 from maskformer_fast.structures import Batch
 from maskformer_fast.training.checkpoints import (
     best_score,
+    clean_run,
     complete_checkpoints,
     config_differences,
     load_state,
     mark_best,
     newest_undamaged,
-    remove_leftovers,
     save_checkpoint,
+    saved_number,
     set_aside,
 )
 from maskformer_fast.training.criterion import Criterion
@@ -143,15 +143,17 @@ class Trainer:
         """
         self.log: RunLog | NoLog = NoLog()
         if is_main():
-            remove_leftovers(self.checkpoints)
+            clean_run(self.folder)
             if self.resumed is not None:
                 set_aside(self.damaged, self.resumed)
-            self.log = RunLog(self.folder, self.step, self.config.log.tensorboard)
+        # A run killed between saving a checkpoint and validating it lacks this validation.
+        validated = on_main(lambda: saved_number(self.folder / "metrics.json", "step"))
+        missing = self.resumed is not None and self._validation_due() and validated != self.step
+        if is_main():
+            validates = missing or self.step >= self.config.solver.max_steps
+            self.log = RunLog(self.folder, self.step, self.config.log.tensorboard, validates)
         try:
             with self.signals, self._explain_interruptions():
-                # A run killed between saving a checkpoint and validating it lacks this validation.
-                validated = on_main(lambda: last_validated_step(self.folder))
-                missing = self.resumed is not None and self._validation_due() and validated != self.step
                 metrics = self._validate_checkpoint(self.resumed) if missing else {}
                 metrics = self._train() or metrics
                 metrics = metrics if metrics or self.stopped else self.validate()
@@ -353,19 +355,13 @@ class Trainer:
 
 
 def check_same_classes(trained: Metadata, now: Metadata, checkpoint: Path) -> None:
-    """Raise ``ValueError`` unless a data set has the classes that a run was trained with, by name and in their order."""
+    """Raise ``ValueError`` unless a data set has the classes of a run's training, by name and in their order."""
     pairs = list(zip_longest(trained.class_names, now.class_names, fillvalue="(none)"))
     different = [f"{index}: {a} / {b}" for index, (a, b) in enumerate(pairs) if a != b]
     if different:
         raise ValueError(
             f"resume: expected the {trained.num_classes} classes of {checkpoint} in their order, got "
-            f"{now.num_classes} of which {len(different)} differ (training / data set now: {'; '.join(different[:5])}); "
-            "give the data set its earlier classes, or start a new run from these weights: --output ANOTHER "
+            f"{now.num_classes}; {len(different)} differ (training / data set now: {'; '.join(different[:5])}). "
+            "Give the data set its earlier classes, or start a new run from these weights: --output ANOTHER "
             f"--model.weights {checkpoint}, which keeps the classes of the same names"
         )
-
-
-def last_validated_step(folder: Path) -> int | None:
-    """Step of a run's last finished validation; ``None`` if there was none."""
-    path = folder / "metrics.json"
-    return json.loads(path.read_text())["step"] if path.exists() else None
