@@ -42,14 +42,16 @@ class TrainOptions:
 def run_lock(folder: Path) -> Iterator[str]:
     """Lock a run's folder against other processes -> `launch_id` of the process that locked it before, else ``""``.
 
-    The lock is on a file beside the folder. It belongs to this process alone, since loader processes do not inherit
-    locks of `lockf` as they would those of `flock`. The kernel releases it however the process ends.
+    The lock is on a file beside the folder itself, whatever links ``folder`` names it by. It belongs to this process
+    alone, since loader processes do not inherit locks of `lockf` as they would those of `flock`. The kernel releases it
+    however the process ends.
 
     Raises:
         ValueError: another process is training there.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("a+") as file:
+    real = Path(os.path.realpath(folder))
+    real.parent.mkdir(parents=True, exist_ok=True)
+    with real.with_name(f".{real.name}.lock").open("a+", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -74,7 +76,11 @@ def launch_id() -> str:
 
 
 def move_aside(folder: Path) -> None:
-    """Rename the folder of an earlier run, so that a new run in the folder overwrites nothing."""
+    """Rename the folder of an earlier run, so that a new run in the folder overwrites nothing.
+
+    A link to the folder leads to the new run's, which is made in the place of the old one.
+    """
+    folder = Path(os.path.realpath(folder))
     written_by_runs = ("log.jsonl", "checkpoints")
     if not (folder / "config.yaml").exists() or not any((folder / name).exists() for name in written_by_runs):
         return  # not a run: perhaps a folder with the user's own recipe
@@ -83,6 +89,7 @@ def move_aside(folder: Path) -> None:
         number += 1
     clean_run(folder)
     folder.rename(aside)
+    folder.mkdir()
     logger.info("%s held a run already: moved to %s (--resume would have continued it)", folder, aside)
 
 

@@ -21,7 +21,7 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
 from maskformer_fast.data.transforms import Sample, TrainTransform
-from maskformer_fast.data.worker import worker_setup
+from maskformer_fast.data.worker import iterate_over, worker_setup
 from maskformer_fast.structures import Batch, Example, Targets
 
 _PERMUTATION_STREAM = 1  # last part of the permutations' seed; examples have 0 there, as NumPy appends zeros
@@ -125,8 +125,13 @@ class TrainLoader:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over batches; raises BrokenExampleError if an example cannot be read and is not skipped."""
-        for item in self._loader:
+        """Iterate over batches.
+
+        Raises:
+            BrokenExampleError: an example cannot be read and is not skipped.
+            WorkerDied: a loader process died.
+        """
+        for item in iterate_over(self._loader):
             batch: Batch = _raise_broken(item)
             height, width = batch.targets.input_size  # pinning memory makes a list of the tuple
             yield batch._replace(targets=batch.targets._replace(input_size=(height, width)))
@@ -208,7 +213,7 @@ class EvalLoader:
     def batches(self, size: int) -> Iterator[list[Example]]:
         """Iterate over groups of ``size`` consecutive indices; a group lacks its broken examples and may be empty."""
         self.broken.clear()
-        items = iter(self._loader)
+        items = iterate_over(self._loader)
         while group := list(islice(items, size)):
             batch = []
             for item in group:

@@ -20,6 +20,7 @@ from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import train_loader
+from maskformer_fast.data.worker import worker_death
 from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.evaluation.measure import check_classes, measure
@@ -47,12 +48,10 @@ from maskformer_fast.training.interruptions import (
     Stopped,
     StopSignals,
     WorkerLost,
-    is_lost_worker,
     is_out_of_memory,
     out_of_memory,
     training_advice,
     validation_advice,
-    worker_lost,
 )
 from maskformer_fast.training.optimizer import build_optimizer
 from maskformer_fast.training.parallel import average_statistics, load_optimizer, unsharded_parameters, wrap
@@ -230,13 +229,14 @@ class Trainer:
             yield
         except (OutOfMemory, WorkerLost):
             raise
-        except (RuntimeError, MemoryError) as error:
-            if not (is_out_of_memory(error) or is_lost_worker(error)):
+        except Exception as error:
+            death = worker_death(error)
+            if death is None and not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # frees the tensors of the step
             saved = self._save_after_error()
-            if is_lost_worker(error):
-                raise worker_lost(error, saved) from error
+            if death is not None:
+                raise WorkerLost(f"{death}. {saved}") from error
             if validating:
                 advice = validation_advice(self.config, self.device)
             else:
