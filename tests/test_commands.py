@@ -237,35 +237,6 @@ def test_two_processes_cannot_share_a_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.no_cover
-@pytest.mark.parametrize("name", ["link", "up/run", "run/../run", "link_of_link"])
-def test_two_processes_cannot_share_a_run_by_different_names(tmp_path, name):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "link").symlink_to("run")
-    (tmp_path / "link_of_link").symlink_to(tmp_path / "link")
-    (tmp_path / "up").symlink_to(tmp_path, target_is_directory=True)
-    with train.run_lock(tmp_path / "run"):
-        result = command("train", "--config", TINY_RECIPE, "--output", tmp_path / name)
-    assert result.returncode == 2 and "no other run" in result.stderr
-    assert not list((tmp_path / "run").iterdir())
-
-
-def test_a_second_run_by_a_link_moves_the_folder_and_keeps_the_link(tmp_path):
-    arguments = ["--config", str(TINY_RECIPE), "--solver.max-steps", "1", "--output"]
-    (tmp_path / "big").mkdir()
-    (tmp_path / "link").symlink_to("big/run")
-    train.main([*arguments, str(tmp_path / "big/run")])
-    train.main([*arguments, str(tmp_path / "link"), "--seed", "5"])
-    assert (tmp_path / "link").is_symlink() and load_weights(tmp_path / "big/run").config.seed == 5
-    assert load_weights(tmp_path / "big/run.1").config.seed == 0
-
-
-def test_a_lock_file_with_any_content_can_be_locked(tmp_path):
-    (tmp_path / ".run.lock").write_bytes(b"\xff\xfe")
-    with train.run_lock(tmp_path / "run"):
-        pass
-
-
 def test_a_start_that_fails_leaves_the_former_run_in_its_place(tmp_path):
     folder = tmp_path / "run"
     train.main(["--config", str(TINY_RECIPE), "--output", str(folder), "--solver.max-steps", "1"])

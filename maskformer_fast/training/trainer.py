@@ -60,7 +60,7 @@ from maskformer_fast.training.profiler import profile_steps
 from maskformer_fast.training.run_log import NoLog, RunLog
 from maskformer_fast.training.skipped_steps import TrainingDiverged
 from maskformer_fast.training.step_averages import StepAverages
-from maskformer_fast.training.train_step import TrainStep
+from maskformer_fast.training.train_step import TrainStep, check_batch_norm
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,10 @@ class Trainer:
         self.metadata = self.train_set.metadata
         check_classes(self.metadata, self.val_set.metadata)
         self.config = config = with_classes(config, self.metadata)
+        if (crop := config.data.augment.crop_size) is not None:  # otherwise every step checks its images
+            images = config.solver.batch_size // (config.solver.accumulate * world_size())
+            step = max(config.model.size_divisibility, 1)
+            check_batch_norm(config, images, *(-(-side // step) * step for side in crop))
 
         torch.manual_seed(config.seed)
         self.network = build_model(config.model)
