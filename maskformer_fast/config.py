@@ -118,8 +118,8 @@ class ModelConfig:
     num_classes: int = 0
     """Number of classes; 0 takes that of the data set."""
     weights: str | None = None
-    """Checkpoint in this package's format (trained or converted) to start training from. The classifier starts anew if
-    its number of classes differs."""
+    """Checkpoint in this package's format (trained or converted) to start training from. Its classes are compared with
+    those of the data set by name: equal names keep their weights at any index, others start anew."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -380,6 +380,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        check(self.seed >= 0, "seed", ">= 0", self.seed)
+        check(self.output.strip() != "", "output", "a folder", self.output)
+        check(0 <= self.seed < 2**64, "seed", f"0 to {2**64 - 1}, the seeds of PyTorch", self.seed)
         for task in self.metrics:
             check_choice("metrics", task, TASKS)

@@ -17,6 +17,7 @@ from maskformer_fast.config import Amp, DataConfig, Task, TestConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.data import build_dataset
+from maskformer_fast.data.worker import WorkerDied, worker_deaths_explained
 from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.evaluation.measure import check_classes, measure
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m maskformer_fast.evaluate",
         default=EvaluateOptions(tyro.MISSING, data=stored[0], test=stored[1]) if stored else None,
     )
-    with process_group(options.device):
+    with process_group(options.device), worker_deaths_explained():
         evaluate(options)
     return 0
 
@@ -114,4 +115,4 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, RankError)
+    run_command(main, RankError, WorkerDied)

@@ -24,7 +24,7 @@ from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
 from maskformer_fast.data.images import MAX_PIXELS
 from maskformer_fast.data.transforms import Sample, TrainTransform
-from maskformer_fast.data.worker import worker_setup
+from maskformer_fast.data.worker import iterate_over, worker_setup
 from maskformer_fast.structures import Batch, Example, Targets
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
@@ -129,8 +129,13 @@ class TrainLoader:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over batches; raises BrokenExampleError if an example cannot be read and is not skipped."""
-        for item in self._loader:
+        """Iterate over batches.
+
+        Raises:
+            BrokenExampleError: an example cannot be read and is not skipped.
+            WorkerDied: a loader process died.
+        """
+        for item in iterate_over(self._loader):
             batch: Batch = _raise_broken(item)
             height, width = batch.targets.input_size  # pinning memory makes a list of the tuple
             yield batch._replace(targets=batch.targets._replace(input_size=(height, width)))
@@ -213,7 +218,7 @@ class EvalLoader:
     def batches(self, size: int) -> Iterator[list[Example]]:
         """Iterate over groups of ``size`` consecutive indices; a group lacks its broken examples and may be empty."""
         self.broken.clear()
-        items = iter(self._loader)
+        items = iterate_over(self._loader)
         while group := list(islice(items, size)):
             batch = []
             for item in group:

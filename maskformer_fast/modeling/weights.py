@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,11 @@ _OTHER_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".ckpt", ".json")
 _COUNTER = "num_batches_tracked"
 """Last part of the names of BatchNorm's counters of batches."""
 _CLASSIFIER = ("predictor.class_embed.", "predictor.weight", "predictor.bias")
-"""Beginnings of the names of tensors with a row for each class."""
+"""Beginnings of the names of tensors with a row for each class; "no object" may follow as the last row."""
+_CLASS_QUERIES = "predictor.query_embed."
+"""Beginning of the names of queries, which networks without a classifier have for each class."""
+_MAX_LISTED = 8
+"""Number of class names that a message shows."""
 
 
 _DTYPES = frozenset(("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"))
@@ -55,6 +60,18 @@ class Checkpoint(NamedTuple):
     metadata: Metadata
     weights: dict[str, Tensor]
     step: int
+
+
+class ClassTransfer(NamedTuple):
+    """Names of the classes whose weights `load_initial` took from a file or not."""
+
+    kept: tuple[str, ...]  # at the index that they have in the file
+    moved: tuple[str, ...]  # at another index
+    new: tuple[str, ...]  # not in the file: they keep their initial weights
+    dropped: tuple[str, ...]  # in the file alone
+
+    def __str__(self) -> str:
+        return "; ".join(f"{what}: {_listing(names)}" for what, names in self._asdict().items() if names)
 
 
 def weights_file(path: str | Path) -> Path:
@@ -233,23 +250,64 @@ def load_backbone(network: nn.Module, path: str | Path) -> None:
     load_into(backbone, _with_counters_of(backbone, of_network or weights), file)
 
 
-def load_initial(network: nn.Module, path: str | Path) -> list[str]:
-    """Load a network's weights to start training from -> names of the tensors that keep their initial values.
+def load_initial(network: nn.Module, path: str | Path, metadata: Metadata) -> ClassTransfer:
+    """Load a network's weights to start training from -> what became of the classes, which are compared by name.
 
-    Tensors with a row for each class keep them if the file has another number of classes. All others must fit.
+    A class of ``metadata`` that is in the file takes its weights from there, wherever it stands; so does "no object" if
+    there is such a class. Other classes keep their initial weights. Tensors without a row for each class must fit.
 
     Raises:
         FileNotFoundError, CheckpointError: see `load_weights` and `load_into`.
     """
-    weights = _with_counters_of(network, load_weights(path).weights)
-    current = network.state_dict()
-    untrained = [
-        name
-        for name in current
-        if name.startswith(_CLASSIFIER) and name in weights and weights[name].shape != current[name].shape
-    ]
-    load_into(network, weights | {name: current[name] for name in untrained}, path)
-    return untrained
+    saved = load_weights(path)
+    weights, current = _with_counters_of(network, saved.weights), network.state_dict()
+    before, after = _numbered(saved.metadata.class_names), _numbered(metadata.class_names)
+    shared = [(before[name], row) for name, row in after.items() if name in before]
+    has_classifier = any(name.startswith(_CLASSIFIER) for name in current)
+    for name, initial in current.items():
+        if name in weights and name.startswith(_CLASSIFIER if has_classifier else _CLASS_QUERIES):
+            weights[name] = _rows_of_classes(weights[name], initial, len(before), len(after), shared)
+    load_into(network, weights, path)
+    return ClassTransfer(
+        tuple(metadata.class_names[new] for old, new in shared if old == new),
+        tuple(metadata.class_names[new] for old, new in shared if old != new),
+        tuple(name for key, name in zip(after, metadata.class_names, strict=True) if key not in before),
+        tuple(name for key, name in zip(before, saved.metadata.class_names, strict=True) if key not in after),
+    )
+
+
+def _rows_of_classes(
+    trained: Tensor,  # [classes of the file (+ 1), ...]
+    initial: Tensor,  # [classes of the network (+ 1), ...]
+    old_classes: int,
+    new_classes: int,
+    shared: Sequence[tuple[int, int]],  # index in the file, index in the network
+) -> Tensor:
+    """Initial values with the rows of shared classes, and of "no object", from trained ones."""
+    if trained.shape[1:] != initial.shape[1:] or len(trained) - old_classes != len(initial) - new_classes:
+        return trained  # of another architecture, which `load_into` reports
+    rows = initial.detach().clone()
+    if shared:
+        old, new = (list(indices) for indices in zip(*shared, strict=True))
+        rows[new] = trained[old].to(rows)
+        rows[new_classes:] = trained[old_classes:].to(rows)
+    return rows
+
+
+def _numbered(names: Sequence[str]) -> dict[tuple[str, int], int]:
+    """Index by (name, how many times it came before), since a list may have a name twice."""
+    seen: Counter[str] = Counter()
+    numbered = {}
+    for index, name in enumerate(names):
+        numbered[name, seen[name]] = index
+        seen[name] += 1
+    return numbered
+
+
+def _listing(names: Sequence[str]) -> str:
+    """Number and beginning of a list of names, as text."""
+    more = ", ..." if len(names) > _MAX_LISTED else ""
+    return f"{len(names)} ({', '.join(names[:_MAX_LISTED])}{more})"
 
 
 def _with_counters_of(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
