@@ -222,10 +222,10 @@ def _constants(maps: Tensor) -> tuple[dict[str, int], dict[str, int]]:
 
 def variants() -> list[KernelVariant]:
     """Specialisations to compile ahead of time: queries innermost, for the usual and the most registers."""
-    found = []
+    kernels = []
     for dtype, queries in ((torch.float16, 128), (torch.float32, MAX_QUERIES)):
         dense, pruned = _constants(torch.empty(0, queries, dtype=dtype))
         for name, kernel, constants in (("pruned", _pruned_kernel, pruned), ("unproven", _unproven_kernel, dense)):
             name = f"semantic_{name}_{ELEMENTS[dtype]}_q{pruned['ROWS']}"
-            found.append(kernel_variant(name, kernel, dtype, {**constants, "stride_q": 1}))
-    return [*found, class_probabilities_variant(split=True, largest=True)]
+            kernels.append(kernel_variant(name, kernel, dtype, {**constants, "stride_q": 1}))
+    return [*kernels, class_probabilities_variant(split=True, largest=True)]

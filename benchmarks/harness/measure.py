@@ -49,8 +49,8 @@ def measure_time(case: Case, work: Work, inputs: Sequence[Inputs], clock: Clock)
             row[f"{name}_call_ms"] = 1e3 * statistics.median(samples[name])
             row[f"{name}_peak_mib"] = clock.peak_mib(partial(run, *inputs[0]))
         replayed = {name: run for name, run in implementations.items() if captured[name]}
-        found, row["not_captured"] = time_graphs(replayed, dict(zip(calls, expected, strict=True)), inputs, clock)
-        samples |= found
+        per_call, row["not_captured"] = time_graphs(replayed, dict(zip(calls, expected, strict=True)), inputs, clock)
+        samples |= per_call
     if work.shares is not None:
         row["shares"] = work.shares(*inputs[0])
     for name, seconds in samples.items():
