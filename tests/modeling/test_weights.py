@@ -87,7 +87,7 @@ def test_unconverted_weights_name_the_command(tmp_path: Path, name: str, torch_s
     else:
         path.write_bytes(pickle.dumps({"model": {"w": [0.0]}}))
     network = build_model(MODEL)
-    for read in (load_weights, load_network, lambda path: load_initial(network, path),
+    for read in (load_weights, load_network, lambda path: load_initial(network, path, METADATA),
                  lambda path: load_backbone(network, path)):  # fmt: skip
         with pytest.raises(CheckpointError, match=rf"{name}: not a readable .*{CONVERT}'?{path}'? '?.*-converted"):
             read(path)
@@ -124,7 +124,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(ours: Path, value: floa
     tensors[name][:2, 1] = value
     save_file(tensors, str(ours), metadata=header)
     network = build_model(MODEL)
-    for load in (lambda: load_network(ours), lambda: load_initial(network, ours)):
+    for load in (lambda: load_network(ours), lambda: load_initial(network, ours, METADATA)):
         with pytest.raises(CheckpointError, match=rf"ours\.safetensors: .*\n  not finite: {name}: 2 of 64 numbers"):
             load()
     tensors["backbone.norm0.bias"][0] = value
