@@ -43,7 +43,7 @@ def read_png_header(path: str | os.PathLike[str]) -> PngHeader | None:
         while len(start := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", start)
             if kind == b"sBIT" and 1 <= length <= 4:
-                bits = max(file.read(length)[:3])
+                bits = max(file.read(length)[:3], default=0)
                 return PngHeader(depth, bits if 1 <= bits <= depth else None)
             if kind in (b"IDAT", b"IEND"):
                 break
@@ -69,16 +69,18 @@ def declared_bits(image: Image.Image, path: str | os.PathLike[str] | None) -> in
     if image.format == "PNG" and path is not None:
         header = read_png_header(path)
         return header and header.significant
-    tags: Any = getattr(image, "tag_v2", None)
-    if tags is None:
-        return None
-    largest, stored = (_first(tags.get(tag)) for tag in (_MAX_SAMPLE_VALUE, _BITS_PER_SAMPLE))
+    largest, stored = _tag(image, _MAX_SAMPLE_VALUE), _tag(image, _BITS_PER_SAMPLE)
     if largest is not None and 0 < largest <= 65535:
         return largest.bit_length()
     return stored if stored is not None and 8 < stored < 16 else None
 
 
-def _first(value: object) -> int | None:
+def _tag(image: Image.Image, tag: int) -> int | None:
+    """Read a TIFF's tag, or the first of its values, as an integer; None if there is none."""
+    try:
+        value = getattr(image, "tag_v2", {}).get(tag)
+    except Exception:  # Pillow decodes tags when they are read, and damaged ones raise any exception
+        return None
     value = value[0] if isinstance(value, tuple) and value else value
     return value if isinstance(value, int) else None
 
@@ -123,8 +125,7 @@ def is_black_in_16_bits(
     if image.format == "PNG":
         header = read_png_header(path)
         return header is not None and header.depth == 16
-    tags: Any = getattr(image, "tag_v2", None)
-    return tags is not None and _first(tags.get(_BITS_PER_SAMPLE)) == 16
+    return _tag(image, _BITS_PER_SAMPLE) == 16
 
 
 def take_lower_bytes(image: Image.Image) -> bool:
@@ -152,8 +153,7 @@ def stored_indices(
     values = np.asarray(image).astype(np.int32)
     if image.mode == "L":
         header = read_png_header(path) if image.format == "PNG" else None
-        tags: Any = getattr(image, "tag_v2", None)
-        bits = header.depth if header else _first(tags.get(_BITS_PER_SAMPLE)) if tags is not None else None
+        bits = header.depth if header else _tag(image, _BITS_PER_SAMPLE)
         if bits in (2, 4):
             values //= 255 // ((1 << bits) - 1)
     if image.mode == "P":

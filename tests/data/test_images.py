@@ -319,3 +319,24 @@ def test_large_texts_in_a_png_do_not_matter(tmp_path, rng, after):
         Image.fromarray(values).save(tmp_path / "x.png", pnginfo=texts)
     np.testing.assert_array_equal(read_index_png(tmp_path / "x.png"), values)
     np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], values)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about damaged metadata
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(["sbit", "shallow", "colours", "tiff"]), data=st.data())
+def test_damaged_deep_and_shallow_files_give_an_image_or_a_broken_example_error(tmp_path, kind, data):
+    content = bytearray({
+        "sbit": png(spread(900), 16, 0, 10),
+        "shallow": png(spread(3, (5, 16)), 2, 0),
+        "colours": png(spread(900, (5, 18)), 16, 2),
+        "tiff": deep_tiff(spread(1023, (5, 6, 3)), "<", largest=1023),
+    }[kind])
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "x"
+    path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+    for read in (read_image, read_index_png):
+        try:
+            assert read(path).ndim in (2, 3)
+        except BrokenExampleError as error:
+            assert error.path == str(path)

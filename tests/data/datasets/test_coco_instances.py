@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -428,3 +428,30 @@ def test_segments_keep_the_listed_area(tmp_path):
     data["annotations"][1]["area"] = 0
     segments = build(store(tmp_path, data))[0].segments
     assert [segment.area for segment in segments] == [55, 20]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4)
+    | st.sampled_from([0, 1, "1", 1e300, 10**400, "../x", "a\\b"]),
+    lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.sampled_from(["size", "counts", "id"]), inner),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_values_in_a_file_give_examples_or_an_error_with_its_name(tmp_path, data):
+    parsed = content()
+    for _ in range(data.draw(st.integers(1, 3))):
+        section = data.draw(st.sampled_from(["images", "categories", "annotations", "annotations"]))
+        record = data.draw(st.sampled_from(parsed[section]))
+        key = data.draw(st.sampled_from([*record, "supercategory", "area", "color"]))
+        record[key] = data.draw(VALUES)
+    store(tmp_path, parsed)
+    for split in ("train", "val"):
+        try:
+            dataset = build(tmp_path, split, val_split="train")
+            for index in range(len(dataset)):
+                assert dataset[index].masks.dtype == np.bool_
+        except (ValueError, FileNotFoundError) as error:
+            assert str(tmp_path) in str(error)
