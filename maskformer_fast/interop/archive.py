@@ -6,6 +6,7 @@ both find the same one.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zipfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from maskformer_fast.interop.names import ConvertError
+from maskformer_fast.interop.unpickle import inspect_torch
 
 _END, _LOCATOR, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
 """Records at the end of an archive: of every one, and the two before it in one for files of more than 4 GiB."""
@@ -20,7 +22,7 @@ _LOCAL_HEADER_BYTES = 30
 
 
 def check_archive(path: Path) -> None:
-    """Check that each entry is stored as it is and has bytes of its own.
+    """Check that each entry is stored as it is and has bytes of its own, and walk through the pickle.
 
     Raises:
         ConvertError: a damaged archive, a compressed one, or one whose entries share bytes or whose directory is
@@ -31,10 +33,18 @@ def check_archive(path: Path) -> None:
             start = _directory(file)
             with zipfile.ZipFile(file) as archive:
                 items, found = archive.infolist(), archive.start_dir
+                _check_items(items, start, found)
+                for item in items:
+                    if item.filename.endswith("data.pkl"):
+                        inspect_torch(io.BytesIO(archive.read(item)))
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
         if isinstance(error, ConvertError):
             raise
         raise ConvertError(f"not a readable file of torch.save: {error}") from error
+
+
+def _check_items(items: list[zipfile.ZipInfo], start: int, found: int) -> None:
+    """Check that entries are stored and disjoint, given the directory's place as PyTorch and `zipfile` find it."""
     if start != found:
         raise ConvertError("refused: an archive whose directory is not where its end says")
     end = 0

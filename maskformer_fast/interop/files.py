@@ -21,6 +21,7 @@ from torch import Tensor
 
 from maskformer_fast.interop.archive import check_archive
 from maskformer_fast.interop.names import ConvertError
+from maskformer_fast.interop.unpickle import inspect_torch
 from maskformer_fast.interop.unpickle import load as load_pickle
 from maskformer_fast.modeling.weights import read_tensors
 
@@ -33,6 +34,7 @@ FOLDER_FILES = (
 
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
+_OLD_PICKLES = 5  # magic number, version, system, content, names of the storages
 _GIT_LFS = b"version https://"  # text file in the place of a large file that was not fetched
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "state")
 """Keys below which training programs store the named tensors; each is opened, also one in another."""
@@ -149,8 +151,11 @@ def load_torch(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(len(_OLD_TORCH))
-        if not start.startswith(_OLD_TORCH):  # what is none of both is no file of torch.save
+            is_old = file.read(len(_OLD_TORCH)) == _OLD_TORCH
+            if is_old:
+                file.seek(0)
+                inspect_torch(file, _OLD_PICKLES)
+        if not is_old:  # what is none of both is no file of torch.save
             check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged files seem to be of unknown versions

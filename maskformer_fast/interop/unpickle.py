@@ -12,12 +12,13 @@ of its memo (LONG_BINPUT, ``test_bombs_stay_small``).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import pickletools
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -228,21 +229,82 @@ def load(file: IO[bytes]) -> Any:
         ConvertError: the pickle names anything but NumPy's arrays, dtypes and numbers and ``collections.OrderedDict``
             (the message has the name), contains an array of objects, is damaged, or is no pickle.
     """
+    with _readable_errors():
+        return _with_arrays(_Unpickler(_Stream(file)).load())
+
+
+class _Unused:
+    """Stand-in for everything that PyTorch's pickles make: it takes items and keeps none."""
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+    def append(self, value: object) -> None: ...
+
+    def extend(self, values: object) -> None: ...
+
+
+class _Inspector(_Unpickler):
+    """Walks through a pickle of ``torch.save`` and makes nothing of it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "bytearray":  # of any number of bytes, which one number in the file announces
+            raise ConvertError("refused: the file imports bytearray, expected tensors in plain containers alone; "
+                               "nothing of it was run")
+        return _Unused()
+
+    def load_reduce(self) -> None:
+        self.stack[-2:] = [_Unused()]
+
+    def load_build(self) -> None:
+        self.stack.pop()
+
+    def load_unused(self) -> None:
+        self.stack[-1:] = [_Unused()]
+
+    def load_empty(self) -> None:
+        self.stack.append(_Unused())
+
+
+_Inspector.dispatch = {
+    code: getattr(_Inspector, method.__name__, method) for code, method in _Unpickler.dispatch.items()
+} | {
+    pickle.NEWOBJ[0]: _Inspector.load_reduce,
+    pickle.BINPERSID[0]: _Inspector.load_unused,
+    pickle.EMPTY_SET[0]: _Inspector.load_empty,
+}
+
+
+def inspect_torch(file: IO[bytes], count: int = 1) -> None:
+    """Walk through consecutive pickles of ``torch.save`` before PyTorch reads them, which has no such limits.
+
+    Raises:
+        ConvertError: a pickle that takes memory without bytes in the file, has keys whose hash is recursive, has
+            operations that tensors do not need, or is damaged.
+    """
+    with _readable_errors():
+        for _ in range(count):
+            _Inspector(_Stream(file)).load()
+
+
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Errors of a stream that is no pickle, or half of one, become ``ConvertError``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd escapes in the texts of damaged files
-            return _with_arrays(_Unpickler(_Stream(file)).load())
+            yield
     except ConvertError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError, EOFError,
-            struct.error, pickle.UnpicklingError) as error:  # from a stream that is no pickle, or half of one
+            struct.error, pickle.UnpicklingError) as error:
         raise ConvertError(f"not a readable pickle: {_short(error)}") from error
 
 
 def _check_keys(keys: list[Any]) -> None:
     """Refuse keys whose hash is recursive: a deep tuple would exhaust the interpreter's own stack."""
     for key in keys:
-        if not isinstance(key, (str, bytes, int, float)):
+        items = key if isinstance(key, tuple) else (key,)
+        if not all(isinstance(item, (str, bytes, int, float, _Unused)) for item in items):
             raise ConvertError(f"expected texts and numbers as keys of dictionaries, got {type(key).__name__}")
 
 

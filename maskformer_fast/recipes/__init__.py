@@ -17,12 +17,16 @@ from typing import Any
 import yaml
 
 from maskformer_fast.config import Config
+from maskformer_fast.core.checks import check, shown_value
 from maskformer_fast.core.files import atomic_write
 from maskformer_fast.core.typed import TypedReader, did_you_mean, to_plain
 
 CONFIG_DIR = Path(__file__).parent
 BASE_STEM = "_base"
 """Name, without suffix, of the file that recipes of one folder build on; not a recipe itself."""
+
+_MAX_KEYS = 1000
+"""Keys of a mapping of a recipe."""
 
 _READER = TypedReader(absent_is_default=True, convert_floats=True)
 
@@ -36,7 +40,7 @@ def from_dict(data: Mapping[str, Any]) -> Config:
         ValueError: an unknown key, a value of another type (both name the dotted key) or one the configuration refuses.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"recipe: expected a mapping, got {data!r}")
+        raise ValueError(f"recipe: expected a mapping, got {shown_value(data)}")
     config: Config = _READER.read(Config, data, "")
     return config
 
@@ -91,15 +95,17 @@ def _load_merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: base: expected recipes that do not base on themselves, got a cycle")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:  # TypeError: a list or mapping as a key
+    except RecursionError as error:
+        raise ValueError(f"{path}: expected YAML, got lists or mappings nested too deep") from error
+    # A list or mapping as a key, and dates, numbers and flags that PyYAML takes for such and cannot read.
+    except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: expected YAML, {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a mapping, got {data!r}")
+    check(isinstance(data, dict), str(path), "a mapping", data)
     base = data.pop("base", None)
     if base is None:
         return data
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base: expected the name or path of one recipe, got {base!r}")
+        raise ValueError(f"{path}: base: expected the name or path of one recipe, got {shown_value(base)}")
     inherited = _load_merged(_locate(base, path.parent), (*above, path.resolve()))
     inherited.pop("output", None)
     return _merge(inherited, data)
@@ -115,7 +121,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that refuses equal keys: PyYAML keeps the last one without a word, which would hide a mistake."""
+    """YAML loader that refuses equal keys: PyYAML keeps the last one without a word, which would hide a mistake.
+
+    It also refuses mappings that others are merged into (``<<``) again and again.
+    """
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_KEYS:
+            raise yaml.constructor.ConstructorError(None, None, f"expected at most {_MAX_KEYS} keys in a mapping, got "
+                                                    f"{len(node.value)}", node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()

@@ -14,6 +14,7 @@ import torch
 from maskformer_fast.interop.archive import check_archive
 from maskformer_fast.interop.files import load_torch
 from maskformer_fast.interop.names import ConvertError
+from tests.support.memory import at_most
 
 
 def saved(count: int = 3, size: int = 1000) -> bytes:
@@ -105,3 +106,33 @@ def test_two_records_of_the_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(ConvertError, match="an archive with two ends"):
         check_archive(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x02\x85R.", "imports bytearray"),
+        (b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.", "as keys of dictionaries, got tuple"),
+    ],
+    ids=["bytearray", "deep key"],
+)
+def test_pickles_that_take_memory_or_the_stack_are_refused(
+    tmp_path: Path, is_archive: bool, pickled: bytes, message: str
+) -> None:
+    path = tmp_path / "w.pth"
+    if is_archive:
+        path.write_bytes(archive_of([("w/data.pkl", pickled), ("w/version", b"3\n"), ("w/byteorder", b"little")]))
+    else:
+        content = io.BytesIO()
+        torch.save([], content, _use_new_zipfile_serialization=False)
+        start, end = content.getvalue().split(b"]q\x00.", 1)  # the pickle of an empty list
+        path.write_bytes(start[:-2] + pickled + end)
+    with at_most(400), pytest.raises(ConvertError, match=message):
+        load_torch(path)
+
+
+def test_flat_tuples_and_other_objects_may_be_keys(tmp_path: Path) -> None:
+    content = {("a", 1): torch.ones(2), torch.float32: 3, "set": set(), "parameter": torch.nn.Parameter(torch.ones(1))}
+    torch.save(content, tmp_path / "w.pth")
+    assert load_torch(tmp_path / "w.pth").keys() == content.keys()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from maskformer_fast.modeling.weights import (
     load_weights,
     save_weights,
 )
+from tests.support.memory import at_most
 
 MODEL = ModelConfig(
     num_classes=2,
@@ -56,19 +54,6 @@ def parts_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def with_header(path: Path, **changes: str) -> None:
     tensors, header = parts_of(path)
     save_file(tensors, str(path), metadata={**header, **changes})
-
-
-@contextmanager
-def at_most(mebibytes: int) -> Iterator[None]:
-    """Limit of the memory that the block takes beside what the process has."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with Path("/proc/self/statm").open() as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_what_was_saved_is_read(ours: Path) -> None:

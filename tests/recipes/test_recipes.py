@@ -10,6 +10,7 @@ from maskformer_fast.config import Config
 from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.recipes import CONFIG_DIR, load_recipe, recipe_names
+from tests.support.memory import at_most
 from tests.support.paths import ROOT
 
 # Values of the published configurations, one line for each data set:
@@ -184,3 +185,28 @@ def test_a_missing_file_and_an_unknown_name_get_a_hint(tmp_path: Path) -> None:
         load_recipe("cityscapes/maskformer_r101")
     with pytest.raises(FileNotFoundError, match="did you mean demo"):
         load_recipe("demo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ("a: " + "{b: " * 100_000, "nested too deep"),
+        ("k0: &a0 {x: 1}\n" + "".join(
+            f"k{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}], z{i}: 1}}\n" for i in range(1, 12)
+        ), "expected at most 1000 keys in a mapping"),
+        ("k0: &a0 [x]\n" + "".join(
+            f"k{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 20)
+        ) + "base: *a19", r"base: expected the name or path of one recipe, got \[\["),
+        ("solver: {lr: 0x" + "f" * 5000 + "}", "solver.lr: "),
+        ("a: 2001-13-45", "expected YAML, month must be"),
+        ("a: !!int ''", "expected YAML, "),
+        ("a: !!bool x", "expected YAML, "),
+        ("a: !!timestamp x", "expected YAML, "),
+    ],
+    ids=range(9),
+)
+def test_hostile_recipes_are_refused_by_the_files_name(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with at_most(300), pytest.raises(ValueError, match=rf"mine\.yaml: .*{message}"):
+        load_recipe(tmp_path / "mine.yaml")

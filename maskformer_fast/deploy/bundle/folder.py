@@ -61,17 +61,18 @@ class Bundle:
         """
         manifest, actual = read_manifest(folder)
         path = Path(os.path.realpath(folder))
-        expect(digest is None or digest == actual, "digest", f"{digest}, which was asked for", actual)
-        _check_references(manifest)
-        listed = manifest.files
-        present = set()
-        for name in _walk(path):
-            expect(name in listed or name == MANIFEST_NAME, str(path), "files of the manifest only", name)
-            present.add(name)
-        missing = sorted(listed.keys() - present)
-        expect(not missing, str(path), "every file of the manifest", f"none of {missing}")
-        for name, entry in listed.items():
-            _verify(path / name, name, entry)
+        with naming(path):
+            expect(digest is None or digest == actual, "digest", f"{digest}, which was asked for", actual)
+            _check_references(manifest)
+            listed = manifest.files
+            present = set()
+            for name in _walk(path):
+                expect(name in listed or name == MANIFEST_NAME, str(path), "files of the manifest only", name)
+                present.add(name)
+            missing = sorted(listed.keys() - present)
+            expect(not missing, str(path), "every file of the manifest", f"none of {missing}")
+            for name, entry in listed.items():
+                _verify(path / name, name, entry)
         return cls(path, manifest, actual)
 
     def read(self, name: str) -> bytes:
@@ -88,6 +89,17 @@ class Bundle:
         return content
 
 
+@contextlib.contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Put a bundle's folder in front of a `BundleError` that does not have it."""
+    try:
+        yield
+    except BundleError as error:
+        if str(folder) in str(error):
+            raise
+        raise BundleError(f"{folder}: {error}") from error
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> tuple[Manifest, str]:
     """Manifest and digest of a bundle. The other files are not verified; `Bundle.open` does that.
 
@@ -98,7 +110,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> tuple[Manifest, str]:
     path = Path(os.path.realpath(folder))
     if not path.is_dir():
         raise FileNotFoundError(errno.ENOENT, "folder: expected a bundle, got no folder", str(folder))
-    return parse_manifest(_read(path / MANIFEST_NAME, MAX_BYTES))
+    with naming(path):
+        return parse_manifest(_read(path / MANIFEST_NAME, MAX_BYTES))
 
 
 def write_bundle(folder: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:

@@ -27,7 +27,7 @@ from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.image_resize import check_image
 from maskformer_fast.core.results import Result
 from maskformer_fast.core.stages import StageSeconds
-from maskformer_fast.deploy.bundle.folder import Bundle
+from maskformer_fast.deploy.bundle.folder import Bundle, naming
 from maskformer_fast.deploy.runtime.backend import Backend
 from maskformer_fast.deploy.runtime.selection import BackendName, tensorrt_obstacle
 
@@ -86,7 +86,8 @@ class Runtime:
         self.manifest = bundle.manifest
         self.backend: BackendName = backend
         self.in_flight = in_flight
-        self._backend: Backend | None = _open_backend(bundle, backend, device, in_flight)
+        with naming(bundle.folder):
+            self._backend: Backend | None = _open_backend(bundle, backend, device, in_flight)
         self._jobs: deque[_Job] = deque()  # batches that the backend may still hold, oldest first
         self._lock = threading.Lock()
         self._process = os.getpid()
