@@ -380,7 +380,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        check(self.output.strip() != "", "output", "a folder", self.output)
+        check(self.output != "", "output", "a folder", self.output)
         check(0 <= self.seed < 2**64, "seed", f"0 to {2**64 - 1}, the seeds of PyTorch", self.seed)
         for task in self.metrics:
             check_choice("metrics", task, TASKS)

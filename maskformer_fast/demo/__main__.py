@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         scenes = write_scenes(Path(folder), scene_config(predictor))
         DemoImage(staged, scenes[0]).show(staged.tasks[0])  # a warm-up: the first run of a network is slower
         untrained = not Path(options.checkpoint).exists() and options.checkpoint in recipe_names()
-        title = options.checkpoint + " (a recipe: the weights are random)" * untrained
+        shown = Path(options.checkpoint).name if Path(options.checkpoint).is_absolute() else options.checkpoint
+        title = shown + " (a recipe: the weights are random)" * untrained
         app = build_app(staged, title, scenes, LOOPBACK if options.host in LOOPBACK else ())
         name, port = bound.getsockname()[:2]
         print(f"{options.checkpoint} is shown at http://{f'[{name}]' if ':' in name else name}:{port} "

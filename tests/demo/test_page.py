@@ -23,7 +23,7 @@ from PIL import Image
 
 from maskformer_fast.core.results import SemanticResult
 from maskformer_fast.demo.__main__ import listen, write_scenes
-from maskformer_fast.demo.page import build_app
+from maskformer_fast.demo.page import KEPT_IMAGES, OpenImages, _same_host, build_app
 from maskformer_fast.demo.stages import StagedPredictor
 from maskformer_fast.inference.predictor import Predictor
 from tests.support.demo_cases import Shown, expected_at, scene_predictor, tiny_predictor
@@ -169,6 +169,104 @@ def test_other_host_names_are_refused_and_the_policy_is_sent(command: tuple[str,
     assert "mf-picture" in page  # the script is in the page itself
     with pytest.raises(urllib.error.HTTPError, match="400"):  # a name that another site pointed to this machine
         urllib.request.urlopen(urllib.request.Request(command[0], headers={"Host": "evil.example"}), timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("http://evil.example", 403), ("null", 403), ("http://localhost:1", 403),
+     ("http://{host}.evil.example", 403), ("http://{host}", 200), (None, 200)],
+)
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join", "/config"])
+def test_requests_of_other_web_sites_are_refused(
+    command: tuple[str, Predictor], origin: str | None, status: int, path: str
+) -> None:
+    host = command[0].removeprefix("http://")
+    upload = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\na\r\n--x--'
+    body, kind = {
+        "/gradio_api/upload": (upload, "multipart/form-data; boundary=x"),
+        "/gradio_api/queue/join": (b'{"data": ["semantic"], "fn_index": 3, "session_hash": "x"}', "application/json"),
+        "/config": (None, "text/plain"),
+    }[path]  # fmt: skip
+    request = urllib.request.Request(command[0] + path, body, {"content-type": kind})
+    if origin is not None:
+        request.add_header("Origin", origin.format(host=host))
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            got = answer.status
+    except urllib.error.HTTPError as error:
+        got = error.code
+    assert got == status
+
+
+def test_the_ports_of_schemes_may_be_left_out_of_an_origin() -> None:
+    assert _same_host("http://a.example", "a.example:80") and _same_host("https://a.example:443", "a.example:443")
+    assert _same_host("https://a.example", "a.example") and _same_host("http://[::1]:7860", "[::1]:7860")
+    assert not _same_host("http://a.example:x", "a.example") and not _same_host("", "")
+
+
+def test_no_answer_names_a_folder_and_the_names_in_them_can_be_asked_for(
+    command: tuple[str, Predictor], image_file: Path
+) -> None:
+    from gradio_client import Client, handle_file
+
+    address, _ = command
+    answers = [urllib.request.urlopen(address + path, timeout=PATIENCE).read().decode() for path in ("/", "/config")]
+    upload = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%b\r\n--x--'
+    request = urllib.request.Request(f"{address}/gradio_api/upload", upload % image_file.read_bytes(),
+                                     {"content-type": "multipart/form-data; boundary=x"})
+    answers.append(urllib.request.urlopen(request, timeout=PATIENCE).read().decode())
+    try:
+        urllib.request.urlopen(f"{address}/gradio_api/file={json.loads(answers[2])[0]}.missing", timeout=PATIENCE)
+    except urllib.error.HTTPError as error:
+        answers.append(error.read().decode())
+    client = Client(address, verbose=False, analytics_enabled=False)
+    answers.append(client.predict(handle_file(image_file), "semantic", api_name="/segment"))
+    assert len(answers) == 5
+    for answer in answers:
+        assert "maskformer_fast_demo_" not in answer and str(image_file.parent) not in answer
+    scene = re.search(r'"path":"(/[^"]*scene_1\.png)"', answers[1])
+    assert scene
+    for path in (scene[1], json.loads(answers[2])[0]):
+        with urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=PATIENCE) as answer:
+            assert Image.open(answer).size[0] > 1
+
+
+def test_a_few_images_stay_in_memory_and_the_oldest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("maskformer_fast.demo.page.DemoImage", lambda staged, path: opened.append(path) or path)
+    images = OpenImages(StagedPredictor(scene_predictor()))
+    for name in "abcd":
+        images.open(name)
+    assert images.again("a") == "a" and opened == [*"abcd"]
+    images.open("e")  # b is the oldest
+    for name in "acde":
+        images.again(name)
+    assert opened == [*"abcde"]
+    images.again("b")
+    assert opened == [*"abcdeb"] and len(images._kept) == KEPT_IMAGES == 4
+    images.close("b")
+    images.close("never opened")
+    images.close(None)
+    assert len(images._kept) == 3
+
+
+def test_a_visitor_whose_image_was_dropped_still_sees_it_in_another_task(
+    command: tuple[str, Predictor], image_file: Path
+) -> None:
+    from gradio_client import Client, handle_file
+
+    address = command[0]
+    client = Client(address, verbose=False, analytics_enabled=False)
+    client.predict(handle_file(image_file), "semantic", api_name="/segment")
+    for number in range(20):  # more visits than images or pages are kept of
+        other = image_file.with_name(f"other_{number}.png")
+        Image.fromarray(photo(number, 40, 50 + number)).save(other)
+        Client(address, verbose=False, analytics_enabled=False).predict(
+            handle_file(other), "semantic", api_name="/segment"
+        )
+    shown = Shown(client.predict("panoptic", api_name="/switch"))
+    assert shown.task == "panoptic" and shown.map.shape == photo().shape
+    assert not any(kept for _, kept in shown.stages.values()), "the network ran again"
 
 
 def test_tasks_that_a_network_cannot_do_are_not_offered(tmp_path: Path) -> None:
