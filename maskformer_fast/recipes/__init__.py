@@ -106,7 +106,11 @@ def _load_merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return data
     if not isinstance(base, str):
         raise ValueError(f"{path}: base: expected the name or path of one recipe, got {shown_value(base)}")
-    inherited = _load_merged(_locate(base, path.parent), (*above, path.resolve()))
+    try:
+        base_path = _locate(base, path.parent)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{path}: base: {error}") from error
+    inherited = _load_merged(base_path, (*above, path.resolve()))
     inherited.pop("output", None)
     return _merge(inherited, data)
 
