@@ -88,9 +88,10 @@ class Trainer:
         check_classes(self.metadata, self.val_set.metadata)
         self.config = config = with_classes(config, self.metadata)
         if (crop := config.data.augment.crop_size) is not None:  # otherwise every step checks its images
-            images = config.solver.batch_size // (config.solver.accumulate * world_size())
+            images, rest = divmod(config.solver.batch_size, config.solver.accumulate * world_size())
             step = max(config.model.size_divisibility, 1)
-            check_batch_norm(config, images, *(-(-side // step) * step for side in crop))
+            if rest == 0:  # the loader refuses other batch sizes
+                check_batch_norm(config, images, *(-(-side // step) * step for side in crop))
 
         torch.manual_seed(config.seed)
         self.network = build_model(config.model)

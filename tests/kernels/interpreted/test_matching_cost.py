@@ -114,16 +114,16 @@ def test_random_shapes(data: st.DataObject) -> None:
 def test_any_number_of_chunks(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     case = random_case([3, 33], 3, 4, (17, 15), (51, 60))
-    assert kernels._cut(2, 2, 6, 255).chunks == {1: 1, 5: 2, 1000: 8}[programs]
+    assert kernels._chunking(2, 2, 6, 255).chunks == {1: 1, 5: 2, 1000: 8}[programs]
     check(case)
 
 
 @pytest.mark.parametrize("size, pixels", [(128, 16384), (7, 33), (1, 1)])
 def test_chunks_cover_the_pixels_once(size: int, pixels: int) -> None:
     for images in (1, 16, 5000):
-        cut = kernels._cut(images, 2, size, pixels)
-        length = cut.chunk_tiles * kernels.PIXELS
-        assert (cut.chunks - 1) * length < pixels <= cut.chunks * length
+        chunking = kernels._chunking(images, 2, size, pixels)
+        length = chunking.chunk_tiles * kernels.PIXELS
+        assert (chunking.chunks - 1) * length < pixels <= chunking.chunks * length
 
 
 @settings(max_examples=15, deadline=None)
