@@ -236,6 +236,8 @@ class DataConfig:
     """Value of unlabelled pixels in index PNGs; ``None`` takes that of ``classes.json`` or of the preset, else 255."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    exif: bool = True
+    """Turn each image as its EXIF orientation says; without it, images lie as their pixels are stored."""
     skip_broken: bool = False
     """Skip and list images and annotations that cannot be read, instead of stopping."""
     cache: bool = False

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from maskformer_fast.core.image_files import IMAGE_FORMATS
 from maskformer_fast.data.base import BrokenExampleError
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -20,34 +21,39 @@ _LOGGER = logging.getLogger("maskformer_fast.data")
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded (a quarter GiB as RGB); a larger one may be a decompression bomb."""
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""File name endings of images, in lower case."""
-
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
 
 
-def _turn_upright(image: Image.Image) -> None:
+_FORMATS = sorted(set(IMAGE_FORMATS.values()))  # Pillow opens others with code of less use, and EPS with Ghostscript
+
+
+def _turned_upright(image: Image.Image, in_place: bool = False) -> Image.Image:
     try:
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()  # a PNG may have its EXIF data after its pixels
+        if in_place:
+            ImageOps.exif_transpose(image, in_place=True)
+        elif image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return ImageOps.exif_transpose(image)
     except Exception:  # pixels can be used even if their metadata cannot be read
         _LOGGER.debug("unreadable EXIF data ignored", exc_info=True)
+    return image
 
 
 def _decode(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 image.load()
-                if upright:
-                    _turn_upright(image)
-                return image
+                return _turned_upright(image, in_place=True) if upright else image
         reason = f"expected at most {MAX_PIXELS} pixels, got {width} x {height} = {width * height}"
     except MemoryError:
         raise
     except FileNotFoundError:
         reason = "no such file"
+    except UnidentifiedImageError:
+        reason = f"cannot be decoded: expected content of one of {', '.join(_FORMATS)}, got another"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"expected at most {MAX_PIXELS} pixels: {error}"
     except Exception as error:  # decoders raise any exception on damaged data
@@ -55,17 +61,18 @@ def _decode(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
     raise BrokenExampleError(path, reason)
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], upright: bool = True) -> np.ndarray:
     """Decode a picture for a network -> uint8 [H, W, 3] RGB.
 
-    EXIF orientation is applied. Grey, palette, CMYK and 16-bit pictures are converted (of 16 bits the upper 8 are
+    The content must be of a format of `IMAGE_FORMATS`, whatever the file's name. EXIF orientation is applied unless
+    ``upright`` is False. Grey, palette, CMYK and 16-bit pictures are converted (of 16 bits the upper 8 are
     kept). Transparency is dropped. Of several frames the first is taken.
 
     Raises:
         BrokenExampleError: missing, damaged, truncated, floating-point, or larger than `MAX_PIXELS`.
     """
     try:
-        return rgb_array(_decode(path, upright=True))
+        return rgb_array(_decode(path, upright))
     except BrokenExampleError:
         raise
     except (OSError, ValueError) as error:
@@ -90,17 +97,19 @@ def rgb_array(image: Image.Image) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def as_rgb_array(image: ImageLike) -> np.ndarray:
+def as_rgb_array(image: ImageLike, upright: bool = True) -> np.ndarray:
     """Convert a path, PIL image, array or tensor -> uint8 [H, W, 3] RGB.
+
+    A path and a PIL image are turned as their EXIF orientation says, unless ``upright`` is False.
 
     Raises:
         TypeError: another type, dtype or shape.
         BrokenExampleError, ValueError: as `read_image` and `rgb_array` do.
     """
     if isinstance(image, (str, Path)):
-        return read_image(image)
+        return read_image(image, upright)
     if isinstance(image, Image.Image):
-        return rgb_array(image)
+        return rgb_array(_turned_upright(image) if upright else image)
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise TypeError(f"images: expected a uint8 tensor [3, H, W], got {image.dtype} {tuple(image.shape)}")

@@ -5,6 +5,9 @@ Layout, where ``{split}`` is ``data.train_split`` or ``data.val_split``::
     root/annotations/instances_{split}.json    (or instances_{split}2017.json)
     root/{split}/                              images; see `coco_json.image_paths` for other places
 
+or with the annotations beside the images, as labelling tools export them (`EXPORTS`). For the split "val" a folder
+"valid" serves as well.
+
 Classes are the ``categories`` in their order; all of them are things. Training leaves out images that have no object
 or only crowds. Validation keeps them, because false detections in them count. Polygons of fewer than three points and
 masks without pixels are dropped. Objects without a usable outline are dropped and logged.
@@ -36,6 +39,8 @@ from maskformer_fast.data.images import read_image
 from maskformer_fast.structures import Example
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
+EXPORTS = ("_annotations.coco.json", "result.json", "annotations.json")
+"""Annotation files in a split's folder of images, as Roboflow, Label Studio and labelme2coco write them."""
 _COORDINATE_LIMIT = 1e9  # pixels; coordinates beyond it, NaN and infinities are errors
 
 
@@ -47,6 +52,7 @@ class CocoInstances:
         root, split: where the images are searched, see `coco_json.image_paths`.
         drop_empty: leave out images that have no object or only crowds.
         name: name of the data set in its metadata.
+        exif: turn images as their EXIF orientation says.
 
     Raises:
         FileNotFoundError: annotations or images are missing.
@@ -56,7 +62,8 @@ class CocoInstances:
 
     task: Task = "instance"
 
-    def __init__(self, path: Path, root: Path, split: str, drop_empty: bool, name: str) -> None:
+    def __init__(self, path: Path, root: Path, split: str, drop_empty: bool, name: str, exif: bool = True) -> None:
+        self._exif = exif
         coco_tools()  # reports a missing package now and not at the first example
         content = load_coco(path)
         self.path = path
@@ -73,6 +80,11 @@ class CocoInstances:
         # JSON text takes a fifth of the memory of parsed coordinates, and forked processes share it without copying.
         self._objects = [json.dumps(objects.get(image.id, [])).encode() for image in self._images]
 
+    @property
+    def file_names(self) -> list[str]:
+        """File name of each image, as the annotation file has it."""
+        return [image.file_name for image in self._images]
+
     def __len__(self) -> int:
         return len(self._images)
 
@@ -83,7 +95,7 @@ class CocoInstances:
             BrokenExampleError: the image is missing, damaged or of another size than listed, or an outline is invalid.
         """
         info, file = self._images[index], self._files[index]
-        image = read_image(file)
+        image = read_image(file, self._exif)
         check_same_size(file, image.shape[:2], (info.height, info.width))
         segments: list[SegmentInfo] = []
         masks: list[np.ndarray] = []
@@ -207,5 +219,6 @@ def coco_instances_dataset(config: DataConfig, root: Path, split: str, drop_empt
     """Open a data set in the layout of the module's docstring; raises as `CocoInstances` does."""
     resolve_task(config.task, "instance", ("instance",), config.dataset)
     candidates = [root / "annotations" / f"instances_{name}.json" for name in split_names(split)]
+    candidates += [root / name / export for name in split_names(split) for export in EXPORTS]
     path = first_existing(candidates, "instance annotations")
-    return CocoInstances(path, root, split, drop_empty, root.resolve().name)
+    return CocoInstances(path, root, split, drop_empty, root.resolve().name, config.exif)

@@ -169,15 +169,15 @@ def read_categories(content: dict[str, Any], path: Path, name: str, things_only:
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """Return the configured name of a split, and its name in COCO's 2017 release."""
-    return (split, f"{split}2017")
+    """Return the configured name of a split, and its names in COCO's 2017 release and in Roboflow's exports."""
+    return (split, f"{split}2017", *(("valid",) if split == "val" else ()))
 
 
 def image_paths(root: Path, split: str, images: Sequence[ImageInfo]) -> list[Path]:
     """Find the files of the images of a split.
 
-    These folders are searched in order: ``{split}`` and ``{split}2017``, both of them below ``images``, then ``images``
-    and the root itself. The first folder that has one of the first `_PROBED` images is taken. File names may begin with
+    These folders are searched in order: those of `split_names`, all of them below ``images``, then ``images`` and the
+    root itself. The first folder that has one of the first `_PROBED` images is taken. File names may begin with
     folders.
 
     Raises:

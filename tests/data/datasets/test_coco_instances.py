@@ -93,6 +93,21 @@ def test_images_are_found_in_every_layout(tmp_path, name, folder):
     assert build(store(tmp_path, folder=folder, name=name))[0].image[0, 0, 0] == 1
 
 
+@pytest.mark.parametrize("name", ["_annotations.coco.json", "result.json", "annotations.json"])
+@pytest.mark.parametrize("inner", ["", "images/"])
+def test_annotations_may_lie_beside_the_images_as_tools_export_them(tmp_path, name, inner):
+    for folder in ("train", "valid"):
+        store(tmp_path, folder=f"{folder}/{inner}")
+        data = content()
+        for image in data["images"]:
+            image["file_name"] = inner + image["file_name"]
+        (tmp_path / folder / name).write_text(json.dumps(data))
+    (tmp_path / "annotations/instances_train.json").unlink()
+    train, validation = build(tmp_path), build(tmp_path, "val")
+    assert train[0].path == f"{tmp_path}/train/{inner}1.png" and validation[0].path == f"{tmp_path}/valid/{inner}1.png"
+    assert validation.file_names == [f"{inner}{number}.png" for number in (1, 2, 3)]
+
+
 def test_file_names_may_begin_with_a_folder(tmp_path):
     data = content()
     for image in data["images"]:
