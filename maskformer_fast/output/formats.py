@@ -17,7 +17,8 @@ from maskformer_fast.core.results import InstanceResult, PanopticResult
 from maskformer_fast.ops.rle import encode_packed_masks
 from maskformer_fast.output.id_maps import result_rows
 
-__all__ = ["instances_to_coco", "panoptic_png", "write_index_png", "write_panoptic_json", "write_panoptic_png"]
+__all__ = ["coco_categories", "instances_to_coco", "panoptic_png", "write_index_png", "write_panoptic_json",
+           "write_panoptic_png"]
 
 
 def write_index_png(
@@ -131,20 +132,25 @@ def write_panoptic_json(
     unknown = {annotation["image_id"] for annotation in annotations} - {image["id"] for image in images}
     if unknown:
         raise ValueError(f"annotations: expected image ids from images, got {sorted(unknown, key=str)[:8]}")
-    categories = [
+    content = {"images": list(images), "annotations": list(annotations), "categories": coco_categories(metadata)}
+    write_json(path, content, indent=None)
+
+
+def coco_categories(metadata: Metadata) -> list[dict[str, Any]]:
+    """The classes as COCO's list of categories: id, name, isthing and color."""
+    return [
         {"id": category, "name": name, "isthing": int(is_thing), "color": list(color)}
         for category, name, is_thing, color in zip(
             metadata.category_ids, metadata.class_names, metadata.is_thing, metadata.colors, strict=True)
     ]
-    write_json(path, {"images": list(images), "annotations": list(annotations), "categories": categories}, indent=None)
 
 
 def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Metadata) -> list[dict[str, Any]]:
     """Instances as entries of a COCO results file, in their order.
 
     Returns:
-        image_id, category_id (of the data set), segmentation (compressed RLE, its counts a str), bbox (x, y, width,
-        height; zeros for an empty mask) and score.
+        image_id, category_id (of the data set), segmentation (compressed RLE, its counts a str) and score. There is no
+        bbox: where there is one, pycocotools takes its area for the mask's when it sorts by size.
 
     Raises:
         TypeError, ValueError: the masks do not have the packed shape of the result's size.
@@ -152,14 +158,11 @@ def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Met
     """
     rles = encode_packed_masks(result.masks.cpu().numpy(), result.size[1])
     entries = []
-    for rle, label, score, (x0, y0, x1, y1) in zip(
-        rles, result.labels.tolist(), result.scores.tolist(), result.boxes.tolist(), strict=True
-    ):
+    for rle, label, score in zip(rles, result.labels.tolist(), result.scores.tolist(), strict=True):
         entries.append({
             "image_id": image_id,
             "category_id": metadata.category_ids[label],
             "segmentation": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")},
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": score,
         })
     return entries
