@@ -19,7 +19,7 @@ PROGRAMS = {"cmake", "ninja"}  # the system's own will do
 
 
 def missing(requirements: list[str], extras: set[str]) -> set[str]:
-    """Those of the requirements, with these extras, that are absent or of a wrong version."""
+    """List the requirements, with these extras, that are absent or of a wrong version."""
     lacking = set()
     for requirement in map(Requirement, requirements):
         marker = requirement.marker

@@ -1,4 +1,4 @@
-"""Settings of ``pytest benchmarks``: inputs from a seed, and what is noted beside the figures.
+"""Settings of ``pytest benchmarks``: skips without a GPU, and what is noted about the machine beside the figures.
 
     python -m pytest benchmarks --benchmark-only [-m "not gpu and not slow"] [-k semantic]
     python -m pytest benchmarks --benchmark-only --benchmark-autosave       # note this state ...

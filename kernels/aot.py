@@ -150,10 +150,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         path.write_bytes(cubin)
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if match is None:
         raise RuntimeError(f"cuobjdump reported no registers: {report[-300:]}")
-    return int(found[1]), int(found[2]) + int(found[3])
+    return int(match[1]), int(match[2]) + int(match[3])
 
 
 def all_variants(modules: tuple[str, ...] = KERNEL_MODULES) -> dict[str, KernelVariant]:

@@ -353,7 +353,7 @@ def _constants(dtype: torch.dtype, factored: bool, gamma: float) -> dict[str, An
 
 def variants() -> list[KernelVariant]:
     """Specialisations to compile ahead of time: the usual exponent, 2, and any, which takes the most registers."""
-    found = [
+    kernels = [
         _sums_variant("embeddings", torch.float32, 1.5),
         _sums_variant("embeddings", torch.bfloat16, 2.0),
         _sums_variant("logits", torch.float32, 2.0),
@@ -361,13 +361,13 @@ def variants() -> list[KernelVariant]:
     blocks: dict[str, Any] = {"EXCLUDE": True, "TARGETS": WORD_BITS, "PIXELS": SAMPLE_PIXELS}
     types = {"words": "*i32", "areas": "*i32", "masks": "*u8", "counts": "*i64", "valid_sizes": "*i64",
              "scale_y": "fp32", "scale_x": "fp32"}  # fmt: skip
-    found.append(_variant("matching_cost_sample", _sample_kernel, types, blocks | {"stride_x": 1}))
+    kernels.append(_variant("matching_cost_sample", _sample_kernel, types, blocks | {"stride_x": 1}))
     blocks = {"SUM_ROWS": ROWS, "ROWS": COST_ROWS, "TARGETS": WORD_BITS, "CLASSES": CLASSES}
     types = {"cost": "*fp32", "sums": "*fp32", "class_logits": "*fp32", "areas": "*i32", "labels": "*i64"}
     types["counts"] = "*i64"
     types |= dict.fromkeys(("class_weight", "mask_weight", "dice_weight"), "fp32")
-    found.append(_variant("matching_cost", _cost_kernel, types, blocks | {"stride_k": 1, "stride_lt": 1}))
-    return found
+    kernels.append(_variant("matching_cost", _cost_kernel, types, blocks | {"stride_k": 1, "stride_lt": 1}))
+    return kernels
 
 
 def _sums_variant(form: str, dtype: torch.dtype, gamma: float) -> KernelVariant:

@@ -182,14 +182,14 @@ def variants() -> list[KernelVariant]:
     strides = ("image_stride", "pitch", "pixel_stride", "channel_stride")
     sizes = {name: "i64" if name in strides else "i32" for name in _SIZES}
     blocks = {"BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W}
-    found = []
+    kernels = []
     for dtype in ("u8", "fp16", "fp32"):
         pointers = {"image": "*u8", "out": f"*{dtype}", "x_table": "*i32", "y_table": "*i32", "levels": f"*{dtype}"}
         constants: dict[str, Any] = dict(blocks)
         if dtype == "u8":
             del pointers["levels"]
             constants["levels"] = None
-        found.append(
+        kernels.append(
             KernelVariant(f"resize_{dtype}", _resize_kernel, pointers | sizes, constants, NUM_WARPS, NUM_STAGES)
         )
-    return found
+    return kernels

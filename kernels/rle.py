@@ -186,16 +186,18 @@ def encode_masks(
 
 def variants() -> list[KernelVariant]:
     """Specialisations to compile ahead of time."""
-    found = []
+    kernels = []
     for write, sums in ((False, "*i32"), (True, "*i64")):
         suffix = "write" if write else "count"
         constants = {"WRITE": write, **_CONSTANTS, "stride_x": 1}
         types = {"changes": sums, "places": "*i32", **window_types(torch.float32)}
         arguments = {name: types.get(name, "i32") for name in _changes_kernel.arg_names if name not in constants}
         name = f"rle_changes_fp32_{suffix}"
-        found.append(KernelVariant(name, _changes_kernel, arguments, constants, **CHANGES_LAUNCH, aligned=("logits",)))
+        kernels.append(
+            KernelVariant(name, _changes_kernel, arguments, constants, **CHANGES_LAUNCH, aligned=("logits",))
+        )
         types = {"lengths": "*i64", "data": "*u8", "places": "*i32", "changes": "*i64"}
         types |= {"width": "i32", "capacity": "i32"}
         constants = {"WRITE": write, "BLOCK": RUN_BLOCK}
-        found.append(KernelVariant(f"rle_bytes_{suffix}", _bytes_kernel, types, constants, **BYTES_LAUNCH))
-    return found
+        kernels.append(KernelVariant(f"rle_bytes_{suffix}", _bytes_kernel, types, constants, **BYTES_LAUNCH))
+    return kernels

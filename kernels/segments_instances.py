@@ -145,14 +145,14 @@ def instance_masks(
 
 def variants() -> list[KernelVariant]:
     """Specialisations to compile ahead of time."""
-    found = []
+    kernels = []
     for dtype in (torch.float16, torch.float32):
         constants = {**_CONSTANTS, "stride_x": 1}
         types = {"masks": "*u8", "sums": "*i64", **window_types(dtype)}
         arguments = {name: types.get(name, "i32") for name in _masks_kernel.arg_names if name not in constants}
         name = f"instance_masks_{ELEMENTS[dtype]}"
-        found.append(KernelVariant(name, _masks_kernel, arguments, constants, **LAUNCH, aligned=("masks", "logits")))
+        kernels.append(KernelVariant(name, _masks_kernel, arguments, constants, **LAUNCH, aligned=("masks", "logits")))
     pointers = {"areas": "*i64", "boxes": "*fp32", "scores": "*fp32", "sums": "*i64"}
     arguments = pointers | {"num_masks": "i32", "height": "i32", "width": "i32"}
     constants = {"BLOCK": FINISH_BLOCK}
-    return [*found, KernelVariant("instance_finish", _finish_kernel, arguments, constants, aligned=tuple(pointers))]
+    return [*kernels, KernelVariant("instance_finish", _finish_kernel, arguments, constants, aligned=tuple(pointers))]

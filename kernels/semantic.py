@@ -259,9 +259,9 @@ def _chances(class_logits: Tensor, constants: dict[str, int]) -> Tensor:
 def variants() -> list[KernelVariant]:
     """Specialisations to compile ahead of time."""
     shapes = ((torch.float16, 128), (torch.bfloat16, MAX_QUERIES), (torch.float32, MAX_QUERIES))
-    found = [semantic_variant(form, *shape) for form in ("logits", "embeddings") for shape in shapes]
-    found.append(semantic_variant("logits", torch.float32, MAX_QUERIES, scores=True, margins=True))
-    return [*found, class_probabilities_variant(split=False), class_probabilities_variant(split=True)]
+    kernels = [semantic_variant(form, *shape) for form in ("logits", "embeddings") for shape in shapes]
+    kernels.append(semantic_variant("logits", torch.float32, MAX_QUERIES, scores=True, margins=True))
+    return [*kernels, class_probabilities_variant(split=False), class_probabilities_variant(split=True)]
 
 
 def semantic_variant(

@@ -11,7 +11,7 @@ queries: live queries are multiplied as the same halves. A tile with any other p
 Scoring all queries takes so many registers that one kernel for both would halve the number of concurrent tiles. The
 host reads nothing. The order of the list varies between runs, the labels do not.
 
-Simulated on the CPU with the predictions of benchmarks/cpu_semantic.py (128x128 -> 512x512, Q=100): unproven are 17 %
+Simulated on the CPU with the predictions of benchmarks/cases/semantic.py (128x128 -> 512x512, Q=100): unproven are 17 %
 (K=19) and 5 % (K=150) of the tiles of peaky predictions, 36 and 37 % of medium-hard ones, all of random ones.
 """
 
@@ -222,10 +222,10 @@ def _constants(maps: Tensor) -> tuple[dict[str, int], dict[str, int]]:
 
 def variants() -> list[KernelVariant]:
     """Specialisations to compile ahead of time: queries innermost, for the usual and the most registers."""
-    found = []
+    kernels = []
     for dtype, queries in ((torch.float16, 128), (torch.float32, MAX_QUERIES)):
         dense, pruned = _constants(torch.empty(0, queries, dtype=dtype))
         for name, kernel, constants in (("pruned", _pruned_kernel, pruned), ("unproven", _unproven_kernel, dense)):
             name = f"semantic_{name}_{ELEMENTS[dtype]}_q{pruned['ROWS']}"
-            found.append(kernel_variant(name, kernel, dtype, {**constants, "stride_q": 1}))
-    return [*found, class_probabilities_variant(split=True, largest=True)]
+            kernels.append(kernel_variant(name, kernel, dtype, {**constants, "stride_q": 1}))
+    return [*kernels, class_probabilities_variant(split=True, largest=True)]

@@ -118,8 +118,8 @@ class ModelConfig:
     num_classes: int = 0
     """Number of classes; 0 takes that of the data set."""
     weights: str | None = None
-    """Checkpoint in this package's format (trained or converted) to start training from. The classifier starts anew if
-    its number of classes differs."""
+    """Checkpoint in this package's format (trained or converted) to start training from. Its classes are compared with
+    those of the data set by name: equal names keep their weights at any index, others start anew."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -196,6 +196,7 @@ class AugmentConfig:
         check(0.0 < low <= high, "data.augment.scale_range", "0 < low <= high", self.scale_range)
         area = self.single_category_max_area
         check(0.0 < area <= 1.0, "data.augment.single_category_max_area", "0 < share <= 1", area)
+        check(min(self.scale_size) > 0, "data.augment.scale_size", "positive height and width", self.scale_size)
         if self.crop_size is not None:
             check(min(self.crop_size) > 0, "data.augment.crop_size", "positive height and width", self.crop_size)
 
@@ -234,6 +235,8 @@ class DataConfig:
     """Task of the targets; ``None`` takes the data set's own (folder: semantic, COCO instances: instance...)."""
     ignore_index: int | None = None
     """Value of unlabelled pixels in index PNGs; ``None`` takes that of ``classes.json`` or of the preset, else 255."""
+    keep_empty: bool = True
+    """COCO instances: train on images without annotations, in which everything is background."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     exif: bool = True
@@ -379,6 +382,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        check(self.seed >= 0, "seed", ">= 0", self.seed)
+        check(self.output.strip() != "", "output", "a folder", self.output)
+        check(0 <= self.seed < 2**64, "seed", f"0 to {2**64 - 1}, the seeds of PyTorch", self.seed)
         for task in self.metrics:
             check_choice("metrics", task, TASKS)

@@ -32,12 +32,18 @@ from maskformer_fast.interop.published import published_config, published_metada
 from maskformer_fast.interop.verification.recording import read_recordings
 from maskformer_fast.interop.verification.verify import verify
 from maskformer_fast.modeling import build_model
-from maskformer_fast.modeling.weights import FORMAT, WEIGHTS_NAME, load_into, load_weights, save_weights
+from maskformer_fast.modeling.weights import (
+    BACKBONE_FORMAT,
+    FORMAT,
+    WEIGHTS_NAME,
+    check_depth,
+    load_into,
+    load_weights,
+    save_weights,
+)
 
 logger = logging.getLogger(__name__)
 
-BACKBONE_FORMAT = "maskformer_fast/backbone/1"
-"""Format in the header of a backbone's own file, which `modeling.weights.load_backbone` reads."""
 _OTHER_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".json")
 
 
@@ -145,6 +151,7 @@ def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor],
     if path.is_dir() or _is_ours(path):
         _refuse("num_heads", heads, "a checkpoint of ours, whose configuration has it")
         checkpoint = load_weights(path)
+        check_depth(checkpoint.config.model, len(checkpoint.weights), path)
         check_fit(meta_model(checkpoint.config.model, path), Renamed(checkpoint.weights, {}, []), (), path)
         metadata = checkpoint.metadata
         if options.things is not None:

@@ -17,6 +17,7 @@ from maskformer_fast.config import Amp, DataConfig, Task, TestConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.data import build_dataset
+from maskformer_fast.data.worker import WorkerDied, worker_deaths_explained
 from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.evaluation.measure import check_classes, measure
@@ -51,7 +52,7 @@ class EvaluateOptions:
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
-    """What runs a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
+    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
     amp: Amp | None = None
     """Precision of the network; by default that of its training. A bundle has the one it was exported with."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m maskformer_fast.evaluate",
         default=EvaluateOptions(tyro.MISSING, data=stored[0], test=stored[1]) if stored else None,
     )
-    with process_group(options.device):
+    with process_group(options.device), worker_deaths_explained():
         return evaluate(options)
 
 
@@ -117,4 +118,4 @@ def evaluate(options: EvaluateOptions) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, RankError)
+    run_command(main, RankError, WorkerDied)

@@ -60,7 +60,7 @@ class PredictOptions:
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
-    """What runs a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
+    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
     amp: Amp | None = None
     """Precision of the network; by default that of its training. A bundle has the one it was exported with."""
     test: TestConfig = field(default_factory=TestConfig)

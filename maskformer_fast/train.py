@@ -6,19 +6,22 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from maskformer_fast.cli import INTERRUPTED_STATUS, Recipe, parse_command, run_command
 from maskformer_fast.config import Config
+from maskformer_fast.core.checks import check
 from maskformer_fast.distributed import RankError, is_main, on_main, process_group, restarted
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.recipes import load_recipe, save_config
+from maskformer_fast.training.checkpoints import clean_run
 from maskformer_fast.training.interruptions import OutOfMemory, WorkerLost
 from maskformer_fast.training.skipped_steps import TrainingDiverged
 from maskformer_fast.training.trainer import Trainer
@@ -41,14 +44,16 @@ class TrainOptions:
 def run_lock(folder: Path) -> Iterator[str]:
     """Lock a run's folder against other processes -> `launch_id` of the process that locked it before, else ``""``.
 
-    The lock is on a file beside the folder. It belongs to this process alone, since loader processes do not inherit
-    locks of `lockf` as they would those of `flock`. The kernel releases it however the process ends.
+    The lock is on a file beside the folder itself, whatever links ``folder`` names it by. It belongs to this process
+    alone, since loader processes do not inherit locks of `lockf` as they would those of `flock`. The kernel releases it
+    however the process ends.
 
     Raises:
         ValueError: another process is training there.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("a+") as file:
+    real = Path(os.path.realpath(folder))
+    real.parent.mkdir(parents=True, exist_ok=True)
+    with real.with_name(f".{real.name}.lock").open("a+", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -72,16 +77,60 @@ def launch_id() -> str:
     return "" if name == "none" else name
 
 
-def move_aside(folder: Path) -> None:
-    """Rename the folder of an earlier run, so that a new run in the folder overwrites nothing."""
+def check_paths(config: Config) -> None:
+    """Check the forms of the paths that a run reads and writes.
+
+    Raises:
+        ValueError: ``output`` is a file or the root of the file system, or a path is one of Windows.
+    """
+    model = config.model
+    named = {"output": config.output, "data.root": config.data.root, "model.weights": model.weights,
+             "model.backbone.weights": model.backbone.weights}
+    for name, path in named.items():
+        if path and re.match(r"[A-Za-z]:[\\/]|.*\\", path) and not Path(path).exists():
+            windows = PureWindowsPath(path)
+            here = windows.relative_to(windows.anchor).as_posix()
+            in_wsl = f"/mnt/{windows.drive[0].lower()}/{here} in WSL" if windows.drive[1:] == ":" else ""
+            raise ValueError(f"{name}: expected a path with / between its folders, got {path}, a path of Windows; "
+                             f"write {in_wsl or windows.as_posix()}")
+    folder = Path(os.path.realpath(config.output))
+    check(bool(folder.name) and (folder.is_dir() or not folder.exists()), "output",
+          "a folder below /, which may be new", config.output)
+
+
+def move_aside(folder: Path, inputs: Iterable[Path] = ()) -> None:
+    """Rename the folder of an earlier run, so that a new run in the folder overwrites nothing.
+
+    A link to the folder leads to the new run's, which is made in the place of the old one.
+
+    Args:
+        inputs: files and folders that the new run reads; none may be in the folder.
+
+    Raises:
+        ValueError: the folder cannot be renamed: it has inputs or the current folder in it, or the system refuses.
+    """
+    named = folder
+    folder = Path(os.path.realpath(folder))
     written_by_runs = ("log.jsonl", "checkpoints")
     if not (folder / "config.yaml").exists() or not any((folder / name).exists() for name in written_by_runs):
         return  # not a run: perhaps a folder with the user's own recipe
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    folder.rename(aside)
-    logger.info("%s held a run already: moved to %s (--resume would have continued it)", folder, aside)
+    way_out = "continue the run there with --resume, or name another --output for a new one"
+    for path in (Path.cwd(), *inputs):
+        real = Path(os.path.realpath(path))
+        if folder in (real, *real.parents):
+            raise ValueError(f"output: expected a folder that can be renamed, as it holds a run already, got {named} "
+                             f"with {path} in it; {way_out}")
+    clean_run(folder)
+    try:
+        folder.rename(aside)
+    except OSError as error:  # as for the root of a mounted disk
+        raise ValueError(f"output: {named} holds a run already and cannot be renamed to {aside} ({error.strerror}); "
+                         f"{way_out}") from error
+    folder.mkdir()
+    logger.info("%s held a run already: moved to %s (--resume would have continued it)", named, aside)
 
 
 def with_own_recipe(argv: list[str]) -> list[str]:
@@ -108,6 +157,7 @@ def train(config: Config, resume: bool, profile: bool) -> int:
     if backbone.norm == "frozen" and not (backbone.weights or config.model.weights):
         logger.warning("the backbone's BatchNorm is frozen but it has no weights: set --model.backbone.weights, or "
                        "--model.backbone.norm batch to train from nothing")
+    check_paths(config)
     folder = Path(config.output)
     with ExitStack() as locks:
         previous = on_main(lambda: locks.enter_context(run_lock(folder)))
@@ -115,7 +165,7 @@ def train(config: Config, resume: bool, profile: bool) -> int:
         trainer = Trainer(config, resume, profile)  # writes no files, so bad input leaves an earlier run in its place
         if is_main():
             if not resume:
-                move_aside(folder)
+                move_aside(folder, [Path(config.data.root)] if config.data.root else [])
             save_config(config, folder / "config.yaml")
         metrics = trainer.run()
     if trainer.stopped:  # status 0 after SIGTERM: for a scheduler, the job has not failed

@@ -68,6 +68,7 @@ def parse_config(argv):
         (AugmentConfig, {"scale_range": (2.0, 1.0)}, "data.augment.scale_range"),
         (AugmentConfig, {"single_category_max_area": 0.0}, "data.augment.single_category_max_area"),
         (AugmentConfig, {"crop_size": (0, 4)}, "data.augment.crop_size"),
+        (AugmentConfig, {"scale_size": (0, 4)}, "data.augment.scale_size"),
         (ShapesConfig, {"size": (8, 64)}, "data.shapes.size"),
         (DataConfig, {"task": "depth"}, "data.task"),
         (DataConfig, {"workers": -1}, "data.workers"),

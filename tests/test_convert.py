@@ -236,6 +236,17 @@ def test_refusals_leave_nothing_behind(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "dest").exists() and not (tmp_path / "trap").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_the_names_of_the_file(value: float, tmp_path: Path) -> None:
+    weights = official(SMALL)
+    name = next(name for name in weights if name.endswith("mask_embed.layers.0.weight"))
+    weights[name][:3, 1] = value
+    path = write_pickle(tmp_path / "model.pkl", weights)
+    with pytest.raises(ConvertError, match=rf"(?s)model\.pkl: .*not finite: {name}: 3 of \d+ numbers are NaN or inf"):
+        run(path, tmp_path / "dest/ours.safetensors")
+    assert not (tmp_path / "dest").exists()
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors import SafetensorError
 

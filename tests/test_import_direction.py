@@ -1,4 +1,4 @@
-"""Who may import whom, by folder; no cycles; no file too long."""
+"""The order of imports by folder, the absence of cycles, and the length of files."""
 
 from __future__ import annotations
 

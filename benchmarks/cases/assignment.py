@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness.case import Bound, Case, Work, beside
+from benchmarks.harness.case import Bound, Case, Operation, Work, beside
 from maskformer_fast.ops import linear_sum_assignment
 from maskformer_fast.ops.assignment import linear_sum_assignment_eager
 
@@ -27,7 +27,7 @@ def random_costs(kind: str, shape: Shape) -> Tensor:
         return torch.from_numpy(rng.random(shape, dtype=np.float32))
     if kind == "integer ties":
         return torch.from_numpy(rng.integers(0, 20, shape).astype(np.float32))
-    # Like a matcher's: each target resembles some query, and queries have a level of their own.
+    # Like a matcher's: each target resembles some query, and each query has its level.
     batch, queries, targets = shape
     query = rng.normal(size=(batch, queries, 16)).astype(np.float32)
     alike = np.take_along_axis(query, rng.integers(0, queries, (batch, targets, 1)), 1)
@@ -37,7 +37,7 @@ def random_costs(kind: str, shape: Shape) -> Tensor:
 
 
 def setup(device: torch.device, kind: str, shape: Shape) -> Work:
-    """Which of equal optima is chosen may differ: the total costs are compared."""
+    """Assignments of random costs. Total costs are compared, as equal optima may be chosen differently."""
     costs = random_costs(kind, shape)
     problems = list(costs.numpy())
 
@@ -53,25 +53,27 @@ def setup(device: torch.device, kind: str, shape: Shape) -> Work:
     def torch_assignment(cost: Tensor) -> Tensor:
         from torch_linear_assignment import batch_linear_assignment
 
-        found: Tensor = batch_linear_assignment(cost.mT.contiguous())  # it assigns a column to each row
-        return found
+        result: Tensor = batch_linear_assignment(cost.mT.contiguous())  # it assigns a column to each row
+        return result
 
     def agreement(ours: Tensor, theirs: Tensor | list[tuple[np.ndarray, np.ndarray]]) -> float:
         """Share of the problems whose total costs are the same."""
         (drawn,) = draw(0)
         totals = []
-        for found in (ours, theirs):
-            if isinstance(found, Tensor):
-                if found.shape != shape[::2] or found.min() < 0:
+        for result in (ours, theirs):
+            if isinstance(result, Tensor):
+                if result.shape != shape[::2] or result.min() < 0:
                     return 0.0
-                totals.append(drawn.double().gather(1, found.long().unsqueeze(1)).sum((1, 2)))
+                totals.append(drawn.double().gather(1, result.long().unsqueeze(1)).sum((1, 2)))
             else:
-                sums = [cost[pairs].sum(dtype=np.float64) for cost, pairs in zip(problems, found, strict=True)]
+                sums = [cost[pairs].sum(dtype=np.float64) for cost, pairs in zip(problems, result, strict=True)]
                 totals.append(torch.tensor(np.array(sums), device=device))
         tolerance = 1e-9 if device.type == "cpu" else 1e-6
         return (totals[0] - totals[1]).abs().le(tolerance * totals[1].abs().clamp(min=1)).float().mean().item()
 
-    peers = {SCIPY: scipy_loop, SCIPY_COPIES: linear_sum_assignment_eager, TORCH_ASSIGNMENT: torch_assignment}
+    peers: dict[str, Operation] = {
+        SCIPY: scipy_loop, SCIPY_COPIES: linear_sum_assignment_eager, TORCH_ASSIGNMENT: torch_assignment,
+    }  # fmt: skip
     return Work(linear_sum_assignment, peers, draw, agreement, dict.fromkeys(peers, 1.0))
 
 

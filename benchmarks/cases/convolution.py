@@ -36,9 +36,9 @@ def setup(device: torch.device, dtype: torch.dtype, channels: int = CHANNELS, si
 
 
 def cases(device: str) -> list[Case]:
-    """The bound counts the multiplications of the plain sum; Winograd's algorithm takes a quarter of them."""
     if device != "cpu":
         return []
+    # the multiplications of the plain sum; Winograd's algorithm takes a quarter of them
     numbers, operations = 2 * CHANNELS * SIZE**2 + 9 * CHANNELS**2, 18.0 * (CHANNELS * SIZE) ** 2
     return [
         Case(f"convolution 3x3, {CHANNELS} to {CHANNELS} channels, {SIZE}x{SIZE}, {name}", PYTORCH, None,

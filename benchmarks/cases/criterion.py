@@ -29,7 +29,7 @@ def setup(
     device: torch.device, layers: int, counts: Sequence[int], queries: int = QUERIES, depth: int = DEPTH,
     size: Size = SIZE,
 ) -> Work:  # fmt: skip
-    """Both give the loss and its gradients by class logits, mask embeddings and pixel embeddings."""
+    """Loss and gradients by class logits, mask embeddings and pixel embeddings, of `layers` decoder layers."""
     batch, input_size = len(counts), (SCALE * size[0], SCALE * size[1])
     ids = torch.stack([torch.randint(count, (8, 8)) for count in counts])
     ids = ids.repeat_interleave(input_size[0] // 8, 1).repeat_interleave(input_size[1] // 8, 2)
@@ -52,14 +52,15 @@ def setup(
         return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
     def official() -> tuple[Tensor, ...]:
-        """A layer at a time, gradients added up: all six at once take six times one layer's memory."""
+        """Take a layer at a time and add up the gradients: all six at once take six times one layer's memory."""
         total, gradients = torch.zeros(()), [torch.zeros_like(leaf) for leaf in leaves]
         for layer in range(layers):
             logits, embeddings, pixels = leaves[0][layer], leaves[1][layer], leaves[2]
             loss = official_loss(logits, torch.einsum("bqd,bdhw->bqhw", embeddings, pixels), truth, input_size)
             total += loss.detach()
-            for gradient, own in zip(gradients, torch.autograd.grad(loss, (logits, embeddings, pixels)), strict=True):
-                (gradient if gradient.shape == own.shape else gradient[layer]).add_(own)
+            parts = torch.autograd.grad(loss, (logits, embeddings, pixels))
+            for gradient, part in zip(gradients, parts, strict=True):
+                (gradient if gradient.shape == part.shape else gradient[layer]).add_(part)
         return (total, *gradients)
 
     peers = {OFFICIAL: official, OFFICIAL_BY_LAYER: official}
@@ -69,8 +70,8 @@ def setup(
 def agreement(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
     """Least share of a result's values that differ by no more than 1e-3 of the value and of the largest."""
     return min(
-        share_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        for found, expected in zip(ours, theirs, strict=True)
+        share_close(value, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        for value, expected in zip(ours, theirs, strict=True)
     )
 
 
@@ -80,8 +81,8 @@ def official_loss(
     truth: list[tuple[Tensor, Tensor]],  # labels [T] and masks [T, H, W] bool of each image
     input_size: Size,
 ) -> Tensor:
-    """The paper's loss of one layer as its formulas read: masks as floats, at full size where losses are taken."""
-    chosen = [match(logits, masks, *own) for logits, masks, own in zip(class_logits, mask_logits, truth, strict=True)]
+    """The paper's loss of one layer, formula by formula: masks are floats, at full size where losses are taken."""
+    chosen = [match(logits, masks, *true) for logits, masks, true in zip(class_logits, mask_logits, truth, strict=True)]
     classes = torch.full(class_logits.shape[:2], CLASSES)
     for image, (queries, order) in enumerate(chosen):
         classes[image, queries] = truth[image][0][order]
@@ -89,7 +90,7 @@ def official_loss(
     weights[-1] = NO_OBJECT_WEIGHT
     class_loss = F.cross_entropy(class_logits.transpose(1, 2), classes, weights)
     source = torch.cat([masks[queries] for masks, (queries, _) in zip(mask_logits, chosen, strict=True)])
-    target = torch.cat([own[1][order] for own, (_, order) in zip(truth, chosen, strict=True)]).float().flatten(1)
+    target = torch.cat([masks[order] for (_, masks), (_, order) in zip(truth, chosen, strict=True)]).float().flatten(1)
     source = F.interpolate(source.unsqueeze(1), input_size, mode="bilinear", align_corners=False).flatten(1)
     probability = source.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(source, target, reduction="none")

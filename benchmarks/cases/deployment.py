@@ -3,12 +3,12 @@ of labels there.
 
 The network is R50 with 150 classes and weights by chance, which is exported here. On the CPU it runs in float32 by
 onnxruntime and our post-processing. On a GPU it runs in FP16 by a TensorRT engine that is built for it, which takes
-minutes; without onnx, onnxruntime, or TensorRT (also that for RTX) the row says what is missing. That it runs answers
-whether TensorRT for RTX serves this GPU. Peak memory is there what PyTorch allocates, in which TensorRT has no part.
+minutes; without onnx, onnxruntime, or TensorRT (also that for RTX) the row names what is missing. Peak memory on a GPU
+is what PyTorch allocates, in which TensorRT has no part.
 
 A row of the GPU compares labels with those of FP32. With weights by chance many labels are close calls: halves,
 emulated on the CPU, kept 98.8 to 99.6 % of them. MASKFORMER_FAST_CHECKPOINT names a trained checkpoint, for which the
-goal of 99.5 % holds.
+goal of 99.5 % applies.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.cases.inputs import Size
 from benchmarks.cases.network import class_metadata, network_work
-from benchmarks.harness.case import Bound, Case, Work, beside
+from benchmarks.harness.case import Bound, Case, Operation, Work, beside
 from benchmarks.harness.runner import shared
 from maskformer_fast.benchmark.runners import BundleRunner, Setting, TorchRunner, draw_frame
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig, TestConfig
@@ -55,7 +55,7 @@ WEIGHT_BYTES = 2 * 41e6
 
 
 def write_checkpoint(path: Path, model: ModelConfig) -> None:
-    """The checkpoint that the environment names, else one of weights by chance. It takes frames as they are."""
+    """Write the checkpoint that the environment names, else one of weights by chance; it takes frames as they are."""
     test = TestConfig(short_edge=None)
     if VARIABLE in os.environ:
         config, metadata, weights, _ = load_weights(os.environ[VARIABLE])
@@ -70,7 +70,7 @@ def write_checkpoint(path: Path, model: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def spread_queries(network: nn.Module) -> None:
+def spread_queries(network: Any) -> None:
     """Rescale and shift the two heads so that queries differ in class and mask, and not one class wins everywhere."""
     frame = torch.from_numpy(draw_frame(np.random.default_rng(0), (128, 128))).permute(2, 0, 1).unsqueeze(0)
     sizes = torch.tensor([[128, 128]])
@@ -90,7 +90,11 @@ def spread_queries(network: nn.Module) -> None:
 
 
 def tensorrt_api() -> str:
-    """The installed TensorRT, that for RTX where there is no other. Raises ModuleNotFoundError without either."""
+    """The name of the installed TensorRT: that for RTX where there is no other.
+
+    Raises:
+        ModuleNotFoundError: neither is installed.
+    """
     for api in ("tensorrt", "tensorrt_rtx"):
         if importlib.util.find_spec(api) is not None:
             return api
@@ -111,7 +115,7 @@ def export_arguments(path: Path, folder: Path, shape: str, target: str | None) -
 def write_bundle(path: Path, folder: Path, shape: str, device: torch.device) -> None:
     """Export a checkpoint as a user does."""
     target = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
-    arguments = export_arguments(path, folder, shape, target)  # says so where there is no TensorRT
+    arguments = export_arguments(path, folder, shape, target)  # raises without TensorRT
     from maskformer_fast import export
 
     if export.main(arguments) != 0:
@@ -119,8 +123,7 @@ def write_bundle(path: Path, folder: Path, shape: str, device: torch.device) -> 
 
 
 class Implementations:
-    """Each implementation is made when it is first called: what one lacks, or takes long to build, is not the others'
-    concern."""
+    """The bundle and its peers, each made when it is first called: one that is missing does not stop the others."""
 
     def __init__(self, device: torch.device, batch: int, size: Size, model: ModelConfig) -> None:
         self.device, self.batch, self.size = device, batch, size
@@ -134,27 +137,27 @@ class Implementations:
         write_checkpoint(folder / "model.safetensors", model)
 
     def _open(self, kind: Any, amp: Any) -> BundleRunner | TorchRunner:
-        common = {"batch": self.batch, "size": self.size, "task": "semantic", "device_index": self.device.index or 0}
+        index = self.device.index or 0
         if kind != "bundle":
-            return TorchRunner(Setting(
-                kind, str(self.checkpoint), **common, device=str(self.device), in_flight=1, amp=amp
-            ))  # fmt: skip
+            path = str(self.checkpoint)
+            return TorchRunner(Setting(kind, path, self.batch, self.size, "semantic", str(self.device), index, 1, amp))
         shape = f"{self.batch}x{self.size[0]}x{self.size[1]}"
         folder = shared(f"bundle_{shape}", lambda path: write_bundle(self.checkpoint, path, shape, self.device))
         backend, in_flight = ("tensorrt", 2) if self.device.type == "cuda" else ("onnxruntime", 1)
-        return BundleRunner(Setting(kind, str(folder), **common, device=backend, in_flight=in_flight, amp="off"))
+        path = str(folder)
+        return BundleRunner(Setting(kind, path, self.batch, self.size, "semantic", backend, index, in_flight, "off"))
 
     def labels(self, kind: str, amp: str, frames: Tensor) -> np.ndarray:
         results = self.opened(kind, amp).predict(list(frames.numpy()))
         return np.stack([result.labels for result in results])
 
     def shares(self, frames: Tensor) -> dict[str, float]:
-        """The bundle's stages over its time."""
+        """Shares of the bundle's stages in the time of a call."""
         stages = self.opened("bundle", "off").timed(list(frames.numpy()))
         return {name: getattr(stages, name) / stages.total for name in ("preprocess", "network", "postprocess")}
 
     def _huggingface(self) -> tuple[Any, Any]:
-        """Their processor, and their model with the checkpoint's weights, which are written beside it."""
+        """Hugging Face's processor, and its model with the checkpoint's weights, which are written beside it."""
         import transformers
         from transformers.models.maskformer.image_processing_pil_maskformer import MaskFormerImageProcessorPil
 
@@ -184,7 +187,7 @@ def setup(device: torch.device, batch: int = 1, size: Size = SIZE, model: ModelC
         rng = np.random.default_rng(seed)
         return (torch.from_numpy(np.stack([draw_frame(rng, size) for _ in range(batch)])),)
 
-    peers = {
+    peers: dict[str, Operation] = {
         EAGER: partial(implementations.labels, "eager", amp),
         COMPILED: partial(implementations.labels, "compile", amp),
         HUGGINGFACE: implementations.huggingface_labels,
@@ -200,13 +203,13 @@ def setup(device: torch.device, batch: int = 1, size: Size = SIZE, model: ModelC
 
 
 def cpu_bound() -> Bound:
-    """The network's: weights and a frame read, labels written."""
+    """Work of the network: weights and a frame read, labels written."""
     parameters, operations = network_work(MODEL, SIZE)
     return Bound(4 * parameters + 4 * SIZE[0] * SIZE[1], operations)
 
 
 def cases(device: str) -> list[Case]:
-    """No call is captured as a graph: each waits for the device."""
+    """Cases of a device; on a GPU no call is captured, as each waits for the device."""
     if device == "cpu":
         return [
             Case(f"bundle resnet50 {SIZE[0]}x{SIZE[1]}, K={CLASSES}, B=1, float32, vs {peer}", peer, None, setup,
@@ -218,7 +221,7 @@ def cases(device: str) -> list[Case]:
     for batch in (1, 8):
         name, make = f"bundle resnet50 {SIZE[0]}x{SIZE[1]}, K={CLASSES}, B={batch}, fp16", partial(setup, batch=batch)
         bound = Bound(WEIGHT_BYTES + 4 * batch * SIZE[0] * SIZE[1], 2e9 * GMACS * batch, "fp16")
-        options = {"bound": bound, "captured": False, "peer_captured": False, "rank": 1,
+        options: dict[str, Any] = {"bound": bound, "captured": False, "peer_captured": False, "rank": 1,
                    "extra_seconds": EXTRA_SECONDS["cuda"]}  # fmt: skip
         rows += beside(name, goals, make, share_goals={"postprocess": 0.1}, **options)
         if batch == 1:

@@ -143,7 +143,7 @@ def network_config(classes: int) -> ModelConfig:
 
 
 def write_network(folder: Path, classes: int, kind: Kind, files: Sequence[Path]) -> None:
-    """Our checkpoint and their folder, of the same weights."""
+    """Write our checkpoint and Hugging Face's folder, of the same weights."""
     torch.manual_seed(0)
     config = Config(model=network_config(classes))
     network: Any = build_model(config.model).eval()
@@ -164,7 +164,7 @@ def make_confident(network: Any, images: Tensor) -> None:
     last.weight.mul_(scale), last.bias.mul_(scale)
     states = head.decode(network.embed(images, torch.tensor([images.shape[-2:]]))[1], False)[0, 0]
     weight = head.class_embed.weight
-    # queries differ little before training: of their classes, what tells them apart counts
+    # queries differ little before training: their mean is taken out, and their differences enlarged
     weight.mul_(8 / (states - states.mean(0)).matmul(weight.T).std())
     head.class_embed.bias.copy_(-weight @ states.mean(0))
     logits = head.class_embed(states)
@@ -173,7 +173,7 @@ def make_confident(network: Any, images: Tensor) -> None:
 
 
 def prepare_images(source: Path | None, count: int, folder: Path) -> list[Path]:
-    """`count` JPEGs of 512x512: photographs cropped to squares, or drawn scenes.
+    """Write `count` JPEGs of 512x512: photographs cropped to squares, or drawn scenes -> their paths.
 
     Raises:
         ValueError: too few images in `source`.
@@ -199,7 +199,7 @@ def crop_to_square(image: Image.Image) -> Image.Image:
 
 
 def setup(device: torch.device, classes: int, dtype: str) -> Work:
-    """One drawn image, ours beside their float32."""
+    """One drawn image, by ours in `dtype` and Hugging Face's in float32."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -214,23 +214,22 @@ def setup(device: torch.device, classes: int, dtype: str) -> Work:
 
 
 def bound(classes: int, dtype: str) -> Bound:
-    """The network's alone: weights read, and its multiplications by the plain sum."""
+    """Work of the network alone: weights read, and its multiplications by the plain sum."""
     parameters, operations = network_work(network_config(classes), (SIDE, SIDE))
     size, rate = (2, "bf16") if dtype == "bfloat16" else (4, "fp32")
     return Bound(size * parameters, operations, rate)
 
 
 def predict_setup(device: torch.device, task: Task) -> Work:
-    """A photograph-sized image to a result of its size, by the demo's untrained network, of which no mask can be left
-    out, as it could be after training."""
-    predictor: Any = load("demo", device)
+    """An image of 480x640 to a result of its size, by the demo's untrained network, so that no mask can be left out."""
+    predictor: Any = load("demo", str(device))
     shapes = ShapesConfig(size=PHOTOGRAPH, train_images=1, num_stuff=8)
     image = build_dataset(DataConfig(shapes=shapes), "train")[0].image
     return Work(lambda: predictor.predict(image, task), {})
 
 
 def cases(device: str) -> list[Case]:
-    """Peak memory is measured by `benchmarks.studies.end_to_end`, of processes of one implementation each."""
+    """Cases without peak memory, which `benchmarks.studies.end_to_end` measures, each implementation by itself."""
     rows = [
         Case(f"image file -> label PNG, ResNet-50 512x512, K={classes}, {dtype}", HUGGINGFACE, goal,
              partial(setup, classes=classes, dtype=dtype), memory=False, bound=partial(bound, classes, dtype))

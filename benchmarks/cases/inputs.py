@@ -1,4 +1,4 @@
-"""Predictions and targets by chance that several subjects measure on, and how results are compared."""
+"""Random predictions and targets, which several subjects share, and measures of how close results are."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def as_tensors(value: Any) -> Sequence[Tensor]:
     """One tensor as a sequence; a sequence of tensors as it is."""
-    found: Sequence[Tensor] = [value] if isinstance(value, Tensor) else value
-    return found
+    result: Sequence[Tensor] = [value] if isinstance(value, Tensor) else value
+    return result
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` of a function, asked for when it is first called: loading the compiler takes seconds."""
+    """Compile a function by `torch.compile` when it is first called, as loading the compiler takes seconds."""
     compile_once = cache(lambda: torch.compile(function, dynamic=False))
     return lambda *arguments: compile_once()(*arguments)

@@ -1,4 +1,4 @@
-"""The training loader, whose masks cross from its processes packed, beside one that hands them over as floats.
+"""The training loader, which passes packed masks between its processes, beside one that passes them as floats.
 
 A folder of photograph-like JPEGs with panoptic truth at 512x683 is loaded with the augmentations of the ADE20K recipe
 (short edge 256 to 1024, crop 512x512, colour jitter, flip). Images a second by number of processes:
@@ -38,7 +38,7 @@ DENSE, FLOATS = "dense float32 masks from the same processes", "float masks"
 
 
 def write_images(root: Path, count: int, size: Size = SIZE) -> None:
-    """A folder data set of synthetic scenes, as JPEGs and index PNGs: the first to validate, the others to train."""
+    """Write a folder data set of synthetic scenes, as JPEGs and index PNGs: one to validate, the others to train."""
     scenes = build_dataset(DataConfig(shapes=ShapesConfig(size=size, train_images=count, num_stuff=8)), "train")
     for split in ("train", "val"):
         for kind in ("images", "annotations"):
@@ -55,7 +55,7 @@ def write_images(root: Path, count: int, size: Size = SIZE) -> None:
 
 
 def folder_config(root: Path, augment: AugmentConfig = AUGMENT, batch: int = BATCH) -> Config:
-    """Training from that folder on the CPU."""
+    """Configuration of training from the folder of `write_images` on the CPU."""
     data = DataConfig(dataset="folder", root=str(root), augment=augment)
     return Config(device="cpu", data=data, solver=SolverConfig(batch_size=batch))
 
@@ -64,8 +64,7 @@ def setup(
     device: torch.device, workers: int, count: int = IMAGES, size: Size = SIZE, augment: AugmentConfig = AUGMENT,
     batch: int = BATCH,
 ) -> Work:  # fmt: skip
-    """Both give the batches' images and targets. The start of the processes is a part of a call, as otherwise those of
-    both implementations would work at once."""
+    """Batches of images and targets. A call starts the processes, as otherwise those of both would work at once."""
     config = folder_config(shared(f"loader_{count}", lambda path: write_images(path, count + 1, size)), augment, batch)
     config = replace(config, data=replace(config.data, workers=workers))
     return Work(
@@ -90,7 +89,7 @@ def load_with(config: Config, count: int, dense: bool) -> Operation:
 
 
 def with_dense_masks(collate: Callable[[Any], Batch], samples: Any) -> Batch:
-    """The batch with masks [B, T, H, W] float32."""
+    """Collate a batch, with masks [B, T, H, W] float32."""
     batch = collate(samples)
     masks = unpack_masks(batch.targets.masks, batch.targets.input_size[1]).float()
     return batch._replace(targets=batch.targets._replace(masks=masks))

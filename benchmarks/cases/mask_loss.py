@@ -71,8 +71,8 @@ def setup(
     def by_autograd(
         losses: Callable[..., tuple[Tensor, Tensor]], predictions: Predictions, _: Targets, query: Tensor, truth: Tensor
     ) -> tuple[Tensor, ...]:
-        found = losses(predictions.mask_embeddings, predictions.pixel_features, query, truth, loss)
-        return with_gradients(predictions, found)
+        result = losses(predictions.mask_embeddings, predictions.pixel_features, query, truth, loss)
+        return with_gradients(predictions, result)
 
     peers = {EAGER: partial(by_autograd, formula), COMPILED: partial(by_autograd, compiled(formula))}
     return Work(ours, peers, draw, agreement, dict.fromkeys(peers, 0.99))

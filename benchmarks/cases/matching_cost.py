@@ -114,7 +114,10 @@ def logits_cost_setup(
         input_size = (SCALE * size[0], SCALE * size[1])
         return classes, 2 * masks, random_targets(batch, count, CLASSES, input_size, device=device)
 
-    return Work(lambda *inputs: matching_cost_from_logits(*inputs, loss), {}, draw)
+    def ours(classes: Tensor, masks: Tensor, targets: Targets) -> Tensor:
+        return matching_cost_from_logits(classes, masks, targets, loss)
+
+    return Work(ours, {}, draw)
 
 
 def bound(dtype: torch.dtype, from_logits: bool, written: float, rate: str) -> Bound:

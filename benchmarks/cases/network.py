@@ -82,7 +82,7 @@ def count_operations(run: Callable[[], object]) -> float:
 
 
 class Pair(NamedTuple):
-    """Our implementation of a part and theirs, with their inputs."""
+    """Our implementation of a part and Hugging Face's, with their inputs."""
 
     ours: Callable[[Any], Any]
     theirs: Callable[[Any], Any]
@@ -93,7 +93,7 @@ class Pair(NamedTuple):
 
 @cache
 def networks(model: ModelConfig) -> tuple[Any, Any]:
-    """Our network and theirs, with the same weights, for inference."""
+    """Our network and Hugging Face's, with the same weights, for inference."""
     torch.manual_seed(0)
     network = build_model(model).eval()
     for module in network.modules():  # biases by chance: zeros would hide a mistake
@@ -122,12 +122,12 @@ def pair(model: ModelConfig, part: str, size: Size, dtype: str | None = None, ba
     if part == "network":
 
         def ours(images: Tensor) -> tuple[Tensor, Tensor]:
-            found = network(images)
-            return found.class_logits[-1], layer_mask_logits(found)
+            outputs = network(images)
+            return outputs.class_logits[-1], layer_mask_logits(outputs)
 
         def theirs(pixels: Tensor) -> tuple[Tensor, Tensor]:
-            found = peer(pixels, output_auxiliary_logits=False)
-            return found.class_queries_logits, found.masks_queries_logits
+            outputs = peer(pixels, output_auxiliary_logits=False)
+            return outputs.class_queries_logits, outputs.masks_queries_logits
 
         return Pair(ours, theirs, images, pixels, network)
     if part == "backbone":
@@ -177,14 +177,14 @@ def setup(
 @cache
 @torch.no_grad()
 def least_work(model: ModelConfig, part: str, size: Size) -> tuple[int, float]:
-    """Numbers that are read and written, multiplications and additions; by the network as it is.
+    """Count of numbers read and written, and of multiplications and additions, by the unprepared network.
 
-    Winograd's convolutions take fewer, so ours may go below the limit.
+    Winograd's convolutions take fewer operations, so ours may go below the limit.
     """
     both = pair(model, part, size)
     results: list[Tensor] = []
     operations = count_operations(lambda: results.extend(as_tensors(both.ours(both.our_input))))
-    if part == "network":  # our own operators are not counted, what they replace is
+    if part == "network":  # our operators are not counted; what they replace is
         _, operations = network_work(model, size)
     moved = [*both.weights.parameters(), *as_tensors(both.our_input), *results]
     return sum(tensor.numel() for tensor in moved), operations
@@ -200,13 +200,13 @@ def demo_setup(device: torch.device, batch: int) -> Work:
     """The untrained network of the demo: images to class and mask logits."""
     from maskformer_fast.inference.load import load
 
-    predictor: Any = load("demo", device)
+    predictor: Any = load("demo", str(device))
     images = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8).to(device)
 
     @torch.no_grad()
     def ours() -> tuple[Tensor, Tensor]:
-        found = predictor.network(images)
-        return found.class_logits[-1], layer_mask_logits(found)
+        outputs = predictor.network(images)
+        return outputs.class_logits[-1], layer_mask_logits(outputs)
 
     return Work(ours, {})
 

@@ -35,8 +35,8 @@ def setup(device: torch.device, batch: int, frame: Size = FRAME, size: Size = SI
 
     def ours(frames: Tensor, _: Tensor) -> Tensor:
         # the operator and not `resize_images`, whose valid sizes are a copy from the host, which no graph can hold
-        found: Tensor = torch.ops.maskformer_fast.resize_images([frames], list(size), canvas, False)
-        return found
+        result: Tensor = torch.ops.maskformer_fast.resize_images([frames], list(size), canvas, False)
+        return result
 
     def interpolate(frames: Tensor, _: Tensor) -> Tensor:
         planes = frames.permute(0, 3, 1, 2).float()

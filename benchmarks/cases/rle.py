@@ -41,9 +41,9 @@ def setup(device: torch.device, low: Size = LOW, high: Size = HIGH) -> Work:
         best, pairs = probabilities.flatten().topk(QUERIES)
         queries, labels = pairs // probabilities.shape[1], pairs % probabilities.shape[1]
         used, slots = queries.unique(return_inverse=True)
-        found = instance_inference(masks[None] if len(used) == len(masks) else masks[used][None], low, high)
-        scores, order = (best * found.scores[0, slots]).sort(descending=True)
-        rles = encode_packed_masks(found.masks[0].numpy(), high[1])
+        result = instance_inference(masks[None] if len(used) == len(masks) else masks[used][None], low, high)
+        scores, order = (best * result.scores[0, slots]).sort(descending=True)
+        rles = encode_packed_masks(result.masks[0].numpy(), high[1])
         return labels[order], scores, [rles[slot] for slot in slots[order].tolist()]
 
     def theirs() -> object:

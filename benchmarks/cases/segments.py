@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cases.inputs import Size
-from benchmarks.harness.case import Bound, Case, Work, beside
+from benchmarks.harness.case import Bound, Case, Operation, Work, beside
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.core.results import PanopticResult
 from maskformer_fast.inference import postprocess
@@ -76,13 +76,13 @@ def as_predictions(classes: Tensor, masks: Tensor, generator: torch.Generator, h
 
 def panoptic_predictions(kept: int, low: Size, high: Size, device: torch.device) -> Predictions:
     generator = torch.Generator().manual_seed(0)
-    found = as_predictions(*panoptic_logits(kept, QUERIES, low, generator), generator, high)
+    result = as_predictions(*panoptic_logits(kept, QUERIES, low, generator), generator, high)
     fields = ("class_logits", "mask_embeddings", "pixel_features", "valid_sizes")
-    return found._replace(**{name: getattr(found, name).to(device) for name in fields})
+    return result._replace(**{name: getattr(result, name).to(device) for name in fields})
 
 
 def rolled(predictions: Predictions, seed: int) -> Predictions:
-    """Another scene as hard: everything further to the right."""
+    """Shift the scene to the right, which gives another as hard."""
     return predictions._replace(pixel_features=predictions.pixel_features.roll(31 * seed, -1))
 
 
@@ -99,7 +99,7 @@ def kept_queries(classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def official(classes: Tensor, masks: Tensor, high: Size) -> Tensor:
-    """The paper's inference as its code does it: everything at full size, then query after query -> segment ids."""
+    """The paper's inference as its code does it, at full size and query after query -> segment ids [H, W]."""
     masks = F.interpolate(masks[None], size=high, mode="bilinear", align_corners=False)[0].sigmoid()
     scores, categories, kept = kept_queries(classes)
     masks = masks[kept]
@@ -153,7 +153,7 @@ def same_segments(ours: object, theirs: object) -> float:
 
 
 def id_map(result: object) -> Tensor:
-    """[H, W], 0 or less where no segment is."""
+    """Segment ids [H, W] of any implementation's result, 0 or less where no segment is."""
     if isinstance(result, PanopticSegments):
         return result.id_map[0]
     if isinstance(result, list) and isinstance(result[0], PanopticResult):
@@ -178,7 +178,7 @@ def predictions_setup(device: torch.device, kept: int = KEPT, low: Size = LOW, h
 def logits_setup(
     device: torch.device, kept: int = KEPT, queries: int = QUERIES, low: Size = LOW, high: Size = HIGH
 ) -> Work:
-    """From the mask logits of all queries, by the operator; the queries to keep are chosen within the call."""
+    """Segments of the mask logits of all queries, by the operator; a call chooses which queries to keep."""
     scene = panoptic_logits(kept, queries, low, torch.Generator().manual_seed(0))
     things = torch.tensor(IS_THING, device=device)
 
@@ -193,7 +193,7 @@ def logits_setup(
 
 
 def kept_setup(device: torch.device, kept: int = CUDA_KEPT, low: Size = CUDA_LOW, high: Size = CUDA_HIGH) -> Work:
-    """From the mask logits of the kept queries, by the operator."""
+    """Segments of the mask logits of the kept queries, by the operator."""
     predictions = panoptic_predictions(kept, low, high, device)
     classes = predictions.class_logits[-1, 0]
     scores, categories, indices = kept_queries(classes)
@@ -203,10 +203,10 @@ def kept_setup(device: torch.device, kept: int = CUDA_KEPT, low: Size = CUDA_LOW
         return classes[indices], logits_of(rolled(predictions, seed))[1][indices], scores[None], categories[None]
 
     def by(operator: Any, _: Tensor, masks: Tensor, scores: Tensor, categories: Tensor) -> PanopticSegments:
-        found: PanopticSegments = operator(masks[None], scores, categories, things, low, high, OVERLAP_THRESHOLD)
-        return found
+        result: PanopticSegments = operator(masks[None], scores, categories, things, low, high, OVERLAP_THRESHOLD)
+        return result
 
-    peers = {
+    peers: dict[str, Operation] = {
         OFFICIAL: lambda classes, masks, *_: official(classes, masks, high),
         HUGGINGFACE: lambda classes, masks, *_: huggingface(classes, masks, high),
         TWIN: partial(by, panoptic_inference_eager),

@@ -16,6 +16,7 @@ there measure the product with pixel embeddings inside the kernel beside a matri
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -25,14 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases.inputs import SCALE, Size, compiled, share_equal
-from benchmarks.harness.case import Bound, Case, Work, beside
+from benchmarks.harness.case import Bound, Case, Operation, Work, beside
 from maskformer_fast.ops import semantic_inference
 from maskformer_fast.ops.semantic import label_dtype, semantic_inference_eager
 
 QUERIES, LIVE, DEPTH = 100, 20, 256
 OFFICIAL, HUGGINGFACE = "official formula, eager PyTorch", "transformers"
 COMPILED, TWIN = "torch.compile of the formula", "our eager twin, float32"
-PRUNED, DENSE = "pruned", "dense"  # our kernel, told what to do
+PRUNED, DENSE = "pruned", "dense"  # our operator with this path
 PRODUCT_FIRST, CHOSEN = "matrix product first", "chosen"
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 LEAST_EQUAL = {torch.float16: 0.95, torch.bfloat16: 0.85, torch.float32: 0.999}
@@ -124,7 +125,7 @@ def setup(
     device: torch.device, kind: str, classes: int, size: Size, queries: int = QUERIES, batch: int = 1,
     dtype: torch.dtype = torch.float32, planes: bool = True,
 ) -> Work:  # fmt: skip
-    """Labels of mask logits of `size`; `planes` or queries innermost is how ours reads them."""
+    """Labels of mask logits of `size`, which ours reads as planes or with queries innermost."""
     output = (SCALE * size[0], SCALE * size[1])
 
     def draw(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +141,7 @@ def setup(
         return labels
 
     compiled_formula = compiled(partial(official, size=output))
-    peers = {
+    peers: dict[str, Operation] = {
         OFFICIAL: lambda _, masks, logits: official(masks, logits, output),
         HUGGINGFACE: lambda _, masks, logits: huggingface(masks, logits, output),
         COMPILED: lambda _, masks, logits: compiled_formula(masks, logits),
@@ -169,9 +170,9 @@ def embeddings_setup(
     def labels(fused: bool | None, embeddings: Tensor, pixels: Tensor, logits: Tensor) -> Tensor:
         from maskformer_fast.kernels.semantic import semantic_from_embeddings  # needs Triton, as only CUDA has it
 
-        found = torch.empty(batch, *output, dtype=label_dtype(classes), device=device)
-        semantic_from_embeddings(embeddings, pixels, logits, size, found, fused=fused)
-        return found
+        result = torch.empty(batch, *output, dtype=label_dtype(classes), device=device)
+        semantic_from_embeddings(embeddings, pixels, logits, size, result, fused=fused)
+        return result
 
     peers = {PRODUCT_FIRST: partial(labels, False), CHOSEN: partial(labels, None)}
     return Work(partial(labels, True), peers, draw, share_equal, dict.fromkeys(peers, LEAST_EQUAL[dtype]))
@@ -187,7 +188,7 @@ def bound(batch: int, classes: int, size: Size, dtype: torch.dtype, dense: bool,
 
 
 def embeddings_bound(batch: int, classes: int, size: Size, scale: int, dtype: torch.dtype) -> Bound:
-    """The product with the pixel embeddings counts too, once a low-resolution pixel."""
+    """The work of `bound`, and the product with the pixel embeddings, once a low-resolution pixel."""
     low = size[0] * size[1]
     read = batch * (QUERIES * DEPTH + DEPTH * low + QUERIES * (classes + 1)) * dtype.itemsize
     operations = 2.0 * batch * QUERIES * low * (DEPTH + scale**2 * classes)
@@ -195,7 +196,7 @@ def embeddings_bound(batch: int, classes: int, size: Size, scale: int, dtype: to
 
 
 def matrix_unit(dtype: torch.dtype) -> str:
-    """The type that our kernel multiplies in: float32 goes in three products of halves."""
+    """Type in which our kernel multiplies; float32 takes three products of halves."""
     return "fp16" if dtype == torch.float32 else DTYPES[dtype]
 
 
@@ -267,7 +268,7 @@ def cuda_cases() -> list[Case]:
 
 
 def labels_cases(
-    batch: int, classes: int, size: Size, peers: dict[str, float | None], dtype: torch.dtype = torch.float16,
+    batch: int, classes: int, size: Size, peers: Mapping[str, float | None], dtype: torch.dtype = torch.float16,
     kind: str = "random", **options: Any,
 ) -> list[Case]:  # fmt: skip
     """Cases of one size on a GPU; the kind "planes" is random, and ours reads planes."""

@@ -129,7 +129,7 @@ def cpu_cases() -> list[Case]:
 
 
 def cuda_cases() -> list[Case]:
-    """The bound counts the optimiser's traffic alone."""
+    """Cases whose bound is the optimiser's traffic alone."""
     rows = []
     for compiled in (False, True):
         for backbone, parameters in CUDA_PARAMETERS.items():

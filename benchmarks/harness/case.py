@@ -1,4 +1,4 @@
-"""What is measured: a `Case`, one operation of one size beside one peer, and the `Work` that its setup makes."""
+"""A `Case`, one operation of one size beside one peer, and the `Work` that its setup makes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS = "ours"
 
 
 def no_inputs(seed: int) -> Inputs:
-    """The inputs of operations that have theirs bound already: none."""
+    """Draw no inputs, for operations whose inputs are bound already."""
     return ()
 
 
@@ -78,5 +78,5 @@ class Case:
 def beside(
     name: str, peers: Mapping[str, float | None], setup: Callable[[torch.device], Work], **options: Any
 ) -> list[Case]:
-    """A case for each peer, given with its goal; the peer ends the case's name."""
+    """Cases of one operation beside several peers, given with their goals; a peer ends its case's name."""
     return [Case(f"{name}, vs {peer}", peer, goal, setup, **options) for peer, goal in peers.items()]

@@ -8,7 +8,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,52 +24,31 @@ MIB = 2**20
 Call = Callable[[], Any]
 
 
-class Clock(Protocol):
-    """What is measured on a device."""
+class Clock:
+    """The CPU's clock; a captured call is the call."""
 
-    device: torch.device
-    sample_seconds: float  # least time of a sample: short operations are repeated, as reading a clock takes time too
-    warm_up_calls: int
-    fresh_bytes: int  # inputs of so many bytes have left the cache when they are read again
+    device = torch.device("cpu")
+    sample_seconds = 0.01  # least time of a sample: short operations are repeated, as reading a clock takes time too
+    warm_up_calls = 1
+    fresh_bytes = 0  # inputs of so many bytes have left the cache when they are read again; 0: what fits may be there
 
     def seconds(self, run: Call, times: int = 1) -> float:
         """Time from the first to the last work of so many calls."""
-
-    def capture(self, run: Call) -> Call:
-        """A function that repeats the device's part of a call."""
-
-    def peak_mib(self, run: Call) -> float | None:
-        """The most memory in MiB that a call adds, its result included; None where the system does not record it."""
-
-    def works(self) -> bool:
-        """False where nothing works any more in this process, as after an illegal access on a GPU."""
-
-    def release(self) -> None:
-        """Give back memory that no tensor uses."""
-
-
-class HostClock:
-    """The CPU's clock. A captured call is the call."""
-
-    device = torch.device("cpu")
-    sample_seconds = 0.01
-    warm_up_calls = 1
-    fresh_bytes = 0  # inputs stay the same: what fits into the cache may be there
-
-    def seconds(self, run: Call, times: int = 1) -> float:
         start = time.perf_counter()
         for _ in range(times):
             run()
         return time.perf_counter() - start
 
     def capture(self, run: Call) -> Call:
+        """A function that repeats the device's part of a call."""
         return run
 
     def peak_mib(self, run: Call) -> float | None:
-        """The rise of the peak resident set over the resident set before the call.
+        """The most memory in MiB that a call adds, its result included; None where the system does not record it.
 
-        The operation has run before, so that loaded code is not counted; nor is what it keeps from call to call.
-        Accurate to some 0.3 MiB in a process that returns freed memory at once (`runner.environment`).
+        The rise of the peak resident set over the resident set before the call. The operation has run before, so that
+        loaded code is not counted; nor is what it keeps from call to call. Accurate to some 0.3 MiB in a process that
+        returns freed memory at once (`runner.environment`).
         """
         run()
         gc.collect()
@@ -84,13 +63,14 @@ class HostClock:
             return None
 
     def works(self) -> bool:
+        """False where nothing works any more in this process, as after an illegal access on a GPU."""
         return True
 
     def release(self) -> None:
-        return
+        """Give back memory that no tensor uses."""
 
 
-class CudaClock:
+class CudaClock(Clock):
     """CUDA events on the current device and stream; memory as PyTorch's allocator counts it."""
 
     sample_seconds = 0.004
@@ -145,7 +125,7 @@ class CudaClock:
 
 def open_clock(device: str) -> Clock:
     """The clock of ``cuda`` or ``cpu``."""
-    return CudaClock() if device == "cuda" else HostClock()
+    return CudaClock() if device == "cuda" else Clock()
 
 
 def warm_up(clock: Clock, operation: Call) -> tuple[Any, float]:

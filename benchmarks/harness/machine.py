@@ -52,8 +52,8 @@ def _measured_peaks(device: str, threads: int) -> Row:
     )
     if process.returncode:
         raise RuntimeError((process.stderr.strip().splitlines() or ["no reason given"])[-1])
-    found: Row = json.loads(process.stdout.splitlines()[-1])
-    return found
+    result: Row = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 def measure_peaks(clock: Clock, size: int, mebibytes: int, types: tuple[str, ...]) -> Row:

@@ -37,10 +37,10 @@ def measure_time(case: Case, work: Work, inputs: Sequence[Inputs], clock: Clock)
     row: Row = {"agreement": None, "shares": None}
     first_calls = [warm_up(clock, partial(run, *inputs[0])) for run in implementations.values()]
     results, expected = zip(*first_calls, strict=True)
-    if case.peer in work.least and work.agreement is not None:
+    least = work.least.get(case.peer or "")
+    if least is not None and work.agreement is not None:
         row["agreement"] = float(work.agreement(*results))
-        if not row["agreement"] >= work.least[case.peer]:
-            least = work.least[case.peer]
+        if not row["agreement"] >= least:
             raise RuntimeError(f"the results agree to {row['agreement']:.6g}, expected at least {least:.6g}")
     del first_calls, results
     samples = dict(zip(calls, take_turns(clock, list(calls.values()), expected), strict=True))
@@ -49,8 +49,8 @@ def measure_time(case: Case, work: Work, inputs: Sequence[Inputs], clock: Clock)
             row[f"{name}_call_ms"] = 1e3 * statistics.median(samples[name])
             row[f"{name}_peak_mib"] = clock.peak_mib(partial(run, *inputs[0]))
         replayed = {name: run for name, run in implementations.items() if captured[name]}
-        found, row["not_captured"] = time_graphs(replayed, dict(zip(calls, expected, strict=True)), inputs, clock)
-        samples |= found
+        per_call, row["not_captured"] = time_graphs(replayed, dict(zip(calls, expected, strict=True)), inputs, clock)
+        samples |= per_call
     if work.shares is not None:
         row["shares"] = work.shares(*inputs[0])
     for name, seconds in samples.items():
@@ -112,7 +112,7 @@ MEASURES: dict[str, Callable[[Case, Work, Sequence[Inputs], Clock], Row]] = {
 
 
 def draw_inputs(work: Work, fresh_bytes: int) -> list[Inputs]:
-    """As many sets of inputs as fill `fresh_bytes`, so that each is read from memory and not from the cache."""
+    """Make enough sets of inputs to fill `fresh_bytes`, so that each is read from memory and not from the cache."""
     inputs = [work.draw(0)]
     size = max(1, sum(tensor.nbytes for tensor in tensors(inputs[0])))
     return inputs + [work.draw(seed) for seed in range(1, min(MAX_COPIES, math.ceil(fresh_bytes / size)))]

@@ -48,7 +48,7 @@ def build_rows(
 def build_row(
     subject: str, case: Case, results: Mapping[tuple[str, str], Row], machine: Row, device: str = "cpu"
 ) -> Row:
-    """What is known of a case; ``error``, ``absent`` and ``not_run`` say why something is not.
+    """The row of a case; ``error``, ``absent`` and ``not_run`` are reasons why a part of it is None.
 
     ``ratio`` is the peer's time over ours, ``memory_ratio`` our peak over the peer's.
     """
@@ -157,7 +157,7 @@ def text_table(rows: Sequence[Row]) -> str:
 
 
 def machine_text(machine: Row) -> str:
-    """A table of what is known of a machine."""
+    """The description of a machine as a table."""
 
     def text(value: object) -> str:
         if isinstance(value, dict):

@@ -47,7 +47,7 @@ logger = logging.getLogger("benchmarks")
 
 
 def environment(kind: str, threads: int) -> dict[str, str]:
-    """This process's environment, with every pool of threads that NumPy, SciPy and PyTorch may start at `threads`."""
+    """Return a copy of the environment that sets every thread pool of NumPy, SciPy and PyTorch to `threads`."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     changed = dict.fromkeys(names, str(threads))
     if kind == MEMORY:  # freed memory goes back to the system at once, so that reused memory is not missed
@@ -202,7 +202,7 @@ def _forward(process: subprocess.Popen[str], request: str, lines: queue.Queue[st
 
 
 def _end_session(process: subprocess.Popen[Any]) -> None:
-    """Kill a process of a session of its own and what it started: compilers, for one."""
+    """Kill a process and what it started, compilers for one; it was started in a new session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -67,13 +67,13 @@ class Worker:
         return 0
 
     def report(self, unit: Unit, stage: str, result: Row) -> None:
-        """Write a line; it tells the size of the error stream so far too, as what comes later is of the next unit."""
+        """Write a line, with the size of the error stream so far: later errors belong to the next unit."""
         message = {"unit": unit, "stage": stage, "result": result, "error_bytes": os.fstat(2).st_size}
         self.out.write(json.dumps(message) + "\n")
         self.out.flush()
 
     def measure(self, case: Case, kind: str) -> Row:
-        """A part of the row; ``error`` or ``absent`` says why there is none."""
+        """Measure a unit -> a part of the row; ``error`` or ``absent`` is the reason where there is none."""
         import torch
 
         torch.set_num_threads(case.threads if self.clock.device.type == "cpu" else os.cpu_count() or 1)
@@ -101,7 +101,7 @@ class Worker:
         return self.prepared[1:]
 
     def measure_forked(self, case: Case, kind: str) -> Row:
-        """`measure` in a process of its own."""
+        """Measure a unit in a forked process, as `measure` does."""
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:

@@ -34,7 +34,7 @@ TRIAL_STEPS = 40
 LOG_EVERY = 20
 """Steps between two lines of the log."""
 
-logger = logging.getLogger("benchmarks.class_count")
+logger = logging.getLogger("benchmarks.studies.class_count")
 
 
 @dataclass(frozen=True)

@@ -85,17 +85,17 @@ def measure(network: Path, files: Sequence[Path], folder: Path) -> dict[str, Row
             stages[name].update(opened[name].watch.seconds)
     same_order = Ours(network / "ours.safetensors", "float32", "huggingface")
     ordered = [same_order.segment(file, folder / "ordered") for file in files]
-    found: dict[str, Row] = {}
+    figures: dict[str, Row] = {}
     for name in IMPLEMENTATIONS:
-        found[name] = {
+        figures[name] = {
             "milliseconds": 1e3 * statistics.median(seconds[name]),
             "quartiles_ms": [1e3 * value for value in quartiles(seconds[name])],
             "images_per_second": 1 / statistics.median(seconds[name]),
             "stages_ms": {stage: 1e3 * value / len(files) for stage, value in stages[name].items()},
             "identical_labels": share_identical(labels[name], labels[HUGGINGFACE]),
         }
-    found["ours, float32"]["identical_labels_in_their_order"] = share_identical(ordered, labels[HUGGINGFACE])
-    return found
+    figures["ours, float32"]["identical_labels_in_their_order"] = share_identical(ordered, labels[HUGGINGFACE])
+    return figures
 
 
 def share_identical(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:

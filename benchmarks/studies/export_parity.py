@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             contents = {flavour: content for flavour, (content, _) in graphs.items()}
             for shape in group:
                 for entry in check_parity(network, contents, [shape]):
-                    record = {"backbone": backbone, "graph": graphs["raw"][1].inputs[0].shape}
+                    record: dict[str, Any] = {"backbone": backbone, "graph": graphs["raw"][1].inputs[0].shape}
                     record["export_cpu_seconds"] = round(seconds, 1)
                     lines.append(json.dumps(record | asdict(entry)))
                     print(lines[-1], flush=True)

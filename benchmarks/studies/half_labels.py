@@ -38,7 +38,7 @@ class HalfOptions:
     checkpoint: tyro.conf.Positional[str]
     """Run folder, checkpoint folder, or weights file."""
     images: int = 16
-    """How many of the validation data are used."""
+    """Number of validation images to use."""
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = onnx.load_from_string(export_graphs(network, ["raw"])["raw"][0])
     exact = run(model, images)
     expected = labels_of(exact, size, config.model.size_divisibility)
-    found = len(np.unique(expected))
-    print(f"{count} images of {size[0]}x{size[1]}, {found} classes seen\n")
+    num_seen = len(np.unique(expected))
+    print(f"{count} images of {size[0]}x{size[1]}, {num_seen} classes seen\n")
     print("| in float32 | mask logits | labels kept | error of class logits | error of mask logits |")
     print("| --- | --- | --- | --- | --- |")
     rows: list[tuple[str, Collection[str], Collection[str]]] = [("nothing", (), ())]

@@ -32,7 +32,7 @@ class BuildOptions:
     models: tyro.conf.Positional[tuple[str, ...]]
     """Bundles or ONNX files of the flavour raw."""
     precision: tuple[Literal["fp32", "fp16", "bf16"], ...] = ("fp32", "fp16")
-    """What to build each in."""
+    """Precisions to build each engine in."""
     targets: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_120")
     """GPUs; one engine serves them all."""
     output: Path = OUTPUT / "rtx_builds.json"

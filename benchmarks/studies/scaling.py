@@ -1,4 +1,4 @@
-"""How cost grows with classes, queries, targets, pixels and images, ours beside its peers, with fitted exponents.
+"""Growth of cost with classes, queries, targets, pixels and images, ours beside its peers, with fitted exponents.
 
     python -m benchmarks.studies.scaling [--minutes 4] [--only TEXT] [--output FILE]
 
@@ -156,7 +156,7 @@ def panoptic_at(device: torch.device, queries: int = 100, output: tuple[int, int
     return segments.logits_setup(device, max(2, queries // 4), queries, (output[0] // 4, output[1] // 4), output)
 
 
-def matching_at(device: torch.device, batch: int = 2, **options: int) -> Work:
+def matching_at(device: torch.device, batch: int = 2, **options: Any) -> Work:
     """Cost and assignment of one decoder layer at 512x512, from embeddings; the peer's matcher after the product."""
     return matching_cost.matching_from_embeddings(device, layers=1, batch=batch, cells=16, **options)
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 _READ_BYTES = 1 << 20
+_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 @contextlib.contextmanager
@@ -57,6 +59,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             raise OSError(error.errno, f"disk or quota full ({free:.1f} MiB free); the earlier file, if any, is "
                           "untouched; make room and try again", str(target)) from error
         raise
+
+
+def remove_temporary_files(folder: str | os.PathLike[str]) -> None:
+    """Delete the temporary files that `atomic_write` left in a folder when its process was killed.
+
+    No other process may be writing there. Nothing happens if the folder does not exist or cannot be changed.
+    """
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if _TEMPORARY_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any, indent: int | None = 2) -> None:

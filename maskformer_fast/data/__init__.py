@@ -56,7 +56,7 @@ def _open_dataset(config: DataConfig, split: Literal["train", "val"]) -> Segment
     if name == "folder":
         return folder_dataset(config, root, part)
     if name == "coco_instances":
-        return coco_instances_dataset(config, root, part, drop_empty=split == "train")
+        return coco_instances_dataset(config, root, part, training=split == "train")
     if name == "coco_panoptic":
         return coco_panoptic_dataset(config, root, part, root.resolve().name)
     return PRESETS[name].read(config, root, part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
@@ -14,6 +15,7 @@ from maskformer_fast.structures import Example
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
 _LISTED = 8  # number of problems that an error message lists; the log lists all of them
+_EXAMPLES = 5  # number of examples that are named for each reason of leaving truth out
 
 
 class BrokenExampleError(ValueError):
@@ -37,6 +39,33 @@ class BrokenExampleError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+class LeftOut:
+    """Counts of truth that is left out of a data set, by reason, with the first examples of each reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, reason: str, example: str) -> None:
+        """Count one annotation or image."""
+        self.counts[reason] += 1
+        if len(self._examples[reason]) < _EXAMPLES:
+            self._examples[reason].append(example)
+
+    def __str__(self) -> str:
+        """Describe each reason in a line."""
+        lines = []
+        for reason, count in self.counts.most_common():
+            more = ", ..." if count > _EXAMPLES else ""
+            lines.append(f"  {count} with {reason}: {', '.join(self._examples[reason])}{more}")
+        return "\n".join(lines)
+
+    def log(self, source: str | os.PathLike[str], what: str) -> None:
+        """Log all reasons in one warning, if there are any."""
+        if self.counts:
+            _LOGGER.warning("%s: left out %d %s:\n%s", source, self.counts.total(), what, self)
 
 
 class SegmentationDataset(Protocol):

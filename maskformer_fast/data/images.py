@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -13,6 +14,15 @@ from torch import Tensor
 
 from maskformer_fast.core.image_files import IMAGE_FORMATS
 from maskformer_fast.data.base import BrokenExampleError
+from maskformer_fast.data.pixel_values import (
+    declared_bits,
+    is_black_in_16_bits,
+    stored_indices,
+    take_lower_bytes,
+    to_8_bits,
+    warn_once,
+    without_texts,
+)
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -22,9 +32,8 @@ MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded (a quarter GiB as RGB); a larger one may be a decompression bomb."""
 
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+_LOSSY = ("JPEG", "MPO", "JPEG2000")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
-
-
 _FORMATS = sorted(set(IMAGE_FORMATS.values()))  # Pillow opens others with code of less use, and EPS with Ghostscript
 
 
@@ -40,11 +49,18 @@ def _turned_upright(image: Image.Image, in_place: bool = False) -> Image.Image:
     return image
 
 
-def _decode(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
+def _decode(
+    path: str | os.PathLike[str],
+    upright: bool = False,
+    lower_bytes: bool = False,  # of 16-bit colours, instead of the upper ones
+    source: IO[bytes] | None = None,  # the file's content; by default the path is opened
+) -> Image.Image:
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(source or path, formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
+                if lower_bytes and not take_lower_bytes(image):
+                    raise ValueError("expected 16-bit colours")
                 image.load()
                 return _turned_upright(image, in_place=True) if upright else image
         reason = f"expected at most {MAX_PIXELS} pixels, got {width} x {height} = {width * height}"
@@ -57,6 +73,8 @@ def _decode(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"expected at most {MAX_PIXELS} pixels: {error}"
     except Exception as error:  # decoders raise any exception on damaged data
+        if source is None and isinstance(error, ValueError) and "text" in str(error).lower():
+            return _decode(path, upright, lower_bytes, without_texts(path))
         raise BrokenExampleError(path, f"cannot be decoded: {error or type(error).__name__}") from error
     raise BrokenExampleError(path, reason)
 
@@ -65,31 +83,46 @@ def read_image(path: str | os.PathLike[str], upright: bool = True) -> np.ndarray
     """Decode a picture for a network -> uint8 [H, W, 3] RGB.
 
     The content must be of a format of `IMAGE_FORMATS`, whatever the file's name. EXIF orientation is applied unless
-    ``upright`` is False. Grey, palette, CMYK and 16-bit pictures are converted (of 16 bits the upper 8 are
-    kept). Transparency is dropped. Of several frames the first is taken.
+    ``upright`` is False. Grey, palette, CMYK and 16-bit pictures are converted, the latter as `pixel_values.to_8_bits`
+    does. Transparency is dropped. Of several frames the first is taken.
 
     Raises:
         BrokenExampleError: missing, damaged, truncated, floating-point, or larger than `MAX_PIXELS`.
     """
     try:
-        return rgb_array(_decode(path, upright))
+        image = _decode(path, upright)
+        rgb = rgb_array(image, path)
+        if is_black_in_16_bits(image, rgb, path):
+            rgb = _dark_colors(image, rgb, path, upright)
+        return rgb
     except BrokenExampleError:
         raise
     except (OSError, ValueError) as error:
         raise BrokenExampleError(path, f"cannot be converted to RGB: {error}") from error
 
 
-def rgb_array(image: Image.Image) -> np.ndarray:
+def _dark_colors(image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str], upright: bool) -> np.ndarray:
+    """Read 16-bit colours of 12 bits or fewer, of which Pillow gives the upper bytes -> uint8 [H, W, 3] RGB."""
+    try:
+        lower = rgb_array(_decode(path, upright, lower_bytes=True))
+    except BrokenExampleError:
+        warn_once("dark colours", "%s: 16-bit colours of at most 4095 are read as almost black. Convert the files to 8 "
+                  "bits. Further files are not logged", path)
+        return upper
+    return to_8_bits(upper.astype(np.int32) << 8 | lower, declared_bits(image, path), path)
+
+
+def rgb_array(image: Image.Image, path: str | os.PathLike[str] | None = None) -> np.ndarray:
     """Convert a decoded image of any mode as `read_image` does -> uint8 [H, W, 3] RGB.
+
+    ``path`` is the image's file, whose header may say what its values mean.
 
     Raises:
         ValueError: floating-point pixels, or more than 16 bits.
     """
     if image.mode in _DEEP_MODES:
-        values = np.asarray(image).astype(np.int64)
-        if values.size and not (values.min() >= 0 and values.max() <= 65535):
-            raise ValueError(f"expected at most 16 bits a pixel, got {values.min()}..{values.max()}")
-        return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        grey = to_8_bits(np.asarray(image).astype(np.int64), declared_bits(image, path), path or "image")
+        return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise ValueError("expected integer pixels, got floating point")
     if "transparency" in image.info and image.mode == "P":
@@ -124,16 +157,20 @@ def as_rgb_array(image: ImageLike, upright: bool = True) -> np.ndarray:
 def read_index_png(path: str | os.PathLike[str]) -> np.ndarray:
     """Decode an image whose pixel values are class indices -> int32 [H, W].
 
-    The image is grey (1, 8 or 16 bits) or has a palette, of which the index is read and not the colour. Despite the
-    name, TIFF works as well as PNG.
+    The image is grey (1 to 16 bits) or has a palette, of which the index is read and not the colour. Despite the name,
+    TIFF works as well as PNG.
 
     Raises:
-        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, or a colour image.
+        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, a colour image, or a JPEG, whose compression
+            changes indices.
     """
     image = _decode(path)
     if image.mode not in _INDEX_MODES:
         raise BrokenExampleError(path, f"expected one index a pixel (grey or palette image), got mode {image.mode}")
-    return np.asarray(image).astype(np.int32)
+    if image.format in _LOSSY:
+        reason = f"got {image.format}, whose compression changes the indices"
+        raise BrokenExampleError(path, f"expected an index image without loss (PNG), {reason}")
+    return stored_indices(image, path)
 
 
 def read_panoptic_png(path: str | os.PathLike[str]) -> np.ndarray:

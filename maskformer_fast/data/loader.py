@@ -6,6 +6,8 @@ So a run can resume from its step number, and the numbers of workers and micro-b
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -20,10 +22,12 @@ from maskformer_fast.config import AugmentConfig, Config, Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
+from maskformer_fast.data.images import MAX_PIXELS
 from maskformer_fast.data.transforms import Sample, TrainTransform
-from maskformer_fast.data.worker import worker_setup
+from maskformer_fast.data.worker import iterate_over, worker_setup
 from maskformer_fast.structures import Batch, Example, Targets
 
+_LOGGER = logging.getLogger("maskformer_fast.data")
 _PERMUTATION_STREAM = 1  # last part of the permutations' seed; examples have 0 there, as NumPy appends zeros
 
 Broken = tuple[str, str]
@@ -125,8 +129,13 @@ class TrainLoader:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over batches; raises BrokenExampleError if an example cannot be read and is not skipped."""
-        for item in self._loader:
+        """Iterate over batches.
+
+        Raises:
+            BrokenExampleError: an example cannot be read and is not skipped.
+            WorkerDied: a loader process died.
+        """
+        for item in iterate_over(self._loader):
             batch: Batch = _raise_broken(item)
             height, width = batch.targets.input_size  # pinning memory makes a list of the tuple
             yield batch._replace(targets=batch.targets._replace(input_size=(height, width)))
@@ -149,11 +158,12 @@ def train_loader(
         ValueError: the data set is empty, or the batch size is not a multiple of ranks times micro-batches.
     """
     transform = TrainTransform(config.data.augment, task, dataset.metadata)
+    queries = config.model.decoder.num_queries if config.model.type == "maskformer" else None
     sampler = TrainSampler(
         len(dataset), config.solver.batch_size, config.seed, accumulate=config.solver.accumulate,
         start_step=start_step, rank=rank, world_size=world_size,
     )
-    samples = _TrainSamples(dataset, transform, config.seed, config.data.skip_broken)
+    samples = _TrainSamples(dataset, transform, config.seed, config.data.skip_broken, queries)
     on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     return TrainLoader(
         DataLoader(
@@ -211,7 +221,7 @@ class EvalLoader:
         A group lacks its broken examples and may be empty.
         """
         self.broken.clear()
-        items = zip(self._indices, self._loader, strict=True)
+        items = zip(self._indices, iterate_over(self._loader), strict=True)
         while group := list(islice(items, size)):
             batch = []
             for index, item in group:
@@ -235,11 +245,17 @@ def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> rang
 class _TrainSamples(Dataset[Any]):
     """Transformed samples by (epoch, index).
 
+    The first image with more targets than ``queries`` is logged, since the others cannot be learned; None for a network
+    without queries.
+
     An error is returned instead of raised: PyTorch would wrap an error raised in a worker in that worker's traceback.
     """
 
-    def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, skip_broken: bool) -> None:
+    def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, skip_broken: bool,
+                 queries: int | None = None) -> None:
         self._dataset = dataset
+        self._queries = queries
+        self._warned = multiprocessing.Event()  # shared by the worker processes
         self._transform = transform
         self._seed = seed
         self._skip_broken = skip_broken
@@ -251,13 +267,26 @@ class _TrainSamples(Dataset[Any]):
         length = len(self._dataset)
         for step in range(length):
             try:
-                return self._transform(self._dataset[(index + step) % length], rng), broken
+                example = self._dataset[(index + step) % length]
+                self._warn_of_many_targets(example)
+                return self._transform(example, rng), broken
             except BrokenExampleError as error:
                 if not self._skip_broken:
                     return error
                 broken.append((error.path, error.reason))
         path, reason = broken[0]
         return BrokenExampleError(path, f"{reason}; all {length} examples of the data set are broken")
+
+    def _warn_of_many_targets(self, example: Example) -> None:
+        if self._queries is None or len(example.segments) <= self._queries or self._warned.is_set():
+            return
+        if (count := self._transform.count_targets(example)) > self._queries:
+            self._warned.set()
+            _LOGGER.warning(
+                "%s: expected at most %d objects, one for each query, got %d: the others of an image can be neither "
+                "learned nor found. Raise model.decoder.num_queries, and test.top_k, which limits the instances of a "
+                "result. Further images are not logged", example.path or example.image_id, self._queries, count
+            )
 
 
 class _EvalSamples(Dataset[Any]):
@@ -295,6 +324,14 @@ def _collate_read(
         if buckets.crop_size is None:
             height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
             canvas = bucket_side(height, buckets, divisor), bucket_side(width, buckets, divisor)
+    height, width = (max(canvas[axis], *(sample.image.shape[axis + 1] for sample in samples)) for axis in (0, 1))
+    if height * width > MAX_PIXELS:
+        tallest = max(samples, key=lambda sample: sample.image.shape[1])
+        widest = max(samples, key=lambda sample: sample.image.shape[2])
+        return BrokenExampleError(
+            tallest.path, f"expected at most {MAX_PIXELS} pixels an image after padding, got {height} x {width} beside "
+            f"{widest.path} in a batch: set data.augment.crop_size or scale_mode"
+        )
     return collate(samples, divisor, broken, canvas, slots)
 
 

@@ -62,21 +62,26 @@ def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[n
         labels = np.unique(category_map[category_map >= 0]).astype(np.int64)
         return labels, category_map == labels[:, None, None]
 
-    def wanted(segment: SegmentInfo) -> bool:
-        is_thing = metadata.is_thing[segment.category]
-        return task == "semantic" or (not segment.is_crowd and (is_thing or task == "panoptic"))
-
-    segments = [segment for segment in example.segments if wanted(segment)]
+    segments = [segment for segment in example.segments if _is_target(segment, task, metadata)]
     masks = example.segment_masks(segments)
-    rows: dict[tuple[int, int | None], int] = {}  # (category, segment id or None for a merged class) -> target
+    rows: dict[tuple[int, int | None], int] = {}  # key -> target
     merged = np.zeros_like(masks)
     for segment, mask in zip(segments, masks, strict=True):
-        is_separate = task != "semantic" and metadata.is_thing[segment.category]
-        row = rows.setdefault((segment.category, segment.id if is_separate else None), len(rows))
-        merged[row] |= mask
+        merged[rows.setdefault(_target_key(segment, task, metadata), len(rows))] |= mask
     labels = np.array([category for category, _ in rows], dtype=np.int64)
     filled = merged[: len(rows)].reshape(len(rows), example.size[0] * example.size[1]).any(1)
     return labels[filled], merged[: len(rows)][filled]
+
+
+def _is_target(segment: SegmentInfo, task: Task, metadata: Metadata) -> bool:
+    is_thing = metadata.is_thing[segment.category]
+    return task == "semantic" or (not segment.is_crowd and (is_thing or task == "panoptic"))
+
+
+def _target_key(segment: SegmentInfo, task: Task, metadata: Metadata) -> tuple[int, int | None]:
+    """Return the category, and the segment's id, or None for a class whose segments are one target."""
+    is_separate = task != "semantic" and metadata.is_thing[segment.category]
+    return segment.category, segment.id if is_separate else None
 
 
 class TrainTransform:
@@ -114,6 +119,11 @@ class TrainTransform:
         packed = np.packbits(masks, axis=-1, bitorder="little")
         return Sample(_to_tensor(np.asarray(image)), torch.from_numpy(labels), torch.from_numpy(packed),
                       example.image_id, example.path)
+
+    def count_targets(self, example: Example) -> int:
+        """Count the targets of the complete image, before it is cropped."""
+        task, metadata = self._task, self._metadata
+        return len({_target_key(s, task, metadata) for s in example.segments if _is_target(s, task, metadata)})
 
     def _resized(self, window: _Window, rng: np.random.Generator) -> _Window:
         augment = self._augment

@@ -1,22 +1,105 @@
-"""Set-up of a loader's worker processes: one thread each, and an end together with the training process."""
+"""A loader's worker processes: one thread each, an end together with the training process, and deaths explained."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from types import FrameType
+from typing import Any
 
 import threadpoolctl
 
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+_PATIENCE = 2.0
+"""Time in seconds for a worker to end after it stopped answering: its connections close a little earlier."""
+_working: set[BaseProcess] = set()
+"""Workers of the loaders that are being iterated over."""
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended before its loader. The message says how, and what helps."""
+
+
+def iterate_over(loader: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over a `torch.utils.data.DataLoader`.
+
+    Raises:
+        WorkerDied: a worker died. PyTorch's own error depends on what the worker was doing: RuntimeError, EOFError,
+            ConnectionResetError, FileNotFoundError...
+    """
+    before = set(multiprocessing.active_children())
+    items = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
+    _working.update(workers)
+    try:
+        yield from items
+    except Exception as error:
+        if workers and (death := _wait_for_death(workers)) is not None:
+            raise death from error
+        raise
+    finally:
+        _working.difference_update(workers)
+
+
+def worker_death(error: BaseException) -> WorkerDied | None:
+    """Death of a worker, if that is what an error comes from; ``None`` if all workers are alive.
+
+    PyTorch raises an error in the main thread as soon as a worker is killed, wherever that thread is.
+    """
+    return error if isinstance(error, WorkerDied) else _death(_working)
+
+
+@contextlib.contextmanager
+def worker_deaths_explained() -> Iterator[None]:
+    """Raise `WorkerDied` in place of an error in the block that comes from the death of a worker."""
+    try:
+        yield
+    except Exception as error:
+        death = worker_death(error)
+        if death is None or death is error:
+            raise
+        raise death from error
+
+
+def _wait_for_death(workers: Iterable[BaseProcess]) -> WorkerDied | None:
+    deadline = time.monotonic() + _PATIENCE
+    while (death := _death(workers)) is None and time.monotonic() < deadline:
+        with contextlib.suppress(RuntimeError):  # raised by PyTorch's handler of SIGCHLD, which the death brings
+            time.sleep(0.02)
+    return death
+
+
+def _death(workers: Iterable[BaseProcess]) -> WorkerDied | None:
+    for worker in workers:
+        status = worker.exitcode
+        if status is None:
+            continue
+        how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
+        if status == -signal.SIGBUS:
+            cause = "It ran out of shared memory: give the container more (docker: --shm-size 8g or --ipc host)"
+        else:
+            cause = ("Most likely the system ran out of memory and its OOM killer chose that process (dmesg would say "
+                     "so): use fewer --data.workers, or free memory")
+        return WorkerDied(f"a data loader process died: process {worker.pid} {how}. {cause}")
+    return None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def worker_setup() -> Callable[[int], None]:

@@ -52,7 +52,7 @@ class DemoOptions:
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
-    """What runs a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
+    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
 
     def __post_init__(self) -> None:
         check(0 <= self.port <= 65535, "port", "0 to 65535", self.port)

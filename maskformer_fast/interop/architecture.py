@@ -27,6 +27,7 @@ from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, P
 from maskformer_fast.interop.names import ConvertError, Renamed, Rule, their_name
 from maskformer_fast.modeling import BACKBONES, build_model
 from maskformer_fast.modeling.backbone import build_backbone
+from maskformer_fast.modeling.weights import not_finite
 
 BATCH_COUNTER = "num_batches_tracked"
 _STAGES = range(4)
@@ -166,7 +167,7 @@ def meta_backbone(config: BackboneConfig, source: object) -> nn.Module:
 def check_fit(
     module: nn.Module, renamed: Renamed, rules: Sequence[Rule], source: object, optional: Collection[str] = ()
 ) -> None:
-    """Check that weights under our names are exactly the module's, with the same shapes.
+    """Check that weights under our names are exactly the module's, with the same shapes, and finite.
 
     Args:
         module: the network, which may be on the meta device.
@@ -192,6 +193,8 @@ def check_fit(
             problems.append(f"shape: {theirs}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
         elif expected[name].is_floating_point() != tensor.is_floating_point():
             problems.append(f"type: {theirs}: expected {expected[name].dtype}, got {tensor.dtype}")
+    for name, count in not_finite(weights).items():
+        problems.append(f"not finite: {renamed.origin.get(name, name)}: {count}")
     if problems:
         raise ConvertError("\n  ".join(
             [f"{source}: the weights do not fit the network that they or their configuration describe:", *problems]

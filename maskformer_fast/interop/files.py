@@ -7,9 +7,9 @@ file, or a plain pickle as detectron2 writes it.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from maskformer_fast.interop.archive import check_archive
 from maskformer_fast.interop.names import ConvertError
 from maskformer_fast.interop.unpickle import load as load_pickle
+from maskformer_fast.modeling.weights import read_tensors
+
+logger = logging.getLogger(__name__)
 
 FOLDER_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
@@ -30,7 +34,15 @@ FOLDER_FILES = (
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
 _GIT_LFS = b"version https://"  # text file in the place of a large file that was not fetched
-_WRAPPERS = ("model", "state_dict")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "state")
+"""Keys below which training programs store the named tensors; each is opened, also one in another."""
+_PREFIXES = ("module.", "model.", "_orig_mod.", "_fsdp_wrapped_module.", "network.", "net.")
+"""Beginnings of all names of a wrapped network (of DistributedDataParallel, Lightning, torch.compile, FSDP)."""
+_MAX_WRAPPERS = 4
+_DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
 _MAX_SHARING = 4
 """Largest ratio of the tensors' bytes to the file's: tensors that share memory could otherwise fill all memory."""
 
@@ -40,17 +52,29 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a pickle of NumPy arrays (``.pkl``), a file of ``torch.save`` (``.pth``, ``.pt``, ``.bin``), a safetensors
-            file, or the ``.index.json`` of a sharded one. ``{"model": {...}}`` and ``{"state_dict": {...}}`` are
-            unwrapped; other entries beside them (optimiser, iteration) are ignored.
+            file, or the ``.index.json`` of a sharded one. ``{"model": {...}}``, ``{"state_dict": {...}}`` and the like
+            are unwrapped; other entries beside them (optimiser, iteration) are ignored.
 
     Returns:
-        Floating-point tensors as float32, others with their own type.
+        Floating-point tensors as float32, others with their own type. A prefix of a wrapper (``module.``, ``model.``,
+        ``_orig_mod.``) that all names share is taken off, and logged.
 
     Raises:
         FileNotFoundError: no such file.
         ConvertError: a file that is damaged, empty, of another kind, or that imports other names than those of arrays.
     """
     path = Path(path)
+    weights, prefix = _read_named(path), ""
+    while common := [text for text in _PREFIXES if weights and all(name.startswith(text) for name in weights)]:
+        weights = {name.removeprefix(common[0]): tensor for name, tensor in weights.items()}
+        prefix += common[0]
+    if prefix:
+        logger.info("%s: all names begin with %r, which was taken off", path, prefix)
+    return weights
+
+
+def _read_named(path: Path) -> dict[str, Tensor]:
+    """Read the named tensors of a file, under the names that they have there."""
     if path.is_dir():
         raise ConvertError(f"{path}: expected a file of weights, got a folder")
     try:
@@ -90,7 +114,7 @@ def read_folder_weights(folder: str | Path) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as reader:
-            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
+            return read_tensors(reader)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ConvertError(f"not a readable safetensors file: {error}") from error
 
@@ -108,7 +132,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise ConvertError(f"expected names of files beside the index, got {name!r}")
         if not (index.parent / name).is_file():
             raise ConvertError(f"shard {name}: no such file")
-        shard = read_weights(index.parent / name)
+        shard = _read_named(index.parent / name)
         if twice := sorted(set(shard) & set(weights)):
             raise ConvertError(f"shard {name}: {', '.join(twice)}: in another shard too")
         weights |= shard
@@ -118,17 +142,16 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def load_torch(path: Path) -> Any:
-    """Read tensors and plain containers by `torch.load`, on the CPU. Compressed archives are refused.
+    """Read tensors and plain containers by `torch.load`, on the CPU. Refuse archives that unpack to more than the file.
 
     Raises:
         ConvertError: a file that is damaged, of another kind, or refused. The message does not have the path.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
-            if packed:
-                raise ConvertError(f"refused: a compressed archive ({packed[0]!r}); torch.save stores without")
+        with path.open("rb") as file:
+            start = file.read(len(_OLD_TORCH))
+        if not start.startswith(_OLD_TORCH):  # what is none of both is no file of torch.save
+            check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged files seem to be of unknown versions
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -145,10 +168,9 @@ def load_torch(path: Path) -> Any:
 
 def _tensors(content: Any, limit: int) -> dict[str, Tensor]:
     """Unwrap and convert named tensors, whose original types may take ``limit`` bytes in total."""
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
+    for _ in range(_MAX_WRAPPERS):  # a dictionary may contain itself
+        inner = [content[key] for key in _WRAPPERS if isinstance(content, Mapping) and key in content]
+        content = next((part for part in inner if isinstance(part, Mapping)), content)
     if not isinstance(content, Mapping):
         raise ConvertError(f"expected a dictionary of named tensors, got {type(content).__name__}")
     if not content:
@@ -170,6 +192,8 @@ def _tensors(content: Any, limit: int) -> dict[str, Tensor]:
         except TypeError as error:
             problems.append(f"{name}: {error}")
     if problems:
+        if any(isinstance(value, Mapping) for value in content.values()):
+            problems.append(f"(tensors in a dictionary are read where its key is one of {', '.join(_WRAPPERS)})")
         raise ConvertError("expected named tensors, got\n  " + "\n  ".join(problems))
     return weights
 
@@ -180,7 +204,7 @@ def _check_plain(value: Any) -> None:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"an object of type {type(value).__name__}")
-    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu" or value.is_complex():
+    if value.layout != torch.strided or value.dtype not in _DTYPES or value.device.type != "cpu":
         raise TypeError(f"a tensor that is not a plain one of numbers ({value.layout}, {value.dtype}, {value.device})")
 
 

@@ -37,6 +37,7 @@ from maskformer_fast.interop.huggingface_config import (
 from maskformer_fast.interop.names import ConvertError, Renamed, Rule, from_ours, to_ours
 from maskformer_fast.modeling.backbone import is_swin, resolve_backbone
 from maskformer_fast.modeling.swin import WindowAttention
+from maskformer_fast.modeling.weights import CheckpointError, check_depth
 
 CONFIG_NAME = "config.json"
 PROCESSOR_NAME = "preprocessor_config.json"
@@ -161,13 +162,13 @@ def read_folder(path: str | os.PathLike[str]) -> HuggingFaceModel:
     class_names = read_class_names(config, len(classifier) - 1)
     try:
         ours = read_config(config, processor, len(classifier) - 1)
-        deepest = max(ours.model.decoder.layers, *(resolve_backbone(ours.model.backbone).depths or ()))
-        if deepest > len(theirs):  # before an endless network is built
-            raise ConvertError(f"{folder / CONFIG_NAME}: expected no more layers than tensors, got {deepest}")
+        check_depth(ours.model, len(theirs), folder / CONFIG_NAME)
         network = meta_model(ours.model, folder)
+    except ConvertError:
+        raise
+    except CheckpointError as error:
+        raise ConvertError(str(error)) from error
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, ConvertError):
-            raise
         raise ConvertError(f"{folder}: {error}") from error
     renamed = to_ours(theirs, RULES)
     check_fit(network, renamed, RULES, folder)

@@ -167,7 +167,8 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
         listed = ", ".join(list(weights)[:5]) or "no tensor"
         raise ConvertError(f"{source}: expected the tensors of an official model (sem_seg_head...), of a ResNet "
                            f"(stem..., layer1...) or of a Swin Transformer (patch_embed...), got {listed}; "
-                           "of a Hugging Face model, name the folder and not its file")
+                           "of a Hugging Face model, name the folder and not its file; a prefix such as module. or "
+                           "model. is taken off where all names begin with it")
     renamed = to_ours(weights, rules)
     config = infer_backbone(renamed.weights, source=source)
     backbone = meta_backbone(config, source)

@@ -42,7 +42,7 @@ def _linear_sum_assignment_cpu(arguments: _Arguments) -> Tensor:
     rows = torch.empty(arguments.result_shape, dtype=torch.int64)
     is_single = problems.dtype == torch.float32
     assign = extension.linear_sum_assignment_f32 if is_single else extension.linear_sum_assignment_f64
-    assign(address_of(problems), sizes, strides, address_of(counts), address_of(rows), torch.get_num_threads())
+    assign(*_addresses(arguments, problems, sizes, strides, counts, rows), torch.get_num_threads())
     return rows
 
 
@@ -55,45 +55,69 @@ def _linear_sum_assignment_cuda(arguments: _Arguments) -> Tensor:
         assign, scratch_bytes = extension.linear_sum_assignment_cuda_f32, extension.assignment_scratch_bytes_f32
     else:
         assign, scratch_bytes = extension.linear_sum_assignment_cuda_f64, extension.assignment_scratch_bytes_f64
-    inputs = (address_of(problems), sizes, strides, address_of(counts), address_of(rows))
+    inputs = _addresses(arguments, problems, sizes, strides, counts, rows)
     device = problems.device.index
     size = scratch_bytes(*inputs, device)
     # freed on return, while the kernel may run: the allocator gives it only to what comes later on this stream
     scratch = torch.empty(size, dtype=torch.uint8, device=problems.device)
-    assign(*inputs, address_of(scratch), size, device, torch.cuda.current_stream(device).cuda_stream)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    assign(*inputs, address_of(scratch, "scratch", "uint8", (size,)), size, device, stream)
     return rows
+
+
+def _addresses(
+    arguments: _Arguments,
+    problems: Tensor,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    counts: Tensor | None,
+    rows: Tensor,
+) -> tuple[int | tuple[int, ...], ...]:
+    """Arrays of both backends as the extension takes them."""
+    cost_type = "float32" if problems.dtype == torch.float32 else "float64"
+    return (
+        address_of(problems, "cost", cost_type, sizes[-problems.dim() :], any_strides=True), sizes, strides,
+        address_of(counts, "counts", "int64", arguments.cost.shape[:-2]),
+        address_of(rows, "rows", "int64", arguments.result_shape),
+    )  # fmt: skip
 
 
 def _linear_sum_assignment_fake(arguments: _Arguments) -> Tensor:
     return arguments.cost.new_empty(arguments.result_shape, dtype=torch.int64)
 
 
-_linear_sum_assignment = register_operator(
-    "linear_sum_assignment(Tensor cost, Tensor? counts=None) -> Tensor",
-    _Arguments,
-    cpu=_linear_sum_assignment_cpu,
-    cuda=_linear_sum_assignment_cuda,
-    fake=_linear_sum_assignment_fake,
-)
-
-
-def _check(cost: Tensor, counts: Tensor | None) -> None:
-    if not isinstance(cost, Tensor):
-        raise TypeError(f"cost: expected a Tensor, got {type(cost).__name__}")
+def _check(arguments: _Arguments) -> None:
+    cost, counts = arguments
     if cost.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"cost: expected torch.float32 or torch.float64, got {cost.dtype}")
     if cost.dim() < 2:
         raise ValueError(f"cost: expected shape [..., N, M], got {tuple(cost.shape)}")
     if counts is None:
         return
-    if not isinstance(counts, Tensor):
-        raise TypeError(f"counts: expected a Tensor or None, got {type(counts).__name__}")
     if counts.dtype != torch.int64:
         raise TypeError(f"counts: expected torch.int64, got {counts.dtype}")
     if counts.shape != cost.shape[:-2]:
         raise ValueError(f"counts: expected shape {tuple(cost.shape[:-2])} as cost's, got {tuple(counts.shape)}")
     if counts.device != cost.device:
         raise ValueError(f"counts: expected on {cost.device} as cost, got {counts.device}")
+
+
+_linear_sum_assignment = register_operator(
+    "linear_sum_assignment(Tensor cost, Tensor? counts=None) -> Tensor",
+    _Arguments,
+    check=_check,
+    cpu=_linear_sum_assignment_cpu,
+    cuda=_linear_sum_assignment_cuda,
+    fake=_linear_sum_assignment_fake,
+)
+
+
+def _check_types(cost: object, counts: object) -> None:
+    """Raise ``TypeError`` for what is no tensor, which the operator itself cannot be given."""
+    if not isinstance(cost, Tensor):
+        raise TypeError(f"cost: expected a Tensor, got {type(cost).__name__}")
+    if counts is not None and not isinstance(counts, Tensor):
+        raise TypeError(f"counts: expected a Tensor or None, got {type(counts).__name__}")
 
 
 def linear_sum_assignment(
@@ -117,7 +141,7 @@ def linear_sum_assignment(
     built, and for CUDA tensors where it was built without CUDA. A count outside 0..M raises ValueError on the CPU; on
     CUDA, where raising would need a synchronisation, its problem gives all -1.
     """
-    _check(cost, counts)
+    _check_types(cost, counts)
     return _linear_sum_assignment(cost, counts)
 
 
@@ -128,7 +152,8 @@ def linear_sum_assignment_eager(
     """`linear_sum_assignment` by SciPy, a problem at a time: oracle of the tests and baseline of the benchmarks."""
     from scipy.optimize import linear_sum_assignment as solve  # SciPy comes with the extras train and test only
 
-    _check(cost, counts)
+    _check_types(cost, counts)
+    _check(_Arguments(cost, counts))
     total = cost.shape[-1]
     problems = (cost.detach().flatten(0, -3) if cost.dim() > 2 else cost.detach()[None]).cpu().numpy()
     limits = [total] * len(problems) if counts is None else counts.reshape(-1).tolist()

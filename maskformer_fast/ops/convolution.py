@@ -40,11 +40,19 @@ def _conv3x3_winograd_cpu(arguments: _Arguments) -> Tensor:
     result = _conv3x3_winograd_fake(arguments)
     count, in_channels, height, width = images.shape
     load_extension().conv3x3_winograd(
-        address_of(images), dtype_name(images), (count, height, width, in_channels, arguments.channels),
-        address_of(arguments.packed), address_of(arguments.bias), arguments.relu, address_of(result),
-        torch.get_num_threads(),
+        _innermost_channels(images, "images"), dtype_name(images),
+        (count, height, width, in_channels, arguments.channels),
+        address_of(arguments.packed, "packed", "float32", _packed_shape(arguments)),
+        address_of(arguments.bias, "bias", "float32", (arguments.channels,)), arguments.relu,
+        _innermost_channels(result, "result"), torch.get_num_threads(),
     )  # fmt: skip
     return result
+
+
+def _innermost_channels(images: Tensor, name: str) -> int:
+    """Address of images whose channels are the innermost dimension."""
+    pixels = images.permute(0, 2, 3, 1)
+    return address_of(pixels, name, dtype_name(images), pixels.shape)
 
 
 def _conv3x3_winograd_fake(arguments: _Arguments) -> Tensor:
@@ -53,9 +61,30 @@ def _conv3x3_winograd_fake(arguments: _Arguments) -> Tensor:
     return torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
 
 
+def _packed_shape(arguments: _Arguments) -> tuple[int, ...]:
+    return 36, -(-arguments.channels // PANEL), arguments.images.shape[1], PANEL
+
+
+def _check(arguments: _Arguments) -> None:
+    images, packed, bias, channels, _ = arguments
+    if images.dtype not in DTYPES:
+        raise TypeError(f"images: expected torch.float32 or torch.bfloat16, got {images.dtype}")
+    check(images.device.type == "cpu", "images", "a tensor on the CPU", images.device)
+    check(images.dim() == 4, "images", "shape [B, C, H, W]", tuple(images.shape))
+    check(channels > 0, "channels", ">= 1", channels)
+    expected = _packed_shape(arguments)
+    check(tuple(packed.shape) == expected, "packed", f"shape {expected}", tuple(packed.shape))
+    for name, tensor in (("packed", packed), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+            raise TypeError(f"{name}: expected a contiguous torch.float32, got {tensor.dtype} {tensor.stride()}")
+    if bias is not None:
+        check(tuple(bias.shape) == (channels,), "bias", f"shape [{channels}]", tuple(bias.shape))
+
+
 _conv3x3_winograd = register_operator(
     "conv3x3_winograd(Tensor images, Tensor packed, Tensor? bias, int channels, bool relu) -> Tensor",
     _Arguments,
+    check=_check,
     cpu=_conv3x3_winograd_cpu,
     fake=_conv3x3_winograd_fake,
 )
@@ -121,16 +150,4 @@ def conv3x3_winograd(
         ValueError: shapes that do not fit, another device than the CPU.
         ImportError: without the compiled extension.
     """
-    if images.dtype not in DTYPES:
-        raise TypeError(f"images: expected torch.float32 or torch.bfloat16, got {images.dtype}")
-    check(images.device.type == "cpu", "images", "a tensor on the CPU", images.device)
-    check(images.dim() == 4, "images", "shape [B, C, H, W]", tuple(images.shape))
-    check(channels > 0, "channels", ">= 1", channels)
-    expected = (36, -(-channels // PANEL), images.shape[1], PANEL)
-    check(tuple(packed.shape) == expected, "packed", f"shape {expected}", tuple(packed.shape))
-    for name, tensor in (("packed", packed), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-            raise TypeError(f"{name}: expected a contiguous torch.float32, got {tensor.dtype} {tensor.stride()}")
-    if bias is not None:
-        check(tuple(bias.shape) == (channels,), "bias", f"shape [{channels}]", tuple(bias.shape))
     return _conv3x3_winograd(images, packed, bias, channels, relu)

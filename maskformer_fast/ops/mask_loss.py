@@ -123,24 +123,39 @@ class MaskPairsBackward(NamedTuple):
 
 
 class _ExtensionArguments:
-    """Arguments as the extension takes them; keeps the tensors alive while their addresses are in use.
-
-    Raises ValueError for a shape or type that does not fit, as the extension sees addresses only.
-    """
+    """Arguments as the extension takes them; keeps the tensors alive while their addresses are in use."""
 
     def __init__(self, pairs: MaskPairs) -> None:
-        check(pairs.logits.dim() == 3, "logits", "shape [P, h, w]", tuple(pairs.logits.shape))
-        check(pairs.masks.dim() == 3, "masks", "shape [N, H, ceil(W/8)]", tuple(pairs.masks.shape))
-        count, height, width = (len(pairs.rows), *pairs.logits.shape[1:])
-        _check_tensor(pairs.logits, "logits", torch.float32, (count, height, width))
-        targets, input_height = pairs.masks.shape[:2]
-        _check_tensor(pairs.rows, "rows", torch.int64, (count,))
-        _check_tensor(pairs.masks, "masks", torch.uint8, (targets, input_height, (pairs.width + 7) // 8))
-        if pairs.valid_sizes is not None:
-            _check_tensor(pairs.valid_sizes, "valid_sizes", torch.int64, (targets, 2))
         self.tensors = [None if tensor is None else tensor.contiguous() for tensor in pairs[:4]]
-        sizes = (count, height, width, targets, input_height, pairs.width)
-        self.values = ([address_of(tensor) for tensor in self.tensors], sizes, pairs.focal)
+        (count, height, width), (targets, input_height) = pairs.logits.shape, pairs.masks.shape[:2]
+        fields = (
+            ("logits", "float32", (count, height, width)),
+            ("masks", "uint8", (targets, input_height, (pairs.width + 7) // 8)),
+            ("rows", "int64", (count,)),
+            ("valid_sizes", "int64", (targets, 2)),
+        )
+        addresses = [address_of(tensor, *field) for tensor, field in zip(self.tensors, fields, strict=True)]
+        self.values = (addresses, (count, height, width, targets, input_height, pairs.width), pairs.focal)
+
+
+def _check(pairs: MaskPairs) -> None:
+    """Raise ``ValueError`` for a shape or type that does not fit."""
+    check(pairs.logits.dim() == 3, "logits", "shape [P, h, w]", tuple(pairs.logits.shape))
+    check(pairs.masks.dim() == 3, "masks", "shape [N, H, ceil(W/8)]", tuple(pairs.masks.shape))
+    check(pairs.rows.dim() == 1, "rows", "shape [P]", tuple(pairs.rows.shape))
+    check(len(pairs.focal) == 3, "focal", "three numbers", pairs.focal)
+    count, (targets, input_height) = len(pairs.rows), pairs.masks.shape[:2]
+    dtype = torch.float64 if pairs.logits.dtype == torch.float64 else torch.float32
+    _check_tensor(pairs.logits, "logits", dtype, (count, *pairs.logits.shape[1:]))
+    _check_tensor(pairs.rows, "rows", torch.int64, (count,))
+    _check_tensor(pairs.masks, "masks", torch.uint8, (targets, input_height, (pairs.width + 7) // 8))
+    if pairs.valid_sizes is not None:
+        _check_tensor(pairs.valid_sizes, "valid_sizes", torch.int64, (targets, 2))
+
+
+def _check_backward(arguments: MaskPairsBackward) -> None:
+    _check(arguments.pairs)
+    _check_tensor(arguments.gradient, "gradient", arguments.pairs.logits.dtype, (len(arguments.pairs.rows), 4))
 
 
 def _check_tensor(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -153,7 +168,8 @@ def _mask_sums_cpu(pairs: MaskPairs) -> Tensor:
         return mask_sums_eager(pairs)
     arguments = _ExtensionArguments(pairs)
     sums = _mask_sums_fake(pairs)
-    load_extension().mask_sums(*arguments.values, address_of(sums), torch.get_num_threads())
+    address = address_of(sums, "sums", "float32", (len(pairs.rows), 4))
+    load_extension().mask_sums(*arguments.values, address, torch.get_num_threads())
     return sums
 
 
@@ -173,11 +189,11 @@ def _mask_sums_backward_cpu(arguments: MaskPairsBackward) -> Tensor:
     if pairs.logits.dtype == torch.float64:
         return mask_sums_backward_eager(arguments)
     inputs = _ExtensionArguments(pairs)
-    _check_tensor(gradient, "gradient", torch.float32, (len(pairs.rows), 4))
     gradient = gradient.contiguous()
     result = torch.empty_like(pairs.logits, memory_format=torch.contiguous_format)
     load_extension().mask_sums_backward(
-        address_of(gradient), *inputs.values, address_of(result), torch.get_num_threads()
+        address_of(gradient, "gradient", "float32", (len(pairs.rows), 4)), *inputs.values,
+        address_of(result, "result", "float32", pairs.logits.shape), torch.get_num_threads(),
     )
     return result
 
@@ -198,6 +214,7 @@ _PAIRS = "Tensor logits, Tensor masks, Tensor rows, Tensor? valid_sizes, SymInt 
 _mask_sums = register_operator(
     f"mask_sums({_PAIRS}) -> Tensor",
     MaskPairs,
+    check=_check,
     cpu=_mask_sums_cpu,
     cuda=_mask_sums_cuda,
     fake=_mask_sums_fake,
@@ -205,6 +222,7 @@ _mask_sums = register_operator(
 _mask_sums_backward = register_operator(
     f"mask_sums_backward(Tensor gradient, {_PAIRS}) -> Tensor",
     MaskPairsBackward.of,
+    check=_check_backward,
     cpu=_mask_sums_backward_cpu,
     cuda=_mask_sums_backward_cuda,
     fake=_mask_sums_backward_fake,
@@ -244,13 +262,16 @@ def mask_loss(
     affected.
 
     Raises:
-        ValueError: predictions and targets are not of one padded input size; on the CPU also where targets are not of
-            the types and shapes given in `Targets`.
+        ValueError: predictions and targets are not of one padded input size; or targets are not of the types
+            and shapes given in `Targets`.
         ImportError: the extension is not built.
     """
     check(targets.input_size == predictions.input_size, "targets.input_size",
           f"that of the predictions {predictions.input_size}", targets.input_size)
     layers, batch, slots = query.shape
+    height, width = targets.input_size
+    expected = (batch, slots, height, (width + 7) // 8)
+    check(targets.masks.shape == expected, "targets.masks", f"shape {expected}", tuple(targets.masks.shape))
     with torch.autocast(query.device.type, enabled=False):
         embeddings, pixels = (at_least_float32(e) for e in (predictions.mask_embeddings, predictions.pixel_embeddings))
         index = query.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, embeddings.shape[-1])

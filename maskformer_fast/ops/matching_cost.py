@@ -56,19 +56,21 @@ def _matching_cost_cpu(arguments: _Arguments) -> Tensor:
     # names keep the copies alive while their addresses are in use
     embeddings, labels, counts, masks = (tensor.contiguous() for tensor in (arguments.embeddings, *arguments[3:6]))
     valid_sizes = None if arguments.valid_sizes is None else arguments.valid_sizes.contiguous()
+    inner = arguments.out_size if pixels is None else (depth,)
+    maps, slots, (height, width) = arguments.out_size, labels.shape[1], arguments.input_size
     load_extension().matching_cost(
-        address_of(class_logits),
-        address_of(embeddings),
-        address_of(pixels),
+        address_of(class_logits, "class_logits", "float32", (layers, batch, queries, classes)),
+        address_of(embeddings, "embeddings", "float32", (layers, batch, queries, *inner)),
+        address_of(pixels, "pixels", "float32", (batch, depth, *maps), any_strides=True),
         strides,
-        address_of(labels),
-        address_of(counts),
-        address_of(masks),
-        address_of(valid_sizes),
-        (layers, batch, queries, classes, depth, *arguments.out_size, labels.shape[1], *arguments.input_size),
+        address_of(labels, "labels", "int64", (batch, slots)),
+        address_of(counts, "counts", "int64", (batch,)),
+        address_of(masks, "masks", "uint8", (batch, slots, height, (width + 7) // 8)),
+        address_of(valid_sizes, "valid_sizes", "int64", (batch, 2)),
+        (layers, batch, queries, classes, depth, *maps, slots, height, width),
         arguments.weights,
         arguments.focal,
-        address_of(cost),
+        address_of(cost, "cost", "float32", (layers, batch, queries, slots)),
         torch.get_num_threads(),
     )
     return cost
@@ -86,10 +88,58 @@ def _matching_cost_fake(arguments: _Arguments) -> Tensor:
     return arguments.class_logits.new_empty(*arguments.class_logits.shape[:3], arguments.labels.shape[1])
 
 
+def _check(arguments: _Arguments) -> None:
+    for name, numbers, count in zip(_Arguments._fields[7:], arguments[7:], (2, 3, 3), strict=True):
+        check(len(numbers) == count, name, f"{count} numbers", numbers)
+    pixels = {} if arguments.pixels is None else {"pixels": arguments.pixels}
+    floats = {"class_logits": arguments.class_logits, "embeddings": arguments.embeddings, **pixels}
+    _check_tensors(floats, arguments, arguments.input_size, "")
+    class_type, *types = (tensor.dtype for tensor in floats.values())
+    allowed = {class_type}
+    if arguments.class_logits.is_cuda and class_type == torch.float32:
+        allowed |= {torch.float16, torch.bfloat16}
+    fits = class_type in (torch.float32, torch.float64) and len(set(types)) == 1 and types[0] in allowed
+    check(fits, ", ".join(floats), "all of torch.float32 or all of torch.float64", [class_type, *types])
+
+
+def _check_tensors(
+    floats: dict[str, Tensor],  # class logits, then mask embeddings and pixel embeddings or else mask logits, by name
+    targets: Targets | _Arguments,
+    input_size: tuple[int, int],
+    prefix: str,  # of the targets' names
+) -> None:
+    """Raise ``ValueError`` for a shape, type or device that does not fit."""
+    (class_name, class_logits), (name, embeddings), *rest = floats.items()
+    check(class_logits.dim() == 4, class_name, "shape [L, B, Q, K+1]", tuple(class_logits.shape))
+    layers, batch, queries = class_logits.shape[:3]
+    wanted, dims = ("h, w", 5) if not rest else ("D", 4)
+    check(embeddings.dim() == dims and embeddings.shape[:3] == class_logits.shape[:3], name,
+          f"shape [{layers}, {batch}, {queries}, {wanted}] as of {class_name}", tuple(embeddings.shape))
+    for pixel_name, pixels in rest:
+        check(pixels.dim() == 4 and pixels.shape[:2] == (batch, embeddings.shape[3]), pixel_name,
+              f"shape [{batch}, {embeddings.shape[3]}, h, w] as of {name}", tuple(pixels.shape))
+    slots, (height, width) = targets.labels.shape[-1] if targets.labels.dim() else 0, input_size
+    shapes = {"labels": (batch, slots), "counts": (batch,), "masks": (batch, slots, height, (width + 7) // 8),
+              "valid_sizes": (batch, 2)}
+    for field, shape in shapes.items():
+        tensor, dtype = getattr(targets, field), torch.uint8 if field == "masks" else torch.int64
+        if tensor is None:  # valid sizes alone may be missing
+            continue
+        check(tensor.shape == shape and tensor.dtype == dtype, f"{prefix}{field}", f"{dtype} {shape}",
+              f"{tensor.dtype} {tuple(tensor.shape)}")
+        check(tensor.device == class_logits.device, f"{prefix}{field}", f"on {class_logits.device} as {class_name}",
+              tensor.device)
+    for float_name, tensor in floats.items():
+        check(tensor.is_floating_point(), float_name, "a floating-point type", tensor.dtype)
+        check(tensor.device == class_logits.device, float_name, f"on {class_logits.device} as {class_name}",
+              tensor.device)
+
+
 _matching_cost = register_operator(
     "matching_cost(Tensor class_logits, Tensor embeddings, Tensor? pixels, Tensor labels, Tensor counts, Tensor masks, "
     "Tensor? valid_sizes, int[] input_size, float[] weights, float[] focal) -> Tensor",
     _Arguments,
+    check=_check,
     cpu=_matching_cost_cpu,
     cuda=_matching_cost_cuda,
     fake=_matching_cost_fake,
@@ -101,32 +151,13 @@ def _checked_arguments(
     targets: Targets,
     loss: LossConfig,
 ) -> _Arguments:
-    """Check the arguments, as the extension sees addresses only, and bring the floating-point tensors to one type."""
-    (class_name, class_logits), (name, embeddings), *rest = floats.items()
-    check(class_logits.dim() == 4, class_name, "shape [L, B, Q, K+1]", tuple(class_logits.shape))
-    layers, batch, queries = class_logits.shape[:3]
-    wanted, dims = ("h, w", 5) if not rest else ("D", 4)
-    check(embeddings.dim() == dims and embeddings.shape[:3] == class_logits.shape[:3], name,
-          f"shape [{layers}, {batch}, {queries}, {wanted}] as of {class_name}", tuple(embeddings.shape))
-    for pixel_name, pixels in rest:
-        check(pixels.dim() == 4 and pixels.shape[:2] == (batch, embeddings.shape[3]), pixel_name,
-              f"shape [{batch}, {embeddings.shape[3]}, h, w] as of {name}", tuple(pixels.shape))
-    slots, (height, width) = targets.labels.shape[-1], targets.input_size
-    shapes = {"labels": (batch, slots), "counts": (batch,), "masks": (batch, slots, height, (width + 7) // 8),
-              "valid_sizes": (batch, 2)}
-    for field, shape in shapes.items():
-        tensor, dtype = getattr(targets, field), torch.uint8 if field == "masks" else torch.int64
-        check(tensor.shape == shape and tensor.dtype == dtype, f"targets.{field}", f"{dtype} {shape}",
-              f"{tensor.dtype} {tuple(tensor.shape)}")
-        check(tensor.device == class_logits.device, f"targets.{field}", f"on {class_logits.device} as {class_name}",
-              tensor.device)
+    """Check the arguments and bring the floating-point tensors to one type."""
+    class_logits, embeddings, *rest = floats.values()
+    _check_tensors(floats, targets, targets.input_size, "targets.")
     dtype = torch.float32
-    for float_name, tensor in floats.items():
-        check(tensor.is_floating_point(), float_name, "a floating-point type", tensor.dtype)
-        check(tensor.device == class_logits.device, float_name, f"on {class_logits.device} as {class_name}",
-              tensor.device)
+    for tensor in floats.values():
         dtype = torch.promote_types(dtype, tensor.dtype)
-    maps = [embeddings, *(pixels for _, pixels in rest)]
+    maps = [embeddings, *rest]
     kernel = class_logits.is_cuda and dtype == torch.float32
     if not kernel or any(tensor.dtype != embeddings.dtype for tensor in maps):
         maps = [tensor.to(dtype) for tensor in maps]
@@ -138,7 +169,7 @@ def _checked_arguments(
         targets.counts,
         targets.masks,
         targets.valid_sizes if loss.padding == "exclude" else None,
-        (height, width),
+        targets.input_size,
         (loss.class_weight, loss.mask_weight, loss.dice_weight),
         focal_parameters(loss),
     )

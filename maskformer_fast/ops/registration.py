@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Arguments = TypeVar("Arguments")
 Result = TypeVar("Result")
@@ -17,6 +18,7 @@ def register_operator(
     schema: str,  # "NAME(Tensor x, float[2] extent) -> Tensor"
     arguments: Callable[..., Arguments],
     *,
+    check: Callable[[Arguments], None],
     cpu: Callable[[Arguments], Result],
     cuda: Callable[[Arguments], Result] | None = None,
     fake: Callable[[Arguments], Result],
@@ -26,6 +28,8 @@ def register_operator(
     Args:
         arguments: makes one object of the schema's arguments: a NamedTuple with the same fields and defaults. Lists
             (``float[2]``, ``Tensor[]``) come as tuples.
+        check: raises TypeError or ValueError for arguments that do not fit. It takes that object and runs in every
+            call, also of ``torch.ops.maskformer_fast.NAME``. That all tensors are on one device is checked here.
         cpu: implementation for CPU tensors; takes that object.
         cuda: implementation for CUDA tensors; without it they raise NotImplementedError.
         fake: makes empty results of the right shapes and types, for torch.compile and torch.export.
@@ -33,10 +37,10 @@ def register_operator(
     # `define` and `impl` cost 3.6 us a call, `torch.library.custom_op` 10.5 us.
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _with_one_argument(cpu, arguments), "CPU")
+    _library.impl(name, _with_one_argument(cpu, arguments, check), "CPU")
     if cuda is not None:
-        _library.impl(name, _with_one_argument(cuda, arguments), "CUDA")
-    torch.library.register_fake(f"maskformer_fast::{name}", _with_one_argument(fake, arguments), lib=_library)
+        _library.impl(name, _with_one_argument(cuda, arguments, check), "CUDA")
+    torch.library.register_fake(f"maskformer_fast::{name}", _with_one_argument(fake, arguments, check), lib=_library)
     operator: Callable[..., Result] = getattr(torch.ops.maskformer_fast, name).default
     return operator
 
@@ -51,9 +55,16 @@ def register_gradient(
 
 
 def _with_one_argument(
-    implementation: Callable[[Arguments], Result], arguments: Callable[..., Arguments]
+    implementation: Callable[[Arguments], Result],
+    arguments: Callable[..., Arguments],
+    check: Callable[[Arguments], None],
 ) -> Callable[..., Result]:
     def call(*values: Any) -> Result:
-        return implementation(arguments(*(tuple(value) if isinstance(value, list) else value for value in values)))
+        made = arguments(*(tuple(value) if isinstance(value, list) else value for value in values))
+        check(made)
+        devices = {value.device for value in values if isinstance(value, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"tensors: expected all on one device, got {sorted(map(str, devices))}")
+        return implementation(made)
 
     return call

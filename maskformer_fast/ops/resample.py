@@ -36,6 +36,7 @@ products stay finite."""
 
 def check_geometry(maps: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> None:
     """Raise ``ValueError`` unless 0 < extent <= the maps' size and the output has pixels."""
+    check(len(extent) == 2, "extent", "height and width in map pixels", extent)
     inside = all(0 < e <= n * (1 + 1e-6) for e, n in zip(extent, maps.shape[-2:], strict=True))
     check(inside, "extent", f"two sizes in (0, {tuple(maps.shape[-2:])}]", extent)
     check(len(output_size) == 2 and min(output_size) > 0, "output_size", "positive height and width", output_size)

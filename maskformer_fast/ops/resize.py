@@ -61,20 +61,6 @@ def _resize_images_fake(arguments: _Arguments) -> Tensor:
     return arguments.stacks[0].new_empty((count, 3, *arguments.canvas))
 
 
-_resize_images = register_operator(
-    "resize_images(Tensor[] stacks, int[] sizes, int[] canvas, bool bgr) -> Tensor",
-    _Arguments,
-    cpu=_resize_images_cpu,
-    cuda=_resize_images_cuda,
-    fake=_resize_images_fake,
-)
-
-
-def filters_columns_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
-    """Tell whether the installed Pillow, which resizes on the CPU, filters columns before rows."""
-    return int(PIL.__version__.split(".")[0]) >= 13 and columns_first(shape, size)
-
-
 def _check_image(
     image: Tensor,
     dims: int,  # 4 for a stack
@@ -86,6 +72,31 @@ def _check_image(
     fits = image.dim() == dims and shape[-1] in (3, 4) and image.numel() > 0
     check(fits, "images", "a tensor [N, H, W, 3 or 4] or a sequence of [H, W, 3 or 4], none empty", shape)
     check(image.device == device, "images", f"all on {device} as the first", image.device)
+
+
+def _check(arguments: _Arguments) -> None:
+    stacks, sizes, canvas, _ = arguments
+    check(len(stacks) > 0, "stacks", "at least one", len(stacks))
+    for stack in stacks:
+        _check_image(stack, 4, stacks[0].device)
+    check(len(sizes) == 2 * len(stacks), "sizes", f"height and width of each of the {len(stacks)} stacks", sizes)
+    fits = len(canvas) == 2 and all(1 <= size <= canvas[index % 2] for index, size in enumerate(sizes))
+    check(fits, "sizes", f"at least 1 x 1 and at most the canvas {canvas}", sizes)
+
+
+_resize_images = register_operator(
+    "resize_images(Tensor[] stacks, int[] sizes, int[] canvas, bool bgr) -> Tensor",
+    _Arguments,
+    check=_check,
+    cpu=_resize_images_cpu,
+    cuda=_resize_images_cuda,
+    fake=_resize_images_fake,
+)
+
+
+def filters_columns_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
+    """Tell whether the installed Pillow, which resizes on the CPU, filters columns before rows."""
+    return int(PIL.__version__.split(".")[0]) >= 13 and columns_first(shape, size)
 
 
 def resize_images(

@@ -68,9 +68,17 @@ def _instance_rle_fake(arguments: _Arguments) -> tuple[Tensor, Tensor]:
     return data, data.new_empty(mask_logits.shape[0] * mask_logits.shape[1] + 1, dtype=torch.int64)
 
 
+def _check(arguments: _Arguments) -> None:
+    mask_logits, extent, output_size, capacity = arguments
+    check_logits(mask_logits, extent, output_size)
+    check(output_size[0] * output_size[1] < 1 << 31, "output_size", "fewer than 2^31 pixels", output_size)
+    check(capacity >= 0, "capacity", "0 or more bytes", capacity)
+
+
 _instance_rle = register_operator(
     "instance_rle(Tensor mask_logits, float[2] extent, SymInt[2] output_size, SymInt capacity) -> (Tensor, Tensor)",
     _Arguments,
+    check=_check,
     cpu=_instance_rle_cpu,
     cuda=_instance_rle_cuda,
     fake=_instance_rle_fake,
@@ -98,9 +106,6 @@ def instance_rle(
         ValueError: shapes that do not fit, or an output of 2^31 pixels or more.
         ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
-    check_logits(mask_logits, extent, output_size)
-    check(output_size[0] * output_size[1] < 1 << 31, "output_size", "fewer than 2^31 pixels", output_size)
-    check(capacity >= 0, "capacity", "0 or more bytes", capacity)
     return EncodedMasks(*_instance_rle(mask_logits, extent, output_size, capacity))
 
 
@@ -164,7 +169,10 @@ def encode_packed_masks(
         raise ValueError(f"packed: expected [N, H, {(width + 7) // 8}] for width {width}, got shape {packed.shape}")
     packed = np.ascontiguousarray(packed)
     count, height = packed.shape[:2]
-    counts = load_extension().encode_packed_masks(address_of(packed), (count, height, width), torch.get_num_threads())
+    counts = load_extension().encode_packed_masks(
+        address_of(packed, "packed", "uint8", (count, height, (width + 7) // 8)), (count, height, width),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return [{"size": [height, width], "counts": run_lengths} for run_lengths in counts]
 
 

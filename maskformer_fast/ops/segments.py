@@ -58,17 +58,18 @@ def _panoptic_inference_cpu(arguments: _PanopticArguments) -> tuple[Tensor, Tens
     logits = _with_adjacent_columns(arguments.mask_logits)
     scores, categories, is_thing = _contiguous_queries(arguments)
     id_map, ids, areas = _panoptic_inference_fake(arguments)
+    queries = logits.shape[:2]
     load_extension().panoptic_inference(
         *_window_values(logits, arguments.extent, arguments.output_size),
-        address_of(scores),
-        address_of(categories),
-        address_of(is_thing),
+        address_of(scores, "scores", "float32", queries),
+        address_of(categories, "categories", "int64", queries),
+        address_of(is_thing, "is_thing", "bool", (len(is_thing),)),
         len(is_thing),
         arguments.overlap_threshold,
         arguments.rule,
-        address_of(id_map),
-        address_of(ids),
-        address_of(areas),
+        address_of(id_map, "id_map", "int32", (len(logits), *arguments.output_size)),
+        address_of(ids, "ids", "int32", queries),
+        address_of(areas, "areas", "int64", queries),
         torch.get_num_threads(),
     )
     return id_map, ids, areas
@@ -101,6 +102,7 @@ _panoptic_inference = register_operator(
     f"panoptic_inference(Tensor mask_logits, Tensor scores, Tensor categories, Tensor is_thing, {_WINDOW}, "
     "float overlap_threshold, str rule) -> (Tensor, Tensor, Tensor)",
     _PanopticArguments,
+    check=lambda arguments: _check_panoptic(*arguments[:6], arguments.rule),
     cpu=_panoptic_inference_cpu,
     cuda=_panoptic_inference_cuda,
     fake=_panoptic_inference_fake,
@@ -155,7 +157,6 @@ def panoptic_inference(
         TypeError: `categories` not int64 or `is_thing` not bool.
         ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
-    _check_panoptic(mask_logits, scores, categories, is_thing, extent, output_size, rule)
     return PanopticSegments(
         *_panoptic_inference(mask_logits, scores, categories, is_thing, extent, output_size, overlap_threshold, rule)
     )
@@ -177,6 +178,7 @@ def _check_panoptic(
     for name, value, dtype in (("categories", categories, torch.int64), ("is_thing", is_thing, torch.bool)):
         if value.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+    check(is_thing.ndim == 1, "is_thing", "[K]", list(is_thing.shape))
 
 
 def _segment_ids(
@@ -248,12 +250,13 @@ class _InstanceArguments(NamedTuple):
 def _instance_inference_cpu(arguments: _InstanceArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = _with_adjacent_columns(arguments.mask_logits)
     masks, areas, boxes, scores = _instance_inference_fake(arguments)
+    queries, (height, width) = logits.shape[:2], arguments.output_size
     load_extension().instance_inference(
         *_window_values(logits, arguments.extent, arguments.output_size),
-        address_of(masks),
-        address_of(areas),
-        address_of(boxes),
-        address_of(scores),
+        address_of(masks, "masks", "uint8", (*queries, height, (width + 7) // 8)),
+        address_of(areas, "areas", "int64", queries),
+        address_of(boxes, "boxes", "float32", (*queries, 4)),
+        address_of(scores, "scores", "float32", queries),
         torch.get_num_threads(),
     )
     return masks, areas, boxes, scores
@@ -279,6 +282,7 @@ def _instance_inference_fake(arguments: _InstanceArguments) -> tuple[Tensor, Ten
 _instance_inference = register_operator(
     f"instance_inference(Tensor mask_logits, {_WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
     _InstanceArguments,
+    check=lambda arguments: check_logits(*arguments),
     cpu=_instance_inference_cpu,
     cuda=_instance_inference_cuda,
     fake=_instance_inference_fake,
@@ -304,7 +308,6 @@ def instance_inference(
         ValueError: shapes that do not fit.
         ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
-    check_logits(mask_logits, extent, output_size)
     return InstanceMasks(*_instance_inference(mask_logits, extent, output_size))
 
 
@@ -362,4 +365,5 @@ def _with_adjacent_columns(mask_logits: Tensor) -> Tensor:
 
 def _window_values(logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]) -> tuple[object, ...]:
     """Logits and the window that the output covers, as the extension takes them."""
-    return address_of(logits), tuple(logits.shape), logits.stride()[:3], extent, output_size
+    address = address_of(logits, "mask_logits", "float32", logits.shape, any_strides=True)
+    return address, tuple(logits.shape), logits.stride()[:3], extent, output_size

@@ -50,20 +50,21 @@ def _semantic_inference_cpu(arguments: _Arguments) -> tuple[Tensor, Tensor, Tens
     mask_logits, class_logits = without_float64(arguments.mask_logits), without_float64(arguments.class_logits)
     results = _semantic_inference_fake(arguments)
     labels, scores, margins = results
+    shape = (len(mask_logits), *arguments.output_size)
     load_extension().semantic_inference(
-        address_of(mask_logits),
+        address_of(mask_logits, "mask_logits", dtype_name(mask_logits), mask_logits.shape, any_strides=True),
         dtype_name(mask_logits),
         tuple(mask_logits.shape),
         mask_logits.stride(),
-        address_of(class_logits),
+        address_of(class_logits, "class_logits", dtype_name(class_logits), class_logits.shape, any_strides=True),
         dtype_name(class_logits),
         class_logits.shape[2] - 1,
         class_logits.stride(),
         arguments.extent,
         arguments.output_size,
-        address_of(labels),
-        address_of(scores if arguments.with_scores else None),
-        address_of(margins if arguments.with_margins else None),
+        address_of(labels, "labels", dtype_name(labels), shape),
+        address_of(scores if arguments.with_scores else None, "scores", "float32", shape),
+        address_of(margins if arguments.with_margins else None, "margins", "float32", shape),
         arguments.path,
         torch.get_num_threads(),
     )
@@ -107,6 +108,7 @@ _semantic_inference = register_operator(
     "semantic_inference(Tensor mask_logits, Tensor class_logits, float[] extent, SymInt[] output_size, "
     "bool with_scores=False, bool with_margins=False, str path='auto') -> (Tensor, Tensor, Tensor)",
     _Arguments,
+    check=lambda arguments: _check(*arguments[:4]),
     cpu=_semantic_inference_cpu,
     cuda=_semantic_inference_cuda,
     fake=_semantic_inference_fake,
@@ -154,7 +156,6 @@ def semantic_inference(
         ValueError: shapes that do not fit, K < 1 or K > 32767.
         ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
-    _check(mask_logits, class_logits, extent, output_size)
     labels, scores, margins = _semantic_inference(
         mask_logits, class_logits, extent, output_size, with_scores, with_margins
     )
@@ -253,6 +254,8 @@ def _check(
     mask_logits: Tensor, class_logits: Tensor, extent: tuple[float, float], output_size: tuple[int, int]
 ) -> None:
     check(mask_logits.ndim == 4, "mask_logits", "[B, Q, h, w]", tuple(mask_logits.shape))
+    for name, logits in (("mask_logits", mask_logits), ("class_logits", class_logits)):
+        check(logits.is_floating_point(), name, "a floating-point type", logits.dtype)
     expected = mask_logits.shape[:2]
     fits = class_logits.ndim == 3 and class_logits.shape[:2] == expected and class_logits.shape[2] >= 2
     check(fits, "class_logits", f"[{expected[0]}, {expected[1]}, K+1] with K >= 1", tuple(class_logits.shape))

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.metadata import VOID, Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult
@@ -148,9 +149,12 @@ def coco_categories(metadata: Metadata) -> list[dict[str, Any]]:
 def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Metadata) -> list[dict[str, Any]]:
     """Instances as entries of a COCO results file, in their order.
 
+    There is no ``bbox``: pycocotools would take the box's area for the object's size, which decides about AP of small,
+    medium and large objects. It adds the box of the mask itself.
+
     Returns:
-        image_id, category_id (of the data set), segmentation (compressed RLE, its counts a str) and score. There is no
-        bbox: where there is one, pycocotools takes its area for the mask's when it sorts by size.
+        image_id, category_id (of the data set), segmentation (compressed RLE, its counts a str), area (pixels), box (x,
+        y, width, height; zeros for an empty mask) and score.
 
     Raises:
         TypeError, ValueError: the masks do not have the packed shape of the result's size.
@@ -158,11 +162,16 @@ def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Met
     """
     rles = encode_packed_masks(result.masks.cpu().numpy(), result.size[1])
     entries = []
-    for rle, label, score in zip(rles, result.labels.tolist(), result.scores.tolist(), strict=True):
+    area = coco_tools().mask.area
+    for rle, label, score, (x0, y0, x1, y1) in zip(
+        rles, result.labels.tolist(), result.scores.tolist(), result.boxes.tolist(), strict=True
+    ):
         entries.append({
             "image_id": image_id,
             "category_id": metadata.category_ids[label],
             "segmentation": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")},
+            "area": int(area(rle)),
+            "box": [x0, y0, x1 - x0, y1 - y0],
             "score": score,
         })
     return entries

@@ -15,8 +15,10 @@ from the one before it. Checkpoints depend neither on the number of processes no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -28,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from maskformer_fast.config import Config
-from maskformer_fast.core.files import flush, sha256_of_file, write_json
+from maskformer_fast.core.files import flush, remove_temporary_files, sha256_of_file, write_json
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.typed import to_plain
 from maskformer_fast.distributed import on_main
@@ -42,6 +44,10 @@ CHECKSUMS_NAME = "checksums.json"
 KEPT_CHECKPOINTS = 2
 """Number of newest checkpoints of a run that are kept, beside the best."""
 TEMPORARY_PREFIX = ".writing-"
+
+
+class UnreadableChecksums(CheckpointError):
+    """The checksums of a checkpoint cannot be read, so that nothing is known of its other files."""
 
 
 def save_checkpoint(
@@ -113,8 +119,21 @@ def mark_best(folder: Path, checkpoint: Path, score: float) -> None:
 
 def best_score(folder: Path) -> float | None:
     """Score of the best checkpoint so far; ``None`` before the first validation."""
-    path = folder / "best.json"
-    return float(json.loads(path.read_text())["score"]) if path.exists() else None
+    return saved_number(folder / "best.json", "score")
+
+
+def saved_number(path: Path, key: str) -> float | None:
+    """Number in a JSON file of a run; ``None`` if there is no such file or, with a warning, if it is damaged."""
+    try:
+        number = json.loads(path.read_bytes())[key]
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ValueError(f"{key}: expected a finite number, got {number!r:.80}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        logger.warning("%s: not readable, taken for absent until it is written again: %r", path, error)
+        return None
+    return float(number)
 
 
 def _prune(folder: Path) -> None:
@@ -134,20 +153,33 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def check_undamaged(path: Path) -> None:
     """Raise `CheckpointError` unless the files of a checkpoint are as they were written."""
     sums = path / CHECKSUMS_NAME
-    if not sums.exists():  # written by an earlier version: undamaged if it can be read
-        load_weights(path / WEIGHTS_NAME)
-        load_state(path)
-        return
     try:
-        expected, got = dict(json.loads(sums.read_text())), _checksums(path)
-    except (OSError, ValueError, TypeError) as error:
+        expected = dict(json.loads(sums.read_bytes()))
+    except FileNotFoundError:  # written by an earlier version
+        _check_readable(path)
+        return
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UnreadableChecksums(f"{sums}: not readable: {error}") from error
+    try:
+        got = _checksums(path)
+    except OSError as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+    if not expected.keys() >= got.keys():
+        raise UnreadableChecksums(f"{sums}: expected the SHA-256 of {', '.join(got)}, got {', '.join(expected)[:80]}")
     if changed := [str(path / name) for name in got if expected.get(name) != got[name]]:
         raise CheckpointError(f"{', '.join(changed)}: damaged, the SHA-256 is not the one noted in {sums}")
 
 
+def _check_readable(path: Path) -> None:
+    """Raise `CheckpointError` unless the files of a checkpoint can be read, whatever their checksums."""
+    load_weights(path / WEIGHTS_NAME)
+    load_state(path)
+
+
 def newest_undamaged(folder: Path) -> tuple[Path | None, list[Path]]:
     """Newest undamaged checkpoint of a run (``None`` if it has no checkpoints), and the damaged ones after it.
+
+    Checkpoints whose checksums cannot be read come last: the newest of them that can be read.
 
     Raises:
         CheckpointError: all checkpoints are damaged; the error names what is wrong with each.
@@ -161,6 +193,12 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[Path]]:
             logger.warning("%s; trying the checkpoint before it", error)
         else:
             return path, list(problems)
+    for number, (path, problem) in enumerate(problems.items()):
+        if isinstance(problem, UnreadableChecksums):
+            with contextlib.suppress(CheckpointError):
+                _check_readable(path)
+                logger.warning("%s is taken without its checksums, as no other checkpoint is undamaged", path)
+                return path, list(problems)[:number]
     if problems:
         listing = "\n  ".join(str(error) for error in problems.values())
         raise CheckpointError(f"{folder}: no checkpoint to resume from, all are damaged:\n  {listing}")
@@ -195,9 +233,19 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete incomplete checkpoints of a killed run."""
+    """Delete incomplete checkpoints and links of a killed run."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def clean_run(folder: Path) -> None:
+    """Delete what a killed process left in a run's folder. No process may be writing there."""
+    remove_leftovers(folder / "checkpoints")
+    for part in (folder, folder / "checkpoints", folder / "pictures"):
+        remove_temporary_files(part)
 
 
 def config_differences(old: Config, new: Config, sections: Iterable[str]) -> list[str]:

@@ -29,7 +29,6 @@ _OUT_OF_MEMORY_MESSAGES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-_LOST_WORKER_MESSAGE = "DataLoader worker (pid"
 
 
 class OutOfMemory(MemoryError):
@@ -103,11 +102,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_MESSAGES)
 
 
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether an error of PyTorch's loader means that one of its processes died."""
-    return isinstance(error, RuntimeError) and _LOST_WORKER_MESSAGE in str(error)
-
-
 def training_advice(config: Config, device: torch.device, input_size: tuple[int, int] | None) -> str:
     """Peak memory of a training step, and the options that reduce it, as text."""
     solver, micro = config.solver, config.solver.batch_size // config.solver.accumulate
@@ -152,18 +146,6 @@ def out_of_memory(error: BaseException, advice: str, saved: str) -> OutOfMemory:
     """Error for running out of memory. ``saved`` is a sentence on where ``--resume`` continues."""
     lines = str(error).splitlines() or ["MemoryError"]
     return OutOfMemory(f"out of memory in {advice}. {saved}. PyTorch said: {lines[0]}")
-
-
-def worker_lost(error: BaseException, saved: str) -> WorkerLost:
-    """Error for a dead loader process. ``saved`` is a sentence on where ``--resume`` continues."""
-    text = str(error)
-    if "Bus error" in text:
-        cause = "It ran out of shared memory: give the container more (docker: --shm-size 8g or --ipc host)"
-    else:
-        cause = ("Most likely the system ran out of memory and its OOM killer chose that process (dmesg would say so): "
-                 "use fewer --data.workers, or free memory")
-    message = text.splitlines()[0].rstrip(". ")
-    return WorkerLost(f"a data loader process died: {message}. {cause}. {saved}")
 
 
 def _next_divisor(number: int, after: int) -> int:

@@ -23,12 +23,17 @@ class RunLog:
     A failed write, as on a full disk, raises no error: training goes on, and the next write tries again.
     """
 
-    def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, start_step: int, tensorboard: bool, validates: bool = False) -> None:
+        """``validates``: the run begins with a validation, so that an earlier one of the same step is dropped."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
+        kept = [
+            line
+            for line, content in _read_lines(path)
+            if content["step"] < start_step + (not (validates and any(key.startswith("val/") for key in content)))
+        ]
         with atomic_write(path) as file:
-            file.write("".join(f"{line}\n" for line in kept).encode())
+            file.write(b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._path = path
         self._warned = False
@@ -87,16 +92,44 @@ class NoLog:
         """Do nothing."""
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of a file that are complete JSON; a killed run can leave half a line at the end."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        lines.append(line)
-    return lines
+def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Lines of a log, as written and as JSON objects with a step.
+
+    A killed run can leave half a line at the end, which is left out. Other lines that cannot be read are left out with
+    a warning, and the file as it was is kept beside the new one.
+    """
+    try:
+        written = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        _set_aside(path, str(error))
+        return []
+    read = [(line, _entry(line)) for line in written]
+    bad = [number for number, (line, entry) in enumerate(read, 1) if entry is None and line and number < len(read)]
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        _set_aside(path, f"{len(bad)} of {len(read) - 1} lines are damaged (line {shown}) and left out")
+    return [(line, entry) for line, entry in read if entry is not None]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """JSON object of a line of the log; ``None`` if the line is damaged."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and type(entry.get("step")) is int else None
+
+
+def _set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged file, with a warning that names it."""
+    number, aside = 0, path.with_name(f"damaged_{path.name}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"damaged_{path.name}.{number}")
+    path.rename(aside)
+    logger.warning("%s: %s; the file as it was is kept as %s", path, reason, aside.name)
 
 
 def _tensorboard(folder: Path, start_step: int) -> Any:

@@ -18,12 +18,16 @@ from torch.profiler import record_function
 from maskformer_fast.config import Config
 from maskformer_fast.distributed import gather_ranks, max_over_ranks, rank, unsharded, world_size
 from maskformer_fast.modeling.autocast import autocast
+from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.structures import Batch, Targets
 from maskformer_fast.training.criterion import Criterion, Losses
 from maskformer_fast.training.optimizer import set_learning_rate
 from maskformer_fast.training.parallel import gradient_sync
 from maskformer_fast.training.per_pixel_criterion import PerPixelCriterion
 from maskformer_fast.training.skipped_steps import SkippedSteps, StepReport
+
+LAST_STRIDE = 32
+"""Stride of the backbones' last stage."""
 
 
 class StepRecord(NamedTuple):
@@ -170,6 +174,7 @@ class TrainStep:
         # Dropout depends on seed, step, rank and micro-batch alone, so a resumed run draws the same masks.
         part = rank() * solver.accumulate + micro
         torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 4099 + part) % 2**63)
+        check_batch_norm(self.config, len(images), images.shape[2], images.shape[3])
         with gradient_sync(self.forward, micro == solver.accumulate - 1):
             with autocast(self.device, solver.amp):
                 with record_function("step: forward"):
@@ -211,3 +216,22 @@ class TrainStep:
         pieces = flat.split([buffer.numel() for buffer in self._buffers])
         values = [piece.view_as(buffer) for piece, buffer in zip(pieces, self._buffers, strict=True)]
         torch._foreach_copy_(self._buffers, values)
+
+
+def check_batch_norm(config: Config, images: int, height: int, width: int) -> None:
+    """Raise ``ValueError`` if BatchNorm would see one value of a channel in a micro-batch, which has no variance.
+
+    A ResNet's last stage has the fewest: one for each `LAST_STRIDE` pixels in height and width, rounded up.
+    """
+    norm = resolve_backbone(config.model.backbone).norm
+    values = images * (world_size() if norm == "sync" else 1) * -(-height // LAST_STRIDE) * -(-width // LAST_STRIDE)
+    if norm in ("batch", "sync") and values == 1:
+        solver = config.solver
+        raise ValueError(
+            f"solver.batch_size: expected micro-batches in which BatchNorm sees more than one value of a channel, got "
+            f"one image of {height}x{width} pixels, a single pixel in the backbone's last stage (batch_size="
+            f"{solver.batch_size}, accumulate={solver.accumulate}, processes={world_size()}). What helps: a larger "
+            f"--solver.batch-size, a smaller --solver.accumulate, a --data.augment.crop-size above {LAST_STRIDE} "
+            f"{LAST_STRIDE} (now data.augment.crop_size={config.data.augment.crop_size}), or pretrained weights with "
+            "--model.backbone.norm frozen (now model.backbone.norm=" + norm + ")"
+        )

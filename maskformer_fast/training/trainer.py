@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from maskformer_fast.config import Config, Task
 from maskformer_fast.core.files import atomic_write, write_json
+from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import train_loader
+from maskformer_fast.data.worker import worker_death
 from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
 from maskformer_fast.evaluation import build_evaluator
 from maskformer_fast.evaluation.measure import check_classes, measure
@@ -30,13 +32,14 @@ from maskformer_fast.modeling.weights import load_backbone, load_initial, load_i
 from maskformer_fast.structures import Batch
 from maskformer_fast.training.checkpoints import (
     best_score,
+    clean_run,
     complete_checkpoints,
     config_differences,
     load_state,
     mark_best,
     newest_undamaged,
-    remove_leftovers,
     save_checkpoint,
+    saved_number,
     set_aside,
 )
 from maskformer_fast.training.criterion import Criterion
@@ -45,12 +48,10 @@ from maskformer_fast.training.interruptions import (
     Stopped,
     StopSignals,
     WorkerLost,
-    is_lost_worker,
     is_out_of_memory,
     out_of_memory,
     training_advice,
     validation_advice,
-    worker_lost,
 )
 from maskformer_fast.training.optimizer import build_optimizer
 from maskformer_fast.training.parallel import average_statistics, load_optimizer, unsharded_parameters, wrap
@@ -59,7 +60,7 @@ from maskformer_fast.training.profiler import profile_steps
 from maskformer_fast.training.run_log import NoLog, RunLog
 from maskformer_fast.training.skipped_steps import TrainingDiverged
 from maskformer_fast.training.step_averages import StepAverages
-from maskformer_fast.training.train_step import TrainStep
+from maskformer_fast.training.train_step import TrainStep, check_batch_norm
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ class Trainer:
         self.metadata = self.train_set.metadata
         check_classes(self.metadata, self.val_set.metadata)
         self.config = config = with_classes(config, self.metadata)
+        if (crop := config.data.augment.crop_size) is not None:  # otherwise every step checks its images
+            images = config.solver.batch_size // (config.solver.accumulate * world_size())
+            step = max(config.model.size_divisibility, 1)
+            check_batch_norm(config, images, *(-(-side // step) * step for side in crop))
 
         torch.manual_seed(config.seed)
         self.network = build_model(config.model)
@@ -120,8 +125,11 @@ class Trainer:
         model = self.config.model
         if model.backbone.weights:
             load_backbone(self.network, model.backbone.weights)
-        if model.weights and (untrained := load_initial(self.network, model.weights)):
-            logger.info("%s has another number of classes: %s start anew", model.weights, ", ".join(untrained))
+        if model.weights:
+            classes = load_initial(self.network, model.weights, self.metadata)
+            if classes.moved or classes.new or classes.dropped:
+                logger.info("%s has other classes than this data set. Their weights go by name; %s", model.weights,
+                            classes)
 
     @property
     def step(self) -> int:
@@ -138,15 +146,17 @@ class Trainer:
         """
         self.log: RunLog | NoLog = NoLog()
         if is_main():
-            remove_leftovers(self.checkpoints)
+            clean_run(self.folder)
             if self.resumed is not None:
                 set_aside(self.damaged, self.resumed)
-            self.log = RunLog(self.folder, self.step, self.config.log.tensorboard)
+        # A run killed between saving a checkpoint and validating it lacks this validation.
+        validated = on_main(lambda: saved_number(self.folder / "metrics.json", "step"))
+        missing = self.resumed is not None and self._validation_due() and validated != self.step
+        if is_main():
+            validates = missing or self.step >= self.config.solver.max_steps
+            self.log = RunLog(self.folder, self.step, self.config.log.tensorboard, validates)
         try:
             with self.signals, self._explain_interruptions():
-                # A run killed between saving a checkpoint and validating it lacks this validation.
-                validated = on_main(lambda: last_validated_step(self.folder))
-                missing = self.resumed is not None and self._validation_due() and validated != self.step
                 metrics = self._validate_checkpoint(self.resumed) if missing else {}
                 metrics = self._train() or metrics
                 metrics = metrics if metrics or self.stopped else self.validate()
@@ -223,13 +233,14 @@ class Trainer:
             yield
         except (OutOfMemory, WorkerLost):
             raise
-        except (RuntimeError, MemoryError) as error:
-            if not (is_out_of_memory(error) or is_lost_worker(error)):
+        except Exception as error:
+            death = worker_death(error)
+            if death is None and not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # frees the tensors of the step
             saved = self._save_after_error()
-            if is_lost_worker(error):
-                raise worker_lost(error, saved) from error
+            if death is not None:
+                raise WorkerLost(f"{death}. {saved}") from error
             if validating:
                 advice = validation_advice(self.config, self.device)
             else:
@@ -332,6 +343,7 @@ class Trainer:
             logger.warning("%s has no checkpoint: starting at step 0", self.folder)
             return
         saved = load_weights(newest)
+        check_same_classes(saved.metadata, self.metadata, newest)
         changed = config_differences(saved.config, self.config, ("model", "loss", "data", "solver"))
         if changed:
             logger.warning("resuming with another configuration:\n  %s", "\n  ".join(changed))
@@ -346,7 +358,14 @@ class Trainer:
         logger.info("resuming from %s", newest)
 
 
-def last_validated_step(folder: Path) -> int | None:
-    """Step of a run's last finished validation; ``None`` if there was none."""
-    path = folder / "metrics.json"
-    return json.loads(path.read_text())["step"] if path.exists() else None
+def check_same_classes(trained: Metadata, now: Metadata, checkpoint: Path) -> None:
+    """Raise ``ValueError`` unless a data set has the classes of a run's training, by name and in their order."""
+    pairs = list(zip_longest(trained.class_names, now.class_names, fillvalue="(none)"))
+    different = [f"{index}: {a} / {b}" for index, (a, b) in enumerate(pairs) if a != b]
+    if different:
+        raise ValueError(
+            f"resume: expected the {trained.num_classes} classes of {checkpoint} in their order, got "
+            f"{now.num_classes}; {len(different)} differ (training / data set now: {'; '.join(different[:5])}). "
+            "Give the data set its earlier classes, or start a new run from these weights: --output ANOTHER "
+            f"--model.weights {checkpoint}, which keeps the classes of the same names"
+        )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,9 +35,7 @@ from benchmarks.cases import (
 from benchmarks.harness.case import Case, Work
 from benchmarks.harness.measure import tensors
 from benchmarks.harness.runner import SHARED_VARIABLE, plan
-from maskformer_fast.cli import parse
 from maskformer_fast.config import AugmentConfig, BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
-from maskformer_fast.export import ExportOptions
 from maskformer_fast.ops.assignment import linear_sum_assignment_eager
 from tests.support.paths import ROOT
 
@@ -82,17 +81,22 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SHARED_VARIABLE, str(tmp_path))
 
 
+def solve_columns(cost: torch.Tensor) -> torch.Tensor:
+    """Assign a column to each row, as torch-linear-assignment does."""
+    return linear_sum_assignment_eager(cost.mT.contiguous())
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_implementations_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the compiler has nothing to show here
+    module = SimpleNamespace(batch_linear_assignment=solve_columns)
+    monkeypatch.setitem(sys.modules, "torch_linear_assignment", module)  # may not be installed
     torch.manual_seed(0)
     work = TINY[name](CPU)
     inputs = work.draw(0)
     assert all(torch.equal(a, b) for a, b in zip(tensors(inputs), tensors(work.draw(0)), strict=True))
     ours = work.ours(*inputs)
     for peer, run in work.peers.items():
-        if peer == assignment.TORCH_ASSIGNMENT:
-            continue
         result = run(*inputs)
         if peer in work.least:
             assert work.agreement is not None and work.agreement(ours, result) >= work.least[peer], peer
@@ -120,18 +124,6 @@ def test_recorded_rows_can_be_measured_again() -> None:
             assert case.goal is None or row["goals"][0]["text"] == f">= {case.goal:g}x"
 
 
-def test_torch_linear_assignment_is_a_peer_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def solve(cost: torch.Tensor) -> torch.Tensor:
-        return linear_sum_assignment_eager(cost.mT.contiguous())
-
-    module = type("Module", (), {"batch_linear_assignment": staticmethod(solve)})
-    monkeypatch.setitem(sys.modules, "torch_linear_assignment", module)
-    work = TINY["assignment"](CPU)
-    (cost,) = work.draw(0)
-    theirs = work.peers[assignment.TORCH_ASSIGNMENT](cost)
-    assert work.agreement is not None and work.agreement(work.ours(cost), theirs) == 1
-
-
 @pytest.mark.no_cover
 def test_labels_of_embeddings_by_triton_interpreter() -> None:
     code = (
@@ -153,8 +145,7 @@ def test_work_is_counted_without_numbers() -> None:
     assert (2 * low.bytes, low.rate) == (network.bound(MODEL, "network", "float32", SIZE).bytes, "bf16")
 
 
-def test_deployment_beside_pytorch_and_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The labels of one checkpoint; without TensorRT the bundle is missing, which costs our row alone."""
+def test_pytorch_and_hugging_face_agree_on_the_labels_of_one_checkpoint() -> None:
     work = deployment.setup(CPU, 2, (64, 64), MODEL)
     inputs = work.draw(0)
     labels = work.peers[deployment.FP32](*inputs)
@@ -162,11 +153,3 @@ def test_deployment_beside_pytorch_and_hugging_face(monkeypatch: pytest.MonkeyPa
     theirs = work.peers[deployment.HUGGINGFACE](*inputs)
     assert work.agreement is not None
     assert work.agreement(labels, theirs) >= work.least[deployment.HUGGINGFACE], "masks are resized in another order"
-    monkeypatch.setattr(deployment.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="'tensorrt' or 'tensorrt_rtx'"):
-        deployment.export_arguments(Path("model"), Path("bundle"), "8x512x512", "sm_90")
-    monkeypatch.setattr(deployment, "tensorrt_api", lambda: "tensorrt_rtx")
-    for target in (None, "sm_90"):
-        arguments = deployment.export_arguments(Path("model"), Path("bundle"), "8x512x512", target)
-        options = parse(ExportOptions, arguments, prog="export")
-        assert options.with_engine == (target is not None) and options.flavours == ("raw",)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from maskformer_fast.data import images
+from maskformer_fast.data import images, pixel_values
 from maskformer_fast.data.base import BrokenExampleError, path_below
 from maskformer_fast.data.images import as_rgb_array, read_image, read_index_png, read_panoptic_png
 
@@ -41,6 +45,7 @@ def test_every_colour_mode_becomes_rgb(tmp_path, rng):
     palette.save(tmp_path / "palette.png", transparency=1)
     np.testing.assert_array_equal(read_image(tmp_path / "palette.png"), np.asarray(palette.convert("RGB")))
     deep = noise(rng, 7, 5, dtype=np.uint16, high=65536)
+    deep[0, 0] = 65535
     for name in ("deep.png", "deep.tif"):
         Image.fromarray(deep).save(tmp_path / name)
         np.testing.assert_array_equal(read_image(tmp_path / name)[..., 1], deep >> 8)
@@ -212,3 +217,177 @@ def test_file_names_outside_the_folder_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"x\.json: expected a file name below"):
         path_below(tmp_path, name, "x.json")
     assert path_below(tmp_path, "a/b..png", "x.json") == tmp_path / "a" / "b..png"
+
+
+def png(
+    samples: np.ndarray,  # [H, W * channels]
+    depth: int,
+    color_type: int,
+    significant: int | None = None,
+    palette: bytes = b"",
+    texts: bytes = b"",
+) -> bytes:
+    """Write a PNG by hand: Pillow writes neither sBIT nor 16-bit colours. ``texts`` are chunks after the pixels."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color_type]
+    height, width = samples.shape[0], samples.shape[1] // channels
+    if depth == 16:
+        rows = [row.astype(">u2").tobytes() for row in samples]
+    else:
+        bits = np.unpackbits(samples.astype(np.uint8)[..., None], axis=-1)[..., 8 - depth :]
+        rows = [np.packbits(row).tobytes() for row in bits.reshape(height, -1)]
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
+    if significant is not None:
+        content += chunk(b"sBIT", bytes([significant] * channels))
+    if palette:
+        content += chunk(b"PLTE", palette)
+    return content + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))) + texts + chunk(b"IEND", b"")
+
+
+def deep_tiff(samples: np.ndarray, order: str, **tags: int) -> bytes:
+    """Write an uncompressed TIFF of 16-bit colours [H, W, 3] by hand."""
+    height, width = samples.shape[:2]
+    data = samples.astype(order + "u2").tobytes()
+    numbers = {"bits": 258, "largest": 281}
+    fields = {256: width, 257: height, 258: 16, 259: 1, 262: 2, 273: 8, 277: 3, 278: height, 279: len(data)}
+    fields |= {numbers[name]: value for name, value in tags.items()}
+    entries = b"".join(
+        struct.pack(order + "HHII", tag, *((3, 3, 8 + len(data)) if tag == 258 else (4, 1, value)))
+        for tag, value in sorted(fields.items())
+    )
+    bits = struct.pack(order + "HHH", 16, 16, 16)
+    start = 8 + len(data) + len(bits)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, start)
+    return head + data + bits + struct.pack(order + "H", len(fields)) + entries + struct.pack(order + "I", 0)
+
+
+def spread(top: int, shape: tuple[int, ...] = (5, 6)) -> np.ndarray:
+    """Values from 0 to ``top``."""
+    return np.linspace(0, top, int(np.prod(shape))).astype(np.int64).reshape(shape)
+
+
+@pytest.fixture(autouse=True)
+def every_warning(monkeypatch):
+    monkeypatch.setattr(pixel_values, "_warned", set())
+
+
+@pytest.mark.parametrize(("top", "significant", "shift", "warns"), [
+    (255, None, 0, True), (1023, None, 4, True), (4095, None, 4, True), (4096, None, 8, False), (65535, None, 8, False),
+    (1023, 10, 2, False), (255, 8, 0, False), (65535, 10, 8, False), (900, 16, 8, False), (100, 12, 4, False),
+])
+@pytest.mark.parametrize("color_type", [0, 2, 6])
+def test_deep_pngs_are_read_with_the_bits_they_state_or_have(
+    tmp_path, caplog, top, significant, shift, warns, color_type
+):
+    channels = {0: 1, 2: 3, 6: 4}[color_type]
+    values = spread(top, (5, 6, channels))
+    values[..., :3] = spread(top, (5, 6, min(channels, 3)))
+    (tmp_path / "deep.png").write_bytes(png(values.reshape(5, -1), 16, color_type, significant))
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        image = read_image(tmp_path / "deep.png")
+        read_image(tmp_path / "deep.png")
+    np.testing.assert_array_equal(image, np.broadcast_to(values[..., :3] >> shift, (5, 6, 3)))
+    assert [f"at most {values[..., :3].max()}" in record.getMessage() for record in caplog.records] == [True] * warns
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("tags", "shift"), [({}, 4), ({"largest": 1023}, 2), ({"largest": 65535}, 8)])
+def test_deep_colour_tiffs_are_read_with_the_bits_they_state_or_have(tmp_path, order, tags, shift):
+    values = spread(1023, (5, 6, 3))
+    (tmp_path / "deep.tif").write_bytes(deep_tiff(values, order, **tags))
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.tif"), values >> shift)
+
+
+def test_deep_grey_tiffs_state_their_largest_value(tmp_path, caplog):
+    values = spread(700)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "x.tif", tiffinfo={281: 1023})
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif")[..., 0], values >> 2)
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "x.tif")
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        np.testing.assert_array_equal(read_image(tmp_path / "x.tif")[..., 0], values >> 4)
+    assert "at most 700 are read as pixels of 12 bits" in caplog.text
+    Image.fromarray((values - 1).astype(np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(BrokenExampleError, match=r"at most 16 bits a pixel, got -1\.\.699"):
+        read_image(tmp_path / "x.tif")
+
+
+def test_a_black_deep_image_stays_black_without_a_warning(tmp_path, caplog):
+    for color_type, channels in ((0, 1), (2, 3)):
+        (tmp_path / "x.png").write_bytes(png(np.zeros((5, 6 * channels), int), 16, color_type))
+        with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+            assert not read_image(tmp_path / "x.png").any()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("color_type", [0, 3])
+def test_indices_of_every_depth_are_read_as_stored(tmp_path, depth, color_type):
+    values = spread(2**depth - 1, (5, 16))
+    palette = bytes(range(1, 1 + 3 * 2**depth)) if depth < 8 else bytes((np.arange(768) % 251).astype(np.uint8))
+    (tmp_path / "x.png").write_bytes(png(values, depth, color_type, palette=palette if color_type == 3 else b""))
+    np.testing.assert_array_equal(read_index_png(tmp_path / "x.png"), values)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_indices_of_shallow_tiffs_are_read_as_stored(tmp_path, depth):
+    values = spread(2**depth - 1, (5, 16))
+    bits = np.unpackbits(values.astype(np.uint8)[..., None], axis=-1)[..., 8 - depth :].reshape(5, -1)
+    data = np.packbits(bits, axis=1).tobytes()
+    fields = {256: 16, 257: 5, 258: depth, 259: 1, 262: 1, 273: 8, 277: 1, 278: 5, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(fields.items()))
+    head = b"II" + struct.pack("<HI", 42, 8 + len(data))
+    (tmp_path / "x.tif").write_bytes(head + data + struct.pack("<H", len(fields)) + entries + struct.pack("<I", 0))
+    np.testing.assert_array_equal(read_index_png(tmp_path / "x.tif"), values)
+
+
+@pytest.mark.parametrize(("greys", "warns"), [((0, 5, 7), True), ((0, 1, 2), False), ((7, 1, 2), True)])
+def test_a_palette_of_other_greys_is_named(tmp_path, caplog, greys, warns):
+    values = spread(2, (5, 16))
+    (tmp_path / "x.png").write_bytes(png(values, 2, 3, palette=bytes(grey for grey in greys for _ in range(3))))
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        np.testing.assert_array_equal(read_index_png(tmp_path / "x.png"), values)
+        read_index_png(tmp_path / "x.png")
+    assert [", ".join(map(str, greys)) in record.getMessage() for record in caplog.records] == [True] * warns
+
+
+def test_an_index_image_with_loss_is_refused(tmp_path):
+    Image.fromarray(spread(3, (16, 16)).astype(np.uint8)).save(tmp_path / "x.png", "JPEG")
+    with pytest.raises(BrokenExampleError, match=r"x\.png: expected an index image without loss \(PNG\), got JPEG"):
+        read_index_png(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_large_texts_in_a_png_do_not_matter(tmp_path, rng, after):
+    texts, values = PngInfo(), noise(rng, 6, 9)
+    texts.add_itxt("b", "y" * 3_000_000, zip=True)
+    if after:
+        data = b"c\0\0" + zlib.compress(b"z" * 3_000_000)
+        chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+        (tmp_path / "x.png").write_bytes(png(values, 8, 0, texts=chunk))
+    else:
+        Image.fromarray(values).save(tmp_path / "x.png", pnginfo=texts)
+    np.testing.assert_array_equal(read_index_png(tmp_path / "x.png"), values)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], values)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about damaged metadata
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(["sbit", "shallow", "colours", "tiff"]), data=st.data())
+def test_damaged_deep_and_shallow_files_give_an_image_or_a_broken_example_error(tmp_path, kind, data):
+    content = bytearray({
+        "sbit": png(spread(900), 16, 0, 10),
+        "shallow": png(spread(3, (5, 16)), 2, 0),
+        "colours": png(spread(900, (5, 18)), 16, 2),
+        "tiff": deep_tiff(spread(1023, (5, 6, 3)), "<", largest=1023),
+    }[kind])
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "x"
+    path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+    for read in (read_image, read_index_png):
+        try:
+            assert read(path).ndim in (2, 3)
+        except BrokenExampleError as error:
+            assert error.path == str(path)

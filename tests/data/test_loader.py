@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import pickle
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from maskformer_fast.config import (
     AugmentConfig,
     Config,
     DataConfig,
+    DecoderConfig,
     ModelConfig,
     ShapesConfig,
     SolverConfig,
+    Task,
 )
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.datasets.shapes import ShapesDataset
@@ -34,7 +37,7 @@ from maskformer_fast.data.loader import (
     pad_images,
     train_loader,
 )
-from maskformer_fast.data.transforms import Sample
+from maskformer_fast.data.transforms import Sample, TrainTransform, target_segments
 from maskformer_fast.structures import Batch, Example, pack_masks, unpack_masks
 
 
@@ -268,6 +271,49 @@ def test_the_canvas_is_a_minimum_size() -> None:
         batch, valid_sizes = pad_images(images, 8, canvas)
         assert batch.shape[2:] == expected and valid_sizes.tolist() == [[10, 20], [7, 9]]
         assert torch.count_nonzero(batch) == sum(image.numel() for image in images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_with_more_targets_than_queries_is_logged_once(workers: int, capfd, caplog) -> None:
+    few = config(workers)
+    few = replace(few, model=replace(few.model, decoder=DecoderConfig(num_queries=2)))
+    logging.getLogger("maskformer_fast.data").addHandler(handler := logging.StreamHandler(sys.stderr))
+    try:
+        with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+            take(train_loader(shapes(), few, "panoptic"), 5)
+    finally:
+        logging.getLogger("maskformer_fast.data").removeHandler(handler)
+    assert capfd.readouterr().err.count("expected at most 2 objects, one for each query") == 1
+    dense = replace(few, model=replace(few.model, type="per_pixel"))
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        caplog.clear()
+        take(train_loader(shapes(), replace(dense, data=replace(dense.data, workers=0)), "panoptic"), 2)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
+def test_targets_are_counted_as_they_are_made(task: Task) -> None:
+    transform = TrainTransform(AugmentConfig(), task, shapes().metadata)
+    for index in range(10):
+        example = shapes()[index]
+        assert transform.count_targets(example) == len(target_segments(example, task, shapes().metadata)[0])
+
+
+class Strips(ShapesDataset):
+    """A tall image beside a wide one."""
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        size = (20_000, 1) if index % 2 else (1, 20_000)
+        return replace(example, image=np.zeros((*size, 3), np.uint8), id_map=np.full(size, example.segments[0].id),
+                       path=f"{index}.png")
+
+
+def test_a_batch_that_padding_makes_enormous_is_refused_with_both_images() -> None:
+    strips = Strips(ShapesConfig(size=(40, 56), train_images=10), "train")
+    plain = replace(config(), data=DataConfig(augment=AugmentConfig(scale_mode="none", crop_size=None), workers=0))
+    with pytest.raises(BrokenExampleError, match=r"\d\.png: .*got 20000 x 20000 beside \d\.png.*crop_size"):
+        take(train_loader(strips, plain, "semantic"), 5)
 
 
 class ThreadCounts:

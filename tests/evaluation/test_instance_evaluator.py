@@ -16,9 +16,12 @@ from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, SemanticResult
 from maskformer_fast.evaluation import InstanceEvaluator, format_table
+from maskformer_fast.output.formats import instances_to_coco
 from maskformer_fast.structures import Example, pack_masks
 
-pytest.importorskip("pycocotools")
+coco_mask = pytest.importorskip("pycocotools.mask")
+COCO = pytest.importorskip("pycocotools.coco").COCO
+COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 METADATA = Metadata("t", ("cat", "sky", "dog"), (True, False, True), (1, 2, 3), default_colors(3))
 SIZE = (40, 50)
 
@@ -216,3 +219,40 @@ def test_table_has_a_dash_for_undefined_values() -> None:
     text = format_table("instance", evaluate((example((0, box(0, 0, 10, 10))), result())))
     assert text.splitlines()[0].split()[1] == "AP" and text.splitlines()[2].split().count("-") == 2
     assert text.splitlines()[-1].split() == ["|", "dog", "|", "-", "|"]
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_pycocotools_gives_the_same_numbers_for_the_files_that_are_written(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:160, :160]
+    truth = COCO()
+    truth.dataset = {"images": [], "categories": [{"id": i} for i in METADATA.category_ids], "annotations": []}
+    evaluator, written = InstanceEvaluator(METADATA), []
+    for image in (1, 2, 3):
+        masks = []  # diagonal strips, whose boxes have many times their area
+        for _ in range(6):
+            middle, half, width = rng.integers(20, 140, 2), rng.integers(8, 80), rng.integers(2, 12)
+            near = np.abs(rows - middle[0] - (columns - middle[1])) < width
+            masks.append(near & (np.abs(rows - middle[0]) <= half))
+        objects = [(int(rng.choice([0, 2])), mask) for mask in masks]
+        found = [(label, float(rng.random()), np.roll(mask, rng.integers(0, 3), 0)) for label, mask in objects]
+        instances = result(*found)
+        evaluator.process(example(*objects), instances)
+        written += instances_to_coco(instances, image, METADATA)
+        truth.dataset["images"].append({"id": image, "height": 160, "width": 160})
+        for label, mask in objects:
+            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            number = len(truth.dataset["annotations"]) + 1
+            truth.dataset["annotations"].append({
+                "id": number, "image_id": image, "category_id": METADATA.category_ids[label], "segmentation": rle,
+                "area": int(mask.sum()), "iscrowd": 0,
+            })
+    truth.createIndex()
+    counted = COCOeval(truth, truth.loadRes(json.loads(json.dumps(written))), "segm")
+    counted.evaluate()
+    counted.accumulate()
+    counted.summarize()
+    ours = evaluator.evaluate()
+    keys = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    assert [ours[key] for key in keys] == [None if value < 0 else pytest.approx(value) for value in counted.stats[:6]]

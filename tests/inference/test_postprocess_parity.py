@@ -1,4 +1,4 @@
-"""The same predictions give the results of the official code (stored outputs) and of Hugging Face (installed).
+"""Results equal those of the official code (stored outputs) and of Hugging Face (installed) for equal predictions.
 
 The official results of the network itself and of made-up predictions are compared in tests/interop.
 """

@@ -123,6 +123,70 @@ def test_a_folders_weights_are_read(tmp_path: Path, name: str) -> None:
     assert_same(read_folder_weights(tmp_path), FLOAT32)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module.", "model.model."]
+)
+def test_a_prefix_of_all_names_is_taken_off_and_said(
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "model.pth", {prefix + name: tensor for name, tensor in WEIGHTS.items()}, "torch", "state_dict")
+    with caplog.at_level("INFO"):
+        assert_same(read_weights(tmp_path / "model.pth"), FLOAT32)
+    assert f"model.pth: all names begin with {prefix!r}, which was taken off" in caplog.text
+
+
+def test_a_prefix_of_some_names_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = {f"model.{name}" if name.startswith("a.") else name: tensor for name, tensor in WEIGHTS.items()}
+    write(tmp_path / "model.pth", names, "torch", None)
+    with caplog.at_level("INFO"):
+        assert read_weights(tmp_path / "model.pth").keys() == names.keys()
+    assert "taken off" not in caplog.text
+
+
+def test_a_prefix_of_one_shard_alone_stays(tmp_path: Path) -> None:
+    write(tmp_path / "1.safetensors", {"model.w": torch.ones(2)}, "safetensors", None)
+    write(tmp_path / "2.safetensors", {"head.w": torch.ones(3)}, "safetensors", None)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.w": "1.safetensors", "head.w": "2.safetensors"}}))
+    assert read_weights(index).keys() == {"model.w", "head.w"}
+    index.write_text(json.dumps({"weight_map": {"model.w": "1.safetensors"}}))
+    assert read_weights(index).keys() == {"w"}
+    index.write_text(json.dumps({"weight_map": {}}))
+    assert read_weights(index) == {}
+
+
+@pytest.mark.parametrize("keys", [["model_state_dict"], ["model_state"], ["state", "model"], ["module"], ["network"]])
+def test_usual_wrappers_are_opened(tmp_path: Path, keys: list[str]) -> None:
+    content: dict[str, Any] = dict(WEIGHTS)
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3, "optimizer": {"lr": 0.1}}
+    torch.save(content, tmp_path / "model.pth")
+    assert_same(read_weights(tmp_path / "model.pth"), FLOAT32)
+
+
+def test_a_dictionary_under_another_key_is_refused_with_the_keys_that_are_opened(tmp_path: Path) -> None:
+    torch.save({"generator": {"w": torch.zeros(2)}}, tmp_path / "model.pth")
+    with pytest.raises(ConvertError, match=r"(?s)generator: an object of type dict.*key is one of model, "):
+        read_weights(tmp_path / "model.pth")
+
+
+def test_a_dictionary_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ConvertError, match="model: an object of type dict"):
+        read_weights(tmp_path / "model.pkl")
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("F4", 4), ("F8_E4M3", 8), ("F8_E5M2", 8), ("C64", 64), ("U16", 16)])
+def test_quantised_and_unusual_numbers_are_refused(tmp_path: Path, kind: str, bits: int) -> None:
+    data = bytes(64 * bits // 8)
+    header = json.dumps({"w": {"dtype": kind, "shape": [64], "data_offsets": [0, len(data)]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(ConvertError, match=rf"w\.safetensors: .*w: expected one of the types .*, got {kind}"):
+        read_weights(tmp_path / "w.safetensors")
+
+
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("kind", ["pickle", "torch", "old_torch"])
 def test_code_is_refused_by_name_and_not_run(tmp_path: Path, kind: str, deep: bool) -> None:

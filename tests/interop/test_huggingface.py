@@ -102,7 +102,7 @@ def assert_transformers_agrees(folder: Path, model: ModelConfig, weights: dict[s
 @pytest.mark.parametrize("backbone", [RESNET, SWIN], ids=["resnet", "swin"])
 @pytest.mark.parametrize("hidden_dim", [32, 128, 64], ids=["projected", "resnet equal", "swin equal"])
 def test_a_written_folder_is_read_back(backbone: BackboneConfig, hidden_dim: int, tmp_path: Path) -> None:
-    """Where the memory has the decoder's width, neither implementation has an input projection."""
+    """Neither implementation has an input projection where the memory has the decoder's width."""
     config = Config(
         model=model_config(
             backbone, decoder=replace(DECODER, hidden_dim=hidden_dim), pixel_mean=(1.5, 20.25, 100.0),

@@ -251,3 +251,13 @@ def test_other_input_size_is_refused():
     predictions, targets, query = random_case(11)
     with pytest.raises(ValueError, match=r"targets\.input_size.*\(19, 26\).*\(19, 30\)"):
         mask_loss(predictions, targets._replace(input_size=(19, 30)), query, LossConfig())
+
+
+@pytest.mark.parametrize(("rows", "columns", "slots"), [(-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_of_another_height_width_or_number_are_refused(rows, columns, slots, dtype):
+    predictions, targets, query = random_case(0, dtype=dtype)
+    batch, count, height, width = targets.masks.shape
+    masks = torch.zeros(batch, count + slots, height + rows, width + columns, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"targets\.masks: expected shape \(3, 3, 19, 4\), got \(3, "):
+        mask_loss(predictions, targets._replace(masks=masks), query, LossConfig())

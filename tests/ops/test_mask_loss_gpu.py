@@ -94,7 +94,7 @@ def test_double_precision_by_finite_differences() -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 0.6])
 def test_gradient_by_finite_differences(gamma: float) -> None:
-    """Of the kernels themselves, along a direction: steps that float32 can resolve."""
+    """Compare the kernels' gradient with finite differences along one direction, by steps that float32 can resolve."""
     logits, masks, rows, *rest = random_case((20, 33), (80, 131), True, gamma)
     logits, rows = logits[2:], rows[2:]
     upstream = torch.tensor([1.0, -0.7, 0.4, 0.0], device="cuda").expand(len(logits), 4)

@@ -41,6 +41,6 @@ def test_cuda_frame_with_a_pitch_and_graph() -> None:
     frames.bitwise_not_()
     graph.replay()
     expected, expected_sizes = resize_images(frames.cpu(), size, 32, bgr=True)
-    for found in (batch, together):
-        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0)
+    for actual in (batch, together):
+        torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0)
     assert torch.equal(valid_sizes.cpu(), expected_sizes)

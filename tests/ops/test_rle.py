@@ -34,10 +34,10 @@ def test_instances_equal_pycocotools(seed: int, queries: int, height: int, width
     assert starts.dtype == torch.int64 and data.dtype == torch.uint8 and len(data) == size + 3
     assert [data[start:end].numpy().tobytes() for start, end in pairwise(starts.tolist())] == expected
     assert instance_rle(*arguments, max(0, size - 1)).starts[-1] == size
-    found = encode_instances(*arguments)
-    assert [len(image) for image in found] == [queries] * 2
-    assert [rle["counts"] for image in found for rle in image] == expected
-    assert all(rle["size"] == [height, width] for image in found for rle in image)
+    encoded = encode_instances(*arguments)
+    assert [len(image) for image in encoded] == [queries] * 2
+    assert [rle["counts"] for image in encoded for rle in image] == expected
+    assert all(rle["size"] == [height, width] for image in encoded for rle in image)
 
 
 def test_buffer_grows_once_it_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,10 +66,10 @@ def naive_panoptic(masks, scores, categories, is_thing, threshold, rule="maskfor
     return id_map, segments
 
 
-def segments_of(found, categories):
+def segments_of(actual, categories):
     """[(id, category, area)] of the first image."""
     table = {}
-    columns = (found.ids, categories, found.areas)
+    columns = (actual.ids, categories, actual.areas)
     for number, category, area in zip(*(column[0].tolist() for column in columns), strict=True):
         if number != VOID:
             table.setdefault(number, [number, category, 0])[2] += area
@@ -89,15 +89,15 @@ def test_panoptic_equals_loops(data: st.DataObject) -> None:
     is_thing = torch.rand(classes, generator=generator) < 0.5
     threshold, rule = data.draw(st.sampled_from([0.0, 0.25, 0.8, 1.0])), data.draw(st.sampled_from(RULES))
     extent = (h * data.draw(st.floats(0.3, 1.0)), float(w))
-    found = panoptic_inference_eager(logits, scores, categories, is_thing, extent, size, threshold, rule)
+    actual = panoptic_inference_eager(logits, scores, categories, is_thing, extent, size, threshold, rule)
     masks = resample(logits[0], extent, size).sigmoid().numpy()
     table = (scores[0].numpy(), categories[0].numpy(), is_thing.numpy())
     id_map, segments = naive_panoptic(masks, *table, threshold, rule)
-    np.testing.assert_array_equal(found.id_map[0].numpy(), id_map)
-    assert segments_of(found, categories) == segments
-    assert found.id_map.dtype == torch.int32
+    np.testing.assert_array_equal(actual.id_map[0].numpy(), id_map)
+    assert segments_of(actual, categories) == segments
+    assert actual.id_map.dtype == torch.int32
     if rule != "mask2former":
-        assert found.areas.sum() == (size[0] * size[1] if (categories >= 0).any() else 0)
+        assert actual.areas.sum() == (size[0] * size[1] if (categories >= 0).any() else 0)
 
 
 @pytest.mark.skipif(not ORACLE.exists(), reason="official outputs are not here")
@@ -112,13 +112,13 @@ def test_panoptic_equals_official(panoptic: Panoptic, case: int, thresholds: tup
     kept = (categories < len(is_thing)) & (scores > thresholds[0])
     categories = categories.masked_fill(~kept, VOID)[None]
     extent = tuple(float(side) for side in post["mask_pred"].shape[1:])
-    found = panoptic(
+    actual = panoptic(
         post["mask_pred"][None], scores[None], categories, is_thing, extent, tuple(post["size"]), thresholds[1]
     )
     official, info = post[f"panoptic@{thresholds[0]},{thresholds[1]}"]
-    torch.testing.assert_close(found.id_map[0], official.masked_fill(official == 0, VOID), rtol=0, atol=0)
+    torch.testing.assert_close(actual.id_map[0], official.masked_fill(official == 0, VOID), rtol=0, atol=0)
     expected = [[s["id"], s["category_id"], int((official == s["id"]).sum())] for s in info]
-    assert segments_of(found, categories) == expected
+    assert segments_of(actual, categories) == expected
     assert [s["isthing"] for s in info] == [bool(is_thing[s[1]]) for s in expected]
 
 
@@ -146,39 +146,39 @@ def test_ratio_equal_to_the_threshold_keeps_the_segment(panoptic: Panoptic) -> N
 def test_rules_by_hand(panoptic: Panoptic, rule: PanopticRule, threshold: float, expected: list[int]) -> None:
     """Rules as in the behaviour of both papers' published inference and of transformers' `compute_segments`."""
     logits = torch.tensor([[4.0, 4.0, 0.5, 0.5, 0.5, -9, -9, -9, -1, -1], [-9.0] * 4 + [5.0] * 4 + [-9.0] * 2])
-    found = panoptic(
+    actual = panoptic(
         logits[None, :, None], torch.tensor([[0.6, 0.9]]), torch.tensor([[0, 1]]), torch.tensor([True, True]),
         (1, 10), (1, 10), threshold, rule,
     )  # fmt: skip
-    assert found.id_map[0, 0].tolist() == expected
+    assert actual.id_map[0, 0].tolist() == expected
     for number in set(expected) - {VOID}:
-        assert found.areas[found.ids == number].tolist() == [expected.count(number)]
+        assert actual.areas[actual.ids == number].tolist() == [expected.count(number)]
 
 
 def test_mask2former_drops_a_segment_that_owns_nothing_of_what_it_won(panoptic: Panoptic) -> None:
     logits = torch.tensor([[[[-1.0, 1.0]], [[-9.0, 9.0]]]])  # the first wins where it has no mask, owns what it lost
     arguments = (logits, torch.ones(1, 2), torch.tensor([[0, 1]]), torch.tensor([True, True]), (1, 2), (1, 2), 0.8)
     assert panoptic(*arguments, "maskformer").id_map.tolist() == [[[1, 2]]]
-    found = panoptic(*arguments, "mask2former")
-    assert found.id_map.tolist() == [[[VOID, 1]]] and found.ids.tolist() == [[VOID, 1]]
+    actual = panoptic(*arguments, "mask2former")
+    assert actual.id_map.tolist() == [[[VOID, 1]]] and actual.ids.tolist() == [[VOID, 1]]
 
 
 def test_stuff_merges_into_the_first_segment_and_things_do_not(panoptic: Panoptic) -> None:
     logits = torch.full((1, 4, 1, 4), -9.0)
     logits[0, range(4), 0, range(4)] = 9.0
     categories, is_thing = torch.tensor([[1, 0, 1, 0]]), torch.tensor([True, False])
-    found = panoptic(logits, torch.ones(1, 4), categories, is_thing, (1, 4), (1, 4), 0.5)
-    assert found.id_map.tolist() == [[[1, 2, 1, 3]]] and found.ids.tolist() == [[1, 2, 1, 3]]
+    actual = panoptic(logits, torch.ones(1, 4), categories, is_thing, (1, 4), (1, 4), 0.5)
+    assert actual.id_map.tolist() == [[[1, 2, 1, 3]]] and actual.ids.tolist() == [[1, 2, 1, 3]]
 
 
 @pytest.mark.parametrize("queries", [0, 3])
 def test_no_query_kept_is_all_void(panoptic: Panoptic, queries: int) -> None:
-    found = panoptic(
+    actual = panoptic(
         torch.randn(2, queries, 4, 5), torch.rand(2, queries), torch.full((2, queries), VOID), torch.tensor([True]),
         (4, 5), (9, 7), 0.8,
     )  # fmt: skip
-    assert found.id_map.shape == (2, 9, 7) and (found.id_map == VOID).all() and (found.ids == VOID).all()
-    assert found.areas.shape == (2, queries)
+    assert actual.id_map.shape == (2, 9, 7) and (actual.id_map == VOID).all() and (actual.ids == VOID).all()
+    assert actual.areas.shape == (2, queries)
 
 
 def naive_instance(logits, extent, size):
@@ -203,14 +203,14 @@ def test_instances_equal_loops(data: st.DataObject) -> None:
     batch, queries = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 6))
     logits = 3 * torch.randn(batch, queries, h, w, generator=generator) - data.draw(st.sampled_from([0.0, 5.0]))
     extent = (h * 0.77, float(w))
-    found = instance_inference_eager(logits, extent, size)
-    assert found.masks.shape == (batch, queries, size[0], (size[1] + 7) // 8)
+    actual = instance_inference_eager(logits, extent, size)
+    assert actual.masks.shape == (batch, queries, size[0], (size[1] + 7) // 8)
     for image in range(batch):
         for query, (packed, area, box, score) in enumerate(naive_instance(logits[image], extent, size)):
-            np.testing.assert_array_equal(found.masks[image, query].numpy(), packed)
-            assert found.areas[image, query] == area
-            assert found.boxes[image, query].tolist() == box
-            assert found.scores[image, query].item() == pytest.approx(score, abs=1e-5)
+            np.testing.assert_array_equal(actual.masks[image, query].numpy(), packed)
+            assert actual.areas[image, query] == area
+            assert actual.boxes[image, query].tolist() == box
+            assert actual.scores[image, query].item() == pytest.approx(score, abs=1e-5)
 
 
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +232,8 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_precision_masks_are_resampled_in_float32() -> None:
     logits = torch.randn(1, 5, 8, 8).bfloat16()
     expected = F.interpolate(logits.float(), size=(32, 32), mode="bilinear", align_corners=False)[0] > 0
-    found = instance_inference(logits, (8, 8), (32, 32))
-    bits = np.unpackbits(found.masks[0].numpy(), axis=-1, bitorder="little")
+    actual = instance_inference(logits, (8, 8), (32, 32))
+    bits = np.unpackbits(actual.masks[0].numpy(), axis=-1, bitorder="little")
     assert (bits != expected.numpy()).mean() < 1e-3
 
 

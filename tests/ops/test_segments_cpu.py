@@ -83,8 +83,8 @@ def scenes(draw: st.DrawFn, most_queries: int = 12) -> Scene:
 @settings(max_examples=250, deadline=None)
 @given(scenes())
 def test_panoptic_equals_float64(scene: Scene) -> None:
-    for found in each_isa(lambda: panoptic_inference(*scene)):
-        assert_panoptic(found, scene)
+    for actual in each_isa(lambda: panoptic_inference(*scene)):
+        assert_panoptic(actual, scene)
 
 
 @settings(max_examples=40, deadline=None)
@@ -109,8 +109,8 @@ def test_nearly_every_pixel_is_compared() -> None:
 @settings(max_examples=150, deadline=None)
 @given(scenes(most_queries=6))
 def test_instances_equal_float64(scene: Scene) -> None:
-    for found in each_isa(lambda: instance_inference(scene.logits, scene.extent, scene.size)):
-        assert_instances(found, scene)
+    for actual in each_isa(lambda: instance_inference(scene.logits, scene.extent, scene.size)):
+        assert_instances(actual, scene)
 
 
 @settings(max_examples=25, deadline=None)
@@ -122,13 +122,13 @@ def test_eager_instances_equal_float64(scene: Scene) -> None:
 
 def test_of_equal_queries_the_first_wins() -> None:
     logits = 3 * torch.randn(1, 1, 9, 14).expand(1, 4, 9, 14)
-    for found in each_isa(
+    for actual in each_isa(
         lambda: panoptic_inference(
             logits, torch.tensor([[0.4, 0.9, 0.9, 0.9]]), torch.tensor([[0, VOID, 1, 2]]), torch.ones(3).bool(),
             (9, 14), (36, 56), 0.0,
         )
     ):
-        assert found.areas.tolist() == [[0, 0, 36 * 56, 0]] and (found.id_map == 1).all()
+        assert actual.areas.tolist() == [[0, 0, 36 * 56, 0]] and (actual.id_map == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -189,26 +189,26 @@ def test_random_bits_give_consistent_results(seed: int, rule: PanopticRule) -> N
     logits, scores, categories = bits(2, 5, 6, 21), bits(2, 5), torch.randint(-1, 3, (2, 5), generator=generator)
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
     logits[:, :, ::2] = special[torch.randint(0, 4, logits[:, :, ::2].shape, generator=generator)]
-    for found in each_isa(
+    for actual in each_isa(
         lambda: panoptic_inference(
             logits, scores, categories, torch.tensor([True, False, True]), (6, 21), (24, 84), 0.5, rule
         )
     ):
-        assert found.id_map.min() >= VOID and found.id_map.max() <= found.ids.max()
-        assert found.areas.min() >= 0 and (found.areas.sum(1) <= 24 * 84).all()
-    for found in each_isa(lambda: instance_inference(logits, (6, 21), (24, 84))):
-        assert found.scores.isfinite().all() and (found.scores >= 0).all() and (found.scores <= 1 + 1e-6).all()
-        assert torch.equal(found.areas, unpack_masks(found.masks, 84).sum((2, 3)))
+        assert actual.id_map.min() >= VOID and actual.id_map.max() <= actual.ids.max()
+        assert actual.areas.min() >= 0 and (actual.areas.sum(1) <= 24 * 84).all()
+    for actual in each_isa(lambda: instance_inference(logits, (6, 21), (24, 84))):
+        assert actual.scores.isfinite().all() and (actual.scores >= 0).all() and (actual.scores <= 1 + 1e-6).all()
+        assert torch.equal(actual.areas, unpack_masks(actual.masks, 84).sum((2, 3)))
 
 
 def test_nan_covers_nothing_and_infinity_all() -> None:
     logits = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0])[None, :, None, None].expand(1, 4, 3, 3)
-    for found in each_isa(lambda: instance_inference(logits, (3, 3), (20, 70))):
-        assert found.areas.tolist() == [[0, 1400, 0, 1400]]
-        assert found.scores.tolist() == [[0, 1, 0, pytest.approx(0.7310586, abs=1e-6)]]
+    for actual in each_isa(lambda: instance_inference(logits, (3, 3), (20, 70))):
+        assert actual.areas.tolist() == [[0, 1400, 0, 1400]]
+        assert actual.scores.tolist() == [[0, 1, 0, pytest.approx(0.7310586, abs=1e-6)]]
     arguments = (torch.tensor([[9.0, 0.4, 0.9, float("nan")]]), torch.arange(4)[None], torch.ones(4).bool())
-    for found in each_isa(lambda: panoptic_inference(logits, *arguments, (3, 3), (20, 70), 0.5)):
-        assert found.ids.tolist() == [[VOID, 1, VOID, VOID]] and (found.id_map == 1).all()
+    for actual in each_isa(lambda: panoptic_inference(logits, *arguments, (3, 3), (20, 70), 0.5)):
+        assert actual.ids.tolist() == [[VOID, 1, VOID, VOID]] and (actual.id_map == 1).all()
 
 
 def test_categories_are_checked() -> None:
@@ -221,11 +221,11 @@ def test_categories_are_checked() -> None:
 @pytest.mark.parametrize("batch, queries", [(0, 3), (2, 0), (0, 0)])
 def test_nothing_to_do(batch: int, queries: int) -> None:
     logits = torch.zeros(batch, queries, 4, 5)
-    found = panoptic_inference(
+    actual = panoptic_inference(
         logits, torch.zeros(batch, queries), torch.zeros(batch, queries, dtype=torch.int64), torch.ones(1).bool(),
         (4, 5), (9, 7), 0.8,
     )  # fmt: skip
-    assert found.id_map.shape == (batch, 9, 7) and (found.id_map == VOID).all()
+    assert actual.id_map.shape == (batch, 9, 7) and (actual.id_map == VOID).all()
     assert instance_inference(logits, (4, 5), (9, 7)).masks.shape == (batch, queries, 9, 1)
 
 

@@ -72,8 +72,8 @@ def on_device(arguments):
     return tuple(value.cuda() if isinstance(value, torch.Tensor) else value for value in arguments)
 
 
-def assert_same(found, expected) -> None:
-    for got, want in zip(found, expected, strict=True):
+def assert_same(actual, expected) -> None:
+    for got, want in zip(actual, expected, strict=True):
         assert got.dtype == want.dtype and torch.equal(got.cpu(), want.cpu())
 
 
@@ -84,17 +84,17 @@ def test_panoptic(case, rule, dtype) -> None:
     clear = case[1] * case[4][0] * case[4][1] < 50000  # in larger scenes some pixel is always close to a tie
     arguments = random_scene(0, case, dtype, rule, clear)
     expected = panoptic_inference(*arguments)  # on the CPU, itself held to float64
-    found = panoptic_inference(*on_device(arguments))
+    actual = panoptic_inference(*on_device(arguments))
     again = panoptic_inference(*on_device(arguments))
-    assert_same(found, again)
+    assert_same(actual, again)
     if clear:
-        assert_same(found, expected)
+        assert_same(actual, expected)
         return
     unclear = ties(arguments)
     assert unclear.float().mean() < 0.02
-    assert ((found.areas.cpu() - expected.areas).abs().sum(1) <= 2 * unclear.sum((1, 2))).all()
-    if torch.equal(found.ids.cpu(), expected.ids):
-        assert torch.equal(found.id_map.cpu()[~unclear], expected.id_map[~unclear])
+    assert ((actual.areas.cpu() - expected.areas).abs().sum(1) <= 2 * unclear.sum((1, 2))).all()
+    if torch.equal(actual.ids.cpu(), expected.ids):
+        assert torch.equal(actual.id_map.cpu()[~unclear], expected.id_map[~unclear])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -115,10 +115,10 @@ def test_more_queries_than_the_kernel_takes() -> None:
 def test_nothing_to_do(shape) -> None:
     logits = torch.zeros(shape, device="cuda")
     categories = torch.zeros(shape[:2], dtype=torch.int64, device="cuda")
-    found = panoptic_inference(
+    actual = panoptic_inference(
         logits, logits[..., 0, 0], categories, torch.tensor([True], device="cuda"), (4, 4), (9, 9), 0.8
     )
-    assert found.id_map.shape == (shape[0], 9, 9) and (found.id_map == VOID).all()
+    assert actual.id_map.shape == (shape[0], 9, 9) and (actual.id_map == VOID).all()
     assert instance_inference(logits, (4, 4), (9, 9)).masks.shape == (*shape[:2], 9, 2)
     assert instance_rle(logits, (4, 4), (9, 9), 5).starts.tolist() == [0]
 
@@ -150,21 +150,21 @@ def test_instances_and_run_lengths(case, dtype) -> None:
     logits, *_, extent, size, _, _ = random_scene(0, case, dtype, "maskformer", clear=False)
     logits[0, 0] = -1.0
     up = resampled(logits, extent, size)
-    found = instance_inference(logits.cuda(), extent, size)
-    masks = unpack_masks(found.masks.cpu(), size[1])
+    actual = instance_inference(logits.cuda(), extent, size)
+    masks = unpack_masks(actual.masks.cpu(), size[1])
     clear = up.abs() > 1e-5
     assert torch.equal(masks[clear], (up > 0)[clear]) and clear.float().mean() > 0.99
     areas = masks.sum((2, 3))
-    assert torch.equal(found.areas.cpu(), areas)
+    assert torch.equal(actual.areas.cpu(), areas)
     scores = (up.sigmoid() * masks).sum((2, 3)) / (areas + 1e-6)
-    torch.testing.assert_close(found.scores.cpu(), scores.float(), atol=1e-6, rtol=0)
-    for mask, box in zip(masks.flatten(0, 1), found.boxes.flatten(0, 1).tolist(), strict=True):
+    torch.testing.assert_close(actual.scores.cpu(), scores.float(), atol=1e-6, rtol=0)
+    for mask, box in zip(masks.flatten(0, 1), actual.boxes.flatten(0, 1).tolist(), strict=True):
         y, x = mask.nonzero().unbind(1)
         assert box == ([x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0, 0, 0, 0])
-    assert_same(instance_inference(logits.cuda(), extent, size), found)
+    assert_same(instance_inference(logits.cuda(), extent, size), actual)
 
     # the same masks, bit for bit, though no kernel shares them
-    packed = found.masks.cpu().flatten(0, 1).numpy()
+    packed = actual.masks.cpu().flatten(0, 1).numpy()
     expected = [rle["counts"] for rle in encode_packed_masks(packed, size[1])]
     total = sum(map(len, expected))
     for capacity in (total, total + 100):

@@ -154,6 +154,8 @@ def test_instances_to_coco_decode_to_the_masks_by_pycocotools(
         np.testing.assert_array_equal(coco_mask.decode(rle).astype(bool), masks[i])
         expected = coco_mask.frPyObjects({"size": [height, width], "counts": run_lengths(masks[i])}, height, width)
         assert rle["counts"] == expected["counts"].decode() and rle["size"] == [height, width]
+        assert "bbox" not in entry and entry["area"] == masks[i].sum()
+        assert entry["box"] == coco_mask.toBbox(expected).tolist() or not masks[i].any()
         assert entry["category_id"] == METADATA.category_ids[int(result.labels[i])] and entry["image_id"] == "a"
         assert entry["score"] == pytest.approx(float(result.scores[i]))
 

@@ -111,7 +111,7 @@ def table_row(name: str) -> str:
         f"`{name}`",
         config.model.type,
         config.model.backbone.name,
-        "whole" if crop is None else f"{crop[0]} x {crop[1]}",
+        "full image" if crop is None else f"{crop[0]} x {crop[1]}",
         f"{solver.batch_size}",
         f"{solver.max_steps:,}",
         f"{solver.lr:g} x {solver.backbone_factor:g}",

@@ -82,9 +82,9 @@ class FakeDriver(types.ModuleType):
         self._next = 1 << 20
 
     def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
+        attribute = super().__getattribute__(name)
         if not name.startswith("cu") or name.startswith("cuGetError"):
-            return found
+            return attribute
 
         def call(*arguments: Any) -> Any:
             self.calls.append((name, arguments))
@@ -92,7 +92,7 @@ class FakeDriver(types.ModuleType):
                 if name == "cuStreamEndCapture":  # the capture ends in spite of the error
                     self.capturing.pop(int(arguments[0]))
                 return self.failures[name], None
-            status, *values = found(*arguments)
+            status, *values = attribute(*arguments)
             return (Result.CUDA_SUCCESS if status == 0 else status), *values
 
         return call
@@ -116,8 +116,8 @@ class FakeDriver(types.ModuleType):
 
     def _drop(self, kind: str, handle: int) -> tuple[int]:
         assert self.depth > 0, f"{kind} released without a current device"
-        found = self.alive.pop(int(handle), None)
-        assert found is not None and found[0] == kind, f"{handle} is no {kind}"
+        resource = self.alive.pop(int(handle), None)
+        assert resource is not None and resource[0] == kind, f"{handle} is no {kind}"
         return (0,)
 
     def cuGetErrorName(self, status: int) -> tuple[int, bytes]:

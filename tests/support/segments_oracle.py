@@ -83,40 +83,40 @@ def numbered(kept: np.ndarray, categories: list[int], is_thing: list[bool]) -> l
     return ids
 
 
-def assert_panoptic(found: PanopticSegments, scene: Scene) -> int:
+def assert_panoptic(actual: PanopticSegments, scene: Scene) -> int:
     """Compare all results of a scene -> number of pixels compared."""
     compared = 0
     for image in range(len(scene.logits)):
-        ids, areas = found.ids[image].tolist(), found.areas[image].numpy()
+        ids, areas = actual.ids[image].tolist(), actual.areas[image].numpy()
         if not ids or not (scene.categories[image] >= 0).any():
-            assert (found.id_map[image] == VOID).all() and set(ids) <= {VOID} and not areas.any()
+            assert (actual.id_map[image] == VOID).all() and set(ids) <= {VOID} and not areas.any()
             continue
         expected = expect(scene, image)
         assert (areas >= expected.areas[0]).all() and (areas <= expected.areas[1]).all()
         kept = np.array(ids) != VOID
         assert (kept >= expected.kept[0]).all() and (kept <= expected.kept[1]).all()
         assert ids == numbered(kept, scene.categories[image].tolist(), scene.is_thing.tolist())
-        assert (found.id_map[image].numpy() == np.array([*ids, VOID])[expected.slots])[expected.sure].all()
+        assert (actual.id_map[image].numpy() == np.array([*ids, VOID])[expected.slots])[expected.sure].all()
         for number in set(ids) - {VOID}:
-            assert (found.id_map[image] == number).sum() == areas[np.array(ids) == number].sum()
+            assert (actual.id_map[image] == number).sum() == areas[np.array(ids) == number].sum()
         compared += int(expected.sure.sum())
     return compared
 
 
-def assert_instances(found: Any, scene: Scene, slack: float = SLACK, tolerance: float = 1e-6) -> None:
+def assert_instances(actual: Any, scene: Scene, slack: float = SLACK, tolerance: float = 1e-6) -> None:
     logits = resampled(scene.logits, scene.extent, scene.size).numpy()
-    probabilities, masks = sigmoid(logits), unpack_masks(found.masks, scene.size[1]).numpy()
+    probabilities, masks = sigmoid(logits), unpack_masks(actual.masks, scene.size[1]).numpy()
     least, most = probabilities > 0.5 + slack, probabilities >= 0.5 - slack
     assert (masks >= least).all() and (masks <= most).all()
     areas = masks.sum((2, 3))
-    np.testing.assert_array_equal(found.areas.numpy(), areas)
+    np.testing.assert_array_equal(actual.areas.numpy(), areas)
     scores = (probabilities * masks).sum((2, 3)) / (areas + 1e-6)
-    np.testing.assert_allclose(found.scores.numpy(), scores, atol=tolerance)
-    for mask, box in zip(masks.reshape(-1, *scene.size), found.boxes.reshape(-1, 4).tolist(), strict=True):
+    np.testing.assert_allclose(actual.scores.numpy(), scores, atol=tolerance)
+    for mask, box in zip(masks.reshape(-1, *scene.size), actual.boxes.reshape(-1, 4).tolist(), strict=True):
         y, x = np.nonzero(mask)
         assert box == ([x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0, 0, 0, 0])
-    if scene.size[1] % 8 and found.masks.numel():
-        assert (found.masks[..., -1] >> (scene.size[1] % 8) == 0).all()  # padding bits
+    if scene.size[1] % 8 and actual.masks.numel():
+        assert (actual.masks[..., -1] >> (scene.size[1] % 8) == 0).all()  # padding bits
 
 
 def large_scene(rule: PanopticRule = "maskformer") -> Scene:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from maskformer_fast.training.train_step import check_batch_norm
+from maskformer_fast.training.trainer import Trainer
 from tests.support.step_cases import SWIN, TINY, batches, config_of, spoil, step_of
 
 
@@ -44,6 +48,35 @@ def test_micro_batches_give_the_numbers_of_one_batch(parts, kind, backbone, loss
     start = step_of(config_of(kind, backbone, loss)).network.state_dict()
     moved = [(weights[0][name] - start[name]).abs().max() for name in start if start[name].is_floating_point()]
     assert max(moved) > 1e-4  # ten times the tolerance
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (32, 32), (33, 32), (32, 64), (31, 5)])
+def test_batch_norm_of_one_value_is_refused_exactly_where_pytorch_cannot_compute_it(norm, images, height, width):
+    def fails(work):
+        try:
+            work()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    config = config_of(backbone=replace(TINY.model.backbone, norm=norm))
+    network = step_of(config).network.train()
+    pytorch = fails(lambda: network(torch.zeros(images, 3, height, width, dtype=torch.uint8)))
+    ours = fails(lambda: check_batch_norm(config, images, height, width))
+    assert bool(pytorch) == bool(ours) == (norm == "batch" and images == 1 and height <= 32 and width <= 32)
+    assert not ours or all(name in ours for name in ("solver.batch_size", "data.augment.crop_size", "backbone.norm"))
+
+
+@pytest.mark.parametrize("crop", [(20, 32), None])
+def test_a_run_whose_batches_give_batch_norm_one_value_is_refused(tmp_path, crop):
+    augment = replace(TINY.data.augment, crop_size=crop, short_edge=(20,))
+    config = replace(TINY, output=str(tmp_path), data=replace(TINY.data, augment=augment),
+                     solver=replace(TINY.solver, batch_size=2, accumulate=2))
+    with pytest.raises(ValueError, match=r"solver\.batch_size: .*one image of 32x32.*batch_size=2, accumulate=2"):
+        Trainer(config).run()  # without a crop, at the first such image
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("where", ["cost", "cost of one image", "loss", "gradient"])

@@ -17,8 +17,10 @@ from maskformer_fast.data.datasets.coco_json import check_color, load_json
 UNKNOWN = VOID - 1
 """Entry of `ClassList.lookup` for a pixel value that is neither a class nor ignored."""
 
+DEFAULT_IGNORE = 255
+"""Pixel value of unlabelled pixels unless the class list names another."""
+
 _MAX_VALUE = 65535  # largest pixel value of a 16-bit image
-_DEFAULT_IGNORE = 255  # pixel value of unlabelled pixels unless the class list names another
 _FOLDER = Path(__file__).parents[1] / "classes"
 _KEYS = {"name", "id", "isthing", "is_thing", "color", "supercategory"}
 
@@ -66,12 +68,11 @@ def _is_value(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_VALUE
 
 
-def numbered_class_list(values: Sequence[int], ignore: int | None = None) -> ClassList:
-    """Make a class "class N" of each pixel value N, except for the value to ignore (255 if ``ignore`` is None)."""
-    ignored = _DEFAULT_IGNORE if ignore is None else ignore
-    kept = tuple(value for value in values if value != ignored)
+def numbered_class_list(values: Sequence[int], ignore: Sequence[int]) -> ClassList:
+    """Make a class "class N" of each pixel value N, except for the values to ignore."""
+    kept = tuple(value for value in values if value not in ignore)
     names = tuple(f"class {value}" for value in kept)
-    return ClassList(names, kept, (False,) * len(kept), default_colors(len(kept)), (ignored,))
+    return ClassList(names, kept, (False,) * len(kept), default_colors(len(kept)), tuple(ignore))
 
 
 def read_class_list(path: Path) -> ClassList:
@@ -105,7 +106,7 @@ def read_class_list(path: Path) -> ClassList:
 
 def _ignored(path: Path, content: Any, values: tuple[int, ...]) -> tuple[int, ...]:
     if not isinstance(content, dict) or "ignore_index" not in content:
-        return () if _DEFAULT_IGNORE in values else (_DEFAULT_IGNORE,)
+        return () if DEFAULT_IGNORE in values else (DEFAULT_IGNORE,)
     if stray := set(content) - {"classes", "ignore_index"}:
         raise ValueError(f'{path}: expected the keys "classes" and "ignore_index", got {min(stray)!r}')
     value = content["ignore_index"]

@@ -1,16 +1,18 @@
 """COCO instance annotations: polygons, run-length encodings and crowds.
 
-Layout, where ``{split}`` is ``data.train_split`` or ``data.val_split``::
+Layouts, where ``{split}`` is ``data.train_split`` or ``data.val_split``::
 
     root/annotations/instances_{split}.json    (or instances_{split}2017.json)
-    root/{split}/                              images; see `coco_json.image_paths` for other places
+    root/{split}/                              images; see `coco_json.image_folders` for other places
 
-or with the annotations beside the images, as labelling tools export them (`EXPORTS`). For the split "val" a folder
-"valid" serves as well.
+    root/{split}/_annotations.coco.json        beside the images, as labelling tools export it, see `EXPORTS`
 
-Classes are the ``categories`` in their order; all of them are things. Training leaves out images that have no object
-or only crowds. Validation keeps them, because false detections in them count. Polygons of fewer than three points and
-masks without pixels are dropped. Objects without a usable outline are dropped and logged.
+For the split "val" a folder "valid" serves as well.
+
+Classes are the ``categories`` in their order; all of them are things. Objects without a usable outline or without a
+pixel are left out, counted by reason, and logged; a file without any other objects is an error. Training leaves out
+images that have only crowds or objects without a usable outline, and with ``data.keep_empty`` false also images
+without annotations. Validation keeps all images, because false detections in them count.
 """
 
 from __future__ import annotations
@@ -25,15 +27,27 @@ import numpy as np
 
 from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.coco_tools import coco_tools
-from maskformer_fast.core.metadata import SegmentInfo
-from maskformer_fast.data.base import BrokenExampleError, check_same_size, first_existing, resolve_task
+from maskformer_fast.core.metadata import Metadata, SegmentInfo
+from maskformer_fast.data.base import BrokenExampleError, LeftOut, first_existing, resolve_task
 from maskformer_fast.data.datasets.coco_json import (
+    ImageInfo,
     Records,
+    as_integer,
+    image_folders,
     image_paths,
     load_coco,
     read_categories,
     read_images,
     split_names,
+)
+from maskformer_fast.data.datasets.outlines import (
+    NO_PIXEL,
+    RELATIVE,
+    is_relative,
+    normalise_outline,
+    problem_of,
+    rasterize,
+    usable_polygons,
 )
 from maskformer_fast.data.images import read_image
 from maskformer_fast.structures import Example
@@ -41,7 +55,7 @@ from maskformer_fast.structures import Example
 _LOGGER = logging.getLogger("maskformer_fast.data")
 EXPORTS = ("_annotations.coco.json", "result.json", "annotations.json")
 """Annotation files in a split's folder of images, as Roboflow, Label Studio and labelme2coco write them."""
-_COORDINATE_LIMIT = 1e9  # pixels; coordinates beyond it, NaN and infinities are errors
+_MASK_LIMIT = 1 << 34  # bytes of the masks of one image, a byte a pixel
 
 
 class CocoInstances:
@@ -49,36 +63,38 @@ class CocoInstances:
 
     Args:
         path: the JSON file.
-        root, split: where the images are searched, see `coco_json.image_paths`.
-        drop_empty: leave out images that have no object or only crowds.
+        root, split: where the images are searched, see `coco_json.image_folders`.
+        training: leave out images that have only crowds or objects without a usable outline.
         name: name of the data set in its metadata.
+        keep_empty: in training, keep images without annotations.
         exif: turn images as their EXIF orientation says.
 
     Raises:
         FileNotFoundError: annotations or images are missing.
-        ValueError: the JSON is malformed, lacks a key, has unknown or repeated ids, or has boxes but no masks.
+        ValueError: the JSON is malformed, lacks a key, has unknown ids, or no object has a usable outline.
         ModuleNotFoundError: pycocotools is not installed.
     """
 
     task: Task = "instance"
 
-    def __init__(self, path: Path, root: Path, split: str, drop_empty: bool, name: str, exif: bool = True) -> None:
+    def __init__(
+        self, path: Path, root: Path, split: str, training: bool, name: str, keep_empty: bool = True, exif: bool = True
+    ) -> None:
         self._exif = exif
         coco_tools()  # reports a missing package now and not at the first example
         content = load_coco(path)
         self.path = path
         self.metadata = read_categories(content, path, name, things_only=True)
-        images = read_images(content, path)
-        objects = _objects_by_image(content, path, set(images), self.metadata.category_ids)
-        self._images = [
-            image for image in images.values()
-            if not drop_empty or any(not item["crowd"] for item in objects.get(image.id, ()))
-        ]
-        if not self._images:
-            raise ValueError(f"{path}: expected images with objects, found none")
+        _name_grouping_categories(content, path)
+        images = read_images(content, path, image_folders(root, split))
+        objects, annotated = _objects_by_image(content, path, images, self.metadata)
+        self._images = list(images.values())
+        if training:
+            self._images = _trained_images(path, self._images, objects, annotated, keep_empty)
         self._files = image_paths(root, split, self._images)
         # JSON text takes a fifth of the memory of parsed coordinates, and forked processes share it without copying.
         self._objects = [json.dumps(objects.get(image.id, [])).encode() for image in self._images]
+        self._warned = False
 
     @property
     def file_names(self) -> list[str]:
@@ -96,129 +112,143 @@ class CocoInstances:
         """
         info, file = self._images[index], self._files[index]
         image = read_image(file, self._exif)
-        check_same_size(file, image.shape[:2], (info.height, info.width))
+        height, width = image.shape[:2]
+        info.check_size(file, (height, width))
         segments: list[SegmentInfo] = []
         masks: list[np.ndarray] = []
-        for item in json.loads(self._objects[index]):
+        items = json.loads(self._objects[index])
+        if len(items) * height * width > _MASK_LIMIT:
+            reason = f"got {len(items)} objects of {height} x {width} pixels in {info.file_name}"
+            raise BrokenExampleError(
+                self.path, f"expected masks of at most {_MASK_LIMIT >> 30} GiB in an image, {reason}"
+            )
+        for item in items:
             try:
-                mask = rasterize(item["outline"], info.height, info.width)
+                mask = rasterize(item["outline"], height, width)
             except ValueError as error:
                 raise BrokenExampleError(self.path, f"annotation {item['id']} of {info.file_name}: {error}") from error
             if pixels := int(np.count_nonzero(mask)):
                 area = item["area"] or pixels
                 segments.append(SegmentInfo(item["id"], item["category"], True, bool(item["crowd"]), area=area))
                 masks.append(mask)
-        stacked = np.stack(masks) if masks else np.zeros((0, info.height, info.width), dtype=np.bool_)
+            elif not self._warned:  # one that `problem_of` has not seen
+                self._warned = True
+                _LOGGER.warning("%s: left out annotation %d of %s, with %s, and others of this kind",
+                                self.path, item["id"], info.file_name, NO_PIXEL)
+        stacked = np.stack(masks) if masks else np.zeros((0, height, width), dtype=np.bool_)
         return Example(image, segments, masks=stacked, image_id=info.id, path=str(file))
 
 
 def _objects_by_image(
-    content: dict[str, Any], path: Path, image_ids: set[int | str], category_ids: tuple[int, ...]
-) -> dict[int | str, list[dict[str, Any]]]:
+    content: dict[str, Any], path: Path, images: dict[int | str, ImageInfo], metadata: Metadata
+) -> tuple[dict[int | str, list[dict[str, Any]]], set[int | str]]:
+    """Read the usable objects of each image, and the ids of the images that have any annotation."""
     records = Records(content, "annotations", path)
-    category_index = {category: index for index, category in enumerate(category_ids)}
+    numbers = _annotation_ids(records)
+    category_index = {category: index for index, category in enumerate(metadata.category_ids)}
     objects: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
-    seen: set[int] = set()
-    dropped: list[int] = []
-    for index, record in enumerate(records.items):
-        number, image = records.number(index, "id"), records.identity(index, "image_id")
-        category, crowd = records.number(index, "category_id"), records.number(index, "iscrowd", default=0)
-        if number in seen:
-            raise ValueError(f"{records.where(index)}: id: expected distinct ids, got {number} twice")
-        seen.add(number)
-        if image not in image_ids:
-            raise records.error(index, "image_id", 'the id of an entry of "images"')
+    annotated: set[int | str] = set()
+    left_out, relative, crowds = LeftOut(), 0, 0
+    for index, (record, number) in enumerate(zip(records.items, numbers, strict=True)):
+        image = records.image_id(index, images)
+        category, crowd = records.number(index, "category_id"), bool(records.number(index, "iscrowd", default=0))
         if category not in category_index:
             raise records.error(index, "category_id", 'the id of an entry of "categories"')
-        outline = record.get("segmentation")
-        if isinstance(outline, list):
-            if not all(isinstance(part, list) for part in outline):
-                raise records.error(index, "segmentation", "a list of polygons, each a list of numbers")
-            outline = [part for part in outline if len(part) >= 6]
-        elif not isinstance(outline, dict):
-            raise records.error(index, "segmentation", "polygons or a run-length encoding")
-        if not outline:
-            dropped.append(number)
+        try:
+            outline = normalise_outline(record.get("segmentation"))
+        except ValueError as error:
+            raise records.error(index, "segmentation", str(error)) from None
+        info = images[image]
+        annotated.add(image)
+        relative += is_relative(outline)
+        if problem := problem_of(outline, info.height, info.width):
+            left_out.add(problem, f"annotation {number} of {info.file_name}")
             continue
+        crowds += crowd
         area = record.get("area")  # COCO's evaluation groups objects by this area
         objects[image].append({
-            "id": number, "category": category_index[category], "crowd": int(bool(crowd)), "outline": outline,
+            "id": number, "category": category_index[category], "crowd": int(crowd),
+            "outline": usable_polygons(outline),
             "area": int(area) if isinstance(area, (int, float)) and 0 < area < 2**31 else 0,
         })
-    if dropped and len(dropped) == len(records.items):
-        raise ValueError(f"{path}: annotations: expected outlines in segmentation, found none: only boxes?")
-    if dropped:
-        _LOGGER.warning("%s: dropped %d annotations without a usable outline: ids %s", path, len(dropped), dropped)
-    return objects
+    if numbers and (relative == len(numbers) or not objects):
+        reasons = f"  all with {RELATIVE}" if relative == len(numbers) else str(left_out)
+        raise ValueError(f"{path}: annotations: expected outlines with pixels in segmentation, got none:\n{reasons}")
+    left_out.log(path, "annotations")
+    if crowds:
+        _LOGGER.info("%s: %d of %d annotations are crowds: not trained, and ignored in AP", path, crowds, len(numbers))
+    return objects, annotated
 
 
-def rasterize(outline: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
-    """Rasterise polygons [[x0, y0, x1, y1, ...], ...] in pixels, or a run-length encoding -> bool [height, width].
+def _annotation_ids(records: Records) -> list[int]:
+    """Return a distinct number for each annotation: its id if that is one, else the next free number."""
+    given = [as_integer(record.get("id")) for record in records.items]
+    seen: set[int] = set()
+    numbers: list[int | None] = []
+    for number in given:
+        is_new = number is not None and number >= 0 and number not in seen
+        numbers.append(number if is_new else None)
+        if is_new and number is not None:
+            seen.add(number)
+    free = max(seen, default=0)
+    result = []
+    for number in numbers:
+        free += number is None
+        result.append(free if number is None else number)
+    if missing := numbers.count(None):
+        _LOGGER.info("%s: numbered %d annotations, whose ids are absent, repeated or no numbers", records.path, missing)
+    return result
+
+
+def _trained_images(
+    path: Path, images: list[ImageInfo], objects: dict[int | str, list[dict[str, Any]]],
+    annotated: set[int | str], keep_empty: bool,
+) -> list[ImageInfo]:
+    """Choose the images of training, and log the others.
 
     Raises:
-        ValueError: the outline is malformed, of another size, or more than one image width or height outside the image.
+        ValueError: no image has an object.
     """
-    if isinstance(outline, dict):
-        runs = _checked_runs(outline, height, width)
-        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-    tools = coco_tools().mask
-    polygons = [_checked_polygon(part, height, width) for part in outline]
-    return tools.decode(tools.merge(tools.frPyObjects(polygons, height, width))).view(np.bool_)
+    left_out, kept, empty = LeftOut(), [], 0
+    for image in images:
+        if any(not item["crowd"] for item in objects.get(image.id, ())):
+            kept.append(image)
+        elif image.id in annotated:
+            reason = "only crowds" if image.id in objects else "objects without a usable outline only"
+            left_out.add(reason, image.file_name)
+        elif keep_empty:
+            kept.append(image)
+            empty += 1
+        else:
+            left_out.add("no object (--data.keep-empty trains them)", image.file_name)
+    if len(kept) == empty:
+        raise ValueError(f"{path}: expected images with objects, found none of {len(images)}:\n{left_out}")
+    left_out.log(path, f"of {len(images)} images")
+    if empty:
+        _LOGGER.info("%s: %d of %d images have no object and are trained as background (--data.no-keep-empty leaves "
+                     "them out)", path, empty, len(images))
+    return kept
 
 
-def _checked_polygon(part: list[float], height: int, width: int) -> list[float]:
-    if len(part) % 2 or not all(isinstance(value, int | float) and abs(value) < _COORDINATE_LIMIT for value in part):
-        raise ValueError(f"segmentation: expected pairs of finite numbers, got {str(part)[:80]}")
-    # The rasteriser stores every step along the outline: one huge coordinate would take all memory.
-    for values, size in ((part[0::2], width), (part[1::2], height)):
-        if min(values) < -size or max(values) > 2 * size:
-            raise ValueError(
-                f"segmentation: expected coordinates near 0..{size}, got {min(values):g}..{max(values):g}"
-            )
-    return part
+def _name_grouping_categories(content: dict[str, Any], path: Path) -> None:
+    """Log categories without annotations that other categories name as their ``supercategory``; they stay classes."""
+    categories = content["categories"]
+    used = {as_integer(record.get("category_id")) for record in content.get("annotations") or ()
+            if isinstance(record, dict)}
+    groups = {str(record.get("supercategory")) for record in categories
+              if record.get("supercategory") != record["name"]}
+    unused = [record["name"] for record in categories
+              if record["name"] in groups and as_integer(record["id"]) not in used]
+    if unused:
+        _LOGGER.warning("%s: categories %s group others and have no annotation here: they stay classes; remove them "
+                        "from the files of all splits if they are none", path, ", ".join(map(repr, unused)))
 
 
-def _checked_runs(rle: dict[str, Any], height: int, width: int) -> list[int]:
-    """Read the lengths of alternating runs of 0 and 1, in column-major order."""
-    counts, size = rle.get("counts"), rle.get("size")
-    if size != [height, width]:
-        raise ValueError(f"segmentation: size: expected [{height}, {width}], got {size!r}")
-    if isinstance(counts, str):
-        runs = _decode_counts(counts)
-    elif isinstance(counts, list) and all(type(run) is int for run in counts):
-        runs = counts
-    else:
-        raise ValueError(f"segmentation: counts: expected a text or integers, got {str(counts)[:80]}")
-    if sum(runs) != height * width or min(runs, default=0) < 0:
-        raise ValueError(
-            f"segmentation: counts: expected runs that add up to {height * width} pixels, got {sum(runs)}"
-        )
-    return runs
-
-
-def _decode_counts(text: str) -> list[int]:
-    """Decode COCO's compressed run lengths: 5 bits in each character, differences to the run before the last."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        code = ord(character) - 48
-        if not 0 <= code < 64 or shift > 60:
-            raise ValueError(f"segmentation: counts: expected characters of COCO's encoding, got {character!r}")
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:
-            value -= (code & 16) << 1 << shift - 5  # sign of the last group
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError("segmentation: counts: expected a complete encoding, got one that ends within a number")
-    return runs
-
-
-def coco_instances_dataset(config: DataConfig, root: Path, split: str, drop_empty: bool) -> CocoInstances:
-    """Open a data set in the layout of the module's docstring; raises as `CocoInstances` does."""
+def coco_instances_dataset(config: DataConfig, root: Path, split: str, training: bool) -> CocoInstances:
+    """Open a data set in one of the layouts of the module's docstring; raises as `CocoInstances` does."""
     resolve_task(config.task, "instance", ("instance",), config.dataset)
-    candidates = [root / "annotations" / f"instances_{name}.json" for name in split_names(split)]
-    candidates += [root / name / export for name in split_names(split) for export in EXPORTS]
+    exported = [root / name / export for name in split_names(split) for export in EXPORTS]
+    candidates = [root / "annotations" / f"instances_{name}.json" for name in split_names(split)] + exported
     path = first_existing(candidates, "instance annotations")
-    return CocoInstances(path, root, split, drop_empty, root.resolve().name, config.exif)
+    folder = path.parent.name if path in exported else split
+    return CocoInstances(path, root, folder, training, root.resolve().name, config.keep_empty, config.exif)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import Metadata
-from maskformer_fast.data.base import path_below
+from maskformer_fast.data.base import check_same_size, path_below
 
+_DIGITS = 18  # most digits of a number that is written as a text
 _PROBED = 16  # number of images that are searched to find the folder of images
 
 
@@ -19,8 +20,16 @@ class ImageInfo(NamedTuple):
 
     id: int | str
     file_name: str
-    height: int
-    width: int
+    height: int | None  # None: not listed
+    width: int | None
+
+    def check_size(self, file: Path, image: tuple[int, int]) -> None:
+        """Check the listed height and width, as far as there are any, against those of the image file.
+
+        Raises:
+            BrokenExampleError: they differ.
+        """
+        check_same_size(file, image, (self.height or image[0], self.width or image[1]))
 
 
 def load_json(path: Path) -> Any:
@@ -69,6 +78,15 @@ def load_coco(path: Path) -> dict[str, Any]:
     return content
 
 
+def as_integer(value: object) -> int | None:
+    """Convert an integer, 1.0, true or a text of digits; None if it is none of them."""
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) <= _DIGITS:
+        return int(value)
+    return None
+
+
 class Records:
     """Objects of one list of an annotation file; errors name the list, the index and the key.
 
@@ -93,13 +111,13 @@ class Records:
         return f"{self.path}: {self.section}[{index}]"
 
     def number(self, index: int, key: str, low: int = 0, default: int | None = None) -> int:
-        """Read an integer of at least ``low``; true and false are 1 and 0."""
-        value = self.items[index].get(key, default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or value < low:
+        """Read an integer of at least ``low``, also from a text or a float; true is 1, false 0, and null absent."""
+        value = as_integer(self.items[index].get(key))
+        if value is None and default is not None and self.items[index].get(key) is None:
+            return default
+        if value is None or value < low:
             raise self.error(index, key, f"an integer of at least {low}")
-        return int(value)
+        return value
 
     def text(self, index: int, key: str) -> str:
         """Read a text that is not empty."""
@@ -109,11 +127,21 @@ class Records:
         return value
 
     def identity(self, index: int, key: str) -> int | str:
-        """Read an image id: an integer or a text."""
+        """Read an image id: an integer (also written as 1.0) or a text."""
         value = self.items[index].get(key)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise self.error(index, key, "an integer or a text")
         return value
+
+    def image_id(self, index: int, image_ids: Container[int | str]) -> int | str:
+        """Read the id of a listed image; the number 1 and the text "1" are the same id."""
+        value = self.identity(index, "image_id")
+        for same in (value, str(value), as_integer(value)):
+            if same is not None and same in image_ids:
+                return same
+        raise self.error(index, "image_id", 'the id of an entry of "images"')
 
     def error(self, index: int, key: str, expected: str) -> ValueError:
         """Make the error about one key of one record."""
@@ -122,37 +150,54 @@ class Records:
         return ValueError(f"{self.where(index)}: {key}: expected {expected}, got {got}")
 
 
-def read_images(content: dict[str, Any], path: Path) -> dict[int | str, ImageInfo]:
-    """Read the list ``images`` -> id to entry.
+def read_images(
+    content: dict[str, Any], path: Path, folders: Sequence[Path] = ()
+) -> dict[int | str, ImageInfo]:
+    """Read the list ``images`` -> id to entry. An entry that is listed twice counts once.
+
+    Args:
+        content: the annotation file's content.
+        path: the annotation file, for messages.
+        folders: folders in which images are searched, for messages.
 
     Raises:
-        ValueError: the list is empty, a key is missing or wrong, an id is repeated, or a file name leads out of its
+        ValueError: the list is empty, a key is missing or wrong, an id has two images, or a file name leads out of its
             folder.
     """
     records = Records(content, "images", path)
     images: dict[int | str, ImageInfo] = {}
     for index in range(len(records.items)):
-        image_id = records.identity(index, "id")
-        if image_id in images:
+        image_id, name = records.identity(index, "id"), records.text(index, "file_name")
+        height, width = (records.number(index, key, default=0) or None for key in ("height", "width"))
+        _check_file_name(name, folders or (path.parent,), records.where(index))
+        info = ImageInfo(image_id, name, height, width)
+        if images.setdefault(image_id, info) != info:
             raise ValueError(f"{records.where(index)}: id: expected distinct ids, got {image_id!r} twice")
-        name, height = records.text(index, "file_name"), records.number(index, "height", 1)
-        path_below(path.parent, name, records.where(index))
-        images[image_id] = ImageInfo(image_id, name, height, records.number(index, "width", 1))
     if not images:
         raise ValueError(f'{path}: expected at least one entry in "images"')
     return images
+
+
+def _check_file_name(name: str, folders: Sequence[Path], where: str) -> None:
+    try:
+        path_below(folders[0], name, where)
+    except ValueError:
+        searched = " or ".join(map(str, folders))
+        raise ValueError(f"{where}: file_name: expected a file name below {searched}, got {name!r}: take the folders "
+                         "off it, or give the path below one of these") from None
 
 
 def read_categories(content: dict[str, Any], path: Path, name: str, things_only: bool) -> Metadata:
     """Read the list ``categories``, in its order, as metadata of the data set ``name``.
 
     With ``things_only`` every category is a thing (instances); otherwise ``isthing`` is required. Some export tools
-    write a name twice: such a name gets its id appended.
+    write a name twice: such a name gets its id appended. An entry that is listed twice counts once.
 
     Raises:
-        ValueError: the list is empty, a key is missing or wrong, or an id is repeated.
+        ValueError: the list is empty, a key is missing or wrong, or an id has two categories.
     """
     records = Records(content, "categories", path)
+    records.items = [item for index, item in enumerate(records.items) if item not in records.items[:index]]
     count = len(records.items)
     if not count:
         raise ValueError(f'{path}: expected at least one entry in "categories"')
@@ -173,19 +218,32 @@ def split_names(split: str) -> tuple[str, ...]:
     return (split, f"{split}2017", *(("valid",) if split == "val" else ()))
 
 
+def image_folders(root: Path, split: str) -> list[Path]:
+    """List the folders in which the images of a split are searched.
+
+    These are those of `split_names`, all of them below ``images``, then ``images`` and the root itself.
+    """
+    names = split_names(split)
+    return [root / name for name in names] + [root / "images" / name for name in names] + [root / "images", root]
+
+
 def image_paths(root: Path, split: str, images: Sequence[ImageInfo]) -> list[Path]:
     """Find the files of the images of a split.
 
-    These folders are searched in order: those of `split_names`, all of them below ``images``, then ``images`` and the
-    root itself. The first folder that has one of the first `_PROBED` images is taken. File names may begin with
-    folders.
+    The first of the `image_folders` that has one of the first `_PROBED` images is taken. File names may begin with
+    folders. A backslash is a slash where there is no file with the backslash in its name.
 
     Raises:
         FileNotFoundError: no folder has one of these images; the message lists the folders.
     """
-    names = split_names(split)
-    folders = [root / name for name in names] + [root / "images" / name for name in names] + [root / "images", root]
+    folders = image_folders(root, split)
     for folder in folders:
-        if any((folder / image.file_name).is_file() for image in images[:_PROBED]):
-            return [folder / image.file_name for image in images]
+        if any(file_below(folder, image.file_name).is_file() for image in images[:_PROBED]):
+            return [file_below(folder, image.file_name) for image in images]
     raise FileNotFoundError(f"image {images[0].file_name} not found; looked in {', '.join(map(str, folders))}")
+
+
+def file_below(folder: Path, name: str) -> Path:
+    """Return the path of an image, whose name a tool on Windows may have written."""
+    as_named = folder / name
+    return folder / name.replace("\\", "/") if "\\" in name and not as_named.is_file() else as_named

@@ -6,13 +6,15 @@ Layout, where ``{split}`` is ``data.train_split`` or ``data.val_split``::
     root/annotations/panoptic_{split}/         PNGs, in the folder named as the JSON file
     root/{split}/                              images; see `coco_json.image_paths` for other places
 
-Id 0 is void. Every other id of a PNG must be listed in the JSON, and every listed segment must have pixels in the PNG.
+Id 0 is void. Every other id of a PNG must be listed in the JSON. Listed segments without pixels in the PNG are left
+out, and the first one is logged.
 Categories are those of the JSON, or of ``annotations/panoptic_coco_categories.json`` if the JSON lists none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from maskformer_fast.data.base import (
 from maskformer_fast.data.datasets.coco_json import (
     ImageInfo,
     Records,
+    file_below,
+    image_folders,
     image_paths,
     load_coco,
     load_json,
@@ -41,6 +45,8 @@ from maskformer_fast.data.datasets.coco_json import (
 )
 from maskformer_fast.data.images import read_image, read_panoptic_png
 from maskformer_fast.structures import Example
+
+_LOGGER = logging.getLogger("maskformer_fast.data")
 
 PANOPTIC_TASKS: tuple[Task, ...] = ("panoptic", "semantic", "instance")
 """Tasks whose targets can be made from panoptic truth."""
@@ -59,6 +65,7 @@ class CocoPanoptic:
         name: name of the data set in its metadata.
         skip_broken: leave out images without annotation instead of raising an error.
         exif: turn images as their EXIF orientation says.
+        folders: folders in which ``locate`` searches, for messages.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
@@ -73,13 +80,14 @@ class CocoPanoptic:
         name: str,
         skip_broken: bool = False,
         exif: bool = True,
+        folders: Sequence[Path] = (),
     ) -> None:
         self._exif = exif
         content = load_coco(path)
         self.path = path
         self.task = task
         self.metadata = _categories(content, path, name)
-        images = read_images(content, path)
+        images = read_images(content, path, folders)
         truth = _truth_by_image(content, path, set(images), self.metadata)
         missing = [f"image {info.id!r} ({info.file_name})" for info in images.values() if info.id not in truth]
         raise_or_log(missing, f"images without annotation in {path}", skip_broken)
@@ -90,8 +98,12 @@ class CocoPanoptic:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: expected the folder of panoptic PNGs of {path.name}, found none")
         self._files = locate(self._images)
-        self._pngs = [path_below(folder, truth[info.id][0], str(path)) for info in self._images]
+        for info in self._images:
+            path_below(folder, truth[info.id][0], str(path))
+        self._pngs = [file_below(folder, truth[info.id][0]) for info in self._images]
         self._segments = [truth[info.id][1] for info in self._images]
+        self._log_untrained()
+        self._warned = False
 
     @property
     def file_names(self) -> list[str]:
@@ -101,6 +113,27 @@ class CocoPanoptic:
     def __len__(self) -> int:
         return len(self._images)
 
+    def _log_untrained(self) -> None:
+        """Log images without segments and the number of crowds.
+
+        Raises:
+            ValueError: no image has a segment that the task trains.
+        """
+        things, listed = np.array(self.metadata.is_thing), np.concatenate(self._segments)
+        trained = listed if self.task == "semantic" else listed[listed[:, 2] == 0]
+        if self.task == "instance":
+            trained = trained[things[trained[:, 1]]]
+        if not len(trained):
+            raise ValueError(f"{self.path}: annotations: expected segments for task {self.task!r}, got none among "
+                             f"{len(listed)} segments, {np.count_nonzero(listed[:, 2])} of them crowds")
+        empty = [info.file_name for info, rows in zip(self._images, self._segments, strict=True) if not len(rows)]
+        if empty:
+            _LOGGER.warning("%s: %d of %d images have no segment: all of their pixels are void (%s)", self.path,
+                            len(empty), len(self._images), ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else ""))
+        if self.task != "semantic" and listed[:, 2].any():
+            _LOGGER.info("%s: %d of %d segments are crowds, which are not trained", self.path,
+                         np.count_nonzero(listed[:, 2]), len(listed))
+
     def __getitem__(self, index: int) -> Example:
         """Read one example with an id map of the annotations' ids.
 
@@ -109,7 +142,7 @@ class CocoPanoptic:
         """
         info, file, png = self._images[index], self._files[index], self._pngs[index]
         image = read_image(file, self._exif)
-        check_same_size(file, image.shape[:2], (info.height, info.width))
+        info.check_size(file, image.shape[:2])
         ids = read_panoptic_png(png)
         check_same_size(png, ids.shape, image.shape[:2])
         areas = segment_areas(ids)
@@ -121,7 +154,11 @@ class CocoPanoptic:
                 png, f"expected ids listed in {self.path.name}, got {stray[:8]} ({areas[stray[0]]} pixels of the first)"
             )
         if absent := sorted(listed - set(areas)):
-            raise BrokenExampleError(png, f"expected pixels of every segment in {self.path.name}, got none of {absent}")
+            if not self._warned:
+                self._warned = True
+                _LOGGER.warning("%s: left out segments %s of %s, which have no pixel, and others of this kind", png,
+                                absent[:8], self.path.name)
+            rows = [row for row in rows if row[0] in areas]
         ids[ids == 0] = VOID
         things = self.metadata.is_thing
         segments = [
@@ -159,9 +196,7 @@ def _truth_by_image(
     category_index = {category: index for index, category in enumerate(metadata.category_ids)}
     truth: dict[int | str, tuple[str, np.ndarray]] = {}
     for index, record in enumerate(records.items):
-        image = records.identity(index, "image_id")
-        if image not in image_ids:
-            raise records.error(index, "image_id", 'the id of an entry of "images"')
+        image = records.image_id(index, image_ids)
         if image in truth:
             raise ValueError(f"{records.where(index)}: image_id: expected one annotation an image, got {image!r} twice")
         segments = Records(record, "segments_info", records.where(index))
@@ -172,7 +207,7 @@ def _truth_by_image(
                 raise segments.error(row, "id", f"an integer up to {_MAX_ID}")
             if category not in category_index:
                 raise segments.error(row, "category_id", 'the id of an entry of "categories"')
-            rows.append((number, category_index[category], segments.number(row, "iscrowd", default=0)))
+            rows.append((number, category_index[category], bool(segments.number(row, "iscrowd", default=0))))
         if len({row[0] for row in rows}) != len(rows):
             raise ValueError(f"{records.where(index)}: segments_info: id: expected distinct ids, got one twice")
         truth[image] = records.text(index, "file_name"), np.array(rows, dtype=np.int32).reshape(-1, 3)
@@ -184,4 +219,5 @@ def coco_panoptic_dataset(config: DataConfig, root: Path, split: str, name: str)
     task = resolve_task(config.task, "panoptic", PANOPTIC_TASKS, config.dataset)
     candidates = [root / "annotations" / f"panoptic_{text}.json" for text in split_names(split)]
     path = first_existing(candidates, "panoptic annotations")
-    return CocoPanoptic(path, partial(image_paths, root, split), task, name, config.skip_broken, config.exif)
+    return CocoPanoptic(path, partial(image_paths, root, split), task, name, config.skip_broken, config.exif,
+                        image_folders(root, split))

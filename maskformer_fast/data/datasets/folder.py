@@ -23,10 +23,18 @@ from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
 from maskformer_fast.data.base import BrokenExampleError, check_same_size, raise_or_log, resolve_task
-from maskformer_fast.data.datasets.class_list import UNKNOWN, ClassList, numbered_class_list, read_class_list
+from maskformer_fast.data.datasets.class_list import (
+    DEFAULT_IGNORE,
+    UNKNOWN,
+    ClassList,
+    numbered_class_list,
+    read_class_list,
+)
 from maskformer_fast.data.images import read_image, read_index_png
+from maskformer_fast.data.pixel_values import listed, warn_once
 from maskformer_fast.structures import Example
 
+_MANY = 32  # number of inferred classes from which a few of them may not have almost all pixels
 _MAX_INFERRED = 4096  # most classes that are inferred; larger values are probably instance ids, depth or grey values
 
 
@@ -147,7 +155,10 @@ def find_pairs(
 
 
 def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False) -> ClassList:
-    """Make a class of every index from 0 to the largest in the annotations below a folder, except the ignored one.
+    """Make a class of every index from 0 to the largest in the annotations below a folder, except the ignored ones.
+
+    255 is ignored. With another value in ``ignore`` it is ignored as well, unless 254 or a value above 255 occurs. A
+    warning says if few of the classes occur, or if a few have almost all pixels: values of masks are then no indices.
 
     Raises:
         FileNotFoundError: there are no annotations.
@@ -157,8 +168,9 @@ def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False
     names = list_files(folder, (".png",)) if folder.is_dir() else []
     if not names:
         raise FileNotFoundError(f"{folder}: expected annotations *.png to count the classes in (or a classes.json)")
-    (skipped,) = numbered_class_list((), ignore).ignore
-    largest, ignored = -1, False
+    skipped = DEFAULT_IGNORE if ignore is None else ignore
+    counts = np.zeros(_MAX_INFERRED, dtype=np.int64)  # pixels of each value
+    unlabelled: list[str] = []
     for name in names:
         try:
             values = read_index_png(folder / name)
@@ -167,21 +179,62 @@ def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False
                 raise
             continue
         present = values[values != skipped]
-        ignored |= present.size < values.size
         if present.size and present.max() >= _MAX_INFERRED:
             raise ValueError(
                 f"{folder / name}: expected class indices below {_MAX_INFERRED}, got {present.max()}; "
                 "list the classes in classes.json if that is one"
             )
-        largest = max(largest, int(present.max(initial=-1)))
-    if largest < 0:
-        raise ValueError(f"{folder}: expected labelled pixels, got only ignored ones ({skipped})")
-    if largest == 0 and ignored and ignore is None:
+        if not present.size:
+            unlabelled.append(name)
+        counts += np.bincount(values[(values >= 0) & (values < _MAX_INFERRED)], minlength=_MAX_INFERRED)
+    ignored = _ignored_values(folder, counts, skipped)
+    classes = counts.copy()
+    classes[[value for value in ignored if value < _MAX_INFERRED]] = 0
+    found = np.flatnonzero(classes)
+    if not len(found):
+        raise ValueError(f"{folder}: expected labelled pixels, got only ignored ones ({listed(np.array(ignored))}); "
+                         "list the classes with their values in classes.json if these are classes")
+    if found[-1] == 0 and counts[DEFAULT_IGNORE] and ignore is None:
         raise ValueError(
             f"{folder}: expected class indices, got only 0 and {skipped}, which means unlabelled: for masks of 0 and "
             f"{skipped} list the classes with their values in classes.json, else set data.ignore_index to {skipped}"
         )
-    return numbered_class_list(range(largest + 1), ignore)
+    if unlabelled:
+        warn_once(f"unlabelled of {folder}", "%s: %d of %d annotations have only unlabelled pixels (%d): %s", folder,
+                  len(unlabelled), len(names), skipped,
+                  ", ".join(unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else ""))
+    inferred = numbered_class_list(range(int(found[-1]) + 1), ignored)
+    _warn_of_other_values(folder, classes, found, len(inferred.names))
+    return inferred
+
+
+def _ignored_values(folder: Path, counts: np.ndarray, skipped: int) -> tuple[int, ...]:
+    if skipped == DEFAULT_IGNORE or counts[254] or counts[256:].any():
+        return (skipped,)
+    if counts[DEFAULT_IGNORE]:
+        warn_once(f"default of {folder}", "%s: pixels of value %d stay unlabelled beside data.ignore_index %d; list "
+                  "the classes in classes.json if it is one", folder, DEFAULT_IGNORE, skipped)
+    return skipped, DEFAULT_IGNORE
+
+
+def _warn_of_other_values(
+    folder: Path,
+    counts: np.ndarray,  # pixels of each value that is not ignored
+    found: np.ndarray,  # values that occur, in order
+    num_classes: int,
+) -> None:
+    shares = np.sort(counts[found])[::-1].cumsum() / counts.sum()
+    frequent = int(np.searchsorted(shares, 0.9)) + 1  # number of values that together have 90 % of the pixels
+    way_out = "list the classes with their values in classes.json, or save the masks with class indices"
+    if 2 * len(found) < num_classes:
+        warn_once(f"few of {folder}", "%s: %d classes are inferred from the largest value, %d, but only %d values "
+                  "occur: %s. If they are no class indices, %s", folder, num_classes, found[-1], len(found),
+                  listed(found), way_out)
+    elif len(found) >= _MANY and _MANY // 4 * frequent <= len(found):
+        most = np.sort(found[np.argsort(-counts[found], kind="stable")[:frequent]])
+        warn_once(f"frequent of {folder}", "%s: %d classes are inferred, but %s have 90 %% of the pixels: are the "
+                  "edges of masks smoothed, or were the masks compressed? Then %s", folder, num_classes,
+                  listed(most), way_out)
 
 
 def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDataset:

@@ -10,9 +10,10 @@ of ``PINNED`` stay float32. Weights, activations and scales of Q/DQ nodes follow
 There are libraries for this: ``onnxruntime.transformers.float16`` knows float16 only, and ``modelopt.onnx.autocast``
 needs more packages than a Jetson should have to install (CuPy among them). This module needs onnx alone.
 
-Measured by ``python -m benchmarks.half_labels RUN --images 128`` on a trained network of the demo recipe: with float16,
-99.998 % of the labels are equal, pinned or not, as onnxruntime accumulates in float32. Engines may accumulate in the
-type that the graph states, so operators that sum over many values are pinned. The gain has to be measured on a GPU.
+Measured by ``python -m benchmarks.studies.half_labels RUN --images 128`` on a trained network of the demo recipe: with
+float16, 99.998 % of the labels are equal, pinned or not, as onnxruntime accumulates in float32. Engines may accumulate
+in the type that the graph states, so operators that sum over many values are pinned. The gain has to be measured on a
+GPU.
 Opset 20 does not allow bfloat16 convolutions, but TensorRT for RTX takes them.
 """
 

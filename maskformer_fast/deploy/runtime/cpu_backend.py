@@ -56,7 +56,9 @@ class CpuBackend:
         expect(FLAVOUR in manifest.graphs, "graphs", f"one of the flavour {FLAVOUR}", sorted(manifest.graphs))
         graph = manifest.graphs[FLAVOUR]
         self._batch, self._size = _fixed_sizes(graph)
+        self._queries, self._classes = manifest.num_queries, manifest.num_classes
         self._session = _session(bundle.read(graph.file), threads)
+        _check_session(self._session, self._queries, self._classes)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="maskformer_fast")
         self._tickets = itertools.count()
         self._batches: dict[int, Future[_Outcome]] = {}
@@ -86,6 +88,7 @@ class CpuBackend:
         stopwatch.lap("preprocess")
         class_logits, mask_logits = self._session.run(OUTPUTS, {INPUT: images})
         stopwatch.lap("network")
+        self._check_outputs(class_logits, mask_logits, len(images))
         size = (frames[0].shape[0], frames[0].shape[1])
         extent = self._extent(images.shape[2:], mask_logits.shape[2:])
         results = [
@@ -116,6 +119,16 @@ class CpuBackend:
         for got, expected in zip(image.shape, self._size, strict=False):
             check(expected in (0, got), "frames", f"a size that becomes {self._size} (height, width; 0: any), which "
                   "the graph was exported for", f"{frame.shape[:2]}, which becomes {image.shape[:2]}")
+
+    def _check_outputs(self, class_logits: np.ndarray, mask_logits: np.ndarray, batch: int) -> None:
+        """Raise `BundleError` unless the outputs are as the manifest says: C++ reads them by these sizes."""
+        rows = (batch, self._queries)
+        fits = class_logits.shape == (*rows, self._classes + 1) and class_logits.dtype == np.float32
+        expect(fits, f"graphs.{FLAVOUR}, class_logits", f"float32 {(*rows, self._classes + 1)}",
+               f"{class_logits.dtype} {class_logits.shape}")
+        fits = mask_logits.ndim == 4 and mask_logits.shape[:2] == rows and mask_logits.size > 0
+        expect(fits and mask_logits.dtype == np.float32, f"graphs.{FLAVOUR}, mask_logits",
+               f"float32 [{batch}, {self._queries}, h, w]", f"{mask_logits.dtype} {mask_logits.shape}")
 
     def _extent(self, size: tuple[int, ...], mask_size: tuple[int, ...]) -> tuple[float, float]:
         """Height and width of the images in mask pixels: the graph pads at the bottom and the right."""
@@ -157,7 +170,28 @@ def _session(graph: bytes, threads: int) -> Any:
     except Exception as error:  # onnxruntime's errors share no base class
         expect(False, f"graphs.{FLAVOUR}", "a graph that onnxruntime runs", f"{type(error).__name__}: {error}")
         raise
+    return session
+
+
+def _check_session(session: Any, queries: int, classes: int) -> None:
+    """Raise `BundleError` unless inputs and outputs have the names, types and known sizes that the manifest says."""
     inputs, outputs = ([tensor.name for tensor in part] for part in (session.get_inputs(), session.get_outputs()))
     expect(inputs == [INPUT] and set(OUTPUTS) <= set(outputs), f"graphs.{FLAVOUR}",
            f"a graph from {INPUT} to {' and '.join(OUTPUTS)}", f"one from {inputs} to {outputs}")  # fmt: skip
-    return session
+    expected = {
+        INPUT: ("tensor(uint8)", (None, 3, None, None)),
+        OUTPUTS[0]: ("tensor(float)", (None, queries, classes + 1)),
+        OUTPUTS[1]: ("tensor(float)", (None, queries, None, None)),
+    }
+    for tensor in (*session.get_inputs(), *session.get_outputs()):
+        if tensor.name not in expected:
+            continue
+        kind, sizes = expected[tensor.name]
+        expect(tensor.type == kind, f"graphs.{FLAVOUR}, {tensor.name}", kind, tensor.type)
+        shape = tensor.shape or sizes  # onnxruntime has no sizes for an output of any rank
+        known = [size if isinstance(size, int) else None for size in shape]
+        fits = len(known) == len(sizes) and all(
+            size is None or size == wanted or (wanted is None and size > 0)
+            for size, wanted in zip(known, sizes, strict=True)
+        )
+        expect(fits, f"graphs.{FLAVOUR}, {tensor.name}", f"shape {sizes} (None: any)", tuple(shape))

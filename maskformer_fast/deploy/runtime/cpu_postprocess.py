@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maskformer_fast.config import Task
+from maskformer_fast.core.arrays import address_of, dtype_name
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.extension import load_extension
 from maskformer_fast.core.metadata import VOID, segments_of_rows
@@ -40,7 +41,10 @@ class CpuPostprocessor:
         self._threads = threads
 
     def __call__(self, logits: ImageLogits, task: Task) -> Result:
-        """Result of one image. Raises ``ValueError`` for logits of contradicting shapes."""
+        """Result of one image. Raises ``ValueError`` for logits of contradicting shapes or of another type."""
+        for name, values in zip(logits._fields[:2], logits[:2], strict=True):
+            check(values.dtype == np.float32, name, "float32", str(values.dtype))
+        check(logits.class_logits.ndim == 2, "class_logits", "[Q, K+1]", logits.class_logits.shape)
         queries, classes = logits.class_logits.shape
         check(classes == len(self._is_thing) + 1, "class_logits", f"[Q, {len(self._is_thing) + 1}]", (queries, classes))
         check(logits.mask_logits.ndim == 3 and len(logits.mask_logits) == queries, "mask_logits", f"[{queries}, h, w]",
@@ -54,17 +58,17 @@ class CpuPostprocessor:
         classes = np.ascontiguousarray(logits.class_logits, dtype=np.float32)
         labels = np.empty(logits.size, dtype=label_dtype(len(self._is_thing)))
         self._operators.semantic_inference(
-            masks.ctypes.data,
+            address_of(masks, "mask_logits", "float32", logits.mask_logits.shape),
             "float32",
             (1, *masks.shape),
             (masks.size, *_strides(masks)),
-            classes.ctypes.data,
+            address_of(classes, "class_logits", "float32", (len(masks), len(self._is_thing) + 1)),
             "float32",
             len(self._is_thing),
             (classes.size, *_strides(classes)),
             logits.extent,
             logits.size,
-            labels.ctypes.data,
+            address_of(labels, "labels", dtype_name(labels), logits.size),
             0,
             0,
             "auto",
@@ -83,20 +87,20 @@ class CpuPostprocessor:
         id_map = np.full(logits.size, VOID, dtype=np.int32)
         ids, areas = np.empty(len(kept), dtype=np.int32), np.empty(len(kept), dtype=np.int64)
         self._operators.panoptic_inference(
-            masks.ctypes.data,
+            address_of(masks, "masks", "float32", (len(kept), *logits.mask_logits.shape[1:])),
             (1, *masks.shape),
             (masks.size, *_strides(masks)[:2]),
             logits.extent,
             logits.size,
-            scores.ctypes.data,
-            categories.ctypes.data,
-            self._is_thing.ctypes.data,
+            address_of(scores, "scores", "float32", kept.shape),
+            address_of(categories, "categories", "int64", kept.shape),
+            address_of(self._is_thing, "is_thing", "bool", self._is_thing.shape),
             len(self._is_thing),
             self._settings.overlap_threshold,
             self._settings.panoptic_rule,
-            id_map.ctypes.data,
-            ids.ctypes.data,
-            areas.ctypes.data,
+            address_of(id_map, "id_map", "int32", logits.size),
+            address_of(ids, "ids", "int32", kept.shape),
+            address_of(areas, "areas", "int64", kept.shape),
             self._threads,
         )
         rows = zip(ids.tolist(), categories.tolist(), areas.tolist(), scores.tolist(), strict=True)
@@ -112,15 +116,15 @@ class CpuPostprocessor:
         areas, boxes = np.empty(len(used), dtype=np.int64), np.empty((len(used), 4), dtype=np.float32)
         mask_scores = np.empty(len(used), dtype=np.float32)
         self._operators.instance_inference(
-            masks.ctypes.data,
+            address_of(masks, "masks", "float32", (*used.shape, *logits.mask_logits.shape[1:])),
             (1, *masks.shape),
             (masks.size, *_strides(masks)[:2]),
             logits.extent,
             logits.size,
-            packed.ctypes.data,
-            areas.ctypes.data,
-            boxes.ctypes.data,
-            mask_scores.ctypes.data,
+            address_of(packed, "packed", "uint8", (*used.shape, height, (width + 7) // 8)),
+            address_of(areas, "areas", "int64", used.shape),
+            address_of(boxes, "boxes", "float32", (*used.shape, 4)),
+            address_of(mask_scores, "scores", "float32", used.shape),
             self._threads,
         )
         return best_instances(pairs, slots, QueryMasks(packed, boxes, areas, mask_scores), logits.size)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskformer_fast.config import Task
+from maskformer_fast.core.arrays import address_of
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.results import Result
 from maskformer_fast.core.stages import StageSeconds
@@ -313,7 +314,7 @@ class _Slot:
         context.bind(self._scratch, self._scratch_bytes, addresses)
         before = prepare(sequence.before, self._functions, addresses)
         after = prepare(sequence.after, self._functions, addresses)
-        host = int(self._host.ctypes.data)
+        host = address_of(self._host, "host", "uint8", self._host.shape)
 
         def enqueue(capturing: bool) -> None:
             self._mark(0, capturing)

@@ -1,65 +1,23 @@
-"""COCO instances: rasterised outlines against oracles, folder layouts, and errors with file and key."""
+"""COCO instances: masks and segments, folder layouts, and errors with file and key."""
 
 from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from maskformer_fast.config import DataConfig
-from maskformer_fast.data import BrokenExampleError, build_dataset
-from maskformer_fast.data.datasets.coco_instances import rasterize
+from maskformer_fast.data import BrokenExampleError
+from maskformer_fast.data.datasets import coco_instances
+from tests.support.coco_files import SQUARE, H, W, ann, build, content, store
 from tests.support.paths import SHARED
 
 SHARED_DATA = SHARED / "data"
-H, W = 20, 30
-SQUARE = [[4, 3, 14, 3, 14, 9, 4, 9]]  # x 4..13, y 3..8
-
-
-def uncompressed(mask: np.ndarray) -> list[int]:
-    flat = mask.T.ravel().astype(int)
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    runs = np.diff([0, *edges, flat.size]).tolist()
-    return [0, *runs] if flat[0] else runs
-
-
-def ann(number, image=1, category=20, outline=SQUARE, **more):
-    return {"id": number, "image_id": image, "category_id": category, "segmentation": outline, "iscrowd": 0, **more}
-
-
-def content():
-    blob = np.zeros((H, W), bool)
-    blob[2:7, 5:9] = True
-    return {
-        "images": [{"id": i, "file_name": f"{i}.png", "height": H, "width": W} for i in (1, 2, 3)],
-        "categories": [{"id": 20, "name": "b"}, {"id": 10, "name": "a", "supercategory": "s"}],
-        "annotations": [
-            ann(5),
-            ann(6, category=10, outline={"size": [H, W], "counts": uncompressed(blob)}, iscrowd=1),
-            ann(7, image=2, outline={"size": [H, W], "counts": uncompressed(blob)}, iscrowd=1),
-        ],
-    }
-
-
-def store(root: Path, data=None, folder="train", name="instances_train.json") -> Path:
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
-    (root / "annotations" / name).write_text(json.dumps(content() if data is None else data))
-    (root / folder).mkdir(parents=True, exist_ok=True)
-    for i in (1, 2, 3):
-        Image.new("RGB", (W, H), (i, i, i)).save(root / folder / f"{i}.png")
-    return root
-
-
-def build(root, split="train", **options):
-    return build_dataset(DataConfig(dataset="coco_instances", root=str(root), **options), split)
 
 
 def test_an_example_has_the_annotated_masks_and_segments(tmp_path):
@@ -78,13 +36,31 @@ def test_an_example_has_the_annotated_masks_and_segments(tmp_path):
     assert (example.image_id, example.image[0, 0, 0], example.path) == (1, 1, str(tmp_path / "train/1.png"))
 
 
-def test_images_without_objects_are_left_out_of_training_only(tmp_path):
-    store(tmp_path)
-    assert [build(tmp_path)[i].image_id for i in range(len(build(tmp_path)))] == [1]  # image 2 has only a crowd
-    validation = build(tmp_path, "val", val_split="train")
-    assert [validation[i].image_id for i in range(3)] == [1, 2, 3]
+def image_ids(dataset):
+    return [dataset[index].image_id for index in range(len(dataset))]
+
+
+def test_images_without_objects_are_trained_as_background_unless_left_out(tmp_path, caplog):
+    store(tmp_path)  # image 2 has only a crowd, which is no background; image 3 has no annotation
+    with caplog.at_level(logging.INFO, "maskformer_fast.data"):
+        assert image_ids(build(tmp_path)) == [1, 3]
+    assert "1 with only crowds: 2.png" in caplog.text
+    assert "1 of 3 images have no object" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        assert image_ids(build(tmp_path, keep_empty=False)) == [1]
+    assert "1 with no object (--data.keep-empty trains them): 3.png" in caplog.text
+    validation = build(tmp_path, "val", val_split="train", keep_empty=False)
+    assert image_ids(validation) == [1, 2, 3]
     assert validation[2].masks.shape == (0, H, W)
     assert validation[2].segments == []
+
+
+def test_crowds_alone_are_an_error_in_training(tmp_path):
+    data = content()
+    del data["annotations"][0], data["images"][2]
+    with pytest.raises(ValueError, match=r"(?s)expected images with objects.*only crowds: 1\.png, 2\.png"):
+        build(store(tmp_path, data))
 
 
 @pytest.mark.parametrize("name", ["instances_train.json", "instances_train2017.json"])
@@ -130,39 +106,6 @@ def test_errors_name_missing_and_damaged_files(tmp_path):
         build(tmp_path)[0]
 
 
-masks = hnp.arrays(np.bool_, st.tuples(st.integers(1, 40), st.integers(1, 40)))
-
-
-@settings(max_examples=150, deadline=None)
-@given(mask=masks)
-def test_run_lengths_agree_with_pycocotools(mask):
-    height, width = mask.shape
-    compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    text = {"size": [height, width], "counts": compressed["counts"].decode()}
-    np.testing.assert_array_equal(rasterize(text, height, width), mask)
-    listed = {"size": [height, width], "counts": uncompressed(mask)}
-    np.testing.assert_array_equal(rasterize(listed, height, width), mask)
-
-
-def test_runs_of_several_characters_are_decoded():
-    mask = np.zeros((700, 900), bool)  # differences of both signs, encoded in several characters
-    mask[100:650, 30:800] = True
-    mask[300:310] = False
-    compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    text = {"size": [700, 900], "counts": compressed["counts"].decode()}
-    np.testing.assert_array_equal(rasterize(text, 700, 900), mask)
-
-
-@settings(max_examples=80, deadline=None)
-@given(text=st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=12), height=st.integers(1, 9))
-def test_any_encoded_text_gives_a_mask_or_a_value_error(text, height):
-    try:
-        mask = rasterize({"size": [height, 7], "counts": text}, height, 7)
-    except ValueError as error:
-        assert "segmentation" in str(error)
-    else:
-        assert mask.shape == (height, 7)
-
 
 @pytest.mark.parametrize("outline", [
     [[1, 2, 3, 4, 5, float("nan")]],
@@ -192,24 +135,150 @@ def test_errors_of_bad_outlines_name_the_annotation(tmp_path, outline):
     assert len(str(caught.value)) < 1000
 
 
-def test_degenerate_outlines_are_dropped_and_logged(tmp_path, caplog):
+def test_objects_without_pixels_are_left_out_and_counted_by_reason(tmp_path, caplog):
     data = content()
+    nothing = coco_mask.encode(np.zeros((H, W), np.uint8, "F"))
+    small = [[0.1, 0.1, 0.4, 0.1, 0.4, 0.4]]
     data["annotations"] = [
         ann(1, outline=[[1, 2, 3, 4], *SQUARE]),  # one part of two points, one usable
         ann(2, outline=[[1, 2, 3, 4]]),  # pycocotools would take four numbers for a box
         ann(3, outline=[]),
-        ann(4, outline=[[5, 5, 5, 5, 5, 5]]),  # no pixel
+        ann(4, outline=[[5, 5, 5, 5, 5, 5]]),
+        ann(8, outline=small),
+        ann(9, outline=[[W + 1, 3, W + 9, 3, W + 9, 8]]),
+        ann(10, outline={"size": [H, W], "counts": [H * W]}),
+        ann(11, outline={"size": [H, W], "counts": nothing["counts"].decode()}),
+        ann(12, outline=None),
+        ann(13, image=3, outline=[[1, 2, 3, 4]]),
     ]
     with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
-        example = build(store(tmp_path, data))[0]
+        dataset = build(store(tmp_path, data))
+        assert image_ids(dataset) == [1, 2]  # image 2 is background, the objects of image 3 are unknown
+    example = dataset[0]
     assert [s.id for s in example.segments] == [1]
-    assert example.masks.shape[0] == 1
-    assert example.masks[0].sum() == 60
-    assert "dropped 2 annotations" in caplog.text
-    assert "[2, 3]" in caplog.text
-    data["annotations"] = [ann(1, outline=[])]
-    with pytest.raises(ValueError, match="only boxes"):
+    assert example.masks.sum() == 60
+    for line in ("left out 9 annotations",
+                 "2 with no outline (only a box?): annotation 3 of 1.png, annotation 12 of 1.png",
+                 "2 with an outline of fewer than three points: annotation 2 of 1.png, annotation 13 of 3.png",
+                 "3 with an outline without a pixel: annotation 4 of 1.png, annotation 10 of 1.png, annotation 11 of",
+                 "1 with an outline with coordinates between 0 and 1 (relative to the image? pixels are expected): "
+                 "annotation 8 of 1.png", "1 with an outline outside of the image: annotation 9 of 1.png",
+                 "left out 1 of 3 images", "1 with objects without a usable outline only: 3.png"):
+        assert line in caplog.text
+    assert caplog.text.count("left out") == 2
+
+
+def test_an_outline_that_returns_on_itself_is_left_out_with_a_warning(tmp_path, caplog):
+    data = content()
+    data["annotations"][1]["segmentation"] = [[2, 2, 15, 2, 15, 2.01, 2, 2.01], [20, 9, 25, 9, 25, 9.01, 20, 9.01]]
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        example = build(store(tmp_path, data))[0]
+    assert [s.id for s in example.segments] == [5]
+    assert "annotation 6 of 1.png, with an outline without a pixel" in caplog.text
+
+
+@pytest.mark.parametrize(("outline", "reason"), [
+    ([], "only a box"),
+    (None, "only a box"),
+    ([[0.1, 0.1, 0.4, 0.1, 0.4, 0.4]], "between 0 and 1"),
+    ([[0, 0, 1, 0, 1, 1, 0, 1]], "between 0 and 1"),  # the complete image: one pixel, if these were pixels
+    ([[W, 0, W + 5, 0, W + 5, 5]], "outside of the image"),
+])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_without_any_usable_outline_is_an_error_with_the_reason(tmp_path, outline, reason, split):
+    data = content()
+    data["annotations"] = [ann(1, outline=outline), ann(2, image=2, outline=outline)]
+    with pytest.raises(ValueError, match=rf"(?s)instances_train\.json: .*{reason}"):
+        build(store(tmp_path, data), split, val_split="train")
+
+
+@pytest.mark.parametrize("outline", [
+    [4, 3, 14, 3, 14, 9, 4, 9],
+    [[4, 3], [14, 3], [14, 9], [4, 9]],
+    [[[4, 3], [14, 3], [14, 9], [4, 9]]],
+])
+def test_flat_numbers_and_pairs_of_coordinates_are_polygons(tmp_path, outline):
+    data = content()
+    data["annotations"] = [ann(1, outline=outline)]
+    mask = build(store(tmp_path, data))[0].masks[0]
+    square = np.zeros((H, W), bool)
+    square[3:9, 4:14] = True
+    np.testing.assert_array_equal(mask, square)
+
+
+@pytest.mark.parametrize("ids", [(0, 0, 0), (None, None, None), (..., ..., ...), ("u1", "u2", "u1"), (3, "3", -1)])
+def test_annotation_ids_that_are_absent_repeated_or_text_get_distinct_numbers(tmp_path, ids):
+    data = content()
+    for record, number in zip(data["annotations"], ids, strict=True):
+        record["id"] = number
+        if number is ...:
+            del record["id"]
+    data["annotations"][2]["image_id"] = 1
+    example = build(store(tmp_path, data))[0]
+    assert len({segment.id for segment in example.segments}) == 3
+    if ids[0] in (0, 3):
+        assert example.segments[0].id == ids[0]  # a good id stays
+    assert [int(mask.sum()) for mask in example.segment_masks(example.segments)] == [60, 20, 20]
+
+
+def test_numbers_are_compared_as_numbers_and_null_is_absent(tmp_path):
+    data = content()
+    data["images"] = [{"id": 1.0, "file_name": "1.png", "height": None},
+                      {"id": "2", "file_name": "2.png", "width": "30"}]
+    data["categories"] = [{"id": 20.0, "name": "b"}, {"id": "10", "name": "a"}, {"id": 20.0, "name": "b"}]
+    data["annotations"] = [ann(1, image="1", category="20", iscrowd=None), ann(2, image=2, category=10, iscrowd=2**40),
+                           ann(3, image=2.0, category=10.0)]
+    dataset = build(store(tmp_path, data))
+    assert dataset.metadata.category_ids == (20, 10)
+    segments = [segment for index in (0, 1) for segment in dataset[index].segments]
+    assert [(s.category, s.is_crowd) for s in segments] == [(0, False), (1, True), (1, False)]
+
+
+def test_a_byte_order_mark_is_ignored(tmp_path):
+    path = store(tmp_path) / "annotations/instances_train.json"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(content()), encoding)
+        assert len(build(tmp_path)) == 2
+
+
+def test_backslashes_are_slashes_unless_a_file_has_them_in_its_name(tmp_path):
+    data = content()
+    data["images"][0]["file_name"] = "sub\\1.png"
+    store(tmp_path, data, folder="train/sub")
+    assert build(tmp_path)[0].path == str(tmp_path / "train/sub/1.png")
+    (tmp_path / "train/sub/1.png").rename(tmp_path / "train/sub\\1.png")
+    assert build(tmp_path)[0].path == str(tmp_path / "train/sub\\1.png")
+
+
+def test_the_error_of_a_name_that_leads_out_lists_the_folders_that_are_searched(tmp_path):
+    data = content()
+    data["images"][0]["file_name"] = "..\\images\\1.png"
+    with pytest.raises(ValueError, match=r"images\[0\]: file_name: .*train or .*train2017 or .*images/train"):
         build(store(tmp_path, data))
+
+
+def test_an_export_of_roboflow_is_read_and_its_grouping_category_named(tmp_path, caplog):
+    data = content()
+    data["categories"].append({"id": 0, "name": "s", "supercategory": "none"})
+    for split in ("train", "valid"):
+        store(tmp_path, data, folder=split)
+        (tmp_path / "annotations/instances_train.json").rename(tmp_path / split / "_annotations.coco.json")
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        dataset = build(tmp_path)
+    assert (len(dataset), dataset[0].path) == (2, str(tmp_path / "train/1.png"))
+    assert dataset.metadata.class_names == ("b", "a", "s")
+    assert "categories 's' group others and have no annotation here" in caplog.text
+    assert build(tmp_path, "val")[1].path == str(tmp_path / "valid/2.png")
+    assert build(tmp_path, "val", val_split="valid")[1].path == str(tmp_path / "valid/2.png")
+
+
+def test_masks_of_more_than_the_limit_are_refused_before_they_take_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco_instances, "_MASK_LIMIT", 2 * H * W)
+    dataset = build(store(tmp_path))
+    assert len(dataset[0].masks) == 2
+    monkeypatch.setattr(coco_instances, "_MASK_LIMIT", 2 * H * W - 1)
+    with pytest.raises(BrokenExampleError, match="got 2 objects of 20 x 30 pixels in 1.png"):
+        dataset[0]
 
 
 def change(section, index, **keys):
@@ -225,17 +294,16 @@ def change(section, index, **keys):
     (change("images", 1, id=1), r"images\[1\]: id: expected distinct ids, got 1 twice"),
     (change("images", 0, id=...), r"images\[0\]: id: .*no such key"),
     (change("images", 0, file_name=3), r"images\[0\]: file_name"),
-    (change("images", 2, height=0), r"images\[2\]: height"),
+    (change("images", 2, height=-1), r"images\[2\]: height"),
     (change("images", 0, file_name="../1.png"), r"file name below .*'\.\./1\.png'"),
     (change("images", 1, file_name="/1.png"), "file name below"),
     (change("categories", 0, id=10), r"categories\[1\]: id: expected distinct ids, got 10"),
     (change("categories", 0, name=...), r"categories\[0\]: name"),
-    (change("annotations", 1, id=5), r"annotations\[1\]: id: expected distinct ids, got 5 twice"),
     (change("annotations", 0, image_id=9), r"annotations\[0\]: image_id: .*got 9"),
     (change("annotations", 0, category_id=9), r"annotations\[0\]: category_id: .*got 9"),
     (change("annotations", 0, category_id=...), r"annotations\[0\]: category_id: .*no such key"),
-    (change("annotations", 0, segmentation=...), r"annotations\[0\]: segmentation: .*no such key"),
-    (change("annotations", 0, segmentation=[1, 2, 3, 4, 5, 6]), r"annotations\[0\]: segmentation: expected a list of"),
+    (change("annotations", 0, segmentation=[1, 2, 3, 4, "6"]), r"annotations\[0\]: segmentation: expected a list of"),
+    (change("annotations", 0, segmentation="x"), r"annotations\[0\]: segmentation: expected polygons or"),
     (lambda data: data.pop("images"), 'expected a list "images", got none'),
     (lambda data: data.update(images=[]), 'expected at least one entry in "images"'),
     (lambda data: data.update(annotations={}), 'expected a list "annotations", got dict'),
@@ -292,3 +360,30 @@ def test_segments_keep_the_listed_area(tmp_path):
     data["annotations"][1]["area"] = 0
     segments = build(store(tmp_path, data))[0].segments
     assert [segment.area for segment in segments] == [55, 20]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4)
+    | st.sampled_from([0, 1, "1", 1e300, 10**400, "../x", "a\\b"]),
+    lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.sampled_from(["size", "counts", "id"]), inner),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_values_in_a_file_give_examples_or_an_error_with_its_name(tmp_path, data):
+    parsed = content()
+    for _ in range(data.draw(st.integers(1, 3))):
+        section = data.draw(st.sampled_from(["images", "categories", "annotations", "annotations"]))
+        record = data.draw(st.sampled_from(parsed[section]))
+        key = data.draw(st.sampled_from([*record, "supercategory", "area", "color"]))
+        record[key] = data.draw(VALUES)
+    store(tmp_path, parsed)
+    for split in ("train", "val"):
+        try:
+            dataset = build(tmp_path, split, val_split="train")
+            for index in range(len(dataset)):
+                assert dataset[index].masks.dtype == np.bool_
+        except (ValueError, FileNotFoundError) as error:
+            assert str(tmp_path) in str(error)

@@ -112,20 +112,36 @@ def test_json_and_png_that_disagree_are_an_error(tmp_path):
     ids[0, :3] = 77
     with pytest.raises(BrokenExampleError, match=r"x\.png: expected ids listed in .*, got \[77\] \(3 pixels"):
         build(store(tmp_path, ids=ids))[0]
-    ids = id_map()
-    ids[ids == CAR] = SKY
-    with pytest.raises(BrokenExampleError, match=rf"x\.png: expected pixels of every segment .* \[{CAR}\]"):
-        build(store(tmp_path, ids=ids))[0]
     with pytest.raises(BrokenExampleError, match=r"x\.png: .*12 x 17, got 11 x 17"):
         build(store(tmp_path, ids=id_map()[1:]))[0]
 
 
-def test_an_image_may_be_all_void(tmp_path):
+def test_listed_segments_without_pixels_are_left_out_with_a_warning(tmp_path, caplog):
+    ids = id_map()
+    ids[ids == CAR] = SKY
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        example = build(store(tmp_path, ids=ids))[0]
+    assert {segment.id for segment in example.segments} == {SKY, CROWD}
+    assert f"x.png: left out segments [{CAR}]" in caplog.text
+
+
+def test_an_image_may_be_all_void_but_not_every_image(tmp_path, caplog):
     data = content()
-    data["annotations"][0]["segments_info"] = []
-    example = build(store(tmp_path, data, ids=np.zeros((H, W), int)))[0]
+    data["images"].append({"id": "v", "file_name": "v.jpg", "height": H, "width": W})
+    data["annotations"].append({"image_id": "v", "file_name": "v.png", "segments_info": []})
+    store(tmp_path, data)
+    save_ids(tmp_path / "annotations/panoptic_train/v.png", np.zeros((H, W), int))
+    Image.new("RGB", (W, H)).save(tmp_path / "train/v.jpg")
+    with caplog.at_level(logging.INFO, "maskformer_fast.data"):
+        example = build(tmp_path)[1]
     assert example.segments == []
     assert (example.id_map == VOID).all()
+    assert "1 of 2 images have no segment: all of their pixels are void (v.jpg)" in caplog.text
+    assert "1 of 3 segments are crowds, which are not trained" in caplog.text
+    data["annotations"][0]["segments_info"] = [{"id": CROWD, "category_id": 3, "iscrowd": 2**40}]
+    with pytest.raises(ValueError, match="expected segments for task 'panoptic', got none among 1 segments, 1 of them"):
+        build(store(tmp_path, data))
+    assert build(tmp_path, task="semantic").metadata.num_classes == 2
 
 
 def test_errors_name_missing_files(tmp_path):
@@ -167,7 +183,7 @@ def segment(index, **keys):
     (lambda data: data["annotations"][0].update(image_id="z"), r"annotations\[0\]: image_id: .*got 'z'"),
     (lambda data: data["annotations"].append(data["annotations"][0]), r"annotations\[1\]: image_id: .*'x' twice"),
     (lambda data: data["categories"][0].pop("isthing"), r"categories\[0\]: isthing: .*no such key"),
-    (lambda data: data["images"][0].update(width="17"), r"images\[0\]: width: .*got '17'"),
+    (lambda data: data["images"][0].update(width="x7"), r"images\[0\]: width: .*got 'x7'"),
 ])
 def test_errors_name_file_and_key(tmp_path, edit, message):
     data = content()
@@ -197,7 +213,7 @@ def test_real_images_agree_with_their_json_and_with_their_instance_annotations()
     from maskformer_fast.data.datasets.coco_instances import CocoInstances
 
     path = SAMPLE / "annotations/instances_val2017_from_panoptic.json"
-    instances = CocoInstances(path, SAMPLE, "val", drop_empty=False, name="same")
+    instances = CocoInstances(path, SAMPLE, "val", training=False, name="same")
     for index, example in enumerate(examples):
         other = instances[index]
         assert other.image_id == example.image_id

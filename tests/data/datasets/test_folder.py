@@ -289,3 +289,58 @@ def test_masks_of_0_and_255_need_a_class_list_or_an_ignored_value(root):
         json.dumps({"classes": [{"name": "ground", "id": 0}, {"name": "thing", "id": 255}], "ignore_index": []})
     )
     assert build(root).metadata.class_names == ("ground", "thing")
+
+
+def mask_values(*parts: tuple[int, int]) -> np.ndarray:
+    """Pixels of each (value, count), in rows of 20."""
+    return np.concatenate([np.full(count, value, np.uint8) for value, count in parts]).reshape(-1, 20)
+
+
+@pytest.mark.parametrize(("raw", "classes", "message"), [
+    (mask_values((0, 100), (254, 100)), 255, "255 classes are inferred from the largest value, 254, but only 2 values "
+                                            "occur: 0, 254. If they are no class indices, list the classes"),
+    (mask_values((0, 100), (128, 50), (255, 50)), 129, "only 2 values occur: 0, 128."),
+    (mask_values((0, 940), (255, 40), *((value, 20) for value in range(1, 255, 20))), 242, "only 14 values occur"),
+    (mask_values((0, 40_000), (254, 40_000), *((value, 20) for value in range(1, 254))), 255,
+     "255 classes are inferred, but 0, 254 have 90 % of the pixels: are the edges of masks smoothed"),
+    (mask_values((3, 40)), 4, "only 1 values occur: 3"),
+])
+def test_values_that_are_no_indices_are_named_with_a_way_out(tmp_path, caplog, raw, classes, message):
+    write(tmp_path, "train", "x.png", raw)
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        assert build(tmp_path).metadata.num_classes == classes
+        build(tmp_path, "val", val_split="train")
+    assert message in caplog.text
+    assert "classes.json" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("raw", [
+    mask_values((0, 10), (2, 10)),  # of 3 classes 2 occur
+    mask_values(*((value, 40) for value in range(40))),
+    mask_values(*((value, 20 * (value + 1)) for value in range(150))),
+])
+def test_indices_with_a_few_gaps_or_rare_classes_cause_no_warning(tmp_path, caplog, raw):
+    write(tmp_path, "train", "x.png", raw)
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        build(tmp_path)
+    assert not caplog.records
+
+
+def test_255_stays_unlabelled_beside_another_ignored_value_unless_classes_are_so_many(root, caplog):
+    write(root, "train", "b.jpg", values(0, 2, 255))
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        dataset = build(root, ignore_index=0)
+    assert dataset.metadata.category_ids == (1, 2, 3)
+    assert "pixels of value 255 stay unlabelled beside data.ignore_index 0" in caplog.text
+    np.testing.assert_array_equal(dataset[1].id_map, np.where(values(0, 2, 255) == 2, 1, VOID))
+    for more, dtype in ((254, np.uint8), (300, np.uint16)):
+        write(root, "train", "b.jpg", values(0, 2, 255, more, dtype=dtype))
+        assert 255 in build(root, ignore_index=0).metadata.category_ids
+
+
+def test_annotations_without_labelled_pixels_are_logged(root, caplog):
+    write(root, "train", "b.jpg", values(255))
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        build(root)
+    assert "1 of 2 annotations have only unlabelled pixels (255): b.png" in caplog.text

@@ -75,7 +75,7 @@ def test_sizes_are_read_without_a_cast() -> None:
 
 @pytest.mark.parametrize("pinned", [(), *((name,) for name in sorted(PINNED)), sorted(PINNED), [*PINNED, "MatMul"]])
 def test_float16_keeps_labels(pinned: list[str]) -> None:
-    """Whatever is pinned, 99.5 % of the labels are equal and logits differ by float16's rounding alone."""
+    """99.5 % of labels are equal and logits differ by float16's rounding alone, with any operators pinned."""
     model, inputs = raw_graph(seed=3), images(4, 128, 192)
     exact, got = run(model, inputs), run(to_half(model, "fp16", pinned=pinned), inputs)
     for a, b in zip(exact, got, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from maskformer_fast.config import TestConfig
 from maskformer_fast.deploy.bundle.folder import Bundle, write_bundle
@@ -125,6 +126,65 @@ def test_graphs_with_other_inputs_or_outputs_are_refused(tmp_path: Path, bundle:
         other = write_bundle(tmp_path / new.decode(), bundle.manifest, {"raw.onnx": content.replace(old, new)})
         with pytest.raises(BundleError, match=rf"graphs.raw: expected .*{old.decode()}.*, got .*{new.decode()}"):
             CpuBackend(other, 1)
+
+
+def constant_graph(
+    class_logits: np.ndarray, mask_logits: np.ndarray, shape: list[Any] | None = None, pixels: int = TensorProto.UINT8
+) -> bytes:
+    """A graph that gives these outputs for any images, and declares them as arrays of any rank, or of ``shape``."""
+    outputs = {"class_logits": class_logits, "mask_logits": mask_logits}
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [f"{name}_value"], [name]) for name in outputs],
+        "constant",
+        [helper.make_tensor_value_info("images", pixels, ["batch", 3, "height", "width"])],
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), shape)
+            for name, value in outputs.items()
+        ],
+        [numpy_helper.from_array(value, f"{name}_value") for name, value in outputs.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def logits_of(batch: int = 1, queries: int = 9, classes: int = 6, height: int = 16) -> list[np.ndarray]:
+    sizes = (batch, queries, classes), (batch, queries, height, 16)
+    return [RNG.standard_normal(size).astype(np.float32) for size in sizes]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32])
+@pytest.mark.parametrize("output", [0, 1])
+def test_outputs_of_another_type_are_refused_when_loaded(
+    tmp_path: Path, bundle: Bundle, output: int, dtype: type[np.generic]
+) -> None:
+    logits: list[Any] = logits_of()
+    logits[output] = logits[output].astype(dtype)
+    other = write_bundle(tmp_path / "bundle", bundle.manifest, {"raw.onnx": constant_graph(*logits)})
+    with pytest.raises(BundleError, match=r"graphs.raw, (class|mask)_logits: expected tensor\(float\), got"):
+        CpuBackend(other, 1)
+
+
+def test_inputs_of_another_type_are_refused_when_loaded(tmp_path: Path, bundle: Bundle) -> None:
+    graph = constant_graph(*logits_of(), pixels=TensorProto.FLOAT)
+    other = write_bundle(tmp_path / "bundle", bundle.manifest, {"raw.onnx": graph})
+    with pytest.raises(BundleError, match=r"graphs.raw, images: expected tensor\(uint8\), got 'tensor\(float\)'"):
+        CpuBackend(other, 1)
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"queries": 8}, {"classes": 5}, {"height": 0}, {"batch": 2}])
+def test_outputs_of_other_sizes_are_refused(tmp_path: Path, bundle: Bundle, sizes: dict[str, int]) -> None:
+    graph = constant_graph(*logits_of(**sizes))
+    other = write_bundle(tmp_path / "bundle", bundle.manifest, {"raw.onnx": graph})
+    with pytest.raises(BundleError, match=r"graphs.raw, (class|mask)_logits: expected "):  # when loaded, or at the run
+        labels_of(CpuBackend(other, 1), FRAMES[:1])
+
+
+def test_outputs_of_unknown_rank_run(tmp_path: Path, bundle: Bundle) -> None:
+    logits = logits_of()
+    other = write_bundle(tmp_path / "bundle", bundle.manifest, {"raw.onnx": constant_graph(*logits)})
+    labels = labels_of(CpuBackend(other, 1), FRAMES[:1])[0]
+    assert labels.shape == FRAMES[0].shape[:2] and labels.max() < 5
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("3", 3), ("2,4", 2), ("0", None), ("many", None), ("", None)])

@@ -119,8 +119,8 @@ def rle(*arguments) -> EncodedMasks:
     return EncodedMasks(*_instance_rle_cuda(_RleArguments(*arguments)))
 
 
-def assert_same(found, expected) -> None:
-    for got, want in zip(found, expected, strict=True):
+def assert_same(actual, expected) -> None:
+    for got, want in zip(actual, expected, strict=True):
         assert got.dtype == want.dtype and torch.equal(got, want)
 
 
@@ -147,14 +147,14 @@ def test_any_strides_and_float64() -> None:
 
 
 def test_ratio_equal_to_the_threshold_keeps_the_segment() -> None:
-    """In float32, 8 / 10 would not be 0.8."""
+    """8 / 10 rounded to float32 is not the threshold 0.8, which is a float64."""
     logits = torch.full((1, 2, 1, 10), -9.0)
     logits[0, 0, 0, :10], logits[0, 1, 0, :2] = 2.0, 8.0  # the first keeps 8 of 10 pixels
     arguments = (logits, torch.ones(1, 2), torch.tensor([[0, 1]]), torch.tensor([True, True]), (1, 10), (1, 10))
     assert panoptic(*arguments, 0.8, "maskformer").ids.tolist() == [[1, 2]]
     assert panoptic(*arguments, 0.8, "huggingface").ids.tolist() == [[VOID, 1]]  # must be above
-    found = panoptic(*arguments, math.nextafter(0.8, 1), "maskformer")
-    assert found.ids.tolist() == [[VOID, 1]] and found.id_map[0, 0].tolist() == [1, 1] + [VOID] * 8
+    actual = panoptic(*arguments, math.nextafter(0.8, 1), "maskformer")
+    assert actual.ids.tolist() == [[VOID, 1]] and actual.id_map[0, 0].tolist() == [1, 1] + [VOID] * 8
 
 
 @pytest.mark.parametrize(
@@ -171,41 +171,41 @@ def test_ratio_equal_to_the_threshold_keeps_the_segment() -> None:
 )
 def test_rules_by_hand(rule: str, threshold: float, expected: list[int]) -> None:
     logits = torch.tensor([[4.0, 4.0, 0.5, 0.5, 0.5, -9, -9, -9, -1, -1], [-9.0] * 4 + [5.0] * 4 + [-9.0] * 2])
-    found = panoptic(
+    actual = panoptic(
         logits[None, :, None], torch.tensor([[0.6, 0.9]]), torch.tensor([[0, 1]]), torch.tensor([True, True]),
         (1, 10), (1, 10), threshold, rule,
     )  # fmt: skip
-    assert found.id_map[0, 0].tolist() == expected
+    assert actual.id_map[0, 0].tolist() == expected
     for number in set(expected) - {VOID}:
-        assert found.areas[found.ids == number].tolist() == [expected.count(number)]
+        assert actual.areas[actual.ids == number].tolist() == [expected.count(number)]
 
 
 def test_stuff_merges_into_the_first_segment_and_things_do_not() -> None:
     logits = torch.full((1, 6, 1, 6), -9.0)
     logits[0, range(6), 0, range(6)] = 9.0
     categories, is_thing = torch.tensor([[1, 0, 2, 1, 0, 7]]), torch.tensor([True, False, False])
-    found = panoptic(logits, torch.ones(1, 6), categories, is_thing, (1, 6), (1, 6), 0.5, "maskformer")
+    actual = panoptic(logits, torch.ones(1, 6), categories, is_thing, (1, 6), (1, 6), 0.5, "maskformer")
     # the last class has no flag: a thing
-    assert found.id_map.tolist() == [[[1, 2, 3, 1, 4, 5]]] and found.ids.tolist() == [[1, 2, 3, 1, 4, 5]]
+    assert actual.id_map.tolist() == [[[1, 2, 3, 1, 4, 5]]] and actual.ids.tolist() == [[1, 2, 3, 1, 4, 5]]
 
 
 def test_of_equal_queries_the_first_wins() -> None:
     logits = 3 * torch.randn(1, 1, 3, 4).expand(1, 4, 3, 4)
-    found = panoptic(
+    actual = panoptic(
         logits, torch.tensor([[0.4, 0.9, 0.9, 0.9]]), torch.tensor([[0, VOID, 1, 2]]), torch.ones(3).bool(),
         (3, 4), (12, 16), 0.0, "maskformer",
     )  # fmt: skip
-    assert found.areas.tolist() == [[0, 0, 12 * 16, 0]] and (found.id_map == 1).all()
+    assert actual.areas.tolist() == [[0, 0, 12 * 16, 0]] and (actual.id_map == 1).all()
 
 
 @pytest.mark.parametrize("batch, queries", [(2, 0), (1, 3), (0, 3)])
 def test_no_query_kept_is_all_void(batch: int, queries: int) -> None:
-    found = panoptic(
+    actual = panoptic(
         torch.randn(batch, queries, 4, 5), torch.rand(batch, queries), torch.full((batch, queries), VOID),
         torch.tensor([True]), (4, 5), (9, 7), 0.8, "mask2former",
     )  # fmt: skip
-    assert found.id_map.shape == (batch, 9, 7) and (found.id_map == VOID).all() and (found.ids == VOID).all()
-    assert found.areas.shape == (batch, queries) and (found.areas == 0).all()
+    assert actual.id_map.shape == (batch, 9, 7) and (actual.id_map == VOID).all() and (actual.ids == VOID).all()
+    assert actual.areas.shape == (batch, queries) and (actual.areas == 0).all()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -232,18 +232,18 @@ def test_instances(grid, dtype) -> None:
     logits = clear_logits(0, 2, 2, grid, dtype)
     logits[1, 1] = -1.0
     expected, (height, width) = resampled(logits, *grid[1:]), grid[2]
-    found = InstanceMasks(
+    actual = InstanceMasks(
         torch.full((2, 2, height, (width + 7) // 8), 99, dtype=torch.uint8), torch.full((2, 2), 99),
         torch.full((2, 2, 4), 99.0), torch.full((2, 2), 99.0),
     )  # fmt: skip
-    instance_masks(logits, *grid[1:], *found)
+    instance_masks(logits, *grid[1:], *actual)
     masks = expected > 0
     packed = np.packbits(masks.numpy(), -1, bitorder="little")
-    np.testing.assert_array_equal(found.masks.numpy(), packed)
-    assert torch.equal(found.areas, masks.sum((2, 3)))
+    np.testing.assert_array_equal(actual.masks.numpy(), packed)
+    assert torch.equal(actual.areas, masks.sum((2, 3)))
     scores = (expected.sigmoid() * masks).sum((2, 3)) / (masks.sum((2, 3)) + 1e-6)
-    torch.testing.assert_close(found.scores, scores.float(), atol=1e-6, rtol=0)
-    for mask, box in zip(masks.flatten(0, 1), found.boxes.flatten(0, 1).tolist(), strict=True):
+    torch.testing.assert_close(actual.scores, scores.float(), atol=1e-6, rtol=0)
+    for mask, box in zip(masks.flatten(0, 1), actual.boxes.flatten(0, 1).tolist(), strict=True):
         y, x = mask.nonzero().unbind(1)
         assert box == ([x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0, 0, 0, 0])
 
@@ -251,15 +251,15 @@ def test_instances(grid, dtype) -> None:
 def test_instances_of_values_that_are_not_finite() -> None:
     logits = torch.tensor([[[[math.nan, 1.0, math.inf, -math.inf, 2.0, 1e38]], [[math.nan] * 6]]])
     for view in (logits, logits.double(), logits.mT.contiguous().mT):
-        found = instances(view, (1, 6), (3, 29))
-        assert_same(found[:3], instance_inference(logits, (1, 6), (3, 29))[:3])
-        torch.testing.assert_close(found.scores, instance_inference(logits, (1, 6), (3, 29)).scores)
+        actual = instances(view, (1, 6), (3, 29))
+        assert_same(actual[:3], instance_inference(logits, (1, 6), (3, 29))[:3])
+        torch.testing.assert_close(actual.scores, instance_inference(logits, (1, 6), (3, 29)).scores)
 
 
 def test_no_instances() -> None:
     for shape in ((0, 3, 2, 2), (2, 0, 2, 2)):
-        found = instances(torch.zeros(shape), (2, 2), (5, 9))
-        assert [tuple(t.shape) for t in found] == [(*shape[:2], 5, 2), shape[:2], (*shape[:2], 4), shape[:2]]
+        actual = instances(torch.zeros(shape), (2, 2), (5, 9))
+        assert [tuple(t.shape) for t in actual] == [(*shape[:2], 5, 2), shape[:2], (*shape[:2], 4), shape[:2]]
         data, starts = rle(torch.zeros(shape), (2, 2), (5, 9), 7)
         assert starts.tolist() == [0] and data.tolist() == [0] * 7
 
@@ -295,8 +295,8 @@ def test_runs_from_column_to_column() -> None:
     masks[3] = (torch.arange(9)[:, None] + torch.arange(34)) % 2 == 0
     masks[4, :, 31:33] = True  # from one block of columns to the next
     logits = torch.where(masks, 1.0, -1.0)[None]
-    found = rle(logits, (9, 34), (9, 34), 2000)
-    assert counts_of(*found) == coco_counts(masks)
+    actual = rle(logits, (9, 34), (9, 34), 2000)
+    assert counts_of(*actual) == coco_counts(masks)
 
 
 def test_tall_masks_settled_by_their_taps() -> None:
@@ -311,8 +311,8 @@ def test_huge_and_tiny_taps_agree_between_tiles() -> None:
     logits = 10.0 ** torch.randint(-30, 30, (1, 3, 12, 9), generator=generator)
     logits[0, 1] *= torch.rand(12, 9, generator=generator).sub(0.1).sign()
     logits[0, 2, :, 3] = math.nan
-    found = instances(logits, (12, 9), (34, 26))
-    masks = unpack_masks(found.masks[0], 26)
+    actual = instances(logits, (12, 9), (34, 26))
+    masks = unpack_masks(actual.masks[0], 26)
     assert counts_of(*rle(logits, (12, 9), (34, 26), 5000)) == coco_counts(masks)
 
 

@@ -119,7 +119,7 @@ def _place_kernel(low, share, scale, rest, size, first, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("source, extent, output", [(1500, 1498.7, 2311), (4000, 4000.0, 16000), (3000, 2999.3, 331)])
 def test_coordinates_of_a_long_axis_are_exact(source: int, extent: float, output: int) -> None:
-    """In float32 they would be off by up to 2e-4 of a tap."""
+    """Coordinates in float32 would be off by up to 2e-4 of a tap."""
     axis = axis_tiles(source, extent, output, 16)
     low, share = torch.zeros(64, dtype=torch.int32), torch.zeros(64)
     _place_kernel[(1,)](low, share, axis.scale, axis.rest, source, output - 64, BLOCK=64)

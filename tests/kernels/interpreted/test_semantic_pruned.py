@@ -222,11 +222,11 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_operator_passes_the_path_on(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, logits = predictions("peaky", 1, 14, 8, (3, 4))
     calls = count_calls(monkeypatch)
-    found = {}
+    labels = {}
     for path, expected in (("auto", 0), ("dense", 0), ("pruned", 1)):
-        found[path] = _semantic_inference_cuda(_Arguments(masks, logits, (2.5, 4.0), (7, 9), path=path))[0]
+        labels[path] = _semantic_inference_cuda(_Arguments(masks, logits, (2.5, 4.0), (7, 9), path=path))[0]
         assert len(calls) == expected
-    assert torch.equal(found["pruned"], found["dense"])
+    assert torch.equal(labels["pruned"], labels["dense"])
     valued = [
         _semantic_inference_cuda(_Arguments(masks, logits, (2.5, 4.0), (7, 9), True, True, path))
         for path in semantic.PATHS
