@@ -125,6 +125,14 @@ def run_command(main: Callable[[], int | None], *expected: type[Exception]) -> N
     sys.exit(status or 0)
 
 
+def report_failures(failures: Sequence[str], what: str) -> int:
+    """List inputs that failed on stderr -> exit status: 1 if there are any, else 0."""
+    if failures:
+        listing = "\n  ".join(failures)
+        print(f"error: {len(failures)} {what}:\n  {listing}", file=sys.stderr)
+    return int(bool(failures))
+
+
 def parse_command(command: type[Command], argv: Sequence[str], default: str = "demo", *, prog: str) -> Command:
     """Read a command's options: a recipe (``--config NAME_OR_PATH``) with typed overrides, and options of its own.
 

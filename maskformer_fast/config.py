@@ -239,6 +239,8 @@ class DataConfig:
     """COCO instances: train on images without annotations, in which everything is background."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    exif: bool = True
+    """Turn each image as its EXIF orientation says; without it, images lie as their pixels are stored."""
     skip_broken: bool = False
     """Skip and list images and annotations that cannot be read, instead of stopping."""
     cache: bool = False

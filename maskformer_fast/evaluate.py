@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from maskformer_fast.cli import leading_path, parse, run_command
+from maskformer_fast.cli import leading_path, parse, report_failures, run_command
 from maskformer_fast.config import Amp, DataConfig, Task, TestConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, write_json
@@ -45,7 +45,8 @@ class EvaluateOptions:
     picture: str | None = None
     """PNG file for a grid of the first images: image, truth, results."""
     predictions: str | None = None
-    """Folder for the results, as `predict` writes them, with the data set's image ids."""
+    """Folder for the results, as `predict` writes them, with the data set's image ids. An image that causes an error is
+    left out and listed at the end, and the exit status is 1."""
     limit: int | None = None
     """Number of images to measure, the first ones; default: all."""
     device: str = "auto"
@@ -70,12 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=EvaluateOptions(tyro.MISSING, data=stored[0], test=stored[1]) if stored else None,
     )
     with process_group(options.device), worker_deaths_explained():
-        evaluate(options)
-    return 0
+        return evaluate(options)
 
 
-def evaluate(options: EvaluateOptions) -> None:
-    """Measure, print and write. The ranks of a process group share out the images, and rank 0 reports."""
+def evaluate(options: EvaluateOptions) -> int:
+    """Measure, print and write -> exit status. The ranks of a process group share out the images; rank 0 reports."""
     check(options.limit is None or options.limit > 0, "limit", "a positive number of images", options.limit)
     for name in ("output", "picture"):
         target = getattr(options, name)
@@ -90,7 +90,9 @@ def evaluate(options: EvaluateOptions) -> None:
     augmented = options.test.multi_scale or options.test.flip
     if augmented and set(tasks) != {"semantic"}:
         logger.warning("test.multi_scale and test.flip apply to semantic segmentation alone")
-    writer = ResultWriter(Path(options.predictions), dataset.metadata, overlays=False) if options.predictions else None
+    writer = None
+    if options.predictions:
+        writer = ResultWriter(Path(options.predictions), dataset.metadata, False, dataset.file_names)
     metrics, grid = measure(
         predictor,
         dataset,
@@ -104,7 +106,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if writer is not None:
         writer.close()
     if not is_main():
-        return
+        return 0
     for task in tasks:
         print(format_table(task, metrics[task]))
     if options.output:
@@ -112,6 +114,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.picture and grid is not None:
         with atomic_write(options.picture) as file:
             Image.fromarray(grid).save(file, format="PNG")
+    return report_failures(writer.failed if writer else [], "images have no results")
 
 
 if __name__ == "__main__":

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from maskformer_fast.cli import leading_path, parse, run_command
+from maskformer_fast.cli import leading_path, parse, report_failures, run_command
 from maskformer_fast.config import Amp, Task, TestConfig
 from maskformer_fast.core.coco_tools import coco_tools
+from maskformer_fast.core.image_files import in_result_folder, list_files
 from maskformer_fast.data import BrokenExampleError
-from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
+from maskformer_fast.data.images import read_image
+from maskformer_fast.inference.batches import infer_each
 from maskformer_fast.inference.bundle_predictor import Backend
 from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.output.writer import ResultWriter
 
 logger = logging.getLogger(__name__)
+
+MAX_ID_DIGITS = 15
+"""Longest file name that is an image id; JSON readers keep integers exactly up to 2^53."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +39,24 @@ class PredictOptions:
     """Segment images with a trained checkpoint, or a bundle exported from one.
 
     Writes below the output folder: ``semantic/NAME.png`` (class index), ``panoptic/NAME.png`` with
-    ``panoptic.json`` (COCO panoptic format), ``instances.json`` (COCO results with RLE masks), and
-    ``overlays/NAME_TASK.png`` to look at. Exit status 1 if an image could not be read; the others are written.
+    ``panoptic.json`` (COCO panoptic format), ``instances.json`` (COCO results with RLE masks),
+    ``overlays/NAME_TASK.png`` to look at, and ``images.json``, which lists the images with their ids and names. Exit
+    status 1 if an image could not be read, segmented or written; the others are written.
     """
 
     checkpoint: tyro.conf.Positional[str]
     """Run folder (its best checkpoint), checkpoint folder, weights file, or bundle."""
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files, folders (searched recursively) and globs; they come before the options."""
+    """Image files, folders (searched recursively, without hidden files and without results of this command) and globs;
+    they come before the options."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "predictions"
     """Folder for the results."""
     task: tuple[Task, ...] = ("semantic",)
     """One or several of semantic, panoptic, instance; one forward pass serves all, except by TensorRT."""
     overlays: bool = True
     """Also draw each result over its image."""
+    exif: bool = True
+    """Turn each image as its EXIF orientation says."""
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
@@ -54,56 +66,69 @@ class PredictOptions:
     test: TestConfig = field(default_factory=TestConfig)
 
 
-def find_images(patterns: Sequence[str]) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """Expand files, folders and globs -> [(path, output name)], and problems: patterns without an image.
+class Input(NamedTuple):
+    """An image to segment."""
 
-    Names keep the folder structure below a given folder. Of names that are equal but for the suffix, the second and
-    later ones get ``_2``, ``_3``...
+    path: Path
+    name: str
+    """Path below the folder that the user named, or the file's name."""
+
+
+def find_images(patterns: Sequence[str]) -> tuple[list[Input], list[str]]:
+    """Expand files, folders and globs -> images, and problems: patterns without an image, and unreadable folders.
+
+    Folders are searched by `image_files.list_files`. Results of earlier runs are left out of globs as well.
     """
-    matches: list[tuple[Path, Path]] = []
+    inputs: list[Input] = []
     problems: list[str] = []
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            matches += [(file, file.relative_to(path)) for file in files]
+        before = len(inputs)
+        if os.path.isdir(pattern):
+            names = list_files(pattern, onerror=lambda error: problems.append(str(error)))
+            inputs += [Input(Path(pattern, name), name) for name in names]
         else:
-            files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-            files = [file for file in files if file.is_file()]
-            matches += [(file, Path(file.name)) for file in files]
-        if not files:
+            files = [pattern] if os.path.isfile(pattern) else _expand(pattern)
+            inputs += [Input(Path(file), Path(file).name) for file in files]
+        if len(inputs) == before:
             problems.append(f"{pattern}: no image there")
-    taken: set[Path] = set()
-    unique = []
-    for file, name in matches:
-        candidate, number = name, 1
-        while candidate.with_suffix("") in taken:
-            number += 1
-            candidate = name.with_name(f"{name.stem}_{number}{name.suffix}")
-        taken.add(candidate.with_suffix(""))
-        unique.append((file, candidate))
-    return unique, problems
+    return inputs, problems
 
 
-def image_ids(names: Sequence[Path]) -> dict[Path, int]:
+def _expand(pattern: str) -> list[str]:
+    """Files that match a glob, without results of earlier runs in folders that the pattern does not name."""
+    fixed = list(takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+    matches = sorted(glob.glob(pattern, recursive=True))
+    return [file for file in matches if os.path.isfile(file) and not in_result_folder(file, Path(*fixed))]
+
+
+def file_names(inputs: Sequence[Input]) -> list[str]:
+    """File name of each image in the JSON files: its ``name``, or its path if other images have the same name."""
+    counts = Counter(image.name for image in inputs)
+    return [image.name if counts[image.name] == 1 else image.path.as_posix() for image in inputs]
+
+
+def image_ids(names: Sequence[str]) -> list[int]:
     """Image ids for COCO's formats: the names as numbers if all are distinct numbers, as COCO's are, else 1, 2, ..."""
-    stems = [name.stem for name in names]
-    if all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
-        return {name: int(name.stem) for name in names}
-    return {name: number for number, name in enumerate(names, start=1)}
+    stems = [PurePosixPath(name).stem for name in names]
+    if all(stem.isdecimal() and len(stem) <= MAX_ID_DIGITS for stem in stems):
+        numbers = [int(stem) for stem in stems]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return list(range(1, len(names) + 1))
 
 
 def read_batches(
-    files: Sequence[tuple[Path, Path]], batch_size: int, problems: list[str]
-) -> Iterator[list[tuple[Path, np.ndarray]]]:
-    """Decode images in batches. An image that cannot be read is added to ``problems`` and left out."""
-    batch: list[tuple[Path, np.ndarray]] = []
-    for file, name in files:
+    inputs: Sequence[Input], batch_size: int, writer: ResultWriter, upright: bool
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Decode images in batches of (index, image). An image that cannot be read is noted in the writer and left out."""
+    batch: list[tuple[int, np.ndarray]] = []
+    for number, image in enumerate(inputs):
         try:
-            batch.append((name, read_image(file)))
-        except BrokenExampleError as error:
-            problems.append(str(error))
-            logger.error("%s", error)
+            batch.append((number, read_image(image.path, upright)))
+        except (BrokenExampleError, MemoryError) as error:
+            reason = error.reason if isinstance(error, BrokenExampleError) else error
+            writer.fail(str(image.path), reason)
+            logger.error("%s", writer.failed[-1])
             continue
         if len(batch) == batch_size:
             yield batch
@@ -128,23 +153,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         predictor.check_task(task)
     if "instance" in options.task:
         coco_tools()  # an error before the first image, not after it
-    files, problems = find_images(options.images)
-    ids = image_ids([name for _, name in files])
-    writer = ResultWriter(Path(options.output), predictor.metadata, options.overlays)
-    with tqdm(total=len(files), unit="img", dynamic_ncols=True) as progress:
-        for batch in read_batches(files, options.test.batch_size, problems):
-            images = [image for _, image in batch]
-            results = predictor.infer(images, options.task)
-            for index, (name, image) in enumerate(batch):
-                writer.write(name, ids[name], image, {task: results[task][index] for task in options.task})
-            progress.update(len(batch))
-    writer.close()
+    inputs, problems = find_images(options.images)
+    names = [image.name for image in inputs]
+    ids = image_ids(names)
+    writer = ResultWriter(Path(options.output), predictor.metadata, options.overlays, names, file_names(inputs))
+    try:
+        with tqdm(total=len(inputs), unit="img", dynamic_ncols=True) as progress:
+            for batch in read_batches(inputs, options.test.batch_size, writer, options.exif):
+                results = infer_each(predictor, [image for _, image in batch], options.task)
+                for (number, image), result in zip(batch, results, strict=True):
+                    if not writer.write(number, ids[number], image, result):
+                        logger.error("%s", writer.failed[-1])
+                progress.update(len(batch))
+    finally:
+        writer.close()  # an interrupted run keeps what it has
     print(f"{len(writer.images)} images segmented, results in {options.output}")
-    if problems:
-        listing = "\n  ".join(problems)
-        print(f"error: {len(problems)} inputs could not be used:\n  {listing}", file=sys.stderr)
-        return 1
-    return 0
+    return report_failures([*problems, *writer.failed], "inputs could not be used")
 
 
 if __name__ == "__main__":

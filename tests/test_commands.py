@@ -17,7 +17,9 @@ from maskformer_fast.core.metadata import VOID, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
 from maskformer_fast.data import build_dataset
 from maskformer_fast.evaluation import build_evaluator
+from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.modeling.weights import load_weights
+from maskformer_fast.output.writer import ResultWriter
 from tests.support.paths import TINY_RECIPE
 
 
@@ -169,6 +171,133 @@ def test_predict_keeps_equal_names_apart_and_reports_missing_ones(run, photos, t
     assert "nowhere.jpg" in capsys.readouterr().err
     assert sorted(path.name for path in (out / "semantic").iterdir()) == ["a.png", "a_2.png", "a_3.png", "b.png"]
     assert not (out / "overlays").exists()
+
+
+def test_predict_leaves_out_hidden_files_and_its_own_results(run, photos, capsys, monkeypatch):
+    (photos / "broken.jpg").unlink()
+    (photos / "._a.jpg").write_bytes(b"macOS")
+    monkeypatch.chdir(photos)
+    for output in ("predictions", "predictions", "."):
+        assert predict.main([str(run), ".", "-o", output]) == 0
+        assert "2 images segmented" in capsys.readouterr().out
+    assert predict.main([str(run), "**/*.png", "-o", "again"]) == 0
+    assert "1 images segmented" in capsys.readouterr().out
+    assert predict.main([str(run), "predictions/overlays/*.png", "-o", "again"]) == 0
+    assert "1 images segmented" in capsys.readouterr().out, "a folder that the pattern names is searched"
+
+
+def test_one_image_that_fails_costs_no_other_its_results(run, photos, tmp_path, capsys, monkeypatch):
+    """Names that cannot be written, files that cannot be read, and an image whose inference fails in its batch."""
+    Image.new("RGB", (20, 30)).save(photos / ("a" * 250 + ".png"))
+    Image.new("RGB", (20, 30)).save(os.fsdecode(os.fsencode(photos) + b"/x\xff\xfe.png"))
+    Image.new("RGB", (13, 17)).save(photos / "poison.png")
+    infer = Predictor.infer
+
+    def poisoned(self, images, tasks, *rest):
+        if any(image.shape[:2] == (17, 13) for image in images):
+            raise RuntimeError("not enough memory")
+        return infer(self, images, tasks, *rest)
+
+    monkeypatch.setattr(Predictor, "infer", poisoned)
+    out = tmp_path / "out"
+    assert predict.main([str(run), str(photos), "-o", str(out), "--task", "semantic", "panoptic",
+                         "--test.batch-size", "8"]) == 1
+    output = capsys.readouterr()
+    assert "4 images segmented" in output.out
+    assert "2 inputs could not be used" in output.err
+    assert "poison.png: RuntimeError: not enough memory" in output.err and "broken.jpg" in output.err
+    listed = json.loads((out / "panoptic.json").read_text())["images"]
+    assert len(listed) == len(list((out / "semantic").rglob("*.png"))) == 4
+    assert all((out / "semantic" / f"{image['result']}.png").is_file() for image in listed)
+    assert {"x\udcff\udcfe.png", "a" * 250 + ".png"} < {image["file_name"] for image in listed}
+
+
+def test_an_interrupted_predict_keeps_what_it_has(run, photos, tmp_path, monkeypatch):
+    write = ResultWriter.write
+
+    def stop(self, number, *arguments):
+        if number:
+            raise KeyboardInterrupt
+        return write(self, number, *arguments)
+
+    monkeypatch.setattr(ResultWriter, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict.main([str(run), str(photos), "-o", str(tmp_path / "out"), "--task", "panoptic"])
+    assert len(json.loads((tmp_path / "out/panoptic.json").read_text())["annotations"]) == 1
+
+
+def test_equal_names_from_two_folders_are_told_apart_by_their_paths(run, tmp_path, monkeypatch):
+    for folder in ("cam1", "cam2"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (20, 30)).save(tmp_path / folder / "0001.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert predict.main([str(run), "cam1/0001.jpg", "cam2/0001.jpg", "--task", "instance"]) == 0
+    images = json.loads((tmp_path / "predictions/images.json").read_text())["images"]
+    assert [(image["id"], image["file_name"]) for image in images] == [(1, "cam1/0001.jpg"), (2, "cam2/0001.jpg")]
+
+
+def test_evaluate_writes_the_results_of_all_images_but_those_that_fail(run, tmp_path, capsys, monkeypatch):
+    infer, calls = Predictor.infer, []
+
+    def poisoned(self, images, tasks, *rest):
+        calls.append(len(images))
+        if len(calls) in (1, 3):  # the batch of three, then the second image alone
+            raise RuntimeError("not enough memory")
+        return infer(self, images, tasks, *rest)
+
+    monkeypatch.setattr(Predictor, "infer", poisoned)
+    line = [str(run), "--task", "semantic", "--test.batch-size", "3"]
+    assert evaluate.main([*line, "--predictions", str(tmp_path / "out"), "--output", str(tmp_path / "m.json")]) == 1
+    assert "1.png: RuntimeError: not enough memory" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out/semantic").iterdir()) == ["0.png", "2.png"]
+    assert json.loads((tmp_path / "m.json").read_text())["miou"] >= 0
+    calls.clear()
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        evaluate.main(line)
+
+
+def coco_with_ids(root, names, ids):
+    """A COCO data set of flat images, each with one square."""
+    images = [{"id": i, "file_name": name, "height": 32, "width": 40} for i, name in zip(ids, names, strict=True)]
+    square = [[4, 4, 20, 4, 20, 20, 4, 20]]
+    annotations = [{"id": n, "image_id": i, "category_id": 1, "segmentation": square} for n, i in enumerate(ids, 1)]
+    categories = [{"id": c, "name": f"class {c}"} for c in range(1, 5)]
+    for split in ("train", "val"):
+        for name in names:
+            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 32)).save(root / split / name)
+        (root / "annotations").mkdir(exist_ok=True)
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+    return ["--data.dataset", "coco_instances", "--data.root", str(root)]
+
+
+@pytest.mark.parametrize("ids", [("../../escaped", "/tmp/escaped_absolute", "a"), (1, 2, 3)])
+def test_results_of_evaluate_stay_in_their_folder_and_keep_equal_names_apart(run, tmp_path, ids):
+    names = ["cam1/0001.jpg", "cam2/0001.jpg", "cam2/0001.png"]
+    data = coco_with_ids(tmp_path / "coco", names, ids)
+    before = set(tmp_path.rglob("*"))
+    assert evaluate.main([str(run), *data, "--task", "semantic", "--predictions", str(tmp_path / "a/b")]) == 0
+    written = {path.relative_to(tmp_path).as_posix() for path in set(tmp_path.rglob("*")) - before if path.is_file()}
+    pictures = {f"a/b/semantic/{name}.png" for name in ("cam1/0001", "cam2/0001", "cam2/0001_2")}
+    assert written == {*pictures, "a/b/images.json"} and not os.path.exists("/tmp/escaped_absolute.png")
+    listed = json.loads((tmp_path / "a/b/images.json").read_text())["images"]
+    assert [(image["id"], image["file_name"]) for image in listed] == list(zip(ids, names, strict=True))
+
+
+def test_evaluate_writes_what_it_can_beside_a_broken_image(run, tmp_path, capsys):
+    data = coco_with_ids(tmp_path / "coco", ["a.jpg", "b.jpg", "c.jpg"], [1, 2, 3])
+    (tmp_path / "coco/val/b.jpg").write_bytes(b"broken")
+    line = [str(run), *data, "--task", "semantic"]
+    assert evaluate.main([*line, "--predictions", str(tmp_path / "out")]) == 1
+    assert "b.jpg: cannot be decoded" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out/semantic").iterdir()) == ["a.png", "c.png"]
+    assert evaluate.main([*line, "--predictions", str(tmp_path / "out"), "--data.skip-broken"]) == 0
+    with pytest.raises(ValueError, match=r"b\.jpg: cannot be decoded"):
+        evaluate.main(line)
+    for name in "ac":
+        (tmp_path / f"coco/val/{name}.jpg").write_bytes(b"broken")
+    assert evaluate.main([*line, "--predictions", str(tmp_path / "none")]) == 1
 
 
 def test_predictor_takes_every_kind_of_image_and_task(run, photos):

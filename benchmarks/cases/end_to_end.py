@@ -25,9 +25,10 @@ from benchmarks.harness.runner import shared
 from maskformer_fast.benchmark.runners import draw_frame
 from maskformer_fast.config import TASKS, BackboneConfig, Config, DataConfig, ModelConfig, ShapesConfig, Task
 from maskformer_fast.core.checks import check
+from maskformer_fast.core.image_files import list_files
 from maskformer_fast.core.stages import Stopwatch
 from maskformer_fast.data import build_dataset
-from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
+from maskformer_fast.data.images import read_image
 from maskformer_fast.inference.load import load
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.interop.huggingface import write_folder
@@ -88,7 +89,7 @@ class Ours(Implementation):
         self.watch.lap("decode")
         results = self.predictor.infer([image], ("semantic",))["semantic"]
         self.watch.lap("postprocess")
-        ResultWriter(folder, self.predictor.metadata, overlays=False).write(Path(file.name), 1, image, {
+        ResultWriter(folder, self.predictor.metadata, overlays=False, names=[file.name]).write(0, 1, image, {
             "semantic": results[0]
         })  # fmt: skip
         self.watch.lap("write")
@@ -182,7 +183,7 @@ def prepare_images(source: Path | None, count: int, folder: Path) -> list[Path]:
     if source is None:
         pictures = [Image.fromarray(draw_frame(np.random.default_rng(k), (SIDE, SIDE))) for k in range(count)]
     else:
-        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        files = [source / name for name in list_files(source)]
         check(len(files) >= count, "images", f"a folder with at least {count} images", f"{len(files)} in {source}")
         chosen = files[:: len(files) // count][:count]
         pictures = [crop_to_square(Image.fromarray(read_image(file))) for file in chosen]

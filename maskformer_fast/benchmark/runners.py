@@ -11,13 +11,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from maskformer_fast.config import Amp, Task
+from maskformer_fast.core.image_files import IMAGE_FORMATS, list_files
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.core.results import unpack_mask_array
 from maskformer_fast.core.stages import StageSeconds
 
 Kind = Literal["bundle", "eager", "compile"]
-
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -155,12 +154,12 @@ def make_frames(count: int, size: tuple[int, int], pictures: str | None) -> list
     from PIL import Image
 
     folder = Path(pictures)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)[:count]
+    files = [folder / name for name in list_files(folder)[:count]] if folder.is_dir() else []
     if not files:
         raise ValueError(f"pictures: expected a folder with images, got {pictures}")
     frames = []
     for file in files:
-        with Image.open(file) as image:
+        with Image.open(file, formats=sorted(set(IMAGE_FORMATS.values()))) as image:
             frames.append(np.array(image.convert("RGB").resize((size[1], size[0]))))
     return [frame for frame, _ in zip(itertools.cycle(frames), range(count), strict=False)]
 

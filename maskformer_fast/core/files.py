@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 _READ_BYTES = 1 << 20
@@ -54,7 +54,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL_DISK_ERRORS:
+        if is_full_disk(error):
             free = shutil.disk_usage(target.parent).free / 2**20
             raise OSError(error.errno, f"disk or quota full ({free:.1f} MiB free); the earlier file, if any, is "
                           "untouched; make room and try again", str(target)) from error
@@ -82,7 +82,13 @@ def write_json(path: str | os.PathLike[str], obj: Any, indent: int | None = 2) -
     """
     text = json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as file:
-        file.write((text + "\n").encode())
+        # A lone surrogate (a byte of a file name that is not UTF-8) becomes an escape, which JSON has.
+        file.write((text + "\n").encode(errors="backslashreplace"))
+
+
+def is_full_disk(error: BaseException) -> TypeGuard[OSError]:
+    """Whether an error says that the disk or the quota is full."""
+    return isinstance(error, OSError) and error.errno in _FULL_DISK_ERRORS
 
 
 def flush(path: str | os.PathLike[str]) -> None:

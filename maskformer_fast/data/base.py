@@ -79,6 +79,11 @@ class SegmentationDataset(Protocol):
         """Task of the training targets; the examples themselves are the same for every task."""
         ...
 
+    @property
+    def file_names(self) -> list[str]:
+        """File name of each example's image, relative to the data set's folder of images; they name results."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
@@ -154,7 +159,7 @@ def check_same_size(path: str | os.PathLike[str], got: tuple[int, int], image: t
     """
     if got == image:
         return
-    hint = "; the image was turned as its EXIF orientation says" if got == image[::-1] else ""
+    hint = "; the image was turned as its EXIF orientation says (not with --data.no-exif)" if got == image[::-1] else ""
     raise BrokenExampleError(
         path, f"expected the size of its image, {image[0]} x {image[1]}, got {got[0]} x {got[1]} (height x width){hint}"
     )

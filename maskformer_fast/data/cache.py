@@ -33,6 +33,7 @@ class CachedDataset:
         """
         self.metadata: Metadata = dataset.metadata
         self.task: Task = dataset.task
+        self.file_names: list[str] = dataset.file_names
         self._examples: list[Example | BrokenExampleError] = []
         free_bytes = _free_bytes() if free_bytes is None else free_bytes
         limit = None if free_bytes is None else _SHARE * free_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

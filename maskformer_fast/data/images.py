@@ -9,9 +9,10 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from maskformer_fast.core.image_files import IMAGE_FORMATS
 from maskformer_fast.data.base import BrokenExampleError
 from maskformer_fast.data.pixel_values import (
     declared_bits,
@@ -30,19 +31,22 @@ _LOGGER = logging.getLogger("maskformer_fast.data")
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded (a quarter GiB as RGB); a larger one may be a decompression bomb."""
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""File name endings of images, in lower case."""
-
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _LOSSY = ("JPEG", "MPO", "JPEG2000")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
+_FORMATS = sorted(set(IMAGE_FORMATS.values()))  # Pillow opens others with code of less use, and EPS with Ghostscript
 
 
-def _turn_upright(image: Image.Image) -> None:
+def _turned_upright(image: Image.Image, in_place: bool = False) -> Image.Image:
     try:
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()  # a PNG may have its EXIF data after its pixels
+        if in_place:
+            ImageOps.exif_transpose(image, in_place=True)
+        elif image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return ImageOps.exif_transpose(image)
     except Exception:  # pixels can be used even if their metadata cannot be read
         _LOGGER.debug("unreadable EXIF data ignored", exc_info=True)
+    return image
 
 
 def _decode(
@@ -52,20 +56,20 @@ def _decode(
     source: IO[bytes] | None = None,  # the file's content; by default the path is opened
 ) -> Image.Image:
     try:
-        with Image.open(source or path) as image:
+        with Image.open(source or path, formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 if lower_bytes and not take_lower_bytes(image):
                     raise ValueError("expected 16-bit colours")
                 image.load()
-                if upright:
-                    _turn_upright(image)
-                return image
+                return _turned_upright(image, in_place=True) if upright else image
         reason = f"expected at most {MAX_PIXELS} pixels, got {width} x {height} = {width * height}"
     except MemoryError:
         raise
     except FileNotFoundError:
         reason = "no such file"
+    except UnidentifiedImageError:
+        reason = f"cannot be decoded: expected content of one of {', '.join(_FORMATS)}, got another"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"expected at most {MAX_PIXELS} pixels: {error}"
     except Exception as error:  # decoders raise any exception on damaged data
@@ -75,20 +79,21 @@ def _decode(
     raise BrokenExampleError(path, reason)
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], upright: bool = True) -> np.ndarray:
     """Decode a picture for a network -> uint8 [H, W, 3] RGB.
 
-    EXIF orientation is applied. Grey, palette, CMYK and 16-bit pictures are converted, the latter as
-    `pixel_values.to_8_bits` does. Transparency is dropped. Of several frames the first is taken.
+    The content must be of a format of `IMAGE_FORMATS`, whatever the file's name. EXIF orientation is applied unless
+    ``upright`` is False. Grey, palette, CMYK and 16-bit pictures are converted, the latter as `pixel_values.to_8_bits`
+    does. Transparency is dropped. Of several frames the first is taken.
 
     Raises:
         BrokenExampleError: missing, damaged, truncated, floating-point, or larger than `MAX_PIXELS`.
     """
     try:
-        image = _decode(path, upright=True)
+        image = _decode(path, upright)
         rgb = rgb_array(image, path)
         if is_black_in_16_bits(image, rgb, path):
-            rgb = _dark_colors(image, rgb, path)
+            rgb = _dark_colors(image, rgb, path, upright)
         return rgb
     except BrokenExampleError:
         raise
@@ -96,10 +101,10 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         raise BrokenExampleError(path, f"cannot be converted to RGB: {error}") from error
 
 
-def _dark_colors(image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
+def _dark_colors(image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str], upright: bool) -> np.ndarray:
     """Read 16-bit colours of 12 bits or fewer, of which Pillow gives the upper bytes -> uint8 [H, W, 3] RGB."""
     try:
-        lower = rgb_array(_decode(path, upright=True, lower_bytes=True))
+        lower = rgb_array(_decode(path, upright, lower_bytes=True))
     except BrokenExampleError:
         warn_once("dark colours", "%s: 16-bit colours of at most 4095 are read as almost black. Convert the files to 8 "
                   "bits. Further files are not logged", path)
@@ -125,17 +130,19 @@ def rgb_array(image: Image.Image, path: str | os.PathLike[str] | None = None) ->
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def as_rgb_array(image: ImageLike) -> np.ndarray:
+def as_rgb_array(image: ImageLike, upright: bool = True) -> np.ndarray:
     """Convert a path, PIL image, array or tensor -> uint8 [H, W, 3] RGB.
+
+    A path and a PIL image are turned as their EXIF orientation says, unless ``upright`` is False.
 
     Raises:
         TypeError: another type, dtype or shape.
         BrokenExampleError, ValueError: as `read_image` and `rgb_array` do.
     """
     if isinstance(image, (str, Path)):
-        return read_image(image)
+        return read_image(image, upright)
     if isinstance(image, Image.Image):
-        return rgb_array(image)
+        return rgb_array(_turned_upright(image) if upright else image)
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise TypeError(f"images: expected a uint8 tensor [3, H, W], got {image.dtype} {tuple(image.shape)}")

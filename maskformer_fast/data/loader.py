@@ -196,7 +196,7 @@ class EvalLoader:
         indices = range(len(dataset)) if indices is None else indices
         self.broken: list[Broken] = []
         self._skip_broken = skip_broken
-        self._length = len(indices)
+        self._indices = indices
         self._loader: DataLoader[Any] = DataLoader(
             _EvalSamples(dataset),
             batch_size=None,
@@ -209,31 +209,33 @@ class EvalLoader:
 
     def __len__(self) -> int:
         """Return the number of examples, including broken ones."""
-        return self._length
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[Example]:
         for batch in self.batches(1):
-            yield from batch
+            yield from (example for _, example in batch)
 
-    def batches(self, size: int) -> Iterator[list[Example]]:
-        """Iterate over groups of ``size`` consecutive indices; a group lacks its broken examples and may be empty."""
+    def batches(self, size: int) -> Iterator[list[tuple[int, Example]]]:
+        """Iterate over groups of ``size`` consecutive indices with their examples.
+
+        A group lacks its broken examples and may be empty.
+        """
         self.broken.clear()
-        items = iterate_over(self._loader)
+        items = zip(self._indices, iterate_over(self._loader), strict=True)
         while group := list(islice(items, size)):
             batch = []
-            for item in group:
+            for index, item in group:
                 if isinstance(item, BrokenExampleError) and self._skip_broken:
                     self.broken.append((item.path, item.reason))
                 else:
-                    batch.append(_raise_broken(item))
+                    batch.append((index, _raise_broken(item)))
             yield batch
 
 
 def eval_shard(length: int, batch_size: int, rank: int, world_size: int) -> range:
     """Return the examples of this rank, which may be none; in order of ranks, the parts make up ``range(length)``.
 
-    Parts begin and end between batches, so that the batches, and with them the padding of each image, are the same for
-    any number of ranks.
+    Parts begin and end between batches, so that the batches are the same for any number of ranks.
     """
     batches = -(-length // batch_size)
     start, stop = (batches * n // world_size * batch_size for n in (rank, rank + 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from maskformer_fast.data import SegmentationDataset
 from maskformer_fast.data.loader import EvalLoader, eval_shard
 from maskformer_fast.distributed import gather_on_main, is_main, on_main, rank, world_size
 from maskformer_fast.evaluation import Evaluator, build_evaluator
+from maskformer_fast.inference.batches import infer_all, infer_each
 from maskformer_fast.inference.bundle_predictor import BundlePredictor
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.output import visualize
@@ -63,29 +63,34 @@ def measure(
 
     Args:
         limit: number of examples to measure, the first ones; broken ones count.
-        writer: gets every result.
+        writer: gets every result. With a writer, an image whose files are broken, or whose inference or writing fails,
+            does not end the measurement: the writer's ``failed`` lists it, and metrics are those of the others.
     """
     evaluators = {task: build_evaluator(task, dataset.metadata) for task in tasks}
     rows: list[list[np.ndarray]] = []
     batch_size = predictor.test.batch_size
     total = len(dataset) if limit is None else min(limit, len(dataset))
     shard = eval_shard(total, batch_size, rank(), world_size())
-    loader = EvalLoader(dataset, workers, skip_broken, shard)
+    loader = EvalLoader(dataset, workers, skip_broken or writer is not None, shard)
     with tqdm(total=len(shard), desc="evaluate", unit="img", leave=False, dynamic_ncols=True,
               disable=not is_main()) as progress:
-        for examples in loader.batches(batch_size):
-            if not examples:
-                continue
-            results = predictor.infer([example.image for example in examples], tasks)
-            for index, example in enumerate(examples):
-                by_task = {task: results[task][index] for task in tasks}
-                for task, evaluator in evaluators.items():
-                    evaluator.process(example, by_task[task])
+        for batch in loader.batches(batch_size):
+            images = [example.image for _, example in batch]
+            infer = infer_all if writer is None else infer_each
+            for (index, example), results in zip(batch, infer(predictor, images, tasks), strict=True):
                 if writer is not None:
-                    writer.write(_file_name(example), example.image_id, example.image, by_task)
+                    writer.write(index, example.image_id, example.image, results)
+                if isinstance(results, Exception):
+                    continue
+                for task, evaluator in evaluators.items():
+                    evaluator.process(example, results[task])
                 if shard.start + len(rows) < pictures:
-                    rows.append(_row(example, list(by_task.values()), dataset))
-            progress.update(len(examples))
+                    rows.append(_row(example, list(results.values()), dataset))
+            progress.update(len(batch))
+    if writer is not None and not skip_broken:
+        for path, reason in loader.broken:
+            writer.fail(path, reason)
+        loader.broken.clear()
     parts = gather_on_main((evaluators, rows, loader.broken))
     report = on_main(lambda: _report([part[0] for part in parts]))
     rows = [row for part in parts for row in part[1]][:pictures]
@@ -107,12 +112,6 @@ def _report(parts: Sequence[dict[Task, Evaluator]]) -> dict[Task, dict[str, Any]
         for task, evaluator in part.items():
             merged[task].merge(evaluator)
     return {task: evaluator.evaluate() for task, evaluator in merged.items()}
-
-
-def _file_name(example: Example) -> Path:
-    """File name of an image's results: its id if that is a text, which may have folders, else the image file's name."""
-    named_by_file = isinstance(example.image_id, int) and example.path
-    return Path(Path(example.path).name if named_by_file else f"{example.image_id}.png")
 
 
 def _row(example: Example, results: list[Result], dataset: SegmentationDataset) -> list[np.ndarray]:

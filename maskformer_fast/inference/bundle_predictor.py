@@ -64,12 +64,13 @@ class BundlePredictor:
         """Raise ``ValueError`` for an unknown task."""
         check_choice("task", task, self.tasks)
 
-    def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic") -> Any:
+    def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic", exif: bool = True) -> Any:
         """Segment one image (-> one result) or several (-> a list); arguments and errors as `Predictor`'s."""
         self.check_task(task)
         if isinstance(images, ImageLike):
-            return self.predict([images], task)[0]
-        return [as_tensors(result) for result in self.runtime.predict([as_rgb_array(image) for image in images], task)]
+            return self.predict([images], task, exif)[0]
+        arrays = [as_rgb_array(image, exif) for image in images]
+        return [as_tensors(result) for result in self.runtime.predict(arrays, task)]
 
     def infer(
         self,

@@ -58,20 +58,21 @@ class Predictor:
         check_choice("task", task, TASKS)
         check(task in self.tasks, "task", f"one that a {self.config.model.type} network can do {self.tasks}", task)
 
-    def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic") -> Any:
+    def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic", exif: bool = True) -> Any:
         """Segment one image (-> one result) or several (-> a list of results, in order).
 
         Args:
             images: paths, PIL images, uint8 RGB arrays [H, W, 3] or uint8 RGB tensors [3, H, W]; one or a sequence.
             task: "semantic" -> `SemanticResult`, "panoptic" -> `PanopticResult`, "instance" -> `InstanceResult`.
+            exif: turn paths and PIL images as their EXIF orientation says.
 
         Raises:
             TypeError, ValueError: for something that is not such an image, or a task the network cannot do.
         """
         self.check_task(task)
         if isinstance(images, ImageLike):
-            return self.predict([images], task)[0]
-        arrays = [as_rgb_array(image) for image in images]
+            return self.predict([images], task, exif)[0]
+        arrays = [as_rgb_array(image, exif) for image in images]
         size = self.config.test.batch_size
         results: list[Result] = []
         for start in range(0, len(arrays), size):
@@ -80,12 +81,13 @@ class Predictor:
 
     def infer(
         self,
-        images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB; one batch
+        images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB
         tasks: Sequence[Task],
         stopwatch: Stopwatch | None = None,
     ) -> dict[Task, list[Result]]:
-        """Each task's results at the images' sizes, from one forward pass.
+        """Each task's results at the images' sizes, from one forward pass for the images of each input size.
 
+        The transformer attends to padding, so images of other input sizes in a batch would change an image's results.
         Semantic results with test-time augmentation (``config.test``) take additional forward passes. A ``stopwatch``,
         made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``.
         """
@@ -96,11 +98,27 @@ class Predictor:
             results["semantic"] = [self._augmented(image) for image in images]
             stopwatch.lap("network")
         if remaining := [task for task in tasks if task not in results]:
-            predictions = self.run_network(images, stopwatch)
-            sizes = [(image.shape[0], image.shape[1]) for image in images]
-            results |= self.postprocess(predictions, sizes, remaining)
-            stopwatch.lap("postprocess")
+            each: list[dict[Task, Result]] = [{} for _ in images]
+            for batch in self._batches_of_one_size(images):
+                predictions = self.run_network([images[index] for index in batch], stopwatch)
+                sizes = [(images[index].shape[0], images[index].shape[1]) for index in batch]
+                for task, of_batch in self.postprocess(predictions, sizes, remaining).items():
+                    for index, result in zip(batch, of_batch, strict=True):
+                        each[index][task] = result
+                stopwatch.lap("postprocess")
+            results |= {task: [of_image[task] for of_image in each] for task in remaining}
         return results
+
+    def _batches_of_one_size(self, images: Sequence[np.ndarray]) -> list[list[int]]:
+        """Indices of the images whose inputs, with the padding that each has alone, have the same size."""
+        test, step = self.config.test, max(self.config.model.size_divisibility, 1)
+        batches: dict[tuple[int, int], list[int]] = {}
+        for index, image in enumerate(images):
+            height, width = image.shape[:2]
+            if test.short_edge is not None and image.size:
+                height, width = short_edge_size(height, width, test.short_edge, test.max_size)
+            batches.setdefault((-(-height // step), -(-width // step)), []).append(index)
+        return list(batches.values())
 
     def run_network(
         self,

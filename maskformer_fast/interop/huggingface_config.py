@@ -9,6 +9,7 @@ stretches images to multiples of ``size_divisor``, ours are padded to them.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.interop.architecture import nearest_preset
 from maskformer_fast.interop.names import ConvertError
 from maskformer_fast.modeling.backbone import is_swin, resolve_backbone
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=bool | float | str | tuple[float, ...])
 
@@ -275,19 +278,35 @@ def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
 
 
 def _read_test(processor: Section) -> TestConfig:
-    """Sizes at inference. A fixed height and width, which we do not have, becomes the default."""
+    """Sizes at inference. A fixed height and width, which we do not have, becomes the nearest, with a warning."""
     size = processor.values.get("size", 800)
     if processor.values.get("do_resize") is False:
         return TestConfig(short_edge=None)
     if isinstance(size, int):
         size = {"shortest_edge": size}
     if isinstance(size, list) or (isinstance(size, dict) and "shortest_edge" not in size):
-        return TestConfig()
+        return _read_fixed_size(processor, size)
     edges = Section(f"{processor.where}: size", size)
     return TestConfig(
         short_edge=edges.get("shortest_edge", 800),
         max_size=edges.get("longest_edge", processor.get("_max_size", processor.get("max_size", 1333))),
     )
+
+
+def _read_fixed_size(processor: Section, size: list[Any] | dict[str, Any]) -> TestConfig:
+    """The nearest to a height and width that images are brought to, whatever their shape."""
+    sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
+    if len(sides) != 2 or not all(type(side) is int and 0 < side < _LIMIT for side in sides):
+        test = TestConfig()
+        logger.warning("%s: size: expected shortest_edge, or height and width, got %s; images are resized to a "
+                       "short edge of %s, at most %s: see --test.short-edge", processor.where, _shown(size),
+                       test.short_edge, test.max_size)  # fmt: skip
+        return test
+    test = TestConfig(short_edge=min(sides), max_size=max(TestConfig.max_size, *sides))
+    logger.warning("%s: size: %s x %s: Hugging Face brings every image to this size; here images keep their shape, "
+                   "with a short edge of %s, at most %s: results differ, see --test.short-edge", processor.where,
+                   *sides, test.short_edge, test.max_size)  # fmt: skip
+    return test
 
 
 def _check_expressible(model: ModelConfig, backbone: BackboneConfig, metadata: Metadata) -> None:

@@ -18,7 +18,8 @@ from maskformer_fast.core.results import InstanceResult, PanopticResult
 from maskformer_fast.ops.rle import encode_packed_masks
 from maskformer_fast.output.id_maps import result_rows
 
-__all__ = ["instances_to_coco", "panoptic_png", "write_index_png", "write_panoptic_json", "write_panoptic_png"]
+__all__ = ["coco_categories", "instances_to_coco", "panoptic_png", "write_index_png", "write_panoptic_json",
+           "write_panoptic_png"]
 
 
 def write_index_png(
@@ -132,12 +133,17 @@ def write_panoptic_json(
     unknown = {annotation["image_id"] for annotation in annotations} - {image["id"] for image in images}
     if unknown:
         raise ValueError(f"annotations: expected image ids from images, got {sorted(unknown, key=str)[:8]}")
-    categories = [
+    content = {"images": list(images), "annotations": list(annotations), "categories": coco_categories(metadata)}
+    write_json(path, content, indent=None)
+
+
+def coco_categories(metadata: Metadata) -> list[dict[str, Any]]:
+    """The classes as COCO's list of categories: id, name, isthing and color."""
+    return [
         {"id": category, "name": name, "isthing": int(is_thing), "color": list(color)}
         for category, name, is_thing, color in zip(
             metadata.category_ids, metadata.class_names, metadata.is_thing, metadata.colors, strict=True)
     ]
-    write_json(path, {"images": list(images), "annotations": list(annotations), "categories": categories}, indent=None)
 
 
 def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Metadata) -> list[dict[str, Any]]:

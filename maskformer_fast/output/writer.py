@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,20 @@ import numpy as np
 from PIL import Image
 
 from maskformer_fast.config import Task
-from maskformer_fast.core.files import atomic_write, write_json
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import atomic_write, is_full_disk, write_json
+from maskformer_fast.core.image_files import RESULT_LIST, RESULT_MARK, is_result_list, result_names
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import PanopticResult, Result, SemanticResult
 from maskformer_fast.distributed import gather_on_main
 from maskformer_fast.output import visualize
-from maskformer_fast.output.formats import instances_to_coco, write_index_png, write_panoptic_json, write_panoptic_png
+from maskformer_fast.output.formats import (
+    coco_categories,
+    instances_to_coco,
+    write_index_png,
+    write_panoptic_json,
+    write_panoptic_png,
+)
 
 
 class ResultWriter:
@@ -23,53 +32,119 @@ class ResultWriter:
 
     ``semantic/NAME.png`` has class indices; ``panoptic/NAME.png`` and ``panoptic.json`` are in COCO's panoptic format;
     ``instances.json`` is in COCO's results format (RLE masks); ``overlays/NAME_TASK.png`` are pictures to look at.
+    ``images.json`` lists the images: id, file name, size, and NAME as ``result``.
     """
 
-    def __init__(self, folder: Path, metadata: Metadata, overlays: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        metadata: Metadata,
+        overlays: bool,
+        names: Sequence[str],
+        file_names: Sequence[str] | None = None,
+    ) -> None:
+        """Write nothing yet.
+
+        Args:
+            names: names or relative paths of all images, also of other ranks; `image_files.result_names` makes NAME.
+            file_names: file names in the JSON files, if they are not ``names``.
+
+        Raises:
+            ValueError: the folder has an ``images.json`` of another origin, which would be lost.
+        """
+        listed = folder / RESULT_LIST
+        check(not os.path.lexists(listed) or is_result_list(listed), "output",
+              f"a folder without another {RESULT_LIST}; choose an empty one", str(listed))
         self.folder = folder
         self.metadata = metadata
         self.overlays = overlays
+        self.names = result_names(names)
+        self.file_names = names if file_names is None else file_names
         self.images: list[dict[str, Any]] = []
         self.panoptic: list[dict[str, Any]] = []
         self.instances: list[dict[str, Any]] = []
         self.tasks: set[Task] = set()
+        self.failed: list[str] = []
+        """File name and reason of each image whose results are not written; after `close` those of all ranks."""
 
     def write(
         self,
-        name: Path,
+        number: int,
         image_id: int | str,
         image: np.ndarray,  # [H, W, 3] uint8 RGB
-        results: Mapping[Task, Result],
-    ) -> None:
-        """Write the results of one image; ``name`` is its file name, relative to the folder of the images."""
-        entry = {"id": image_id, "file_name": name.as_posix(), "height": image.shape[0], "width": image.shape[1]}
-        self.images.append(entry)
+        results: Mapping[Task, Result] | Exception,
+    ) -> bool:
+        """Write the results of one image -> whether that worked; if not, the reason is added to ``failed``.
+
+        Args:
+            number: index of the image in ``file_names``.
+            results: those of each task, or the error that came in their place.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        try:
+            if isinstance(results, Exception):
+                raise results
+            self._write(number, image_id, image, results)
+        except Exception as error:  # whatever an image can cause
+            if is_full_disk(error):
+                raise
+            self.fail(self.file_names[number], error)
+            return False
+        return True
+
+    def fail(self, file_name: str, reason: object) -> None:
+        """Note that an image has no results."""
+        reason = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
+        self.failed.append(f"{file_name}: {reason}")
+
+    def _write(self, number: int, image_id: int | str, image: np.ndarray, results: Mapping[Task, Result]) -> None:
+        if not is_result_list(self.folder / RESULT_LIST):  # a search for images leaves out unfinished results, too
+            self._write_list(())
+        name = self.names[number]
+        panoptic: list[dict[str, Any]] = []
+        instances: list[dict[str, Any]] = []
         for task, result in results.items():
-            self.tasks.add(task)
             if isinstance(result, SemanticResult):
-                write_index_png(self._path("semantic", name), result.labels, self.metadata.colors)
+                write_index_png(self.folder / "semantic" / f"{name}.png", result.labels, self.metadata.colors)
             elif isinstance(result, PanopticResult):
-                target = self._path("panoptic", name)
-                annotation = write_panoptic_png(target, result, image_id, self.metadata)
-                annotation["file_name"] = target.relative_to(self.folder / "panoptic").as_posix()
-                self.panoptic.append(annotation)
+                target = self.folder / "panoptic" / f"{name}.png"
+                panoptic.append(write_panoptic_png(target, result, image_id, self.metadata))
+                panoptic[-1]["file_name"] = f"{name}.png"
             else:
-                self.instances += instances_to_coco(result, image_id, self.metadata)
+                instances += instances_to_coco(result, image_id, self.metadata)
             if self.overlays:
                 drawn = visualize.draw_result(image, result, self.metadata)
-                with atomic_write(self._path("overlays", name, f"_{task}")) as file:
+                with atomic_write(self.folder / "overlays" / f"{name}_{task}.png") as file:
                     Image.fromarray(drawn).save(file, format="PNG")
+        self.images.append({"id": image_id, "file_name": self.file_names[number], "height": image.shape[0],
+                            "width": image.shape[1], "result": name})  # fmt: skip
+        self.panoptic += panoptic
+        self.instances += instances
+        self.tasks.update(results)
 
     def close(self) -> None:
-        """Write ``panoptic.json`` and ``instances.json`` for the tasks that ran, with the images of all ranks."""
-        parts = gather_on_main((self.images, self.panoptic, self.instances, self.tasks))
-        tasks = {task for *_, of_rank in parts for task in of_rank}
+        """Write the JSON files: ``images.json``, and those of the tasks that ran, with the images of all ranks."""
+        parts = gather_on_main((self.images, self.panoptic, self.instances, self.tasks, self.failed))
+        if not parts:
+            return
+        tasks = {task for part in parts for task in part[3]}
+        images = [entry for part in parts for entry in part[0]]
+        self.failed = [entry for part in parts for entry in part[4]]
+        if images:
+            self._write_list(images)
         if "panoptic" in tasks:
-            images = [entry for of_rank, *_ in parts for entry in of_rank]
-            panoptic = [entry for _, of_rank, *_ in parts for entry in of_rank]
+            panoptic = [entry for part in parts for entry in part[1]]
             write_panoptic_json(self.folder / "panoptic.json", images, panoptic, self.metadata)
         if "instance" in tasks:
-            write_json(self.folder / "instances.json", [entry for _, _, of_rank, _ in parts for entry in of_rank])
+            write_json(self.folder / "instances.json", [entry for part in parts for entry in part[2]])
 
-    def _path(self, kind: str, name: Path, ending: str = "") -> Path:
-        return self.folder / kind / name.with_name(f"{name.stem}{ending}.png")
+    def _write_list(self, images: Sequence[dict[str, Any]]) -> None:
+        content = {
+            "info": {"description": RESULT_MARK},
+            "images": images,
+            "annotations": [],
+            "categories": coco_categories(self.metadata),
+        }
+        write_json(self.folder / RESULT_LIST, content, indent=None)

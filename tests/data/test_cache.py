@@ -26,6 +26,7 @@ class CountingDataset:
         self._shapes = build_dataset(DataConfig(shapes=ShapesConfig(size=size, train_images=count)), "train")
         self.metadata = self._shapes.metadata
         self.reads = [0] * count
+        self.file_names = [f"{index}.jpg" for index in range(count)]
 
     def __len__(self) -> int:
         return len(self.reads)
@@ -41,6 +42,7 @@ def test_examples_are_read_once_and_errors_are_raised_at_their_index() -> None:
     plain = CountingDataset()
     cached = CachedDataset(plain)
     assert cached.metadata is plain.metadata and cached.task == "panoptic" and len(cached) == 5
+    assert cached.file_names == plain.file_names
     for index in (0, 1, 3, 4, 4):
         example, expected = cached[index], CountingDataset()[index]
         assert np.array_equal(example.image, expected.image) and np.array_equal(example.id_map, expected.id_map)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from maskformer_fast.data import images, pixel_values
 from maskformer_fast.data.base import BrokenExampleError, path_below
-from maskformer_fast.data.images import read_image, read_index_png, read_panoptic_png
+from maskformer_fast.data.images import as_rgb_array, read_image, read_index_png, read_panoptic_png
 
 
 def noise(rng, *shape, dtype=np.uint8, high=256):
@@ -69,6 +69,57 @@ def test_exif_orientation_is_applied(tmp_path, suffix):
     assert image.shape == (16, 8, 3)
     assert image[:7].mean() > 240
     assert image[9:].mean() < 15
+
+
+def test_a_pil_image_lies_as_its_file_does(tmp_path):
+    stored = np.zeros((8, 16, 3), np.uint8)
+    stored[:, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("jpg", "png"):
+        path = tmp_path / f"turned.{suffix}"
+        Image.fromarray(stored).save(path, exif=exif)
+        opened = Image.open(path)
+        np.testing.assert_array_equal(as_rgb_array(opened), as_rgb_array(path))
+        assert opened.size == (16, 8), "the caller's image stays as it is"
+        assert as_rgb_array(opened).shape == (16, 8, 3)
+        for image in (path, str(path), Image.open(path)):
+            assert as_rgb_array(image, upright=False).shape == (8, 16, 3)
+        assert as_rgb_array(ImageOps.exif_transpose(opened)).shape == (16, 8, 3), "an upright one is not turned again"
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("read", [read_image, read_index_png, read_panoptic_png, as_rgb_array])
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.eps"])
+def test_content_of_other_formats_is_refused_and_no_program_is_run(tmp_path, monkeypatch, read, name):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n[ $1 = --version ] && echo 10.0\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow searches Ghostscript anew
+    (tmp_path / name).write_bytes(POSTSCRIPT)
+    with pytest.raises(BrokenExampleError, match=f"{name}: .*expected content of one of BMP, JPEG, PNG"):
+        read(tmp_path / name)
+    assert not (tmp_path / "called").exists()
+    for kind in ("GIF", "ICO", "PCX", "TGA"):
+        Image.new("L", (16, 16)).save(tmp_path / "x.png", kind)
+        with pytest.raises(BrokenExampleError, match="expected content"):
+            read(tmp_path / "x.png")
+
+
+def test_photographs_of_several_frames_are_jpeg(tmp_path, rng):
+    """Cameras write a JPEG with a preview behind it, which Pillow calls MPO."""
+    frames = [Image.fromarray(noise(rng, 8, 8, 3)) for _ in range(2)]
+    frames[0].save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "first.jpg")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.jpg"), read_image(tmp_path / "first.jpg"))
+
+
+def test_content_and_suffix_may_differ_among_the_formats_of_images(tmp_path, rng):
+    rgb = noise(rng, 7, 5, 3)
+    Image.fromarray(rgb).save(tmp_path / "x.jpg", "PNG")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.jpg"), rgb)
 
 
 def test_index_images_keep_their_values(tmp_path, rng):

@@ -48,6 +48,7 @@ class PartlyBroken:
 
     def __init__(self, dataset: SegmentationDataset, broken: Iterable[int]) -> None:
         self.metadata = dataset.metadata
+        self.file_names = dataset.file_names
         self._dataset = dataset
         self._broken = set(broken)
 

@@ -109,8 +109,10 @@ def test_label_values_are_those_of_the_data_set(dataset: str, expected: tuple[in
         ({"size": 640, "max_size": 2560, "size_divisibility": 32}, 640, 2560, 32),  # version 4.17
         ({"size": {"shortest_edge": 640, "longest_edge": 2560}, "size_divisor": 0}, 640, 2560, 0),
         ({"size": {"shortest_edge": 384}, "_max_size": 1000}, 384, 1000, 32),
-        ({"size": {"height": 384, "width": 384}}, 512, 2048, 32),  # not expressible here: our default
-        ({"size": [384, 384]}, 512, 2048, 32),
+        ({"size": {"height": 384, "width": 384}}, 384, 2048, 32),  # a fixed size has no form here: the nearest
+        ({"size": {"height": 480, "width": 4096}}, 480, 4096, 32),
+        ({"size": [96, 64]}, 64, 2048, 32),
+        ({"size": {"longest_edge": 96}}, 512, 2048, 32),
         ({"do_resize": False, "size_divisor": 16}, None, 2048, 16),
         ({}, 800, 1333, 32),  # their defaults
     ],
@@ -123,6 +125,16 @@ def test_sizes_of_the_image_processor_are_read(
     assert (config.test.short_edge, config.test.max_size) == (short_edge, max_size)
     assert config.model.size_divisibility == divisibility
     assert config.model.pixel_mean == (123.675, 116.28, 103.53) and config.model.pixel_std == (58.395, 57.12, 57.375)
+
+
+def test_a_fixed_size_that_is_replaced_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    for size, shown in (({"height": 96, "width": 128}, "96 x 128"), ({"longest_edge": 77}, '{"longest_edge": 77}')):
+        caplog.clear()
+        read({"backbone_config": {"model_type": "swin"}}, {"size": size})
+        assert shown in caplog.text and "--test.short-edge" in caplog.text
+    caplog.clear()
+    read({"backbone_config": {"model_type": "swin"}}, {"size": {"shortest_edge": 96}})
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ Layouts, where ``{split}`` is ``data.train_split`` or ``data.val_split``::
     root/annotations/instances_{split}.json    (or instances_{split}2017.json)
     root/{split}/                              images; see `coco_json.image_folders` for other places
 
-    root/{split}/_annotations.coco.json        as Roboflow exports it, with the images beside it
+    root/{split}/_annotations.coco.json        beside the images, as labelling tools export it, see `EXPORTS`
+
+For the split "val" a folder "valid" serves as well.
 
 Classes are the ``categories`` in their order; all of them are things. Objects without a usable outline or without a
 pixel are left out, counted by reason, and logged; a file without any other objects is an error. Training leaves out
@@ -51,8 +53,9 @@ from maskformer_fast.data.images import read_image
 from maskformer_fast.structures import Example
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
+EXPORTS = ("_annotations.coco.json", "result.json", "annotations.json")
+"""Annotation files in a split's folder of images, as Roboflow, Label Studio and labelme2coco write them."""
 _MASK_LIMIT = 1 << 34  # bytes of the masks of one image, a byte a pixel
-_ROBOFLOW = "_annotations.coco.json"  # annotation file in a folder of images, as Roboflow exports it
 
 
 class CocoInstances:
@@ -64,6 +67,7 @@ class CocoInstances:
         training: leave out images that have only crowds or objects without a usable outline.
         name: name of the data set in its metadata.
         keep_empty: in training, keep images without annotations.
+        exif: turn images as their EXIF orientation says.
 
     Raises:
         FileNotFoundError: annotations or images are missing.
@@ -74,8 +78,9 @@ class CocoInstances:
     task: Task = "instance"
 
     def __init__(
-        self, path: Path, root: Path, split: str, training: bool, name: str, keep_empty: bool = True
+        self, path: Path, root: Path, split: str, training: bool, name: str, keep_empty: bool = True, exif: bool = True
     ) -> None:
+        self._exif = exif
         coco_tools()  # reports a missing package now and not at the first example
         content = load_coco(path)
         self.path = path
@@ -91,6 +96,11 @@ class CocoInstances:
         self._objects = [json.dumps(objects.get(image.id, [])).encode() for image in self._images]
         self._warned = False
 
+    @property
+    def file_names(self) -> list[str]:
+        """File name of each image, as the annotation file has it."""
+        return [image.file_name for image in self._images]
+
     def __len__(self) -> int:
         return len(self._images)
 
@@ -101,7 +111,7 @@ class CocoInstances:
             BrokenExampleError: the image is missing, damaged or of another size than listed, or an outline is invalid.
         """
         info, file = self._images[index], self._files[index]
-        image = read_image(file)
+        image = read_image(file, self._exif)
         height, width = image.shape[:2]
         info.check_size(file, (height, width))
         segments: list[SegmentInfo] = []
@@ -237,8 +247,8 @@ def _name_grouping_categories(content: dict[str, Any], path: Path) -> None:
 def coco_instances_dataset(config: DataConfig, root: Path, split: str, training: bool) -> CocoInstances:
     """Open a data set in one of the layouts of the module's docstring; raises as `CocoInstances` does."""
     resolve_task(config.task, "instance", ("instance",), config.dataset)
-    exported = [root / name / _ROBOFLOW for name in (split, *(["valid"] if split == "val" else []))]
+    exported = [root / name / export for name in split_names(split) for export in EXPORTS]
     candidates = [root / "annotations" / f"instances_{name}.json" for name in split_names(split)] + exported
     path = first_existing(candidates, "instance annotations")
     folder = path.parent.name if path in exported else split
-    return CocoInstances(path, root, folder, training, root.resolve().name, config.keep_empty)
+    return CocoInstances(path, root, folder, training, root.resolve().name, config.keep_empty, config.exif)

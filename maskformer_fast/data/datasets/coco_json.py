@@ -214,14 +214,14 @@ def read_categories(content: dict[str, Any], path: Path, name: str, things_only:
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """Return the configured name of a split, and its name in COCO's 2017 release."""
-    return (split, f"{split}2017")
+    """Return the configured name of a split, and its names in COCO's 2017 release and in Roboflow's exports."""
+    return (split, f"{split}2017", *(("valid",) if split == "val" else ()))
 
 
 def image_folders(root: Path, split: str) -> list[Path]:
     """List the folders in which the images of a split are searched.
 
-    These are ``{split}`` and ``{split}2017``, both of them below ``images``, then ``images`` and the root itself.
+    These are those of `split_names`, all of them below ``images``, then ``images`` and the root itself.
     """
     names = split_names(split)
     return [root / name for name in names] + [root / "images" / name for name in names] + [root / "images", root]

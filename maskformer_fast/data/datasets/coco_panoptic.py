@@ -64,6 +64,7 @@ class CocoPanoptic:
         task: task of the training targets.
         name: name of the data set in its metadata.
         skip_broken: leave out images without annotation instead of raising an error.
+        exif: turn images as their EXIF orientation says.
         folders: folders in which ``locate`` searches, for messages.
 
     Raises:
@@ -78,8 +79,10 @@ class CocoPanoptic:
         task: Task,
         name: str,
         skip_broken: bool = False,
+        exif: bool = True,
         folders: Sequence[Path] = (),
     ) -> None:
+        self._exif = exif
         content = load_coco(path)
         self.path = path
         self.task = task
@@ -101,6 +104,11 @@ class CocoPanoptic:
         self._segments = [truth[info.id][1] for info in self._images]
         self._log_untrained()
         self._warned = False
+
+    @property
+    def file_names(self) -> list[str]:
+        """File name of each image, as the annotation file has it."""
+        return [image.file_name for image in self._images]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -133,7 +141,7 @@ class CocoPanoptic:
             BrokenExampleError: a file is missing or damaged, sizes differ, or JSON and PNG disagree on the segments.
         """
         info, file, png = self._images[index], self._files[index], self._pngs[index]
-        image = read_image(file)
+        image = read_image(file, self._exif)
         info.check_size(file, image.shape[:2])
         ids = read_panoptic_png(png)
         check_same_size(png, ids.shape, image.shape[:2])
@@ -211,5 +219,5 @@ def coco_panoptic_dataset(config: DataConfig, root: Path, split: str, name: str)
     task = resolve_task(config.task, "panoptic", PANOPTIC_TASKS, config.dataset)
     candidates = [root / "annotations" / f"panoptic_{text}.json" for text in split_names(split)]
     path = first_existing(candidates, "panoptic annotations")
-    return CocoPanoptic(path, partial(image_paths, root, split), task, name, config.skip_broken,
+    return CocoPanoptic(path, partial(image_paths, root, split), task, name, config.skip_broken, config.exif,
                         image_folders(root, split))

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maskformer_fast.config import DataConfig, Task
+from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
 from maskformer_fast.data.base import BrokenExampleError, check_same_size, raise_or_log, resolve_task
 from maskformer_fast.data.datasets.class_list import (
@@ -29,7 +30,7 @@ from maskformer_fast.data.datasets.class_list import (
     numbered_class_list,
     read_class_list,
 )
-from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image, read_index_png
+from maskformer_fast.data.images import read_image, read_index_png
 from maskformer_fast.data.pixel_values import listed, warn_once
 from maskformer_fast.structures import Example
 
@@ -43,6 +44,8 @@ class Pair(NamedTuple):
     image: Path
     annotation: Path
     image_id: str
+    file_name: str
+    """Path of the image relative to the folder of images."""
 
 
 class SemanticDataset:
@@ -52,14 +55,21 @@ class SemanticDataset:
         pairs: the files.
         classes: the classes and their pixel values.
         name: name of the data set in its metadata.
+        exif: turn images as their EXIF orientation says.
     """
 
     task: Task = "semantic"
 
-    def __init__(self, pairs: Sequence[Pair], classes: ClassList, name: str) -> None:
+    def __init__(self, pairs: Sequence[Pair], classes: ClassList, name: str, exif: bool = True) -> None:
+        self._exif = exif
         self.metadata: Metadata = classes.metadata(name)
         self._pairs = list(pairs)
         self._lookup = classes.lookup()
+
+    @property
+    def file_names(self) -> list[str]:
+        """File name of each image, relative to the folder of images."""
+        return [pair.file_name for pair in self._pairs]
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -71,7 +81,7 @@ class SemanticDataset:
             BrokenExampleError: a file is missing or damaged, sizes differ, or a value is neither a class nor ignored.
         """
         pair = self._pairs[index]
-        image = read_image(pair.image)
+        image = read_image(pair.image, self._exif)
         values = read_index_png(pair.annotation)
         check_same_size(pair.annotation, values.shape, image.shape[:2])
         # All values beyond the table read its last entry, which is UNKNOWN.
@@ -94,19 +104,6 @@ class SemanticDataset:
         return f"expected values of the {names} or ignored ones, got {listed}{more}; see data.ignore_index"
 
 
-def _files(folder: Path, suffixes: tuple[str, ...], ending: str) -> list[str]:
-    """List relative paths (with forward slashes) of files below a folder, sorted, without hidden ones."""
-    paths = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        prefix = Path(parent).relative_to(folder)
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in suffixes and stem.endswith(ending) and not name.startswith("."):
-                paths.append((prefix / name).as_posix())
-    return sorted(paths)
-
-
 def find_pairs(
     images: Path,
     annotations: Path,
@@ -117,6 +114,7 @@ def find_pairs(
     """Match images with annotations by relative path, in sorted order.
 
     ``x/NAME{image_ending}.jpg`` below ``images`` belongs to ``x/NAME{annotation_ending}`` below ``annotations``.
+    Capital letters in suffixes make no difference. `image_files.list_files` searches the files.
 
     Raises:
         FileNotFoundError: a folder is missing or has no image.
@@ -126,8 +124,11 @@ def find_pairs(
         searched = f"looked for images in {images} and annotations in {annotations}"
         raise FileNotFoundError(f"no folder {' and no folder '.join(absent)}; {searched}")
     by_stem: dict[str, str] = {}
-    for name in _files(images, IMAGE_SUFFIXES, image_ending):
-        stem = os.path.splitext(name)[0].removesuffix(image_ending)
+    for name in list_files(images):
+        stem = os.path.splitext(name)[0]
+        if not stem.endswith(image_ending):
+            continue
+        stem = stem.removesuffix(image_ending)
         if stem in by_stem:
             raise ValueError(f"{images / name}: expected one image for each annotation, got {by_stem[stem]} as well")
         by_stem[stem] = name
@@ -135,16 +136,22 @@ def find_pairs(
         raise FileNotFoundError(
             f"{images}: expected images *{image_ending} ({', '.join(IMAGE_SUFFIXES)}), found none"
         )
-    pairs = [Pair(images / name, annotations / (stem + annotation_ending), stem) for stem, name in by_stem.items()]
-    present = set(_files(annotations, (Path("x" + annotation_ending).suffix,), ""))
-    missing = [pair for pair in pairs if pair.image_id + annotation_ending not in present]
+    ending, suffix = os.path.splitext("x" + annotation_ending)
+    present: dict[str, str] = {}  # path without suffix -> path
+    for name in sorted(list_files(annotations, (suffix.lower(),)), key=lambda name: not name.endswith(suffix)):
+        present.setdefault(os.path.splitext(name)[0], name)
+    pairs = [
+        Pair(images / name, annotations / present.get(stem + ending[1:], stem + annotation_ending), stem, name)
+        for stem, name in by_stem.items()
+    ]
+    missing = [pair for pair in pairs if pair.image_id + ending[1:] not in present]
     if len(missing) == len(pairs):
         example = f"{pairs[0].annotation} for {pairs[0].image}"
         raise FileNotFoundError(f"{annotations}: expected annotations such as {example}, found none of the images'")
     raise_or_log(
         [f"{pair.image} (expected {pair.annotation})" for pair in missing], "images without annotation", skip_broken
     )
-    return [pair for pair in pairs if pair.image_id + annotation_ending in present]
+    return [pair for pair in pairs if pair.image_id + ending[1:] in present]
 
 
 def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False) -> ClassList:
@@ -158,7 +165,7 @@ def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False
         BrokenExampleError: an annotation cannot be read (unless ``skip_broken``).
         ValueError: there are too many indices, or none.
     """
-    names = _files(folder, (".png",), "")
+    names = list_files(folder, (".png",)) if folder.is_dir() else []
     if not names:
         raise FileNotFoundError(f"{folder}: expected annotations *.png to count the classes in (or a classes.json)")
     skipped = DEFAULT_IGNORE if ignore is None else ignore
@@ -250,4 +257,4 @@ def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDatase
         classes = infer_class_list(
             root / "annotations" / config.train_split, config.ignore_index, config.skip_broken
         )
-    return SemanticDataset(pairs, classes, root.resolve().name)
+    return SemanticDataset(pairs, classes, root.resolve().name, config.exif)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskformer_fast.config import DataConfig
+from maskformer_fast.core.image_files import list_files
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import SegmentationDataset, first_existing, path_below, resolve_task
 from maskformer_fast.data.datasets.class_list import ClassList, read_preset_classes
@@ -58,7 +59,7 @@ def _index_images(
     if config.ignore_index is not None:
         classes = classes.with_ignore(config.ignore_index)
     pairs = find_pairs(images, annotations, image_ending, annotation_ending, config.skip_broken)
-    return SemanticDataset(pairs, classes, config.dataset)
+    return SemanticDataset(pairs, classes, config.dataset, config.exif)
 
 
 def _checked(config: DataConfig, dataset: CocoPanoptic) -> CocoPanoptic:
@@ -107,7 +108,8 @@ def cityscapes(config: DataConfig, root: Path, split: str) -> SemanticDataset:
     annotations = root / "gtFine" / split
     classes, ending = read_preset_classes("cityscapes"), "_gtFine_labelIds.png"
     train_ids = "_gtFine_labelTrainIds.png"
-    if next(annotations.rglob(f"*{ending}"), None) is None and next(annotations.rglob(f"*{train_ids}"), None):
+    names = list_files(annotations, (ending.lower(), train_ids.lower())) if annotations.is_dir() else []
+    if names and all(name.lower().endswith(train_ids.lower()) for name in names):
         classes = dataclasses.replace(classes, values=tuple(range(len(classes.names))), ignore=(255,))
         ending = train_ids
     return _index_images(config, root / "leftImg8bit" / split, annotations, "_leftImg8bit", ending, classes)
@@ -146,7 +148,7 @@ def ade20k_panoptic(config: DataConfig, root: Path, split: str) -> CocoPanoptic:
     def locate(infos: list[ImageInfo]) -> list[Path]:
         return [images / info.file_name for info in infos]
 
-    return _checked(config, CocoPanoptic(path, locate, task, config.dataset, config.skip_broken))
+    return _checked(config, CocoPanoptic(path, locate, task, config.dataset, config.skip_broken, config.exif))
 
 
 def cityscapes_panoptic(config: DataConfig, root: Path, split: str) -> CocoPanoptic:
@@ -166,7 +168,7 @@ def cityscapes_panoptic(config: DataConfig, root: Path, split: str) -> CocoPanop
         stems = [str(info.id) for info in infos]
         return [path_below(images, f"{stem.split('_')[0]}/{stem}_leftImg8bit.png", str(path)) for stem in stems]
 
-    return _checked(config, CocoPanoptic(path, locate, task, config.dataset, config.skip_broken))
+    return _checked(config, CocoPanoptic(path, locate, task, config.dataset, config.skip_broken, config.exif))
 
 
 def coco_panoptic_133(config: DataConfig, root: Path, split: str) -> CocoPanoptic:

@@ -126,6 +126,11 @@ class ShapesDataset:
             colors=tuple(_display_color(c.color, row) for row, c in enumerate(classes)),
         )
 
+    @property
+    def file_names(self) -> list[str]:
+        """A name for each scene: its number, which is its image id."""
+        return [f"{index}.png" for index in range(len(self))]
+
     def __len__(self) -> int:
         return self._config.train_images if self._split == "train" else self._config.val_images
 

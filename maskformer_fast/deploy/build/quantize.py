@@ -20,8 +20,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
 from maskformer_fast.data import BrokenExampleError
-from maskformer_fast.data.images import IMAGE_SUFFIXES, read_image
+from maskformer_fast.data.images import read_image
 
 if TYPE_CHECKING:
     import onnx
@@ -100,7 +101,7 @@ def image_files(folder: Path, limit: int) -> list[Path]:
     """At most ``limit`` images below a folder, spread evenly. Raises ``FileNotFoundError`` where there are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"calibration: expected a folder of images, got {str(folder)!r}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    files = [folder / name for name in list_files(folder)]
     if not files:
         raise FileNotFoundError(f"calibration: no image in {str(folder)!r} (looked for {', '.join(IMAGE_SUFFIXES)})")
     return [files[index * len(files) // min(limit, len(files))] for index in range(min(limit, len(files)))]

@@ -1,66 +1,23 @@
-"""COCO instances: rasterised outlines against oracles, folder layouts, and errors with file and key."""
+"""COCO instances: masks and segments, folder layouts, and errors with file and key."""
 
 from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from maskformer_fast.config import DataConfig
-from maskformer_fast.data import BrokenExampleError, build_dataset
+from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.datasets import coco_instances
-from maskformer_fast.data.datasets.outlines import rasterize
+from tests.support.coco_files import SQUARE, H, W, ann, build, content, store
 from tests.support.paths import SHARED
 
 SHARED_DATA = SHARED / "data"
-H, W = 20, 30
-SQUARE = [[4, 3, 14, 3, 14, 9, 4, 9]]  # x 4..13, y 3..8
-
-
-def uncompressed(mask: np.ndarray) -> list[int]:
-    flat = mask.T.ravel().astype(int)
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    runs = np.diff([0, *edges, flat.size]).tolist()
-    return [0, *runs] if flat[0] else runs
-
-
-def ann(number, image=1, category=20, outline=SQUARE, **more):
-    return {"id": number, "image_id": image, "category_id": category, "segmentation": outline, "iscrowd": 0, **more}
-
-
-def content():
-    blob = np.zeros((H, W), bool)
-    blob[2:7, 5:9] = True
-    return {
-        "images": [{"id": i, "file_name": f"{i}.png", "height": H, "width": W} for i in (1, 2, 3)],
-        "categories": [{"id": 20, "name": "b"}, {"id": 10, "name": "a", "supercategory": "s"}],
-        "annotations": [
-            ann(5),
-            ann(6, category=10, outline={"size": [H, W], "counts": uncompressed(blob)}, iscrowd=1),
-            ann(7, image=2, outline={"size": [H, W], "counts": uncompressed(blob)}, iscrowd=1),
-        ],
-    }
-
-
-def store(root: Path, data=None, folder="train", name="instances_train.json") -> Path:
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
-    (root / "annotations" / name).write_text(json.dumps(content() if data is None else data))
-    (root / folder).mkdir(parents=True, exist_ok=True)
-    for i in (1, 2, 3):
-        Image.new("RGB", (W, H), (i, i, i)).save(root / folder / f"{i}.png")
-    return root
-
-
-def build(root, split="train", **options):
-    return build_dataset(DataConfig(dataset="coco_instances", root=str(root), **options), split)
 
 
 def test_an_example_has_the_annotated_masks_and_segments(tmp_path):
@@ -112,6 +69,21 @@ def test_images_are_found_in_every_layout(tmp_path, name, folder):
     assert build(store(tmp_path, folder=folder, name=name))[0].image[0, 0, 0] == 1
 
 
+@pytest.mark.parametrize("name", ["_annotations.coco.json", "result.json", "annotations.json"])
+@pytest.mark.parametrize("inner", ["", "images/"])
+def test_annotations_may_lie_beside_the_images_as_tools_export_them(tmp_path, name, inner):
+    for folder in ("train", "valid"):
+        store(tmp_path, folder=f"{folder}/{inner}")
+        data = content()
+        for image in data["images"]:
+            image["file_name"] = inner + image["file_name"]
+        (tmp_path / folder / name).write_text(json.dumps(data))
+    (tmp_path / "annotations/instances_train.json").unlink()
+    train, validation = build(tmp_path), build(tmp_path, "val")
+    assert train[0].path == f"{tmp_path}/train/{inner}1.png" and validation[0].path == f"{tmp_path}/valid/{inner}1.png"
+    assert validation.file_names == [f"{inner}{number}.png" for number in (1, 2, 3)]
+
+
 def test_file_names_may_begin_with_a_folder(tmp_path):
     data = content()
     for image in data["images"]:
@@ -133,39 +105,6 @@ def test_errors_name_missing_and_damaged_files(tmp_path):
     with pytest.raises(BrokenExampleError, match=r"train/1\.png: .*20 x 30, got 21 x 30"):
         build(tmp_path)[0]
 
-
-masks = hnp.arrays(np.bool_, st.tuples(st.integers(1, 40), st.integers(1, 40)))
-
-
-@settings(max_examples=150, deadline=None)
-@given(mask=masks)
-def test_run_lengths_agree_with_pycocotools(mask):
-    height, width = mask.shape
-    compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    text = {"size": [height, width], "counts": compressed["counts"].decode()}
-    np.testing.assert_array_equal(rasterize(text, height, width), mask)
-    listed = {"size": [height, width], "counts": uncompressed(mask)}
-    np.testing.assert_array_equal(rasterize(listed, height, width), mask)
-
-
-def test_runs_of_several_characters_are_decoded():
-    mask = np.zeros((700, 900), bool)  # differences of both signs, encoded in several characters
-    mask[100:650, 30:800] = True
-    mask[300:310] = False
-    compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    text = {"size": [700, 900], "counts": compressed["counts"].decode()}
-    np.testing.assert_array_equal(rasterize(text, 700, 900), mask)
-
-
-@settings(max_examples=80, deadline=None)
-@given(text=st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=12), height=st.integers(1, 9))
-def test_any_encoded_text_gives_a_mask_or_a_value_error(text, height):
-    try:
-        mask = rasterize({"size": [height, 7], "counts": text}, height, 7)
-    except ValueError as error:
-        assert "segmentation" in str(error)
-    else:
-        assert mask.shape == (height, 7)
 
 
 @pytest.mark.parametrize("outline", [
@@ -331,13 +270,6 @@ def test_an_export_of_roboflow_is_read_and_its_grouping_category_named(tmp_path,
     assert "categories 's' group others and have no annotation here" in caplog.text
     assert build(tmp_path, "val")[1].path == str(tmp_path / "valid/2.png")
     assert build(tmp_path, "val", val_split="valid")[1].path == str(tmp_path / "valid/2.png")
-
-
-def test_an_outline_of_many_crossings_of_the_image_is_refused_before_it_takes_memory(tmp_path):
-    side = 4000
-    zigzag = [value for i in range(20_000) for value in (0 if i % 2 else 2 * side - 1, i % side)]
-    with pytest.raises(ValueError, match=r"polygons of at most 4194304 pixels length, got 1599\d{5}"):
-        rasterize([zigzag], side, side)
 
 
 def test_masks_of_more_than_the_limit_are_refused_before_they_take_memory(tmp_path, monkeypatch):

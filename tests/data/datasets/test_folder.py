@@ -49,6 +49,30 @@ def root(tmp_path):
     return tmp_path
 
 
+def test_suffixes_may_have_capital_letters_and_folders_may_be_links(root, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    write(disk, "x", "1.jpg", values(0, 1))
+    for kind in ("images", "annotations"):
+        (root / kind / "train/linked").symlink_to(disk / kind / "x")
+    (disk / "annotations/x/1.png").rename(disk / "annotations/x/1.PNG")
+    (root / "images/train/._b.jpg").write_bytes(b"macOS")
+    (root / "annotations/train/._b.png").write_bytes(b"macOS")
+    dataset = build(root)
+    assert dataset.file_names == ["a/one.two.PNG", "b.jpg", "linked/1.jpg"]
+    assert [example.image_id for example in (dataset[0], dataset[1], dataset[2])] == ["a/one.two", "b", "linked/1"]
+
+
+def test_exif_orientation_can_be_left_out(tmp_path):
+    """Annotations drawn over the pixels as they are stored."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write(tmp_path, "train", "a.jpg", values(0, 1))
+    Image.new("RGB", SIZE[::-1]).save(tmp_path / "images/train/a.jpg", exif=exif)
+    with pytest.raises(BrokenExampleError, match="--data.no-exif"):
+        build(tmp_path)[0]
+    assert build(tmp_path, exif=False)[0].size == SIZE
+
+
 def test_an_example_has_the_annotated_classes(root):
     dataset = build(root)
     assert (len(dataset), dataset.task, dataset.metadata.name) == (2, "semantic", root.name)

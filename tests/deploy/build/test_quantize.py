@@ -42,6 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_image_files_are_limited_and_spread(folder: Path, tmp_path: Path) -> None:
     assert len(image_files(folder, 256)) == 9
     assert len(set(image_files(folder, 4))) == 4
+    (folder / "._0.png").write_bytes(b"macOS")
+    assert len(image_files(folder, 256)) == 9, "hidden files are left out"
+    (folder / "._0.png").unlink()
     with pytest.raises(FileNotFoundError, match="calibration: expected a folder of images"):
         image_files(folder / "0.png", 4)
     with pytest.raises(FileNotFoundError, match="calibration: no image in"):

@@ -1,0 +1,88 @@
+"""`Predictor`: an image's result does not depend on the images beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskformer_fast.config import TestConfig
+from maskformer_fast.core.results import PanopticResult
+from maskformer_fast.inference.batches import infer_each
+from maskformer_fast.inference.predictor import Predictor
+from tests.support.images import photo
+from tests.support.tiny_bundle import tiny_bundle
+
+SIZES = [(64, 64), (37, 50), (60, 60), (200, 31), (64, 64), (37, 50), (30, 120)]
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    test = TestConfig(short_edge=None, object_mask_threshold=0.1, overlap_threshold=0.1, batch_size=7)
+    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "x", test)[1]
+
+
+@pytest.fixture
+def inputs(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Images that the network gets, batch by batch."""
+    seen: list[torch.Tensor] = []
+    hook = predictor.network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+    monkeypatch.setattr(predictor, "_hook", hook, raising=False)
+    return seen
+
+
+@pytest.mark.parametrize("short_edge", [None, 48])
+def test_the_network_sees_an_image_as_if_it_were_alone(
+    predictor: Predictor, inputs: list[torch.Tensor], short_edge: int | None
+) -> None:
+    predictor.config = replace(predictor.config, test=replace(predictor.test, short_edge=short_edge))
+    images = [photo(number, *size) for number, size in enumerate(SIZES)]
+    alone = []
+    for image in images:
+        inputs.clear()
+        predictor.predict(image)
+        alone.append(inputs[0][0])
+    inputs.clear()
+    predictor.predict(images)
+    assert len(inputs) < len(images), "equal sizes share a batch"
+    together = [row for batch in inputs for row in batch]
+    assert len(together) == len(images)
+    for expected in alone:
+        assert any(row.shape == expected.shape and torch.equal(row, expected) for row in together)
+
+
+def test_results_are_those_of_each_image_alone_and_in_order(predictor: Predictor) -> None:
+    images = [photo(number, *size) for number, size in enumerate(SIZES)]
+    results = predictor.infer(images, ("semantic", "panoptic", "instance"))
+    for index, image in enumerate(images):
+        alone = predictor.infer([image], ("semantic", "panoptic", "instance"))
+        labels: Any = results["semantic"][index], alone["semantic"][0]
+        assert labels[0].labels.shape == image.shape[:2]
+        assert (labels[0].labels == labels[1].labels).float().mean() > 0.999
+        segments: Any = results["panoptic"][index], alone["panoptic"][0]
+        assert isinstance(segments[0], PanopticResult) and len(segments[0].segments) == len(segments[1].segments)
+        instances: Any = results["instance"][index], alone["instance"][0]
+        torch.testing.assert_close(instances[0].scores, instances[1].scores, atol=1e-4, rtol=0)
+
+
+def test_a_batch_that_fails_is_repeated_image_by_image(predictor: Predictor) -> None:
+    good, bad = photo(0, 40, 40), np.zeros((0, 5, 3), np.uint8)
+    first, second, third = infer_each(predictor, [good, bad, good], ("semantic",))
+    assert isinstance(second, Exception)
+    assert not isinstance(first, Exception) and not isinstance(third, Exception)
+    assert infer_each(predictor, [], ("semantic",)) == []
+
+
+def test_exif_orientation_has_one_rule_and_a_switch(predictor: Predictor, tmp_path: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    Image.fromarray(photo(0, 40, 56)).save(path, exif=exif)
+    for image in (path, Image.open(path)):
+        assert predictor.predict(image).labels.shape == (56, 40)
+        assert predictor.predict(image, exif=False).labels.shape == (40, 56)
+        assert predictor.predict([image], exif=False)[0].labels.shape == (40, 56)
