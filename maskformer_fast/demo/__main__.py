@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = Path(options.checkpoint).name if Path(options.checkpoint).is_absolute() else options.checkpoint
         title = shown + " (a recipe: the weights are random)" * untrained
         app = build_app(staged, title, scenes, LOOPBACK if options.host in LOOPBACK else ())
+        bound.listen()  # whoever reads the address may connect at once, and waits until the server has started
         name, port = bound.getsockname()[:2]
         print(f"{options.checkpoint} is shown at http://{f'[{name}]' if ':' in name else name}:{port} "
               "(Ctrl-C ends it)", flush=True)  # fmt: skip

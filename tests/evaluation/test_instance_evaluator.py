@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -75,7 +76,7 @@ def naive_ap(images: list[tuple[list[np.ndarray], list[tuple[float, np.ndarray]]
     tp = np.cumsum([hit for _, hit in hits])
     points = []
     for recall in np.linspace(0, 1, 101):
-        reached = [tp[j] / (j + 1) for j in range(len(hits)) if tp[j] / total >= recall - 1e-9]
+        reached = [tp[j] / (j + 1) for j in range(len(hits)) if tp[j] / total >= recall]
         points.append(max(reached, default=0.0))
     return float(np.mean(points))
 
@@ -140,6 +141,7 @@ def test_truth_may_be_an_id_map() -> None:
 
 
 @settings(max_examples=25, deadline=None)
+@hypothesis.example(seed=622309, images=4)  # a recall that equals a threshold but for rounding
 @given(seed=st.integers(0, 2**32 - 1), images=st.integers(1, 4))
 def test_ap_equals_a_plain_implementation_and_merged_parts(seed: int, images: int) -> None:
     rng = np.random.default_rng(seed)
