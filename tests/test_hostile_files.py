@@ -60,7 +60,7 @@ def fuzz(examples: int, strategy: st.SearchStrategy[bytes], path: Path, read: Ca
 
     @settings(
         max_examples=examples, deadline=None, phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=list(HealthCheck), derandomize=examples < 100, database=None,
+        suppress_health_check=list(HealthCheck), derandomize=True, database=None,
     )  # fmt: skip
     @given(strategy)
     def check(content: bytes) -> None:

@@ -184,9 +184,14 @@ def check_architecture(model: ModelConfig, weights: Mapping[str, Tensor], source
 
     No memory is taken for that network's own weights.
     """
-    check_depth(model, len(weights), source)
-    with torch.device("meta"):
-        expected = build_model(model).state_dict()
+    try:
+        check_depth(model, len(weights), source)
+        with torch.device("meta"):
+            expected = build_model(model).state_dict()
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{source}: its configuration describes no network: {error}") from error
     _raise_problems(_differences(expected, weights), source)
 
 

@@ -102,6 +102,12 @@ def test_damage_of_ours_is_not_said_to_need_a_conversion(ours: Path) -> None:
     assert "convert" not in str(caught.value)
 
 
+def test_a_header_without_a_network_names_the_file(ours: Path) -> None:
+    with_header(ours, config=json.dumps({"output": "runs/x"}))
+    with pytest.raises(CheckpointError, match=r"ours\.safetensors: its configuration describes no network: model"):
+        load_network(ours, "cpu")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_numbers_that_are_not_finite_are_refused_by_name(ours: Path, value: float) -> None:
     tensors, header = parts_of(ours)
