@@ -81,7 +81,7 @@ def evaluate(options: EvaluateOptions) -> int:
         target = getattr(options, name)
         check(target is None or not Path(target).is_dir(), name, "a file, not a folder", target)
     predictor = load(options.checkpoint, options.device, options.test, options.backend, options.amp)
-    dataset = build_dataset(options.data, "val")
+    dataset = build_dataset(options.data, "val", predictor.metadata)
     check_classes(predictor.metadata, dataset.metadata)
     predictor.metadata = dataset.metadata  # for the data set's things, category ids and colours
     tasks = options.task or (dataset.task,)
