@@ -5,8 +5,8 @@ blocks of Swin see `fused_linear`.
 
 BatchNorm with its running statistics is a scale and an offset of each channel: the weights are multiplied by the scale,
 and the offset becomes the bias. oneDNN adds the residual and applies the ReLU when it writes a convolution's output.
-Most 3x3 convolutions use Winograd's algorithm (`ops.convolution`). Channels are innermost in memory throughout. Results
-equal the network's up to rounding.
+3x3 convolutions use Winograd's algorithm (`ops.convolution`) where a measurement finds it faster (`cpu_choices`).
+Channels are innermost in memory throughout. Results equal the network's up to rounding.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.conv import ConvNorm
+from maskformer_fast.modeling.cpu_choices import winograd_is_faster
 from maskformer_fast.modeling.fused_linear import FusedAttention, FusedLayer, FusedLinear, FusedSwinStage
 from maskformer_fast.modeling.resnet import Bottleneck
 from maskformer_fast.modeling.swin import SwinStage
@@ -78,6 +79,7 @@ class FusedConv(FusedLayer):
         self.winograd = (
             conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1)
             and conv.in_channels % PANEL == 0 and conv.in_channels * conv.out_channels <= MAX_WINOGRAD_WEIGHTS
+            and winograd_is_faster(conv.in_channels, conv.out_channels, dtype)
         )  # fmt: skip
         if self.winograd:
             self.weight, self.bias = pack_winograd_weights(weight), bias

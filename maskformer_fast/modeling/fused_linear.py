@@ -7,9 +7,6 @@ the product. Results equal the network's up to rounding.
 
 from __future__ import annotations
 
-import functools
-import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskformer_fast.modeling.attention import MultiHeadAttention
+from maskformer_fast.modeling.cpu_choices import PLAIN, onednn_is_faster
 from maskformer_fast.modeling.swin import PatchMerging, SwinBlock, SwinStage
 from maskformer_fast.ops.window_attention import pack_window_bias, window_attention
 
-logger = logging.getLogger(__name__)
-
 _ADVICE = "maskformer_fast.inference.load.load_network gives one as it was trained"
-_PROBE = (1024, 384, 768)
-"""Rows, inputs and outputs of the product by which MKL and oneDNN are compared."""
-_PROBE_ROUNDS = 3
 _GELU: tuple[str, list[Any], str] = ("gelu", [], "none")
-_PLAIN: tuple[str, list[Any], str] = ("none", [], "")
 
 
 class FusedLayer(nn.Module):
@@ -86,33 +78,10 @@ class FusedLinear(FusedLayer):
         products = torch.ops.mkldnn._linear_pointwise
         if residual is not None:
             return products.binary(x, residual, self.weight, self.bias, "add")
-        return products(x, self.weight, self.bias, *(_GELU if self.gelu else _PLAIN))
+        return products(x, self.weight, self.bias, *(_GELU if self.gelu else PLAIN))
 
     def pack(self) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-
-
-@functools.cache
-def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than MKL on this processor, measured once in a process."""
-    rows, inputs, outputs = _PROBE
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(shape, generator=generator) for shape in ((rows, inputs), (outputs, inputs)))
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    runs: dict[str, Callable[[], Tensor]] = {
-        "MKL": lambda: F.linear(x, weight),
-        "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, *_PLAIN),
-    }
-    seconds = {name: min(_seconds(run) for _ in range(_PROBE_ROUNDS + 1)) for name, run in runs.items()}
-    logger.debug("float32 matrix product of %s: %s", _PROBE, {name: f"{1e3 * s:.2f} ms" for name, s in seconds.items()})
-    return seconds["oneDNN"] < seconds["MKL"]
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        run()
-    return time.perf_counter() - start
 
 
 class FusedAttention(nn.Module):

@@ -15,7 +15,7 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.inference.load import load_network
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.fuse_for_cpu import FusedBottleneck, FusedConv, convolves_bfloat16, fuse_for_cpu
-from maskformer_fast.modeling.fused_linear import FusedAttention, FusedLinear, FusedSwinStage, onednn_is_faster
+from maskformer_fast.modeling.fused_linear import FusedAttention, FusedLinear, FusedSwinStage
 from maskformer_fast.modeling.weights import save_weights
 from maskformer_fast.ops.mask_product import layer_mask_logits
 
@@ -125,16 +125,6 @@ def test_linear_layers_equal_pytorchs_by_either_library(faster, monkeypatch):
             before = residual.clone()
             torch.testing.assert_close(FusedLinear(plain.weight, bias, torch.float32)(x, residual), wanted + residual)
             assert torch.equal(residual, before)
-
-
-def test_the_faster_library_is_chosen_by_one_measurement(monkeypatch):
-    seconds = iter([5.0, 4.0, 3.0, 3.0, 9.0, 2.0, 8.0, 8.0])
-    monkeypatch.setattr("maskformer_fast.modeling.fused_linear._seconds", lambda run: next(seconds))
-    onednn_is_faster.cache_clear()
-    try:
-        assert onednn_is_faster() and onednn_is_faster()
-    finally:
-        onednn_is_faster.cache_clear()
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
