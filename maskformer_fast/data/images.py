@@ -200,7 +200,8 @@ def read_index_png(path: str | os.PathLike[str]) -> np.ndarray:
     """
     image = _decode(path)
     if image.mode not in _INDEX_MODES:
-        raise BrokenExampleError(path, f"expected one index a pixel (grey or palette image), got mode {image.mode}")
+        raise BrokenExampleError(path, f"expected one index a pixel (grey or palette image), got mode {image.mode}: "
+                                 "write the class index of each colour into a grey PNG")
     if image.format in _LOSSY:
         reason = f"got {image.format}, whose compression changes the indices"
         raise BrokenExampleError(path, f"expected an index image without loss (PNG), {reason}")
