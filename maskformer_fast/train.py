@@ -6,18 +6,18 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from maskformer_fast.cli import INTERRUPTED_STATUS, Recipe, parse_command, run_command
 from maskformer_fast.config import Config
 from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import check_no_windows_path
 from maskformer_fast.distributed import RankError, is_main, on_main, process_group, restarted
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.recipes import load_recipe, save_config
@@ -84,15 +84,8 @@ def check_paths(config: Config) -> None:
         ValueError: ``output`` is a file or the root of the file system, or a path is one of Windows.
     """
     model = config.model
-    named = {"output": config.output, "data.root": config.data.root, "model.weights": model.weights,
-             "model.backbone.weights": model.backbone.weights}
-    for name, path in named.items():
-        if path and re.match(r"[A-Za-z]:[\\/]|.*\\", path) and not Path(path).exists():
-            windows = PureWindowsPath(path)
-            here = windows.relative_to(windows.anchor).as_posix()
-            in_wsl = f"/mnt/{windows.drive[0].lower()}/{here} in WSL" if windows.drive[1:] == ":" else ""
-            raise ValueError(f"{name}: expected a path with / between its folders, got {path}, a path of Windows; "
-                             f"write {in_wsl or windows.as_posix()}")
+    check_no_windows_path({"output": config.output, "data.root": config.data.root, "model.weights": model.weights,
+                           "model.backbone.weights": model.backbone.weights})
     folder = Path(os.path.realpath(config.output))
     check(bool(folder.name) and (folder.is_dir() or not folder.exists()), "output",
           "a folder below /, which may be new", config.output)
