@@ -172,7 +172,10 @@ def as_rgb_array(image: ImageLike, upright: bool = True) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return read_image(image, upright)
     if isinstance(image, Image.Image):
-        rgb = rgb_array(_turned_upright(image) if upright else image, opened=image)
+        turned = _orientation(image) if image.format == "TIFF" and not upright else 1
+        copy = _turned_upright(image) if upright else image if turned == 1 else image.copy()
+        _turned_back(copy, turned)
+        rgb = rgb_array(copy, opened=image)
         if is_black_in_16_bits(image, rgb, None):
             warn_once("dark PIL image", "a PIL image of 16-bit colours of at most 4095 is almost black, since Pillow "
                       "keeps their upper 8 bits: give its path instead. Further images are not logged")

@@ -318,6 +318,9 @@ def test_a_tiff_is_turned_as_its_orientation_says_or_left_as_stored(tmp_path, co
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif")[..., 0], turned)
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif", upright=False)[..., 0], stored)
     np.testing.assert_array_equal(read_index_png(tmp_path / "x.tif"), stored)
+    in_memory = io.BytesIO((tmp_path / "x.tif").read_bytes())
+    np.testing.assert_array_equal(as_rgb_array(Image.open(in_memory))[..., 0], turned)
+    np.testing.assert_array_equal(as_rgb_array(Image.open(in_memory), upright=False)[..., 0], stored)
 
 
 def test_a_dark_pil_image_of_16_bit_colours_is_named(tmp_path, caplog):
