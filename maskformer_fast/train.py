@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import check_no_windows_path
 from maskformer_fast.distributed import RankError, is_main, on_main, process_group, restarted
 from maskformer_fast.evaluation import format_table
+from maskformer_fast.modeling.weights import CheckpointError, load_weights
 from maskformer_fast.recipes import load_recipe, save_config
-from maskformer_fast.training.checkpoints import clean_run
+from maskformer_fast.training.checkpoints import clean_run, complete_checkpoints
 from maskformer_fast.training.interruptions import OutOfMemory, WorkerLost
 from maskformer_fast.training.skipped_steps import TrainingDiverged
 from maskformer_fast.training.trainer import Trainer
@@ -132,8 +133,27 @@ def with_own_recipe(argv: list[str]) -> list[str]:
         return argv
     outputs = [b for a, b in pairwise([*argv, ""]) if a == "--output"]
     outputs += [argument.partition("=")[2] for argument in argv if argument.startswith("--output=")]
-    own = Path(outputs[-1] if outputs else load_recipe("demo").output) / "config.yaml"
-    return ["--config", str(own), *argv] if own.exists() else argv
+    folder = Path(outputs[-1] if outputs else load_recipe("demo").output)
+    own = folder / "config.yaml"
+    if not own.exists():
+        return argv
+    _restore_lost_recipe(own)
+    return ["--config", str(own), *argv]
+
+
+def _restore_lost_recipe(own: Path) -> None:
+    """Write a run's ``config.yaml`` anew from its newest checkpoint if it is empty, or zeros, as after a power cut.
+
+    Other errors in it may be those of an editor, and are reported.
+    """
+    if own.read_bytes().strip(b"\0 \n"):
+        return
+    for checkpoint in reversed(complete_checkpoints(own.parent / "checkpoints")):
+        with suppress(CheckpointError, FileNotFoundError):
+            config = load_weights(checkpoint).config
+            save_config(replace(config, output=str(own.parent)), own)
+            logger.warning("%s: empty, and written anew from %s", own, checkpoint)
+            return
 
 
 def main(argv: Sequence[str] | None = None) -> int:
