@@ -15,7 +15,7 @@ from PIL import Image
 from maskformer_fast.cli import leading_path, parse, report_failures, run_command
 from maskformer_fast.config import Amp, DataConfig, Task, TestConfig
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.files import atomic_write, write_json
+from maskformer_fast.core.files import atomic_write, check_no_windows_path, write_json
 from maskformer_fast.data import build_dataset
 from maskformer_fast.data.worker import WorkerDied, worker_deaths_explained
 from maskformer_fast.distributed import RankError, is_main, process_group
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     path = leading_path(argv)
+    check_no_windows_path({"checkpoint": path})
     stored = stored_options(path) if path else None
     options = parse(
         EvaluateOptions,
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(options: EvaluateOptions) -> int:
     """Measure, print and write -> exit status. The ranks of a process group share out the images; rank 0 reports."""
+    check_no_windows_path({"output": options.output, "picture": options.picture, "predictions": options.predictions,
+                           "data.root": options.data.root})
     check(options.limit is None or options.limit > 0, "limit", "a positive number of images", options.limit)
     for name in ("output", "picture"):
         target = getattr(options, name)

@@ -58,6 +58,8 @@ def _open_dataset(
         check(name in ("folder", *INDEX_PRESETS), "data.ignore_index",
               f"None for data set {name!r}, which has no index images", config.ignore_index)
     if name == "shapes":
+        check(config.root is None, "data.root", "None for the data set 'shapes', which is generated; for files name "
+              "theirs, as --data.dataset folder", config.root)
         shapes = ShapesDataset(config.shapes, split)
         shapes.task = config.task or shapes.task
         return shapes

@@ -16,10 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from maskformer_fast.config import Config, Task
+from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import SegmentationDataset, build_dataset
-from maskformer_fast.data.loader import train_loader
+from maskformer_fast.data.loader import check_batch_size, train_loader
 from maskformer_fast.data.worker import worker_death
 from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
 from maskformer_fast.evaluation import build_evaluator
@@ -87,14 +88,15 @@ class Trainer:
         saved = self._newest_checkpoint() if resume else None
         self.train_set: SegmentationDataset = build_dataset(config.data, "train", saved and saved.metadata)
         self.val_set: SegmentationDataset = build_dataset(config.data, "val", self.train_set.metadata)
+        check(len(self.train_set) > 0, "data", "at least one example to train", len(self.train_set))
+        check_batch_size(config.solver.batch_size, config.solver.accumulate, world_size())
         self.metadata = self.train_set.metadata
         check_classes(self.metadata, self.val_set.metadata)
         self.config = config = with_classes(config, self.metadata)
         if (crop := config.data.augment.crop_size) is not None:  # otherwise every step checks its images
-            images, rest = divmod(config.solver.batch_size, config.solver.accumulate * world_size())
+            images = config.solver.batch_size // (config.solver.accumulate * world_size())
             step = max(config.model.size_divisibility, 1)
-            if rest == 0:  # the loader refuses other batch sizes
-                check_batch_norm(config, images, *(-(-side // step) * step for side in crop))
+            check_batch_norm(config, images, *(-(-side // step) * step for side in crop))
 
         torch.manual_seed(config.seed)
         self.network = build_model(config.model)

@@ -236,6 +236,8 @@ def _trained_images(
         else:
             left_out.add("no object (--data.keep-empty trains them)", image.file_name)
     if len(kept) == empty:
+        for image in kept:
+            left_out.add("no annotation", image.file_name)
         raise ValueError(f"{path}: expected images with objects, found none of {len(images)}:\n{left_out}")
     left_out.log(path, f"of {len(images)} images")
     if empty:

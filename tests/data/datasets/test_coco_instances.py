@@ -65,6 +65,11 @@ def test_crowds_alone_are_an_error_in_training(tmp_path):
         build(store(tmp_path, data))
 
 
+def test_a_file_without_annotations_is_an_error_in_training_with_the_number_of_images(tmp_path):
+    with pytest.raises(ValueError, match=r"none of 3:\n  3 with no annotation: 1\.png, 2\.png, 3\.png"):
+        build(store(tmp_path, content() | {"annotations": []}))
+
+
 @pytest.mark.parametrize("name", ["instances_train.json", "instances_train2017.json"])
 @pytest.mark.parametrize("folder", ["train", "train2017", "images/train", "images/train2017", "images", "."])
 def test_images_are_found_in_every_layout(tmp_path, name, folder):
