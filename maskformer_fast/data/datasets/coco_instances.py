@@ -251,8 +251,9 @@ def _groups(content: dict[str, Any], metadata: Metadata, classes: Collection[str
 
     These are the ``supercategory`` of another category, have no annotation in this file, and no name of ``classes``.
     """
-    used = {as_integer(record.get("category_id")) for record in content.get("annotations") or ()
-            if isinstance(record, dict)}
+    annotations = content.get("annotations")
+    records = annotations if isinstance(annotations, list) else []  # what else it may be is refused later
+    used = {as_integer(record.get("category_id")) for record in records if isinstance(record, dict)}
     categories = {as_integer(record["id"]): record for record in content["categories"]}
     groups = {}
     for number, unique in zip(metadata.category_ids, metadata.class_names, strict=True):
