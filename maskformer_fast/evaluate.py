@@ -20,7 +20,7 @@ from maskformer_fast.data import build_dataset
 from maskformer_fast.data.worker import WorkerDied, worker_deaths_explained
 from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
-from maskformer_fast.evaluation.measure import check_classes, measure
+from maskformer_fast.evaluation.measure import check_classes, check_measurable, measure
 from maskformer_fast.inference.bundle_predictor import Backend
 from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.output.writer import ResultWriter
@@ -90,6 +90,7 @@ def evaluate(options: EvaluateOptions) -> int:
     tasks = options.task or (dataset.task,)
     for task in tasks:
         predictor.check_task(task)
+    check_measurable(dataset, tasks)
     augmented = options.test.multi_scale or options.test.flip
     if augmented and set(tasks) != {"semantic"}:
         logger.warning("test.multi_scale and test.flip apply to semantic segmentation alone")

@@ -24,7 +24,7 @@ from maskformer_fast.data.loader import check_batch_size, train_loader
 from maskformer_fast.data.worker import worker_death
 from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
 from maskformer_fast.evaluation import build_evaluator
-from maskformer_fast.evaluation.measure import check_classes, measure
+from maskformer_fast.evaluation.measure import check_classes, check_measurable, measure
 from maskformer_fast.inference.load import with_classes
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.modeling import build_model
@@ -117,6 +117,7 @@ class Trainer:
         for task in self.tasks:
             self.predictor.check_task(task)
             build_evaluator(task, self.val_set.metadata)  # raises now, not at the first validation
+        check_measurable(self.val_set, self.tasks)
 
         self.signals = StopSignals()
         self._stop_flag = DelayedFlag()

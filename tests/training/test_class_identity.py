@@ -149,3 +149,11 @@ def test_a_run_that_was_trained_with_a_grouping_category_resumes_and_is_measured
     assert evaluate.main([str(tmp_path / "run")]) == 0
     anew = Trainer(replace(config, output=str(tmp_path / "new")))
     assert anew.metadata.class_names == anew.val_set.metadata.class_names == ("b", "a")
+
+
+def test_panoptic_quality_of_instances_is_refused_before_training(tmp_path):
+    for split in ("train", "val"):
+        coco_files.store(tmp_path, None, split, f"instances_{split}.json")
+    options = replace(TINY.data, dataset="coco_instances", root=str(tmp_path))
+    with pytest.raises(ValueError, match="metrics: expected semantic or instance for truth of instances"):
+        Trainer(replace(TINY, output=str(tmp_path / "run"), data=options, metrics=("instance", "panoptic")))
