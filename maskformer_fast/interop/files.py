@@ -36,7 +36,8 @@ _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
 _OLD_PICKLES = 5  # magic number, version, system, content, names of the storages
 _GIT_LFS = b"version https://"  # text file in the place of a large file that was not fetched
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "state")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "weights", "params",
+             "state")  # fmt: skip
 """Keys below which training programs store the named tensors; each is opened, also one in another."""
 _PREFIXES = ("module.", "model.", "_orig_mod.", "_fsdp_wrapped_module.", "network.", "net.")
 """Beginnings of all names of a wrapped network (of DistributedDataParallel, Lightning, torch.compile, FSDP)."""

@@ -203,7 +203,7 @@ def test_a_prefix_of_one_shard_alone_stays(tmp_path: Path) -> None:
     assert read_weights(index) == {}
 
 
-@pytest.mark.parametrize("keys", [["model_state_dict"], ["model_state"], ["state", "model"], ["module"], ["network"]])
+@pytest.mark.parametrize("keys", [["model_state_dict"], ["model_state"], ["state", "model"], ["weights"], ["net"]])
 def test_usual_wrappers_are_opened(tmp_path: Path, keys: list[str]) -> None:
     content: dict[str, Any] = dict(WEIGHTS)
     for key in reversed(keys):
