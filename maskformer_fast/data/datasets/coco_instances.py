@@ -162,6 +162,9 @@ def _objects_by_image(
     left_out, relative, crowds = LeftOut(), 0, 0
     for index, (record, number) in enumerate(zip(records.items, numbers, strict=True)):
         image = records.image_id(index, images)
+        if image is None:
+            left_out.add('an image that is not listed under "images"', f"annotation {number}")
+            continue
         category, crowd = records.number(index, "category_id"), bool(records.number(index, "iscrowd", default=0))
         if category not in category_index:
             raise records.error(index, "category_id", 'the id of an entry of "categories"')

@@ -332,7 +332,7 @@ def change(section, index, **keys):
     (change("images", 1, file_name="/1.png"), "file name below"),
     (change("categories", 0, id=10), r"categories\[1\]: id: expected distinct ids, got 10"),
     (change("categories", 0, name=...), r"categories\[0\]: name"),
-    (change("annotations", 0, image_id=9), r"annotations\[0\]: image_id: .*got 9"),
+    (change("annotations", 0, image_id=[9]), r"annotations\[0\]: image_id: .*got \[9\]"),
     (change("annotations", 0, category_id=9), r"annotations\[0\]: category_id: .*got 9"),
     (change("annotations", 0, category_id=...), r"annotations\[0\]: category_id: .*no such key"),
     (change("annotations", 0, segmentation=[1, 2, 3, 4, "6"]), r"annotations\[0\]: segmentation: expected a list of"),
@@ -385,6 +385,19 @@ def test_real_polygons_have_the_listed_areas():
             assert segment.area == int(areas[segment.id])
             count += 1
     assert count == len(areas)
+
+
+def test_annotations_of_images_that_are_not_listed_are_left_out_and_counted(tmp_path, caplog):
+    data = content()
+    data["annotations"][1]["image_id"] = 9
+    with caplog.at_level(logging.WARNING):
+        dataset = build(store(tmp_path, data))
+    assert len(dataset[0].segments) == 1
+    assert 'left out 1 annotations:\n  1 with an image that is not listed under "images": annotation 6' in caplog.text
+    for record in data["annotations"]:
+        record["image_id"] = 9
+    with pytest.raises(ValueError, match=r'instances_train.json: (?s:.*)3 with an image that is not listed under "im'):
+        build(store(tmp_path, data))
 
 
 def test_segments_keep_the_listed_area(tmp_path):
