@@ -70,19 +70,20 @@ record:
 docs-check: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.docs.run
 
-# Nine minutes at most: the build, 200 seconds of tests, five minutes of benchmarks or what is left. Built for this
-# machine's GPU alone, which is quickest. Tests run one at a time where pytest-xdist is missing.
+# Nine minutes at most: the build, a first look of 150 seconds, 130 seconds of tests, four minutes of benchmarks or what
+# is left. Built for this machine's GPU alone, which is quickest. Tests run one at a time where pytest-xdist is missing.
 GPU_STARTED := $(shell date +%s)
 gpu: export CUDAARCHS ?= native
 gpu: $(GPU_READY)
 	@$(if $(SYSTEM_TORCH),$(BIN)/python .ci/missing_packages.py --tell train test)
 	mkdir -p benchmarks/output
 	@status=0; set -x; \
+	timeout -s INT -k 10 160 $(BIN)/python -m benchmarks.studies.gpu_first_look --seconds 150 || status=1; \
 	plugins=$$($(BIN)/python -c "from importlib.util import find_spec as found; \
 	  print('-n 4' * bool(found('xdist')), '--timeout 60' * bool(found('pytest_timeout')))"); \
-	timeout -s INT -k 10 200 $(BIN)/python -m pytest tests -m gpu -p tests.support.gpu_context $$plugins \
+	timeout -s INT -k 10 130 $(BIN)/python -m pytest tests -m gpu -p tests.support.gpu_context $$plugins \
 	  --junitxml=benchmarks/output/gpu_tests.xml || status=1; \
-	minutes=$$(awk "BEGIN { left = (490 + $(GPU_STARTED) - $$(date +%s)) / 60; print (left < 5 ? left : 5) }"); \
+	minutes=$$(awk "BEGIN { left = (490 + $(GPU_STARTED) - $$(date +%s)) / 60; print (left < 4 ? left : 4) }"); \
 	$(BIN)/python -m benchmarks --device cuda --minutes $$minutes || status=1; \
 	exit $$status
 

@@ -242,6 +242,8 @@ MF_HD bool is_contiguous(const TeamBatch<T>& batch) {
 // banks of memory.
 MF_HD int64_t copy_stride(int64_t long_side) { return long_side | 1; }
 
+constexpr int kCopyLoads = 8;  // of a lane, under way at a time: memory's latency would else pass for each
+
 // Copies [outer, inner], read along the inner axis, to a matrix with strides out_outer and out_inner.
 template <class Team, class T>
 MF_TEAM void copy_problem(Team& team, const T* source, int64_t outer_stride, int64_t inner_stride, int outer,
@@ -249,12 +251,23 @@ MF_TEAM void copy_problem(Team& team, const T* source, int64_t outer_stride, int
   const int outer_step = team.size() / inner, inner_step = team.size() % inner;
   int o = team.lane() / inner, i = team.lane() % inner;
   while (o < outer) {
-    out[o * out_outer + i * out_inner] = source[o * outer_stride + i * inner_stride];
-    o += outer_step;
-    i += inner_step;
-    if (i >= inner) {
-      i -= inner;
-      ++o;
+    T values[kCopyLoads];
+    int64_t places[kCopyLoads];
+    for (int k = 0; k < kCopyLoads; ++k) {
+      places[k] = -1;
+      if (o < outer) {
+        values[k] = source[o * outer_stride + i * inner_stride];
+        places[k] = o * out_outer + i * out_inner;
+        o += outer_step;
+        i += inner_step;
+        if (i >= inner) {
+          i -= inner;
+          ++o;
+        }
+      }
+    }
+    for (int k = 0; k < kCopyLoads; ++k) {
+      if (places[k] >= 0) out[places[k]] = values[k];
     }
   }
 }
