@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.activations import LOG2_E, logistic
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 PIXELS = 128
 """Columns of pixels that the forward pass processes at once. Not measured on a GPU, like all constants without a
@@ -371,3 +371,32 @@ def mask_loss_variant(kernel: triton.JITFunction, power: int) -> KernelVariant:
     arguments = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     name = f"mask_sums{'_backward' * backward}_gamma_{'any' if power < 0 else power}"
     return KernelVariant(name, kernel, arguments, constants, **LAUNCH, aligned=aligned)
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """Three layers of 5 images with 20 pairs each, 512x512 pixels from maps of 128x128, forward and backward."""
+    pairs, targets, cells, size = 300, 100, 128, 512
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    masks, rows = empty(targets, size, size // 8, dtype=torch.uint8), empty(pairs, dtype=torch.int64)
+    logits, gradient = empty(pairs, cells, cells), empty(pairs, 4)
+    rest = (logits, masks, rows, empty(targets, 2, dtype=torch.int64), size, (0.25, 0.75, 2.0))
+    row_blocks = (cells + 1) / cells  # the first row of cells has a half more rows of pixels
+    forward = {"for cell in range(first": CELLS, "for top in range(begin, end": row_blocks}
+    backward = {
+        "for left in range(first_pixel": 1,
+        "for cell in range(before": CELLS + 1 - CELLS / cells,
+        "for start in range(begin, end": row_blocks,
+    }
+    read = logits.numel() * 4 + masks.numel()
+    name = "mask loss P=300 128x128 -> 512x512"
+    return [
+        *goal_launches(name, lambda: mask_sums_forward(*rest), [Work("forward", forward, read)]),
+        *goal_launches(
+            name,
+            lambda: mask_sums_backward(gradient, *rest),
+            [Work("backward", backward, read + logits.numel() * 4)],
+        ),
+    ]

@@ -16,6 +16,7 @@ targets are sums of two float16, scaled by their row's largest value. All sums a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.activations import LOG2_E, logistic
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 WORD_BITS = 32
 """Bits of a pixel's word."""
@@ -392,3 +393,28 @@ def _variant(
     arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
     pointers = tuple(argument for argument, kind in arguments.items() if kind.startswith("*"))
     return KernelVariant(name, kernel, arguments, constants, **LAUNCH, aligned=(*pointers, *aligned))
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """Six layers of 16 images with 100 queries and 20 targets, from 256 channels of 128x128 pixels."""
+    return [*_goal_call(torch.float16), *_goal_call(torch.float32)]
+
+
+def _goal_call(dtype: torch.dtype) -> list[GoalLaunch]:
+    with torch.device("meta"):
+        class_logits, embeddings = torch.empty(6, 16, 100, 151, dtype=dtype), torch.empty(6, 16, 100, 256, dtype=dtype)
+        maps, masks = torch.empty(16, 256, 128, 128, dtype=dtype), torch.empty(16, 20, 512, 64, dtype=torch.uint8)
+        labels, counts, sizes = (torch.empty(16, *rest, dtype=torch.int64) for rest in ((20,), (), (2,)))
+        cost = torch.empty(6, 16, 100, 20)
+    chunking = _chunking(16, 1, 600, 16384)
+    sums = {"num_pixels), PIXELS)": chunking.chunk_tiles, "range(0, depth, DEPTH)": 256 // DEPTH_BLOCKS[dtype]}
+    costs = {"range(num_chunks)": chunking.chunks, "range(0, num_tiles, ROWS)": 16384 / SAMPLE_PIXELS / COST_ROWS}
+    products = 16 * 600 * 16384 * 256 * (3 if dtype == torch.float32 else 1)
+    works = [
+        Work("sample", {}, masks.numel() + 16 * 16384 * 4),
+        Work("sums", sums, maps.numel() * dtype.itemsize, products),
+        Work("cost", costs | {"range(0, num_columns, CLASSES)": triton.cdiv(151, CLASSES)}),
+    ]
+    arguments = (class_logits, embeddings, maps, labels, counts, masks, sizes, (512, 512), (1.0, 20.0, 1.0))
+    launcher = partial(matching_cost_forward, *arguments, (0.25, 0.75, 2.0), cost)
+    return goal_launches(f"matching cost L=6 B=16 Q=100 T=20 {_ELEMENTS[dtype]}", launcher, works)

@@ -33,7 +33,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.class_probabilities import class_probabilities, class_probabilities_variant
+from maskformer_fast.kernels.class_probabilities import (
+    class_probabilities,
+    class_probabilities_variant,
+    class_probabilities_work,
+)
 from maskformer_fast.kernels.resample import narrow_maps
 from maskformer_fast.kernels.semantic_masks import (
     exponent_parts,
@@ -44,6 +48,7 @@ from maskformer_fast.kernels.semantic_masks import (
     tile_axis,
 )
 from maskformer_fast.kernels.semantic_tile import (
+    ELEMENTS,
     LAUNCH,
     QUERY_BLOCK,
     QUICK_QUERIES,
@@ -62,7 +67,7 @@ from maskformer_fast.kernels.semantic_tile import (
     store_winners,
     variant_name,
 )
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 RESIDENT_CLASSES = 256
 """Most classes whose probabilities stay in shared memory, up to 64 KiB of them: two programs fit a multiprocessor. Each
@@ -164,8 +169,8 @@ def _quick_tiles(
     row, column = first // tiles_x, first % tiles_x
     row_step, column_step = programs // tiles_x, programs % tiles_x
     worst = tl.zeros((TILE_H * TILE_W,), tl.int32)
-    STAGES: tl.constexpr = 2 if BLOCKS > 0 else 1  # what is loaded early: the next tile's taps, or the next classes
-    for _ in tl.range(first, tiles_y * tiles_x, programs, num_stages=STAGES):
+    # Loading the next tile's taps early would take registers of which two programs have just enough.
+    for _ in tl.range(first, tiles_y * tiles_x, programs, num_stages=1):
         top, left = row * TILE_H - offset_y, column * TILE_W - offset_x
         first_y, at_y = tile_axis(top, tile_y, scale_y, double_y, map_height)
         first_x, at_x = tile_axis(left, tile_x, scale_x, double_x, map_width)
@@ -363,3 +368,37 @@ def general_variant(
     constants |= {"SPLIT": dtype == torch.float32, "SCORES": scores, "MARGINS": margins}
     name = variant_name("general", dtype, f"q{queries}_k{classes}", scores, margins)
     return kernel_variant(name, _semantic_general_kernel, dtype, constants, labels)
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """Labels of 100 queries, innermost in memory, at scale 4."""
+    sizes = ((1, 128, 128), (8, 128, 128), (1, 256, 512))
+    calls = [(*sizes[0], 150, torch.float32), (*sizes[0], 150, torch.bfloat16)]
+    calls += [(*size, 150, torch.float16) for size in sizes] + [(*sizes[0], k, torch.float16) for k in (19, 847)]
+    return [launch for call in calls for launch in _goal_call(*call)]
+
+
+def _goal_call(batch: int, rows: int, columns: int, classes: int, dtype: torch.dtype) -> list[GoalLaunch]:
+    queries, height, width = 100, 4 * rows, 4 * columns
+    masks = torch.empty(batch, rows, columns, queries, dtype=dtype, device="meta").permute(0, 3, 1, 2)
+    logits = torch.empty(batch, queries, classes + 1, device="meta")
+    labels = torch.empty(batch, height, width, dtype=torch.int16 if classes > 255 else torch.uint8, device="meta")
+    tiling = plan_tiles(masks, masks.shape[2:], (rows, columns), labels)
+    shapes = shape_constants(dtype, queries, classes)
+    blocks = triton.cdiv(classes, shapes["CLASSES"])
+    walk = {"tl.range(first, tiles_y * tiles_x, programs": tiling.tiles / _programs(tiling.tiles, batch, labels.device)}
+    form = {
+        **dict.fromkeys(("tl.static_range(", "tl.dot("), 1),  # waits for tensor memory
+        "range(0, padded_classes, CLASSES": blocks,
+        "range(0, ROWS, QUERIES": shapes["ROWS"] // 16,
+        "tap_rows * tap_columns, TAPS": triton.cdiv(tiling.taps, TAP_BLOCK),
+    }
+    least_bytes = masks.numel() * dtype.itemsize + labels.numel() * labels.dtype.itemsize
+    products = batch * height * width * queries * classes * (3 if dtype == torch.float32 else 1)
+    works = [
+        class_probabilities_work(classes, shapes["CLASSES"]),
+        Work("labels", walk, least_bytes, products, form),
+        Work("undone", {**walk, "if wanted != 0:": 0.0}, optional_runs=form),
+    ]
+    name = f"semantic {height}x{width} K={classes} B={batch} {ELEMENTS[dtype]}"
+    return goal_launches(name, lambda: semantic_from_logits(masks, logits, (rows, columns), labels), works)

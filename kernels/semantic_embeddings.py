@@ -30,7 +30,7 @@ from maskformer_fast.kernels.semantic_tile import (
     store_winners,
     variant_name,
 )
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant
 
 EMBEDDED_QUERIES = 256
 """Most queries whose masks are computed from embeddings inside the kernel."""
@@ -189,3 +189,8 @@ def embeddings_variant(
     constants = embeddings_constants(dtype, queries, scores, margins) | {"stride_ed": 1, "stride_x": 1}
     name = variant_name("embeddings", dtype, f"q{queries}", scores, margins)
     return kernel_variant(name, _semantic_embeddings_kernel, dtype, constants, labels)
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """None: the network writes mask logits."""
+    return []
