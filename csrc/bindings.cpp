@@ -17,6 +17,7 @@
 #include "rle/rle.h"
 #include "segments/segments.h"
 #include "semantic/semantic.h"
+#include "window_attention/window_attention.h"
 
 namespace py = pybind11;
 using py::arg;
@@ -349,6 +350,38 @@ void define_semantic(py::module_& module) {
       "classes, else int16), float32 scores and margins (0: not wanted). path: auto, dense or pruned.");
 }
 
+// window_attention
+
+void define_window_attention(py::module_& module) {
+  module.def(
+      "window_attention",
+      [](uintptr_t qkv, uintptr_t padding, const std::string& type, const Integers<7>& sizes, uintptr_t bias,
+         int64_t key_stride, uintptr_t result, int threads) {
+        check_sizes(sizes);
+        check_threads(threads);
+        const auto [count, height, width, heads, head_dim, window, shift] = sizes;
+        if (window == 0 || shift >= window || key_stride < window * window) {
+          throw std::invalid_argument("window: expected > 0, more than the shift and within the rows of the bias");
+        }
+        const WindowAttention attention{count,  height, width, heads, head_dim,
+                                        window, shift,  pointer<const float>("bias", bias), key_stride};
+        const FloatType element =
+            choose<FloatType>("type", type, {{"float32", FloatType::float32}, {"bfloat16", FloatType::bfloat16}});
+        if (element == FloatType::float32) {
+          window_attention(attention, pointer<const float>(qkv), pointer<const float>("padding", padding),
+                           pointer<float>(result), threads);
+        } else {
+          window_attention(attention, pointer<const uint16_t>(qkv), pointer<const uint16_t>("padding", padding),
+                           pointer<uint16_t>(result), threads);
+        }
+      },
+      arg("qkv"), arg("padding"), arg("type"), arg("sizes"), arg("bias"), arg("key_stride"), arg("result"),
+      arg("threads"), ReleaseGil(),
+      "Addresses of qkv, padding and result, float32 or bfloat16, and of the float32 bias with the shapes in "
+      "csrc/window_attention/window_attention.h. sizes: images, height, width, heads, channels of a head, window, "
+      "shift.");
+}
+
 }  // namespace
 }  // namespace maskformer_fast
 
@@ -370,4 +403,5 @@ PYBIND11_MODULE(_C, module) {
   define_rle(module);
   define_segments(module);
   define_semantic(module);
+  define_window_attention(module);
 }

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 KERNEL_MODULES = (
     "class_scores", "mask_loss", "matching_cost", "resize", "rle", "segments_instances", "segments_panoptic",
-    "semantic",
-    "semantic_pruned",
+    "semantic", "semantic_embeddings",
 )  # fmt: skip
 """Modules of this folder with functions ``variants() -> list[KernelVariant]`` and ``goal_calls() -> list[GoalLaunch]``.
 Add the name of a new module here."""
@@ -108,10 +107,13 @@ def compile_kernel(variant: KernelVariant, target: str) -> CompiledKernel:
     if not isinstance(variant.kernel, triton.JITFunction):
         raise RuntimeError("kernels cannot be compiled where TRITON_INTERPRET is set: start Python without it")
     names = variant.kernel.arg_names
+    constants = dict(variant.constants)
+    if "TARGET" in constants:  # a kernel whose form depends on the target
+        constants["TARGET"] = int(target.removeprefix("sm_"))
     source = ASTSource(
         variant.kernel,
         {name: variant.arguments.get(name, "constexpr") for name in names},
-        variant.constants,
+        constants,
         {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
     start = time.perf_counter()

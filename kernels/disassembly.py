@@ -114,14 +114,17 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
     return instructions, labels
 
 
-def count_runs(listing: str, runs: Mapping[str, float]) -> list[tuple[Instruction, float]]:
+def count_runs(
+    listing: str, runs: Mapping[str, float], optional: Mapping[str, float] | None = None
+) -> list[tuple[Instruction, float]]:
     """Instructions with how often a warp runs each, on average; `runs` is described above.
 
-    Raises ValueError for a loop without an entry, for an entry that fits no loop or branch, and for indirect branches.
+    Entries of `optional` may fit nothing. Raises ValueError for a loop without an entry, for an entry of `runs` that
+    fits no loop or branch, and for indirect branches.
     """
     instructions, labels = parse(listing)
     blocks = _blocks(instructions, labels)
-    _Flow(blocks, runs).assign()
+    _Flow(blocks, runs, optional or {}).assign()
     matrix = np.eye(len(blocks))
     for index, block in enumerate(blocks):
         for other, times in block.flow.items():
@@ -202,10 +205,10 @@ def _indent(line: str) -> int:
 class _Flow:
     """Decides how often each way out of each block is taken."""
 
-    def __init__(self, blocks: list[_Block], runs: Mapping[str, float]) -> None:
+    def __init__(self, blocks: list[_Block], runs: Mapping[str, float], optional: Mapping[str, float]) -> None:
         self.blocks = blocks
-        self.runs = runs
-        self.used: set[str] = set()
+        self.runs = {**runs, **optional}
+        self.used = set(optional)
         self.ways = [[way for way in (b.following, b.target) if way is not None] for b in blocks]
         self.reached: dict[int, set[int]] = {}
         self.loops: dict[int, set[int]] = {}
@@ -305,8 +308,9 @@ class _Flow:
             raise ValueError(f"loops: expected an exit, got none at {self.blocks[latch].last.text!r}")
         main = latch if latch in exits else max(exits)
         for index in exits:
-            stay = 1.0 if index != main else (trips - 1) / trips if index == latch else trips / (trips + 1)
             (inside,) = [way for way in self.ways[index] if way in body]
+            at_end = index == latch or (inside == latch and len(self.blocks[latch].instructions) == 1)
+            stay = 1.0 if index != main else (trips - 1) / trips if at_end else trips / (trips + 1)
             self._choose(index, inside, stay)
 
     def _choose(self, index: int, way: int, fraction: float) -> None:
@@ -316,7 +320,8 @@ class _Flow:
 
     def _leaves(self, index: int, body: set[int]) -> bool:
         """Whether a branch has one way inside a loop and one outside."""
-        return self.blocks[index].branches and len({way in body for way in self.ways[index]}) == 2
+        inside = [way in body for way in self.ways[index]] + [False] * (self.blocks[index].last.name == "EXIT")
+        return self.blocks[index].branches and len(set(inside)) == 2
 
     def _leaves_a_loop(self, index: int) -> bool:
         return any(index in body and self._leaves(index, body) for body in self.loops.values())

@@ -175,7 +175,7 @@ def predict(module: str, launch: GoalLaunch, kernel: MachineCode) -> dict[str, A
     counts: Counter[str] = Counter()
     clocks: Counter[str] = Counter()
     unknown = False
-    for instruction, times in count_runs(disassemble(kernel.cubin), launch.work.runs):
+    for instruction, times in count_runs(disassemble(kernel.cubin), launch.work.runs, launch.work.optional_runs):
         pipe = pipe_of(instruction)
         counts[pipe] += times
         counts["issue"] += times

@@ -41,6 +41,8 @@ class Work:
     """Least bytes that the launch must read and write in memory."""
     products: float = 0.0
     """Least multiply-adds of float16 that the launch must do on tensor cores."""
+    optional_runs: Mapping[str, float] = field(default_factory=dict)
+    """As `runs`, for lines that only some targets' machine code contains."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ costs a second and not an evening.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from maskformer_fast.core.checks import check, check_choice
@@ -17,6 +18,14 @@ TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
 PanopticOrder = Literal["direct", "official"]
 PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
+
+
+def _check_finite(section: object, name: str) -> None:
+    """Raise ``ValueError`` for a number of a section that is NaN or infinite, alone or in a tuple."""
+    for entry in fields(section):  # type: ignore[arg-type]
+        value = getattr(section, entry.name)
+        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, float)]
+        check(all(map(math.isfinite, numbers)), f"{name}.{entry.name}", "finite numbers", value)
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class ModelConfig:
     """Batches are padded to a multiple of this; 0 pads to the largest image only."""
 
     def __post_init__(self) -> None:
+        _check_finite(self, "model")
         check_choice("model.type", self.type, ("maskformer", "per_pixel", "per_pixel_plus"))
         check(self.num_classes >= 0, "model.num_classes", ">= 0", self.num_classes)
         check(self.size_divisibility >= 0, "model.size_divisibility", ">= 0", self.size_divisibility)
@@ -155,6 +165,7 @@ class LossConfig:
     """Number of consecutive skipped steps (non-finite cost, loss or gradient) after which training stops."""
 
     def __post_init__(self) -> None:
+        _check_finite(self, "loss")
         for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "focal_gamma"):
             check(getattr(self, name) >= 0, f"loss.{name}", ">= 0", getattr(self, name))
         check(0.0 <= self.focal_alpha <= 1.0, "loss.focal_alpha", "0..1", self.focal_alpha)
@@ -188,6 +199,7 @@ class AugmentConfig:
     flip: bool = True
 
     def __post_init__(self) -> None:
+        _check_finite(self, "data.augment")
         check_choice("data.augment.scale_mode", self.scale_mode, ("short_edge", "scale", "none"))
         check(len(self.short_edge) > 0 and min(self.short_edge) > 0, "data.augment.short_edge", "positive sizes",
               self.short_edge)
@@ -219,6 +231,8 @@ class ShapesConfig:
         check(self.num_stuff >= 1, "data.shapes.num_stuff", ">= 1", self.num_stuff)
         check(min(self.size) >= 16, "data.shapes.size", "at least 16 x 16", self.size)
         check(self.max_shapes >= 1, "data.shapes.max_shapes", ">= 1", self.max_shapes)
+        check(self.train_images >= 1, "data.shapes.train_images", ">= 1", self.train_images)
+        check(self.val_images >= 0, "data.shapes.val_images", ">= 0", self.val_images)
 
 
 @dataclass(frozen=True)
@@ -284,6 +298,7 @@ class TestConfig:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
+        _check_finite(self, "test")
         check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
         check(self.max_size > 0, "test.max_size", "> 0", self.max_size)
         for name in ("object_mask_threshold", "overlap_threshold"):
@@ -329,6 +344,7 @@ class SolverConfig:
     """With several processes (torchrun): replicate the network, or shard weights and optimiser state."""
 
     def __post_init__(self) -> None:
+        _check_finite(self, "solver")
         check_choice("solver.parallel", self.parallel, ("ddp", "fsdp"))
         for name in ("compile", "channels_last"):
             check(self.parallel == "ddp" or not getattr(self, name), f"solver.{name}", "False with parallel=fsdp", True)

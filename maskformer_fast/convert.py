@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import BackboneConfig, Config
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.files import atomic_write
+from maskformer_fast.core.files import atomic_write, check_no_windows_path
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.typed import to_plain
 from maskformer_fast.inference.load import load_network
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(
         ConvertOptions, list(sys.argv[1:] if argv is None else argv), prog="python -m maskformer_fast.convert"
     )
+    check_no_windows_path({"source": options.source, "dest": options.dest, "verify": options.verify})
     report = logger.info if options.verify else print
     target = destination(options)
     if options.verify and not Path(options.verify).exists():

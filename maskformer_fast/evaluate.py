@@ -15,12 +15,12 @@ from PIL import Image
 from maskformer_fast.cli import leading_path, parse, report_failures, run_command
 from maskformer_fast.config import Amp, DataConfig, Task, TestConfig
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.files import atomic_write, write_json
+from maskformer_fast.core.files import atomic_write, check_no_windows_path, write_json
 from maskformer_fast.data import build_dataset
 from maskformer_fast.data.worker import WorkerDied, worker_deaths_explained
 from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
-from maskformer_fast.evaluation.measure import check_classes, measure
+from maskformer_fast.evaluation.measure import check_classes, check_measurable, measure
 from maskformer_fast.inference.bundle_predictor import Backend
 from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.output.writer import ResultWriter
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     path = leading_path(argv)
+    check_no_windows_path({"checkpoint": path})
     stored = stored_options(path) if path else None
     options = parse(
         EvaluateOptions,
@@ -76,17 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(options: EvaluateOptions) -> int:
     """Measure, print and write -> exit status. The ranks of a process group share out the images; rank 0 reports."""
+    check_no_windows_path({"output": options.output, "picture": options.picture, "predictions": options.predictions,
+                           "data.root": options.data.root})
     check(options.limit is None or options.limit > 0, "limit", "a positive number of images", options.limit)
     for name in ("output", "picture"):
         target = getattr(options, name)
         check(target is None or not Path(target).is_dir(), name, "a file, not a folder", target)
     predictor = load(options.checkpoint, options.device, options.test, options.backend, options.amp)
-    dataset = build_dataset(options.data, "val")
+    dataset = build_dataset(options.data, "val", predictor.metadata)
     check_classes(predictor.metadata, dataset.metadata)
     predictor.metadata = dataset.metadata  # for the data set's things, category ids and colours
     tasks = options.task or (dataset.task,)
     for task in tasks:
         predictor.check_task(task)
+    check_measurable(dataset, tasks)
     augmented = options.test.multi_scale or options.test.flip
     if augmented and set(tasks) != {"semantic"}:
         logger.warning("test.multi_scale and test.flip apply to semantic segmentation alone")

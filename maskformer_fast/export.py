@@ -15,6 +15,7 @@ import maskformer_fast
 from maskformer_fast.cli import leading_path, parse, run_command
 from maskformer_fast.config import TASKS, Task, TestConfig
 from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import check_no_windows_path
 from maskformer_fast.core.machine import installed_version
 from maskformer_fast.deploy.build.tensorrt import EngineConfig
 from maskformer_fast.deploy.bundle.folder import Bundle, check_destination, extend_bundle, write_bundle
@@ -204,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     path = leading_path(argv)
+    check_no_windows_path({"checkpoint": path})
     test = stored_test(path) if path else None
     options = parse(
         ExportOptions,
@@ -211,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m maskformer_fast.export",
         default=ExportOptions(tyro.MISSING, test=test) if test else None,
     )
+    check_no_windows_path({"output": options.output})
     if options.engine_only:
         check(options.output is None, "output", "nothing: --engine-only adds to the bundle itself", options.output)
         bundle = extend_with_engine(options.checkpoint, options.engine)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from maskformer_fast.cli import leading_path, parse, report_failures, run_command
 from maskformer_fast.config import Amp, Task, TestConfig
 from maskformer_fast.core.coco_tools import coco_tools
+from maskformer_fast.core.files import check_no_windows_path
 from maskformer_fast.core.image_files import in_result_folder, list_files
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import read_image
@@ -90,7 +91,8 @@ def find_images(patterns: Sequence[str]) -> tuple[list[Input], list[str]]:
             files = [pattern] if os.path.isfile(pattern) else _expand(pattern)
             inputs += [Input(Path(file), Path(file).name) for file in files]
         if len(inputs) == before:
-            problems.append(f"{pattern}: no image there")
+            hint = "; write / between folders, and /mnt/c/ for C:\\ in WSL" if "\\" in pattern else ""
+            problems.append(f"{pattern}: no image there{hint}")
     return inputs, problems
 
 
@@ -141,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     path = leading_path(argv)
+    check_no_windows_path({"checkpoint": path})
     stored = stored_options(path) if path else None
     options = parse(
         PredictOptions,
@@ -148,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m maskformer_fast.predict",
         default=PredictOptions(tyro.MISSING, tyro.MISSING, test=stored[1]) if stored else None,
     )
+    check_no_windows_path({"output": options.output})
     predictor = load(options.checkpoint, options.device, options.test, options.backend, options.amp)
     for task in options.task:
         predictor.check_task(task)

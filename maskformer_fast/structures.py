@@ -77,7 +77,7 @@ class Predictions(NamedTuple):
     class_logits: Tensor  # [L, B, Q, K+1], "no object" last
     mask_embeddings: Tensor  # [L, B, Q, D]
     pixel_features: Tensor  # pixel embeddings [B, D, h, w] at stride 4 of the padded input, or [B, C, h, w] to project
-    valid_sizes: Tensor  # [B, 2] int64: height, width of each image inside the padded input
+    valid_sizes: Tensor  # [B, 2] int64, on any device: height, width of each image inside the padded input
     input_size: tuple[int, int]  # height, width of the padded input
     projection: Projection | None = None  # from features to pixel embeddings; None where they are embeddings already
 

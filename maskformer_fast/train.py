@@ -6,22 +6,23 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from maskformer_fast.cli import INTERRUPTED_STATUS, Recipe, parse_command, run_command
 from maskformer_fast.config import Config
 from maskformer_fast.core.checks import check
+from maskformer_fast.core.files import check_no_windows_path
 from maskformer_fast.distributed import RankError, is_main, on_main, process_group, restarted
 from maskformer_fast.evaluation import format_table
+from maskformer_fast.modeling.weights import CheckpointError, load_weights
 from maskformer_fast.recipes import load_recipe, save_config
-from maskformer_fast.training.checkpoints import clean_run
+from maskformer_fast.training.checkpoints import clean_run, complete_checkpoints
 from maskformer_fast.training.interruptions import OutOfMemory, WorkerLost
 from maskformer_fast.training.skipped_steps import TrainingDiverged
 from maskformer_fast.training.trainer import Trainer
@@ -84,15 +85,8 @@ def check_paths(config: Config) -> None:
         ValueError: ``output`` is a file or the root of the file system, or a path is one of Windows.
     """
     model = config.model
-    named = {"output": config.output, "data.root": config.data.root, "model.weights": model.weights,
-             "model.backbone.weights": model.backbone.weights}
-    for name, path in named.items():
-        if path and re.match(r"[A-Za-z]:[\\/]|.*\\", path) and not Path(path).exists():
-            windows = PureWindowsPath(path)
-            here = windows.relative_to(windows.anchor).as_posix()
-            in_wsl = f"/mnt/{windows.drive[0].lower()}/{here} in WSL" if windows.drive[1:] == ":" else ""
-            raise ValueError(f"{name}: expected a path with / between its folders, got {path}, a path of Windows; "
-                             f"write {in_wsl or windows.as_posix()}")
+    check_no_windows_path({"output": config.output, "data.root": config.data.root, "model.weights": model.weights,
+                           "model.backbone.weights": model.backbone.weights})
     folder = Path(os.path.realpath(config.output))
     check(bool(folder.name) and (folder.is_dir() or not folder.exists()), "output",
           "a folder below /, which may be new", config.output)
@@ -139,8 +133,27 @@ def with_own_recipe(argv: list[str]) -> list[str]:
         return argv
     outputs = [b for a, b in pairwise([*argv, ""]) if a == "--output"]
     outputs += [argument.partition("=")[2] for argument in argv if argument.startswith("--output=")]
-    own = Path(outputs[-1] if outputs else load_recipe("demo").output) / "config.yaml"
-    return ["--config", str(own), *argv] if own.exists() else argv
+    folder = Path(outputs[-1] if outputs else load_recipe("demo").output)
+    own = folder / "config.yaml"
+    if not own.exists():
+        return argv
+    _restore_lost_recipe(own)
+    return ["--config", str(own), *argv]
+
+
+def _restore_lost_recipe(own: Path) -> None:
+    """Write a run's ``config.yaml`` anew from its newest checkpoint if it is empty, or zeros, as after a power cut.
+
+    Other errors in it may be those of an editor, and are reported.
+    """
+    if own.read_bytes().strip(b"\0 \n"):
+        return
+    for checkpoint in reversed(complete_checkpoints(own.parent / "checkpoints")):
+        with suppress(CheckpointError, FileNotFoundError):
+            config = load_weights(checkpoint).config
+            save_config(replace(config, output=str(own.parent)), own)
+            logger.warning("%s: empty, and written anew from %s", own, checkpoint)
+            return
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import maskformer_fast
-from maskformer_fast import evaluate, predict, train
+from maskformer_fast import convert, evaluate, export, predict, train
 from maskformer_fast.core.metadata import VOID, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
 from maskformer_fast.data import build_dataset
@@ -438,3 +438,20 @@ def test_kill_9_ten_times_at_random_points_then_resume_ends_with_the_same_weight
     assert expected.step == resumed.step == 40
     for name in expected.weights:
         assert torch.equal(expected.weights[name], resumed.weights[name]), name
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "name"),
+    [
+        (predict, [r"C:\runs\x", "a.jpg"], "checkpoint"),
+        (predict, ["RUN", "a.jpg", "-o", r"D:\out"], "output"),
+        (evaluate, [r"runs\x"], "checkpoint"),
+        (evaluate, ["RUN", "--data.root", r"C:\data"], "data.root"),
+        (evaluate, ["RUN", "--predictions", r"C:\out"], "predictions"),
+        (convert, [r"C:\x.pth", "y.safetensors"], "source"),
+        (export, ["RUN", "-o", r"C:\bundle"], "output"),
+    ],
+)
+def test_paths_of_windows_are_refused_by_every_command(run, command, arguments, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected a path with / between its folders"):
+        command.main([str(run) if argument == "RUN" else argument for argument in arguments])

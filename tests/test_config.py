@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from shlex import split as words
+from typing import Any
 
 import pytest
 import yaml
@@ -358,3 +359,19 @@ def test_the_leading_path_is_the_first_argument() -> None:
 def test_options_default_to_the_class_or_to_the_given_object() -> None:
     assert parse(TestConfig, ["--top-k", "5"], prog="x") == TestConfig(top_k=5)
     assert parse(TestConfig, ["--flip"], prog="x", default=TestConfig(top_k=7)) == TestConfig(top_k=7, flip=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("section", "name", "make"),
+    [
+        (SolverConfig, "solver.lr", lambda value: {"lr": value}),
+        (ModelConfig, "model.pixel_mean", lambda value: {"pixel_mean": (1.0, value, 1.0)}),
+        (LossConfig, "loss.dice_weight", lambda value: {"dice_weight": value}),
+        (AugmentConfig, "data.augment.scale_range", lambda value: {"scale_range": (0.5, value)}),
+        (TestConfig, "test.multi_scale", lambda value: {"multi_scale": (1.0, value)}),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(section: Any, name: str, make: Any, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected finite numbers, got"):
+        section(**make(value))

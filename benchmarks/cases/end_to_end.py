@@ -1,9 +1,9 @@
 """An image file -> a label PNG, beside Hugging Face's processor, model and post-processing; and `Predictor.predict`.
 
-Both read the same JPEGs and write indexed PNGs, with the same weights: a ResNet-50 MaskFormer with random weights, as
-it is ("random") and with its class and mask heads rescaled so that 20 of 100 queries are live and sure of their masks
-("confident"; a trained network's masks are smoother, which spares ours more work). Where the time goes, on several
-photographs: `benchmarks.studies.end_to_end`.
+All read the same JPEGs and write indexed PNGs, with the same weights: a ResNet-50 MaskFormer with random weights, as it
+is ("random") and with its class and mask heads rescaled so that 20 of 100 queries are live and sure of their masks
+("confident"; a trained network's masks are smoother, which spares ours more work). OpenVINO and onnxruntime run our
+exported graph that ends in labels. Where the time goes, on several photographs: `benchmarks.studies.end_to_end`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.cases.engines import ONNXRUNTIME, OPENVINO, PRECISIONS, export_graph, open_engine
 from benchmarks.cases.network import class_metadata, network_work
 from benchmarks.harness.case import Bound, Case, Work
 from benchmarks.harness.runner import shared
@@ -44,7 +45,10 @@ LIVE = 0.2
 GOALS = {(150, "float32"): 1.6, (150, "bfloat16"): 2.6, (847, "float32"): 3.0, (847, "bfloat16"): 5.0}
 """Goals beside Hugging Face in float32, by classes and our dtype."""
 HUGGINGFACE = "Hugging Face, float32"
-IMPLEMENTATIONS = ("ours, float32", "ours, bfloat16", HUGGINGFACE, "Hugging Face, bfloat16")
+IMPLEMENTATIONS = (
+    "ours, float32", "ours, bfloat16", HUGGINGFACE, "Hugging Face, bfloat16",
+    *(f"{OPENVINO}, {dtype}" for dtype in PRECISIONS), f"{ONNXRUNTIME}, float32",
+)  # fmt: skip
 PHOTOGRAPH = (480, 640)
 
 Kind = Literal["random", "confident"]
@@ -132,9 +136,29 @@ class HuggingFace(Implementation):
         return np.asarray(labels)
 
 
+class OtherEngine(Implementation):
+    """Segments by the exported graph with labels as outputs, in an engine of `benchmarks.cases.engines`."""
+
+    def __init__(self, engine: str, graph: Path, dtype: str) -> None:
+        super().__init__()
+        self.run = open_engine(engine, graph.read_bytes(), dtype)
+
+    def segment(self, file: Path, folder: Path) -> np.ndarray:
+        self.watch = Stopwatch()
+        image = read_image(file)
+        self.watch.lap("decode")
+        (labels,) = self.run(np.ascontiguousarray(image.transpose(2, 0, 1))[None])
+        self.watch.lap("network")  # and post-processing
+        write_index_png(folder / f"{file.stem}.png", labels[0])
+        self.watch.lap("write")
+        return labels[0]
+
+
 def open_implementation(name: str, network: Path) -> Implementation:
     """One of `IMPLEMENTATIONS` with the weights of `write_network`."""
     who, dtype = name.split(", ")
+    if who in (OPENVINO, ONNXRUNTIME):
+        return OtherEngine(who, network / "complete.onnx", dtype)
     return Ours(network / "ours.safetensors", dtype) if who == "ours" else HuggingFace(network / "theirs", dtype)
 
 
@@ -143,7 +167,7 @@ def network_config(classes: int) -> ModelConfig:
 
 
 def write_network(folder: Path, classes: int, kind: Kind, files: Sequence[Path]) -> None:
-    """Write our checkpoint and Hugging Face's folder, of the same weights."""
+    """Write our checkpoint, Hugging Face's folder and the graph for other engines, of the same weights."""
     torch.manual_seed(0)
     config = Config(model=network_config(classes))
     network: Any = build_model(config.model).eval()
@@ -154,6 +178,7 @@ def write_network(folder: Path, classes: int, kind: Kind, files: Sequence[Path])
     folder.mkdir()
     save_weights(folder / "ours.safetensors", network, config, metadata, step=0)
     write_folder(folder / "theirs", network.state_dict(), config, metadata)
+    (folder / "complete.onnx").write_bytes(export_graph(network, "complete", (SIDE, SIDE)))
 
 
 def make_confident(network: Any, images: Tensor) -> None:

@@ -33,7 +33,6 @@ from maskformer_fast.ops.semantic import label_dtype, semantic_inference_eager
 QUERIES, LIVE, DEPTH = 100, 20, 256
 OFFICIAL, HUGGINGFACE = "official formula, eager PyTorch", "transformers"
 COMPILED, TWIN = "torch.compile of the formula", "our eager twin, float32"
-PRUNED, DENSE = "pruned", "dense"  # our operator with this path
 PRODUCT_FIRST, CHOSEN = "matrix product first", "chosen"
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 LEAST_EQUAL = {torch.float16: 0.95, torch.bfloat16: 0.85, torch.float32: 0.999}
@@ -136,21 +135,15 @@ def setup(
     def ours(masks: Tensor, _: Tensor, logits: Tensor) -> Tensor:
         return semantic_inference(masks, logits, size, output).labels
 
-    def by_path(path: str, masks: Tensor, _: Tensor, logits: Tensor) -> Tensor:
-        labels, *_ = torch.ops.maskformer_fast.semantic_inference(masks, logits, size, output, False, False, path)
-        return labels
-
     compiled_formula = compiled(partial(official, size=output))
     peers: dict[str, Operation] = {
         OFFICIAL: lambda _, masks, logits: official(masks, logits, output),
         HUGGINGFACE: lambda _, masks, logits: huggingface(masks, logits, output),
         COMPILED: lambda _, masks, logits: compiled_formula(masks, logits),
         TWIN: lambda _, masks, logits: semantic_inference_eager(masks, logits, size, output).labels,
-        PRUNED: partial(by_path, "pruned"),
-        DENSE: partial(by_path, "dense"),
     }
     # Hugging Face resizes scores and not logits, which moves labels along the edges: it is not compared.
-    least = dict.fromkeys((OFFICIAL, COMPILED, TWIN, PRUNED, DENSE), LEAST_EQUAL[dtype])
+    least = dict.fromkeys((OFFICIAL, COMPILED, TWIN), LEAST_EQUAL[dtype])
     return Work(ours, peers, draw, share_equal, least)
 
 
@@ -168,7 +161,9 @@ def embeddings_setup(
         return embeddings.to(dtype), queries_innermost(pixels.to(dtype) / depth**0.5), logits.to(dtype)
 
     def labels(fused: bool | None, embeddings: Tensor, pixels: Tensor, logits: Tensor) -> Tensor:
-        from maskformer_fast.kernels.semantic import semantic_from_embeddings  # needs Triton, as only CUDA has it
+        from maskformer_fast.kernels.semantic_embeddings import (
+            semantic_from_embeddings,  # needs Triton, as only CUDA has it
+        )
 
         result = torch.empty(batch, *output, dtype=label_dtype(classes), device=device)
         semantic_from_embeddings(embeddings, pixels, logits, size, result, fused=fused)
@@ -236,7 +231,7 @@ def cpu_cases() -> list[Case]:
 
 def cuda_cases() -> list[Case]:
     small, large = (128, 128), (256, 512)
-    half, paths = torch.float16, {DENSE: None, PRUNED: None}
+    half = torch.float16
     rows = [
         *labels_cases(1, 150, small, {OFFICIAL: 10.0}, max_us=45.0),
         *labels_cases(1, 150, small, {COMPILED: 5.0}),
@@ -244,10 +239,7 @@ def cuda_cases() -> list[Case]:
         *labels_cases(8, 150, small, {COMPILED: 5.0}),
         *labels_cases(1, 19, large, {OFFICIAL: None}, rank=1),
         *labels_cases(1, 19, large, {COMPILED: None}, rank=2),
-        *labels_cases(1, 150, small, {OFFICIAL: None, **paths}, kind="peaky", rank=1),
-        *labels_cases(8, 150, small, paths, kind="peaky", rank=1),
-        *labels_cases(1, 150, large, paths, kind="peaky", rank=1),
-        *labels_cases(1, 847, small, paths, kind="peaky", rank=1),
+        *labels_cases(1, 150, small, {OFFICIAL: None}, kind="peaky", rank=1),
         *labels_cases(8, 150, small, {OFFICIAL: None}, kind="planes", rank=2),
         *labels_cases(1, 150, small, {OFFICIAL: None}, torch.bfloat16, rank=1),
         *labels_cases(1, 150, small, {OFFICIAL: None, TWIN: None}, torch.float32, rank=2),

@@ -6,7 +6,7 @@
 // products of [tiles, in_channels] by [in_channels, out_channels].
 #include "convolution/kernels.h"
 
-#include "common/simd.h"
+#include "common/elements.h"
 
 namespace maskformer_fast {
 namespace MF_ISA {
@@ -22,38 +22,6 @@ constexpr int kVectors = 4;  // vectors of output channels whose sums are in reg
 constexpr int kVectors = 2;
 #endif
 constexpr int kChunk = kChunkPanels * kPanel;
-
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-
-MF_INLINE Floats load_pixel(const float* p) { return load(p); }
-MF_INLINE Floats load_pixel(const uint16_t* p) {
-  Halves x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return (Floats)(__builtin_convertvector(x, Words) << 16);
-}
-
-// Rounds to the nearest bfloat16, ties to even. NaN stays NaN.
-MF_INLINE Halves narrow(Floats x) {
-  const Words bits = (Words)x;
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Words quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((Words)select((Ints)(x == x), (Ints)rounded, (Ints)quiet), Halves);
-}
-
-// Stores the first `count` lanes.
-MF_INLINE void store_pixel(float* p, Floats x, int64_t count) {
-  if (count >= kLanes) return store(p, x);
-  for (int64_t lane = 0; lane < count; ++lane) p[lane] = x[lane];
-}
-MF_INLINE void store_pixel(uint16_t* p, Floats x, int64_t count) {
-  const Halves y = narrow(x);
-  if (count >= kLanes) {
-    __builtin_memcpy(p, &y, sizeof y);
-    return;
-  }
-  for (int64_t lane = 0; lane < count; ++lane) p[lane] = y[lane];
-}
 
 // Multiplies a column or row of inputs by B^T.
 MF_INLINE void transform_input(const Floats* d, Floats* t) {
@@ -100,7 +68,7 @@ void read_tile(const WinogradConvolution& conv, const Element* images, const Til
       for (int i = 0; i < kSide; ++i) {
         const int64_t y = tile.y + i - 1;
         const bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
-        column[i] = inside ? load_pixel(image + (y * conv.width + x) * channels + c) : Floats{};
+        column[i] = inside ? load_elements(image + (y * conv.width + x) * channels + c) : Floats{};
       }
       transform_input(column, transformed);
       for (int i = 0; i < kSide; ++i) rows[i][j] = transformed[i];
@@ -141,7 +109,7 @@ void write_tile(const WinogradConvolution& conv, const float* products, const Ti
         Floats pixel = pixels[j] + offset;
         // in this form NaN stays NaN, as in PyTorch
         if (conv.relu) pixel = select(pixel < 0.0f, Floats{}, pixel);
-        store_pixel(image + ((tile.y + i) * conv.width + tile.x + j) * channels + c, pixel, count - c);
+        store_elements(image + ((tile.y + i) * conv.width + tile.x + j) * channels + c, pixel, count - c);
       }
     }
   }

@@ -30,9 +30,9 @@ def address_of(
     """
     if array is None:
         return 0
-    if dtype_name(array) != dtype:
+    if _name(array.dtype) != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {dtype_name(array)}")
-    if tuple(array.shape) != tuple(shape):
+    if array.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(array.shape)}")
     is_tensor = hasattr(array, "data_ptr")
     if not any_strides and not (array.is_contiguous() if is_tensor else array.flags.c_contiguous):

@@ -10,13 +10,31 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, TypeGuard
 
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 _READ_BYTES = 1 << 20
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")
+
+
+def check_no_windows_path(paths: Mapping[str, str | None]) -> None:
+    """Check that no path of an option is one of Windows, unless a file of such a name exists.
+
+    Args:
+        paths: option's name -> path.
+
+    Raises:
+        ValueError: a path is one of Windows; the message has the path to write in its place.
+    """
+    for name, path in paths.items():
+        if path and re.match(r"[A-Za-z]:[\\/]|.*\\", path) and not Path(path).exists():
+            windows = PureWindowsPath(path)
+            here = windows.relative_to(windows.anchor).as_posix()
+            in_wsl = f"/mnt/{windows.drive[0].lower()}/{here} in WSL" if windows.drive[1:] == ":" else ""
+            raise ValueError(f"{name}: expected a path with / between its folders, got {path}, a path of Windows; "
+                             f"write {in_wsl or windows.as_posix()}")
 
 
 @contextlib.contextmanager

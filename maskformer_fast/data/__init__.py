@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,10 +26,17 @@ DATASETS = ("shapes", "folder", "coco_instances", "coco_panoptic", *PRESETS)
 _COLLECTION = "DETECTRON2_DATASETS"  # environment variable of detectron2: the folder that holds all data sets
 
 
-def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> SegmentationDataset:
+def build_dataset(
+    config: DataConfig, split: Literal["train", "val"], trained: Metadata | None = None
+) -> SegmentationDataset:
     """Open the training or the validation part of the configured data set.
 
     Images are read later, one example at a time. With ``data.cache`` all examples are read now and kept in memory.
+
+    Args:
+        config, split: data set and its part.
+        trained: classes of the network that is measured or trained further; a category of such a name stays a class,
+            even if it only groups others.
 
     Raises:
         FileNotFoundError: folders or files are not where the layout has them; the message lists the paths.
@@ -36,11 +44,13 @@ def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> Segment
             ``data.cache``, a data set that does not fit into memory.
         ModuleNotFoundError: COCO instances without pycocotools.
     """
-    dataset = _open_dataset(config, split)
+    dataset = _open_dataset(config, split, trained.class_names if trained else ())
     return CachedDataset(dataset) if config.cache else dataset
 
 
-def _open_dataset(config: DataConfig, split: Literal["train", "val"]) -> SegmentationDataset:
+def _open_dataset(
+    config: DataConfig, split: Literal["train", "val"], classes: Sequence[str] = ()
+) -> SegmentationDataset:
     check_choice("split", split, ("train", "val"))
     name = config.dataset
     check_choice("data.dataset", name, DATASETS)
@@ -48,6 +58,8 @@ def _open_dataset(config: DataConfig, split: Literal["train", "val"]) -> Segment
         check(name in ("folder", *INDEX_PRESETS), "data.ignore_index",
               f"None for data set {name!r}, which has no index images", config.ignore_index)
     if name == "shapes":
+        check(config.root is None, "data.root", "None for the data set 'shapes', which is generated; for files name "
+              "theirs, as --data.dataset folder", config.root)
         shapes = ShapesDataset(config.shapes, split)
         shapes.task = config.task or shapes.task
         return shapes
@@ -56,7 +68,7 @@ def _open_dataset(config: DataConfig, split: Literal["train", "val"]) -> Segment
     if name == "folder":
         return folder_dataset(config, root, part)
     if name == "coco_instances":
-        return coco_instances_dataset(config, root, part, training=split == "train")
+        return coco_instances_dataset(config, root, part, split == "train", classes)
     if name == "coco_panoptic":
         return coco_panoptic_dataset(config, root, part, root.resolve().name)
     return PRESETS[name].read(config, root, part)

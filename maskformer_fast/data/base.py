@@ -159,7 +159,7 @@ def check_same_size(path: str | os.PathLike[str], got: tuple[int, int], image: t
     """
     if got == image:
         return
-    hint = "; the image was turned as its EXIF orientation says (not with --data.no-exif)" if got == image[::-1] else ""
+    hint = " (if the image is turned by its EXIF orientation: --data.no-exif)" if got == image[::-1] else ""
     raise BrokenExampleError(
         path, f"expected the size of its image, {image[0]} x {image[1]}, got {got[0]} x {got[1]} (height x width){hint}"
     )

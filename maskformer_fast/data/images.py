@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from pathlib import Path
@@ -34,6 +35,7 @@ MAX_PIXELS = 89_478_485
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _LOSSY = ("JPEG", "MPO", "JPEG2000")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
+_UNDO = {6: 8, 8: 6}  # EXIF orientations that undo others; the rest undo themselves
 _FORMATS = sorted(set(IMAGE_FORMATS.values()))  # Pillow opens others with code of less use, and EPS with Ghostscript
 
 
@@ -49,6 +51,22 @@ def _turned_upright(image: Image.Image, in_place: bool = False) -> Image.Image:
     return image
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation of an opened image, 1 to 8; 1 if it has none that can be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _turned_back(image: Image.Image, orientation: int) -> None:
+    """Undo, in place, the turn by ``orientation`` that Pillow makes when it loads a TIFF."""
+    if orientation != 1:
+        image.getexif()[ExifTags.Base.Orientation] = _UNDO.get(orientation, orientation)
+        ImageOps.exif_transpose(image, in_place=True)
+
+
 def _decode(
     path: str | os.PathLike[str],
     upright: bool = False,
@@ -59,10 +77,16 @@ def _decode(
         with Image.open(source or path, formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
+                turned = _orientation(image) if image.format == "TIFF" else 1
+                if turned != 1 and source is None:  # Pillow 12 mixes up rows and columns where it maps a TIFF's pixels
+                    return _decode(path, upright, lower_bytes, io.BytesIO(Path(path).read_bytes()))
                 if lower_bytes and not take_lower_bytes(image):
                     raise ValueError("expected 16-bit colours")
                 image.load()
-                return _turned_upright(image, in_place=True) if upright else image
+                if upright:
+                    return _turned_upright(image, in_place=True)
+                _turned_back(image, turned)
+                return image
         reason = f"expected at most {MAX_PIXELS} pixels, got {width} x {height} = {width * height}"
     except MemoryError:
         raise
@@ -112,16 +136,22 @@ def _dark_colors(image: Image.Image, upper: np.ndarray, path: str | os.PathLike[
     return to_8_bits(upper.astype(np.int32) << 8 | lower, declared_bits(image, path), path)
 
 
-def rgb_array(image: Image.Image, path: str | os.PathLike[str] | None = None) -> np.ndarray:
+def rgb_array(
+    image: Image.Image, path: str | os.PathLike[str] | None = None, opened: Image.Image | None = None
+) -> np.ndarray:
     """Convert a decoded image of any mode as `read_image` does -> uint8 [H, W, 3] RGB.
 
-    ``path`` is the image's file, whose header may say what its values mean.
+    Args:
+        image: the decoded image.
+        path: its file, whose header may say what its values mean.
+        opened: the image as Pillow opened it, with the tags of its file, which a turned copy lacks.
 
     Raises:
         ValueError: floating-point pixels, or more than 16 bits.
     """
     if image.mode in _DEEP_MODES:
-        grey = to_8_bits(np.asarray(image).astype(np.int64), declared_bits(image, path), path or "image")
+        bits = declared_bits(opened or image, path)
+        grey = to_8_bits(np.asarray(image).astype(np.int64), bits, path or "image")
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise ValueError("expected integer pixels, got floating point")
@@ -142,7 +172,14 @@ def as_rgb_array(image: ImageLike, upright: bool = True) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return read_image(image, upright)
     if isinstance(image, Image.Image):
-        return rgb_array(_turned_upright(image) if upright else image)
+        turned = _orientation(image) if image.format == "TIFF" and not upright else 1
+        copy = _turned_upright(image) if upright else image if turned == 1 else image.copy()
+        _turned_back(copy, turned)
+        rgb = rgb_array(copy, opened=image)
+        if is_black_in_16_bits(image, rgb, None):
+            warn_once("dark PIL image", "a PIL image of 16-bit colours of at most 4095 is almost black, since Pillow "
+                      "keeps their upper 8 bits: give its path instead. Further images are not logged")
+        return rgb
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise TypeError(f"images: expected a uint8 tensor [3, H, W], got {image.dtype} {tuple(image.shape)}")
@@ -166,7 +203,8 @@ def read_index_png(path: str | os.PathLike[str]) -> np.ndarray:
     """
     image = _decode(path)
     if image.mode not in _INDEX_MODES:
-        raise BrokenExampleError(path, f"expected one index a pixel (grey or palette image), got mode {image.mode}")
+        raise BrokenExampleError(path, f"expected one index a pixel (grey or palette image), got mode {image.mode}: "
+                                 "write the class index of each colour into a grey PNG")
     if image.format in _LOSSY:
         reason = f"got {image.format}, whose compression changes the indices"
         raise BrokenExampleError(path, f"expected an index image without loss (PNG), {reason}")

@@ -84,6 +84,12 @@ def collate(
                  list(broken))
 
 
+def check_batch_size(batch_size: int, accumulate: int, world_size: int) -> None:
+    """Raise ``ValueError`` unless a step's images can be divided among micro-batches and ranks."""
+    check(batch_size % (accumulate * world_size) == 0, "solver.batch_size",
+          f"a multiple of accumulate x ranks = {accumulate} x {world_size}", batch_size)
+
+
 class TrainSampler(Sampler[list[tuple[int, int]]]):
     """Endless micro-batches of (epoch, index) from step ``start_step`` on, in the order of the module's docstring."""
 
@@ -95,8 +101,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         check(seed >= 0, "seed", ">= 0", seed)
         check(start_step >= 0, "start_step", ">= 0", start_step)
         check(0 <= rank < world_size, "rank", f"0 <= rank < world_size={world_size}", rank)
-        check(batch_size % (accumulate * world_size) == 0, "solver.batch_size",
-              f"a multiple of accumulate x ranks = {accumulate} x {world_size}", batch_size)
+        check_batch_size(batch_size, accumulate, world_size)
         self._length = length
         self._batch_size = batch_size
         self._seed = seed

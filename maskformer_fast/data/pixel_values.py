@@ -65,14 +65,25 @@ def without_texts(path: str | os.PathLike[str]) -> io.BytesIO:
 
 
 def declared_bits(image: Image.Image, path: str | os.PathLike[str] | None) -> int | None:
-    """Return the bits of a deep picture's content as its file states them; None if it does not."""
-    if image.format == "PNG" and path is not None:
-        header = read_png_header(path)
+    """Return the bits of a deep picture's content as its file states them; None if it does not.
+
+    Without a ``path`` the file is the one that Pillow opened, if it is still there.
+    """
+    if image.format == "PNG":
+        header = _png_header(image, path)
         return header and header.significant
     largest, stored = _tag(image, _MAX_SAMPLE_VALUE), _tag(image, _BITS_PER_SAMPLE)
     if largest is not None and 0 < largest <= 65535:
         return largest.bit_length()
     return stored if stored is not None and 8 < stored < 16 else None
+
+
+def _png_header(image: Image.Image, path: str | os.PathLike[str] | None) -> PngHeader | None:
+    """Read the header of an image's file, without a path that of the one that Pillow opened; None if it is gone."""
+    try:
+        return read_png_header(path or getattr(image, "filename", "") or os.devnull)
+    except OSError:
+        return None
 
 
 def _tag(image: Image.Image, tag: int) -> int | None:
@@ -117,13 +128,13 @@ def to_8_bits(
 def is_black_in_16_bits(
     image: Image.Image,
     rgb: np.ndarray,  # [H, W, 3] uint8, the upper bytes
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
 ) -> bool:
     """Tell whether the upper bytes of a 16-bit colour file, which Pillow keeps, are those of at most 12 bits."""
     if image.mode not in ("RGB", "RGBA") or rgb.size == 0 or rgb.max() >= 16:
         return False
     if image.format == "PNG":
-        header = read_png_header(path)
+        header = _png_header(image, path)
         return header is not None and header.depth == 16
     return _tag(image, _BITS_PER_SAMPLE) == 16
 

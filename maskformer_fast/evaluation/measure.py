@@ -13,7 +13,7 @@ from tqdm import tqdm
 from maskformer_fast.config import Task
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import Result
-from maskformer_fast.data import SegmentationDataset
+from maskformer_fast.data import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.loader import EvalLoader, eval_shard
 from maskformer_fast.distributed import gather_on_main, is_main, on_main, rank, world_size
 from maskformer_fast.evaluation import Evaluator, build_evaluator
@@ -42,6 +42,23 @@ def check_classes(expected: Metadata, got: Metadata) -> None:
                          f"{got.num_classes} (training / this data set: {shown})")
     if different:
         logger.warning("%d classes have other names than in training (training / here: %s)", len(different), shown)
+
+
+def check_measurable(dataset: SegmentationDataset, tasks: Sequence[Task]) -> None:
+    """Check, by its first example, that a data set's truth can be measured, before hours of training.
+
+    Raises:
+        ValueError: panoptic quality of instances, which may overlap.
+    """
+    if "panoptic" not in tasks or len(dataset) == 0:
+        return
+    try:
+        overlaps = dataset[0].id_map is None
+    except BrokenExampleError:  # reported by the validation
+        return
+    if overlaps:
+        raise ValueError("metrics: expected semantic or instance for truth of instances, which may overlap, got "
+                         f"{', '.join(tasks)}")
 
 
 def measure(

@@ -1,8 +1,13 @@
 """Results of a batch at the wanted sizes, from the network's predictions (paper section 3.4).
 
 Each function takes the final decoder layer of a batch and one output size an image. Images of one geometry (valid size
-and output size) are processed together. Predictions may be on any device and of any floating type: everything is
-computed in float32, nothing has a gradient, and results stay on the device except the lists of segments.
+and output size) are processed together. Predictions may be on any device and of any floating type. Nothing has a
+gradient, and results stay on the device except the lists of segments.
+
+On the CPU everything is computed in float32, and masks only of the queries that take part, whose number is read first.
+On a GPU mask logits have the precision of the mask embeddings, for which the kernels have faster forms, and nothing is
+read back before the last kernel is launched: the numbers of masks depend on shapes only, and one transfer at the end
+brings segments, or the numbers of instances. Valid sizes are best on the host, as `Predictor` leaves them.
 
 **Order of operations.** Published implementations resample at different points, which changes a few percent of the
 labels:
@@ -19,6 +24,7 @@ labels:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -55,7 +61,8 @@ class _Group(NamedTuple):
 
     def take(self, tensor: Tensor) -> Tensor:
         """Rows of a [B, ...] tensor that belong to the group's images."""
-        return tensor if self.is_full_batch else tensor[self.images]
+        # not by an index tensor, which would have to go to the device, and the host would wait
+        return tensor if self.is_full_batch else torch.stack([tensor[image] for image in self.images])
 
     def extent(self, maps: Tensor, input_size: Size) -> tuple[float, float]:
         """Part of [..., h, w] maps that the images cover, in map pixels."""
@@ -167,7 +174,7 @@ def panoptic(
     scores, categories = class_logits.to(torch.float32).softmax(-1).max(-1)
     kept = (categories < len(things)) & (scores > object_mask_threshold)
     categories = categories.masked_fill(~kept, VOID)
-    slots = _compact(kept)
+    slots = _compact(kept, kept.shape[1])
     scores, categories = scores.gather(1, slots), categories.gather(1, slots)
 
     maps: dict[int, Tensor] = {}
@@ -223,12 +230,12 @@ def instances(
     _check_queries(predictions, "instances")
     check(top_k > 0, "top_k", "> 0", top_k)
     class_logits = predictions.class_logits[-1]
-    things = _thing_flags(is_thing, class_logits).nonzero().flatten()
+    things = _thing_classes(is_thing, class_logits)
     probabilities = class_logits.to(torch.float32).softmax(-1).index_select(-1, things).nan_to_num(-1.0)  # NaN last
     best, pairs = probabilities.flatten(1).topk(min(top_k, probabilities.shape[1:].numel()))
     queries, labels = pairs // max(1, len(things)), things[pairs % max(1, len(things))]
     used = torch.zeros(class_logits.shape[:2], dtype=torch.bool, device=best.device).scatter_(1, queries, True)
-    slots = _compact(used)
+    slots = _compact(used, min(class_logits.shape[1], best.shape[1]))
     slot_of_pair = (used.cumsum(1) - 1).gather(1, queries)
 
     ranked: dict[int, _RankedInstances] = {}
@@ -263,7 +270,7 @@ def _best_instances(
 
 
 def _groups(predictions: Predictions | PixelPredictions, output_sizes: Sequence[Size]) -> Iterator[_Group]:
-    """Group the images by geometry; reads the valid sizes from the device."""
+    """Group the images by geometry; valid sizes that are on the device are read from it."""
     valid_sizes = [(int(height), int(width)) for height, width in predictions.valid_sizes.tolist()]
     check(len(output_sizes) == len(valid_sizes), "output_sizes", f"{len(valid_sizes)} sizes", len(output_sizes))
     images: dict[tuple[Size, Size], list[int]] = {}
@@ -287,18 +294,26 @@ def _mask_logits(
     group: _Group,
     slots: Tensor | None,  # [B, N] int64, the queries wanted; None for all
 ) -> Tensor:
-    """Mask logits of the last layer for a group's images -> [b, N, h, w] float32."""
+    """Mask logits of the last layer for a group's images -> [b, N, h, w] in the precision of `_factors`."""
     embeddings, features = _factors(predictions, group, slots)
     with torch.autocast(features.device.type, enabled=False):
         return mask_product(embeddings, features, predictions.projection)
 
 
 def _factors(predictions: Predictions, group: _Group, slots: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factors of a group's mask logits: mask embeddings [b, N, D] and pixel features [b, C, h, w], float32."""
+    """Factors of a group's mask logits: mask embeddings [b, N, D] and pixel features [b, C, h, w].
+
+    They are float32, on a GPU of the mask embeddings' dtype: autocast leaves the features of a norm in float32.
+    """
     embeddings = predictions.mask_embeddings[-1]
+    dtype = embeddings.dtype if _on_gpu(embeddings) else torch.float32
     if slots is not None:
         embeddings = embeddings.gather(1, slots[..., None].expand(-1, -1, embeddings.shape[-1]))
-    return group.take(embeddings).to(torch.float32), group.take(predictions.pixel_features).to(torch.float32)
+    return group.take(embeddings).to(dtype), group.take(predictions.pixel_features).to(dtype)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _window(maps: Tensor, input_size: Size, group: _Group, resize_twice: bool) -> tuple[Tensor, tuple[float, float]]:
@@ -310,7 +325,7 @@ def _window(maps: Tensor, input_size: Size, group: _Group, resize_twice: bool) -
 
 def _resized_scores(predictions: Predictions, group: _Group, order: SemanticOrder) -> Tensor:
     """Class scores in the order ``official`` or ``huggingface``, resized last -> [b, K, H, W] float32."""
-    masks = _mask_logits(predictions, group, None)
+    masks = _mask_logits(predictions, group, None).to(torch.float32)
     if order == "official":
         masks = _resize(masks, predictions.input_size)
     probabilities = group.take(predictions.class_logits[-1]).to(torch.float32).softmax(-1)[..., :-1]
@@ -331,13 +346,15 @@ def _crop(maps: Tensor, group: _Group) -> Tensor:
 
 def _compact(
     used: Tensor,  # [B, Q] bool
+    most: int,  # used queries an image can have
 ) -> Tensor:
     """Indices of each image's queries, the used ones first and in order -> [B, N] int64.
 
-    N is the largest number of used queries of any image. It is read from the device: the only transfer before masks are
-    computed, so that only the used ones are.
+    On the CPU N is the largest number of used queries of any image, so that no other mask is computed. On a GPU it is
+    `most`: to read the number, the host would have to wait for the network.
     """
-    most = max(used.sum(1).tolist(), default=0)
+    if not _on_gpu(used):
+        most = max(used.sum(1).tolist(), default=0)
     return used.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
@@ -345,7 +362,21 @@ def _thing_flags(is_thing: Sequence[bool], class_logits: Tensor) -> Tensor:
     """Check the flags and make a tensor of them -> [K] bool on the device of the logits."""
     num_classes = class_logits.shape[-1] - 1
     check(len(is_thing) == num_classes, "is_thing", f"{num_classes} flags", len(is_thing))
-    return torch.tensor(list(is_thing), dtype=torch.bool, device=class_logits.device)
+    return _on_device(tuple(map(bool, is_thing)), torch.bool, class_logits.device)
+
+
+def _thing_classes(is_thing: Sequence[bool], class_logits: Tensor) -> Tensor:
+    """Check the flags -> int64, the classes of things on the device of the logits."""
+    _thing_flags(is_thing, class_logits)
+    classes = tuple(number for number, thing in enumerate(is_thing) if thing)
+    return _on_device(classes, torch.int64, class_logits.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that is kept, as the host waits for the device when it copies one there."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _check_queries(predictions: object, wanted: str) -> None:

@@ -131,7 +131,7 @@ class Predictor:
         with self._inference():
             inputs = self._batch([self._resize(image, test.short_edge, test.max_size) for image in images])
             stopwatch.lap("preprocess")
-            predictions = self.network(*inputs)
+            predictions = self._predictions(*inputs)
             stopwatch.lap("network")
         return predictions
 
@@ -175,13 +175,23 @@ class Predictor:
             return resize_image(image, short_edge, max_size)
         check(image.size > 0, "image", "shape [H, W, 3]", image.shape)
         size = short_edge_size(image.shape[0], image.shape[1], short_edge, max_size)
-        frames = torch.tensor(np.ascontiguousarray(image), device=self.device).unsqueeze(0)
+        frames = self._upload(torch.tensor(np.ascontiguousarray(image))).unsqueeze(0)
         return resize_images(frames, [size])[0][0]
 
     def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Resized images, each [3, h, w] uint8 -> the network's inputs, on its device."""
+        """Resized images, each [3, h, w] uint8 -> the network's images, on its device, and valid sizes, on the host."""
         batch, valid_sizes = pad_images(images, self.config.model.size_divisibility)
-        return batch.to(self.device), valid_sizes.to(self.device)
+        return self._upload(batch), valid_sizes
+
+    def _predictions(self, images: Tensor, valid_sizes: Tensor) -> Any:
+        """Run the network; the valid sizes of its predictions stay on the host, where post-processing needs them."""
+        return self.network(images, self._upload(valid_sizes))._replace(valid_sizes=valid_sizes)
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        """Copy to the device. From pinned memory, the host does not wait for what a GPU has to do before."""
+        if self.device.type != "cuda" or tensor.device.type != "cpu":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _augmented(self, image: np.ndarray) -> SemanticResult:
         """Average class scores over scales of the short edge and, if asked, the mirrored image."""
@@ -193,7 +203,7 @@ class Predictor:
                 short_edge = round((test.short_edge or min(size)) * scale)
                 resized = self._resize(image, short_edge, round(test.max_size * scale))
                 for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
-                    predictions = self.network(*self._batch([view]))
+                    predictions = self._predictions(*self._batch([view]))
                     scores = postprocess.semantic_scores(predictions, [size], test.semantic_order)[0]
                     scores = scores if view is resized else scores.flip(-1)
                     total = scores if total is None else total.add_(scores)

@@ -36,10 +36,15 @@ _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
 _OLD_PICKLES = 5  # magic number, version, system, content, names of the storages
 _GIT_LFS = b"version https://"  # text file in the place of a large file that was not fetched
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "state")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "weights", "params",
+             "state")  # fmt: skip
 """Keys below which training programs store the named tensors; each is opened, also one in another."""
 _PREFIXES = ("module.", "model.", "_orig_mod.", "_fsdp_wrapped_module.", "network.", "net.")
 """Beginnings of all names of a wrapped network (of DistributedDataParallel, Lightning, torch.compile, FSDP)."""
+_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that wrappers of a part of a network add, anywhere in a name."""
+_LANDMARKS = ("sem_seg_head.", "class_predictor.")
+"""Names of an official model and of one of Hugging Face, by which a network is found among other tensors."""
 _MAX_WRAPPERS = 4
 _DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -58,21 +63,63 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             are unwrapped; other entries beside them (optimiser, iteration) are ignored.
 
     Returns:
-        Floating-point tensors as float32, others with their own type. A prefix of a wrapper (``module.``, ``model.``,
-        ``_orig_mod.``) that all names share is taken off, and logged.
+        Floating-point tensors as float32, others with their own type. What wrappers add to names (``module.``,
+        ``model.``, ``_orig_mod.``) is taken off, and tensors beside a network (of metrics or a loss) are left out; both
+        are logged.
 
     Raises:
         FileNotFoundError: no such file.
-        ConvertError: a file that is damaged, empty, of another kind, or that imports other names than those of arrays.
+        ConvertError: a file that is damaged, empty, of another kind, or that imports other names than those of arrays;
+            or several networks.
     """
     path = Path(path)
-    weights, prefix = _read_named(path), ""
+    weights = _without_common_prefix(_read_named(path), path)
+    weights = _without_common_prefix(_without_wrapped_parts(weights, path), path)
+    return _network_of(weights, path)
+
+
+def _without_common_prefix(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Take the `_PREFIXES` off that all names begin with."""
+    prefix = ""
     while common := [text for text in _PREFIXES if weights and all(name.startswith(text) for name in weights)]:
         weights = {name.removeprefix(common[0]): tensor for name, tensor in weights.items()}
         prefix += common[0]
     if prefix:
         logger.info("%s: all names begin with %r, which was taken off", path, prefix)
     return weights
+
+
+def _without_wrapped_parts(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Take the parts `_WRAPPED` out of all names, unless two names would become one."""
+    names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPED) for name in weights}
+    changed = [name for name, plain in names.items() if name != plain]
+    if not changed or len(set(names.values())) < len(names) or "" in names.values():
+        return weights
+    parts = [f"{part}." for part in _WRAPPED if any(part in name.split(".") for name in changed)]
+    listed = " and ".join(map(repr, parts))
+    logger.info("%s: %s taken out of %d names, as of %s", path, listed, len(changed), changed[0])
+    return {names[name]: tensor for name, tensor in weights.items()}
+
+
+def _network_of(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Choose the tensors of the one network whose `_LANDMARKS` stand below another name.
+
+    Raises:
+        ConvertError: there are several.
+    """
+    found = (name.partition(mark)[0] for name in weights for mark in _LANDMARKS if f".{mark}" in f".{name}")
+    prefixes = sorted({prefix for prefix in found if not prefix or prefix.endswith(".")})
+    if len(prefixes) > 1:
+        raise ConvertError(f"{path}: expected one network, got {len(prefixes)}, whose names begin with "
+                           f"{', '.join(map(repr, prefixes))}: save one of them alone")
+    if prefixes in ([], [""]):
+        return weights
+    chosen = {name.removeprefix(prefixes[0]): tensor for name, tensor in weights.items()
+              if name.startswith(prefixes[0])}
+    others = [name for name in weights if not name.startswith(prefixes[0])]
+    logger.info("%s: took the names that begin with %r, without that; left out %d others%s", path, prefixes[0],
+                len(others), f": {', '.join(others[:5])}" if others else "")
+    return chosen
 
 
 def _read_named(path: Path) -> dict[str, Tensor]:

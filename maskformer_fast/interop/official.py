@@ -182,7 +182,7 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
 
 
 def _triple(value: Tensor | None) -> tuple[float, float, float] | None:
-    if value is None or value.numel() != 3:
+    if value is None or value.numel() != 3 or not value.isfinite().all():
         return None
     first, second, third = map(_decimal, value.flatten())
     return first, second, third

@@ -1,32 +1,37 @@
-"""Fused convolutions for inference on the CPU: normalisation, residual and ReLU are part of the convolution.
+"""Networks for inference on the CPU, made of fused layers.
+
+In convolutions, normalisation, residual and ReLU are part of the convolution; for linear layers, attention and the
+blocks of Swin see `fused_linear`.
 
 BatchNorm with its running statistics is a scale and an offset of each channel: the weights are multiplied by the scale,
 and the offset becomes the bias. oneDNN adds the residual and applies the ReLU when it writes a convolution's output.
-Most 3x3 convolutions use Winograd's algorithm (`ops.convolution`). Channels are innermost in memory throughout. Results
-equal the network's up to rounding.
+3x3 convolutions use Winograd's algorithm (`ops.convolution`) where a measurement finds it faster (`cpu_choices`).
+Channels are innermost in memory throughout. Results equal the network's up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.conv import ConvNorm
+from maskformer_fast.modeling.cpu_choices import winograd_is_faster
+from maskformer_fast.modeling.fused_linear import FusedAttention, FusedLayer, FusedLinear, FusedSwinStage
 from maskformer_fast.modeling.resnet import Bottleneck
+from maskformer_fast.modeling.swin import SwinStage
 from maskformer_fast.ops.convolution import PANEL, conv3x3_winograd, pack_winograd_weights
 
-MAX_WINOGRAD_WEIGHTS = 256 * 256
+MAX_WINOGRAD_WEIGHTS = 2048 * 256
 """Largest product of input and output channels for Winograd's algorithm; above it, the transformed weights take more
 memory than the saved multiplications are worth."""
-_ADVICE = "maskformer_fast.inference.load.load_network gives one as it was trained"
 
 
 def fuse_for_cpu(network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Replace the convolutions of a network on the CPU by fused ones, and set it to evaluation mode.
+    """Replace convolutions, linear layers and Swin's stages of a network on the CPU by fused ones, for evaluation.
 
     Afterwards it cannot be trained, saved, moved or exported, but copied and pickled.
 
@@ -50,11 +55,17 @@ def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, FusedBottleneck(child, dtype))
         elif isinstance(child, ConvNorm):
             setattr(module, name, FusedConv(child, dtype))
+        elif isinstance(child, SwinStage):
+            setattr(module, name, FusedSwinStage(child, dtype))
+        elif isinstance(child, MultiHeadAttention):
+            setattr(module, name, FusedAttention(child, dtype))
+        elif type(child) is nn.Linear:
+            setattr(module, name, FusedLinear(child.weight, child.bias, dtype))
         else:
             _replace_children(child, dtype)
 
 
-class FusedConv(nn.Module):
+class FusedConv(FusedLayer):
     """Fused `ConvNorm` for inference, optionally with a residual added before its ReLU."""
 
     def __init__(self, conv: ConvNorm, dtype: torch.dtype, relu: bool | None = None) -> None:
@@ -68,13 +79,14 @@ class FusedConv(nn.Module):
         self.winograd = (
             conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1)
             and conv.in_channels % PANEL == 0 and conv.in_channels * conv.out_channels <= MAX_WINOGRAD_WEIGHTS
+            and winograd_is_faster(conv.in_channels, conv.out_channels, dtype)
         )  # fmt: skip
         if self.winograd:
             self.weight, self.bias = pack_winograd_weights(weight), bias
         else:
             self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
             if conv.kernel_size != (1, 1):  # some 1x1 convolutions are several times slower with reordered weights
-                self._reorder_weight()
+                self.pack()
             self.bias = None if bias is None else bias.to(dtype)
 
     def forward(
@@ -96,29 +108,8 @@ class FusedConv(nn.Module):
         x = x if self.norm is None else self.norm(x)
         return F.relu_(x) if self.late_relu else x
 
-    def _reorder_weight(self) -> None:
-        """Convert the weight to a layout that oneDNN chooses; such an opaque tensor cannot be copied or pickled."""
+    def pack(self) -> None:
         self.weight = _mkldnn()._reorder_convolution_weight(self.weight, *self.geometry)
-
-    def __getstate__(self) -> dict[str, Any]:
-        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
-        return {**self.__dict__, "weight": weight, "reordered": self.weight.is_mkldnn}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        reordered = state.pop("reordered")
-        super().__setstate__(state)
-        if reordered:
-            self._reorder_weight()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv:
-        """Refuse to be moved or converted; modules do both by this method."""
-        probe = fn(torch.empty(0))
-        if probe.device.type != "cpu" or probe.dtype != torch.float32:
-            raise RuntimeError(f"network: it was rebuilt for the CPU and stays in its precision; {_ADVICE}")
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        raise RuntimeError(f"network: it was rebuilt for inference and has no checkpoint's weights; {_ADVICE}")
 
 
 class FusedBottleneck(nn.Module):

@@ -25,8 +25,11 @@ def mask_product(
     embeddings: Tensor,  # [B, N, D]
     pixels: Tensor,  # [B, D, h, w], or [B, C, h, w] with a projection
     projection: Projection | None,
+    queries_innermost: bool = False,
 ) -> Tensor:
     """Multiply mask embeddings by pixel embeddings, which may be given by their projection -> [B, N, h, w].
+
+    With `queries_innermost` the logits of a pixel are adjacent in memory where the product can write them so.
 
     With a projection, the order with fewer multiplications is used; the results are equal but for rounding. Factors of
     different dtypes, as autocast leaves them, are multiplied in the wider one.
@@ -37,7 +40,12 @@ def mask_product(
         return pixels.new_empty((*embeddings.shape[:2], *pixels.shape[2:]))
     if projection is None or not _folding_pays(embeddings, pixels, projection):
         embedded = pixels if projection is None else projection.embed(pixels)
+        if queries_innermost:
+            product = torch.bmm(embedded.flatten(2).mT, embeddings.mT)  # [B, h*w, N]
+            return product.mT.unflatten(2, embedded.shape[2:])
         return torch.bmm(embeddings, embedded.flatten(2)).unflatten(2, embedded.shape[2:])
+    if queries_innermost:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
     # One convolution an image: a grouped one for the batch takes twice the time in oneDNN.
     masks = [
         _fold_and_convolve(image, rows, projection)

@@ -60,11 +60,15 @@ def _with_one_argument(
     check: Callable[[Arguments], None],
 ) -> Callable[..., Result]:
     def call(*values: Any) -> Result:
-        made = arguments(*(tuple(value) if isinstance(value, list) else value for value in values))
+        made = arguments(*[tuple(value) if type(value) is list else value for value in values])
         check(made)
-        devices = {value.device for value in values if isinstance(value, Tensor)}
-        if len(devices) > 1:
-            raise ValueError(f"tensors: expected all on one device, got {sorted(map(str, devices))}")
+        device = None
+        for value in values:
+            if isinstance(value, Tensor):
+                if device is None:
+                    device = value.device
+                elif value.device != device:
+                    raise ValueError(f"tensors: expected all on one device, got {device} and {value.device}")
         return implementation(made)
 
     return call

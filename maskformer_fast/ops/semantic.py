@@ -1,7 +1,7 @@
 """Semantic inference: a class for every pixel of the output (paper section 3.4, "semantic inference").
 
 `semantic_inference` is one fused operator: in C++ on the CPU (csrc/semantic/; tiles of pixels over threads, exact
-pruning of classes and queries, temporaries below 16 MiB), in Triton on CUDA (kernels/semantic.py, semantic_pruned.py).
+pruning of classes and queries, temporaries below 16 MiB), in Triton on CUDA (kernels/semantic.py, without pruning).
 `semantic_inference_eager` and the other functions are plain PyTorch: oracle of the tests, baseline of the benchmarks,
 and fallback where there is no faster backend. No function has a gradient. Eager code works on tiles of rows: beside
 inputs and results, temporaries stay within `resample.DEVICE_TILE_BYTES` (or one output row, if that is larger).
@@ -41,9 +41,8 @@ class _Arguments(NamedTuple):
     with_scores: bool = False
     with_margins: bool = False
     path: str = "auto"
-    """For tests and benchmarks: ``dense`` computes every score, ``pruned`` only what can matter, ``auto`` decides, on
-    the CPU for each tile, on CUDA by shapes alone, as nothing is read back. Labels are the same. On CUDA scores and
-    margins always take every score."""
+    """For tests and benchmarks on the CPU: ``dense`` computes every score, ``pruned`` only what can matter, ``auto``
+    decides for each tile. Labels are the same. On CUDA every score is computed with any of them."""
 
 
 def _semantic_inference_cpu(arguments: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,20 +74,14 @@ def _semantic_inference_cuda(arguments: _Arguments) -> tuple[Tensor, Tensor, Ten
     kernels = load_kernels("semantic")
     results = _semantic_inference_fake(arguments)
     labels, scores, margins = results
-    if arguments.mask_logits.shape[1] <= kernels.MAX_QUERIES:
-        kernels.semantic_from_logits(
-            without_float64(arguments.mask_logits),
-            arguments.class_logits,
-            arguments.extent,
-            labels,
-            scores if arguments.with_scores else None,
-            margins if arguments.with_margins else None,
-            arguments.path,
-        )
-        return results
-    for result, value in zip(results, semantic_inference_eager(*arguments[:-1]), strict=True):
-        if value is not None:
-            result.copy_(value)
+    kernels.semantic_from_logits(
+        without_float64(arguments.mask_logits),
+        arguments.class_logits,
+        arguments.extent,
+        labels,
+        scores if arguments.with_scores else None,
+        margins if arguments.with_margins else None,
+    )
     return results
 
 
@@ -139,8 +132,8 @@ def semantic_inference(
     takes any strides and converts half precision on the fly, so beside the results it allocates less than 16 MiB
     (float64 inputs are first copied to float32).
 
-    On CUDA: a Triton kernel for up to 256 queries, `semantic_inference_eager` for more. Where mask logits are float16
-    or bfloat16 the kernel's tolerance is 2e-3 instead of 1e-5.
+    On CUDA: a Triton kernel, fastest for up to 128 queries. Where mask logits are float16 or bfloat16 its tolerance is
+    2e-3 instead of 1e-5.
 
     Args:
         extent: height and width of the images in mask pixels, common to the batch.

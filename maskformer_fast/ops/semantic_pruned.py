@@ -35,8 +35,8 @@ ROUNDING = 1e-4
 @torch.no_grad()
 def semantic_labels(
     class_logits: Tensor,  # [B, Q, K+1] floating, "no object" last
-    mask_embeddings: Tensor,  # [B, Q, D] float32
-    pixel_features: Tensor,  # [B, D, h, w] float32, or [B, C, h, w] with a projection
+    mask_embeddings: Tensor,  # [B, Q, D] float32, on CUDA also float16 or bfloat16
+    pixel_features: Tensor,  # [B, D, h, w] of the same dtype, or [B, C, h, w] with a projection
     projection: Projection | None,
     extent: tuple[float, float],
     output_size: tuple[int, int],
@@ -44,12 +44,14 @@ def semantic_labels(
     """Labels of `semantic_inference` for mask logits given by their factors (see `mask_product`) -> [B, H, W].
 
     On the CPU each image's masks are pruned where that pays (`pruned_semantic_inference`). Other devices compute all
-    masks, because pruning reads counts back to the host. ``extent``, ``output_size``, the labels' dtype and the errors
+    masks, because pruning reads counts back to the host; there the logits of a pixel lie together in memory, as the
+    kernel reads them. ``extent``, ``output_size``, the labels' dtype and the errors
     are those of `semantic_inference`.
     """
     with torch.autocast(pixel_features.device.type, enabled=False):
-        if projection is None or pixel_features.device.type != "cpu":
-            masks = mask_product(mask_embeddings, pixel_features, projection)
+        on_cpu = pixel_features.device.type == "cpu"
+        if projection is None or not on_cpu:
+            masks = mask_product(mask_embeddings, pixel_features, projection, queries_innermost=not on_cpu)
             return semantic_inference(masks, class_logits, extent, output_size).labels
         images = []
         for embeddings, features, classes in zip(

@@ -50,8 +50,11 @@ class ResultWriter:
             file_names: file names in the JSON files, if they are not ``names``.
 
         Raises:
-            ValueError: the folder has an ``images.json`` of another origin, which would be lost.
+            ValueError: the folder is a file or lies below one, or has an ``images.json`` of another origin, which would
+                be lost.
         """
+        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        check(nearest.is_dir(), "output", "a folder, which may be new", str(nearest))
         listed = folder / RESULT_LIST
         check(not os.path.lexists(listed) or is_result_list(listed), "output",
               f"a folder without another {RESULT_LIST}; choose an empty one", str(listed))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Hashable, Mapping
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from maskformer_fast.config import Config
+from maskformer_fast.config import Config, DataConfig
 from maskformer_fast.core.checks import check, shown_value
 from maskformer_fast.core.files import atomic_write
 from maskformer_fast.core.typed import TypedReader, did_you_mean, to_plain
@@ -28,19 +29,27 @@ BASE_STEM = "_base"
 _MAX_KEYS = 1000
 """Keys of a mapping of a recipe."""
 
+_EARLIER_DATA = {"keep_empty": False, "exif": True}
+"""Fields of the section ``data`` that earlier versions lacked, with the values with which these trained."""
+_DATA_FIELDS = {field.name for field in fields(DataConfig)}
+
 _READER = TypedReader(absent_is_default=True, convert_floats=True)
 
 
 def from_dict(data: Mapping[str, Any]) -> Config:
     """Configuration from plain containers; sections and keys that are left out keep their defaults.
 
-    Inverse of `core.typed.to_plain`.
+    Inverse of `core.typed.to_plain`. Where the section ``data`` was written completely by an earlier version, fields
+    that it lacked get the values with which it trained.
 
     Raises:
         ValueError: an unknown key, a value of another type (both name the dotted key) or one the configuration refuses.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"recipe: expected a mapping, got {shown_value(data)}")
+    section = data.get("data")
+    if isinstance(section, Mapping) and section.keys() >= _DATA_FIELDS - _EARLIER_DATA.keys():
+        data = {**data, "data": {**_EARLIER_DATA, **section}}
     config: Config = _READER.read(Config, data, "")
     return config
 

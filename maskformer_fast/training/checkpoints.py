@@ -147,7 +147,8 @@ def _prune(folder: Path) -> None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run that were written completely, oldest first; the disk may have damaged one since."""
-    return sorted(path for path in folder.glob("step_*") if (path / STATE_NAME).is_file())
+    named = (path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())  # no "step_8.bak"
+    return sorted(path for path in named if (path / STATE_NAME).is_file())
 
 
 def check_undamaged(path: Path) -> None:
@@ -172,7 +173,10 @@ def check_undamaged(path: Path) -> None:
 
 def _check_readable(path: Path) -> None:
     """Raise `CheckpointError` unless the files of a checkpoint can be read, whatever their checksums."""
-    load_weights(path / WEIGHTS_NAME)
+    try:
+        load_weights(path / WEIGHTS_NAME)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: it has no {WEIGHTS_NAME}") from error
     load_state(path)
 
 

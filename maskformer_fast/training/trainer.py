@@ -16,19 +16,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from maskformer_fast.config import Config, Task
+from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import SegmentationDataset, build_dataset
-from maskformer_fast.data.loader import train_loader
+from maskformer_fast.data.loader import check_batch_size, train_loader
 from maskformer_fast.data.worker import worker_death
 from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
 from maskformer_fast.evaluation import build_evaluator
-from maskformer_fast.evaluation.measure import check_classes, measure
+from maskformer_fast.evaluation.measure import check_classes, check_measurable, measure
 from maskformer_fast.inference.load import with_classes
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.compile import compile_single_graph
-from maskformer_fast.modeling.weights import load_backbone, load_initial, load_into, load_weights
+from maskformer_fast.modeling.weights import Checkpoint, load_backbone, load_initial, load_into, load_weights
 from maskformer_fast.structures import Batch
 from maskformer_fast.training.checkpoints import (
     best_score,
@@ -82,20 +83,24 @@ class Trainer:
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         self.device = resolve_device(config.device)
-        self.train_set: SegmentationDataset = build_dataset(config.data, "train")
-        self.val_set: SegmentationDataset = build_dataset(config.data, "val")
+        self.resumed: Path | None = None
+        self.damaged: list[Path] = []
+        saved = self._newest_checkpoint() if resume else None
+        self.train_set: SegmentationDataset = build_dataset(config.data, "train", saved and saved.metadata)
+        self.val_set: SegmentationDataset = build_dataset(config.data, "val", self.train_set.metadata)
+        check(len(self.train_set) > 0, "data", "at least one example to train", len(self.train_set))
+        check_batch_size(config.solver.batch_size, config.solver.accumulate, world_size())
         self.metadata = self.train_set.metadata
         check_classes(self.metadata, self.val_set.metadata)
         self.config = config = with_classes(config, self.metadata)
         if (crop := config.data.augment.crop_size) is not None:  # otherwise every step checks its images
-            images, rest = divmod(config.solver.batch_size, config.solver.accumulate * world_size())
+            images = config.solver.batch_size // (config.solver.accumulate * world_size())
             step = max(config.model.size_divisibility, 1)
-            if rest == 0:  # the loader refuses other batch sizes
-                check_batch_norm(config, images, *(-(-side // step) * step for side in crop))
+            check_batch_norm(config, images, *(-(-side // step) * step for side in crop))
 
         torch.manual_seed(config.seed)
         self.network = build_model(config.model)
-        if not (resume and on_main(lambda: bool(complete_checkpoints(self.checkpoints)))):
+        if saved is None:
             self._load_pretrained()
         layout = torch.channels_last if config.solver.channels_last else torch.contiguous_format
         self.network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
@@ -112,14 +117,13 @@ class Trainer:
         for task in self.tasks:
             self.predictor.check_task(task)
             build_evaluator(task, self.val_set.metadata)  # raises now, not at the first validation
+        check_measurable(self.val_set, self.tasks)
 
         self.signals = StopSignals()
         self._stop_flag = DelayedFlag()
         self.stopped = False
-        self.resumed: Path | None = None
-        self.damaged: list[Path] = []
-        if resume:
-            self._restore()
+        if saved is not None:
+            self._restore(saved)
 
     def _load_pretrained(self) -> None:
         """Load the weights that the configuration names to start from, if any."""
@@ -337,13 +341,18 @@ class Trainer:
                 self.log.picture(self.step, grid)
         return metrics
 
-    def _restore(self) -> None:
-        """Continue from the newest undamaged checkpoint; without one, start at step 0."""
-        newest, self.damaged = on_main(lambda: newest_undamaged(self.checkpoints))
-        if newest is None:
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """Read the newest undamaged checkpoint's weights, to resume from it; None without a checkpoint."""
+        self.resumed, self.damaged = on_main(lambda: newest_undamaged(self.checkpoints))
+        if self.resumed is None:
             logger.warning("%s has no checkpoint: starting at step 0", self.folder)
-            return
-        saved = load_weights(newest)
+            return None
+        return load_weights(self.resumed)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Continue from the checkpoint ``resumed``, whose weights are ``saved``."""
+        newest = self.resumed
+        assert newest is not None
         check_same_classes(saved.metadata, self.metadata, newest)
         changed = config_differences(saved.config, self.config, ("model", "loss", "data", "solver"))
         if changed:
@@ -355,7 +364,6 @@ class Trainer:
         for group, current in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(current)  # the configuration's rates and decays, which may differ from the saved ones
         self.train_step.load_state_dict(state)
-        self.resumed = newest
         logger.info("resuming from %s", newest)
 
 

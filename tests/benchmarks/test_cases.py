@@ -31,6 +31,7 @@ from benchmarks.cases import (
     segments,
     semantic,
     train_step,
+    window_attention,
 )
 from benchmarks.harness.case import Case, Work
 from benchmarks.harness.measure import tensors
@@ -65,6 +66,7 @@ TINY: dict[str, Callable[[torch.device], Work]] = {
     "mask product": partial(mask_product.masks_setup, wanted=25, size=16),
     "mask product, labels": partial(mask_product.labels_setup, size=64),
     "convolution": partial(convolution.setup, dtype=torch.bfloat16, channels=16, size=16),
+    "window attention": partial(window_attention.setup, dtype=torch.bfloat16, side=9),
     "criterion": partial(criterion.setup, layers=2, counts=(3, 5), queries=9, depth=8, size=(16, 16)),
     **{part: partial(network.setup, model=MODEL, part=part, dtype="float32", size=SIZE) for part in network.PARTS},
     "network bfloat16": partial(network.setup, model=MODEL, part="network", dtype="bfloat16", size=SIZE),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskformer_fast.core.files import atomic_write, write_json
+from maskformer_fast.core.files import atomic_write, check_no_windows_path, write_json
 
 
 def test_the_file_is_replaced_only_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -68,3 +68,11 @@ def test_json_is_strict_and_a_refused_object_leaves_the_file(tmp_path: Path) -> 
         with pytest.raises(error):
             write_json(path, bad)
     assert "Zürich" in path.read_text(encoding="utf-8"), "a refused object leaves the file"
+
+
+def test_paths_of_windows_are_refused_with_the_path_to_write_unless_they_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / r"a\b").touch()
+    check_no_windows_path({"a": None, "b": "", "c": "d/e", "d": r"a\b", "e": "c:x"})
+    with pytest.raises(ValueError, match=r"picture: expected .*, got D:\\x y\\z.png, .*write /mnt/d/x y/z.png in WSL"):
+        check_no_windows_path({"output": "x", "picture": r"D:\x y\z.png"})

@@ -292,6 +292,43 @@ def test_deep_pngs_are_read_with_the_bits_they_state_or_have(
     assert [f"at most {values[..., :3].max()}" in record.getMessage() for record in caplog.records] == [True] * warns
 
 
+def test_a_pil_image_has_the_bits_that_its_file_states_also_when_it_is_turned(tmp_path, caplog):
+    values = spread(700).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.tif", tiffinfo={274: 6, 281: 1023})  # turned by 90 degrees
+    (tmp_path / "x.png").write_bytes(png(values, 16, 0, significant=10))
+    in_memory = io.BytesIO((tmp_path / "x.tif").read_bytes())  # Pillow 12 mixes up what it maps
+    for image in (tmp_path / "x.tif", Image.open(in_memory)):
+        np.testing.assert_array_equal(as_rgb_array(image)[..., 0], np.rot90(values, -1) >> 2)
+    opened = Image.open(tmp_path / "x.png")
+    for image in (tmp_path / "x.png", opened):
+        np.testing.assert_array_equal(as_rgb_array(image)[..., 0], values >> 2)
+    assert not caplog.records
+    (tmp_path / "x.png").unlink()
+    np.testing.assert_array_equal(as_rgb_array(opened)[..., 0], values >> 4)
+    assert "at most 700 are read as pixels of 12 bits" in caplog.text
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_as_its_orientation_says_or_left_as_stored(tmp_path, compression, orientation):
+    stored = spread(250).astype(np.uint8)
+    Image.fromarray(stored).save(tmp_path / "x.tif", tiffinfo={274: orientation}, compression=compression)
+    turned = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.T,
+              6: np.rot90(stored, -1), 7: stored[::-1, ::-1].T, 8: np.rot90(stored)}[orientation]
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif")[..., 0], turned)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", upright=False)[..., 0], stored)
+    np.testing.assert_array_equal(read_index_png(tmp_path / "x.tif"), stored)
+    in_memory = io.BytesIO((tmp_path / "x.tif").read_bytes())
+    np.testing.assert_array_equal(as_rgb_array(Image.open(in_memory))[..., 0], turned)
+    np.testing.assert_array_equal(as_rgb_array(Image.open(in_memory), upright=False)[..., 0], stored)
+
+
+def test_a_dark_pil_image_of_16_bit_colours_is_named(tmp_path, caplog):
+    (tmp_path / "x.png").write_bytes(png(spread(1000, (5, 18)), 16, 2))
+    assert as_rgb_array(Image.open(tmp_path / "x.png")).max() < 4
+    assert "give its path instead" in caplog.text
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize(("tags", "shift"), [({}, 4), ({"largest": 1023}, 2), ({"largest": 65535}, 8)])
 def test_deep_colour_tiffs_are_read_with_the_bits_they_state_or_have(tmp_path, order, tags, shift):

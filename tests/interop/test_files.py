@@ -135,6 +135,54 @@ def test_a_prefix_of_all_names_is_taken_off_and_said(
     assert f"model.pth: all names begin with {prefix!r}, which was taken off" in caplog.text
 
 
+NETWORK = {
+    "backbone.stem.conv1.weight": torch.ones(2),
+    "backbone.res2.0.conv1.weight": torch.full((2,), 2.0),
+    "sem_seg_head.predictor.class_embed.weight": torch.full((2,), 3.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("renamed", "said"),
+    [
+        (lambda name: name.replace("backbone.", "backbone._orig_mod."), "'_orig_mod.' taken out of 2 names"),
+        (lambda name: name.replace("res2.", "module.res2.module."), "'module.' taken out of 1 names"),
+        (lambda name: name.replace("backbone.", "_fsdp_wrapped_module.backbone._checkpoint_wrapped_module."),
+         "'_fsdp_wrapped_module.' and '_checkpoint_wrapped_module.' taken out of 2 names"),
+        (lambda name: f"{'_orig_mod.' * ('res2' in name)}model.{name}", "all names begin with 'model.'"),
+        (lambda name: f"student.net.{name}", "took the names that begin with 'student.net.'"),
+    ],
+)
+def test_what_wrappers_add_to_some_names_or_others_to_all_is_taken_out_and_said(
+    tmp_path: Path, renamed: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "model.pth", {renamed(name): tensor for name, tensor in NETWORK.items()}, "torch", "state_dict")
+    with caplog.at_level("INFO"):
+        assert_same(read_weights(tmp_path / "model.pth"), NETWORK)
+    assert said in caplog.text
+
+
+def test_tensors_beside_a_network_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = {f"model.{name}": tensor for name, tensor in NETWORK.items()} | {"val_iou.confmat": torch.ones(3, 3)}
+    write(tmp_path / "model.ckpt", names, "torch", "state_dict")
+    with caplog.at_level("INFO"):
+        assert_same(read_weights(tmp_path / "model.ckpt"), NETWORK)
+    assert "begin with 'model.', without that; left out 1 others: val_iou.confmat" in caplog.text
+
+
+def test_two_networks_in_a_file_are_refused(tmp_path: Path) -> None:
+    names = {f"{prefix}.{name}": tensor for name, tensor in NETWORK.items() for prefix in ("student", "teacher")}
+    write(tmp_path / "model.pth", names, "torch", None)
+    with pytest.raises(ConvertError, match=r"expected one network, got 2, .*'student\.', 'teacher\.': save one"):
+        read_weights(tmp_path / "model.pth")
+
+
+def test_parts_of_wrappers_stay_where_two_names_would_become_one(tmp_path: Path) -> None:
+    names = {"a.module.w": torch.ones(1), "a.w": torch.zeros(1)}
+    write(tmp_path / "model.pth", names, "torch", None)
+    assert_same(read_weights(tmp_path / "model.pth"), names)
+
+
 def test_a_prefix_of_some_names_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = {f"model.{name}" if name.startswith("a.") else name: tensor for name, tensor in WEIGHTS.items()}
     write(tmp_path / "model.pth", names, "torch", None)
@@ -155,7 +203,7 @@ def test_a_prefix_of_one_shard_alone_stays(tmp_path: Path) -> None:
     assert read_weights(index) == {}
 
 
-@pytest.mark.parametrize("keys", [["model_state_dict"], ["model_state"], ["state", "model"], ["module"], ["network"]])
+@pytest.mark.parametrize("keys", [["model_state_dict"], ["model_state"], ["state", "model"], ["weights"], ["net"]])
 def test_usual_wrappers_are_opened(tmp_path: Path, keys: list[str]) -> None:
     content: dict[str, Any] = dict(WEIGHTS)
     for key in reversed(keys):

@@ -15,6 +15,7 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.inference.load import load_network
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.fuse_for_cpu import FusedBottleneck, FusedConv, convolves_bfloat16, fuse_for_cpu
+from maskformer_fast.modeling.fused_linear import FusedAttention, FusedLinear, FusedSwinStage
 from maskformer_fast.modeling.weights import save_weights
 from maskformer_fast.ops.mask_product import layer_mask_logits
 
@@ -57,7 +58,8 @@ def test_fused_predictions_equal_the_networks(name, size):
     fast = copy.deepcopy(network)
     fuse_for_cpu(fast)
     kinds = {type(module) for module in fast.modules()}
-    assert FusedConv in kinds and (FusedBottleneck in kinds) == (name != "swin")
+    assert FusedConv in kinds and (FusedBottleneck in kinds) == (name != "swin") == (FusedSwinStage not in kinds)
+    assert {FusedLinear, FusedAttention} <= kinds and nn.Linear not in kinds
     assert nn.BatchNorm2d not in kinds and nn.SyncBatchNorm not in kinds
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     sizes = torch.tensor([size, (size[0] - 9, size[1] - 20)])
@@ -82,9 +84,10 @@ needs_bfloat16 = pytest.mark.skipif(not convolves_bfloat16(), reason="this proce
 
 
 @needs_bfloat16
+@pytest.mark.parametrize("name", ["batch, wider", "swin"])
 @torch.no_grad()
-def test_fused_bfloat16_is_as_close_as_autocast():
-    network = make_network(BACKBONES["batch, wider"])
+def test_fused_bfloat16_is_as_close_as_autocast(name):
+    network = make_network(BACKBONES[name])
     fast = copy.deepcopy(network)
     fuse_for_cpu(fast, torch.bfloat16)
     images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
@@ -105,11 +108,31 @@ def test_fused_networks_take_images_of_a_pixel_and_empty_batches():
     assert fast(images[:0]).class_logits.shape == network(images[:0]).class_logits.shape
 
 
+@pytest.mark.parametrize("faster", [True, False], ids=["oneDNN", "MKL"])
+@torch.no_grad()
+def test_linear_layers_equal_pytorchs_by_either_library(faster, monkeypatch):
+    monkeypatch.setattr("maskformer_fast.modeling.fused_linear.onednn_is_faster", lambda: faster)
+    torch.manual_seed(0)
+    plain = nn.Linear(45, 31)
+    for shape in ((1, 45), (3, 7, 45), (0, 45)):
+        x, residual = torch.randn(shape), torch.randn(*shape[:-1], 31)
+        for bias in (plain.bias, None):
+            wanted = torch.nn.functional.linear(x, plain.weight, bias)
+            for gelu in (False, True):
+                layer = pickle.loads(pickle.dumps(FusedLinear(plain.weight, bias, torch.float32, gelu)))
+                assert layer.weight.is_mkldnn == faster
+                torch.testing.assert_close(layer(x), torch.nn.functional.gelu(wanted) if gelu else wanted)
+            before = residual.clone()
+            torch.testing.assert_close(FusedLinear(plain.weight, bias, torch.float32)(x, residual), wanted + residual)
+            assert torch.equal(residual, before)
+
+
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
+@pytest.mark.parametrize("name", ["batch, wider", "swin"])
 @torch.no_grad()
-def test_copies_of_a_fused_network_predict_the_same(copier, dtype):
-    network = make_network(BACKBONES["batch, wider"])
+def test_copies_of_a_fused_network_predict_the_same(copier, dtype, name):
+    network = make_network(BACKBONES[name])
     fuse_for_cpu(network, dtype)
     images = torch.randint(0, 256, (1, 3, 50, 70), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import torch
 from maskformer_fast.core import extension
 from maskformer_fast.ops import semantic_inference
 from maskformer_fast.ops.semantic import SemanticMap, semantic_inference_eager
-from tests.support.operator_calls import semantic_by_path
 from tests.support.oracles import assert_semantic_map, random_logits, semantic_scores
 
 pytestmark = pytest.mark.gpu
@@ -48,52 +46,11 @@ def test_operator_equals_definition(dtype, batch, queries, classes, size, extent
     assert all(torch.equal(a, b) for a, b in zip(again, result, strict=True))
 
 
-def peaky_case(queries: int, classes: int, size: tuple[int, int], dtype: torch.dtype):
-    """Smooth masks, a fifth of the queries sure of a class, the others of none."""
-    masks, logits = random_case(queries, 2, queries, classes, size, torch.float32)
-    masks = torch.nn.functional.avg_pool2d(masks, 5, 1, 2) * 12
-    logits[:, : queries // 5 + 1, queries % classes] += 9
-    logits[:, queries // 5 + 1 :, classes] += 12
-    return masks.to(dtype), logits.to(dtype)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("make", [peaky_case, partial(random_case, 1, 2)], ids=["peaky", "random"])
-@pytest.mark.parametrize(
-    "queries, classes, size, output",
-    [
-        (100, 150, (32, 40), (128, 157)),
-        (256, 847, (9, 9), (33, 37)),
-        (33, 1, (5, 7), (20, 11)),
-        (1, 3, (1, 1), (3, 40)),
-    ],
-)
-def test_pruned_labels_are_those_of_all_queries(make, dtype, queries, classes, size, output) -> None:
-    masks, logits = make(queries, classes, size, dtype)
-    extent = (float(size[0]), float(size[1]))
-    dense = semantic_inference(masks, logits, extent, output, True, True)
-    clear = dense.margins > TOLERANCES[dtype] * dense.scores.clamp(min=1)
-    for view in (masks, masks.contiguous(memory_format=torch.channels_last)):
-        labels = semantic_by_path(view, logits, extent, output, "pruned").labels
-        assert clear.any() and torch.equal(labels[clear], dense.labels[clear])
-        assert torch.equal(labels, semantic_by_path(view, logits, extent, output, "pruned").labels)
-
-
-def test_peaky_predictions_leave_few_tiles_unproven() -> None:
-    kernels = extension.load_kernels("semantic_pruned")
-    tiles = extension.load_kernels("semantic_tile")
-    masks, logits = peaky_case(100, 150, (64, 64), torch.float16)
-    labels = torch.empty(2, 256, 256, dtype=torch.uint8, device="cuda")
-    tiling = tiles.plan_tiles(masks, masks.shape[2:], (64.0, 64.0), labels)
-    count, *rest = kernels.semantic_pruned(masks, logits, tiling, labels).tolist()
-    assert 0 <= count < tiling.tiles and len(set(rest[:count])) == count
-
-
 @pytest.mark.parametrize("fused", [True, False, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("queries, depth", [(100, 256), (200, 65)])
 def test_embeddings_equal_definition(fused, dtype, queries: int, depth: int) -> None:
-    kernels = extension.load_kernels("semantic")
+    kernels = extension.load_kernels("semantic_embeddings")
     generator = torch.Generator().manual_seed(depth)
     _, logits = random_case(0, 2, queries, 33, (1, 1), torch.float32)
     embeddings = torch.randn(2, queries, depth, generator=generator).to("cuda", dtype)
@@ -107,17 +64,16 @@ def test_embeddings_equal_definition(fused, dtype, queries: int, depth: int) -> 
     assert_semantic_map(result, semantic_scores(masks, logits, (15.0, 17.5), (60, 70)), TOLERANCES[dtype] + rounding)
 
 
-@pytest.mark.parametrize("path", ["dense", "pruned"])
 @pytest.mark.parametrize("value, name", [(math.nan, "pixel"), (math.nan, "class"), (math.inf, "class")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_nan_is_label_0_and_nan_score(dtype, value: float, name: str, path: str) -> None:
+def test_nan_is_label_0_and_nan_score(dtype, value: float, name: str) -> None:
     masks, logits = random_case(3, 1, 9, 7, (12, 40), dtype)
     clean = semantic_inference(masks, logits, (12.0, 40.0), (48, 160), True, True)
     (masks[0, 3] if name == "pixel" else logits[0, 3]).view(-1)[-1 if name == "class" else 20] = value
     result = semantic_inference(masks, logits, (12.0, 40.0), (48, 160), True, True)
     bad = semantic_inference_eager(masks, logits, (12.0, 40.0), (48, 160), True, True).scores.isnan()
     assert bad.any() and torch.equal(bad, result.scores.isnan()) and torch.equal(bad, result.margins.isnan())
-    labels = semantic_by_path(masks, logits, (12.0, 40.0), (48, 160), path).labels
+    labels = semantic_inference(masks, logits, (12.0, 40.0), (48, 160)).labels
     assert (labels[bad] == 0).all() and torch.equal(labels[~bad], clean.labels[~bad])
 
 
@@ -130,14 +86,13 @@ def test_infinite_masks_are_absent_or_present() -> None:
     torch.testing.assert_close(result.scores, expected.scores)
 
 
-@pytest.mark.parametrize("path", ["dense", "pruned"])
-def test_opcheck_compile_and_graph(path: str) -> None:
+def test_opcheck_compile_and_graph() -> None:
     masks, logits = random_case(1, 2, 12, 9, (6, 7), torch.float32)
     operator = torch.ops.maskformer_fast.semantic_inference.default
-    torch.library.opcheck(operator, (masks, logits, [6.0, 7.0], [17, 20], *[path == "dense"] * 2, path))
+    torch.library.opcheck(operator, (masks, logits, [6.0, 7.0], [17, 20], True, True))
 
     def infer(masks: torch.Tensor) -> torch.Tensor:
-        return semantic_by_path(masks * 2, logits, (6.0, 7.0), (24, 28), path).labels + 1
+        return semantic_inference(masks * 2, logits, (6.0, 7.0), (24, 28)).labels + 1
 
     assert torch.equal(torch.compile(infer, fullgraph=True)(masks), infer(masks))
     graph = torch.cuda.CUDAGraph()

@@ -96,3 +96,10 @@ def test_a_list_of_images_of_another_origin_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"output: expected a folder without another images\.json.*got '.*json'"):
         ResultWriter(tmp_path, METADATA, False, ["a.jpg"])
     assert (tmp_path / "images.json").read_text() == "[]"
+
+
+def test_an_output_that_is_a_file_or_below_one_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/below/it"):
+        with pytest.raises(ValueError, match="output: expected a folder, which may be new, got .*file"):
+            ResultWriter(folder, METADATA, False, ["a"])

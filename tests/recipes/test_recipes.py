@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from maskformer_fast.config import Config
+from maskformer_fast.core.typed import to_plain
 from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.modeling.backbone import resolve_backbone
-from maskformer_fast.recipes import CONFIG_DIR, load_recipe, recipe_names
+from maskformer_fast.recipes import CONFIG_DIR, from_dict, load_recipe, recipe_names
 from tests.support.memory import at_most
 from tests.support.paths import ROOT
 
@@ -210,3 +211,15 @@ def test_hostile_recipes_are_refused_by_the_files_name(tmp_path: Path, text: str
     (tmp_path / "mine.yaml").write_text(text)
     with at_most(300), pytest.raises(ValueError, match=rf"mine\.yaml: .*{message}"):
         load_recipe(tmp_path / "mine.yaml")
+
+
+def test_a_run_of_an_earlier_version_keeps_leaving_out_images_without_objects():
+    data = to_plain(load_recipe("small"))
+    for name in ("keep_empty", "exif"):
+        del data["data"][name]
+    earlier = from_dict(data).data
+    assert (earlier.keep_empty, earlier.exif) == (False, True)
+    assert from_dict(to_plain(load_recipe("small"))).data.keep_empty
+    assert from_dict({"data": {"dataset": "coco_instances", "root": "x"}}).data.keep_empty, "a recipe, no saved run"
+    del data["data"]["workers"]
+    assert from_dict(data).data.keep_empty

@@ -57,7 +57,7 @@ def semantic(device: str, path: str) -> None:
 
 
 def semantic_embeddings(device: str) -> None:
-    from maskformer_fast.kernels.semantic import semantic_from_embeddings
+    from maskformer_fast.kernels.semantic_embeddings import semantic_from_embeddings
 
     labels = torch.empty(2, 41, 50, dtype=torch.uint8, device=device)
     for dtype in DTYPES:

@@ -19,6 +19,7 @@ from maskformer_fast.config import Config, ModelConfig
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.modeling.weights import CheckpointError, load_weights
 from maskformer_fast.recipes import load_recipe
+from maskformer_fast.train import with_own_recipe
 from maskformer_fast.training import checkpoints
 from maskformer_fast.training import trainer as trainer_module
 from maskformer_fast.training.checkpoints import complete_checkpoints, newest_undamaged, save_checkpoint
@@ -183,3 +184,38 @@ def test_if_all_checkpoints_are_damaged_each_is_named_and_no_file_changes(tmp_pa
     with pytest.raises(CheckpointError, match=r"(?s)all are damaged:.*step_00000006/trainer.*step_00000004/trainer"):
         Trainer(tiny(tmp_path), resume=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_copies_of_checkpoints_under_other_names_are_neither_read_nor_deleted(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    copies = [tmp_path / name for name in ("step_00000002.bak", "step_abc", "step_00000009 (copy)")]
+    for copy in copies:
+        shutil.copytree(tmp_path / "step_00000002", copy)
+    for step in (3, 4, 5):
+        save(tmp_path, step)
+    assert newest_undamaged(tmp_path) == (tmp_path / "step_00000005", [])
+    assert all(copy.is_dir() for copy in copies)
+
+
+def test_a_checkpoint_without_weights_and_checksums_is_passed_over(tmp_path):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    for name in ("model.safetensors", "checksums.json"):
+        (second / name).unlink()
+    assert newest_undamaged(tmp_path) == (first, [second])
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 512, b"\n"])
+def test_a_lost_recipe_is_written_anew_from_the_newest_checkpoint(tmp_path, caplog, content):
+    save(tmp_path / "checkpoints", 1)
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert with_own_recipe(["--resume", "--output", str(tmp_path)])[:2] == ["--config", str(tmp_path / "config.yaml")]
+    assert load_recipe(tmp_path / "config.yaml") == replace(CONFIG, output=str(tmp_path))
+    assert "empty, and written anew from" in caplog.text
+
+
+def test_a_recipe_with_a_mistake_stays_as_it_is(tmp_path):
+    save(tmp_path / "checkpoints", 1)
+    (tmp_path / "config.yaml").write_text("solver: {max_step: 3}")
+    with_own_recipe(["--resume", "--output", str(tmp_path)])
+    assert (tmp_path / "config.yaml").read_text() == "solver: {max_step: 3}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskformer_fast import evaluate
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import build_dataset
 from maskformer_fast.evaluation.measure import check_classes
@@ -14,6 +15,7 @@ from maskformer_fast.modeling.weights import CheckpointError, load_initial, load
 from maskformer_fast.recipes import load_recipe
 from maskformer_fast.training import trainer as module
 from maskformer_fast.training.trainer import Trainer
+from tests.support import coco_files
 from tests.support.paths import TINY_RECIPE
 
 TINY = load_recipe(TINY_RECIPE)
@@ -41,8 +43,8 @@ def saved(folder, kind, *names):
 
 
 def rename_classes(monkeypatch, rename):
-    def build(config, split):
-        dataset = build_dataset(config, split)
+    def build(config, split, trained):
+        dataset = build_dataset(config, split, trained)
         dataset.metadata = replace(dataset.metadata, class_names=tuple(rename(dataset.metadata.class_names)))
         return dataset
 
@@ -127,3 +129,31 @@ def test_measuring_refuses_classes_of_which_some_are_reordered():
     check_classes(classes("cat", "dog", "bird"), classes("cat", "dog", "fish"))  # a warning
     with pytest.raises(ValueError, match=r"0: cat / dog; 1: dog / cat; 2: bird / fish"):
         check_classes(classes("cat", "dog", "bird"), classes("dog", "cat", "fish"))
+
+
+def test_a_run_that_was_trained_with_a_grouping_category_resumes_and_is_measured_with_it(tmp_path):
+    data = coco_files.content()
+    data["categories"] = [{"id": 1, "name": "all"}, *({**c, "supercategory": "all"} for c in data["categories"])]
+    data["annotations"][0]["category_id"] = 1
+    for split in ("train", "val"):
+        coco_files.store(tmp_path, data, split, f"instances_{split}.json")
+    options = replace(TINY.data, dataset="coco_instances", root=str(tmp_path))
+    config = replace(TINY, output=str(tmp_path / "run"), data=options, metrics=("instance",),
+                     solver=replace(TINY.solver, max_steps=1))
+    Trainer(config).run()
+    data["annotations"][0]["category_id"] = 20
+    for split in ("train", "val"):
+        coco_files.store(tmp_path, data, split, f"instances_{split}.json")
+    resumed = Trainer(replace(config, solver=replace(TINY.solver, max_steps=2)), resume=True)
+    assert resumed.metadata.class_names == resumed.val_set.metadata.class_names == ("all", "b", "a")
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+    anew = Trainer(replace(config, output=str(tmp_path / "new")))
+    assert anew.metadata.class_names == anew.val_set.metadata.class_names == ("b", "a")
+
+
+def test_panoptic_quality_of_instances_is_refused_before_training(tmp_path):
+    for split in ("train", "val"):
+        coco_files.store(tmp_path, None, split, f"instances_{split}.json")
+    options = replace(TINY.data, dataset="coco_instances", root=str(tmp_path))
+    with pytest.raises(ValueError, match="metrics: expected semantic or instance for truth of instances"):
+        Trainer(replace(TINY, output=str(tmp_path / "run"), data=options, metrics=("instance", "panoptic")))

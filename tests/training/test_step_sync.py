@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskformer_fast.config import BackboneConfig, LossConfig
 from maskformer_fast.training.criterion import Criterion
 from maskformer_fast.training.skipped_steps import SkippedSteps, StepReport, TrainingDiverged
+from tests.support.host_reads import NoHostRead
 from tests.support.step_cases import CLASSES, SWIN, TINY, batches, config_of, spoil, step_of
 
 # Late reports of steps
@@ -77,21 +77,6 @@ def test_counters_survive_a_checkpoint():
 
 
 # Reads by the host
-
-READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique2", "_unique2",
-         "repeat_interleave.Tensor", "allclose", "bincount"}  # fmt: skip
-
-
-class NoHostRead(TorchDispatchMode):
-    """Fails on operations for which the host waits for a device: reads of values, and shapes that depend on values."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        packet, _, overload = func.name().removeprefix("aten::").partition(".")
-        assert packet not in READS and f"{packet}.{overload}" not in READS, f"{func.name()} reads from the device"
-        if packet in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            assert not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]), "indexed by a mask"
-        return func(*args, **(kwargs or {}))
-
 
 @contextmanager
 def no_host_read(monkeypatch):

@@ -215,8 +215,8 @@ def test_the_log_stays_json_when_a_loss_is_not_finite(tmp_path):
 def test_validation_classes_must_be_those_of_training(tmp_path, monkeypatch):
     from maskformer_fast.training import trainer as module
 
-    def build(config, split):
-        dataset = build_dataset(config, split)
+    def build(config, split, trained):
+        dataset = build_dataset(config, split, trained)
         if split == "val":
             names = dataset.metadata.class_names
             dataset.metadata = replace(dataset.metadata, class_names=(names[1], names[0], *names[2:]))

@@ -9,7 +9,8 @@ Layouts, where ``{split}`` is ``data.train_split`` or ``data.val_split``::
 
 For the split "val" a folder "valid" serves as well.
 
-Classes are the ``categories`` in their order; all of them are things. Objects without a usable outline or without a
+Classes are the ``categories`` in their order; all of them are things. Categories that only group others are left out,
+see `_groups`. Objects without a usable outline or without a
 pixel are left out, counted by reason, and logged; a file without any other objects is an error. Training leaves out
 images that have only crowds or objects without a usable outline, and with ``data.keep_empty`` false also images
 without annotations. Validation keeps all images, because false detections in them count.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ from maskformer_fast.structures import Example
 _LOGGER = logging.getLogger("maskformer_fast.data")
 EXPORTS = ("_annotations.coco.json", "result.json", "annotations.json")
 """Annotation files in a split's folder of images, as Roboflow, Label Studio and labelme2coco write them."""
+_ONLY_CROWDS = "only crowds, which are not trained (set iscrowd to 0 in annotations of single objects)"
 _MASK_LIMIT = 1 << 34  # bytes of the masks of one image, a byte a pixel
 
 
@@ -68,6 +71,7 @@ class CocoInstances:
         name: name of the data set in its metadata.
         keep_empty: in training, keep images without annotations.
         exif: turn images as their EXIF orientation says.
+        classes: names of classes that a network has; a category of such a name is never left out.
 
     Raises:
         FileNotFoundError: annotations or images are missing.
@@ -78,14 +82,21 @@ class CocoInstances:
     task: Task = "instance"
 
     def __init__(
-        self, path: Path, root: Path, split: str, training: bool, name: str, keep_empty: bool = True, exif: bool = True
+        self, path: Path, root: Path, split: str, training: bool, name: str, keep_empty: bool = True, exif: bool = True,
+        classes: Collection[str] = (),
     ) -> None:
         self._exif = exif
         coco_tools()  # reports a missing package now and not at the first example
         content = load_coco(path)
         self.path = path
         self.metadata = read_categories(content, path, name, things_only=True)
-        _name_grouping_categories(content, path)
+        if groups := _groups(content, self.metadata, classes):
+            content["categories"] = [
+                record for record in content["categories"] if as_integer(record["id"]) not in groups
+            ]
+            self.metadata = read_categories(content, path, name, things_only=True)
+            _LOGGER.warning("%s: left out the categories %s, which group others and have no annotation", path,
+                            ", ".join(map(repr, groups.values())))
         images = read_images(content, path, image_folders(root, split))
         objects, annotated = _objects_by_image(content, path, images, self.metadata)
         self._images = list(images.values())
@@ -151,6 +162,9 @@ def _objects_by_image(
     left_out, relative, crowds = LeftOut(), 0, 0
     for index, (record, number) in enumerate(zip(records.items, numbers, strict=True)):
         image = records.image_id(index, images)
+        if image is None:
+            left_out.add('an image that is not listed under "images"', f"annotation {number}")
+            continue
         category, crowd = records.number(index, "category_id"), bool(records.number(index, "iscrowd", default=0))
         if category not in category_index:
             raise records.error(index, "category_id", 'the id of an entry of "categories"')
@@ -175,7 +189,10 @@ def _objects_by_image(
         reasons = f"  all with {RELATIVE}" if relative == len(numbers) else str(left_out)
         raise ValueError(f"{path}: annotations: expected outlines with pixels in segmentation, got none:\n{reasons}")
     left_out.log(path, "annotations")
-    if crowds:
+    if crowds == len(numbers) > 0:
+        _LOGGER.warning("%s: all %d annotations are crowds, which are not trained and ignored in AP: set their iscrowd "
+                        "to 0 if they are single objects", path, crowds)
+    elif crowds:
         _LOGGER.info("%s: %d of %d annotations are crowds: not trained, and ignored in AP", path, crowds, len(numbers))
     return objects, annotated
 
@@ -214,7 +231,7 @@ def _trained_images(
         if any(not item["crowd"] for item in objects.get(image.id, ())):
             kept.append(image)
         elif image.id in annotated:
-            reason = "only crowds" if image.id in objects else "objects without a usable outline only"
+            reason = _ONLY_CROWDS if image.id in objects else "objects without a usable outline only"
             left_out.add(reason, image.file_name)
         elif keep_empty:
             kept.append(image)
@@ -222,6 +239,8 @@ def _trained_images(
         else:
             left_out.add("no object (--data.keep-empty trains them)", image.file_name)
     if len(kept) == empty:
+        for image in kept:
+            left_out.add("no annotation", image.file_name)
         raise ValueError(f"{path}: expected images with objects, found none of {len(images)}:\n{left_out}")
     left_out.log(path, f"of {len(images)} images")
     if empty:
@@ -230,25 +249,33 @@ def _trained_images(
     return kept
 
 
-def _name_grouping_categories(content: dict[str, Any], path: Path) -> None:
-    """Log categories without annotations that other categories name as their ``supercategory``; they stay classes."""
-    categories = content["categories"]
-    used = {as_integer(record.get("category_id")) for record in content.get("annotations") or ()
-            if isinstance(record, dict)}
-    groups = {str(record.get("supercategory")) for record in categories
-              if record.get("supercategory") != record["name"]}
-    unused = [record["name"] for record in categories
-              if record["name"] in groups and as_integer(record["id"]) not in used]
-    if unused:
-        _LOGGER.warning("%s: categories %s group others and have no annotation here: they stay classes; remove them "
-                        "from the files of all splits if they are none", path, ", ".join(map(repr, unused)))
+def _groups(content: dict[str, Any], metadata: Metadata, classes: Collection[str]) -> dict[int, str]:
+    """Categories that only group others, by id -> name.
+
+    These are the ``supercategory`` of another category, have no annotation in this file, and no name of ``classes``.
+    """
+    annotations = content.get("annotations")
+    records = annotations if isinstance(annotations, list) else []  # what else it may be is refused later
+    used = {as_integer(record.get("category_id")) for record in records if isinstance(record, dict)}
+    categories = {as_integer(record["id"]): record for record in content["categories"]}
+    groups = {}
+    for number, unique in zip(metadata.category_ids, metadata.class_names, strict=True):
+        name = categories[number]["name"]
+        has_members = any(
+            other != number and record.get("supercategory") == name for other, record in categories.items()
+        )
+        if has_members and number not in used and unique not in classes:
+            groups[number] = name
+    return groups if len(groups) < len(categories) else {}
 
 
-def coco_instances_dataset(config: DataConfig, root: Path, split: str, training: bool) -> CocoInstances:
+def coco_instances_dataset(
+    config: DataConfig, root: Path, split: str, training: bool, classes: Collection[str] = ()
+) -> CocoInstances:
     """Open a data set in one of the layouts of the module's docstring; raises as `CocoInstances` does."""
     resolve_task(config.task, "instance", ("instance",), config.dataset)
     exported = [root / name / export for name in split_names(split) for export in EXPORTS]
     candidates = [root / "annotations" / f"instances_{name}.json" for name in split_names(split)] + exported
     path = first_existing(candidates, "instance annotations")
     folder = path.parent.name if path in exported else split
-    return CocoInstances(path, root, folder, training, root.resolve().name, config.keep_empty, config.exif)
+    return CocoInstances(path, root, folder, training, root.resolve().name, config.keep_empty, config.exif, classes)

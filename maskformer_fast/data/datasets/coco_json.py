@@ -135,13 +135,13 @@ class Records:
             raise self.error(index, key, "an integer or a text")
         return value
 
-    def image_id(self, index: int, image_ids: Container[int | str]) -> int | str:
-        """Read the id of a listed image; the number 1 and the text "1" are the same id."""
+    def image_id(self, index: int, image_ids: Container[int | str]) -> int | str | None:
+        """Read the id of a listed image, None where it is not listed; the number 1 and the text "1" are the same id."""
         value = self.identity(index, "image_id")
         for same in (value, str(value), as_integer(value)):
             if same is not None and same in image_ids:
                 return same
-        raise self.error(index, "image_id", 'the id of an entry of "images"')
+        return None
 
     def error(self, index: int, key: str, expected: str) -> ValueError:
         """Make the error about one key of one record."""

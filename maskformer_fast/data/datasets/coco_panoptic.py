@@ -25,6 +25,7 @@ from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.data.base import (
     BrokenExampleError,
+    LeftOut,
     check_same_size,
     first_existing,
     path_below,
@@ -195,8 +196,12 @@ def _truth_by_image(
     records = Records(content, "annotations", path)
     category_index = {category: index for index, category in enumerate(metadata.category_ids)}
     truth: dict[int | str, tuple[str, np.ndarray]] = {}
+    left_out = LeftOut()
     for index, record in enumerate(records.items):
         image = records.image_id(index, image_ids)
+        if image is None:
+            left_out.add('an image that is not listed under "images"', str(record.get("file_name")))
+            continue
         if image in truth:
             raise ValueError(f"{records.where(index)}: image_id: expected one annotation an image, got {image!r} twice")
         segments = Records(record, "segments_info", records.where(index))
@@ -211,6 +216,7 @@ def _truth_by_image(
         if len({row[0] for row in rows}) != len(rows):
             raise ValueError(f"{records.where(index)}: segments_info: id: expected distinct ids, got one twice")
         truth[image] = records.text(index, "file_name"), np.array(rows, dtype=np.int32).reshape(-1, 3)
+    left_out.log(path, "annotations")
     return truth
 
 

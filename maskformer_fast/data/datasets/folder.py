@@ -35,6 +35,7 @@ from maskformer_fast.data.pixel_values import listed, warn_once
 from maskformer_fast.structures import Example
 
 _MANY = 32  # number of inferred classes from which a few of them may not have almost all pixels
+_PROBED = 32  # annotations that are read to see whether listed classes occur
 _MAX_INFERRED = 4096  # most classes that are inferred; larger values are probably instance ids, depth or grey values
 
 
@@ -237,6 +238,23 @@ def _warn_of_other_values(
                   listed(most), way_out)
 
 
+def _warn_of_ignored_classes(pairs: Sequence[Pair], classes: ClassList, source: Path) -> None:
+    """Log that the first annotations have one listed class at most, and unlabelled pixels that are perhaps another."""
+    seen: set[int] = set()
+    for pair in pairs:
+        try:
+            seen.update(np.unique(read_index_png(pair.annotation)).tolist())
+        except BrokenExampleError:
+            continue
+        if len(seen & set(classes.values)) > 1:
+            return
+    ignored = sorted(seen & set(classes.ignore))
+    if ignored and len(classes.values) > 1:
+        warn_once(f"ignored of {source}", "%s: the first %d annotations have only the values %s, of which %s means "
+                  "unlabelled and is not trained. If it is a class, give that class its value as \"id\"", source,
+                  len(pairs), ", ".join(map(str, sorted(seen))), ", ".join(map(str, ignored)))
+
+
 def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDataset:
     """Open a plain folder in the layout of the module's docstring.
 
@@ -252,6 +270,7 @@ def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDatase
         classes = read_class_list(listed)
         if config.ignore_index is not None:
             classes = classes.with_ignore(config.ignore_index)
+        _warn_of_ignored_classes(pairs[:_PROBED], classes, listed)
     else:
         # Validation must have the classes of training, even if its own annotations show fewer.
         classes = infer_class_list(

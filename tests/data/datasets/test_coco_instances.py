@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from maskformer_fast.data import BrokenExampleError
+from maskformer_fast.config import DataConfig
+from maskformer_fast.core.metadata import Metadata
+from maskformer_fast.data import BrokenExampleError, build_dataset
 from maskformer_fast.data.datasets import coco_instances
 from tests.support.coco_files import SQUARE, H, W, ann, build, content, store
 from tests.support.paths import SHARED
@@ -44,7 +46,7 @@ def test_images_without_objects_are_trained_as_background_unless_left_out(tmp_pa
     store(tmp_path)  # image 2 has only a crowd, which is no background; image 3 has no annotation
     with caplog.at_level(logging.INFO, "maskformer_fast.data"):
         assert image_ids(build(tmp_path)) == [1, 3]
-    assert "1 with only crowds: 2.png" in caplog.text
+    assert f"1 with {coco_instances._ONLY_CROWDS}: 2.png" in caplog.text
     assert "1 of 3 images have no object" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
@@ -59,8 +61,13 @@ def test_images_without_objects_are_trained_as_background_unless_left_out(tmp_pa
 def test_crowds_alone_are_an_error_in_training(tmp_path):
     data = content()
     del data["annotations"][0], data["images"][2]
-    with pytest.raises(ValueError, match=r"(?s)expected images with objects.*only crowds: 1\.png, 2\.png"):
+    with pytest.raises(ValueError, match=r"(?s)images with objects.*only crowds.*iscrowd to 0.*: 1\.png, 2\.png"):
         build(store(tmp_path, data))
+
+
+def test_a_file_without_annotations_is_an_error_in_training_with_the_number_of_images(tmp_path):
+    with pytest.raises(ValueError, match=r"none of 3:\n  3 with no annotation: 1\.png, 2\.png, 3\.png"):
+        build(store(tmp_path, content() | {"annotations": []}))
 
 
 @pytest.mark.parametrize("name", ["instances_train.json", "instances_train2017.json"])
@@ -257,19 +264,45 @@ def test_the_error_of_a_name_that_leads_out_lists_the_folders_that_are_searched(
         build(store(tmp_path, data))
 
 
-def test_an_export_of_roboflow_is_read_and_its_grouping_category_named(tmp_path, caplog):
+def test_an_export_of_roboflow_is_read_without_its_grouping_category(tmp_path, caplog):
     data = content()
-    data["categories"].append({"id": 0, "name": "s", "supercategory": "none"})
+    data["categories"].insert(0, {"id": 0, "name": "s", "supercategory": "none"})
     for split in ("train", "valid"):
         store(tmp_path, data, folder=split)
         (tmp_path / "annotations/instances_train.json").rename(tmp_path / split / "_annotations.coco.json")
     with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
         dataset = build(tmp_path)
     assert (len(dataset), dataset[0].path) == (2, str(tmp_path / "train/1.png"))
-    assert dataset.metadata.class_names == ("b", "a", "s")
-    assert "categories 's' group others and have no annotation here" in caplog.text
+    assert dataset.metadata.class_names == ("b", "a") and dataset.metadata.category_ids == (20, 10)
+    assert [segment.category for segment in dataset[0].segments] == [0, 1]
+    assert caplog.text.count("left out the categories 's', which group others and have no annotation") == 1
     assert build(tmp_path, "val")[1].path == str(tmp_path / "valid/2.png")
     assert build(tmp_path, "val", val_split="valid")[1].path == str(tmp_path / "valid/2.png")
+
+
+@pytest.mark.parametrize(
+    ("categories", "trained", "names"),
+    [
+        ([(20, "s", "none"), (10, "a", "s")], None, ("s", "a")),  # it has annotations
+        ([(20, "b", "s"), (10, "a", "s"), (7, "s", None)], ("b", "a", "s"), ("b", "a", "s")),
+        ([(20, "b", "s"), (10, "a", "s"), (7, "s", None)], ("b", "a"), ("b", "a")),
+        ([(20, "b", "b"), (10, "a", None), (7, "c", "c")], None, ("b", "a", "c")),  # c groups itself alone
+        ([(7, "a", "none"), (20, "a", "a"), (10, "b", "a")], None, ("a", "b")),  # an export named like its class
+        ([(7, "a", "none"), (20, "a", "a"), (10, "b", "a")], ("a (7)", "a (20)", "b"), ("a (7)", "a (20)", "b")),
+        ([(7, "a", "none"), (20, "a", "a"), (10, "b", "a")], ("a", "b"), ("a", "b")),
+        ([(6, "t", "s"), (7, "s", None), (20, "b", "t"), (10, "a", "t")], None, ("b", "a")),  # groups of groups
+    ],
+)
+def test_a_category_that_only_groups_others_is_left_out_unless_a_network_has_it(tmp_path, categories, trained, names):
+    data = content()
+    data["categories"] = [{"id": i, "name": name, "supercategory": above} for i, name, above in categories]
+    store(tmp_path, data)
+    count = len(trained or ())
+    of_network = trained and Metadata("n", trained, (True,) * count, tuple(range(count)), ((0, 0, 0),) * count)
+    config = DataConfig(dataset="coco_instances", root=str(tmp_path))
+    dataset = build_dataset(config, "train", of_network)
+    assert dataset.metadata.class_names == names
+    assert [dataset.metadata.category_ids[segment.category] for segment in dataset[0].segments] == [20, 10]
 
 
 def test_masks_of_more_than_the_limit_are_refused_before_they_take_memory(tmp_path, monkeypatch):
@@ -299,7 +332,7 @@ def change(section, index, **keys):
     (change("images", 1, file_name="/1.png"), "file name below"),
     (change("categories", 0, id=10), r"categories\[1\]: id: expected distinct ids, got 10"),
     (change("categories", 0, name=...), r"categories\[0\]: name"),
-    (change("annotations", 0, image_id=9), r"annotations\[0\]: image_id: .*got 9"),
+    (change("annotations", 0, image_id=[9]), r"annotations\[0\]: image_id: .*got \[9\]"),
     (change("annotations", 0, category_id=9), r"annotations\[0\]: category_id: .*got 9"),
     (change("annotations", 0, category_id=...), r"annotations\[0\]: category_id: .*no such key"),
     (change("annotations", 0, segmentation=[1, 2, 3, 4, "6"]), r"annotations\[0\]: segmentation: expected a list of"),
@@ -352,6 +385,19 @@ def test_real_polygons_have_the_listed_areas():
             assert segment.area == int(areas[segment.id])
             count += 1
     assert count == len(areas)
+
+
+def test_annotations_of_images_that_are_not_listed_are_left_out_and_counted(tmp_path, caplog):
+    data = content()
+    data["annotations"][1]["image_id"] = 9
+    with caplog.at_level(logging.WARNING):
+        dataset = build(store(tmp_path, data))
+    assert len(dataset[0].segments) == 1
+    assert 'left out 1 annotations:\n  1 with an image that is not listed under "images": annotation 6' in caplog.text
+    for record in data["annotations"]:
+        record["image_id"] = 9
+    with pytest.raises(ValueError, match=r'instances_train.json: (?s:.*)3 with an image that is not listed under "im'):
+        build(store(tmp_path, data))
 
 
 def test_segments_keep_the_listed_area(tmp_path):

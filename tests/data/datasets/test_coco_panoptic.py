@@ -180,7 +180,7 @@ def segment(index, **keys):
     (lambda data: data["annotations"][0].pop("segments_info"), r'annotations\[0\]: expected a list "segments_info"'),
     (lambda data: data["annotations"][0].pop("file_name"), r"annotations\[0\]: file_name: .*no such key"),
     (lambda data: data["annotations"][0].update(file_name="../../x.png"), "file name below"),
-    (lambda data: data["annotations"][0].update(image_id="z"), r"annotations\[0\]: image_id: .*got 'z'"),
+    (lambda data: data["annotations"][0].update(image_id="z"), r"1 images without annotation in "),
     (lambda data: data["annotations"].append(data["annotations"][0]), r"annotations\[1\]: image_id: .*'x' twice"),
     (lambda data: data["categories"][0].pop("isthing"), r"categories\[0\]: isthing: .*no such key"),
     (lambda data: data["images"][0].update(width="x7"), r"images\[0\]: width: .*got 'x7'"),
@@ -191,6 +191,14 @@ def test_errors_name_file_and_key(tmp_path, edit, message):
     with pytest.raises(ValueError, match=message) as caught:
         build(store(tmp_path, data))
     assert "panoptic_train.json" in str(caught.value)
+
+
+def test_annotations_of_images_that_are_not_listed_are_left_out_and_counted(tmp_path, caplog):
+    data = content()
+    data["annotations"].append({**data["annotations"][0], "image_id": "z", "file_name": "z.png"})
+    with caplog.at_level(logging.WARNING):
+        assert len(build(store(tmp_path, data))) == 1
+    assert '1 with an image that is not listed under "images": z.png' in caplog.text
 
 
 @settings(max_examples=60, deadline=None)

@@ -62,6 +62,24 @@ def test_suffixes_may_have_capital_letters_and_folders_may_be_links(root, tmp_pa
     assert [example.image_id for example in (dataset[0], dataset[1], dataset[2])] == ["a/one.two", "b", "linked/1"]
 
 
+@pytest.mark.parametrize(
+    ("listed", "present", "warns"),
+    [(["bg", "fg"], (0, 255), True), (["bg", {"name": "fg", "id": 255}], (0, 255), False),
+     (["a", "b"], (0, 1, 255), False), (["a", "b"], (0,), False), (["a"], (0, 255), False)],
+)
+def test_listed_classes_that_are_unlabelled_pixels_are_named(tmp_path, caplog, listed, present, warns):
+    write(tmp_path, "train", "a.png", values(*present))
+    (tmp_path / "classes.json").write_text(json.dumps(listed))
+    with caplog.at_level(logging.WARNING, "maskformer_fast.data"):
+        build(tmp_path)
+    assert ("only the values 0, 255, of which 255 means unlabelled" in caplog.text) == warns == bool(caplog.records)
+
+
+def test_a_folder_for_synthetic_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.root: expected None for .*'shapes'.*--data\.dataset folder"):
+        build_dataset(DataConfig(root=str(tmp_path)), "train")
+
+
 def test_exif_orientation_can_be_left_out(tmp_path):
     """Annotations drawn over the pixels as they are stored."""
     exif = Image.Exif()

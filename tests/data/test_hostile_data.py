@@ -1,0 +1,111 @@
+"""Annotations and images of any content: no traceback, bounded memory, and the file's name in every error."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from PIL import Image
+
+from maskformer_fast.config import DataConfig
+from maskformer_fast.core.image_files import IMAGE_FORMATS
+from maskformer_fast.data import build_dataset
+from maskformer_fast.data.images import read_image, read_index_png, read_panoptic_png
+from tests.data.datasets import test_coco_panoptic as panoptic
+from tests.support import coco_files
+from tests.support.images import photo
+from tests.test_hostile_files import changed_bytes, changed_value, every_target, fuzz, nested
+
+
+def encoded(image: Image.Image, name: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+def read_all(kind: str, root: Path) -> None:
+    """Open a data set and read its examples; errors may be of any of its files."""
+    config = DataConfig(dataset=kind, root=str(root), keep_empty=True)  # type: ignore[arg-type]
+    try:
+        dataset = build_dataset(config, "train")
+        for index in range(len(dataset)):
+            dataset[index]
+    except (ValueError, OSError) as error:
+        assert str(root) in str(error), error
+
+
+@st.composite
+def documents(draw: st.DrawFn, value: Any) -> bytes:
+    """JSON with values or bytes changed, or nested deep."""
+    kind = draw(st.sampled_from(["values", "values", "bytes", "deep"]))
+    if kind == "values":
+        return json.dumps(draw(changed_value(value))).encode()
+    if kind == "bytes":
+        return draw(changed_bytes(json.dumps(value).encode()))
+    return nested(draw, *draw(st.sampled_from([("[", "]"), ('{"images":', "}")]))).encode()
+
+
+@st.composite
+def png_headers(draw: st.DrawFn, content: bytes) -> bytes:
+    """A PNG with another size, depth or kind of colours in its header."""
+    changed = bytearray(content)
+    size = st.sampled_from([0, 1, 7, 300, 9000, 65535, 2**31 - 1, 2**32 - 1])
+    changed[16:20], changed[20:24] = draw(size).to_bytes(4, "big"), draw(size).to_bytes(4, "big")
+    changed[24], changed[25] = draw(st.sampled_from([1, 2, 4, 8, 16])), draw(st.sampled_from([0, 2, 3, 4, 6]))
+    return bytes(changed)
+
+
+@every_target
+def test_panoptic_json(tmp_path: Path, examples: int) -> None:
+    root = panoptic.store(tmp_path / "panoptic")
+    path = root / "annotations" / "panoptic_train.json"
+    fuzz(examples, documents(panoptic.content()), path, lambda path: read_all("coco_panoptic", root))
+
+
+@every_target
+def test_panoptic_pngs(tmp_path: Path, examples: int) -> None:
+    root = panoptic.store(tmp_path / "panoptic")
+    path = root / "annotations" / "panoptic_train" / "x.png"
+    content = path.read_bytes()
+    ids = st.integers(0, 2**24 - 1).map(lambda number: np.where(panoptic.id_map() == panoptic.SKY, number, 9))
+    colors = ids.map(lambda found: np.stack([found % 256, found // 256 % 256, found // 65536], -1).astype(np.uint8))
+    other = st.sampled_from(["1", "L", "P", "LA", "RGBA", "I;16"]).map(
+        lambda mode: encoded(Image.new(mode, (panoptic.W, panoptic.H), 1 if len(mode) < 2 else None), "PNG")
+    )
+    strategy = st.one_of(
+        changed_bytes(content), png_headers(content), other,
+        colors.map(lambda pixels: encoded(Image.fromarray(pixels), "PNG")),
+    )  # fmt: skip
+    fuzz(examples, strategy, path, lambda path: read_all("coco_panoptic", root))
+
+
+@every_target
+def test_coco_instances(tmp_path: Path, examples: int) -> None:
+    root = coco_files.store(tmp_path / "coco")
+    path = root / "annotations" / "instances_train.json"
+    fuzz(examples, documents(coco_files.content()), path, lambda path: read_all("coco_instances", root))
+
+
+@every_target
+@pytest.mark.parametrize("suffix", sorted(set(IMAGE_FORMATS) - {".jpeg", ".tif"}))
+def test_images(tmp_path: Path, suffix: str, examples: int) -> None:
+    content = encoded(Image.fromarray(photo()), IMAGE_FORMATS[suffix])
+    grey = encoded(Image.fromarray(photo()[..., 0]), "WEBP" if suffix == ".webp" else IMAGE_FORMATS[suffix])
+    strategy = changed_bytes(content) | changed_bytes(grey)
+    if suffix == ".png":
+        deep = encoded(Image.fromarray(photo()[..., 0].astype(np.uint16) * 16), "PNG")
+        strategy |= png_headers(content) | changed_bytes(deep)
+
+    def read(path: Path) -> None:
+        for reader in (read_image, read_index_png, read_panoptic_png):
+            try:
+                reader(path)
+            except ValueError as error:
+                assert path.name in str(error)
+
+    fuzz(examples, strategy, tmp_path / f"file{suffix}", read)
