@@ -39,6 +39,38 @@ def resize_table(size: int, out_size: int) -> np.ndarray:
     return np.concatenate([first[None].astype(np.int32), coefficients[:taps]])
 
 
+def shift_inside(table: np.ndarray, size: int) -> np.ndarray:
+    """The same filters, all as long as the longest and inside the source: the last ones begin earlier, with zeros."""
+    shifted = np.zeros_like(table)
+    taps = len(table) - 1
+    shifted[0] = np.minimum(table[0], size - taps)
+    source = np.arange(taps)[:, None] + shifted[0] - table[0]
+    shifted[1:] = np.where(source >= 0, np.take_along_axis(table[1:], np.maximum(source, 0), 0), 0)
+    return shifted
+
+
+def tile_table(table: np.ndarray, size: int, block: int) -> np.ndarray:
+    """Coefficients of tiles of ``block`` output pixels by source pixel -> [tiles, 1 + sources, block] int32.
+
+    In a tile, row 0 begins with the first source pixel and how many there are; row 1 + s has the coefficients of the
+    s-th of them in each of the tile's pixels, zeros where it has none.
+    """
+    taps, out_size = len(table) - 1, table.shape[1]
+    tiles = -(-out_size // block)
+    last = np.minimum(np.arange(1, tiles + 1) * block, out_size) - 1
+    begin = table[0, ::block]
+    count = np.minimum(table[0, last] + taps, size) - begin
+    result = np.zeros((tiles, 1 + count.max(), block), np.int32)
+    result[:, 0, 0], result[:, 0, 1] = begin, count
+    pixel = np.arange(out_size)
+    tile = pixel // block
+    for tap in range(taps):
+        source = table[0] + tap - begin[tile]
+        inside = source < count[tile]
+        result[tile[inside], 1 + source[inside], pixel[inside] % block] = table[1 + tap, inside]
+    return result
+
+
 def columns_first(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
     """Tell whether Pillow, resizing an image of ``shape`` to ``size``, filters its columns before its rows.
 

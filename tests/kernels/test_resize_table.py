@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskformer_fast.kernels.resize_table import MAX_SIDE, PRECISION_BITS, columns_first, resize_table
+from maskformer_fast.kernels.resize_table import (
+    MAX_SIDE,
+    PRECISION_BITS,
+    columns_first,
+    resize_table,
+    shift_inside,
+    tile_table,
+)
 
 SIDES = (1, 2, 3, 5, 8, 17, 31, 64, 100, 127, 255, 333)
 
@@ -69,6 +76,38 @@ def test_no_more_taps_than_the_longest_filter_has(size: int, out_size: int, taps
 
 def test_an_unchanged_side_is_copied() -> None:
     np.testing.assert_array_equal(resize_table(7, 7), [np.arange(7), np.full(7, 1 << PRECISION_BITS)])
+
+
+SIZES = [(64, 64), (1, 1), (3, 1), (1, 9), (30, 11), (10, 33), (1000, 7), (7, 100)]
+
+
+def matrix(table: np.ndarray, size: int) -> np.ndarray:
+    """Coefficients [output pixels, source pixels] of a table."""
+    result = np.zeros((table.shape[1], size + len(table)), np.int64)
+    for tap, coefficients in enumerate(table[1:]):
+        result[np.arange(table.shape[1]), table[0] + tap] += coefficients
+    return result
+
+
+@pytest.mark.parametrize(("size", "out_size"), SIZES)
+def test_shifted_filters_are_the_same_and_inside(size: int, out_size: int) -> None:
+    table = resize_table(size, out_size)
+    shifted = shift_inside(table, size)
+    assert shifted.shape == table.shape and shifted[0].min() >= 0 and (shifted[0] + len(table) - 1).max() <= size
+    np.testing.assert_array_equal(matrix(shifted, size), matrix(table, size))
+
+
+@pytest.mark.parametrize(("size", "out_size"), SIZES)
+def test_tiles_have_the_same_filters(size: int, out_size: int) -> None:
+    table = resize_table(size, out_size)
+    tiles = tile_table(table, size, 8)
+    result = np.zeros_like(matrix(table, size))
+    for number, tile in enumerate(tiles):
+        begin, count = tile[0, :2]
+        assert 0 <= begin < begin + count <= size and not tile[1 + count :].any()
+        for pixel in range(number * 8, min(number * 8 + 8, out_size)):
+            result[pixel, begin : begin + count] = tile[1 : 1 + count, pixel % 8]
+    np.testing.assert_array_equal(result, matrix(table, size))
 
 
 @pytest.mark.parametrize(("size", "out_size", "name"), [(0, 4, "size"), (4, 0, "out_size"), (MAX_SIDE + 1, 4, "size")])
