@@ -46,6 +46,10 @@ GRID = [
     ((1, 1), (0.4, 1.0), (3, 12)),
     ((3, 4), (3.0, 4.0), (1, 1)),
 ]
+LONG = [
+    ((20, 3), (19.3, 2.6), (77, 10)),  # more rows than one program of instances walks
+    ((2, 70), (2.0, 69.4), (5, 275)),  # more columns than one program writes
+]
 
 
 def clear_logits(seed: int, batch: int, queries: int, grid, dtype=torch.float32, shift: float = 1.0) -> torch.Tensor:
@@ -227,7 +231,14 @@ def test_more_queries_go_to_the_eager_twin() -> None:
         panoptic_segments(*arguments[:4], arguments[4], 0.5, "maskformer", *expected)
 
 
-@pytest.mark.parametrize("grid, dtype", [*((grid, torch.float32) for grid in GRID), (GRID[1], torch.float16)])
+@pytest.mark.parametrize(
+    "grid, dtype",
+    [
+        *((grid, torch.float32) for grid in [*GRID, *LONG]),
+        (GRID[1], torch.float16),
+        (GRID[1], torch.bfloat16),
+    ],
+)
 def test_instances(grid, dtype) -> None:
     logits = clear_logits(0, 2, 2, grid, dtype)
     logits[1, 1] = -1.0
