@@ -18,11 +18,11 @@ from maskformer_fast.kernels.segments_taps import (
     ELEMENTS,
     STRIDES,
     WINDOW,
-    across,
-    any_positive,
     axis_step,
     pixel_place,
     place_range,
+    row_logits,
+    tap_signs,
     window_arguments,
     window_types,
 )
@@ -87,26 +87,20 @@ def _masks_kernel(
         bottom = tl.minimum(top + BAND_H, height)
         first_row, last_row = place_range(top, bottom - 1, step_y, map_height)
         rows = last_row - first_row + 1
-        active = 1
+        any_positive = 1
         if rows * (last_column - first_column + 1) <= BAND_H * COLUMN_BYTES * 4:
             # where maps shrink, reading all taps of a tile is more work than its pixels
             taps = (first_row, last_row), (first_column, last_column)
-            active = any_positive(source, *taps, stride_y, stride_x, TAP_H, TAP_W)
-        if active == 0:
+            _, any_positive = tap_signs(source, *taps, stride_y, stride_x, TAP_H, TAP_W)
+        if any_positive == 0:
             row = tl.arange(0, BAND_H)[:, None]
             place = target[None, :] + row * row_bytes
             tl.store(place, tl.zeros((BAND_H, COLUMN_BYTES), tl.uint8), mask=(row < bottom - top) & in_row[None, :])
         else:
             for y in tl.range(top, bottom):
-                low_y, share_y = pixel_place(y, step_y, map_height)
-                if low_y != tap_row:
-                    if low_y == tap_row + 1:
-                        upper = lower
-                    else:
-                        upper = across(source + low_y * stride_y, before, after, share_x)
-                    lower = across(source + tl.minimum(low_y + 1, map_height - 1) * stride_y, before, after, share_x)
-                    tap_row = low_y
-                logit = tl.fma(tl.zeros_like(upper) + share_y, lower - upper, upper)
+                logit, upper, lower, tap_row = row_logits(
+                    source, y, step_y, map_height, stride_y, before, after, share_x, upper, lower, tap_row
+                )
                 mask = (logit > 0.0) & inside
                 # a pixel that is not the mask's has the sigmoid 0
                 sigmoids = 1.0 / (1.0 + tl.exp2(tl.where(mask, logit * -1.4426950408889634, float("inf"))))

@@ -105,17 +105,45 @@ def across(row, left, right, share):
 
 
 @triton.jit
-def any_positive(source, rows, columns, stride_y, stride_x, TAP_H: tl.constexpr, TAP_W: tl.constexpr):
-    """1 if one of the taps in two results of `place_range` is positive, else 0; NaN is not."""
+def row_logits(source, y, step_y, map_height, stride_y, left, right, share, upper, lower, tap_row):
+    """Logits of row `y`, rows being taken in order -> logits, and `upper`, `lower`, `tap_row` for the next row.
+
+    `left`, `right` and `share` are the columns' of `across`. `upper` and `lower` are the rows of taps at and below
+    `tap_row`, interpolated across; before the first row `tap_row` is -2.
+    """
+    low, share_y = pixel_place(y, step_y, map_height)
+    if low != tap_row:
+        if low == tap_row + 1:
+            upper = lower
+        else:
+            upper = across(source + low * stride_y, left, right, share)
+        lower = across(source + tl.minimum(low + 1, map_height - 1) * stride_y, left, right, share)
+        tap_row = low
+    return tl.fma(tl.zeros_like(upper) + share_y, lower - upper, upper), upper, lower, tap_row
+
+
+@triton.jit
+def tap_signs(source, rows, columns, stride_y, stride_x, TAP_H: tl.constexpr, TAP_W: tl.constexpr):
+    """Signs of the taps in two results of `place_range`, reading TAP_H x TAP_W taps at a time -> two numbers.
+
+    The first is 2 if all are positive and every pixel between them too, 1 if all are positive, else 0: interpolation
+    rounds, so that between small and huge positive taps it may reach 0. The second is 1 if any is positive, else 0.
+    """
     first_row, last_row = rows
     first_column, last_column = columns
-    positive = tl.zeros((TAP_H, TAP_W), tl.int32)
+    least = tl.full((TAP_H, TAP_W), LIMIT, tl.float32)
+    most = tl.full((TAP_H, TAP_W), -LIMIT, tl.float32)
     for left in tl.range(first_column, last_column + 1, TAP_W):
         column = tl.minimum(left + tl.arange(0, TAP_W), last_column) * stride_x
         for top in tl.range(first_row, last_row + 1, TAP_H):
             row = tl.minimum(top + tl.arange(0, TAP_H), last_row) * stride_y
-            positive |= (tl.load(source + (row[:, None] + column[None, :])) > 0.0).to(tl.int32)
-    return tl.max(positive)
+            value = tl.load(source + (row[:, None] + column[None, :])).to(tl.float32)
+            value = tl.where(value > -LIMIT, value, -LIMIT)
+            least = tl.minimum(least, value)
+            most = tl.maximum(most, value)
+    least, most = tl.min(least, 0), tl.max(most, 0)
+    sign = tl.where(least > 0.0, tl.where((least > 0.01) & (most < 1000.0), 2, 1), 0)
+    return tl.min(sign), tl.max((most > 0.0).to(tl.int32))
 
 
 @triton.jit
