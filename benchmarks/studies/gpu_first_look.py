@@ -163,18 +163,16 @@ def calls(device: torch.device) -> Iterator[tuple[str, Call]]:
 
     torch.manual_seed(0)
 
-    def semantic(classes: int, batch: int, size: tuple[int, int], path: str, kind: str = "random") -> Call:
-        masks, logits = (x.to(device) for x in semantic_logits(kind, classes, 100, batch, size))
+    def semantic(classes: int, batch: int, size: tuple[int, int]) -> Call:
+        masks, logits = (x.to(device) for x in semantic_logits("random", classes, 100, batch, size))
         masks = masks.half().contiguous(memory_format=torch.channels_last)  # queries innermost
         dtype = torch.int16 if classes > 255 else torch.uint8
         labels = torch.empty(batch, 4 * size[0], 4 * size[1], dtype=dtype, device=device)
-        return partial(semantic_from_logits, masks, logits, size, labels, path=path)
+        return partial(semantic_from_logits, masks, logits, size, labels)
 
     for classes, batch in ((150, 1), (150, 8), (19, 1), (847, 1)):
-        yield f"semantic 512x512 K={classes} B={batch} fp16", semantic(classes, batch, (128, 128), "dense")
-    yield "semantic 1024x2048 K=150 B=1 fp16", semantic(150, 1, (256, 512), "dense")
-    for kind in ("peaky", "random"):
-        yield f"semantic 1024x2048 K=150 pruned {kind} fp16", semantic(150, 1, (256, 512), "pruned", kind)
+        yield f"semantic 512x512 K={classes} B={batch} fp16", semantic(classes, batch, (128, 128))
+    yield "semantic 1024x2048 K=150 B=1 fp16", semantic(150, 1, (256, 512))
 
     for name, setup in (("panoptic 800x1333 N=30 fp32", segments.kept_setup),
                         ("instances 800x1333 N=100 fp32", segments.instances_setup)):  # fmt: skip
