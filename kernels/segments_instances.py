@@ -196,17 +196,22 @@ def variants() -> list[KernelVariant]:
 
 
 def goal_calls() -> list[GoalLaunch]:
-    """An image of 800x1333 with 100 masks, each of which is positive in a part of the tiles."""
+    """An image of 800x1333 with 100 masks at scale 4, each of which is positive in a quarter of the bands."""
     masks, (rows, columns), (height, width) = 100, (200, 334), (800, 1333)
     logits = torch.empty(1, masks, rows, columns, device="meta")
     with torch.device("meta"):
         packed = torch.empty(1, masks, height, triton.cdiv(width, 8), dtype=torch.uint8)
         areas, boxes, scores = torch.empty(1, masks, dtype=torch.int64), torch.empty(1, masks, 4), torch.empty(1, masks)
+    bands = triton.cdiv(height, BAND_H)
     runs = {
+        "for top in tl.range(start": bands / triton.cdiv(bands, BANDS),
         "range(first_row, last_row + 1, TAP_H)": 1,
-        "range(first_column, last_column + 1, TAP_W)": 1,
-        "if most > 0.0": 0.25,
-        "if area > 0": 0.8,
+        "range(first_column, last_column + 1, TAP_W)": 3,
+        "if any_positive == 0": 0.25,
+        "for y in tl.range(top, bottom)": BAND_H,
+        "if low != tap_row": 0.3,
+        "if low == tap_row + 1": 0.2,
+        "if total > 0": 0.5,
     }
     works = [Work("masks", runs, logits.numel() * 4 + packed.numel()), Work("finish")]
     return goal_launches(
