@@ -29,6 +29,7 @@ from maskformer_fast.kernels.segments_taps import (
     axis_step,
     pixel_place,
     place_range,
+    query_map,
     row_logits,
     tap_signs,
     window_arguments,
@@ -62,7 +63,7 @@ def _signs_kernel(
     BANDS: tl.constexpr, COLUMNS: tl.constexpr, TAP_H: tl.constexpr, TAP_W: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
-    source = logits + index // num_queries * stride_b + index % num_queries * stride_q
+    source = query_map(logits, tl.program_id(0), num_queries, stride_b, stride_q)
     step_y = axis_step(scale_y, rest_y)
     step_x = axis_step(scale_x, rest_x)
     left = tl.program_id(2) * COLUMNS

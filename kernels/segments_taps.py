@@ -1,12 +1,11 @@
-"""Resampled logits of one query's mask, tile by tile: four taps gathered for each pixel, and bounds of complete tiles.
+"""Resampled logits of one query's mask, and signs of complete tiles.
 
-The kernels of segments (`segments_panoptic`, `segments_instances`, `rle`) share these functions. They process queries
-one after the other and skip most: bilinear values are between the least and the largest tap of a tile, so that the taps
-settle most tiles before any pixel is interpolated. `resample` defines the coordinates of pixels. NaN counts as -1e30,
-values beyond ±1e30, also infinities, as ±1e30.
+The kernels of segments (`segments_panoptic`, `segments_instances`, `rle`) share these functions. Bilinear values are
+between the least and the largest tap of a tile, so that the taps settle most tiles before any pixel is interpolated.
+`resample` defines the coordinates of pixels. NaN counts as -1e30, values beyond ±1e30, also infinities, as ±1e30.
 
-Every kernel interpolates a logit by the same operations, down columns first. So all kernels agree on a pixel's sign,
-and between taps that are not positive no pixel is positive.
+Every kernel interpolates a logit by the same operations, across rows first. So all kernels and all tiles agree on a
+pixel's sign, and between taps that are not positive no pixel is positive.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.resample import LIMIT, narrow_maps, scale_parts, tap_place
+from maskformer_fast.kernels.resample import LIMIT, narrow_maps, scale_parts
 
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 """Types of logits -> Triton's names."""
@@ -28,42 +27,6 @@ _HALF = tl.constexpr(1 << 39)
 """Half a tap in the fixed point of `pixel_place`."""
 _MOST_PIXELS = 1 << 21
 """Sides that fit that fixed point, and the grids of kernels."""
-
-
-@triton.jit
-def _finite(values):
-    values = values.to(tl.float32)
-    return tl.where(values == values, tl.minimum(tl.maximum(values, -LIMIT), LIMIT), -LIMIT)
-
-
-@triton.jit
-def pixel_taps(index, scale, rest, size, stride):
-    """Taps of output pixels along one axis -> offsets of the taps before and after, share of the tap after."""
-    low, share = tap_place(index, scale, rest, size)
-    return low * stride, tl.minimum(low + 1, size - 1) * stride, share
-
-
-@triton.jit
-def interpolate(source, rows, columns):
-    """Interpolate the map at ``source`` -> logits [rows, columns]; rows and columns are results of `pixel_taps`."""
-    upper, lower, share_y = rows
-    left, right, share_x = columns
-    down = tl.broadcast_to(share_y[:, None], (share_y.shape[0], share_x.shape[0]))
-    across = tl.broadcast_to(share_x[None, :], (share_y.shape[0], share_x.shape[0]))
-    start = _finite(tl.load(source + upper[:, None] + left[None, :]))
-    end = _finite(tl.load(source + lower[:, None] + left[None, :]))
-    before = tl.fma(down, end - start, start)
-    start = _finite(tl.load(source + upper[:, None] + right[None, :]))
-    end = _finite(tl.load(source + lower[:, None] + right[None, :]))
-    return tl.fma(across, tl.fma(down, end - start, start) - before, before)
-
-
-@triton.jit
-def tap_range(first, last, scale, rest, size):
-    """First and last tap of the output pixels first..last along one axis."""
-    low, _ = tap_place(first, scale, rest, size)
-    high, _ = tap_place(last, scale, rest, size)
-    return low, tl.minimum(high + 1, size - 1)
 
 
 @triton.jit
@@ -92,6 +55,12 @@ def place_range(first, last, step, size):
     low, _ = pixel_place(first, step, size)
     high, _ = pixel_place(last, step, size)
     return low, tl.minimum(high + 1, size - 1)
+
+
+@triton.jit
+def query_map(logits, index, num_queries, stride_b, stride_q):
+    """Pointer to the map of query `index` of all images, an int32."""
+    return logits + (index // num_queries).to(tl.int64) * stride_b + (index % num_queries).to(tl.int64) * stride_q
 
 
 @triton.jit
@@ -151,23 +120,6 @@ def limited(values):
     """Values as float32, NaN as -1e30, limited to +-1e30."""
     values = values.to(tl.float32)
     return tl.minimum(tl.where(values > -LIMIT, values, -LIMIT), LIMIT)
-
-
-@triton.jit
-def tap_bounds(source, rows, columns, stride_y, stride_x, TAP_H: tl.constexpr, TAP_W: tl.constexpr):
-    """Least and largest tap in two results of `tap_range`, reading TAP_H x TAP_W taps at a time."""
-    first_row, last_row = rows
-    first_column, last_column = columns
-    least = tl.full((TAP_H, TAP_W), LIMIT, tl.float32)
-    most = tl.full((TAP_H, TAP_W), -LIMIT, tl.float32)
-    for top in tl.range(first_row, last_row + 1, TAP_H):
-        row = tl.minimum(top + tl.arange(0, TAP_H), last_row) * stride_y
-        for left in tl.range(first_column, last_column + 1, TAP_W):
-            column = tl.minimum(left + tl.arange(0, TAP_W), last_column) * stride_x
-            values = _finite(tl.load(source + row[:, None] + column[None, :]))
-            least = tl.minimum(least, values)
-            most = tl.maximum(most, values)
-    return tl.min(least), tl.max(most)
 
 
 def window_arguments(

@@ -96,11 +96,17 @@ def expected_panoptic(logits, scores, categories, is_thing, extent, size, thresh
     return PanopticSegments(id_map.int(), ids.int(), areas), closest
 
 
-def clear_scene(seed: int, batch: int, queries: int, grid, dtype, rule: str, threshold: float = 0.4):
-    """Draw arguments of `panoptic_inference` without ties -> arguments, results."""
+def clear_scene(
+    seed: int, batch: int, queries: int, grid, dtype, rule: str, threshold: float = 0.4, patch: tuple[int, int] = (1, 1)
+):
+    """Draw arguments of `panoptic_inference` without ties, logits alike in patches -> arguments, results."""
     for attempt in count(seed):
         generator = torch.Generator().manual_seed(attempt)
-        logits = (3 * torch.randn(batch, queries, *grid[0], generator=generator) - 1).to(dtype)
+        patches = [-(-size // side) for size, side in zip(grid[0], patch, strict=True)]
+        logits = 3 * torch.randn(batch, queries, *patches, generator=generator) - 1
+        for axis, side in enumerate(patch):
+            logits = logits.repeat_interleave(side, 2 + axis)
+        logits = logits[:, :, : grid[0][0], : grid[0][1]].to(dtype)
         scores = 0.5 + 0.5 * torch.rand(batch, queries, generator=generator)
         categories = torch.randint(-1, 4, (batch, queries), generator=generator)
         arguments = (logits, scores, categories, torch.tensor([True, False] * 2), *grid[1:], threshold, rule)
@@ -138,8 +144,20 @@ def test_panoptic(grid, rule) -> None:
     assert_same(panoptic(*arguments), expected)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_tiles_settled_by_their_taps(rule) -> None:
+    grid = ((15, 24), (14.3, 23.6), (57, 94))
+    arguments, expected = clear_scene(0, 1, 5, grid, torch.bfloat16, rule, 0.0, patch=(6, 11))
+    assert_same(panoptic(*arguments), expected)
+
+
+def test_more_than_32_tiles_side_by_side() -> None:
+    arguments, expected = clear_scene(0, 1, 2, ((1, 50), (1.0, 49.7), (2, 1060)), torch.float32, "maskformer")
+    assert_same(panoptic(*arguments), expected)
+
+
 def test_many_queries_and_images() -> None:
-    arguments, expected = clear_scene(5, 2, 30, ((3, 3), (2.9, 3.0), (6, 9)), torch.float32, "maskformer", 0.0)
+    arguments, expected = clear_scene(5, 2, 40, ((3, 3), (2.9, 3.0), (6, 9)), torch.float32, "maskformer", 0.0)
     assert len(expected.ids[expected.ids != VOID].unique()) > 5
     assert_same(panoptic(*arguments), expected)
 
