@@ -1,8 +1,10 @@
 """Instance masks as bits, with area, box and the sum of their scores; of size N*H*W only the bits are written.
 
-A program computes a tile of one query's mask. For most tiles it only stores zeros, because no tap is positive. Sums are
-added to one row of integers a mask, by atomics whose order has no effect: sigmoids of a mask's pixels are in [0.5, 1],
-so that with 24 fractional bits the sum of scores is also a sum of integers. `_finish_kernel` computes the results.
+A program of one warp walks down some bands of one query's mask. For most bands it only stores zeros, because no tap is
+positive. Rows of the others are interpolated from two rows of taps, which are interpolated across once for all rows
+between them. Sums are added to one row of integers a mask, by atomics whose order has no effect: sigmoids of a mask's
+pixels are in [0.5, 1], so that with 24 fractional bits the sum of scores is also a sum of integers. `_finish_kernel`
+computes the results.
 """
 
 from __future__ import annotations
@@ -12,78 +14,115 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.resample import sigmoid
 from maskformer_fast.kernels.segments_taps import (
     ELEMENTS,
     STRIDES,
     WINDOW,
-    interpolate,
-    pixel_taps,
-    tap_bounds,
-    tap_range,
+    axis_step,
+    pixel_place,
+    place_range,
+    row_logits,
+    tap_signs,
     window_arguments,
     window_types,
 )
 from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
-TILE_H, TILE_W = 8, 128
-"""Pixels of a program; rows of 16 bytes. Not measured on a GPU."""
-TAP_H, TAP_W = 4, 64
-"""Taps read together: those of a tile at scale 4."""
+BAND_H, BANDS = 16, 4
+"""Rows that are checked for a positive tap at once, and such bands of a program. Not measured on a GPU."""
+COLUMN_BYTES = 32
+"""Bytes of a row that a program writes: one a lane."""
+TAP_H, TAP_W = 8, 32
+"""Taps read together: at scale 4 a band has 5 or 6 rows of 65 or 66."""
 FINISH_BLOCK = 128
 """Masks that one program finishes."""
-LAUNCH = {"num_warps": 4, "num_stages": 2}
+LAUNCH = {"num_warps": 1, "num_stages": 2}
 _ONE = tl.constexpr(1 << 24)
-"""Value of score 1 in the sums: a tile's sum is a float32 of 24 bits between 0.5 and 2^10, hence an integer here."""
+"""Value of score 1 in the sums: eight pixels have a float32 of 24 bits between 0.5 and 8, hence an integer here."""
+_COUNTED = tl.constexpr(1 << 8)
+"""A pixel in the number that also holds the bits of a byte."""
 _SUMS = 6
 """Rows of the sums: area, score and the four sides of the box."""
-_CONSTANTS = {"TILE_H": TILE_H, "TILE_W": TILE_W, "TAP_H": TAP_H, "TAP_W": TAP_W}
+_CONSTANTS = {
+    "BANDS": BANDS, "BAND_H": BAND_H, "COLUMN_BYTES": COLUMN_BYTES, "TAP_H": TAP_H, "TAP_W": TAP_W,
+}  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*WINDOW, "num_masks", "tiles_y", "tiles_x"], do_not_specialize_on_alignment=STRIDES)
+@triton.jit(do_not_specialize=[*WINDOW, "num_masks"], do_not_specialize_on_alignment=STRIDES)
 def _masks_kernel(
     masks,  # [num_masks, H, ceil(W/8)] uint8
     sums,  # [6, num_masks] int64, zeros: area, score, largest of H - y, W - x, y + 1, x + 1
     logits, stride_b, stride_q, stride_y, stride_x, num_queries, map_height, map_width, height, width,
-    scale_y, rest_y, scale_x, rest_x, num_masks, tiles_y, tiles_x,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, TAP_H: tl.constexpr, TAP_W: tl.constexpr,
+    scale_y, rest_y, scale_x, rest_x, num_masks,
+    BANDS: tl.constexpr, BAND_H: tl.constexpr, COLUMN_BYTES: tl.constexpr, TAP_H: tl.constexpr, TAP_W: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    index = (program // (tiles_y * tiles_x)).to(tl.int64)
-    top = program // tiles_x % tiles_y * TILE_H
-    left = program % tiles_x * TILE_W
+    index = tl.program_id(0).to(tl.int64)
     source = logits + index // num_queries * stride_b + index % num_queries * stride_q
-    row_taps = tap_range(top, tl.minimum(top + TILE_H, height) - 1, scale_y, rest_y, map_height)
-    column_taps = tap_range(left, tl.minimum(left + TILE_W, width) - 1, scale_x, rest_x, map_width)
-    tap_count = (row_taps[1] - row_taps[0] + 1) * (column_taps[1] - column_taps[0] + 1)
-    most = 1.0
-    if tap_count * 2 <= TILE_H * TILE_W:  # where maps shrink, a tile has more taps than its pixels read
-        _, most = tap_bounds(source, row_taps, column_taps, stride_y, stride_x, TAP_H, TAP_W)
-    y = top + tl.arange(0, TILE_H)
-    x = left + tl.arange(0, TILE_W)
-    packed = tl.zeros((TILE_H, TILE_W // 8), tl.int32)
-    if most > 0.0:
-        rows = pixel_taps(y, scale_y, rest_y, map_height, stride_y)
-        columns = pixel_taps(x, scale_x, rest_x, map_width, stride_x)
-        logit = interpolate(source, rows, columns)
-        mask = (logit > 0.0) & (y < height)[:, None] & (x < width)[None, :]
-        bits = tl.reshape(mask.to(tl.int32), (TILE_H, TILE_W // 8, 8))
-        packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2)
-        area = tl.sum(mask.to(tl.int32))
-        if area > 0:
-            score = tl.sum(tl.where(mask, sigmoid(logit), 0.0))
-            row, column = y[:, None], x[None, :]
-            target = sums + index
-            tl.atomic_add(target, area.to(tl.int64), sem="relaxed")
-            tl.atomic_add(target + num_masks, (score * _ONE).to(tl.int64), sem="relaxed")
-            tl.atomic_max(target + 2 * num_masks, tl.max(tl.where(mask, height - row, 0)).to(tl.int64), sem="relaxed")
-            tl.atomic_max(target + 3 * num_masks, tl.max(tl.where(mask, width - column, 0)).to(tl.int64), sem="relaxed")
-            tl.atomic_max(target + 4 * num_masks, tl.max(tl.where(mask, row + 1, 0)).to(tl.int64), sem="relaxed")
-            tl.atomic_max(target + 5 * num_masks, tl.max(tl.where(mask, column + 1, 0)).to(tl.int64), sem="relaxed")
+    step_y = axis_step(scale_y, rest_y)
+    step_x = axis_step(scale_x, rest_x)
+    left = tl.program_id(2) * COLUMN_BYTES * 8
+    byte = tl.arange(0, COLUMN_BYTES)
+    bit = tl.arange(0, 8)[:, None]
+    x = left + 8 * byte[None, :] + bit  # the bits of a byte are in one thread
+    inside = x < width
+    low, share_x = pixel_place(x, step_x, map_width)
+    before = low * stride_x
+    after = tl.minimum(low + 1, map_width - 1) * stride_x
+    first_column, last_column = place_range(left, tl.minimum(left + COLUMN_BYTES * 8, width) - 1, step_x, map_width)
+
     row_bytes = (width + 7) // 8
-    byte = left // 8 + tl.arange(0, TILE_W // 8)
-    place = masks + (index * height + y[:, None]) * row_bytes + byte[None, :]
-    tl.store(place, packed.to(tl.uint8), mask=(y < height)[:, None] & (byte < row_bytes)[None, :])
+    in_row = left // 8 + byte < row_bytes
+    count = (bit >= 0).to(tl.int32) * _COUNTED | 1 << bit  # of a pixel: 1, and its bit
+    start = tl.program_id(1) * BANDS * BAND_H
+    target = masks + (index * height + start) * row_bytes + left // 8 + byte
+    area = tl.zeros((COLUMN_BYTES,), tl.int32)
+    columns = tl.zeros((COLUMN_BYTES,), tl.int32)  # bits of all rows
+    first_y = tl.zeros((COLUMN_BYTES,), tl.int32) + height
+    last_y = tl.zeros((COLUMN_BYTES,), tl.int32) - 1
+    score = tl.zeros((COLUMN_BYTES,), tl.int64)
+    upper = tl.zeros((8, COLUMN_BYTES), tl.float32)
+    lower = tl.zeros((8, COLUMN_BYTES), tl.float32)
+    tap_row = -2
+    for top in tl.range(start, tl.minimum(start + BANDS * BAND_H, height), BAND_H):
+        bottom = tl.minimum(top + BAND_H, height)
+        first_row, last_row = place_range(top, bottom - 1, step_y, map_height)
+        rows = last_row - first_row + 1
+        any_positive = 1
+        if rows * (last_column - first_column + 1) <= BAND_H * COLUMN_BYTES * 4:
+            # where maps shrink, reading all taps of a tile is more work than its pixels
+            taps = (first_row, last_row), (first_column, last_column)
+            _, any_positive = tap_signs(source, *taps, stride_y, stride_x, TAP_H, TAP_W)
+        if any_positive == 0:
+            row = tl.arange(0, BAND_H)[:, None]
+            place = target[None, :] + row * row_bytes
+            tl.store(place, tl.zeros((BAND_H, COLUMN_BYTES), tl.uint8), mask=(row < bottom - top) & in_row[None, :])
+        else:
+            for y in tl.range(top, bottom):
+                logit, upper, lower, tap_row = row_logits(
+                    source, y, step_y, map_height, stride_y, before, after, share_x, upper, lower, tap_row
+                )
+                mask = (logit > 0.0) & inside
+                # a pixel that is not the mask's has the sigmoid 0
+                sigmoids = 1.0 / (1.0 + tl.exp2(tl.where(mask, logit * -1.4426950408889634, float("inf"))))
+                score += (tl.sum(sigmoids, 0) * _ONE).to(tl.int32).to(tl.int64)
+                counted = tl.sum(tl.where(mask, count, 0), 0)
+                packed = counted & 255
+                tl.store(target + (y - top) * row_bytes, packed.to(tl.uint8), mask=in_row)
+                area += counted // _COUNTED
+                columns |= packed
+                first_y = tl.minimum(first_y, tl.where(packed > 0, y, height))
+                last_y = tl.where(packed > 0, y, last_y)
+        target += BAND_H * row_bytes
+    total = tl.sum(area)
+    if total > 0:
+        hit = (columns[None, :] >> bit) & 1 > 0
+        goal = sums + index
+        tl.atomic_add(goal, total.to(tl.int64), sem="relaxed")
+        tl.atomic_add(goal + num_masks, tl.sum(score), sem="relaxed")
+        tl.atomic_max(goal + 2 * num_masks, (height - tl.min(first_y)).to(tl.int64), sem="relaxed")
+        tl.atomic_max(goal + 3 * num_masks, tl.max(tl.where(hit, width - x, 0)).to(tl.int64), sem="relaxed")
+        tl.atomic_max(goal + 4 * num_masks, (tl.max(last_y) + 1).to(tl.int64), sem="relaxed")
+        tl.atomic_max(goal + 5 * num_masks, tl.max(tl.where(hit, x + 1, 0)).to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_masks", "height", "width"])
@@ -132,12 +171,10 @@ def instance_masks(
     if count == 0:
         return
     height, width = output_size
-    tiles_y, tiles_x = triton.cdiv(height, TILE_H), triton.cdiv(width, TILE_W)
+    grid = (count, triton.cdiv(height, BANDS * BAND_H), triton.cdiv(width, COLUMN_BYTES * 8))
     with torch.cuda.device_of(masks):
         sums = areas.new_zeros((_SUMS, count))
-        _masks_kernel[(count * tiles_y * tiles_x,)](
-            masks, sums, *window, count, tiles_y, tiles_x, **_CONSTANTS, **LAUNCH
-        )
+        _masks_kernel[grid](masks, sums, *window, count, **_CONSTANTS, **LAUNCH)
         _finish_kernel[(triton.cdiv(count, FINISH_BLOCK),)](
             areas, boxes, scores, sums, count, height, width, BLOCK=FINISH_BLOCK
         )
@@ -159,17 +196,22 @@ def variants() -> list[KernelVariant]:
 
 
 def goal_calls() -> list[GoalLaunch]:
-    """An image of 800x1333 with 100 masks, each of which is positive in a part of the tiles."""
+    """An image of 800x1333 with 100 masks at scale 4, each of which is positive in a quarter of the bands."""
     masks, (rows, columns), (height, width) = 100, (200, 334), (800, 1333)
     logits = torch.empty(1, masks, rows, columns, device="meta")
     with torch.device("meta"):
         packed = torch.empty(1, masks, height, triton.cdiv(width, 8), dtype=torch.uint8)
         areas, boxes, scores = torch.empty(1, masks, dtype=torch.int64), torch.empty(1, masks, 4), torch.empty(1, masks)
+    bands = triton.cdiv(height, BAND_H)
     runs = {
+        "for top in tl.range(start": bands / triton.cdiv(bands, BANDS),
         "range(first_row, last_row + 1, TAP_H)": 1,
-        "range(first_column, last_column + 1, TAP_W)": 1,
-        "if most > 0.0": 0.25,
-        "if area > 0": 0.8,
+        "range(first_column, last_column + 1, TAP_W)": 3,
+        "if any_positive == 0": 0.25,
+        "for y in tl.range(top, bottom)": BAND_H,
+        "if low != tap_row": 0.3,
+        "if low == tap_row + 1": 0.2,
+        "if total > 0": 0.5,
     }
     works = [Work("masks", runs, logits.numel() * 4 + packed.numel()), Work("finish")]
     return goal_launches(

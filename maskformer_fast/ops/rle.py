@@ -1,8 +1,8 @@
 """Compressed COCO run lengths (RLE) of masks: of boolean arrays, of packed arrays, and directly of mask logits.
 
-`instance_rle` is the operator. On CUDA it stores no mask, neither dense nor packed (kernels/rle.py). On the CPU it
-packs each mask, then encodes it, in C++. The strings are those that pycocotools makes of the masks of
-`instance_inference`. No function has a gradient.
+`instance_rle` is the operator. It packs each mask, then encodes it: on the CPU in C++, on CUDA with the bits of a
+column in words (kernels/rle.py). The strings are those that pycocotools makes of the masks of `instance_inference`. No
+function has a gradient.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ kernel = compile_kernel(variant, "sm_87")
 assert kernel.cubin[:4] == b"\\x7fELF" and kernel.symbol.encode() in kernel.cubin
 assert kernel.arguments == tuple(variant.arguments.items()), kernel.arguments
 assert [name for name, _ in kernel.arguments] == [
-    "probabilities", "largest", "class_logits", "stride_b", "stride_q",
+    "probabilities", "class_logits", "stride_b", "stride_q",
     "num_queries", "num_classes", "num_rows", "padded_classes",
 ]
 assert kernel.num_warps == 4 and kernel.null_pointers == 2 and not kernel.failure

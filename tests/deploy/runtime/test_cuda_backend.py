@@ -131,7 +131,8 @@ def test_frames_reach_the_device_and_results_are_copies(bundle: Bundle) -> None:
         backend = TensorRTBackend(bundle, 0, 1)
         frames = make_frames(TWO, 0)
         (first, _), _ = backend.collect(backend.submit(frames, "semantic"))
-        assert seen == ["resize", "probabilities", "semantic_logits"] * 2  # the run before the capture, and the graph
+        # the run before the capture, and the graph
+        assert seen == ["resize", "probabilities", "semantic_logits", "semantic_general"] * 2
         pinned = next(memory for kind, memory in driver.alive.values() if kind == "pinned")
         assert frames[0].tobytes() + frames[1].tobytes() in bytes(pinned)
         before = first.labels.copy()

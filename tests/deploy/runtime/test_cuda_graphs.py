@@ -55,7 +55,7 @@ def runs_without_graphs(bundle: Bundle, launches: list[str], caplog: pytest.LogC
             (result,), seconds = backend.collect(backend.submit(make_frames(ONE, 0), "semantic"))
             assert result.labels.shape == (ONE.height, ONE.width) and seconds.network == 1
             # A slot's first batch runs twice: to load what is lazy, and for its results.
-            assert len(launches) == 3 * (2 if batch < 2 else 1)
+            assert len(launches) == 4 * (2 if batch < 2 else 1)
         assert sum("piece by piece" in record.message for record in caplog.records) == 1
         assert backend.graph_obstacle is not None
         return backend.graph_obstacle

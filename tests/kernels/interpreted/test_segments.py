@@ -16,7 +16,7 @@ import torch
 
 from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.metadata import VOID
-from maskformer_fast.kernels.rle import BYTES_LAUNCH, RUN_BLOCK, _bytes_kernel
+from maskformer_fast.kernels.rle import LAUNCH, RUN_BLOCK, _bytes_kernel
 from maskformer_fast.kernels.segments_instances import instance_masks
 from maskformer_fast.kernels.segments_panoptic import panoptic_segments
 from maskformer_fast.ops.rle import EncodedMasks, _instance_rle_cuda, encode_instances, instance_rle
@@ -45,6 +45,11 @@ GRID = [
     ((9, 10), (9.0, 10.0), (9, 10)),  # the same size
     ((1, 1), (0.4, 1.0), (3, 12)),
     ((3, 4), (3.0, 4.0), (1, 1)),
+]
+LONG = [
+    ((20, 3), (19.3, 2.6), (77, 10)),  # more rows than one program of instances walks
+    ((2, 70), (2.0, 69.4), (5, 275)),  # more columns than one program writes
+    ((9, 4), (9.0, 3.7), (64, 13)),  # run lengths: words with no bit to spare
 ]
 
 
@@ -227,7 +232,14 @@ def test_more_queries_go_to_the_eager_twin() -> None:
         panoptic_segments(*arguments[:4], arguments[4], 0.5, "maskformer", *expected)
 
 
-@pytest.mark.parametrize("grid, dtype", [*((grid, torch.float32) for grid in GRID), (GRID[1], torch.float16)])
+@pytest.mark.parametrize(
+    "grid, dtype",
+    [
+        *((grid, torch.float32) for grid in [*GRID, *LONG]),
+        (GRID[1], torch.float16),
+        (GRID[1], torch.bfloat16),
+    ],
+)
 def test_instances(grid, dtype) -> None:
     logits = clear_logits(0, 2, 2, grid, dtype)
     logits[1, 1] = -1.0
@@ -277,7 +289,7 @@ def counts_of(data: torch.Tensor, starts: torch.Tensor) -> list[bytes]:
 
 @pytest.mark.parametrize(
     "grid, dtype",
-    [*((grid, torch.float32) for grid in GRID), (((3, 2), (3.0, 2.0), (37, 37)), torch.float16)],
+    [*((grid, torch.float32) for grid in [*GRID, *LONG]), (((3, 2), (3.0, 2.0), (37, 37)), torch.float16)],
 )
 def test_run_lengths_equal_pycocotools(grid, dtype) -> None:
     logits = clear_logits(3, 1, 4, grid, dtype)
@@ -353,9 +365,7 @@ def test_numbers_of_all_lengths_are_written_as_by_pycocotools() -> None:
     changes = torch.tensor([len(mask) - 1 for mask in masks]).cumsum(0)  # of masks of one column
     data, ends = torch.zeros(sum(map(len, expected)), dtype=torch.uint8), torch.zeros(len(masks), dtype=torch.int64)
     for write in (False, True):
-        _bytes_kernel[(len(masks),)](
-            ends, data, places, changes, 1, len(data), WRITE=write, BLOCK=RUN_BLOCK, **BYTES_LAUNCH
-        )
+        _bytes_kernel[(len(masks),)](ends, data, places, changes, 1, len(data), WRITE=write, BLOCK=RUN_BLOCK, **LAUNCH)
         ends = ends if write else ends.cumsum(0)
     assert counts_of(data, torch.tensor([0, *ends.tolist()])) == expected
 
