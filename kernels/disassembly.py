@@ -10,7 +10,7 @@ parts of lines of source:
   an entry but those of at most `WAIT` instructions that belong to no ``for``: they wait for a barrier, once. Where the
   assembler unrolled a loop, the iterations are distributed to the copies of its body, the longest first.
 - Another conditional branch has the fraction of its line: how often the longer of its two sides runs. Without an entry
-  the longer side always runs, except one with a call: those are the slow paths of divisions.
+  the longer side always runs, except one that begins with a call: those are the slow paths of divisions.
 
 Predicated instructions count in full: they are issued.
 """
@@ -335,12 +335,16 @@ class _Flow:
         own = {first: self._reach(first) - self._reach(second), second: self._reach(second) - self._reach(first)}
         if block.last.opcode.startswith("BRA.DIV"):
             return first, own[first]
-        calls = {
-            way: any(self.blocks[b].last.name == "CALL" and not self.blocks[b].last.jumps for b in region)
-            for way, region in own.items()
-        }
-        longer = max((first, second), key=lambda way: (not calls[way], self._count(own[way])))
+        longer = max((first, second), key=lambda way: (not self._calls(way), self._count(own[way])))
         return longer, own[longer]
+
+    def _calls(self, index: int) -> bool:
+        """Whether a block, or one that follows it without a branch, calls a function."""
+        while not self.blocks[index].last.jumps and (following := self.blocks[index].following) is not None:
+            if self.blocks[index].last.name == "CALL":
+                return True
+            index = following
+        return False
 
     def _count(self, blocks: set[int], names: tuple[str, ...] = ()) -> int:
         """Number of instructions, of some names or all."""

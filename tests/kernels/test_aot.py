@@ -147,3 +147,21 @@ def test_unknown_target_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         aot.main()
     message = capsys.readouterr().err
     assert exit.value.code == 2 and "--targets: expected some of sm_80," in message and "sm_75" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--check", "--record"), "--record: expected with --report only"),
+        (("--report", "--targets", "sm_80"), "--targets: expected some of sm_87,sm_90,sm_100,sm_120, got sm_80"),
+        (("--report", "--kernels", "cake"), "got cake"),
+        ((), "one of the arguments --check --report is required"),
+    ],
+)
+def test_options(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["aot", *options])
+    with pytest.raises(SystemExit):
+        aot.main()
+    assert message in capsys.readouterr().err

@@ -169,6 +169,26 @@ def test_slow_paths(tmp_path: Path) -> None:
     assert counts(tmp_path, code, {"if wanted:": 0.25}) == expected
 
 
+def test_a_long_side_with_a_call_inside_runs(tmp_path: Path) -> None:
+    code = """
+    3 @P0 BRA `(.L_end)
+    4 FADD WANTED, R0
+    4 BRA.DIV ~URZ, `(.L_diverged)
+    .L_join:
+    4 FADD WANTED, R0
+    .L_end:
+    7 FADD END, R0
+    7 EXIT
+    .L_diverged:
+    4 CALL.REL.NOINC `($shuffle)
+    4 FADD DIVERGED, R0
+    4 BRA `(.L_join)
+    $shuffle:
+    4 RET.REL.NODEC R2 `(kernel)
+    """
+    assert counts(tmp_path, code, {}) == {"WANTED": 1, "END": 1, "DIVERGED": 0}
+
+
 @pytest.mark.parametrize(
     ("code", "pipe", "clocks"),
     [
