@@ -52,8 +52,8 @@ ALLOWED_SPILLS = {
     ("3.7", "panoptic_claim_fp32_mask2former", "sm_80"): 8,
 }
 """(Triton version, kernel, target) -> most bytes that a thread may spill, 0 for all others. This kernel does not lack
-registers: with 48 or 80 of 255 the assembler spills one to four values for another block on each multiprocessor. Other
-orders of their statements move such spills to other targets and Triton versions."""
+registers: with 80 of 255 the assembler spills two values for another block on each multiprocessor. Other orders of its
+statements move such spills to other targets and Triton versions."""
 
 
 @dataclass(frozen=True)
