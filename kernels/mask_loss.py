@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.activations import LOG2_E, logistic
+from maskformer_fast.kernels.products import add_product
 from maskformer_fast.kernels.variant import KernelVariant
 
 PIXELS = 128
@@ -65,6 +66,23 @@ def _first_reader(cell, size, out):
 
 
 @triton.jit
+def _reader_after(cell, size, out):
+    """`_first_reader` of the cell after one, if it exists, and the remainder of the division."""
+    place = (2 * cell + 3) * out + size - 1
+    reader = place // (2 * size)
+    return reader, place - reader * (2 * size)
+
+
+@triton.jit
+def _next_reader(reader, remainder, size, out):
+    """The same for the next cell, without a division."""
+    reader += out // size
+    remainder += 2 * (out % size)
+    carry = remainder >= 2 * size
+    return tl.where(carry, reader + 1, reader), tl.where(carry, remainder - 2 * size, remainder)
+
+
+@triton.jit
 def _counted_part(valid_sizes, row, height, width):
     """Ends of the counted rows and columns of a pair with this target; 0 for a pair without a target."""
     bottom = tl.where(row >= 0, height, 0)
@@ -87,10 +105,10 @@ def _line(logits, cell, map_height, map_width, low, share):
 
 
 @triton.jit
-def _shares(y, cell, size, out):
-    """Share of the next row of cells in the rows of pixels that are after a row of cells."""
+def _shares(y, cell, size, out, step):
+    """Share of the next row of cells in the rows of pixels that are after a row of cells; step is 1 / (2 out)."""
     beyond = (2 * y + 1) * size - (2 * cell + 1) * out
-    return tl.maximum(beyond, 0).to(tl.float32) / (2 * out).to(tl.float32)
+    return tl.maximum(beyond, 0).to(tl.float32) * step
 
 
 @triton.jit
@@ -103,8 +121,8 @@ def _weights(x, cell, size, out):
 
 @triton.jit
 def _scores_of_pixels(
-    above, below,  # [1, pixels]
-    share,  # [rows], of below
+    above, change,  # [1, pixels]: logits at a row of cells, and how much larger they are at the next
+    share,  # [rows], of the next row
     target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER: tl.constexpr,
 ):  # fmt: skip
     """Truth, probabilities of the wrong and the right class, cross-entropy and its weight, of pixels y, x.
@@ -114,7 +132,7 @@ def _scores_of_pixels(
     counted = (y < end)[:, None] & (x < right)[None, :]
     byte = tl.load(target + y.to(tl.int64)[:, None] * pitch + (x >> 3)[None, :], mask=counted, other=0).to(tl.int32)
     truth = ((byte >> (x & 7)[None, :]) & 1) != 0
-    logit = (1.0 - share)[:, None] * above + share[:, None] * below
+    logit = above + share[:, None] * change
     # One formula for both classes of pixel: the probability of the wrong class is sigmoid(z), the cross-entropy
     # softplus(z). At z = -inf both are zero, and so is every gradient: this excludes a pixel from the loss.
     z = tl.where(counted, tl.where(truth, -logit, logit), float("-inf"))
@@ -158,15 +176,19 @@ def _mask_sums_kernel(
         total = tl.zeros((1, PIXELS), tl.float32)
         area = tl.zeros((1, PIXELS), tl.float32)
         below = _line(maps, first, map_height, map_width, low, share_x)
+        step = 1.0 / (2 * height).to(tl.float32)
+        reader, rest = _reader_after(first, map_height, height)
         for cell in range(first, tl.minimum(first + CELLS, map_height)):
             above = below
             below = _line(maps, cell + 1, map_height, map_width, low, share_x)
-            following = _first_reader(cell + 1, map_height, height)
+            change = below - above
+            following = tl.where(cell + 1 < map_height, reader, height)
+            reader, rest = _next_reader(reader, rest, map_height, height)
             end = tl.minimum(following, bottom)
             for top in range(begin, end, ROWS):
                 y = top + tl.arange(0, ROWS)
                 truth, wrong, correct, entropy, weight = _scores_of_pixels(
-                    above, below, _shares(y, cell, map_height, height), target, y, x, end, right, pitch,
+                    above, change, _shares(y, cell, map_height, height, step), target, y, x, end, right, pitch,
                     mask_weight, other_weight, gamma, POWER,
                 )  # fmt: skip
                 focal += tl.sum(entropy * weight, 0, keep_dims=True)
@@ -213,6 +235,7 @@ def _mask_sums_backward_kernel(
     top = _first_reader(before, map_height, height)
     first_pixel = _first_reader(first_x - 1, map_width, width)
     end_pixel = tl.minimum(_first_reader(first_x + cells, map_width, width), right)
+    step = 1.0 / (2 * height).to(tl.float32)
     values = tl.zeros((CELLS, CELLS), tl.float32)
     for left in range(first_pixel, tl.where(top < bottom, end_pixel, 0), PIXELS):
         x = left + tl.arange(0, PIXELS)
@@ -221,18 +244,21 @@ def _mask_sums_backward_kernel(
         rest = tl.zeros((1, PIXELS), tl.float32)  # slopes that the cells before add to the row of cells after them
         begin = top
         below = _line(maps, before, map_height, map_width, low, share_x)
+        reader, remainder = _reader_after(before, map_height, height)
         for cell in range(before, tl.minimum(first_y + CELLS, map_height)):
             above = below
             below = _line(maps, cell + 1, map_height, map_width, low, share_x)
-            following = _first_reader(cell + 1, map_height, height)
+            rise = below - above
+            following = tl.where(cell + 1 < map_height, reader, height)
+            reader, remainder = _next_reader(reader, remainder, map_height, height)
             end = tl.minimum(following, bottom)
             line = rest
             rest = tl.zeros((1, PIXELS), tl.float32)
             for start in range(begin, end, ROWS):
                 y = start + tl.arange(0, ROWS)
-                share = _shares(y, cell, map_height, height)
+                share = _shares(y, cell, map_height, height, step)
                 truth, wrong, correct, entropy, weight = _scores_of_pixels(
-                    above, below, share, target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER
+                    above, rise, share, target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER
                 )
                 change = tl.where(truth, for_total + for_overlap, for_total) * (wrong * correct)
                 if POWER != 0:
@@ -246,7 +272,7 @@ def _mask_sums_backward_kernel(
             lines = tl.where((cell_y == cell)[:, None], line, lines)
             begin = following
         weights = _weights(x, cell_x, map_width, width)
-        values = tl.dot(lines, weights, values, input_precision="tf32x3")
+        values = add_product(lines, weights, values)
     own = (cell_y < map_height)[:, None] & ((cell_x < first_x + cells) & (cell_x < map_width))[None, :]
     place = result + pair * map_height * map_width + cell_y.to(tl.int64)[:, None] * map_width + cell_x[None, :]
     tl.store(place, values, mask=own)

@@ -4,18 +4,19 @@ Three kernels, without floating-point atomics: the same inputs give the same cos
 
 1. `_sample_kernel` samples the packed targets at the resolution of the mask logits: for each pixel a word with a bit
    for each of `BLOCK_TARGETS` targets, and a last bit that is set where the pixel is counted.
-2. `_sums_kernel` processes a chunk of an image's pixels and a block of its queries, those of all layers in one row,
-tile
-   by tile: mask logits, from memory or computed from embeddings, then probabilities and losses of their pixels, then
-   the product of these with the unpacked words. The last bit's column is the sum over all counted pixels.
+2. `_sums_kernel` processes a chunk of an image's pixels and a block of its queries (those of all layers in one row),
+   tile by tile: mask logits, from memory or computed from embeddings, then probabilities and losses of their pixels,
+   then the product of these with the unpacked words. The last bit's column is the sum over all counted pixels.
 3. `_cost_kernel` adds the chunks' sums, divides, and adds the class cost.
 
-Precision: embeddings are multiplied with 22 bits or more (products of halves are exact). The values multiplied by the
-targets are sums of two float16, scaled by their row's largest value. All sums are in float32.
+Precision: embeddings are multiplied with 22 bits or more (products of halves are exact). Exponentials and logarithms
+are those of the hardware, with errors of about 2^-22. Of the values multiplied by the targets, probabilities are sums
+of two float16, losses of three bfloat16. All sums are in float32.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.activations import LOG2_E, logistic
+from maskformer_fast.kernels.activations import LN_2, LOG2_E, quick_log2
+from maskformer_fast.kernels.products import add_product, product
 from maskformer_fast.kernels.variant import KernelVariant
 
 WORD_BITS = 32
@@ -31,14 +33,19 @@ WORD_BITS = 32
 BLOCK_TARGETS = WORD_BITS - 1
 """Targets of one word. Images with more targets compute the logits once for each block of targets."""
 ROWS = 64
-"""Queries of a program: 6 layers of 100 queries are 10 blocks with 40 unused rows."""
+"""Queries of a program: 6 layers of 100 queries are 10 blocks with 40 unused rows. With 128 and 8 warps a logit takes a
+tenth fewer instructions, but only one program fits a multiprocessor."""
 PIXELS = 32
-"""Pixels of a tile: with 64, products of float32 spill on sm_80, products of halves on sm_100."""
+"""Pixels of a tile: with 64, products of float32 spill."""
 DEPTH_BLOCKS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
 """Channels of embeddings multiplied at once: 128 bytes of a row."""
+MOST_WHOLE = 256
+"""Channels of embeddings in half precision up to which they stay in shared memory, read once in a program."""
+KEEPING = 160 << 10
+"""Bytes of shared memory of a multiprocessor from which on they do."""
 LAUNCH = {"num_warps": 4, "num_stages": 2}
-"""Options of every launch. With them and the sizes above no target spills registers or lacks shared memory, and two
-blocks fit a multiprocessor: one multiplies while the other takes logarithms. The sizes are not measured on a GPU."""
+"""Options of every launch. With them and the sizes above no target spills registers or lacks shared memory, and two or
+three programs fit a multiprocessor: one multiplies while another takes logarithms. Not measured on a GPU."""
 PROGRAMS = 1024
 """Number of programs up to which pixels are split into chunks: a few for each multiprocessor. It also bounds the memory
 of their sums, to 16 MiB where the result is smaller. Not measured on a GPU."""
@@ -50,8 +57,11 @@ CLASSES = 64
 """Classes of which `_cost_kernel` takes the softmax at once."""
 
 _SCALE = tl.constexpr(32768.0)
-"""Largest value that is split into two float16."""
-_TINY = tl.constexpr(1e-30)
+"""Factor of probabilities, so that small ones are within the range of float16."""
+_SCALE_LOG2 = tl.constexpr(15.0)
+_ONE_FP16 = tl.constexpr(0x3C00)
+"""Bits of 1."""
+_ONE_BF16 = tl.constexpr(0x3F80)
 _ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -106,31 +116,54 @@ def _sample_kernel(
 
 @triton.jit
 def _pixel_losses(x, on_weight, off_weight, gamma, EXPONENT: tl.constexpr):
-    """Probability, loss where the target is on and loss where it is off, of mask logits.
+    """Probability times `_SCALE`, loss where the target is off, and by how much it exceeds that where it is on.
 
-    EXPONENT is that of the focal loss where it is 0 or 2, and -1 for any other. Small probabilities and losses keep
-    their relative precision. A logit of NaN or infinity makes one of the losses NaN or infinite.
+    EXPONENT is that of the focal loss where it is 0 or 2, and -1 for any other. The probability keeps its relative
+    precision, losses have an absolute error of about 2^-22 of their weight. A logit of NaN or infinity makes the loss
+    or its rise NaN or infinite.
     """
-    small, likely, unlikely = logistic(x)
-    on = tl.maximum(-x, 0.0) + small  # softplus(-x), and softplus(x)
-    off = tl.maximum(x, 0.0) + small
-    probability = tl.where(x > 0.0, likely, unlikely)
+    minus = x * -LOG2_E  # softplus below is divided by ln 2
     if EXPONENT == 2:
-        rest = tl.where(x > 0.0, unlikely, likely)
-        return probability, on_weight * (rest * rest) * on, off_weight * (probability * probability) * off
+        # softplus(-x) is the logarithm of 1 + exp(-x), and -x where the exponential would overflow
+        on = tl.maximum(quick_log2(1.0 + tl.exp2(tl.minimum(minus, 126.0))), minus)
+        off = on - minus  # without correct digits where x is far below 0, but there its weight is exp(2 x)
+        scaled = tl.exp2(-on + _SCALE_LOG2)
+        rest = 1.0 - scaled * (1.0 / _SCALE)
+        off *= scaled * (off_weight * LN_2 / (_SCALE * _SCALE)) * scaled
+        return scaled, off, rest * rest * on * (on_weight * LN_2) - off
+    small = quick_log2(1.0 + tl.exp2(-tl.abs(minus)))
+    on = tl.maximum(minus, 0.0) + small
+    off = tl.maximum(-minus, 0.0) + small
+    scaled = tl.exp2(-on + _SCALE_LOG2)
     if EXPONENT == -1:  # sigmoid(x) = exp(-softplus(-x))
-        power = gamma * -LOG2_E
-        return probability, on_weight * tl.exp2(power * off) * on, off_weight * tl.exp2(power * on) * off
-    return probability, on_weight * on, off_weight * off
+        power = tl.exp2(on * -gamma)
+        on *= tl.exp2(off * -gamma)
+        off *= power
+    off *= off_weight * LN_2
+    return scaled, off, on * (on_weight * LN_2) - off
 
 
 @triton.jit
-def _dot_truth(values, truth):
-    """Multiply ``values`` [rows, pixels] float32, at most `_SCALE`, by ``truth`` [pixels, TARGETS] float16, 0 or 1."""
+def _times_truth(values, truth):
+    """Multiply ``values`` [rows, pixels] float32, at most 65504, by bits ``truth`` [pixels, TARGETS], in 22 bits."""
+    ones = (truth * _ONE_FP16).to(tl.int16).to(tl.float16, bitcast=True)
     high = values.to(tl.float16)
     # a product of its own for each tile, which is then added to the others': tensor cores round sums towards zero
-    total = tl.dot(high, truth)
-    return tl.dot((values - high.to(tl.float32)).to(tl.float16), truth, total)
+    total = tl.dot(high, ones)
+    return tl.dot((values - high.to(tl.float32)).to(tl.float16), ones, total)
+
+
+@triton.jit
+def _any_times_truth(values, truth):
+    """Multiply ``values`` of any magnitude, in 24 bits: as sums of three bfloat16, the first two cut off."""
+    ones = (truth * _ONE_BF16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    bits = values.to(tl.int32, bitcast=True)
+    total = product((bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), ones)
+    values -= (bits & -65536).to(tl.float32, bitcast=True)
+    bits = values.to(tl.int32, bitcast=True)
+    total += product((bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), ones)
+    values -= (bits & -65536).to(tl.float32, bitcast=True)
+    return total + product(values.to(tl.bfloat16), ones)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_rows", "num_blocks", "num_chunks", "chunk_tiles"])
@@ -142,7 +175,7 @@ def _sums_kernel(
     pixels, stride_pb, stride_pd, stride_pp,  # [B, D, num_pixels], read with FACTORED
     num_queries, num_rows, depth, num_pixels, num_blocks, num_chunks, chunk_tiles, on_weight, off_weight, gamma,
     FACTORED: tl.constexpr, EXPONENT: tl.constexpr,
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, TARGETS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, TARGETS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(num_rows, ROWS)
     program = tl.program_id(0)
@@ -160,11 +193,19 @@ def _sums_kernel(
     off_sum = tl.zeros((ROWS,), tl.float32)
     rise_sum = tl.zeros((ROWS, TARGETS), tl.float32)
     probability_sum = tl.zeros((ROWS, TARGETS), tl.float32)
+    if WHOLE:  # all channels at once: the embeddings are read once and stay in shared memory
+        channel = tl.arange(0, DEPTH)
+        exists = channel < depth
+        embedding = tl.load(source[:, None] + channel[None, :] * stride_i, mask=exists[None, :], other=0.0)
     begin = chunk * chunk_tiles * PIXELS
     for start in tl.range(begin, tl.minimum(begin + chunk_tiles * PIXELS, num_pixels), PIXELS):
         pixel = start + tl.arange(0, PIXELS)
         here = pixel < num_pixels
-        if FACTORED:
+        if WHOLE:
+            place = channel.to(tl.int64)[:, None] * stride_pd + pixel.to(tl.int64)[None, :] * stride_pp
+            values = tl.load(pixels + place, mask=exists[:, None] & here[None, :], other=0.0)
+            logits = product(embedding, values)
+        elif FACTORED:
             logits = tl.zeros((ROWS, PIXELS), tl.float32)
             for first in tl.range(0, depth, DEPTH):
                 channel = first + tl.arange(0, DEPTH)
@@ -173,20 +214,16 @@ def _sums_kernel(
                 embedding = tl.load(source[:, None] + channel[None, :] * stride_i, mask=exists[None, :], other=0.0)
                 place = channel[:, None] * stride_pd + pixel.to(tl.int64)[None, :] * stride_pp
                 values = tl.load(pixels + place, mask=exists[:, None] & here[None, :], other=0.0)
-                logits = tl.dot(embedding, values, logits, input_precision="tf32x3")
+                logits = add_product(embedding, values, logits)
         else:
             place = pixel.to(tl.int64)[None, :] * stride_i
             logits = tl.load(source[:, None] + place, mask=here[None, :], other=0.0).to(tl.float32)
         word = tl.load(words + pixel, mask=here, other=0)
-        probability, on, off = _pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
-        truth = ((word[:, None] >> column[None, :]) & 1).to(tl.float16)
-        probability_sum += _dot_truth(probability * _SCALE, truth)
-        counted = ((word >> (TARGETS - 1)) & 1).to(tl.float32)
-        off_sum += tl.sum(off * counted[None, :], 1)
-        rise = on - off
-        # a value that is not finite makes all columns so: 0 times it is NaN
-        unit = tl.maximum(tl.max(tl.abs(rise), 1), _TINY) / _SCALE
-        rise_sum += _dot_truth(rise * (1.0 / unit)[:, None], truth) * unit[:, None]
+        scaled, off, rise = _pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
+        truth = (word[:, None] >> column[None, :]) & 1
+        probability_sum += _times_truth(scaled, truth)
+        off_sum += tl.sum(off * ((word >> (TARGETS - 1)) & 1).to(tl.float32)[None, :], 1)
+        rise_sum += _any_times_truth(rise, truth)
     target = sums + program.to(tl.int64) * (2 * ROWS * TARGETS)
     target += tl.arange(0, ROWS)[:, None] * TARGETS + column[None, :]
     tl.store(target, off_sum[:, None] + rise_sum)
@@ -330,7 +367,8 @@ def matching_cost_forward(
         _sums_kernel[(len(sums),)](
             sums, words, counts, rows, *rows.stride(), columns, *columns.stride()[-3:],
             num_queries, num_rows, columns.shape[-2], num_pixels, blocks, chunking.chunks, chunking.chunk_tiles, *focal,
-            **_constants(embeddings.dtype, pixels is not None, focal[2]), **LAUNCH,
+            **_constants(embeddings.dtype, None if pixels is None else pixels.shape[1], focal[2], _keeps(cost.device)),
+            **LAUNCH,
         )  # fmt: skip
         _cost_kernel[(batch * blocks * triton.cdiv(num_rows, COST_ROWS),)](
             cost, sums, areas, class_logits, *class_logits.stride(), labels, *labels.stride(), counts,
@@ -339,15 +377,26 @@ def matching_cost_forward(
         )  # fmt: skip
 
 
-def _constants(dtype: torch.dtype, factored: bool, gamma: float) -> dict[str, Any]:
-    """Compile-time constants of `_sums_kernel`."""
+@functools.cache
+def _keeps(device: torch.device) -> bool:
+    """Tell whether embeddings stay in shared memory: three programs of `MOST_WHOLE` channels must find room there."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= KEEPING
+
+
+def _constants(dtype: torch.dtype, depth: int | None, gamma: float, keep: bool) -> dict[str, Any]:
+    """Compile-time constants of `_sums_kernel`, for embeddings of ``depth`` channels, or None for mask logits.
+
+    ``keep`` allows embeddings to stay in shared memory.
+    """
+    whole = keep and depth is not None and dtype != torch.float32 and depth <= MOST_WHOLE
     return {
-        "FACTORED": factored,
+        "FACTORED": depth is not None,
+        "WHOLE": whole,
         "EXPONENT": int(gamma) if gamma in (0.0, 2.0) else -1,
         "ROWS": ROWS,
         "PIXELS": PIXELS,
         "TARGETS": WORD_BITS,
-        "DEPTH": DEPTH_BLOCKS[dtype],
+        "DEPTH": max(16, triton.next_power_of_2(depth)) if whole else DEPTH_BLOCKS[dtype],
     }
 
 
@@ -356,6 +405,8 @@ def variants() -> list[KernelVariant]:
     kernels = [
         _sums_variant("embeddings", torch.float32, 1.5),
         _sums_variant("embeddings", torch.bfloat16, 2.0),
+        _sums_variant("embeddings", torch.bfloat16, 2.0, keep=True),
+        _sums_variant("embeddings", torch.float16, 1.5, keep=True),
         _sums_variant("logits", torch.float32, 2.0),
     ]
     blocks: dict[str, Any] = {"EXCLUDE": True, "TARGETS": WORD_BITS, "PIXELS": SAMPLE_PIXELS}
@@ -370,16 +421,17 @@ def variants() -> list[KernelVariant]:
     return kernels
 
 
-def _sums_variant(form: str, dtype: torch.dtype, gamma: float) -> KernelVariant:
+def _sums_variant(form: str, dtype: torch.dtype, gamma: float, keep: bool = False) -> KernelVariant:
     """Specialisation of `_sums_kernel` for contiguous inputs; `form` is "logits" or "embeddings"."""
-    constants = _constants(dtype, form == "embeddings", gamma)
+    constants = _constants(dtype, MOST_WHOLE if form == "embeddings" else None, gamma, keep)
     element = _ELEMENTS[dtype]
     types = {"sums": "*fp32", "words": "*i32", "counts": "*i64", "queries": f"*{element}", "pixels": f"*{element}"}
     types |= dict.fromkeys(("on_weight", "off_weight", "gamma"), "fp32")
     exponent = "any" if constants["EXPONENT"] == -1 else constants["EXPONENT"]
     aligned = ("stride_l", "stride_b", "stride_q", "stride_pb", "stride_pd", "depth", "num_pixels")
     ones = {"stride_i": 1, "stride_pp": 1}
-    return _variant(f"matching_cost_sums_{form}_{element}_{exponent}", _sums_kernel, types, constants | ones, aligned)
+    name = f"matching_cost_sums_{form}_{element}_{exponent}{'_kept' * keep}"
+    return _variant(name, _sums_kernel, types, constants | ones, aligned)
 
 
 def _variant(
