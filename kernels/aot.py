@@ -5,6 +5,11 @@
 compiles every variant that the kernel modules list, prints registers, spilled bytes, shared memory and time of each,
 and exits with 1 if one spills more than `ALLOWED_SPILLS`, needs more shared memory than its target has, or does not
 compile.
+
+    python -m maskformer_fast.kernels.aot --report [--record] [--targets sm_90] [--kernels semantic]
+
+compiles the launches of the modules' goal calls and prints what their machine code predicts (`report`). With
+``--record`` it writes the rows to `report.RECORD`, else it exits with 1 if a count is not recorded or has risen.
 """
 
 from __future__ import annotations
@@ -22,7 +27,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from maskformer_fast.kernels.report import TARGETS, predict, risen, table, write_record
 
 if TYPE_CHECKING:
     from maskformer_fast.kernels.variant import KernelVariant
@@ -32,7 +39,8 @@ KERNEL_MODULES = (
     "semantic",
     "semantic_pruned",
 )  # fmt: skip
-"""Modules of this folder with a function ``variants() -> list[KernelVariant]``. Add the name of a new module here."""
+"""Modules of this folder with functions ``variants() -> list[KernelVariant]`` and ``goal_calls() -> list[GoalLaunch]``.
+Add the name of a new module here."""
 
 SHARED_MEMORY_LIMITS = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10,
@@ -208,19 +216,58 @@ def _prepare_worker(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
 
 
+def goal_rows(module: str, target: str) -> list[dict[str, Any]]:
+    """Rows of `report` of a module's goal calls for one target."""
+    compiled: dict[str, CompiledKernel] = {}
+    rows = []
+    for launch in importlib.import_module(f"maskformer_fast.kernels.{module}").goal_calls():
+        key = repr(launch.variant)
+        if key not in compiled:
+            compiled[key] = compile_kernel(launch.variant, target)
+        rows.append(predict(module, launch, compiled[key]))
+    return rows
+
+
+def print_report(modules: tuple[str, ...], targets: tuple[str, ...], record: bool) -> int:
+    """Print the rows of the modules' goal calls; record them, or else compare -> number of rises from the record."""
+    jobs = [(module, target) for target in targets for module in modules]
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as cache:
+        # an empty cache: kernels in another could name the lines of source of another copy of the files
+        prepare = partial(_prepare_worker, cache)
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=prepare) as pool:
+            rows = [row for of_job in pool.map(goal_rows, *zip(*jobs, strict=True)) for row in of_job]
+    print(table(rows))
+    if record:
+        write_record(rows)
+        return 0
+    complaints = risen(rows)
+    print("\n".join(["", *complaints]), file=sys.stderr)
+    return len(complaints)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m maskformer_fast.kernels.aot", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", required=True, help="compile, print a table, exit 1 on failure")
-    parser.add_argument("--targets", default=",".join(SHARED_MEMORY_LIMITS), help="of %(default)s")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", action="store_true", help="compile, print a table, exit 1 on failure")
+    what.add_argument("--report", action="store_true", help="predict the goal calls from the machine code")
+    parser.add_argument("--record", action="store_true", help="write the report's rows to the record")
+    parser.add_argument("--targets", help=f"of {','.join(SHARED_MEMORY_LIMITS)}; a report knows {','.join(TARGETS)}")
     parser.add_argument("--kernels", default=",".join(KERNEL_MODULES), help="of %(default)s")
     arguments = parser.parse_args()
+    if arguments.record and not arguments.report:
+        parser.error("--record: expected with --report only")
+    known_targets = tuple(TARGETS if arguments.report else SHARED_MEMORY_LIMITS)
+    arguments.targets = arguments.targets or ",".join(known_targets)
     chosen = []
-    for name, known in (("targets", tuple(SHARED_MEMORY_LIMITS)), ("kernels", KERNEL_MODULES)):
+    for name, known in (("targets", known_targets), ("kernels", KERNEL_MODULES)):
         values = tuple(getattr(arguments, name).split(","))
         if unknown := sorted(set(values) - set(known)):
             parser.error(f"--{name}: expected some of {','.join(known)}, got {','.join(unknown)}")
         chosen.append(values)
     targets, modules = chosen
+    if arguments.report:
+        return 1 if print_report(modules, targets, arguments.record) else 0
     return 1 if check(modules, targets) else 0
 
 

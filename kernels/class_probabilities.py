@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import KernelVariant, Work
 
 SCALE = tl.constexpr(4096.0)
 """Factor of probabilities before their conversion to float16, which has few bits for numbers below 6e-5."""
@@ -92,3 +92,10 @@ def class_probabilities_variant(split: bool, largest: bool = False) -> KernelVar
     arguments = {name: types.get(name, "i32") for name in names}
     name = "class_probabilities" + "_split" * split + "_largest" * largest
     return KernelVariant(name, _probabilities_kernel, arguments, constants, aligned=(*types, "padded_classes"))
+
+
+def class_probabilities_work(classes: int, class_block: int) -> Work:
+    """Work of `class_probabilities` in a goal call."""
+    padded = triton.cdiv(classes, class_block) * class_block
+    blocks = (triton.cdiv(classes + 1, _BLOCK), triton.cdiv(padded, _BLOCK))
+    return Work("probabilities", {"num_classes + 1, BLOCK)": blocks[0], "padded_classes, BLOCK)": blocks[1]})

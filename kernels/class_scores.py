@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 _BLOCK = 1024
 """Classes of which a program takes the softmax at once."""
@@ -83,3 +83,11 @@ def variants() -> list[KernelVariant]:
     arguments = {name: types.get(name, "i32") for name in names}
     aligned = ("scores", "categories", "class_logits")
     return [KernelVariant("class_scores", _class_scores_kernel, arguments, constants, aligned=aligned)]
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """COCO's classes."""
+    logits = torch.empty(1, 100, 134, device="meta")
+    results = (torch.empty(1, 100, device="meta"), torch.empty(1, 100, dtype=torch.int64, device="meta"))
+    works = [Work("class_scores", {"range(0, num_classes + 1, BLOCK)": 1}, 4 * 100 * 134)]
+    return goal_launches("class scores Q=100 K=133", lambda: class_scores(logits, 0.8, *results), works)

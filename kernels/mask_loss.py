@@ -25,8 +25,16 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.activations import LOG2_E, logistic
-from maskformer_fast.kernels.products import add_product
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.mask_loss_taps import (
+    cell_weights,
+    first_reader,
+    next_reader,
+    pixel_taps,
+    reader_after,
+    row_shares,
+)
+from maskformer_fast.kernels.products import leading_bits
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 PIXELS = 128
 """Columns of pixels that the forward pass processes at once. Not measured on a GPU, like all constants without a
@@ -43,43 +51,6 @@ LAUNCH = {"num_warps": 2, "num_stages": 1}
 
 _SIZES = ["map_height", "map_width", "height", "width", "cells", "tiles_y", "tiles_x"]
 """Arguments that are not specialised: a separate kernel for a size of 1 would be compiled without need."""
-
-
-@triton.jit
-def _taps(index, size, out):
-    """Taps of pixels of ``out`` on a map's axis of ``size`` -> tap before, share of the tap after it.
-
-    The coordinate is (index + 1/2) size / out - 1/2, limited to 0..size - 1. `_check` ensures that products fit 32
-    bits.
-    """
-    doubled = (2 * index + 1) * size + out  # coordinate plus 1, times 2 out: never negative, so division is the floor
-    floor = doubled // (2 * out)
-    share = (doubled - floor * (2 * out)).to(tl.float32) / (2 * out).to(tl.float32)
-    return tl.minimum(tl.maximum(floor - 1, 0), size - 1), tl.where((floor > 0) & (floor < size), share, 0.0)
-
-
-@triton.jit
-def _first_reader(cell, size, out):
-    """First pixel of ``out`` whose coordinate on an axis of ``size`` cells is not below this cell."""
-    first = ((2 * cell + 1) * out + size - 1) // (2 * size)
-    return tl.where(cell <= 0, 0, tl.where(cell >= size, out, first))
-
-
-@triton.jit
-def _reader_after(cell, size, out):
-    """`_first_reader` of the cell after one, if it exists, and the remainder of the division."""
-    place = (2 * cell + 3) * out + size - 1
-    reader = place // (2 * size)
-    return reader, place - reader * (2 * size)
-
-
-@triton.jit
-def _next_reader(reader, remainder, size, out):
-    """The same for the next cell, without a division."""
-    reader += out // size
-    remainder += 2 * (out % size)
-    carry = remainder >= 2 * size
-    return tl.where(carry, reader + 1, reader), tl.where(carry, remainder - 2 * size, remainder)
 
 
 @triton.jit
@@ -102,21 +73,6 @@ def _line(logits, cell, map_height, map_width, low, share):
     high = tl.minimum(low + 1, map_width - 1)
     before, after = tl.load(line + low[None, :]), tl.load(line + high[None, :])
     return (1.0 - share)[None, :] * before + share[None, :] * after
-
-
-@triton.jit
-def _shares(y, cell, size, out, step):
-    """Share of the next row of cells in the rows of pixels that are after a row of cells; step is 1 / (2 out)."""
-    beyond = (2 * y + 1) * size - (2 * cell + 1) * out
-    return tl.maximum(beyond, 0).to(tl.float32) * step
-
-
-@triton.jit
-def _weights(x, cell, size, out):
-    """Weights of cells in pixels, equal to those of `_taps`, without division -> [pixels, cells]."""
-    place = tl.minimum(tl.maximum((2 * x + 1) * size - out, 0), (size - 1) * (2 * out))  # coordinate times 2 out
-    distance = tl.abs(place[:, None] - (cell * (2 * out))[None, :]).to(tl.float32)
-    return tl.maximum(1.0 - distance * (1.0 / (2 * out).to(tl.float32)), 0.0)
 
 
 @triton.jit
@@ -164,10 +120,10 @@ def _mask_sums_kernel(
     left = program % tiles_x * PIXELS
     row = tl.load(rows + pair)
     bottom, right = _counted_part(valid_sizes, row, height, width)
-    begin = _first_reader(first, map_height, height)
+    begin = first_reader(first, map_height, height)
     if (begin < bottom) & (left < right):
         x = left + tl.arange(0, PIXELS)
-        low, share_x = _taps(x, map_width, width)
+        low, share_x = pixel_taps(x, map_width, width)
         maps = logits + pair * map_height * map_width
         pitch = (width + 7) // 8
         target = masks + row * height * pitch
@@ -177,18 +133,18 @@ def _mask_sums_kernel(
         area = tl.zeros((1, PIXELS), tl.float32)
         below = _line(maps, first, map_height, map_width, low, share_x)
         step = 1.0 / (2 * height).to(tl.float32)
-        reader, rest = _reader_after(first, map_height, height)
+        reader, rest = reader_after(first, map_height, height)
         for cell in range(first, tl.minimum(first + CELLS, map_height)):
             above = below
             below = _line(maps, cell + 1, map_height, map_width, low, share_x)
             change = below - above
             following = tl.where(cell + 1 < map_height, reader, height)
-            reader, rest = _next_reader(reader, rest, map_height, height)
+            reader, rest = next_reader(reader, rest, map_height, height)
             end = tl.minimum(following, bottom)
             for top in range(begin, end, ROWS):
                 y = top + tl.arange(0, ROWS)
                 truth, wrong, correct, entropy, weight = _scores_of_pixels(
-                    above, change, _shares(y, cell, map_height, height, step), target, y, x, end, right, pitch,
+                    above, change, row_shares(y, cell, map_height, height, step), target, y, x, end, right, pitch,
                     mask_weight, other_weight, gamma, POWER,
                 )  # fmt: skip
                 focal += tl.sum(entropy * weight, 0, keep_dims=True)
@@ -232,31 +188,31 @@ def _mask_sums_backward_kernel(
     target = masks + row * height * pitch
     # pixels that read one of the cells lie after the cell before the first
     before = tl.maximum(first_y - 1, 0)
-    top = _first_reader(before, map_height, height)
-    first_pixel = _first_reader(first_x - 1, map_width, width)
-    end_pixel = tl.minimum(_first_reader(first_x + cells, map_width, width), right)
+    top = first_reader(before, map_height, height)
+    first_pixel = first_reader(first_x - 1, map_width, width)
+    end_pixel = tl.minimum(first_reader(first_x + cells, map_width, width), right)
     step = 1.0 / (2 * height).to(tl.float32)
     values = tl.zeros((CELLS, CELLS), tl.float32)
     for left in range(first_pixel, tl.where(top < bottom, end_pixel, 0), PIXELS):
         x = left + tl.arange(0, PIXELS)
-        low, share_x = _taps(x, map_width, width)
+        low, share_x = pixel_taps(x, map_width, width)
         lines = tl.zeros((CELLS, PIXELS), tl.float32)
         rest = tl.zeros((1, PIXELS), tl.float32)  # slopes that the cells before add to the row of cells after them
         begin = top
         below = _line(maps, before, map_height, map_width, low, share_x)
-        reader, remainder = _reader_after(before, map_height, height)
+        reader, remainder = reader_after(before, map_height, height)
         for cell in range(before, tl.minimum(first_y + CELLS, map_height)):
             above = below
             below = _line(maps, cell + 1, map_height, map_width, low, share_x)
             rise = below - above
             following = tl.where(cell + 1 < map_height, reader, height)
-            reader, remainder = _next_reader(reader, remainder, map_height, height)
+            reader, remainder = next_reader(reader, remainder, map_height, height)
             end = tl.minimum(following, bottom)
             line = rest
             rest = tl.zeros((1, PIXELS), tl.float32)
             for start in range(begin, end, ROWS):
                 y = start + tl.arange(0, ROWS)
-                share = _shares(y, cell, map_height, height, step)
+                share = row_shares(y, cell, map_height, height, step)
                 truth, wrong, correct, entropy, weight = _scores_of_pixels(
                     above, rise, share, target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER
                 )
@@ -271,8 +227,11 @@ def _mask_sums_backward_kernel(
                 line += rest
             lines = tl.where((cell_y == cell)[:, None], line, lines)
             begin = following
-        weights = _weights(x, cell_x, map_width, width)
-        values = add_product(lines, weights, values)
+        weights = cell_weights(x, cell_x, map_width, width)
+        high_lines, high_weights = leading_bits(lines), leading_bits(weights)
+        values = tl.dot(lines - high_lines, high_weights, values, input_precision="tf32")
+        values = tl.dot(high_lines, weights - high_weights, values, input_precision="tf32")
+        values = tl.dot(high_lines, high_weights, values, input_precision="tf32")
     own = (cell_y < map_height)[:, None] & ((cell_x < first_x + cells) & (cell_x < map_width))[None, :]
     place = result + pair * map_height * map_width + cell_y.to(tl.int64)[:, None] * map_width + cell_x[None, :]
     tl.store(place, values, mask=own)
@@ -397,3 +356,32 @@ def mask_loss_variant(kernel: triton.JITFunction, power: int) -> KernelVariant:
     arguments = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     name = f"mask_sums{'_backward' * backward}_gamma_{'any' if power < 0 else power}"
     return KernelVariant(name, kernel, arguments, constants, **LAUNCH, aligned=aligned)
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """Three layers of 5 images with 20 pairs each, 512x512 pixels from maps of 128x128, forward and backward."""
+    pairs, targets, cells, size = 300, 100, 128, 512
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    masks, rows = empty(targets, size, size // 8, dtype=torch.uint8), empty(pairs, dtype=torch.int64)
+    logits, gradient = empty(pairs, cells, cells), empty(pairs, 4)
+    rest = (logits, masks, rows, empty(targets, 2, dtype=torch.int64), size, (0.25, 0.75, 2.0))
+    row_blocks = (cells + 1) / cells  # the first row of cells has a half more rows of pixels
+    forward = {"for cell in range(first": CELLS, "for top in range(begin, end": row_blocks}
+    backward = {
+        "for left in range(first_pixel": 1,
+        "for cell in range(before": CELLS + 1 - CELLS / cells,
+        "for start in range(begin, end": row_blocks,
+    }
+    read = logits.numel() * 4 + masks.numel()
+    name = "mask loss P=300 128x128 -> 512x512"
+    return [
+        *goal_launches(name, lambda: mask_sums_forward(*rest), [Work("forward", forward, read)]),
+        *goal_launches(
+            name,
+            lambda: mask_sums_backward(gradient, *rest),
+            [Work("backward", backward, read + logits.numel() * 4)],
+        ),
+    ]

@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.activations import LN_2, LOG2_E, quick_log2
-from maskformer_fast.kernels.products import add_product, product
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.matching_losses import SCALE, any_times_truth, pixel_losses, times_truth
+from maskformer_fast.kernels.products import leading_bits, product
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 WORD_BITS = 32
 """Bits of a pixel's word."""
@@ -56,12 +56,6 @@ COST_ROWS = 16
 CLASSES = 64
 """Classes of which `_cost_kernel` takes the softmax at once."""
 
-_SCALE = tl.constexpr(32768.0)
-"""Factor of probabilities, so that small ones are within the range of float16."""
-_SCALE_LOG2 = tl.constexpr(15.0)
-_ONE_FP16 = tl.constexpr(0x3C00)
-"""Bits of 1."""
-_ONE_BF16 = tl.constexpr(0x3F80)
 _ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -114,58 +108,6 @@ def _sample_kernel(
     tl.store(areas + tl.program_id(0).to(tl.int64) * TARGETS + bit, tl.sum(sampled, 1))
 
 
-@triton.jit
-def _pixel_losses(x, on_weight, off_weight, gamma, EXPONENT: tl.constexpr):
-    """Probability times `_SCALE`, loss where the target is off, and by how much it exceeds that where it is on.
-
-    EXPONENT is that of the focal loss where it is 0 or 2, and -1 for any other. The probability keeps its relative
-    precision, losses have an absolute error of about 2^-22 of their weight. A logit of NaN or infinity makes the loss
-    or its rise NaN or infinite.
-    """
-    minus = x * -LOG2_E  # softplus below is divided by ln 2
-    if EXPONENT == 2:
-        # softplus(-x) is the logarithm of 1 + exp(-x), and -x where the exponential would overflow
-        on = tl.maximum(quick_log2(1.0 + tl.exp2(tl.minimum(minus, 126.0))), minus)
-        off = on - minus  # without correct digits where x is far below 0, but there its weight is exp(2 x)
-        scaled = tl.exp2(-on + _SCALE_LOG2)
-        rest = 1.0 - scaled * (1.0 / _SCALE)
-        off *= scaled * (off_weight * LN_2 / (_SCALE * _SCALE)) * scaled
-        return scaled, off, rest * rest * on * (on_weight * LN_2) - off
-    small = quick_log2(1.0 + tl.exp2(-tl.abs(minus)))
-    on = tl.maximum(minus, 0.0) + small
-    off = tl.maximum(-minus, 0.0) + small
-    scaled = tl.exp2(-on + _SCALE_LOG2)
-    if EXPONENT == -1:  # sigmoid(x) = exp(-softplus(-x))
-        power = tl.exp2(on * -gamma)
-        on *= tl.exp2(off * -gamma)
-        off *= power
-    off *= off_weight * LN_2
-    return scaled, off, on * (on_weight * LN_2) - off
-
-
-@triton.jit
-def _times_truth(values, truth):
-    """Multiply ``values`` [rows, pixels] float32, at most 65504, by bits ``truth`` [pixels, TARGETS], in 22 bits."""
-    ones = (truth * _ONE_FP16).to(tl.int16).to(tl.float16, bitcast=True)
-    high = values.to(tl.float16)
-    # a product of its own for each tile, which is then added to the others': tensor cores round sums towards zero
-    total = tl.dot(high, ones)
-    return tl.dot((values - high.to(tl.float32)).to(tl.float16), ones, total)
-
-
-@triton.jit
-def _any_times_truth(values, truth):
-    """Multiply ``values`` of any magnitude, in 24 bits: as sums of three bfloat16, the first two cut off."""
-    ones = (truth * _ONE_BF16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    bits = values.to(tl.int32, bitcast=True)
-    total = product((bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), ones)
-    values -= (bits & -65536).to(tl.float32, bitcast=True)
-    bits = values.to(tl.int32, bitcast=True)
-    total += product((bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), ones)
-    values -= (bits & -65536).to(tl.float32, bitcast=True)
-    return total + product(values.to(tl.bfloat16), ones)
-
-
 @triton.jit(do_not_specialize=["num_queries", "num_rows", "num_blocks", "num_chunks", "chunk_tiles"])
 def _sums_kernel(
     sums,  # [B, num_blocks, num_chunks, row blocks, 2, ROWS, TARGETS] float32: mask loss; probability
@@ -214,20 +156,26 @@ def _sums_kernel(
                 embedding = tl.load(source[:, None] + channel[None, :] * stride_i, mask=exists[None, :], other=0.0)
                 place = channel[:, None] * stride_pd + pixel.to(tl.int64)[None, :] * stride_pp
                 values = tl.load(pixels + place, mask=exists[:, None] & here[None, :], other=0.0)
-                logits = add_product(embedding, values, logits)
+                if embedding.dtype == tl.float32:
+                    high, high_values = leading_bits(embedding), leading_bits(values)
+                    logits = tl.dot(embedding - high, high_values, logits, input_precision="tf32")
+                    logits = tl.dot(high, values - high_values, logits, input_precision="tf32")
+                    logits = tl.dot(high, high_values, logits, input_precision="tf32")
+                else:
+                    logits += product(embedding, values)
         else:
             place = pixel.to(tl.int64)[None, :] * stride_i
             logits = tl.load(source[:, None] + place, mask=here[None, :], other=0.0).to(tl.float32)
         word = tl.load(words + pixel, mask=here, other=0)
-        scaled, off, rise = _pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
+        scaled, off, rise = pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
         truth = (word[:, None] >> column[None, :]) & 1
-        probability_sum += _times_truth(scaled, truth)
+        probability_sum += times_truth(scaled, truth)
         off_sum += tl.sum(off * ((word >> (TARGETS - 1)) & 1).to(tl.float32)[None, :], 1)
-        rise_sum += _any_times_truth(rise, truth)
+        rise_sum += any_times_truth(rise, truth)
     target = sums + program.to(tl.int64) * (2 * ROWS * TARGETS)
     target += tl.arange(0, ROWS)[:, None] * TARGETS + column[None, :]
     tl.store(target, off_sum[:, None] + rise_sum)
-    tl.store(target + ROWS * TARGETS, probability_sum / _SCALE)
+    tl.store(target + ROWS * TARGETS, probability_sum / SCALE)
 
 
 @triton.jit
@@ -384,10 +332,7 @@ def _keeps(device: torch.device) -> bool:
 
 
 def _constants(dtype: torch.dtype, depth: int | None, gamma: float, keep: bool) -> dict[str, Any]:
-    """Compile-time constants of `_sums_kernel`, for embeddings of ``depth`` channels, or None for mask logits.
-
-    ``keep`` allows embeddings to stay in shared memory.
-    """
+    """Compile-time constants of `_sums_kernel`, for ``depth`` channels (None: mask logits) that it may keep or not."""
     whole = keep and depth is not None and dtype != torch.float32 and depth <= MOST_WHOLE
     return {
         "FACTORED": depth is not None,
@@ -444,3 +389,30 @@ def _variant(
     arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
     pointers = tuple(argument for argument, kind in arguments.items() if kind.startswith("*"))
     return KernelVariant(name, kernel, arguments, constants, **LAUNCH, aligned=(*pointers, *aligned))
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """Six layers of 16 images with 100 queries and 20 targets, from 256 channels of 128x128 pixels."""
+    return [*_goal_call(torch.float16), *_goal_call(torch.float32)]
+
+
+def _goal_call(dtype: torch.dtype) -> list[GoalLaunch]:
+    with torch.device("meta"):
+        class_logits, embeddings = torch.empty(6, 16, 100, 151, dtype=dtype), torch.empty(6, 16, 100, 256, dtype=dtype)
+        maps, masks = torch.empty(16, 256, 128, 128, dtype=dtype), torch.empty(16, 20, 512, 64, dtype=torch.uint8)
+        labels, counts, sizes = (torch.empty(16, *rest, dtype=torch.int64) for rest in ((20,), (), (2,)))
+        cost = torch.empty(6, 16, 100, 20)
+    chunking = _chunking(16, 1, 600, 16384)
+    sums: dict[str, float] = {"num_pixels), PIXELS)": chunking.chunk_tiles}
+    if dtype == torch.float32:
+        sums["range(0, depth, DEPTH)"] = 256 // DEPTH_BLOCKS[dtype]
+    costs = {"range(num_chunks)": chunking.chunks, "range(0, num_tiles, ROWS)": 16384 / SAMPLE_PIXELS / COST_ROWS}
+    products = 16 * 600 * 16384 * 256 * (3 if dtype == torch.float32 else 1)
+    works = [
+        Work("sample", {}, masks.numel() + 16 * 16384 * 4),
+        Work("sums", sums, maps.numel() * dtype.itemsize, products),
+        Work("cost", costs | {"range(0, num_columns, CLASSES)": triton.cdiv(151, CLASSES)}),
+    ]
+    arguments = (class_logits, embeddings, maps, labels, counts, masks, sizes, (512, 512), (1.0, 20.0, 1.0))
+    launcher = functools.partial(matching_cost_forward, *arguments, (0.25, 0.75, 2.0), cost)
+    return goal_launches(f"matching cost L=6 B=16 Q=100 T=20 {_ELEMENTS[dtype]}", launcher, works)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.resize_table import PRECISION_BITS, resize_table
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 BLOCK_H = 8
 """Rows of a tile."""
@@ -193,3 +193,26 @@ def variants() -> list[KernelVariant]:
             KernelVariant(f"resize_{dtype}", _resize_kernel, pointers | sizes, constants, NUM_WARPS, NUM_STAGES)
         )
     return kernels
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """A frame of 1080x1920 to 512x910 in a batch of 512x928, as bytes and in float16."""
+    return [*_goal_call(torch.uint8), *_goal_call(torch.float16)]
+
+
+def _goal_call(dtype: torch.dtype) -> list[GoalLaunch]:
+    (height, width), size, canvas = (1080, 1920), (512, 910), (512, 928)
+    frames = torch.empty(1, height, width, 3, dtype=torch.uint8, device="meta")
+    out = torch.empty(1, 3, *canvas, dtype=dtype, device="meta")
+    levels = None if dtype == torch.uint8 else torch.empty(3, 256, dtype=dtype, device="meta")
+    table = resize_table(height, size[0])
+    taps = len(table) - 1
+    tops = range(0, size[0], BLOCK_H)
+    rows = sum(table[0, min(top + BLOCK_H, size[0]) - 1] + taps - table[0, top] for top in tops) / len(tops)
+    runs = {
+        "for row in range(row_begin, row_end)": rows,
+        "for tap in range(x_taps)": len(resize_table(width, size[1])) - 1,
+    }
+    works = [Work("resize", runs, frames.numel() + out.numel() * dtype.itemsize)]
+    name = f"resize 1080x1920 -> 512x910 {str(dtype).removeprefix('torch.')}"
+    return goal_launches(name, lambda: resize_forward(frames, size, out, False, levels=levels), works)

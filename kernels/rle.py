@@ -32,7 +32,7 @@ from maskformer_fast.kernels.segments_taps import (
     window_arguments,
     window_types,
 )
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 TILE_H, TILE_W = 16, 32
 """Rows processed together, and columns of a program. Not measured on a GPU."""
@@ -201,3 +201,27 @@ def variants() -> list[KernelVariant]:
         constants = {"WRITE": write, "BLOCK": RUN_BLOCK}
         kernels.append(KernelVariant(f"rle_bytes_{suffix}", _bytes_kernel, types, constants, **BYTES_LAUNCH))
     return kernels
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """An image of 800x1333 with 100 masks of 1,500 runs."""
+    masks, (rows, columns), (height, width), mask_runs = 100, (200, 334), (800, 1333), 1500
+    logits = torch.empty(1, masks, rows, columns, device="meta")
+    data = torch.empty(8 << 20, dtype=torch.uint8, device="meta")
+    starts = torch.empty(masks + 1, dtype=torch.int64, device="meta")
+    blocks = triton.cdiv(height, TILE_H)
+    runs = {
+        "for top in tl.range(0, height, TILE_H)": blocks,
+        "range(first_row, last_row + 1, TAP_H)": 1,
+        "range(first_column, last_column + 1, TAP_W)": 1,
+        "if (top == 0) | (settled == 0)": 0.15,
+    }
+    encode = {"for start in tl.range(0, count, BLOCK)": triton.cdiv(mask_runs, RUN_BLOCK)}
+    walk = logits.numel() * 4
+    works = [
+        Work("count changes", runs, walk), Work("write changes", runs, walk), Work("count bytes", encode),
+        Work("write bytes", encode),
+    ]  # fmt: skip
+    return goal_launches(
+        "rle 800x1333 N=100 fp32", lambda: encode_masks(logits, (rows, columns), (height, width), data, starts), works
+    )

@@ -24,7 +24,7 @@ from maskformer_fast.kernels.segments_taps import (
     window_arguments,
     window_types,
 )
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 TILE_H, TILE_W = 8, 128
 """Pixels of a program; rows of 16 bytes. Not measured on a GPU."""
@@ -156,3 +156,24 @@ def variants() -> list[KernelVariant]:
     arguments = pointers | {"num_masks": "i32", "height": "i32", "width": "i32"}
     constants = {"BLOCK": FINISH_BLOCK}
     return [*kernels, KernelVariant("instance_finish", _finish_kernel, arguments, constants, aligned=tuple(pointers))]
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """An image of 800x1333 with 100 masks, each of which is positive in a part of the tiles."""
+    masks, (rows, columns), (height, width) = 100, (200, 334), (800, 1333)
+    logits = torch.empty(1, masks, rows, columns, device="meta")
+    with torch.device("meta"):
+        packed = torch.empty(1, masks, height, triton.cdiv(width, 8), dtype=torch.uint8)
+        areas, boxes, scores = torch.empty(1, masks, dtype=torch.int64), torch.empty(1, masks, 4), torch.empty(1, masks)
+    runs = {
+        "range(first_row, last_row + 1, TAP_H)": 1,
+        "range(first_column, last_column + 1, TAP_W)": 1,
+        "if most > 0.0": 0.25,
+        "if area > 0": 0.8,
+    }
+    works = [Work("masks", runs, logits.numel() * 4 + packed.numel()), Work("finish")]
+    return goal_launches(
+        "instances 800x1333 N=100 fp32",
+        lambda: instance_masks(logits, (rows, columns), (height, width), packed, areas, boxes, scores),
+        works,
+    )

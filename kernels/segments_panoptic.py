@@ -30,7 +30,7 @@ from maskformer_fast.kernels.segments_taps import (
     window_arguments,
     window_types,
 )
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 MAX_QUERIES = 256
 """Most queries: one program decides for all queries of an image at once."""
@@ -239,3 +239,32 @@ def _claim_variant(dtype: torch.dtype, rule: str) -> KernelVariant:
     arguments = {name: types.get(name, "i32") for name in _claim_kernel.arg_names if name not in constants}
     name = f"panoptic_claim_{ELEMENTS[dtype]}_{rule}"
     return KernelVariant(name, _claim_kernel, arguments, constants, **CLAIM_LAUNCH, aligned=("winners", "logits"))
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """An image of 800x1333 with 30 kept queries, each of which matters in a part of the tiles."""
+    queries, classes, (rows, columns), (height, width) = 30, 133, (200, 334), (800, 1333)
+    masks = torch.empty(1, queries, rows, columns, device="meta")
+    with torch.device("meta"):
+        scores, things = torch.empty(1, queries), torch.empty(classes, dtype=torch.bool)
+        categories, areas = (torch.empty(1, queries, dtype=torch.int64) for _ in range(2))
+        id_map, ids = (torch.empty(1, *shape, dtype=torch.int32) for shape in ((height, width), (queries,)))
+    claim = {
+        "for query in tl.range(0, num_queries)": queries,
+        "range(first_row, last_row + 1, TAP_H)": 1,
+        "range(first_column, last_column + 1, TAP_W)": 1,
+        "if may_own | (highest > least_best)": 0.15,
+        "for query in tl.range(first, last + 1)": 3.0,
+    }
+    works = [
+        Work("claim", claim, masks.numel() * 4 + id_map.numel() * 4),
+        Work("decide", {"for step in tl.range(0, num_queries)": queries}),
+        Work("number", bytes=id_map.numel() * 8),
+    ]
+    return goal_launches(
+        "panoptic 800x1333 N=30 fp32",
+        lambda: panoptic_segments(
+            masks, scores, categories, things, (rows, columns), 0.8, "maskformer", id_map, ids, areas
+        ),
+        works,
+    )

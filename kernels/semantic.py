@@ -22,7 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.class_probabilities import class_probabilities, class_probabilities_variant
+from maskformer_fast.kernels.class_probabilities import (
+    class_probabilities,
+    class_probabilities_variant,
+    class_probabilities_work,
+)
 from maskformer_fast.kernels.resample import add_taps, narrow_maps, tap_weights
 from maskformer_fast.kernels.semantic_pruned import pruning_pays, semantic_pruned
 from maskformer_fast.kernels.semantic_tile import (
@@ -41,7 +45,7 @@ from maskformer_fast.kernels.semantic_tile import (
     place_tile,
     plan_tiles,
 )
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 DEPTH_BLOCKS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 16}
 """Channels of embeddings multiplied at once."""
@@ -278,3 +282,35 @@ def semantic_variant(
         constants |= {"DEPTH": DEPTH_BLOCKS[dtype], "stride_ed": 1}
     kernel = _semantic_embeddings_kernel if form == "embeddings" else _semantic_logits_kernel
     return kernel_variant(f"{name}{'_scores' * scores}{'_margins' * margins}", kernel, dtype, constants, labels)
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """Labels of 100 queries, innermost in memory, at scale 4, from all queries."""
+    sizes = ((1, 128, 128), (8, 128, 128), (1, 256, 512))
+    calls = [(*sizes[0], 150, torch.float32)]
+    calls += [(*size, 150, torch.float16) for size in sizes] + [(*sizes[0], k, torch.float16) for k in (19, 847)]
+    return [launch for call in calls for launch in _goal_call(*call)]
+
+
+def _goal_call(batch: int, rows: int, columns: int, classes: int, dtype: torch.dtype) -> list[GoalLaunch]:
+    queries, height, width = 100, 4 * rows, 4 * columns
+    masks = torch.empty(batch, rows, columns, queries, dtype=dtype, device="meta").permute(0, 3, 1, 2)
+    logits = torch.empty(batch, queries, classes + 1, device="meta")
+    labels = torch.empty(batch, height, width, dtype=torch.int16 if classes > 255 else torch.uint8, device="meta")
+    tiling = plan_tiles(masks, masks.shape[2:], (rows, columns), labels)
+    works = [
+        class_probabilities_work(classes, CLASS_BLOCK),
+        Work(
+            "labels",
+            {
+                "tap_rows * tap_columns, TAPS)": triton.cdiv(tiling.taps, TAP_BLOCK),
+                "range(0, padded_classes, CLASSES)": triton.cdiv(classes, CLASS_BLOCK),
+            },
+            masks.numel() * dtype.itemsize + labels.numel() * labels.dtype.itemsize,
+            batch * height * width * queries * classes * (3 if dtype == torch.float32 else 1),
+        ),
+    ]
+    name = f"semantic {height}x{width} K={classes} B={batch} {ELEMENTS[dtype]}"
+    return goal_launches(
+        name, lambda: semantic_from_logits(masks, logits, (rows, columns), labels, path="dense"), works
+    )

@@ -22,7 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.class_probabilities import SCALE, class_probabilities, class_probabilities_variant
+from maskformer_fast.kernels.class_probabilities import (
+    SCALE,
+    class_probabilities,
+    class_probabilities_variant,
+    class_probabilities_work,
+)
 from maskformer_fast.kernels.resample import limit_taps, sigmoid
 from maskformer_fast.kernels.semantic_tile import (
     CLASS_BLOCK,
@@ -30,6 +35,7 @@ from maskformer_fast.kernels.semantic_tile import (
     LAUNCH,
     MAX_QUERIES,
     SIZES,
+    TAP_BLOCK,
     Tiling,
     classify_tile,
     constants_of,
@@ -38,9 +44,10 @@ from maskformer_fast.kernels.semantic_tile import (
     masks_of_logits,
     pixels_inside,
     place_tile,
+    plan_tiles,
     rank_classes,
 )
-from maskformer_fast.kernels.variant import KernelVariant
+from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 LIVE = tl.constexpr(32)
 """Queries scored. 16 leave most tiles of peaky predictions unproven; 64 prove few more than 32, for twice the work."""
@@ -229,3 +236,27 @@ def variants() -> list[KernelVariant]:
             name = f"semantic_{name}_{ELEMENTS[dtype]}_q{pruned['ROWS']}"
             kernels.append(kernel_variant(name, kernel, dtype, {**constants, "stride_q": 1}))
     return [*kernels, class_probabilities_variant(split=True, largest=True)]
+
+
+def goal_calls() -> list[GoalLaunch]:
+    """1024x2048 pixels of 100 queries and 150 classes, of predictions where few tiles and where all are unproven."""
+    classes, rows, columns = 150, 256, 512
+    masks = torch.empty(1, rows, columns, 100, dtype=torch.float16, device="meta").permute(0, 3, 1, 2)
+    logits = torch.empty(1, 100, classes + 1, device="meta")
+    labels = torch.empty(1, 4 * rows, 4 * columns, dtype=torch.uint8, device="meta")
+    tiling = plan_tiles(masks, masks.shape[2:], (rows, columns), labels)
+    calls = []
+    for name, tried, unproven in (("peaky", 1.0, 0.05), ("random", 0.0, 1.0)):
+        loops = {
+            "tap_rows * tap_columns, TAPS)": triton.cdiv(tiling.taps, TAP_BLOCK),
+            "range(0, padded_classes, CLASSES)": triton.cdiv(classes, _CLASS_BLOCK),
+        }
+        pruned = {**loops, "range(0, taps, TAPS)": triton.cdiv(tiling.taps, TAP_BLOCK)}
+        works = [
+            class_probabilities_work(classes, _CLASS_BLOCK),
+            Work("pruned", {**pruned, "if missing <= top": tried, "if doubts > 0": unproven}, masks.numel() * 2),
+            Work("unproven", {**loops, "if tl.program_id(0) < tl.load(unproven)": unproven}),
+        ]
+        call = f"semantic 1024x2048 K=150 pruned {name} fp16"
+        calls += goal_launches(call, lambda: semantic_pruned(masks, logits, tiling, labels), works)
+    return calls

@@ -44,8 +44,6 @@ from maskformer_fast.deploy.bundle.launches import (
 from maskformer_fast.deploy.bundle.manifest import Manifest, Shape
 from maskformer_fast.ops.resize import filters_columns_first
 
-_TARGET = 80
-"""Compute capability that Triton is given. Specialisation does not depend on it, but Triton demands one."""
 _ALLOCATIONS = {"aten::empty.memory_format", "aten::new_empty", "aten::zeros", "aten::new_zeros"}
 _DTYPES = ("uint8", "int16", "int32", "int64", "float16", "float32")
 
@@ -256,7 +254,9 @@ class _LaunchRecorder(TorchDispatchMode):
             self._fills.append(Fill(name, 0, buffer.bytes, 0))
 
     def _record(self, kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound, specialised, options = _bind(
+        from maskformer_fast.kernels.variant import bind_launch
+
+        bound, specialised, options = bind_launch(
             kernel, [self._stand_in(value) for value in args], {n: self._stand_in(value) for n, value in kwargs.items()}
         )
         parameters, arguments = [], []
@@ -274,7 +274,7 @@ class _LaunchRecorder(TorchDispatchMode):
         unknown = options.keys() - {"num_warps", "num_stages"}
         if unknown:  # the kernel would be compiled without them
             raise RuntimeError(f"launches: expected the options num_warps and num_stages alone, got {sorted(unknown)}")
-        launched = self._kernel(kernel.fn, parameters, constants, _default_options() | options)
+        launched = self._kernel(kernel.fn, parameters, constants, options)
         blocks = cast(tuple[int, int, int], (*grid, 1, 1)[:3])
         self._launches.append(Launch(launched.name, blocks, tuple(arguments), tuple(self._fills)))
         self._fills = []
@@ -306,26 +306,6 @@ class _LaunchRecorder(TorchDispatchMode):
         name = f"constant_{len(self.buffers)}"
         self.buffers.append(Buffer(name, "uint8", (len(content),), digest))
         return name
-
-
-def _bind(kernel: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
-    """Arguments by name, Triton's type and attribute of each, and the options of the launch."""
-    from triton.runtime.jit import create_function_from_signature
-
-    binder = create_function_from_signature(kernel.signature, kernel.params, _backend())
-    return binder(*args, **kwargs)
-
-
-def _backend() -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-
-    return make_backend(GPUTarget("cuda", _TARGET, 32))
-
-
-def _default_options() -> dict[str, Any]:
-    options = _backend().parse_options({})
-    return {"num_warps": options.num_warps, "num_stages": options.num_stages}
 
 
 def _dtype(tensor: Tensor) -> BufferType:
