@@ -25,6 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from maskformer_fast.kernels.activations import LOG2_E, logistic
+from maskformer_fast.kernels.mask_loss_taps import (
+    cell_weights,
+    first_reader,
+    next_reader,
+    pixel_taps,
+    reader_after,
+    row_shares,
+)
+from maskformer_fast.kernels.products import leading_bits
 from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 PIXELS = 128
@@ -42,26 +51,6 @@ LAUNCH = {"num_warps": 2, "num_stages": 1}
 
 _SIZES = ["map_height", "map_width", "height", "width", "cells", "tiles_y", "tiles_x"]
 """Arguments that are not specialised: a separate kernel for a size of 1 would be compiled without need."""
-
-
-@triton.jit
-def _taps(index, size, out):
-    """Taps of pixels of ``out`` on a map's axis of ``size`` -> tap before, share of the tap after it.
-
-    The coordinate is (index + 1/2) size / out - 1/2, limited to 0..size - 1. `_check` ensures that products fit 32
-    bits.
-    """
-    doubled = (2 * index + 1) * size + out  # coordinate plus 1, times 2 out: never negative, so division is the floor
-    floor = doubled // (2 * out)
-    share = (doubled - floor * (2 * out)).to(tl.float32) / (2 * out).to(tl.float32)
-    return tl.minimum(tl.maximum(floor - 1, 0), size - 1), tl.where((floor > 0) & (floor < size), share, 0.0)
-
-
-@triton.jit
-def _first_reader(cell, size, out):
-    """First pixel of ``out`` whose coordinate on an axis of ``size`` cells is not below this cell."""
-    first = ((2 * cell + 1) * out + size - 1) // (2 * size)
-    return tl.where(cell <= 0, 0, tl.where(cell >= size, out, first))
 
 
 @triton.jit
@@ -87,24 +76,9 @@ def _line(logits, cell, map_height, map_width, low, share):
 
 
 @triton.jit
-def _shares(y, cell, size, out):
-    """Share of the next row of cells in the rows of pixels that are after a row of cells."""
-    beyond = (2 * y + 1) * size - (2 * cell + 1) * out
-    return tl.maximum(beyond, 0).to(tl.float32) / (2 * out).to(tl.float32)
-
-
-@triton.jit
-def _weights(x, cell, size, out):
-    """Weights of cells in pixels, equal to those of `_taps`, without division -> [pixels, cells]."""
-    place = tl.minimum(tl.maximum((2 * x + 1) * size - out, 0), (size - 1) * (2 * out))  # coordinate times 2 out
-    distance = tl.abs(place[:, None] - (cell * (2 * out))[None, :]).to(tl.float32)
-    return tl.maximum(1.0 - distance * (1.0 / (2 * out).to(tl.float32)), 0.0)
-
-
-@triton.jit
 def _scores_of_pixels(
-    above, below,  # [1, pixels]
-    share,  # [rows], of below
+    above, change,  # [1, pixels]: logits at a row of cells, and how much larger they are at the next
+    share,  # [rows], of the next row
     target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER: tl.constexpr,
 ):  # fmt: skip
     """Truth, probabilities of the wrong and the right class, cross-entropy and its weight, of pixels y, x.
@@ -114,7 +88,7 @@ def _scores_of_pixels(
     counted = (y < end)[:, None] & (x < right)[None, :]
     byte = tl.load(target + y.to(tl.int64)[:, None] * pitch + (x >> 3)[None, :], mask=counted, other=0).to(tl.int32)
     truth = ((byte >> (x & 7)[None, :]) & 1) != 0
-    logit = (1.0 - share)[:, None] * above + share[:, None] * below
+    logit = above + share[:, None] * change
     # One formula for both classes of pixel: the probability of the wrong class is sigmoid(z), the cross-entropy
     # softplus(z). At z = -inf both are zero, and so is every gradient: this excludes a pixel from the loss.
     z = tl.where(counted, tl.where(truth, -logit, logit), float("-inf"))
@@ -146,10 +120,10 @@ def _mask_sums_kernel(
     left = program % tiles_x * PIXELS
     row = tl.load(rows + pair)
     bottom, right = _counted_part(valid_sizes, row, height, width)
-    begin = _first_reader(first, map_height, height)
+    begin = first_reader(first, map_height, height)
     if (begin < bottom) & (left < right):
         x = left + tl.arange(0, PIXELS)
-        low, share_x = _taps(x, map_width, width)
+        low, share_x = pixel_taps(x, map_width, width)
         maps = logits + pair * map_height * map_width
         pitch = (width + 7) // 8
         target = masks + row * height * pitch
@@ -158,15 +132,19 @@ def _mask_sums_kernel(
         total = tl.zeros((1, PIXELS), tl.float32)
         area = tl.zeros((1, PIXELS), tl.float32)
         below = _line(maps, first, map_height, map_width, low, share_x)
+        step = 1.0 / (2 * height).to(tl.float32)
+        reader, rest = reader_after(first, map_height, height)
         for cell in range(first, tl.minimum(first + CELLS, map_height)):
             above = below
             below = _line(maps, cell + 1, map_height, map_width, low, share_x)
-            following = _first_reader(cell + 1, map_height, height)
+            change = below - above
+            following = tl.where(cell + 1 < map_height, reader, height)
+            reader, rest = next_reader(reader, rest, map_height, height)
             end = tl.minimum(following, bottom)
             for top in range(begin, end, ROWS):
                 y = top + tl.arange(0, ROWS)
                 truth, wrong, correct, entropy, weight = _scores_of_pixels(
-                    above, below, _shares(y, cell, map_height, height), target, y, x, end, right, pitch,
+                    above, change, row_shares(y, cell, map_height, height, step), target, y, x, end, right, pitch,
                     mask_weight, other_weight, gamma, POWER,
                 )  # fmt: skip
                 focal += tl.sum(entropy * weight, 0, keep_dims=True)
@@ -210,29 +188,33 @@ def _mask_sums_backward_kernel(
     target = masks + row * height * pitch
     # pixels that read one of the cells lie after the cell before the first
     before = tl.maximum(first_y - 1, 0)
-    top = _first_reader(before, map_height, height)
-    first_pixel = _first_reader(first_x - 1, map_width, width)
-    end_pixel = tl.minimum(_first_reader(first_x + cells, map_width, width), right)
+    top = first_reader(before, map_height, height)
+    first_pixel = first_reader(first_x - 1, map_width, width)
+    end_pixel = tl.minimum(first_reader(first_x + cells, map_width, width), right)
+    step = 1.0 / (2 * height).to(tl.float32)
     values = tl.zeros((CELLS, CELLS), tl.float32)
     for left in range(first_pixel, tl.where(top < bottom, end_pixel, 0), PIXELS):
         x = left + tl.arange(0, PIXELS)
-        low, share_x = _taps(x, map_width, width)
+        low, share_x = pixel_taps(x, map_width, width)
         lines = tl.zeros((CELLS, PIXELS), tl.float32)
         rest = tl.zeros((1, PIXELS), tl.float32)  # slopes that the cells before add to the row of cells after them
         begin = top
         below = _line(maps, before, map_height, map_width, low, share_x)
+        reader, remainder = reader_after(before, map_height, height)
         for cell in range(before, tl.minimum(first_y + CELLS, map_height)):
             above = below
             below = _line(maps, cell + 1, map_height, map_width, low, share_x)
-            following = _first_reader(cell + 1, map_height, height)
+            rise = below - above
+            following = tl.where(cell + 1 < map_height, reader, height)
+            reader, remainder = next_reader(reader, remainder, map_height, height)
             end = tl.minimum(following, bottom)
             line = rest
             rest = tl.zeros((1, PIXELS), tl.float32)
             for start in range(begin, end, ROWS):
                 y = start + tl.arange(0, ROWS)
-                share = _shares(y, cell, map_height, height)
+                share = row_shares(y, cell, map_height, height, step)
                 truth, wrong, correct, entropy, weight = _scores_of_pixels(
-                    above, below, share, target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER
+                    above, rise, share, target, y, x, end, right, pitch, mask_weight, other_weight, gamma, POWER
                 )
                 change = tl.where(truth, for_total + for_overlap, for_total) * (wrong * correct)
                 if POWER != 0:
@@ -245,8 +227,11 @@ def _mask_sums_backward_kernel(
                 line += rest
             lines = tl.where((cell_y == cell)[:, None], line, lines)
             begin = following
-        weights = _weights(x, cell_x, map_width, width)
-        values = tl.dot(lines, weights, values, input_precision="tf32x3")
+        weights = cell_weights(x, cell_x, map_width, width)
+        high_lines, high_weights = leading_bits(lines), leading_bits(weights)
+        values = tl.dot(lines - high_lines, high_weights, values, input_precision="tf32")
+        values = tl.dot(high_lines, weights - high_weights, values, input_precision="tf32")
+        values = tl.dot(high_lines, high_weights, values, input_precision="tf32")
     own = (cell_y < map_height)[:, None] & ((cell_x < first_x + cells) & (cell_x < map_width))[None, :]
     place = result + pair * map_height * map_width + cell_y.to(tl.int64)[:, None] * map_width + cell_x[None, :]
     tl.store(place, values, mask=own)

@@ -4,19 +4,19 @@ Three kernels, without floating-point atomics: the same inputs give the same cos
 
 1. `_sample_kernel` samples the packed targets at the resolution of the mask logits: for each pixel a word with a bit
    for each of `BLOCK_TARGETS` targets, and a last bit that is set where the pixel is counted.
-2. `_sums_kernel` processes a chunk of an image's pixels and a block of its queries, those of all layers in one row,
-tile
-   by tile: mask logits, from memory or computed from embeddings, then probabilities and losses of their pixels, then
-   the product of these with the unpacked words. The last bit's column is the sum over all counted pixels.
+2. `_sums_kernel` processes a chunk of an image's pixels and a block of its queries (those of all layers in one row),
+   tile by tile: mask logits, from memory or computed from embeddings, then probabilities and losses of their pixels,
+   then the product of these with the unpacked words. The last bit's column is the sum over all counted pixels.
 3. `_cost_kernel` adds the chunks' sums, divides, and adds the class cost.
 
-Precision: embeddings are multiplied with 22 bits or more (products of halves are exact). The values multiplied by the
-targets are sums of two float16, scaled by their row's largest value. All sums are in float32.
+Precision: embeddings are multiplied with 22 bits or more (products of halves are exact). Exponentials and logarithms
+are those of the hardware, with errors of about 2^-22. Of the values multiplied by the targets, probabilities are sums
+of two float16, losses of three bfloat16. All sums are in float32.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.activations import LOG2_E, logistic
+from maskformer_fast.kernels.matching_losses import SCALE, any_times_truth, pixel_losses, times_truth
+from maskformer_fast.kernels.products import leading_bits, product
 from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
 WORD_BITS = 32
@@ -32,14 +33,19 @@ WORD_BITS = 32
 BLOCK_TARGETS = WORD_BITS - 1
 """Targets of one word. Images with more targets compute the logits once for each block of targets."""
 ROWS = 64
-"""Queries of a program: 6 layers of 100 queries are 10 blocks with 40 unused rows."""
+"""Queries of a program: 6 layers of 100 queries are 10 blocks with 40 unused rows. With 128 and 8 warps a logit takes a
+tenth fewer instructions, but only one program fits a multiprocessor."""
 PIXELS = 32
-"""Pixels of a tile: with 64, products of float32 spill on sm_80, products of halves on sm_100."""
+"""Pixels of a tile: with 64, products of float32 spill."""
 DEPTH_BLOCKS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
 """Channels of embeddings multiplied at once: 128 bytes of a row."""
+MOST_WHOLE = 256
+"""Channels of embeddings in half precision up to which they stay in shared memory, read once in a program."""
+KEEPING = 160 << 10
+"""Bytes of shared memory of a multiprocessor from which on they do."""
 LAUNCH = {"num_warps": 4, "num_stages": 2}
-"""Options of every launch. With them and the sizes above no target spills registers or lacks shared memory, and two
-blocks fit a multiprocessor: one multiplies while the other takes logarithms. The sizes are not measured on a GPU."""
+"""Options of every launch. With them and the sizes above no target spills registers or lacks shared memory, and two or
+three programs fit a multiprocessor: one multiplies while another takes logarithms. Not measured on a GPU."""
 PROGRAMS = 1024
 """Number of programs up to which pixels are split into chunks: a few for each multiprocessor. It also bounds the memory
 of their sums, to 16 MiB where the result is smaller. Not measured on a GPU."""
@@ -50,9 +56,6 @@ COST_ROWS = 16
 CLASSES = 64
 """Classes of which `_cost_kernel` takes the softmax at once."""
 
-_SCALE = tl.constexpr(32768.0)
-"""Largest value that is split into two float16."""
-_TINY = tl.constexpr(1e-30)
 _ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -105,35 +108,6 @@ def _sample_kernel(
     tl.store(areas + tl.program_id(0).to(tl.int64) * TARGETS + bit, tl.sum(sampled, 1))
 
 
-@triton.jit
-def _pixel_losses(x, on_weight, off_weight, gamma, EXPONENT: tl.constexpr):
-    """Probability, loss where the target is on and loss where it is off, of mask logits.
-
-    EXPONENT is that of the focal loss where it is 0 or 2, and -1 for any other. Small probabilities and losses keep
-    their relative precision. A logit of NaN or infinity makes one of the losses NaN or infinite.
-    """
-    small, likely, unlikely = logistic(x)
-    on = tl.maximum(-x, 0.0) + small  # softplus(-x), and softplus(x)
-    off = tl.maximum(x, 0.0) + small
-    probability = tl.where(x > 0.0, likely, unlikely)
-    if EXPONENT == 2:
-        rest = tl.where(x > 0.0, unlikely, likely)
-        return probability, on_weight * (rest * rest) * on, off_weight * (probability * probability) * off
-    if EXPONENT == -1:  # sigmoid(x) = exp(-softplus(-x))
-        power = gamma * -LOG2_E
-        return probability, on_weight * tl.exp2(power * off) * on, off_weight * tl.exp2(power * on) * off
-    return probability, on_weight * on, off_weight * off
-
-
-@triton.jit
-def _dot_truth(values, truth):
-    """Multiply ``values`` [rows, pixels] float32, at most `_SCALE`, by ``truth`` [pixels, TARGETS] float16, 0 or 1."""
-    high = values.to(tl.float16)
-    # a product of its own for each tile, which is then added to the others': tensor cores round sums towards zero
-    total = tl.dot(high, truth)
-    return tl.dot((values - high.to(tl.float32)).to(tl.float16), truth, total)
-
-
 @triton.jit(do_not_specialize=["num_queries", "num_rows", "num_blocks", "num_chunks", "chunk_tiles"])
 def _sums_kernel(
     sums,  # [B, num_blocks, num_chunks, row blocks, 2, ROWS, TARGETS] float32: mask loss; probability
@@ -143,7 +117,7 @@ def _sums_kernel(
     pixels, stride_pb, stride_pd, stride_pp,  # [B, D, num_pixels], read with FACTORED
     num_queries, num_rows, depth, num_pixels, num_blocks, num_chunks, chunk_tiles, on_weight, off_weight, gamma,
     FACTORED: tl.constexpr, EXPONENT: tl.constexpr,
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, TARGETS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, TARGETS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(num_rows, ROWS)
     program = tl.program_id(0)
@@ -161,11 +135,19 @@ def _sums_kernel(
     off_sum = tl.zeros((ROWS,), tl.float32)
     rise_sum = tl.zeros((ROWS, TARGETS), tl.float32)
     probability_sum = tl.zeros((ROWS, TARGETS), tl.float32)
+    if WHOLE:  # all channels at once: the embeddings are read once and stay in shared memory
+        channel = tl.arange(0, DEPTH)
+        exists = channel < depth
+        embedding = tl.load(source[:, None] + channel[None, :] * stride_i, mask=exists[None, :], other=0.0)
     begin = chunk * chunk_tiles * PIXELS
     for start in tl.range(begin, tl.minimum(begin + chunk_tiles * PIXELS, num_pixels), PIXELS):
         pixel = start + tl.arange(0, PIXELS)
         here = pixel < num_pixels
-        if FACTORED:
+        if WHOLE:
+            place = channel.to(tl.int64)[:, None] * stride_pd + pixel.to(tl.int64)[None, :] * stride_pp
+            values = tl.load(pixels + place, mask=exists[:, None] & here[None, :], other=0.0)
+            logits = product(embedding, values)
+        elif FACTORED:
             logits = tl.zeros((ROWS, PIXELS), tl.float32)
             for first in tl.range(0, depth, DEPTH):
                 channel = first + tl.arange(0, DEPTH)
@@ -174,24 +156,26 @@ def _sums_kernel(
                 embedding = tl.load(source[:, None] + channel[None, :] * stride_i, mask=exists[None, :], other=0.0)
                 place = channel[:, None] * stride_pd + pixel.to(tl.int64)[None, :] * stride_pp
                 values = tl.load(pixels + place, mask=exists[:, None] & here[None, :], other=0.0)
-                logits = tl.dot(embedding, values, logits, input_precision="tf32x3")
+                if embedding.dtype == tl.float32:
+                    high, high_values = leading_bits(embedding), leading_bits(values)
+                    logits = tl.dot(embedding - high, high_values, logits, input_precision="tf32")
+                    logits = tl.dot(high, values - high_values, logits, input_precision="tf32")
+                    logits = tl.dot(high, high_values, logits, input_precision="tf32")
+                else:
+                    logits += product(embedding, values)
         else:
             place = pixel.to(tl.int64)[None, :] * stride_i
             logits = tl.load(source[:, None] + place, mask=here[None, :], other=0.0).to(tl.float32)
         word = tl.load(words + pixel, mask=here, other=0)
-        probability, on, off = _pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
-        truth = ((word[:, None] >> column[None, :]) & 1).to(tl.float16)
-        probability_sum += _dot_truth(probability * _SCALE, truth)
-        counted = ((word >> (TARGETS - 1)) & 1).to(tl.float32)
-        off_sum += tl.sum(off * counted[None, :], 1)
-        rise = on - off
-        # a value that is not finite makes all columns so: 0 times it is NaN
-        unit = tl.maximum(tl.max(tl.abs(rise), 1), _TINY) / _SCALE
-        rise_sum += _dot_truth(rise * (1.0 / unit)[:, None], truth) * unit[:, None]
+        scaled, off, rise = pixel_losses(logits, on_weight, off_weight, gamma, EXPONENT)
+        truth = (word[:, None] >> column[None, :]) & 1
+        probability_sum += times_truth(scaled, truth)
+        off_sum += tl.sum(off * ((word >> (TARGETS - 1)) & 1).to(tl.float32)[None, :], 1)
+        rise_sum += any_times_truth(rise, truth)
     target = sums + program.to(tl.int64) * (2 * ROWS * TARGETS)
     target += tl.arange(0, ROWS)[:, None] * TARGETS + column[None, :]
     tl.store(target, off_sum[:, None] + rise_sum)
-    tl.store(target + ROWS * TARGETS, probability_sum / _SCALE)
+    tl.store(target + ROWS * TARGETS, probability_sum / SCALE)
 
 
 @triton.jit
@@ -331,7 +315,8 @@ def matching_cost_forward(
         _sums_kernel[(len(sums),)](
             sums, words, counts, rows, *rows.stride(), columns, *columns.stride()[-3:],
             num_queries, num_rows, columns.shape[-2], num_pixels, blocks, chunking.chunks, chunking.chunk_tiles, *focal,
-            **_constants(embeddings.dtype, pixels is not None, focal[2]), **LAUNCH,
+            **_constants(embeddings.dtype, None if pixels is None else pixels.shape[1], focal[2], _keeps(cost.device)),
+            **LAUNCH,
         )  # fmt: skip
         _cost_kernel[(batch * blocks * triton.cdiv(num_rows, COST_ROWS),)](
             cost, sums, areas, class_logits, *class_logits.stride(), labels, *labels.stride(), counts,
@@ -340,15 +325,23 @@ def matching_cost_forward(
         )  # fmt: skip
 
 
-def _constants(dtype: torch.dtype, factored: bool, gamma: float) -> dict[str, Any]:
-    """Compile-time constants of `_sums_kernel`."""
+@functools.cache
+def _keeps(device: torch.device) -> bool:
+    """Tell whether embeddings stay in shared memory: three programs of `MOST_WHOLE` channels must find room there."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= KEEPING
+
+
+def _constants(dtype: torch.dtype, depth: int | None, gamma: float, keep: bool) -> dict[str, Any]:
+    """Compile-time constants of `_sums_kernel`, for ``depth`` channels (None: mask logits) that it may keep or not."""
+    whole = keep and depth is not None and dtype != torch.float32 and depth <= MOST_WHOLE
     return {
-        "FACTORED": factored,
+        "FACTORED": depth is not None,
+        "WHOLE": whole,
         "EXPONENT": int(gamma) if gamma in (0.0, 2.0) else -1,
         "ROWS": ROWS,
         "PIXELS": PIXELS,
         "TARGETS": WORD_BITS,
-        "DEPTH": DEPTH_BLOCKS[dtype],
+        "DEPTH": max(16, triton.next_power_of_2(depth)) if whole else DEPTH_BLOCKS[dtype],
     }
 
 
@@ -357,6 +350,8 @@ def variants() -> list[KernelVariant]:
     kernels = [
         _sums_variant("embeddings", torch.float32, 1.5),
         _sums_variant("embeddings", torch.bfloat16, 2.0),
+        _sums_variant("embeddings", torch.bfloat16, 2.0, keep=True),
+        _sums_variant("embeddings", torch.float16, 1.5, keep=True),
         _sums_variant("logits", torch.float32, 2.0),
     ]
     blocks: dict[str, Any] = {"EXCLUDE": True, "TARGETS": WORD_BITS, "PIXELS": SAMPLE_PIXELS}
@@ -371,16 +366,17 @@ def variants() -> list[KernelVariant]:
     return kernels
 
 
-def _sums_variant(form: str, dtype: torch.dtype, gamma: float) -> KernelVariant:
+def _sums_variant(form: str, dtype: torch.dtype, gamma: float, keep: bool = False) -> KernelVariant:
     """Specialisation of `_sums_kernel` for contiguous inputs; `form` is "logits" or "embeddings"."""
-    constants = _constants(dtype, form == "embeddings", gamma)
+    constants = _constants(dtype, MOST_WHOLE if form == "embeddings" else None, gamma, keep)
     element = _ELEMENTS[dtype]
     types = {"sums": "*fp32", "words": "*i32", "counts": "*i64", "queries": f"*{element}", "pixels": f"*{element}"}
     types |= dict.fromkeys(("on_weight", "off_weight", "gamma"), "fp32")
     exponent = "any" if constants["EXPONENT"] == -1 else constants["EXPONENT"]
     aligned = ("stride_l", "stride_b", "stride_q", "stride_pb", "stride_pd", "depth", "num_pixels")
     ones = {"stride_i": 1, "stride_pp": 1}
-    return _variant(f"matching_cost_sums_{form}_{element}_{exponent}", _sums_kernel, types, constants | ones, aligned)
+    name = f"matching_cost_sums_{form}_{element}_{exponent}{'_kept' * keep}"
+    return _variant(name, _sums_kernel, types, constants | ones, aligned)
 
 
 def _variant(
@@ -407,7 +403,9 @@ def _goal_call(dtype: torch.dtype) -> list[GoalLaunch]:
         labels, counts, sizes = (torch.empty(16, *rest, dtype=torch.int64) for rest in ((20,), (), (2,)))
         cost = torch.empty(6, 16, 100, 20)
     chunking = _chunking(16, 1, 600, 16384)
-    sums = {"num_pixels), PIXELS)": chunking.chunk_tiles, "range(0, depth, DEPTH)": 256 // DEPTH_BLOCKS[dtype]}
+    sums: dict[str, float] = {"num_pixels), PIXELS)": chunking.chunk_tiles}
+    if dtype == torch.float32:
+        sums["range(0, depth, DEPTH)"] = 256 // DEPTH_BLOCKS[dtype]
     costs = {"range(num_chunks)": chunking.chunks, "range(0, num_tiles, ROWS)": 16384 / SAMPLE_PIXELS / COST_ROWS}
     products = 16 * 600 * 16384 * 256 * (3 if dtype == torch.float32 else 1)
     works = [
@@ -416,5 +414,5 @@ def _goal_call(dtype: torch.dtype) -> list[GoalLaunch]:
         Work("cost", costs | {"range(0, num_columns, CLASSES)": triton.cdiv(151, CLASSES)}),
     ]
     arguments = (class_logits, embeddings, maps, labels, counts, masks, sizes, (512, 512), (1.0, 20.0, 1.0))
-    launcher = partial(matching_cost_forward, *arguments, (0.25, 0.75, 2.0), cost)
+    launcher = functools.partial(matching_cost_forward, *arguments, (0.25, 0.75, 2.0), cost)
     return goal_launches(f"matching cost L=6 B=16 Q=100 T=20 {_ELEMENTS[dtype]}", launcher, works)
