@@ -155,7 +155,7 @@ def test_every_task_and_shape_is_recorded(recorded: RecordedLaunches) -> None:
         functions = [launch.kernel.rsplit("_", 1)[0] for launch in sequence.after]
         expected = {
             "semantic": ["probabilities", "semantic_logits", "semantic_general"],
-            "panoptic": ["class_scores", "claim", "decide", "number"],
+            "panoptic": ["class_scores", "bounds", "claim", "decide", "number"],
             "instance": ["masks", "finish"],
         }
         assert functions == expected[sequence.task]
