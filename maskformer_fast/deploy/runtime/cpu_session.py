@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+CpuPrecision = Literal["fp32", "bf16"]
 FLAVOUR = "raw"
 INPUT, OUTPUTS = "images", ["class_logits", "mask_logits"]
 
