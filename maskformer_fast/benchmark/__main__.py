@@ -43,7 +43,7 @@ class BenchmarkOptions:
     """HEIGHTxWIDTH of the frames."""
     task: Task = "semantic"
     """Task whose results are asked for."""
-    backend: Literal["auto", "onnxruntime", "tensorrt"] = "auto"
+    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt"] = "auto"
     """The bundle's backend."""
     amp: Amp = "off"
     """Precision of PyTorch; an engine has the precision that it was built with."""

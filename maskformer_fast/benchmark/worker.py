@@ -114,7 +114,7 @@ def device_bytes(setting: Setting) -> int | None:
         free, total = torch.cuda.mem_get_info(torch.device(setting.device))
         return int(total - free)
     manifest, _ = read_manifest(setting.path)
-    if setting.device == "onnxruntime" or tensorrt_obstacle(manifest, setting.device_index) is not None:
+    if setting.device in ("onnxruntime", "openvino") or tensorrt_obstacle(manifest, setting.device_index) is not None:
         return None  # without a CUDA context, whose memory would count as the runner's
     from cuda.bindings import runtime as cuda
 

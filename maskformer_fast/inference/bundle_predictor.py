@@ -24,7 +24,7 @@ from maskformer_fast.deploy.runtime.session import Runtime
 from maskformer_fast.deploy.runtime.session import load as load_runtime
 from maskformer_fast.distributed import world_size
 
-Backend = Literal["auto", "onnxruntime", "tensorrt"]
+Backend = Literal["auto", "onnxruntime", "openvino", "tensorrt"]
 CHANGEABLE = {"batch_size"}
 """Fields of the test configuration that a bundle does not fix."""
 IMAGES_AT_ONCE = 4
@@ -155,6 +155,7 @@ def _backend_of(device: str, backend: Backend) -> tuple[Backend, int]:
     kind, _, number = device.partition(":")
     known = kind in ("cpu", "cuda") and (not number or (kind == "cuda" and number.isdecimal()))
     check(known, "device", "auto, cpu, cuda or cuda:N", device)
-    on_device: Backend = "onnxruntime" if kind == "cpu" else "tensorrt"
+    on_cpu: Backend = "openvino" if backend == "openvino" else "onnxruntime"
+    on_device: Backend = on_cpu if kind == "cpu" else "tensorrt"
     check(backend in ("auto", on_device), "device", f"one that {backend} runs on", device)
     return on_device, int(number) if number else default

@@ -125,7 +125,9 @@ def test_spills_and_too_much_shared_memory_fail() -> None:
     kernel = aot.CompiledKernel("k", "sm_86", "k", b"", (), 2, 4, 99 << 10, 255, 0, 0.1, "3.8")
     assert not kernel.failure
     assert "spills 8 bytes" in replace(kernel, spilled_bytes=8).failure
-    excepted = replace(kernel, variant="panoptic_claim_fp32_mask2former", target="sm_80", spilled_bytes=8)
+    excepted = replace(
+        kernel, variant="matching_cost_sums_embeddings_bf16_2_kept", target="sm_100", spilled_bytes=8
+    )
     assert not excepted.failure
     assert "spills 8 bytes" in replace(excepted, triton_version="3.7").failure
     assert "spills 16 bytes" in replace(excepted, spilled_bytes=16).failure

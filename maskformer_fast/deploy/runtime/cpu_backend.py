@@ -1,6 +1,6 @@
-"""Backend of the CPU: onnxruntime runs the graph, the package's C++ operators do the rest.
+"""Backend of the CPU: a library such as onnxruntime runs the graph, the package's C++ operators do the rest.
 
-A few threads work on batches, each on one batch from pixels to results. onnxruntime, Pillow and the operators release
+A few threads work on batches, each on one batch from pixels to results. The library, Pillow and the operators release
 Python's lock. So while the network runs for one batch, the next is prepared and the one before is post-processed.
 """
 
@@ -10,7 +10,6 @@ import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -22,9 +21,9 @@ from maskformer_fast.core.stages import StageSeconds, Stopwatch
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import Graph, expect
 from maskformer_fast.deploy.runtime.cpu_postprocess import CpuPostprocessor, ImageLogits
+from maskformer_fast.deploy.runtime.cpu_session import FLAVOUR, INPUT, OUTPUTS, CpuSession, OpenSession
+from maskformer_fast.deploy.runtime.onnxruntime_session import OnnxruntimeSession
 
-FLAVOUR = "raw"
-INPUT, OUTPUTS = "images", ["class_logits", "mask_logits"]
 _Outcome = tuple[list[Result], StageSeconds]
 
 
@@ -34,17 +33,20 @@ class CpuBackend:
     max_tasks = len(TASKS)
     graph_obstacle: str | None = None
 
-    def __init__(self, bundle: Bundle, in_flight: int, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, in_flight: int, threads: int | None = None, open_session: OpenSession = OnnxruntimeSession
+    ) -> None:
         """Load the graph.
 
         Args:
             bundle: the bundle.
             in_flight: number of batches that are worked on at once.
             threads: number of threads for each batch; None takes OMP_NUM_THREADS, or the cores of this process.
+            open_session: the library that runs the graph.
 
         Raises:
-            BundleError: the bundle has no graph of the flavour ``raw``, or one that onnxruntime refuses.
-            ModuleNotFoundError: onnxruntime is not installed.
+            BundleError: the bundle has no graph of the flavour ``raw``, or one that the library refuses.
+            ModuleNotFoundError: the library is not installed.
             ImportError: the package's extension is not built.
         """
         check(in_flight > 0, "in_flight", "> 0", in_flight)
@@ -57,7 +59,7 @@ class CpuBackend:
         graph = manifest.graphs[FLAVOUR]
         self._batch, self._size = _fixed_sizes(graph)
         self._queries, self._classes = manifest.num_queries, manifest.num_classes
-        self._session = _session(bundle.read(graph.file), threads)
+        self._session = open_session(bundle.read(graph.file), threads)
         _check_session(self._session, self._queries, self._classes)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="maskformer_fast")
         self._tickets = itertools.count()
@@ -86,7 +88,7 @@ class CpuBackend:
         stopwatch = Stopwatch()
         images = self._prepare(frames)
         stopwatch.lap("preprocess")
-        class_logits, mask_logits = self._session.run(OUTPUTS, {INPUT: images})
+        class_logits, mask_logits = self._session.run(images)
         stopwatch.lap("network")
         self._check_outputs(class_logits, mask_logits, len(images))
         size = (frames[0].shape[0], frames[0].shape[1])
@@ -154,28 +156,9 @@ def _fixed_sizes(graph: Graph) -> tuple[int, tuple[int, int]]:
     return batch, (height, width)
 
 
-def _session(graph: bytes, threads: int) -> Any:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "onnxruntime is needed to run a bundle on the CPU; install it with: pip install onnxruntime "
-            "(or maskformer_fast[deploy])", name=error.name
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors only: the warnings are about onnxruntime's own optimisations
-    try:
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors share no base class
-        expect(False, f"graphs.{FLAVOUR}", "a graph that onnxruntime runs", f"{type(error).__name__}: {error}")
-        raise
-    return session
-
-
-def _check_session(session: Any, queries: int, classes: int) -> None:
+def _check_session(session: CpuSession, queries: int, classes: int) -> None:
     """Raise `BundleError` unless inputs and outputs have the names, types and known sizes that the manifest says."""
-    inputs, outputs = ([tensor.name for tensor in part] for part in (session.get_inputs(), session.get_outputs()))
+    inputs, outputs = ([tensor.name for tensor in part] for part in (session.inputs, session.outputs))
     expect(inputs == [INPUT] and set(OUTPUTS) <= set(outputs), f"graphs.{FLAVOUR}",
            f"a graph from {INPUT} to {' and '.join(OUTPUTS)}", f"one from {inputs} to {outputs}")  # fmt: skip
     expected = {
@@ -183,12 +166,12 @@ def _check_session(session: Any, queries: int, classes: int) -> None:
         OUTPUTS[0]: ("tensor(float)", (None, queries, classes + 1)),
         OUTPUTS[1]: ("tensor(float)", (None, queries, None, None)),
     }
-    for tensor in (*session.get_inputs(), *session.get_outputs()):
+    for tensor in (*session.inputs, *session.outputs):
         if tensor.name not in expected:
             continue
         kind, sizes = expected[tensor.name]
         expect(tensor.type == kind, f"graphs.{FLAVOUR}, {tensor.name}", kind, tensor.type)
-        shape = tensor.shape or sizes  # onnxruntime has no sizes for an output of any rank
+        shape = tensor.shape or sizes  # there are no sizes for an output of any rank
         known = [size if isinstance(size, int) else None for size in shape]
         fits = len(known) == len(sizes) and all(
             size is None or size == wanted or (wanted is None and size > 0)

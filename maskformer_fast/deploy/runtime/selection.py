@@ -8,7 +8,7 @@ from typing import Literal
 from maskformer_fast.deploy.bundle.manifest import BundleError, Manifest
 from maskformer_fast.deploy.runtime.cuda_driver import Driver, architecture, find_device
 
-BackendName = Literal["onnxruntime", "tensorrt"]
+BackendName = Literal["onnxruntime", "openvino", "tensorrt"]
 BUILD_COMMAND = "python -m maskformer_fast.export BUNDLE --engine-only"
 
 

@@ -5,8 +5,8 @@
         for result in runtime.stream(camera, task="panoptic"):       # in order, `in_flight` frames at once
             ...
 
-Backends: ``tensorrt`` (an engine and compiled kernels for this GPU) and ``onnxruntime`` (any CPU). Results are NumPy
-arrays at the frames' own sizes (`maskformer_fast.core.results`).
+Backends: ``tensorrt`` (an engine and compiled kernels for this GPU), ``onnxruntime`` and ``openvino`` (any CPU).
+Results are NumPy arrays at the frames' own sizes (`maskformer_fast.core.results`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from maskformer_fast.core.results import Result
 from maskformer_fast.core.stages import StageSeconds
 from maskformer_fast.deploy.bundle.folder import Bundle, naming
 from maskformer_fast.deploy.runtime.backend import Backend
+from maskformer_fast.deploy.runtime.cpu_session import CpuPrecision
 from maskformer_fast.deploy.runtime.selection import BackendName, tensorrt_obstacle
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,12 @@ logger = logging.getLogger(__name__)
 
 def load(
     bundle: str | Path | Bundle,
-    backend: Literal["auto", "onnxruntime", "tensorrt"] = "auto",
+    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt"] = "auto",
     *,
     digest: str | None = None,
     device: int = 0,
     in_flight: int = 2,
+    precision: CpuPrecision = "fp32",
 ) -> Runtime:
     """Verify a bundle and make it ready to run.
 
@@ -51,6 +54,7 @@ def load(
         digest: expected `Bundle.digest`, see `Bundle.open`.
         device: number of the CUDA device.
         in_flight: number of frames (or batches) that are worked on at once.
+        precision: of the network, with ``openvino`` only; ``bf16`` where the processor has it.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -58,7 +62,9 @@ def load(
         ModuleNotFoundError: a library that the backend needs is not installed.
         ValueError: a wrong value of another argument.
     """
-    check_choice("backend", backend, ("auto", "onnxruntime", "tensorrt"))
+    check_choice("backend", backend, ("auto", "onnxruntime", "openvino", "tensorrt"))
+    check_choice("precision", precision, ("fp32", "bf16"))
+    check(precision == "fp32" or backend == "openvino", "precision", f"fp32 with the backend {backend}", precision)
     check(in_flight > 0, "in_flight", "> 0", in_flight)
     check(device >= 0, "device", ">= 0", device)
     if not isinstance(bundle, Bundle):
@@ -66,7 +72,9 @@ def load(
     elif digest is not None:
         check(bundle.digest == digest, "digest", f"{digest}, which was asked for", bundle.digest)
     name: BackendName = "onnxruntime"
-    if backend != "onnxruntime":
+    if backend == "openvino":
+        name = "openvino"
+    elif backend != "onnxruntime":
         obstacle = tensorrt_obstacle(bundle.manifest, device)
         if obstacle is None:
             name = "tensorrt"
@@ -74,7 +82,7 @@ def load(
             raise obstacle
         else:
             logger.info("%s runs on the CPU by onnxruntime, not by TensorRT: %s", bundle.folder, obstacle)
-    return Runtime(bundle, name, device, in_flight)
+    return Runtime(bundle, name, device, in_flight, precision)
 
 
 class Runtime:
@@ -82,12 +90,14 @@ class Runtime:
 
     tasks: tuple[Task, ...] = TASKS
 
-    def __init__(self, bundle: Bundle, backend: BackendName, device: int, in_flight: int) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: BackendName, device: int, in_flight: int, precision: CpuPrecision = "fp32"
+    ) -> None:
         self.manifest = bundle.manifest
         self.backend: BackendName = backend
         self.in_flight = in_flight
         with naming(bundle.folder):
-            self._backend: Backend | None = _open_backend(bundle, backend, device, in_flight)
+            self._backend: Backend | None = _open_backend(bundle, backend, device, in_flight, precision)
         self._jobs: deque[_Job] = deque()  # batches that the backend may still hold, oldest first
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -296,11 +306,18 @@ class _Stream(Iterator[Result]):
             return error
 
 
-def _open_backend(bundle: Bundle, name: BackendName, device: int, in_flight: int) -> Backend:
+def _open_backend(
+    bundle: Bundle, name: BackendName, device: int, in_flight: int, precision: CpuPrecision
+) -> Backend:
     if name == "onnxruntime":
         from maskformer_fast.deploy.runtime.cpu_backend import CpuBackend
 
         return CpuBackend(bundle, in_flight)
+    if name == "openvino":
+        from maskformer_fast.deploy.runtime.cpu_backend import CpuBackend
+        from maskformer_fast.deploy.runtime.openvino_session import OpenvinoSession
+
+        return CpuBackend(bundle, in_flight, open_session=partial(OpenvinoSession, precision=precision))
     from maskformer_fast.deploy.runtime.cuda_backend import TensorRTBackend
 
     return TensorRTBackend(bundle, device, in_flight)
