@@ -77,7 +77,7 @@ def as_predictions(classes: Tensor, masks: Tensor, generator: torch.Generator, h
 def panoptic_predictions(kept: int, low: Size, high: Size, device: torch.device) -> Predictions:
     generator = torch.Generator().manual_seed(0)
     result = as_predictions(*panoptic_logits(kept, QUERIES, low, generator), generator, high)
-    fields = ("class_logits", "mask_embeddings", "pixel_features", "valid_sizes")
+    fields = ("class_logits", "mask_embeddings", "pixel_features")  # valid sizes stay on the host, as of `Predictor`
     return result._replace(**{name: getattr(result, name).to(device) for name in fields})
 
 

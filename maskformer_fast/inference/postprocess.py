@@ -5,9 +5,10 @@ and output size) are processed together. Predictions may be on any device and of
 gradient, and results stay on the device except the lists of segments.
 
 On the CPU everything is computed in float32, and masks only of the queries that take part, whose number is read first.
-On a GPU mask logits have the precision of the mask embeddings, for which the kernels have faster forms, and nothing is
-read back before the last kernel is launched: the numbers of masks depend on shapes only, and one transfer at the end
-brings segments, or the numbers of instances. Valid sizes are best on the host, as `Predictor` leaves them.
+On a GPU mask logits have the precision of the mask embeddings, for which the kernels have faster forms. A task reads
+nothing back before its last operator is launched: the numbers of masks depend on shapes only (not in the order
+``official``, whose masks of full size are many bytes), and one transfer at the end brings segments, or the numbers of
+instances. Valid sizes are best on the host, as `Predictor` leaves them.
 
 **Order of operations.** Published implementations resample at different points, which changes a few percent of the
 labels:
@@ -174,7 +175,7 @@ def panoptic(
     scores, categories = class_logits.to(torch.float32).softmax(-1).max(-1)
     kept = (categories < len(things)) & (scores > object_mask_threshold)
     categories = categories.masked_fill(~kept, VOID)
-    slots = _compact(kept, kept.shape[1])
+    slots = _compact(kept, kept.shape[1] if order == "direct" else None)
     scores, categories = scores.gather(1, slots), categories.gather(1, slots)
 
     maps: dict[int, Tensor] = {}
@@ -346,14 +347,14 @@ def _crop(maps: Tensor, group: _Group) -> Tensor:
 
 def _compact(
     used: Tensor,  # [B, Q] bool
-    most: int,  # used queries an image can have
+    most: int | None,  # used queries an image can have; None: their number is read
 ) -> Tensor:
     """Indices of each image's queries, the used ones first and in order -> [B, N] int64.
 
     On the CPU N is the largest number of used queries of any image, so that no other mask is computed. On a GPU it is
     `most`: to read the number, the host would have to wait for the network.
     """
-    if not _on_gpu(used):
+    if most is None or not _on_gpu(used):
         most = max(used.sum(1).tolist(), default=0)
     return used.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
 
