@@ -139,7 +139,7 @@ def run(folder: Path) -> dict[str, Any]:
         "on main": distributed.on_main(lambda: distributed.rank() + 7),
         "failure": attempt(distributed.on_main, fail),
         "sync": attempt(Trainer, tiny(folder / "sync", model={"backbone": synchronised})),
-        "batch": attempt(Trainer(tiny(folder / "batch", solver={"batch_size": 3})).run),
+        "batch": attempt(lambda: Trainer(tiny(folder / "batch", solver={"batch_size": 3}))),
     }
     for name, kinds in PARALLEL.items():
         for parallel in kinds:

@@ -265,7 +265,7 @@ def test_cubins_declare_the_parameters_that_launches_pass(tmp_path: Path) -> Non
     launch_file = LaunchFile.parse(files[FILE], manifest)
     assert launch_file.to_bytes() == files[FILE] and launch_file.sequences == tuple(recorded.sequences)
     kernels = {kernel.name: kernel for kernel in launch_file.kernels}
-    assert len(launch_file.cubins) == len(kernels) == 5
+    assert len(launch_file.cubins) == len(kernels) == 6
     for cubin in launch_file.cubins:
         path = tmp_path / "kernel.cubin"
         path.write_bytes(files[cubin.file])
