@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 _PATIENCE = 2.0
 """Time in seconds for a worker to end after it stopped answering: its connections close a little earlier."""
 _working: set[BaseProcess] = set()
-"""Workers of the loaders that are being iterated over."""
+"""Workers of the loaders that are being iterated over, or that the last error came from."""
 
 
 class WorkerDied(RuntimeError):
@@ -38,18 +38,23 @@ def iterate_over(loader: Iterable[Any]) -> Iterator[Any]:
         WorkerDied: a worker died. PyTorch's own error depends on what the worker was doing: RuntimeError, EOFError,
             ConnectionResetError, FileNotFoundError...
     """
+    _working.difference_update({worker for worker in _working if worker.exitcode is not None})
     before = set(multiprocessing.active_children())
     items = iter(loader)
     workers = set(multiprocessing.active_children()) - before
     _working.update(workers)
     try:
         yield from items
+    except GeneratorExit:
+        _working.difference_update(workers)
+        raise
     except Exception as error:
+        # The workers stay in `_working`: PyTorch's own error of a death may come between any two lines from here on.
         if workers and (death := _wait_for_death(workers)) is not None:
             raise death from error
-        raise
-    finally:
         _working.difference_update(workers)
+        raise
+    _working.difference_update(workers)
 
 
 def worker_death(error: BaseException) -> WorkerDied | None:
@@ -73,11 +78,15 @@ def worker_deaths_explained() -> Iterator[None]:
 
 
 def _wait_for_death(workers: Iterable[BaseProcess]) -> WorkerDied | None:
+    """Wait until a worker has ended -> its death, or ``None`` after `_PATIENCE`."""
     deadline = time.monotonic() + _PATIENCE
-    while (death := _death(workers)) is None and time.monotonic() < deadline:
-        with contextlib.suppress(RuntimeError):  # raised by PyTorch's handler of SIGCHLD, which the death brings
+    while True:
+        # PyTorch's handler of SIGCHLD, which the death brings, raises RuntimeError wherever this thread is.
+        with contextlib.suppress(RuntimeError):
+            death = _death(workers)
+            if death is not None or time.monotonic() >= deadline:
+                return death
             time.sleep(0.02)
-    return death
 
 
 def _death(workers: Iterable[BaseProcess]) -> WorkerDied | None:

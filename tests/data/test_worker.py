@@ -9,6 +9,7 @@ import time
 import pytest
 from torch.utils.data import DataLoader
 
+from maskformer_fast.data import worker
 from maskformer_fast.data.worker import WorkerDied, iterate_over, worker_death, worker_deaths_explained
 
 
@@ -49,6 +50,37 @@ def test_any_error_with_a_dead_process_is_its_death(error):
 def test_a_bus_error_is_explained_by_shared_memory():
     with pytest.raises(WorkerDied, match=r"SIGBUS.*--shm-size"):
         list(iterate_over(Loader(signalled(signal.SIGBUS), EOFError())))
+
+
+def test_a_signal_that_comes_while_the_process_is_asked_hides_nothing(monkeypatch):
+    """PyTorch's handler of SIGCHLD raises in the main thread, here at the first look at the process."""
+    find, calls = worker._death, []
+
+    def interrupted(workers):
+        calls.append(workers)
+        if len(calls) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        return find(workers)
+
+    monkeypatch.setattr(worker, "_death", interrupted)
+    with pytest.raises(WorkerDied, match="SIGKILL"):
+        list(iterate_over(Loader(signalled(signal.SIGKILL), ConnectionResetError(104, "reset"))))
+
+
+def test_a_signal_that_comes_after_the_loader_s_error_is_the_death_as_well(monkeypatch):
+    """PyTorch's handler of SIGCHLD takes the place of the explained error, which has already left the loader."""
+
+    def interrupted(workers):
+        (process,) = workers
+        process.join(10)
+        raise KeyError("raised between two lines")
+
+    monkeypatch.setattr(worker, "_wait_for_death", interrupted)
+    with pytest.raises(WorkerDied, match="SIGKILL") as raised, worker_deaths_explained():
+        list(iterate_over(Loader(signalled(signal.SIGKILL), ConnectionResetError(104, "reset"))))
+    assert isinstance(raised.value.__cause__, KeyError)
+    list(iterate_over(DataLoader(range(5))))
+    assert worker_death(EOFError()) is None, "the next loader begins without the dead of the last"
 
 
 def test_a_process_that_ends_by_itself_is_named_with_its_status():
