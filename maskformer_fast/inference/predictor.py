@@ -20,7 +20,14 @@ from maskformer_fast.core.stages import Stopwatch
 from maskformer_fast.data.images import ImageLike, as_rgb_array
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
-from maskformer_fast.inference import postprocess
+from maskformer_fast.inference.device_postprocess import (
+    DevicePart,
+    panoptic_maps,
+    ranked_instances,
+    read_results,
+    semantic_maps,
+    semantic_score_maps,
+)
 from maskformer_fast.modeling.autocast import autocast
 from maskformer_fast.ops import resize_images
 
@@ -98,15 +105,21 @@ class Predictor:
             results["semantic"] = [self._augmented(image) for image in images]
             stopwatch.lap("network")
         if remaining := [task for task in tasks if task not in results]:
-            each: list[dict[Task, Result]] = [{} for _ in images]
-            for batch in self._batches_of_one_size(images):
+            batches = self._batches_of_one_size(images)
+            parts: list[DevicePart] = []
+            for batch in batches:
                 predictions = self.run_network([images[index] for index in batch], stopwatch)
                 sizes = [(images[index].shape[0], images[index].shape[1]) for index in batch]
-                for task, of_batch in self.postprocess(predictions, sizes, remaining).items():
-                    for index, result in zip(batch, of_batch, strict=True):
-                        each[index][task] = result
+                with self._inference():
+                    parts += self._device_parts(predictions, sizes, remaining)
                 stopwatch.lap("postprocess")
+            each: list[dict[Task, Result]] = [{} for _ in images]
+            work = [(batch, task) for batch in batches for task in remaining]
+            for (batch, task), of_batch in zip(work, read_results(parts), strict=True):
+                for index, result in zip(batch, of_batch, strict=True):
+                    each[index][task] = result
             results |= {task: [of_image[task] for of_image in each] for task in remaining}
+            stopwatch.lap("postprocess")
         return results
 
     def _batches_of_one_size(self, images: Sequence[np.ndarray]) -> list[list[int]]:
@@ -141,28 +154,29 @@ class Predictor:
         sizes: Sequence[tuple[int, int]],  # height, width of each image
         tasks: Sequence[Task],
     ) -> dict[Task, list[Result]]:
-        """Each task's results at the images' sizes, from predictions; without test-time augmentation."""
-        test, is_thing = self.config.test, self.metadata.is_thing
-        results: dict[Task, list[Result]] = {}
+        """Each task's results at the images' sizes, from predictions; without test-time augmentation.
+
+        The host waits for a GPU once, after all tasks' operators are launched.
+        """
         with self._inference():
-            for task in tasks:
-                if task == "semantic":
-                    results[task] = list(postprocess.semantic(predictions, sizes, order=test.semantic_order))
-                elif task == "panoptic":
-                    results[task] = list(
-                        postprocess.panoptic(
-                            predictions,
-                            sizes,
-                            is_thing,
-                            test.object_mask_threshold,
-                            test.overlap_threshold,
-                            test.panoptic_order,
-                            test.panoptic_rule,
-                        )
-                    )
-                else:
-                    results[task] = list(postprocess.instances(predictions, sizes, is_thing, test.top_k))
-        return results
+            return dict(zip(tasks, read_results(self._device_parts(predictions, sizes, tasks)), strict=True))
+
+    def _device_parts(
+        self, predictions: Any, sizes: Sequence[tuple[int, int]], tasks: Sequence[Task]
+    ) -> list[DevicePart]:
+        """What a device does for each task: all of `postprocess` but the reading."""
+        test, is_thing = self.config.test, self.metadata.is_thing
+        parts: list[DevicePart] = []
+        for task in tasks:
+            if task == "semantic":
+                parts.append(semantic_maps(predictions, sizes, order=test.semantic_order))
+            elif task == "panoptic":
+                thresholds = test.object_mask_threshold, test.overlap_threshold
+                orders = test.panoptic_order, test.panoptic_rule
+                parts.append(panoptic_maps(predictions, sizes, is_thing, *thresholds, *orders))
+            else:
+                parts.append(ranked_instances(predictions, sizes, is_thing, test.top_k))
+        return parts
 
     def stopwatch(self) -> Stopwatch:
         """A new stopwatch for `infer`, which waits for a GPU at the end of each stage."""
@@ -204,7 +218,7 @@ class Predictor:
                 resized = self._resize(image, short_edge, round(test.max_size * scale))
                 for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
                     predictions = self._predictions(*self._batch([view]))
-                    scores = postprocess.semantic_scores(predictions, [size], test.semantic_order)[0]
+                    scores = semantic_score_maps(predictions, [size], test.semantic_order)[0]
                     scores = scores if view is resized else scores.flip(-1)
                     total = scores if total is None else total.add_(scores)
         assert total is not None  # at least one scale
