@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from maskformer_fast.core.stages import Stopwatch
 from maskformer_fast.data.images import ImageLike, as_rgb_array
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
+from maskformer_fast.inference.cuda_graphs import GraphCache
 from maskformer_fast.inference.device_postprocess import (
     DevicePart,
     panoptic_maps,
@@ -42,13 +43,21 @@ class Predictor:
         metadata: Metadata,
         device: str | torch.device,
         amp: Amp | None = None,
+        graphs: bool = False,
     ) -> None:
-        """``amp`` is the precision of inference, by default that of the training."""
+        """Keep the network, which must be on the device.
+
+        Args:
+            amp: precision of inference, by default that of the training.
+            graphs: on a GPU, replay CUDA graphs for batches whose sizes come again (`inference.cuda_graphs`). Results
+                are the same. Changes of weights are seen; other state of the network must not change.
+        """
         self.network = network
         self.config = config
         self.metadata = metadata
         self.device = torch.device(device)
         self.amp: Amp = config.solver.amp if amp is None else amp
+        self._graphs = GraphCache(self.device) if graphs and self.device.type == "cuda" else None
 
     @property
     def test(self) -> TestConfig:
@@ -96,7 +105,8 @@ class Predictor:
 
         The transformer attends to padding, so images of other input sizes in a batch would change an image's results.
         Semantic results with test-time augmentation (``config.test``) take additional forward passes. A ``stopwatch``,
-        made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``.
+        made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``. The replay of a CUDA graph
+        counts as ``network``, whose stages are one launch.
         """
         test = self.config.test
         stopwatch = stopwatch or Stopwatch()
@@ -108,11 +118,7 @@ class Predictor:
             batches = self._batches_of_one_size(images)
             parts: list[DevicePart] = []
             for batch in batches:
-                predictions = self.run_network([images[index] for index in batch], stopwatch)
-                sizes = [(images[index].shape[0], images[index].shape[1]) for index in batch]
-                with self._inference():
-                    parts += self._device_parts(predictions, sizes, remaining)
-                stopwatch.lap("postprocess")
+                parts += self._batch_parts([images[index] for index in batch], remaining, stopwatch)
             each: list[dict[Task, Result]] = [{} for _ in images]
             work = [(batch, task) for batch in batches for task in remaining]
             for (batch, task), of_batch in zip(work, read_results(parts), strict=True):
@@ -139,14 +145,57 @@ class Predictor:
         stopwatch: Stopwatch | None = None,
     ) -> Any:
         """Resize and pad the images and run the network -> its predictions; `infer` without the post-processing."""
-        test = self.config.test
         stopwatch = stopwatch or Stopwatch()
+        inputs, valid_sizes = self._resized_batch(images)
+        stopwatch.lap("preprocess")
         with self._inference():
-            inputs = self._batch([self._resize(image, test.short_edge, test.max_size) for image in images])
-            stopwatch.lap("preprocess")
-            predictions = self._predictions(*inputs)
-            stopwatch.lap("network")
+            predictions = self._predictions(inputs, valid_sizes, self._upload(valid_sizes))
+        stopwatch.lap("network")
         return predictions
+
+    def _batch_parts(
+        self,
+        images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB; one batch
+        tasks: Sequence[Task],
+        stopwatch: Stopwatch,
+    ) -> list[DevicePart]:
+        """Do all of `infer` for a batch but the reading of results, where possible by replaying a CUDA graph."""
+        sizes = tuple((image.shape[0], image.shape[1]) for image in images)
+        inputs, valid_sizes = self._resized_batch(images)
+        stopwatch.lap("preprocess")
+        parts = self._replayed(inputs, valid_sizes, sizes, tasks)
+        if parts is not None:
+            stopwatch.lap("network")
+            return parts
+        with self._inference():
+            predictions = self._predictions(inputs, valid_sizes, self._upload(valid_sizes))
+            stopwatch.lap("network")
+            parts = self._device_parts(predictions, sizes, tasks)
+            stopwatch.lap("postprocess")
+        return parts
+
+    def _replayed(
+        self, images: Tensor, valid_sizes: Tensor, sizes: tuple[tuple[int, int], ...], tasks: Sequence[Task]
+    ) -> list[DevicePart] | None:
+        """Results of a batch from its CUDA graph; None where it has none, and without ``graphs``."""
+        test, kind = self.config.test, self.device.type
+        # The panoptic order ``official`` reads the number of masks amid the work.
+        if self._graphs is None or ("panoptic" in tasks and test.panoptic_order == "official"):
+            return None
+
+        def prepare() -> Callable[[Tensor], list[DevicePart]]:
+            on_device = self._upload(valid_sizes)
+
+            def work(images: Tensor) -> list[DevicePart]:
+                with self._inference():
+                    return self._device_parts(self._predictions(images, valid_sizes, on_device), sizes, tasks)
+
+            return work
+
+        valid = tuple(map(tuple, valid_sizes.tolist()))
+        precision = self.amp, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        key = (tuple(images.shape), valid, sizes, tuple(tasks), precision, test, tuple(self.metadata.is_thing))
+        return self._graphs.run(key, self.network, images, prepare)
 
     def postprocess(
         self,
@@ -197,9 +246,14 @@ class Predictor:
         batch, valid_sizes = pad_images(images, self.config.model.size_divisibility)
         return self._upload(batch), valid_sizes
 
-    def _predictions(self, images: Tensor, valid_sizes: Tensor) -> Any:
+    def _resized_batch(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Images [H, W, 3] uint8 -> as `_batch`, resized as the test configuration says."""
+        test = self.config.test
+        return self._batch([self._resize(image, test.short_edge, test.max_size) for image in images])
+
+    def _predictions(self, images: Tensor, valid_sizes: Tensor, on_device: Tensor) -> Any:
         """Run the network; the valid sizes of its predictions stay on the host, where post-processing needs them."""
-        return self.network(images, self._upload(valid_sizes))._replace(valid_sizes=valid_sizes)
+        return self.network(images, on_device)._replace(valid_sizes=valid_sizes)
 
     def _upload(self, tensor: Tensor) -> Tensor:
         """Copy to the device. From pinned memory, the host does not wait for what a GPU has to do before."""
@@ -217,7 +271,8 @@ class Predictor:
                 short_edge = round((test.short_edge or min(size)) * scale)
                 resized = self._resize(image, short_edge, round(test.max_size * scale))
                 for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
-                    predictions = self._predictions(*self._batch([view]))
+                    images, valid_sizes = self._batch([view])
+                    predictions = self._predictions(images, valid_sizes, self._upload(valid_sizes))
                     scores = semantic_score_maps(predictions, [size], test.semantic_order)[0]
                     scores = scores if view is resized else scores.flip(-1)
                     total = scores if total is None else total.add_(scores)
