@@ -41,7 +41,7 @@ class _Graph(NamedTuple):
     graph: Any  # torch.cuda.CUDAGraph
     images: Tensor  # read by the graph
     parts: list[DevicePart]  # written by the graph
-    work: Work  # owns other tensors that the graph reads
+    work: Work  # owns the other tensors that the graph reads
 
 
 class GraphCache:
@@ -67,14 +67,14 @@ class GraphCache:
         key: Hashable,
         network: nn.Module,
         images: Tensor,  # on the GPU
-        prepare: Callable[[], Work],
+        work: Work,
     ) -> list[DevicePart] | None:
         """Replay the graph of a kind of batch -> copies of its results, or None where the batch is to run without one.
 
         Args:
             key: says all on which the work depends, but for the pixels and the network's weights.
             network: its forward hooks would not be called in a replay, so with any there is none.
-            prepare: makes the function that is captured, with all that it reads but images and weights on the GPU.
+            work: the function that is captured; it takes the images, and owns all else that it reads but the weights.
         """
         with self._lock:
             if self.obstacle is not None:
@@ -88,7 +88,7 @@ class GraphCache:
             if graph is None:
                 if not self._is_due(key):
                     return None
-                graph = self._try_to_capture(images, prepare)
+                graph = self._try_to_capture(images, work)
                 if graph is None:
                     return None
                 self._graphs[key] = graph
@@ -102,7 +102,7 @@ class GraphCache:
             self._uses.popitem(last=False)
         return uses >= DUE
 
-    def _try_to_capture(self, images: Tensor, prepare: Callable[[], Work]) -> _Graph | None:
+    def _try_to_capture(self, images: Tensor, work: Work) -> _Graph | None:
         if len(self._graphs) >= MAX_GRAPHS:
             self._done.synchronize()  # a graph is not destroyed while it runs
             key, _ = self._graphs.popitem(last=False)
@@ -110,7 +110,7 @@ class GraphCache:
         try:
             # A wait for the device in another thread would spoil the capture.
             with CAPTURE_LOCK, torch.cuda.device(self._device), _uncached_casts():
-                return self._capture(images, prepare())
+                return self._capture(images, work)
         except Exception as error:  # of any library that the network calls
             self.obstacle = f"{type(error).__name__}: {error}"
             self._drop_graphs()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,14 @@ from maskformer_fast.inference.device_postprocess import (
 )
 from maskformer_fast.modeling.autocast import autocast
 from maskformer_fast.ops import resize_images
+
+
+class _Inputs(NamedTuple):
+    """Inputs of the network, and valid sizes on the host too."""
+
+    images: Tensor  # [B, 3, H, W] uint8 RGB, on the network's device
+    valid_sizes: Tensor  # [B, 2] int64
+    on_device: Tensor  # the same on the network's device
 
 
 class Predictor:
@@ -86,8 +94,8 @@ class Predictor:
             TypeError, ValueError: for something that is not such an image, or a task the network cannot do.
         """
         self.check_task(task)
-        if isinstance(images, ImageLike):
-            return self.predict([images], task, exif)[0]
+        if isinstance(images, ImageLike) or not isinstance(images, Iterable):
+            return self.predict([images], task, exif)[0]  # which refuses what is no image
         arrays = [as_rgb_array(image, exif) for image in images]
         size = self.config.test.batch_size
         results: list[Result] = []
@@ -146,10 +154,10 @@ class Predictor:
     ) -> Any:
         """Resize and pad the images and run the network -> its predictions; `infer` without the post-processing."""
         stopwatch = stopwatch or Stopwatch()
-        inputs, valid_sizes = self._resized_batch(images)
+        inputs = self._resized_batch(images)
         stopwatch.lap("preprocess")
         with self._inference():
-            predictions = self._predictions(inputs, valid_sizes, self._upload(valid_sizes))
+            predictions = self._predictions(inputs)
         stopwatch.lap("network")
         return predictions
 
@@ -161,21 +169,21 @@ class Predictor:
     ) -> list[DevicePart]:
         """Do all of `infer` for a batch but the reading of results, where possible by replaying a CUDA graph."""
         sizes = tuple((image.shape[0], image.shape[1]) for image in images)
-        inputs, valid_sizes = self._resized_batch(images)
+        inputs = self._resized_batch(images)
         stopwatch.lap("preprocess")
-        parts = self._replayed(inputs, valid_sizes, sizes, tasks)
+        parts = self._replayed(inputs, sizes, tasks)
         if parts is not None:
             stopwatch.lap("network")
             return parts
         with self._inference():
-            predictions = self._predictions(inputs, valid_sizes, self._upload(valid_sizes))
+            predictions = self._predictions(inputs)
             stopwatch.lap("network")
             parts = self._device_parts(predictions, sizes, tasks)
             stopwatch.lap("postprocess")
         return parts
 
     def _replayed(
-        self, images: Tensor, valid_sizes: Tensor, sizes: tuple[tuple[int, int], ...], tasks: Sequence[Task]
+        self, inputs: _Inputs, sizes: tuple[tuple[int, int], ...], tasks: Sequence[Task]
     ) -> list[DevicePart] | None:
         """Results of a batch from its CUDA graph; None where it has none, and without ``graphs``."""
         test, kind = self.config.test, self.device.type
@@ -183,19 +191,16 @@ class Predictor:
         if self._graphs is None or ("panoptic" in tasks and test.panoptic_order == "official"):
             return None
 
-        def prepare() -> Callable[[Tensor], list[DevicePart]]:
-            on_device = self._upload(valid_sizes)
+        batch, valid_sizes, on_device = inputs
 
-            def work(images: Tensor) -> list[DevicePart]:
-                with self._inference():
-                    return self._device_parts(self._predictions(images, valid_sizes, on_device), sizes, tasks)
-
-            return work
+        def work(images: Tensor) -> list[DevicePart]:
+            with self._inference():
+                return self._device_parts(self._predictions(_Inputs(images, valid_sizes, on_device)), sizes, tasks)
 
         valid = tuple(map(tuple, valid_sizes.tolist()))
         precision = self.amp, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        key = (tuple(images.shape), valid, sizes, tuple(tasks), precision, test, tuple(self.metadata.is_thing))
-        return self._graphs.run(key, self.network, images, prepare)
+        key = (tuple(batch.shape), valid, sizes, tuple(tasks), precision, test, tuple(self.metadata.is_thing))
+        return self._graphs.run(key, self.network, batch, work)
 
     def postprocess(
         self,
@@ -234,26 +239,55 @@ class Predictor:
 
     def _resize(self, image: np.ndarray, short_edge: int | None, max_size: int) -> Tensor:
         """Image [H, W, 3] uint8 -> [3, h, w] uint8: on a CPU by Pillow, on a GPU there, to the same pixels."""
-        if self.device.type != "cuda" or short_edge is None:
+        if not self._resizes_on_gpu or short_edge is None:
             return resize_image(image, short_edge, max_size)
-        check(image.size > 0, "image", "shape [H, W, 3]", image.shape)
-        size = short_edge_size(image.shape[0], image.shape[1], short_edge, max_size)
-        frames = self._upload(torch.tensor(np.ascontiguousarray(image))).unsqueeze(0)
-        return resize_images(frames, [size])[0][0]
+        return self._resize_on_gpu([image], short_edge, max_size).images[0]
 
-    def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Resized images, each [3, h, w] uint8 -> the network's images, on its device, and valid sizes, on the host."""
+    def _resize_on_gpu(
+        self,
+        images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB
+        short_edge: int,
+        max_size: int,
+        divisor: int = 1,
+    ) -> _Inputs:
+        """Upload, resize and pad; images of one size take one upload and one launch."""
+        for image in images:
+            check(image.size > 0, "image", "shape [H, W, 3]", image.shape)
+        sizes = [short_edge_size(image.shape[0], image.shape[1], short_edge, max_size) for image in images]
+        if len({image.shape for image in images}) == 1:
+            batch, on_device = resize_images(self._upload_frames(images), sizes, divisor)
+        else:
+            frames = [self._upload_frames([image])[0] for image in images]
+            batch, on_device = resize_images(frames, sizes, divisor)
+        return _Inputs(batch, torch.tensor(sizes), on_device)
+
+    def _batch(self, images: Sequence[Tensor]) -> _Inputs:
+        """Pad resized images, each [3, h, w] uint8."""
         batch, valid_sizes = pad_images(images, self.config.model.size_divisibility)
-        return self._upload(batch), valid_sizes
+        return _Inputs(self._upload(batch), valid_sizes, self._upload(valid_sizes))
 
-    def _resized_batch(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Images [H, W, 3] uint8 -> as `_batch`, resized as the test configuration says."""
+    def _resized_batch(self, images: Sequence[np.ndarray]) -> _Inputs:
+        """Resize images [H, W, 3] uint8 as the test configuration says, and pad them."""
         test = self.config.test
-        return self._batch([self._resize(image, test.short_edge, test.max_size) for image in images])
+        if self._resizes_on_gpu and test.short_edge is not None:
+            divisor = max(self.config.model.size_divisibility, 1)
+            return self._resize_on_gpu(images, test.short_edge, test.max_size, divisor)
+        return self._batch([resize_image(image, test.short_edge, test.max_size) for image in images])
 
-    def _predictions(self, images: Tensor, valid_sizes: Tensor, on_device: Tensor) -> Any:
+    def _predictions(self, inputs: _Inputs) -> Any:
         """Run the network; the valid sizes of its predictions stay on the host, where post-processing needs them."""
-        return self.network(images, on_device)._replace(valid_sizes=valid_sizes)
+        return self.network(inputs.images, inputs.on_device)._replace(valid_sizes=inputs.valid_sizes)
+
+    @property
+    def _resizes_on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _upload_frames(self, frames: Sequence[np.ndarray]) -> Tensor:
+        """Copy frames of one shape [H, W, 3], uint8, to the device, each once on the host -> [N, H, W, 3]."""
+        pinned = torch.empty((len(frames), *frames[0].shape), dtype=torch.uint8, pin_memory=True)
+        for target, frame in zip(pinned.numpy(), frames, strict=True):
+            np.copyto(target, frame)
+        return pinned.to(self.device, non_blocking=True)
 
     def _upload(self, tensor: Tensor) -> Tensor:
         """Copy to the device. From pinned memory, the host does not wait for what a GPU has to do before."""
@@ -271,8 +305,7 @@ class Predictor:
                 short_edge = round((test.short_edge or min(size)) * scale)
                 resized = self._resize(image, short_edge, round(test.max_size * scale))
                 for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
-                    images, valid_sizes = self._batch([view])
-                    predictions = self._predictions(images, valid_sizes, self._upload(valid_sizes))
+                    predictions = self._predictions(self._batch([view]))
                     scores = semantic_score_maps(predictions, [size], test.semantic_order)[0]
                     scores = scores if view is resized else scores.flip(-1)
                     total = scores if total is None else total.add_(scores)

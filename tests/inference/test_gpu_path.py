@@ -16,10 +16,11 @@ import torch
 from maskformer_fast.config import TestConfig
 from maskformer_fast.inference import device_postprocess, postprocess
 from maskformer_fast.inference.load import load
+from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.structures import Predictions
 from tests.support.host_reads import NoHostRead
 from tests.support.images import photo
-from tests.support.postprocess_cases import OUTPUT_SIZES, all_results, random_predictions
+from tests.support.postprocess_cases import INPUT_SIZE, OUTPUT_SIZES, all_results, random_predictions
 
 IS_THING = (True, False, True, False, True, False, True)
 TASKS: dict[str, Callable[[Predictions], list[Any]]] = {
@@ -150,3 +151,50 @@ def test_valid_sizes_of_a_predictors_predictions_are_the_hosts() -> None:
     predictor._upload = lambda tensor: upload(tensor).clone()  # as a copy on another device
     predictions = predictor.run_network([photo(height=60, width=84)])
     assert predictions.valid_sizes is not given[0] and torch.equal(predictions.valid_sizes, given[0])
+
+
+@pytest.mark.parametrize("sizes", [[(60, 84)], [(60, 84), (60, 84)], [(64, 64), (61, 64), (200, 190)]])
+def test_frames_are_copied_once_and_resized_in_one_call(
+    sizes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor: Any = load("demo", "cpu", TestConfig(short_edge=48))
+    images = [photo(seed, *size)[:, ::-1] for seed, size in enumerate(sizes)]  # as a view with any strides
+    for image in images:
+        image.flags.writeable = False
+    wanted = predictor._resized_batch(images)
+    pinned, empty = [], torch.empty
+
+    def unpinned(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.extend(shape * pin_memory)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", unpinned)
+    monkeypatch.setattr(Predictor, "_resizes_on_gpu", True)
+    events = Events()
+    with events:
+        got = predictor._resized_batch(images)
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    frames = {(len(images), *images[0].shape)} if len(set(sizes)) == 1 else {(1, *image.shape) for image in images}
+    assert set(pinned) == frames and events.names == ["launch"]
+
+
+def test_features_beyond_float16_spoil_their_surroundings_only(on_gpu: None) -> None:
+    predictions = random_predictions(valid_sizes=[INPUT_SIZE])
+    wanted = all_results(predictions, [INPUT_SIZE])[0][0]
+    predictions.pixel_features[0, :, 5, 7] = 1e5
+    for dtype in (torch.float16, torch.bfloat16):
+        embeddings = predictions.mask_embeddings.to(dtype)
+        labels: Any = all_results(predictions._replace(mask_embeddings=embeddings), [INPUT_SIZE])[0][0]
+        near = torch.zeros(INPUT_SIZE, dtype=torch.bool)
+        near[16:28, 24:36] = True  # to which the tap is interpolated
+        assert (labels == wanted)[~near].float().mean() > 0.97 and int(labels.max()) < 7
+        overflown = predictions.pixel_features.to(dtype).isinf().any()
+        assert bool(overflown) == (dtype == torch.float16)
+
+
+@pytest.mark.parametrize("images", [None, 3, [None], object()])
+def test_what_is_no_image_is_named(images: Any) -> None:
+    predictor: Any = load("demo", "cpu")
+    with pytest.raises(TypeError, match=r"images: expected a path, PIL image, array or tensor, got"):
+        predictor.predict(images)

@@ -38,6 +38,15 @@ def test_a_gpu_resizes_to_the_pixels_of_the_cpu(pair: tuple[Predictor, Predictor
             assert torch.equal(resized.cpu(), on_cpu._resize(image, short_edge, TEST.max_size))
 
 
+@pytest.mark.parametrize("sizes", [[(37, 50)], [(300, 90), (300, 90)], [(64, 64), (61, 64), (200, 190)]])
+def test_a_gpu_resizes_and_pads_batches_as_a_cpu(pair: tuple[Predictor, Predictor], sizes: list[tuple[int, int]]) -> None:
+    images = [photo(seed, *size)[:, ::-1] for seed, size in enumerate(sizes)]
+    on_cpu, on_gpu = (predictor._resized_batch(images) for predictor in pair)
+    assert on_gpu.images.is_cuda and on_gpu.on_device.is_cuda and not on_gpu.valid_sizes.is_cuda
+    for one, other in zip(on_gpu, on_cpu, strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_nothing_waits_for_the_gpu_but_the_transfer_of_results(amp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor: Any = maskformer_fast.load("demo", "cuda", test=TEST, amp=amp)
