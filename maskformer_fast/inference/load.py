@@ -35,6 +35,7 @@ def load(
     test: TestConfig | None = None,
     backend: Backend = "auto",
     amp: Amp | None = None,
+    graphs: bool = False,
 ) -> Predictor | BundlePredictor:
     """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
 
@@ -45,20 +46,23 @@ def load(
         test: resizing and thresholds in place of those of the checkpoint or recipe; a bundle fixes its own.
         backend: what runs a bundle, see `maskformer_fast.deploy.runtime.load`; without a bundle it must be ``auto``.
         amp: precision of the network, by default that of its training; a bundle's is fixed.
+        graphs: on a GPU, replay CUDA graphs for batches whose sizes come again, see `Predictor`; a bundle always does.
 
     Raises:
         FileNotFoundError: neither a path nor a recipe.
         CheckpointError, BundleError: a damaged checkpoint or bundle.
-        ValueError: a backend without a bundle, an ``amp`` with one, or a ``test`` that differs from the bundle's.
+        ValueError: a backend without a bundle, an ``amp`` or ``graphs`` with one, or a ``test`` that differs from the
+            bundle's.
     """
     if is_bundle(path_or_recipe):
         check(amp is None, "amp", "none, as a bundle's precision was chosen when it was exported", amp)
+        check(not graphs, "graphs", "False, as a bundle decides by itself", graphs)
         return load_bundle(path_or_recipe, device, test, backend)
     check(backend == "auto", "backend", f"auto, as {path_or_recipe} is not a bundle and runs in PyTorch", backend)
-    predictor = load_network(path_or_recipe, device, test)
     if amp is not None:
         check_choice("amp", amp, get_args(Amp))
-        predictor.amp = amp
+    loaded = load_network(path_or_recipe, device, test)
+    predictor = Predictor(loaded.network, loaded.config, loaded.metadata, loaded.device, amp, graphs)
     if predictor.device.type == "cpu" and torch.backends.mkldnn.is_available():
         half = predictor.amp == "bf16" and convolves_bfloat16()
         fuse_for_cpu(predictor.network, torch.bfloat16 if half else torch.float32)
