@@ -199,7 +199,8 @@ def test_a_large_colour_profile_in_a_png_does_not_matter(tmp_path, rng):
 
 @pytest.mark.parametrize(("content", "named"), [
     (b"", "an empty file"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    (b"GIF89a", "GIF: convert"), (b"<!DOCTYPE html>", "HTML"), (b"\0\0\0\x18ftypheic", "HEIC, AVIF or a video: convert"), (b"PK\x03\x04", "zip"),
+    (b"GIF89a", "GIF: convert"), (b"<!DOCTYPE html>", "HTML"),
+    (b"\0\0\0\x18ftypheic", "HEIC, AVIF or a video: convert"), (b"PK\x03\x04", "zip"),
     (b"text", "got another"),
 ])  # fmt: skip
 def test_an_error_says_what_is_in_the_place_of_an_image(tmp_path, content, named):
