@@ -135,8 +135,7 @@ def read_config(config: Section, processor: Section | None, num_classes: int) ->
     )  # fmt: skip
     if processor is None:
         return Config(model=model, loss=loss)
-    model = _read_pixels(processor, model)
-    return Config(model=model, loss=loss, test=_read_test(processor, model.size_divisibility))
+    return Config(model=_read_pixels(processor, model), loss=loss, test=_read_test(processor))
 
 
 def read_class_names(config: Section, num_classes: int) -> tuple[str, ...] | None:
@@ -282,11 +281,15 @@ def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
         model,
         pixel_mean=pixels("image_mean", model.pixel_mean),
         pixel_std=pixels("image_std", model.pixel_std),
-        size_divisibility=processor.get("size_divisor", processor.get("size_divisibility", 32)),
+        size_divisibility=_size_divisor(processor),
     )
 
 
-def _read_test(processor: Section, size_divisor: int) -> TestConfig:
+def _size_divisor(processor: Section) -> int:
+    return processor.get("size_divisor", processor.get("size_divisibility", 32))
+
+
+def _read_test(processor: Section) -> TestConfig:
     """Sizes at inference."""
     for problem in processor.departures({"resample": _BILINEAR}):
         logger.warning("%s; images are resized bilinearly, so that results may differ", problem)
@@ -294,7 +297,7 @@ def _read_test(processor: Section, size_divisor: int) -> TestConfig:
     if processor.values.get("do_resize") is False:
         return TestConfig(short_edge=None)
     if isinstance(size, list) or (isinstance(size, dict) and "shortest_edge" not in size):
-        return _read_fixed_size(processor, size, size_divisor)
+        return _read_fixed_size(processor, size)
     if size is None or isinstance(size, int):
         size = {"shortest_edge": size}
     edges = Section(f"{processor.where}: size", size)
@@ -304,7 +307,7 @@ def _read_test(processor: Section, size_divisor: int) -> TestConfig:
     )
 
 
-def _read_fixed_size(processor: Section, size: list[Any] | dict[str, Any], size_divisor: int) -> TestConfig:
+def _read_fixed_size(processor: Section, size: list[Any] | dict[str, Any]) -> TestConfig:
     """Height and width that images are brought to, whatever their shape: the next multiples of the divisor."""
     given: list[Any] = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
     sides = [int(side) for side in given if type(side) in (int, float) and 0 < side < _LIMIT and side == int(side)]
@@ -314,7 +317,7 @@ def _read_fixed_size(processor: Section, size: list[Any] | dict[str, Any], size_
                        "short edge of %s, at most %s: see --test.short-edge", processor.where, _shown(size),
                        test.short_edge, test.max_size)  # fmt: skip
         return test
-    step = max(1, size_divisor)
+    step = max(1, _size_divisor(processor))
     height, width = (-(-side // step) * step for side in sides)
     return TestConfig(short_edge=(height, width))
 
