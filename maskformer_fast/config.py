@@ -142,7 +142,7 @@ class ModelConfig:
         _check_finite(self, "model")
         check_choice("model.type", self.type, ("maskformer", "per_pixel", "per_pixel_plus"))
         check(self.num_classes >= 0, "model.num_classes", ">= 0", self.num_classes)
-        check(self.size_divisibility >= 0, "model.size_divisibility", ">= 0", self.size_divisibility)
+        check(0 <= self.size_divisibility <= 1024, "model.size_divisibility", "0..1024", self.size_divisibility)
         check(all(s > 0 for s in self.pixel_std), "model.pixel_std", "positive numbers", self.pixel_std)
 
 
@@ -275,9 +275,11 @@ class TestConfig:
 
     __test__ = False  # not a pytest class
 
-    short_edge: int | None = 512
-    """Shorter side of the network's input, in pixels; ``None`` does not resize."""
+    short_edge: int | tuple[int, int] | None = 512
+    """Shorter side of the network's input, in pixels; or height and width, to which every image is brought whatever its
+    shape; ``None`` does not resize."""
     max_size: int = 2048
+    """Largest longer side; has no effect where ``short_edge`` is a height and width."""
     object_mask_threshold: float = 0.8
     """Panoptic: least score of a query's best class; other queries are dropped."""
     overlap_threshold: float = 0.8
@@ -299,7 +301,9 @@ class TestConfig:
 
     def __post_init__(self) -> None:
         _check_finite(self, "test")
-        check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
+        edge = self.short_edge
+        sides = edge if isinstance(edge, tuple) else (1 if edge is None else edge,)
+        check(min(sides) > 0, "test.short_edge", "> 0, height and width, or None", edge)
         check(self.max_size > 0, "test.max_size", "> 0", self.max_size)
         for name in ("object_mask_threshold", "overlap_threshold"):
             check(0.0 <= getattr(self, name) <= 1.0, f"test.{name}", "0..1", getattr(self, name))

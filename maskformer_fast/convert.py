@@ -232,7 +232,9 @@ def summarize(source: Converted, report: Callable[[str], object]) -> None:
         report(f"transformer:  {encoder} encoder and {decoder.layers} decoder layers of {decoder.hidden_dim} channels, "
                f"{decoder.num_heads} heads{queries}")
     report(f"classes:      {metadata.num_classes} of {metadata.name} ({names}, ...), {sum(metadata.is_thing)} things")
-    report(f"images:       short edge {source.config.test.short_edge}, at most {source.config.test.max_size}")
+    edge = source.config.test.short_edge
+    fixed = f"all of {edge[0]} x {edge[1]} (height x width)" if isinstance(edge, tuple) else ""
+    report(f"images:       {fixed or f'short edge {edge}, at most {source.config.test.max_size}'}")
     report(f"parameters:   {parameters(source.weights)}")
 
 
