@@ -73,6 +73,19 @@ MF_INLINE Floats permute(Floats x, Ints lanes) {
 #endif
 }
 
+// Returns the lanes of a comparison's result, one bit each.
+MF_INLINE uint64_t lane_bits(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint64_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint64_t>(mask[l] & 1) << l;
+  return bits;
+#endif
+}
+
 // Returns the largest lane.
 MF_INLINE float highest(Floats x) {
 #if defined(__AVX512F__)

@@ -29,6 +29,7 @@ constexpr Operator kOperators[] = {
     {"convolution", run_convolution},
     {"matching_cost", run_matching_cost},
     {"mask_loss", run_mask_loss},
+    {"resized_argmax", run_resized_argmax},
     {"rle", run_rle},
     {"segments", run_segments},
     {"semantic", run_semantic},
