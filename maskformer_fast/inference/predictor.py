@@ -51,7 +51,7 @@ class Predictor:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks this network can do: a per-pixel baseline cannot tell instances apart."""
-        return TASKS if self.config.model.type == "maskformer" else ("semantic",)
+        return TASKS if self.config.model.classifies_masks else ("semantic",)
 
     def check_task(self, task: Task) -> None:
         """Raise ``ValueError`` for an unknown task or one that this kind of network cannot do."""

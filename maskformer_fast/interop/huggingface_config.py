@@ -108,7 +108,7 @@ def read_config(config: Section, processor: Section | None, num_classes: int) ->
     if decoder.get("model_type", "detr") != "detr":
         problems.append(f"{decoder.where}: model_type: expected 'detr', got {decoder.values['model_type']!r}")
     problems += decoder.departures(DETR_FIXED)
-    backbone, wrong = _read_backbone(config.section("backbone_config", {"model_type": "missing"}))
+    backbone, wrong = read_backbone(config.section("backbone_config", {"model_type": "missing"}))
     problems += wrong
     if processor is not None:
         problems += processor.departures(PROCESSOR_FIXED)
@@ -134,7 +134,7 @@ def read_config(config: Section, processor: Section | None, num_classes: int) ->
     )  # fmt: skip
     if processor is None:
         return Config(model=model, loss=loss)
-    return Config(model=_read_pixels(processor, model), loss=loss, test=_read_test(processor))
+    return Config(model=read_pixels(processor, model), loss=loss, test=read_test(processor))
 
 
 def read_class_names(config: Section, num_classes: int) -> tuple[str, ...] | None:
@@ -207,7 +207,7 @@ def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
     model, test = config.model, config.test
     ignore_index, reduce_labels = _label_values(metadata)
     return {
-        "image_processor_type": "MaskFormerImageProcessor",
+        "image_processor_type": f"Mask{2 if model.type == 'mask2former' else ''}FormerImageProcessor",
         "do_resize": test.short_edge is not None,
         "size": {"shortest_edge": test.short_edge or TestConfig().short_edge, "longest_edge": test.max_size},
         "size_divisor": model.size_divisibility,
@@ -223,7 +223,7 @@ def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
     }
 
 
-def _read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
+def read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
     """The nearest preset with the fields that differ from it, and problems."""
     kind = backbone.get("model_type", "missing")
     fields: dict[str, Any]
@@ -258,7 +258,7 @@ def _read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
     return nearest_preset(fields), problems
 
 
-def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
+def read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
     factor = processor.get("rescale_factor", 1 / 255)
     if factor < 1 / _LIMIT:
         raise ConvertError(f"{processor.where}: rescale_factor: expected a value such as 1 / 255, got {factor}")
@@ -277,7 +277,7 @@ def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
     )
 
 
-def _read_test(processor: Section) -> TestConfig:
+def read_test(processor: Section) -> TestConfig:
     """Sizes at inference. A fixed height and width, which we do not have, becomes the nearest, with a warning."""
     size = processor.values.get("size", 800)
     if processor.values.get("do_resize") is False:
