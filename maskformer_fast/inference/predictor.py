@@ -75,7 +75,7 @@ class Predictor:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks this network can do: a per-pixel baseline cannot tell instances apart."""
-        return TASKS if self.config.model.type == "maskformer" else ("semantic",)
+        return TASKS if self.config.model.classifies_masks else ("semantic",)
 
     def check_task(self, task: Task) -> None:
         """Raise ``ValueError`` for an unknown task or one that this kind of network cannot do."""
@@ -246,7 +246,7 @@ class Predictor:
     def _resize_on_gpu(
         self,
         images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB
-        short_edge: int,
+        short_edge: int | tuple[int, int],
         max_size: int,
         divisor: int = 1,
     ) -> _Inputs:
