@@ -39,7 +39,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 def predictor() -> Any:
     torch.manual_seed(0)
     loaded: Any = load_network("demo", "cpu", TEST)
-    loaded._graphs = GraphCache(loaded.device)
+    loaded._graphs = GraphCache()
     return loaded
 
 
@@ -113,7 +113,7 @@ def test_networks_of_every_kind_can_be_captured(fake: FakeCuda, kind: Any) -> No
     changed = replace(predictor.config.model, backbone=BackboneConfig("swin_micro"))
     network = build_model(changed).eval()
     predictor = Predictor(network, replace(predictor.config, model=changed, test=TEST), predictor.metadata, "cpu")
-    predictor._graphs = GraphCache(predictor.device)
+    predictor._graphs = GraphCache()
     for amp in ("off", "bf16"):
         predictor.amp = amp
         for seed in range(3):
@@ -171,6 +171,20 @@ def test_weights_changed_in_place_are_seen_and_replaced_ones_drop_the_graphs(fak
         change()
         compare(1)
     assert len(predictor._graphs._graphs) == 1
+
+
+def test_a_replay_needs_nothing_in_memory_that_other_graphs_may_use(fake: FakeCuda, predictor: Any) -> None:
+    for size in ((64, 64), (60, 84)):
+        for seed in range(2):
+            predictor.infer([photo(seed, *size)], TASKS)
+    graphs = list(predictor._graphs._graphs.values())
+    for graph in graphs:
+        kept = [graph.images, graph.parts, list(predictor.network.parameters()), list(predictor.network.buffers())]
+        assert graph.graph.spoil(kept) > 100
+    for size in ((64, 64), (60, 84), (64, 64)):
+        images = [photo(5, *size)]
+        assert_equal(predictor.infer(images, TASKS), plain(predictor, images))
+    assert fake.calls.count("capture") == 2 == len(graphs)
 
 
 def test_a_network_with_hooks_runs_plainly(fake: FakeCuda, predictor: Any) -> None:
