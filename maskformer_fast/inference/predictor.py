@@ -75,7 +75,7 @@ class Predictor:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks this network can do: a per-pixel baseline cannot tell instances apart."""
-        return TASKS if self.config.model.type == "maskformer" else ("semantic",)
+        return TASKS if self.config.model.classifies_masks else ("semantic",)
 
     def check_task(self, task: Task) -> None:
         """Raise ``ValueError`` for an unknown task or one that this kind of network cannot do."""
@@ -237,7 +237,7 @@ class Predictor:
         on_gpu = self.device.type == "cuda"
         return Stopwatch(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
 
-    def _resize(self, image: np.ndarray, short_edge: int | None, max_size: int) -> Tensor:
+    def _resize(self, image: np.ndarray, short_edge: int | tuple[int, int] | None, max_size: int) -> Tensor:
         """Image [H, W, 3] uint8 -> [3, h, w] uint8: on a CPU by Pillow, on a GPU there, to the same pixels."""
         if not self._resizes_on_gpu or short_edge is None:
             return resize_image(image, short_edge, max_size)
@@ -246,7 +246,7 @@ class Predictor:
     def _resize_on_gpu(
         self,
         images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB
-        short_edge: int,
+        short_edge: int | tuple[int, int],
         max_size: int,
         divisor: int = 1,
     ) -> _Inputs:
@@ -302,7 +302,9 @@ class Predictor:
         total: Tensor | None = None
         with self._inference():
             for scale in test.multi_scale or (1.0,):
-                short_edge = round((test.short_edge or min(size)) * scale)
+                edge = test.short_edge or min(size)
+                scaled = [max(1, round(side * scale)) for side in (edge if isinstance(edge, tuple) else (edge,))]
+                short_edge = (scaled[0], scaled[1]) if len(scaled) == 2 else scaled[0]
                 resized = self._resize(image, short_edge, round(test.max_size * scale))
                 for view in (resized, resized.flip(-1))[: 2 if test.flip else 1]:
                     predictions = self._predictions(self._batch([view]))
