@@ -107,10 +107,13 @@ def test_all_of_post_processing_can_be_captured(fake: FakeCuda, predictor: Any, 
     assert predictor._graphs.obstacle is None and fake.calls.count("replay") == 2
 
 
-@pytest.mark.parametrize("kind", ["maskformer", "per_pixel", "per_pixel_plus"])
+@pytest.mark.parametrize("kind", ["maskformer", "mask2former", "per_pixel", "per_pixel_plus"])
 def test_networks_of_every_kind_can_be_captured(fake: FakeCuda, kind: Any) -> None:
-    predictor: Any = scene_predictor(kind)
-    changed = replace(predictor.config.model, backbone=BackboneConfig("swin_micro"))
+    predictor: Any = scene_predictor("maskformer")
+    pixel_decoder = replace(predictor.config.model.pixel_decoder, encoder_layers=1)
+    changed = replace(
+        predictor.config.model, type=kind, backbone=BackboneConfig("swin_micro"), pixel_decoder=pixel_decoder
+    )
     network = build_model(changed).eval()
     predictor = Predictor(network, replace(predictor.config, model=changed, test=TEST), predictor.metadata, "cpu")
     predictor._graphs = GraphCache()
