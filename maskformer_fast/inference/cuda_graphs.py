@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from maskformer_fast.deploy.runtime.cuda_driver import CAPTURE_LOCK
-from maskformer_fast.inference.device_postprocess import DevicePart
+from maskformer_fast.inference.device_parts import DevicePart
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from maskformer_fast.data.images import ImageLike, as_rgb_array
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
 from maskformer_fast.inference.cuda_graphs import GraphCache
+from maskformer_fast.inference.device_parts import DevicePart, read_results
 from maskformer_fast.inference.device_postprocess import (
-    DevicePart,
+    in_one_precision,
     panoptic_maps,
     ranked_instances,
-    read_results,
     semantic_maps,
     semantic_score_maps,
 )
@@ -220,6 +220,7 @@ class Predictor:
     ) -> list[DevicePart]:
         """What a device does for each task: all of `postprocess` but the reading."""
         test, is_thing = self.config.test, self.metadata.is_thing
+        predictions = in_one_precision(predictions)
         parts: list[DevicePart] = []
         for task in tasks:
             if task == "semantic":

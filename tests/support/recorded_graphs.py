@@ -113,7 +113,8 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not any(_aliases(leaf, args) for leaf in _tensors(result)) or func.name().endswith("_"):
+        made = [leaf for leaf in _tensors(result) if not _aliases(leaf, args)]
+        if made or func.name().partition(".")[0].endswith("_"):
             self._fake.calls.append(func.name().removeprefix("aten::").partition(".")[0])
         return result
 
