@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from maskformer_fast.config import BackboneConfig, TestConfig
+from maskformer_fast import evaluate, predict
+from maskformer_fast.config import BackboneConfig, DataConfig, TestConfig
 from maskformer_fast.inference import cuda_graphs, device_postprocess
 from maskformer_fast.inference.cuda_graphs import GraphCache
 from maskformer_fast.inference.load import load, load_network
@@ -281,3 +282,20 @@ def test_graphs_are_for_gpus_and_off_by_default(tmp_path: Path) -> None:
     bundle, _ = tiny_bundle(tmp_path / "bundle", TEST)
     with pytest.raises(ValueError, match="graphs: expected False, as a bundle"):
         load(bundle.folder, graphs=True)
+
+
+@pytest.mark.parametrize("command", [evaluate, predict])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_commands_pass_the_option_on(command: Any, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def record(*arguments: Any, **options: Any) -> Any:
+        given.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load", record)
+    monkeypatch.setattr(command, "stored_options", lambda path: (DataConfig(), TestConfig()))
+    images = ["photo.jpg"] if command is predict else []
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["demo", *images, "--device", "cpu", *["--graphs"] * graphs])
+    assert given["graphs"] is graphs
