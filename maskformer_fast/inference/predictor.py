@@ -115,8 +115,8 @@ class Predictor:
         batches: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
             height, width = image.shape[:2]
-            if test.short_edge is not None and image.size:
-                height, width = short_edge_size(height, width, test.short_edge, test.max_size)
+            if test.edge is not None and image.size:
+                height, width = short_edge_size(height, width, test.edge, test.max_size)
             batches.setdefault((-(-height // step), -(-width // step)), []).append(index)
         return list(batches.values())
 
@@ -129,7 +129,7 @@ class Predictor:
         test = self.config.test
         stopwatch = stopwatch or Stopwatch()
         with self._inference():
-            inputs = self._batch([self._resize(image, test.short_edge, test.max_size) for image in images])
+            inputs = self._batch([self._resize(image, test.edge, test.max_size) for image in images])
             stopwatch.lap("preprocess")
             predictions = self._predictions(*inputs)
             stopwatch.lap("network")
@@ -200,7 +200,7 @@ class Predictor:
         total: Tensor | None = None
         with self._inference():
             for scale in test.multi_scale or (1.0,):
-                edge = test.short_edge or min(size)
+                edge = test.edge or min(size)
                 scaled = [max(1, round(side * scale)) for side in (edge if isinstance(edge, tuple) else (edge,))]
                 short_edge = (scaled[0], scaled[1]) if len(scaled) == 2 else scaled[0]
                 resized = self._resize(image, short_edge, round(test.max_size * scale))
