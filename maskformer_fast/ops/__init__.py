@@ -1,6 +1,7 @@
 """Operators: one file each, with schema, implementations, fake, public function and eager twin."""
 
 from maskformer_fast.ops.assignment import linear_sum_assignment
+from maskformer_fast.ops.deformable_attention import deformable_attention
 from maskformer_fast.ops.mask_loss import mask_loss
 from maskformer_fast.ops.matching_cost import matching_cost
 from maskformer_fast.ops.resize import resize_images
@@ -15,6 +16,7 @@ from maskformer_fast.ops.semantic import (
 from maskformer_fast.ops.semantic_pruned import semantic_labels
 
 __all__ = [
+    "deformable_attention",
     "encode_instances",
     "instance_inference",
     "instance_rle",

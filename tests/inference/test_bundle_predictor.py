@@ -146,6 +146,8 @@ def test_every_kind_of_image_is_taken(pair: tuple[BundlePredictor, Predictor], t
         pair[0].predict(image, "depth")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="images: expected a uint8 array"):
         pair[0].predict(image.astype(np.float32))
+    with pytest.raises(TypeError, match="images: expected a path, PIL image, array or tensor, got NoneType"):
+        pair[0].predict(None)  # type: ignore[arg-type]
 
 
 def test_metrics_equal_the_checkpoints(shapes: tuple[Path, Predictor]) -> None:

@@ -29,11 +29,10 @@ from tqdm import tqdm
 
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write
-from maskformer_fast.deploy.bundle.manifest import Engine, Profile, Shape, TensorSpec
+from maskformer_fast.deploy.bundle.manifest import Engine, Precision, Profile, Shape, TensorSpec
 
 __all__ = ["EngineConfig", "EngineError", "build_engine"]
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Api = Literal["auto", "tensorrt", "tensorrt_rtx"]
 CalibrationMethod = Literal["entropy", "percentile", "max"]
 

@@ -27,6 +27,10 @@ MANIFEST_NAME = "manifest.json"
 MAX_BYTES = 4 * 2**20
 """Bytes of the largest manifest that is read."""
 DIGEST_KEY = "manifest_sha256"
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+"""Precision of most of a network."""
+OPENVINO = "openvino"
+"""Value of `Engine.api` of a quantised graph for OpenVINO, which runs on any CPU."""
 
 _DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")
 _MAX_SIDE = 1 << 16
@@ -139,19 +143,27 @@ class Profile:
 
 @dataclass(frozen=True)
 class Engine:
-    """A TensorRT engine file of the flavour ``raw``, with the library that built it and the GPUs that run it."""
+    """An engine of the flavour ``raw``, with the library that built it and the GPUs that run it.
+
+    It is a file of TensorRT, or a quantised graph for OpenVINO: an XML file with its weights beside it.
+    """
 
     file: str
-    api: Literal["tensorrt", "tensorrt_rtx"]
+    api: Literal["tensorrt", "tensorrt_rtx", "openvino"]
     api_version: str
     precision: str
-    targets: tuple[str, ...]  # architectures of the GPUs that run it: "sm_87" ...
+    targets: tuple[str, ...]  # architectures of the GPUs that run it: "sm_87" ...; none for OpenVINO
     profile: Profile
     options: dict[str, str | int | bool]
     outputs: tuple[TensorSpec, ...]
 
     def __post_init__(self) -> None:
         _check_targets("targets", self.targets)
+
+    @property
+    def weights(self) -> str | None:
+        """File of the weights, where they are not in `file`."""
+        return self.file.removesuffix(".xml") + ".bin" if self.api == OPENVINO else None
 
 
 @dataclass(frozen=True)
