@@ -122,7 +122,7 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
         num_queries=model.decoder.num_queries,
         num_classes=model.num_classes,
         metadata=predictor.metadata,
-        preprocess=Preprocess(model.pixel_mean, model.pixel_std, test.short_edge, test.max_size,
+        preprocess=Preprocess(model.pixel_mean, model.pixel_std, test.edge, test.max_size,
                               model.size_divisibility),
         postprocess=Postprocess(test.object_mask_threshold, test.overlap_threshold, test.top_k, test.panoptic_rule),
         graphs=graphs,
