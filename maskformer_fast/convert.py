@@ -181,6 +181,8 @@ def check_recordings(source: Converted, path: str) -> None:
         FileNotFoundError: a folder without recordings.
     """
     model = source.config.model
+    check(model.type != "mask2former", "verify", "a MaskFormer: recordings are not supported yet for mask2former",
+          model.type)
     check(model.type == "maskformer", "verify", "a MaskFormer, as recordings are of", model.type)
     read_recordings(path, model.num_classes)
 
@@ -228,11 +230,13 @@ def summarize(source: Converted, report: Callable[[str], object]) -> None:
     report(f"source:       {source.kind}")
     report(f"architecture: {model.type}, {describe_backbone(model.backbone)}")
     if model.type != "per_pixel":
-        queries = f", {decoder.num_queries} queries" if model.type == "maskformer" else ""
+        queries = f", {decoder.num_queries} queries" if model.classifies_masks else ""
         report(f"transformer:  {encoder} encoder and {decoder.layers} decoder layers of {decoder.hidden_dim} channels, "
                f"{decoder.num_heads} heads{queries}")
     report(f"classes:      {metadata.num_classes} of {metadata.name} ({names}, ...), {sum(metadata.is_thing)} things")
-    report(f"images:       short edge {source.config.test.short_edge}, at most {source.config.test.max_size}")
+    edge = source.config.test.short_edge
+    fixed = f"all of {edge[0]} x {edge[1]} (height x width)" if isinstance(edge, tuple) else ""
+    report(f"images:       {fixed or f'short edge {edge}, at most {source.config.test.max_size}'}")
     report(f"parameters:   {parameters(source.weights)}")
 
 

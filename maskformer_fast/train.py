@@ -135,24 +135,22 @@ def with_own_recipe(argv: list[str]) -> list[str]:
     outputs += [argument.partition("=")[2] for argument in argv if argument.startswith("--output=")]
     folder = Path(outputs[-1] if outputs else load_recipe("demo").output)
     own = folder / "config.yaml"
-    if not own.exists():
-        return argv
     _restore_lost_recipe(own)
-    return ["--config", str(own), *argv]
+    return ["--config", str(own), *argv] if own.exists() else argv
 
 
 def _restore_lost_recipe(own: Path) -> None:
-    """Write a run's ``config.yaml`` anew from its newest checkpoint if it is empty, or zeros, as after a power cut.
+    """Write a run's ``config.yaml`` anew from its newest checkpoint if it is lost, or empty or zeros after a power cut.
 
     Other errors in it may be those of an editor, and are reported.
     """
-    if own.read_bytes().strip(b"\0 \n"):
+    if own.exists() and own.read_bytes().strip(b"\0 \n"):
         return
     for checkpoint in reversed(complete_checkpoints(own.parent / "checkpoints")):
         with suppress(CheckpointError, FileNotFoundError):
             config = load_weights(checkpoint).config
             save_config(replace(config, output=str(own.parent)), own)
-            logger.warning("%s: empty, and written anew from %s", own, checkpoint)
+            logger.warning("%s: lost or empty, and written anew from %s", own, checkpoint)
             return
 
 

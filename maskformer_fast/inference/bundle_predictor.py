@@ -5,7 +5,7 @@ The runtime (`maskformer_fast.deploy.runtime`) does the work without torch; this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ class BundlePredictor:
     def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic", exif: bool = True) -> Any:
         """Segment one image (-> one result) or several (-> a list); arguments and errors as `Predictor`'s."""
         self.check_task(task)
-        if isinstance(images, ImageLike):
-            return self.predict([images], task, exif)[0]
+        if isinstance(images, ImageLike) or not isinstance(images, Iterable):
+            return self.predict([images], task, exif)[0]  # which refuses what is no image
         arrays = [as_rgb_array(image, exif) for image in images]
         return [as_tensors(result) for result in self.runtime.predict(arrays, task)]
 

@@ -38,6 +38,7 @@ def load(
     amp: Amp | None = None,
     precision: Precision | None = None,
     in_flight: int | None = None,
+    graphs: bool = False,
 ) -> Predictor | BundlePredictor:
     """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
 
@@ -50,22 +51,24 @@ def load(
         amp: precision of a checkpoint's network, by default that of its training.
         precision: that of a bundle's network, see `maskformer_fast.deploy.runtime.load`.
         in_flight: number of images that a bundle works on at once on a CPU, see there.
+        graphs: on a GPU, replay CUDA graphs for batches whose sizes come again, see `Predictor`; a bundle always does.
 
     Raises:
         FileNotFoundError: neither a path nor a recipe.
         CheckpointError, BundleError: a damaged checkpoint or bundle.
-        ValueError: a backend or ``precision`` without a bundle, an ``amp`` with one, or a ``test`` that differs from
-            the bundle's.
+        ValueError: a backend or ``precision`` without a bundle, an ``amp`` or ``graphs`` with one, or a ``test`` that
+            differs from the bundle's.
     """
     if is_bundle(path_or_recipe):
         check(amp is None, "amp", "none with a bundle, for which the option is precision", amp)
+        check(not graphs, "graphs", "False, as a bundle decides by itself", graphs)
         return load_bundle(path_or_recipe, device, test, backend, precision, in_flight)
     check(backend == "auto", "backend", f"auto, as {path_or_recipe} is not a bundle and runs in PyTorch", backend)
     check(precision is None, "precision", "none without a bundle; for a checkpoint the option is amp", precision)
-    predictor = load_network(path_or_recipe, device, test)
     if amp is not None:
         check_choice("amp", amp, get_args(Amp))
-        predictor.amp = amp
+    loaded = load_network(path_or_recipe, device, test)
+    predictor = Predictor(loaded.network, loaded.config, loaded.metadata, loaded.device, amp, graphs)
     if predictor.device.type == "cpu" and torch.backends.mkldnn.is_available():
         half = predictor.amp == "bf16" and convolves_bfloat16()
         fuse_for_cpu(predictor.network, torch.bfloat16 if half else torch.float32)

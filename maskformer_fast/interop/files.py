@@ -171,7 +171,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """Tensors of all files that an index lists, which must lie beside it."""
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        listed = json.loads(index.read_bytes())["weight_map"]
         files = sorted(set(listed.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConvertError(f"not a readable index of shards: {error}") from error

@@ -35,9 +35,25 @@ def inputs(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> list[torch.
     return seen
 
 
-@pytest.mark.parametrize("short_edge", [None, 48])
+def test_a_height_and_width_is_the_size_of_every_input(
+    predictor: Predictor, inputs: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = replace(predictor.test, short_edge=(40, 64), max_size=1)
+    monkeypatch.setattr(predictor, "config", replace(predictor.config, test=fixed))
+    results = predictor.predict([photo(number, *size) for number, size in enumerate(SIZES)])
+    assert [tuple(result.labels.shape) for result in results] == SIZES and len(inputs) == 1
+    step = predictor.config.model.size_divisibility
+    assert inputs[0].shape == (len(SIZES), 3, -(-40 // step) * step, -(-64 // step) * step)
+    inputs.clear()
+    monkeypatch.setattr(predictor, "config", replace(predictor.config, test=replace(fixed, multi_scale=(0.5, 2.0))))
+    predictor.predict(photo(0, 30, 30))
+    assert [row.shape[2:] for row in inputs] == [(-(-h // step) * step, -(-w // step) * step)
+                                                 for h, w in ((20, 32), (80, 128))]
+
+
+@pytest.mark.parametrize("short_edge", [None, 48, (40, 64)])
 def test_the_network_sees_an_image_as_if_it_were_alone(
-    predictor: Predictor, inputs: list[torch.Tensor], short_edge: int | None
+    predictor: Predictor, inputs: list[torch.Tensor], short_edge: int | tuple[int, int] | None
 ) -> None:
     predictor.config = replace(predictor.config, test=replace(predictor.test, short_edge=short_edge))
     images = [photo(number, *size) for number, size in enumerate(SIZES)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from maskformer_fast.config import LossConfig
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.ops import (
+    deformable_attention,
     instance_inference,
     instance_rle,
     linear_sum_assignment,
@@ -23,6 +24,7 @@ from maskformer_fast.ops import (
     resize_images,
 )
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
+from maskformer_fast.ops.resized_argmax import resized_argmax, resized_winners
 from maskformer_fast.ops.semantic import SemanticMap
 from maskformer_fast.structures import Predictions, Targets, pack_masks
 
@@ -87,6 +89,14 @@ def rle(device: str) -> None:
         instance_rle(masks, (10.5, 13.0), (41, 50), capacity)
 
 
+def argmax(device: str) -> None:
+    for dtype in DTYPES:
+        maps = torch.randn(19, 7, 9, device=device, dtype=dtype)
+        resized_argmax(maps, (23, 30))
+        for scale in (None, torch.rand(19, device=device)):
+            resized_winners(maps, torch.zeros(19, device=device), scale, (23, 30))
+
+
 def batch(device: str, dtype: torch.dtype) -> tuple[Predictions, Targets]:
     """Two layers of two images, of which one has padding and fewer targets."""
     size, input_size = (10, 14), (40, 56)
@@ -133,6 +143,18 @@ def resize(device: str) -> None:
         resize_images(frames[:, :, 3:], [size, size], 32, bgr=True)
 
 
+def attention(device: str) -> None:
+    sizes = ((5, 7), (3, 2), (1, 1))
+    for dtype in DTYPES[:1] if device == "cpu" else DTYPES:
+        value = torch.randn(2, 42, 3, 24, device=device, dtype=dtype)
+        points = torch.rand(2, 37, 3, 2, device=device)
+        offsets = 4 * torch.randn(2, 37, 3, 3, 5, 2, device=device)
+        logits = torch.randn(2, 37, 3, 3, 5, device=device)
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (value, offsets, logits)]
+        result = deformable_attention(inputs[0], sizes, points, *inputs[1:])
+        torch.autograd.grad(result.sum(), inputs)
+
+
 CALLS: dict[str, Callable[[str], None]] = {
     "semantic": lambda device: semantic(device, "dense"),
     "semantic_pruned": lambda device: semantic(device, "pruned"),
@@ -140,9 +162,11 @@ CALLS: dict[str, Callable[[str], None]] = {
     "panoptic": panoptic,
     "instances": instances,
     "rle": rle,
+    "resized_argmax": argmax,
     "matching_cost": matching,
     "mask_loss": losses,
     "assignment": assignment,
+    "deformable_attention": attention,
     "resize": resize,
 }
 

@@ -172,14 +172,16 @@ class Preprocess:
 
     mean: tuple[float, float, float]  # RGB, on the 0..255 scale
     std: tuple[float, float, float]
-    short_edge: int | None  # None: frames are not resized
+    short_edge: int | tuple[int, int] | None  # a tuple: height and width of every frame; None: frames keep their size
     max_size: int
     size_divisibility: int  # 0: no padding
 
     def __post_init__(self) -> None:
         expect(all(s > 0 for s in self.std), "std", "positive numbers", self.std)
-        fits = self.short_edge is None or 1 <= self.short_edge <= _MAX_SIDE
-        expect(fits, "short_edge", f"1..{_MAX_SIDE} or null", self.short_edge)
+        edge = self.short_edge
+        sides = edge if isinstance(edge, tuple) else (1 if edge is None else edge,)
+        fits = min(sides) >= 1 and max(sides) <= _MAX_SIDE
+        expect(fits, "short_edge", f"1..{_MAX_SIDE} or null, or a list of two", edge)
         expect(1 <= self.max_size < 1 << 31, "max_size", f"1..{(1 << 31) - 1}", self.max_size)
         fits = 0 <= self.size_divisibility <= _MAX_SIDE
         expect(fits, "size_divisibility", f"0..{_MAX_SIDE}", self.size_divisibility)
