@@ -67,7 +67,7 @@ def _reduce(self: Any) -> tuple[Any, ...]:
 
 
 def _restore(plain_class: type, options: dict[str, Any], state: dict[str, Any]) -> Any:
-    processor = plain_class.__new__(plain_class)
+    processor: Any = object.__new__(plain_class)
     processor.__dict__.update(state)
     return equip(processor, **options)
 
