@@ -142,8 +142,8 @@ class Predictor:
         batches: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
             height, width = image.shape[:2]
-            if test.short_edge is not None and image.size:
-                height, width = short_edge_size(height, width, test.short_edge, test.max_size)
+            if test.edge is not None and image.size:
+                height, width = short_edge_size(height, width, test.edge, test.max_size)
             batches.setdefault((-(-height // step), -(-width // step)), []).append(index)
         return list(batches.values())
 
@@ -270,10 +270,10 @@ class Predictor:
     def _resized_batch(self, images: Sequence[np.ndarray]) -> _Inputs:
         """Resize images [H, W, 3] uint8 as the test configuration says, and pad them."""
         test = self.config.test
-        if self._resizes_on_gpu and test.short_edge is not None:
+        if self._resizes_on_gpu and test.edge is not None:
             divisor = max(self.config.model.size_divisibility, 1)
-            return self._resize_on_gpu(images, test.short_edge, test.max_size, divisor)
-        return self._batch([resize_image(image, test.short_edge, test.max_size) for image in images])
+            return self._resize_on_gpu(images, test.edge, test.max_size, divisor)
+        return self._batch([resize_image(image, test.edge, test.max_size) for image in images])
 
     def _predictions(self, inputs: _Inputs) -> Any:
         """Run the network; the valid sizes of its predictions stay on the host, where post-processing needs them."""
@@ -303,7 +303,7 @@ class Predictor:
         total: Tensor | None = None
         with self._inference():
             for scale in test.multi_scale or (1.0,):
-                edge = test.short_edge or min(size)
+                edge = test.edge or min(size)
                 scaled = [max(1, round(side * scale)) for side in (edge if isinstance(edge, tuple) else (edge,))]
                 short_edge = (scaled[0], scaled[1]) if len(scaled) == 2 else scaled[0]
                 resized = self._resize(image, short_edge, round(test.max_size * scale))
