@@ -171,7 +171,7 @@ class MaskedDecoder(nn.Module):
             memories.append(x + self.level_embed.weight[level].to(x.dtype))
             keys.append(memories[-1] + sine_positions(*size, x.shape[2], x.device).to(x.dtype))
         queries = self.query_embed.weight
-        x = self.query_feat.weight.expand(len(levels[0]), -1, -1)
+        x = self.query_feat.weight.expand(levels[0].shape[0], -1, -1)
         states = [self.decoder_norm(x)]
         layers = zip(
             self.transformer_cross_attention_layers, self.transformer_self_attention_layers,
