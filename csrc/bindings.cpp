@@ -17,6 +17,7 @@
 #include "deformable_attention/deformable_attention.h"
 #include "mask_loss/mask_loss.h"
 #include "matching_cost/matching_cost.h"
+#include "resized_argmax/resized_argmax.h"
 #include "rle/rle.h"
 #include "segments/segments.h"
 #include "semantic/semantic.h"
@@ -318,6 +319,58 @@ void define_matching_cost(py::module_& module) {
       "input height and width; weights: class, mask, dice; focal: weight on, weight off, exponent.");
 }
 
+// resized_argmax
+
+ScoreGrid score_grid(uintptr_t scores, uintptr_t score_of_point, const Integers<4>& band, const Integers<2>& channels) {
+  const auto [first_row, rows, grid_rows, columns] = band;
+  return {pointer<const float>("scores", scores),
+          pointer<const int32_t>(score_of_point),
+          first_row,
+          rows,
+          grid_rows,
+          columns,
+          channels[0],
+          channels[1]};
+}
+
+void define_resized_argmax(py::module_& module) {
+  module.def(
+      "resized_argmax",
+      [](uintptr_t scores, uintptr_t score_of_point, const Integers<4>& band, const Integers<2>& channels,
+         uintptr_t decided, const std::string& kind, uintptr_t scale, uintptr_t own_value, uintptr_t labels,
+         const Integers<2>& size, uintptr_t won, uintptr_t owned, uintptr_t both, int threads) {
+        check_threads(threads);
+        const ArgmaxKind chosen = choose<ArgmaxKind>(
+            "kind", kind,
+            {{"scores", ArgmaxKind::scores}, {"masks", ArgmaxKind::masks}, {"sigmoids", ArgmaxKind::sigmoids}});
+        const bool counted = chosen != ArgmaxKind::scores;
+        resized_argmax(score_grid(scores, score_of_point, band, channels), pointer<const int32_t>(decided), chosen,
+                       pointer<const float>("scale", scale, chosen == ArgmaxKind::sigmoids),
+                       pointer<const float>("own_value", own_value, counted),
+                       {pointer<void>("labels", labels), size, pointer<int64_t>("won", won, counted),
+                        pointer<int64_t>("owned", owned, counted), pointer<int64_t>("both", both, counted)},
+                       threads);
+      },
+      arg("scores"), arg("score_of_point"), arg("band"), arg("channels"), arg("decided"), arg("kind"), arg("scale"),
+      arg("own_value"), arg("labels"), arg("size"), arg("won"), arg("owned"), arg("both"), arg("threads"), ReleaseGil(),
+      "Addresses of float32 scores [points, pitch], of int32 score_of_point and decided (0: none), of float32 scale and "
+      "own_value [pitch], of labels and of int64 counts, as in csrc/resized_argmax/resized_argmax.h. band: first row, "
+      "rows, rows of the grid, columns. channels: their number, and the pitch.");
+  module.def(
+      "decide_cells",
+      [](uintptr_t scores, const Integers<4>& band, const Integers<2>& channels, uintptr_t slack, float others,
+         uintptr_t labels, uintptr_t decided, int threads) {
+        check_threads(threads);
+        decide_cells({score_grid(scores, 0, band, channels), pointer<const float>("slack", slack), others,
+                      pointer<const int32_t>("labels", labels), pointer<int32_t>("decided", decided)},
+                     threads);
+      },
+      arg("scores"), arg("band"), arg("channels"), arg("slack"), arg("others"), arg("labels"), arg("decided"),
+      arg("threads"), ReleaseGil(),
+      "Addresses of float32 scores [points, pitch] and slack [pitch], of int32 labels [channels] and of the int32 result "
+      "[rows, columns]; band and channels as for resized_argmax.");
+}
+
 // rle
 
 void define_rle(py::module_& module) {
@@ -473,6 +526,7 @@ PYBIND11_MODULE(_C, module) {
   define_deformable_attention(module);
   define_mask_loss(module);
   define_matching_cost(module);
+  define_resized_argmax(module);
   define_rle(module);
   define_segments(module);
   define_semantic(module);

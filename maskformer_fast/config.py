@@ -139,7 +139,7 @@ class ModelConfig:
         check_finite(self, "model")
         check_choice("model.type", self.type, get_args(ModelType))
         check(self.num_classes >= 0, "model.num_classes", ">= 0", self.num_classes)
-        check(self.size_divisibility >= 0, "model.size_divisibility", ">= 0", self.size_divisibility)
+        check(0 <= self.size_divisibility <= 1024, "model.size_divisibility", "0..1024", self.size_divisibility)
         check(all(s > 0 for s in self.pixel_std), "model.pixel_std", "positive numbers", self.pixel_std)
 
     @property
@@ -289,6 +289,9 @@ class TestConfig:
     short_edge: int | None = 512
     """Shorter side of the network's input, in pixels; ``None`` does not resize."""
     max_size: int = 2048
+    size: tuple[int, int] | None = None
+    """Height, width of the network's input, to which every image is brought whatever its shape; ``None`` keeps the
+    shape: see ``short_edge``."""
     object_mask_threshold: float = 0.8
     """Panoptic: least score of a query's best class; other queries are dropped."""
     overlap_threshold: float = 0.8
@@ -311,6 +314,7 @@ class TestConfig:
     def __post_init__(self) -> None:
         check_finite(self, "test")
         check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
+        check(self.size is None or min(self.size) > 0, "test.size", "positive height and width, or None", self.size)
         check(self.max_size > 0, "test.max_size", "> 0", self.max_size)
         for name in ("object_mask_threshold", "overlap_threshold"):
             check(0.0 <= getattr(self, name) <= 1.0, f"test.{name}", "0..1", getattr(self, name))
@@ -320,6 +324,11 @@ class TestConfig:
         check(self.top_k > 0, "test.top_k", "> 0", self.top_k)
         check(all(s > 0 for s in self.multi_scale), "test.multi_scale", "positive factors", self.multi_scale)
         check(self.batch_size > 0, "test.batch_size", "> 0", self.batch_size)
+
+    @property
+    def edge(self) -> int | tuple[int, int] | None:
+        """The ``short_edge`` of `core.image_resize`: ``size`` if there is one."""
+        return self.size or self.short_edge
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,9 @@ def summarize(source: Converted, report: Callable[[str], object]) -> None:
         report(f"transformer:  {encoder} encoder and {decoder.layers} decoder layers of {decoder.hidden_dim} channels, "
                f"{decoder.num_heads} heads{queries}")
     report(f"classes:      {metadata.num_classes} of {metadata.name} ({names}, ...), {sum(metadata.is_thing)} things")
-    report(f"images:       short edge {source.config.test.short_edge}, at most {source.config.test.max_size}")
+    test = source.config.test
+    fixed = f"all of {test.size[0]} x {test.size[1]} (height x width)" if test.size else ""
+    report(f"images:       {fixed or f'short edge {test.short_edge}, at most {test.max_size}'}")
     report(f"parameters:   {parameters(source.weights)}")
 
 

@@ -22,7 +22,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("data", "modeling", "output"),
     ("deploy",),
-    ("inference",),
+    ("inference", "drop_in"),
     ("evaluation",),
     ("training",),
     ("interop",),

@@ -43,7 +43,8 @@ MF_INLINE Ints load_ints(const int32_t* p) {
 }
 MF_INLINE void store(float* p, Floats x) { __builtin_memcpy(p, &x, sizeof x); }
 MF_INLINE void store(int32_t* p, Ints x) { __builtin_memcpy(p, &x, sizeof x); }
-MF_INLINE Floats broadcast(float x) { return Floats{} + x; }
+// x - 0 is x, so that this is a load of one number to all lanes; x + 0 would be an addition, for the sake of -0.
+MF_INLINE Floats broadcast(float x) { return x - Floats{}; }
 MF_INLINE Ints broadcast(int32_t x) { return Ints{} + x; }
 
 MF_INLINE Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
@@ -69,6 +70,19 @@ MF_INLINE Floats permute(Floats x, Ints lanes) {
   Floats y{};
   for (int lane = 0; lane < kLanes; ++lane) y[lane] = x[lanes[lane]];
   return y;
+#endif
+}
+
+// Returns the lanes of a comparison's result, one bit each.
+MF_INLINE uint64_t lane_bits(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint64_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint64_t>(mask[l] & 1) << l;
+  return bits;
 #endif
 }
 

@@ -23,19 +23,6 @@ MF_INLINE float clamp_logit(float x) {
 }
 MF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Returns the lanes of a comparison's result, one bit each.
-MF_INLINE uint64_t lane_bits(Ints mask) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask);
-#elif defined(__AVX2__)
-  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
-#else
-  uint64_t bits = 0;
-  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint64_t>(mask[l] & 1) << l;
-  return bits;
-#endif
-}
-
 // Covers positions 0..count-1: calls vector(at) for vectors, the last of which may overlap the one before, or
 // element(at) for each position where `count` is less than a vector.
 template <class Vector, class Element>

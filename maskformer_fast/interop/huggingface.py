@@ -268,6 +268,6 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())  # which may begin with a byte order mark
     except (ValueError, RecursionError) as error:  # ValueError: of JSON or of the encoding
         raise ConvertError(f"{path}: not readable JSON: {error}") from error

@@ -30,6 +30,7 @@ constexpr Operator kOperators[] = {
     {"deformable_attention", run_deformable_attention},
     {"matching_cost", run_matching_cost},
     {"mask_loss", run_mask_loss},
+    {"resized_argmax", run_resized_argmax},
     {"rle", run_rle},
     {"segments", run_segments},
     {"semantic", run_semantic},

@@ -24,6 +24,7 @@ from maskformer_fast.ops import (
     resize_images,
 )
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
+from maskformer_fast.ops.resized_argmax import resized_argmax, resized_winners
 from maskformer_fast.ops.semantic import SemanticMap
 from maskformer_fast.structures import Predictions, Targets, pack_masks
 
@@ -86,6 +87,14 @@ def rle(device: str) -> None:
     masks = 4 * torch.randn(2, 9, 11, 13, device=device)
     for capacity in (20000, 301, 0):  # enough, too little for the bytes, too little for the runs
         instance_rle(masks, (10.5, 13.0), (41, 50), capacity)
+
+
+def argmax(device: str) -> None:
+    for dtype in DTYPES:
+        maps = torch.randn(19, 7, 9, device=device, dtype=dtype)
+        resized_argmax(maps, (23, 30))
+        for scale in (None, torch.rand(19, device=device)):
+            resized_winners(maps, torch.zeros(19, device=device), scale, (23, 30))
 
 
 def batch(device: str, dtype: torch.dtype) -> tuple[Predictions, Targets]:
@@ -153,6 +162,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "panoptic": panoptic,
     "instances": instances,
     "rle": rle,
+    "resized_argmax": argmax,
     "matching_cost": matching,
     "mask_loss": losses,
     "assignment": assignment,

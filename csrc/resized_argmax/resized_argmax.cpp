@@ -1,0 +1,86 @@
+// A task is the cells of one grid row.
+#include "resized_argmax/resized_argmax.h"
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/cpu_isa.h"
+#include "common/threads.h"
+
+namespace maskformer_fast {
+namespace {
+
+constexpr int64_t kWidestVector = 16;
+
+struct CellTable {
+  std::vector<int32_t> start;
+  std::vector<float> share;
+
+  CellTable(int64_t output, int64_t positions) : start(positions + 1), share(output) {
+    const float scale = static_cast<float>(positions) / static_cast<float>(output);
+    int64_t next = 0;
+    for (int64_t i = 0; i < output; ++i) {
+      const float at = std::max(scale * (static_cast<float>(i) + 0.5f) - 0.5f, 0.0f);
+      const int64_t low = std::min(static_cast<int64_t>(at), positions - 1);
+      while (next <= low) start[next++] = static_cast<int32_t>(i);
+      share[i] = std::min(std::max(at - static_cast<float>(low), 0.0f), 1.0f);
+    }
+    while (next <= positions) start[next++] = static_cast<int32_t>(output);
+  }
+  CellAxis axis() const { return {start.data(), share.data()}; }
+};
+
+// Checks a band and returns the number of its rows of cells.
+int64_t check_band(const ScoreGrid& grid) {
+  const bool positive = grid.rows > 0 && grid.columns > 0 && grid.channels > 0;
+  const bool inside = grid.first_row >= 0 && grid.first_row + grid.rows <= grid.grid_rows;
+  if (!positive || !inside) throw std::invalid_argument("grid: expected a band of rows of a grid with points");
+  if (grid.pitch % kWidestVector != 0 || grid.pitch < grid.channels) {
+    throw std::invalid_argument("pitch: expected a multiple of 16 that holds the channels, got " +
+                                std::to_string(grid.pitch));
+  }
+  return grid.first_row + grid.rows == grid.grid_rows ? grid.rows : grid.rows - 1;
+}
+
+}  // namespace
+
+void resized_argmax(const ScoreGrid& grid, const int32_t* decided, ArgmaxKind kind, const float* scale,
+                    const float* own_value, const ArgmaxOutput& output, int threads) {
+  const int64_t tasks = check_band(grid), pitch = grid.pitch;
+  const CellTable vertical(output.size[0], grid.grid_rows), horizontal(output.size[1], grid.columns);
+  const ArgmaxJob job{grid,  decided,   vertical.axis(), horizontal.axis(), kind,
+                      scale, own_value, output.labels,   output.size[1]};
+  const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
+  std::vector<int32_t> lists(workers * 2 * pitch);
+  std::vector<float> corners(workers * 8 * pitch);
+  std::vector<int64_t> counts(workers * 3 * pitch);
+  parallel_for(tasks, workers, [&](int worker, int64_t task) {
+    int64_t* sums = counts.data() + worker * 3 * pitch;
+    ArgmaxScratch scratch{lists.data() + worker * 2 * pitch,
+                          lists.data() + (worker * 2 + 1) * pitch,
+                          corners.data() + worker * 8 * pitch,
+                          sums,
+                          sums + pitch,
+                          sums + 2 * pitch};
+    MF_DISPATCH(label_cells, job, task, scratch);
+  });
+  if (output.won == nullptr) return;
+  for (int worker = 0; worker < workers; ++worker) {
+    const int64_t* sums = counts.data() + worker * 3 * pitch;
+    for (int64_t channel = 0; channel < grid.channels; ++channel) {
+      output.won[channel] += sums[channel];
+      output.owned[channel] += sums[pitch + channel];
+      output.both[channel] += sums[2 * pitch + channel];
+    }
+  }
+}
+
+void decide_cells(const DecideJob& job, int threads) {
+  parallel_for(check_band(job.grid), threads,
+               [&](int, int64_t row) { MF_DISPATCH(decide_cells, job, row); });
+}
+
+}  // namespace maskformer_fast

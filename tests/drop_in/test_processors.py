@@ -1,0 +1,282 @@
+"""Results of the drop-in functions equal those of transformers' own image processors, quirks included."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maskformer_fast.drop_in import eomt, equip, mask2former, maskformer, oneformer, unequip
+from maskformer_fast.structures import unpack_masks
+from tests.support.peaky import model_outputs
+
+transformers = pytest.importorskip("transformers")
+TIES = 2e-3
+"""Share of pixels that may have another label: those where two values differ by rounding."""
+SIZES = [(65, 90), (200, 131)]
+
+
+@pytest.fixture(autouse=True)
+def resize_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for the function of torchvision that OneFormer's processors call, which resizes with antialiasing."""
+    from transformers.models.oneformer import image_processing_pil_oneformer as module
+
+    def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+        return F.interpolate(image, size=tuple(size), mode=interpolation, align_corners=False, antialias=True)
+
+    stand_in = SimpleNamespace(resize=resize, InterpolationMode=SimpleNamespace(BILINEAR="bilinear"))
+    monkeypatch.setattr(module, "tvF", stand_in, raising=False)
+
+
+def processor(family: str, tmp_path: Path | None = None) -> Any:
+    """An image processor of transformers that needs no torchvision."""
+    module = __import__(f"transformers.models.{family.lower()}.image_processing_pil_{family.lower()}", fromlist=["x"])
+    made = getattr(module, f"{family}ImageProcessorPil")
+    if tmp_path is None:
+        return made()
+    info = {str(k): {"name": f"class {k}", "isthing": k % 2} for k in range(40)}
+    (tmp_path / "ade20k.json").write_text(json.dumps(info))
+    return made(repo_path=str(tmp_path), class_info_file="ade20k.json")
+
+
+def twins(family: str, tmp_path: Path | None = None) -> tuple[Any, Any]:
+    """Their processor and an equipped one."""
+    return processor(family, tmp_path), equip(processor(family, tmp_path))
+
+
+def both(processors: tuple[Any, Any], task: str, *arguments: Any, **keywords: Any) -> Any:
+    """Call one method of both processors."""
+    return [getattr(p, f"post_process_{task}_segmentation")(*arguments, **keywords) for p in processors]
+
+
+def check_maps(ours: torch.Tensor, theirs: torch.Tensor, ties: float = TIES) -> None:
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert (ours != theirs).sum() <= ties * theirs.numel()
+
+
+def check_segments(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], score: float = 2e-6) -> None:
+    assert [list(info) for info in ours] == [list(info) for info in theirs]
+    for key in ("id", "label_id", "was_fused"):
+        assert [info.get(key) for info in ours] == [info.get(key) for info in theirs]
+    assert [info["score"] for info in ours] == pytest.approx([info["score"] for info in theirs], abs=score)
+
+
+def check_results(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> int:
+    """Compare results of all images, and return their number of segments."""
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        check_segments(mine["segments_info"], other["segments_info"])
+        check_maps(mine["segmentation"], other["segmentation"])
+    return sum(len(result["segments_info"]) for result in ours)
+
+
+@pytest.mark.parametrize("family", ["MaskFormer", "Mask2Former", "OneFormer"])
+@pytest.mark.parametrize("peaky", [True, False])
+@pytest.mark.parametrize("sizes", [SIZES, [(20, 60), (9, 7)], None])
+def test_semantic(family: str, peaky: bool, sizes: list[tuple[int, int]] | None) -> None:
+    theirs, ours = twins(family)
+    outputs = model_outputs(peaky, images=2)
+    expected = theirs.post_process_semantic_segmentation(outputs, sizes)
+    got = ours.post_process_semantic_segmentation(outputs, sizes)
+    for mine, other in zip(got, expected, strict=True):
+        check_maps(mine, other)
+    scored = theirs.post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
+    mine_scored = ours.post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
+    for mine, other, label in zip(mine_scored, scored, got, strict=True):
+        assert type(mine) is type(other) and list(mine) == list(other)
+        torch.testing.assert_close(mine.segmentation_scores, other.segmentation_scores, atol=1e-5, rtol=1e-5)
+        check_maps(mine.segmentation, label)
+    with pytest.raises(ValueError, match="target_sizes: expected as many sizes as images"):
+        ours.post_process_semantic_segmentation(outputs, [(4, 4)])
+    with pytest.raises(ValueError, match="target sizes"):
+        theirs.post_process_semantic_segmentation(outputs, [(4, 4)])
+
+
+@pytest.mark.parametrize("family", ["MaskFormer", "Mask2Former", "OneFormer"])
+@pytest.mark.parametrize("fuse", [None, set(range(0, 40, 2)), {1, 3}])
+@pytest.mark.parametrize("sizes", [SIZES, [(20, 60), (9, 7)], None])
+def test_panoptic(family: str, fuse: set[int] | None, sizes: list[tuple[int, int]] | None) -> None:
+    theirs, ours = twins(family)
+    outputs = model_outputs(True, images=2, live=30, classes=7 if fuse == {1, 3} else 40)
+    found = 0
+    for extra in ({}, {"threshold": 0.3, "mask_threshold": 0.4, "overlap_mask_area_threshold": 0.2}):
+        arguments = {"label_ids_to_fuse": fuse, "target_sizes": sizes, **extra}
+        found += check_results(
+            ours.post_process_panoptic_segmentation(outputs, **arguments),
+            theirs.post_process_panoptic_segmentation(outputs, **arguments),
+        )
+    assert found > 5
+    nothing = [p.post_process_panoptic_segmentation(outputs, threshold=1.0, target_sizes=sizes) for p in (ours, theirs)]
+    assert check_results(*nothing) == 0 and nothing[0][0]["segmentation"].dtype == torch.float32
+
+
+def test_two_segments_share_an_id_as_theirs_do() -> None:
+    theirs, ours = twins("MaskFormer")
+    for seed in range(20):
+        outputs = model_outputs(True, live=30, classes=4, seed=seed)
+        arguments = {"label_ids_to_fuse": {0}, "overlap_mask_area_threshold": 0.1}
+        results = [p.post_process_panoptic_segmentation(outputs, **arguments) for p in (ours, theirs)]
+        check_results(*results)
+        infos = results[0][0]["segments_info"]
+        if any(a["id"] == b["id"] and a["label_id"] != b["label_id"] for a in infos for b in infos):
+            return
+    pytest.fail("no case of the quirk was met")
+
+
+@pytest.mark.parametrize("family", ["MaskFormer", "Mask2Former"])
+@pytest.mark.parametrize("sizes", [SIZES, [(9, 7), (20, 11)], None])
+@pytest.mark.parametrize("threshold", [0.5, 0.01])
+def test_instances(family: str, sizes: list[tuple[int, int]] | None, threshold: float) -> None:
+    theirs, ours = twins(family)
+    outputs = model_outputs(True, images=2, live=20)
+    call = {"threshold": threshold, "target_sizes": sizes}
+    assert check_results(
+        ours.post_process_instance_segmentation(outputs, **call),
+        theirs.post_process_instance_segmentation(outputs, **call),
+    )
+    for mine, other in zip(
+        ours.post_process_instance_segmentation(outputs, **call, return_coco_annotation=True),
+        theirs.post_process_instance_segmentation(outputs, **call, return_coco_annotation=True),
+        strict=True,
+    ):
+        assert mine["segmentation"] == other["segmentation"]
+        assert all(type(number) is int for runs in mine["segmentation"] for number in runs)
+    maps = theirs.post_process_instance_segmentation(outputs, **call, return_binary_maps=True)
+    check_results(ours.post_process_instance_segmentation(outputs, **call, return_binary_maps=True), maps)
+    packed = (maskformer if family == "MaskFormer" else mask2former).instance_results(outputs, threshold, sizes)
+    for result, other in zip(packed, maps, strict=True):
+        check_packed(result, other["segmentation"])
+    for p in (ours, theirs):
+        with pytest.raises(ValueError, match="return_coco_annotation"):
+            p.post_process_instance_segmentation(outputs, return_coco_annotation=True, return_binary_maps=True)
+
+
+def check_packed(result: Any, maps: torch.Tensor) -> None:
+    """Packed masks, boxes and COCO's run lengths belong to binary maps [N, H, W]."""
+    masks = unpack_masks(result.masks, result.size[1])
+    assert torch.equal(masks, maps == 1)
+    for mask, box in zip(masks, result.boxes.tolist(), strict=True):
+        y, x = mask.nonzero().unbind(1)
+        assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+
+
+def test_no_instance_gives_an_empty_map_in_every_format() -> None:
+    theirs, ours = twins("Mask2Former")
+    outputs = model_outputs(True)
+    for extra in ({}, {"return_binary_maps": True}, {"return_coco_annotation": True}):
+        call = {"threshold": 1.1, "target_sizes": [(30, 40)], **extra}
+        (mine,), (other,) = (p.post_process_instance_segmentation(outputs, **call) for p in (ours, theirs))
+        assert mine["segments_info"] == other["segments_info"] == []
+        same = torch.equal if isinstance(mine["segmentation"], torch.Tensor) else list.__eq__
+        assert same(mine["segmentation"], other["segmentation"])
+    assert mask2former.instance_results(outputs, 1.1, [(30, 40)])[0].masks.shape == (0, 30, 5)
+
+
+@pytest.mark.parametrize("task_type", ["instance", "panoptic"])
+@pytest.mark.parametrize("is_demo", [True, False])
+@pytest.mark.parametrize("sizes", [SIZES, None])
+def test_oneformer_instances(
+    task_type: str, is_demo: bool, sizes: list[tuple[int, int]] | None, tmp_path: Path
+) -> None:
+    theirs, ours = twins("OneFormer", tmp_path)
+    outputs = model_outputs(True, images=2, live=20)
+    if not is_demo and task_type == "instance":
+        outputs.class_queries_logits[..., 0:40:2] -= 60  # without stuff, which their list of things does not have
+    call = {"task_type": task_type, "is_demo": is_demo, "target_sizes": sizes}
+    for extra in ({}, {"overlap_mask_area_threshold": 0.2, "mask_threshold": 1.5}):
+        assert check_results(
+            ours.post_process_instance_segmentation(outputs, **call, **extra),
+            theirs.post_process_instance_segmentation(outputs, **call, **extra),
+        )
+    call["return_coco_annotation"] = True
+    for mine, other in zip(*both((ours, theirs), "instance", outputs, **call), strict=True):
+        assert len(mine["segmentation"]) == len(other["segmentation"])
+        for runs, expected in zip(mine["segmentation"], other["segmentation"], strict=True):
+            assert abs(len(runs) - len(expected)) <= 8  # ties
+            assert isinstance(runs, list) and isinstance(runs[0], torch.Tensor)
+    with pytest.raises(ValueError, match="metadata: expected the processor's"):
+        oneformer.post_process_instance_segmentation(outputs, "panoptic")
+
+
+EOMT_SIZES = [(65, 90), (200, 131), (70, 70)]
+
+
+@pytest.mark.parametrize("size", [None, {"shortest_edge": 96, "longest_edge": 128}])
+def test_eomt(size: dict[str, int] | None) -> None:
+    theirs, ours = twins("Eomt")
+    for p in (theirs, ours):
+        p.size = type(p.size)(shortest_edge=120, longest_edge=120)
+    outputs = model_outputs(True, images=3, live=20, size=(30, 30))
+    call = {"target_sizes": EOMT_SIZES, "size": size}
+    for mine, other in zip(*both((ours, theirs), "semantic", outputs, **call), strict=True):
+        check_maps(mine, other)
+    for stuff in (None, list(range(0, 40, 2))):
+        for overlap in (0.8, 0.2):
+            arguments = {**call, "stuff_classes": stuff, "overlap_mask_area_threshold": overlap, "threshold": 0.5}
+            assert check_results(*both((ours, theirs), "panoptic", outputs, **arguments)) > 2
+    assert check_results(*both((ours, theirs), "instance", outputs, **call, threshold=0.4)) > 5
+    assert check_results(*both((ours, theirs), "instance", outputs, **call, threshold=1.1)) == 0
+    assert check_results(*both((ours, theirs), "panoptic", outputs, **call, threshold=1.0)) == 0
+
+
+def test_eomt_patches() -> None:
+    theirs, ours = twins("Eomt")
+    outputs = model_outputs(True, images=4, size=(30, 30))
+    size = {"shortest_edge": 96, "longest_edge": None}
+    targets = [(100, 170), (150, 110)]
+    outputs.patch_offsets = []
+    for image, target in enumerate(targets):
+        long = eomt._resized_size(target, size)[int(target[0] <= target[1])]
+        outputs.patch_offsets += [[image, 0, 96], [image, long - 96, long]]
+    for scores in (False, True):
+        for mine, other in zip(
+            *(p.post_process_semantic_segmentation(outputs, targets, size, scores) for p in (ours, theirs)), strict=True
+        ):
+            if scores:
+                torch.testing.assert_close(mine.segmentation_scores, other.segmentation_scores, atol=1e-5, rtol=1e-5)
+            else:
+                check_maps(mine, other)
+
+
+@pytest.mark.parametrize("family", ["MaskFormer", "Mask2Former", "OneFormer", "Eomt"])
+def test_equipped_processors_are_saved_copied_and_taken_off_again(family: str, tmp_path: Path) -> None:
+    plain = processor(family)
+    before = plain.to_dict()
+    fast = equip(plain)
+    assert fast is plain and fast.to_dict() == before
+    method = type(fast).post_process_semantic_segmentation
+    again = equip(fast)
+    assert type(again).__mro__[1] is type(processor(family))
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert twin.post_process_semantic_segmentation.__module__.startswith("maskformer_fast")
+    fast.save_pretrained(tmp_path)
+    assert method.__module__.startswith("maskformer_fast.drop_in")
+    assert type(unequip(fast)) is type(processor(family))
+    assert unequip(fast) is fast
+    outer = type("Processor", (), {})()
+    outer.image_processor = fast
+    equip(outer)
+    assert fast.post_process_semantic_segmentation.__module__.startswith("maskformer_fast")
+
+
+def test_wrong_processors_and_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="processor: expected one of Mask2FormerImageProcessor"):
+        equip(object())
+    with pytest.raises(TypeError, match="options: expected arguments of .*eomt, got exact"):
+        equip(processor("Eomt"), exact="official")
+    outputs = model_outputs(True)
+    with pytest.raises(ValueError, match="exact: expected one of"):
+        maskformer.post_process_semantic_segmentation(outputs, exact="ours")
+    with pytest.raises(ValueError, match="input_sizes: expected None unless"):
+        maskformer.post_process_panoptic_segmentation(outputs, input_sizes=[(3, 3)])
+    outputs.masks_queries_logits = np.zeros(3)
+    with pytest.raises(AttributeError):
+        maskformer.post_process_semantic_segmentation(outputs)

@@ -1,0 +1,128 @@
+"""Argmax of resized maps on the CPU, against `F.interpolate` and plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskformer_fast.ops import resized_semantic
+from maskformer_fast.ops.resized_argmax import (
+    resized_argmax,
+    resized_argmax_eager,
+    resized_rows,
+    resized_winners,
+    resized_winners_eager,
+)
+from maskformer_fast.ops.resized_semantic import grid_semantic_inference
+
+SIDES = st.integers(1, 30)
+TIE = 1e-5
+"""Lead of a winner below which another label is no error."""
+
+
+def check_labels(labels: torch.Tensor, scores: torch.Tensor, allowed: float = 0.01) -> None:
+    """Labels are the largest scores' but for ties, which are few."""
+    chosen = scores.gather(0, labels[None])[0]
+    assert (scores.amax(0) - chosen).max() <= TIE
+    assert (labels != scores.argmax(0)).sum() <= allowed * labels.numel()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 70), SIDES, SIDES, st.integers(1, 90), SIDES)
+def test_labels_equal_interpolation(seed: int, channels: int, h: int, w: int, height: int, width: int) -> None:
+    maps = torch.randn(channels, h, w, generator=torch.Generator().manual_seed(seed))
+    if seed % 2:
+        maps = F.avg_pool2d(maps, 5, 1, 2)
+    expected = F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)[0]
+    check_labels(resized_argmax(maps, (height, width)), expected)
+    check_labels(resized_argmax_eager(maps, (height, width)), expected)
+    part = slice(height // 3, height // 3 + 1 + height // 2)
+    torch.testing.assert_close(resized_rows(maps, (height, width), part), expected[:, part], atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 40), SIDES, SIDES, st.integers(1, 90), SIDES, st.booleans())
+def test_counts(seed: int, channels: int, h: int, w: int, height: int, width: int, scaled: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    maps = 2 * torch.randn(channels, h, w, generator=generator)
+    own = torch.randn(channels, generator=generator)
+    scale = torch.rand(channels, generator=generator) + 0.1 if scaled else None
+    got = resized_winners(maps, own, scale, (height, width))
+    expected = resized_winners_eager(maps, own, scale, (height, width))
+    for ours, theirs in zip(got[1:], expected[1:], strict=True):
+        assert (ours - theirs).abs().sum() <= 2 + 0.01 * height * width
+    assert got.won.sum() == height * width
+    inside = (got.labels < 0).sum()
+    assert inside == (height * width - got.both.sum() if scaled else 0)
+    assert got.labels.dtype == (torch.int64 if scaled else torch.int32)
+    assert (got.labels != expected.labels).sum() <= 1 + 0.01 * height * width
+
+
+def test_every_instruction_set_and_thread_gives_the_same(isa: str) -> None:
+    maps = torch.randn(50, 13, 11)
+    expected = F.interpolate(maps[None], (64, 70), mode="bilinear", align_corners=False)[0]
+    check_labels(resized_argmax(maps, (64, 70)), expected)
+    winners = resized_winners(maps, torch.zeros(50), None, (64, 70))
+    assert (winners.owned - (expected >= 0).sum((1, 2))).abs().max() <= 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    again = resized_winners(maps, torch.zeros(50), None, (64, 70))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(winners, again, strict=True))
+
+
+def scene(peaky: bool, queries: int = 40, classes: int = 30, size: tuple[int, int] = (24, 31)) -> tuple:
+    """Mask and class logits: round masks, of which few have a class, or noise."""
+    class_logits = torch.randn(queries, classes + 1)
+    if not peaky:
+        return torch.randn(queries, *size), class_logits.softmax(-1)[:, :-1]
+    class_logits[:, -1] += 12
+    live = torch.randperm(queries)[:8]
+    class_logits[live, -1] -= 16
+    class_logits[live, torch.randint(classes, (8,))] += 10
+    y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in size), indexing="ij")
+    place = torch.rand(queries, 3, 1, 1)
+    distance = ((y - place[:, 0]) ** 2 + (x - place[:, 1]) ** 2).sqrt()
+    masks = (0.1 + 0.3 * place[:, 2] - distance) * 40 + 0.3 * torch.randn(queries, *size)
+    return masks, class_logits.softmax(-1)[:, :-1]
+
+
+@pytest.mark.parametrize("peaky", [True, False])
+@pytest.mark.parametrize(("grid", "window"), [((24, 31), (24, 31)), ((60, 60), (60, 60)), ((50, 64), (41, 64))])
+@pytest.mark.parametrize("band_values", [1, 1 << 21])
+def test_semantic_labels(
+    peaky: bool, grid: tuple[int, int], window: tuple[int, int], band_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resized_semantic, "BAND_VALUES", band_values)
+    for output_size in ((200, 170), (33, 40)):
+        masks, probabilities = scene(peaky)
+        assert (resized_semantic._prune(probabilities) is not None) == peaky
+        values = F.interpolate(masks[None], grid, mode="bilinear", align_corners=False)[0].sigmoid()
+        scores = torch.einsum("qk,qhw->khw", probabilities, values)[:, : window[0], : window[1]]
+        torch.testing.assert_close(resized_semantic.grid_scores(masks, probabilities, grid, window), scores)
+        resized = F.interpolate(scores[None], output_size, mode="bilinear", align_corners=False)[0]
+        check_labels(grid_semantic_inference(masks, probabilities, grid, window, output_size), resized)
+
+
+def test_errors_name_the_argument() -> None:
+    with pytest.raises(ValueError, match=r"maps: expected \[N, h, w\]"):
+        resized_argmax(torch.zeros(2, 3), (4, 4))
+    with pytest.raises(ValueError, match="output_size: expected positive"):
+        resized_argmax(torch.zeros(2, 3, 3), (0, 4))
+    with pytest.raises(ValueError, match=r"own_value: expected \[2\]"):
+        resized_winners(torch.zeros(2, 3, 3), torch.zeros(3), None, (4, 4))
+    with pytest.raises(ValueError, match=r"probabilities: expected \[2, K\]"):
+        grid_semantic_inference(torch.zeros(2, 3, 3), torch.zeros(3, 1), (3, 3), (3, 3), (4, 4))
+    with pytest.raises(ValueError, match="window: expected within"):
+        grid_semantic_inference(torch.zeros(2, 3, 3), torch.zeros(2, 1), (3, 3), (4, 3), (4, 4))
+
+
+def test_opcheck() -> None:
+    maps = torch.randn(5, 6, 7)
+    torch.library.opcheck(torch.ops.maskformer_fast.resized_argmax.default, (maps, [9, 11]))
+    for scale in (None, torch.rand(5)):
+        operator = torch.ops.maskformer_fast.resized_winners.default
+        torch.library.opcheck(operator, (maps, torch.zeros(5), scale, [9, 11]))
