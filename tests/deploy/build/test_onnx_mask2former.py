@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
-from maskformer_fast.deploy.build.onnx import ParityError, check_parity, export_graphs
+from maskformer_fast.deploy.build.onnx import ParityError, _session, _test_images, check_parity, export_graphs
+from maskformer_fast.deploy.build.precision import to_half
 from maskformer_fast.deploy.bundle.manifest import Shape
 from maskformer_fast.modeling import Mask2Former, build_model
 
@@ -57,8 +58,14 @@ def test_graphs_of_any_size_equal_pytorch_without_grid_samples(backbone: str) ->
 @pytest.mark.slow
 @pytest.mark.no_cover
 def test_a_graph_of_one_size_equals_pytorch() -> None:
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     network, shape = small_network("resnet_micro"), Shape(1, 71, 93)
     content, graph = export_graphs(network, ["raw"], shape)["raw"]
     assert not graph.dynamic and graph.outputs[1].shape == (1, 7, 24, 24)
     check_parity(network, {"raw": content}, [shape])
+    half = to_half(onnx.load_from_string(content), "fp16")  # half precision holds every constant of the graph
+    images = _test_images(shape, 0).numpy()
+    expected, got = (_session(c).run(None, {"images": images}) for c in (content, half.SerializeToString()))
+    for a, b in zip(expected, got, strict=True):
+        assert abs(a - b).mean() < 0.02 * abs(a).mean()
