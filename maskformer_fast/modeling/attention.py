@@ -26,7 +26,7 @@ class MultiHeadAttention(nn.Module):
         query: Tensor,  # [B, N, C]
         key: Tensor,  # [B, M, C]
         value: Tensor,  # [B, M, C]
-        visible: Tensor | None = None,  # bool, broadcastable to [B, heads, N, M]; None shows everything
+        visible: Tensor | None = None,  # bool, or added to scores; broadcastable to [B, heads, N, M]; None shows all
     ) -> Tensor:
         """Output [B, N, C]; training applies dropout to the attention weights."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
