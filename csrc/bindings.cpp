@@ -6,12 +6,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "assignment/assignment.h"
 #include "common/cpu_isa.h"
 #include "convolution/convolution.h"
+#include "deformable_attention/deformable_attention.h"
 #include "mask_loss/mask_loss.h"
 #include "matching_cost/matching_cost.h"
 #include "resized_argmax/resized_argmax.h"
@@ -66,6 +69,10 @@ Enum choose(const char* name, const std::string& value,
     names += std::string(names.empty() ? "" : ", ") + text;
   }
   throw std::invalid_argument(std::string(name) + ": expected one of " + names + ", got " + value);
+}
+
+FloatType float_or_bfloat16(const std::string& type) {
+  return choose<FloatType>("type", type, {{"float32", FloatType::float32}, {"bfloat16", FloatType::bfloat16}});
 }
 
 FocalLoss focal_loss(const Numbers<3>& focal) {
@@ -134,9 +141,7 @@ void define_convolution(py::module_& module) {
                                        pointer<const float>("weights", weights),
                                        pointer<const float>(bias),
                                        relu};
-        const FloatType element =
-            choose<FloatType>("type", type, {{"float32", FloatType::float32}, {"bfloat16", FloatType::bfloat16}});
-        if (element == FloatType::float32) {
+        if (float_or_bfloat16(type) == FloatType::float32) {
           conv3x3_winograd(conv, pointer<const float>(images), count, pointer<float>(result), threads);
         } else {
           conv3x3_winograd(conv, pointer<const uint16_t>(images), count, pointer<uint16_t>(result), threads);
@@ -146,6 +151,75 @@ void define_convolution(py::module_& module) {
       ReleaseGil(),
       "Addresses of images and result, channels innermost, float32 or bfloat16, and of float32 weights and bias (0: "
       "none) with the shapes in csrc/convolution/convolution.h. sizes: images, height, width, channels in and out.");
+}
+
+// deformable_attention
+
+DeformableAttention deformable_sizes(const Integers<7>& sizes, const std::vector<int64_t>& level_sizes,
+                                     uintptr_t reference_points) {
+  check_sizes(sizes);
+  const auto [count, cells, heads, dim, queries, levels, points] = sizes;
+  if (levels < 1 || points < 1 || static_cast<int64_t>(level_sizes.size()) != 2 * levels) {
+    throw std::invalid_argument("level_sizes: expected height and width of each level, and at least one point");
+  }
+  int64_t area = 0;
+  for (int64_t level = 0; level < levels; ++level) {
+    const int64_t height = level_sizes[2 * level], width = level_sizes[2 * level + 1];
+    if (height < 1 || width < 1 || height >= 1 << 24 || width >= 1 << 24) {  // float counts cells exactly
+      throw std::invalid_argument("level_sizes: expected sides in 1..2^24-1");
+    }
+    area += height * width;
+  }
+  if (area != cells || cells > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("level_sizes: expected " + std::to_string(cells) + " cells, below 2^31, got " +
+                                std::to_string(area));
+  }
+  return {count,  cells,  heads,  dim,
+          queries, levels, points, level_sizes.data(),
+          pointer<const float>("reference_points", reference_points, count > 0 && queries > 0)};
+}
+
+void define_deformable_attention(py::module_& module) {
+  module.def(
+      "deformable_attention",
+      [](uintptr_t value, const std::string& type, const Integers<7>& sizes, const std::vector<int64_t>& level_sizes,
+         uintptr_t reference_points, uintptr_t offsets, uintptr_t logits, uintptr_t result, int threads) {
+        check_threads(threads);
+        const DeformableAttention attention = deformable_sizes(sizes, level_sizes, reference_points);
+        const auto run = [&](auto element) {
+          using Element = decltype(element);
+          deformable_attention(attention, pointer<const Element>(value), pointer<const Element>(offsets),
+                               pointer<const Element>(logits), pointer<Element>(result), threads);
+        };
+        float_or_bfloat16(type) == FloatType::float32 ? run(float{}) : run(uint16_t{});
+      },
+      arg("value"), arg("type"), arg("sizes"), arg("level_sizes"), arg("reference_points"), arg("offsets"),
+      arg("logits"), arg("result"), arg("threads"), ReleaseGil(),
+      "Addresses of value, offsets, logits and result, float32 or bfloat16, and of the float32 reference points with "
+      "the shapes in csrc/deformable_attention/deformable_attention.h. sizes: images, cells, heads, channels of a head, "
+      "queries, levels, points; level_sizes: height and width of each level.");
+  module.def(
+      "deformable_attention_backward",
+      [](uintptr_t upstream, uintptr_t value, const std::string& type, const Integers<7>& sizes,
+         const std::vector<int64_t>& level_sizes, uintptr_t reference_points, uintptr_t offsets, uintptr_t logits,
+         uintptr_t by_value, uintptr_t by_offset, uintptr_t by_logit, int threads) {
+        check_threads(threads);
+        const DeformableAttention attention = deformable_sizes(sizes, level_sizes, reference_points);
+        const auto run = [&](auto element) {
+          using Element = decltype(element);
+          deformable_attention_backward(
+              attention, pointer<const Element>(upstream), pointer<const Element>(value),
+              pointer<const Element>(offsets), pointer<const Element>(logits),
+              DeformableGradients<Element>{pointer<Element>(by_value), pointer<Element>(by_offset),
+                                           pointer<Element>(by_logit)},
+              threads);
+        };
+        float_or_bfloat16(type) == FloatType::float32 ? run(float{}) : run(uint16_t{});
+      },
+      arg("upstream"), arg("value"), arg("type"), arg("sizes"), arg("level_sizes"), arg("reference_points"),
+      arg("offsets"), arg("logits"), arg("by_value"), arg("by_offset"), arg("by_logit"), arg("threads"), ReleaseGil(),
+      "Address of the gradient by the result, arguments of deformable_attention, and addresses of the gradients by "
+      "value, offsets and logits.");
 }
 
 // mask_loss
@@ -418,9 +492,7 @@ void define_window_attention(py::module_& module) {
         }
         const WindowAttention attention{count,  height, width, heads, head_dim,
                                         window, shift,  pointer<const float>("bias", bias), key_stride};
-        const FloatType element =
-            choose<FloatType>("type", type, {{"float32", FloatType::float32}, {"bfloat16", FloatType::bfloat16}});
-        if (element == FloatType::float32) {
+        if (float_or_bfloat16(type) == FloatType::float32) {
           window_attention(attention, pointer<const float>(qkv), pointer<const float>("padding", padding),
                            pointer<float>(result), threads);
         } else {
@@ -451,6 +523,7 @@ PYBIND11_MODULE(_C, module) {
   define_assignment<float>(module, "f32");
   define_assignment<double>(module, "f64");
   define_convolution(module);
+  define_deformable_attention(module);
   define_mask_loss(module);
   define_matching_cost(module);
   define_resized_argmax(module);

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import multiprocessing
 import os
 import re
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from maskformer_fast.kernels.variant import KernelVariant
 
 KERNEL_MODULES = (
-    "class_scores", "mask_loss", "matching_cost", "resize", "rle", "segments_instances", "segments_panoptic",
-    "semantic", "semantic_embeddings",
+    "class_scores", "deformable_attention", "mask_loss", "matching_cost", "resize", "rle", "segments_instances",
+    "segments_panoptic", "semantic", "semantic_embeddings",
 )  # fmt: skip
 """Modules of this folder with functions ``variants() -> list[KernelVariant]`` and ``goal_calls() -> list[GoalLaunch]``.
 Add the name of a new module here."""
@@ -46,16 +47,23 @@ SHARED_MEMORY_LIMITS = {
     "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_110": 227 << 10, "sm_120": 99 << 10,
 }  # fmt: skip
 """Targets -> most bytes of shared memory of one block (CUDA C++ programming guide, "compute capabilities").
-sm_87 is Jetson Orin, sm_110 Jetson Thor (which CUDA before 13 called sm_101, and Triton 3.6 cannot compile for)."""
+sm_87 is Jetson Orin, sm_110 Jetson Thor, which CUDA before 13 called sm_101."""
+FIRST_TRITON = {"sm_110": (3, 7)}
+"""Targets -> first version of Triton whose assembler knows them; all others are known to 3.6."""
 
 ALLOWED_SPILLS = {
     ("3.7", "panoptic_claim_fp32_mask2former", "sm_80"): 8,
     ("3.6", "mask_sums_backward_gamma_2", "sm_80"): 8,
     ("3.6", "mask_sums_backward_gamma_any", "sm_80"): 8,
+    ("3.6", "panoptic_claim_fp16_maskformer", "sm_90"): 8,
+    ("3.6", "panoptic_claim_fp32_maskformer", "sm_90"): 8,
+    ("3.6", "panoptic_claim_most", "sm_100"): 8,
+    ("3.6", "semantic_logits_fp16_q128_k200_t99_scores_margins", "sm_100"): 16,
+    ("3.6", "semantic_embeddings_bf16_q256", "sm_100"): 16,
     ("3.8", "mask_sums_gamma_2", "sm_90"): 16,
     ("3.8", "matching_cost_sums_embeddings_bf16_2_kept", "sm_100"): 8,
 }
-"""(Triton version, kernel, target) -> most bytes that a thread may spill, 0 for all others. With 80 to 168 of 255
+"""(Triton version, kernel, target) -> most bytes that a thread may spill, 0 for all others. With 72 to 168 of 255
 registers the assembler spills two to four values for another block on each multiprocessor. Other orders of their
 statements move such spills to other targets and Triton versions."""
 
@@ -94,11 +102,17 @@ class CompiledKernel:
         return ""
 
 
+def known_targets(triton_version: str) -> tuple[str, ...]:
+    """Targets that a version of Triton such as ``3.7.0`` can compile for."""
+    version = tuple(map(int, triton_version.split(".")[:2]))
+    return tuple(target for target in SHARED_MEMORY_LIMITS if version >= FIRST_TRITON.get(target, (0, 0)))
+
+
 def compile_kernel(variant: KernelVariant, target: str) -> CompiledKernel:
     """Compile one variant for one target such as ``sm_87``.
 
-    Raises ValueError for an unknown target, RuntimeError where Triton was imported as interpreter or the kernel needs
-    scratch memory, and the compiler's own errors.
+    Raises ValueError for a target that is unknown, here or to Triton, RuntimeError where Triton was imported as
+    interpreter or the kernel needs scratch memory, and the compiler's own errors.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -106,6 +120,9 @@ def compile_kernel(variant: KernelVariant, target: str) -> CompiledKernel:
 
     if target not in SHARED_MEMORY_LIMITS:
         raise ValueError(f"target: expected one of {', '.join(SHARED_MEMORY_LIMITS)}, got {target!r}")
+    if target not in known_targets(triton.__version__):
+        first = ".".join(map(str, FIRST_TRITON[target]))
+        raise ValueError(f"target: expected Triton {first} or newer for {target}, got {triton.__version__}")
     if not isinstance(variant.kernel, triton.JITFunction):
         raise RuntimeError("kernels cannot be compiled where TRITON_INTERPRET is set: start Python without it")
     names = variant.kernel.arg_names
@@ -261,10 +278,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.record and not arguments.report:
         parser.error("--record: expected with --report only")
-    known_targets = tuple(TARGETS if arguments.report else SHARED_MEMORY_LIMITS)
-    arguments.targets = arguments.targets or ",".join(known_targets)
+    targets_known = known_targets(importlib.metadata.version("triton"))
+    if arguments.report:
+        targets_known = tuple(target for target in targets_known if target in TARGETS)
+    arguments.targets = arguments.targets or ",".join(targets_known)
     chosen = []
-    for name, known in (("targets", known_targets), ("kernels", KERNEL_MODULES)):
+    for name, known in (("targets", targets_known), ("kernels", KERNEL_MODULES)):
         values = tuple(getattr(arguments, name).split(","))
         if unknown := sorted(set(values) - set(known)):
             parser.error(f"--{name}: expected some of {','.join(known)}, got {','.join(unknown)}")

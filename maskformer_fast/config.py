@@ -6,26 +6,18 @@ costs a second and not an evening.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.core.checks import check, check_choice, check_finite
 
 Task = Literal["semantic", "instance", "panoptic"]
 Amp = Literal["off", "bf16", "fp16"]
+ModelType = Literal["maskformer", "mask2former", "per_pixel", "per_pixel_plus"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
 PanopticOrder = Literal["direct", "official"]
 PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
-
-
-def _check_finite(section: object, name: str) -> None:
-    """Raise ``ValueError`` for a number of a section that is NaN or infinite, alone or in a tuple."""
-    for entry in fields(section):  # type: ignore[arg-type]
-        value = getattr(section, entry.name)
-        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, float)]
-        check(all(map(math.isfinite, numbers)), f"{name}.{entry.name}", "finite numbers", value)
 
 
 @dataclass(frozen=True)
@@ -76,14 +68,15 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class PixelDecoderConfig:
-    """FPN pixel decoder (paper section 3.2), optionally with a transformer encoder on res5."""
+    """Pixel decoder: FPN, optionally with a transformer encoder on res5; Mask2Former's has deformable attention."""
 
     conv_dim: int = 256
     mask_dim: int = 256
     """Channels D of the pixel embeddings."""
     norm_groups: int = 32
     encoder_layers: int = 0
-    """Transformer encoder layers on res5: 0 for the plain FPN, 6 in the official panoptic models."""
+    """Transformer encoder layers on res5: 0 for the plain FPN, 6 in the official panoptic models. Mask2Former:
+    layers of deformable attention, 6 in the official models."""
     encoder_heads: int = 8
     encoder_ffn_dim: int = 2048
     encoder_dropout: float = 0.1
@@ -110,8 +103,12 @@ class DecoderConfig:
     ffn_dim: int = 2048
     dropout: float = 0.1
     num_queries: int = 100
+    attention_masks: Literal["resized", "direct"] = "resized"
+    """Mask2Former: masks of the attention from pixel embeddings resized once to each level, which is far cheaper, or,
+    as in the official code, masks of full size resized in each layer. Equal but for pixels on the edge of a mask."""
 
     def __post_init__(self) -> None:
+        check_choice("decoder.attention_masks", self.attention_masks, ("resized", "direct"))
         for name in ("layers", "hidden_dim", "num_heads", "ffn_dim", "num_queries"):
             check(getattr(self, name) > 0, f"decoder.{name}", "a positive integer", getattr(self, name))
         check(self.hidden_dim % self.num_heads == 0, "decoder.num_heads",
@@ -123,7 +120,7 @@ class DecoderConfig:
 class ModelConfig:
     """Network."""
 
-    type: Literal["maskformer", "per_pixel", "per_pixel_plus"] = "maskformer"
+    type: ModelType = "maskformer"
     num_classes: int = 0
     """Number of classes; 0 takes that of the data set."""
     weights: str | None = None
@@ -139,11 +136,16 @@ class ModelConfig:
     """Batches are padded to a multiple of this; 0 pads to the largest image only."""
 
     def __post_init__(self) -> None:
-        _check_finite(self, "model")
-        check_choice("model.type", self.type, ("maskformer", "per_pixel", "per_pixel_plus"))
+        check_finite(self, "model")
+        check_choice("model.type", self.type, get_args(ModelType))
         check(self.num_classes >= 0, "model.num_classes", ">= 0", self.num_classes)
-        check(self.size_divisibility >= 0, "model.size_divisibility", ">= 0", self.size_divisibility)
+        check(0 <= self.size_divisibility <= 1024, "model.size_divisibility", "0..1024", self.size_divisibility)
         check(all(s > 0 for s in self.pixel_std), "model.pixel_std", "positive numbers", self.pixel_std)
+
+    @property
+    def classifies_masks(self) -> bool:
+        """Whether the network predicts masks with classes, one for each query; a per-pixel baseline does not."""
+        return self.type in ("maskformer", "mask2former")
 
 
 @dataclass(frozen=True)
@@ -159,15 +161,24 @@ class LossConfig:
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     deep_supervision: bool = True
+    points: int = 0
+    """Number of points at which masks are matched and compared, 12544 in Mask2Former; 0 takes every pixel."""
+    oversample: float = 3.0
+    """With points: candidates drawn for an image, as a multiple of ``points``; a pair takes its most uncertain ones."""
+    importance: float = 0.75
+    """With points: share of a pair's points that are its most uncertain candidates; the others are random."""
     padding: Literal["exclude", "include"] = "exclude"
     """Whether padding pixels count in mask losses; ``include`` gives the official code's numbers."""
     max_nonfinite_steps: int = 10
     """Number of consecutive skipped steps (non-finite cost, loss or gradient) after which training stops."""
 
     def __post_init__(self) -> None:
-        _check_finite(self, "loss")
+        check_finite(self, "loss")
         for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "focal_gamma"):
             check(getattr(self, name) >= 0, f"loss.{name}", ">= 0", getattr(self, name))
+        check(self.points >= 0, "loss.points", ">= 0", self.points)
+        check(self.oversample >= 1.0, "loss.oversample", ">= 1", self.oversample)
+        check(0.0 <= self.importance <= 1.0, "loss.importance", "0..1", self.importance)
         check(0.0 <= self.focal_alpha <= 1.0, "loss.focal_alpha", "0..1", self.focal_alpha)
         check_choice("loss.mask_loss", self.mask_loss, ("focal", "bce"))
         check_choice("loss.padding", self.padding, ("exclude", "include"))
@@ -199,7 +210,7 @@ class AugmentConfig:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        _check_finite(self, "data.augment")
+        check_finite(self, "data.augment")
         check_choice("data.augment.scale_mode", self.scale_mode, ("short_edge", "scale", "none"))
         check(len(self.short_edge) > 0 and min(self.short_edge) > 0, "data.augment.short_edge", "positive sizes",
               self.short_edge)
@@ -278,6 +289,9 @@ class TestConfig:
     short_edge: int | None = 512
     """Shorter side of the network's input, in pixels; ``None`` does not resize."""
     max_size: int = 2048
+    size: tuple[int, int] | None = None
+    """Height, width of the network's input, to which every image is brought whatever its shape; ``None`` keeps the
+    shape: see ``short_edge``."""
     object_mask_threshold: float = 0.8
     """Panoptic: least score of a query's best class; other queries are dropped."""
     overlap_threshold: float = 0.8
@@ -298,8 +312,9 @@ class TestConfig:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        _check_finite(self, "test")
+        check_finite(self, "test")
         check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
+        check(self.size is None or min(self.size) > 0, "test.size", "positive height and width, or None", self.size)
         check(self.max_size > 0, "test.max_size", "> 0", self.max_size)
         for name in ("object_mask_threshold", "overlap_threshold"):
             check(0.0 <= getattr(self, name) <= 1.0, f"test.{name}", "0..1", getattr(self, name))
@@ -309,6 +324,11 @@ class TestConfig:
         check(self.top_k > 0, "test.top_k", "> 0", self.top_k)
         check(all(s > 0 for s in self.multi_scale), "test.multi_scale", "positive factors", self.multi_scale)
         check(self.batch_size > 0, "test.batch_size", "> 0", self.batch_size)
+
+    @property
+    def edge(self) -> int | tuple[int, int] | None:
+        """The ``short_edge`` of `core.image_resize`: ``size`` if there is one."""
+        return self.size or self.short_edge
 
 
 @dataclass(frozen=True)
@@ -344,7 +364,7 @@ class SolverConfig:
     """With several processes (torchrun): replicate the network, or shard weights and optimiser state."""
 
     def __post_init__(self) -> None:
-        _check_finite(self, "solver")
+        check_finite(self, "solver")
         check_choice("solver.parallel", self.parallel, ("ddp", "fsdp"))
         for name in ("compile", "channels_last"):
             check(self.parallel == "ddp" or not getattr(self, name), f"solver.{name}", "False with parallel=fsdp", True)

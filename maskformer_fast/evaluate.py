@@ -18,10 +18,11 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, check_no_windows_path, write_json
 from maskformer_fast.data import build_dataset
 from maskformer_fast.data.worker import WorkerDied, worker_deaths_explained
+from maskformer_fast.deploy.bundle.manifest import Precision
+from maskformer_fast.deploy.runtime.selection import Backend
 from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.evaluation.measure import check_classes, check_measurable, measure
-from maskformer_fast.inference.bundle_predictor import Backend
 from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.output.writer import ResultWriter
 
@@ -52,9 +53,15 @@ class EvaluateOptions:
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
-    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
+    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else on the CPU
+    openvino where it is installed, else onnxruntime."""
     amp: Amp | None = None
-    """Precision of the network; by default that of its training. A bundle has the one it was exported with."""
+    """Precision of a checkpoint's network; by default that of its training."""
+    graphs: bool = False
+    """On a GPU, replay CUDA graphs of a checkpoint's network for batches whose sizes come again."""
+    precision: Precision | None = None
+    """Precision of a bundle's network. On a CPU: fp32, bf16 (openvino, where the processor has it) or int8 (an engine
+    of openvino in the bundle); by default int8 where the bundle has it, else fp32. On a GPU: that of an engine."""
     data: DataConfig = field(default_factory=DataConfig)
     test: TestConfig = field(default_factory=TestConfig)
 
@@ -83,7 +90,10 @@ def evaluate(options: EvaluateOptions) -> int:
     for name in ("output", "picture"):
         target = getattr(options, name)
         check(target is None or not Path(target).is_dir(), name, "a file, not a folder", target)
-    predictor = load(options.checkpoint, options.device, options.test, options.backend, options.amp)
+    predictor = load(
+        options.checkpoint, options.device, options.test, options.backend, options.amp, options.precision,
+        in_flight=options.test.batch_size, graphs=options.graphs,
+    )  # fmt: skip
     dataset = build_dataset(options.data, "val", predictor.metadata)
     check_classes(predictor.metadata, dataset.metadata)
     predictor.metadata = dataset.metadata  # for the data set's things, category ids and colours

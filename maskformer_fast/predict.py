@@ -24,8 +24,9 @@ from maskformer_fast.core.files import check_no_windows_path
 from maskformer_fast.core.image_files import in_result_folder, list_files
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import read_image
+from maskformer_fast.deploy.bundle.manifest import Precision
+from maskformer_fast.deploy.runtime.selection import Backend
 from maskformer_fast.inference.batches import infer_each
-from maskformer_fast.inference.bundle_predictor import Backend
 from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.output.writer import ResultWriter
 
@@ -61,9 +62,15 @@ class PredictOptions:
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
-    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
+    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else on the CPU
+    openvino where it is installed, else onnxruntime."""
     amp: Amp | None = None
-    """Precision of the network; by default that of its training. A bundle has the one it was exported with."""
+    """Precision of a checkpoint's network; by default that of its training."""
+    graphs: bool = False
+    """On a GPU, replay CUDA graphs of a checkpoint's network for batches whose sizes come again."""
+    precision: Precision | None = None
+    """Precision of a bundle's network. On a CPU: fp32, bf16 (openvino, where the processor has it) or int8 (an engine
+    of openvino in the bundle); by default int8 where the bundle has it, else fp32. On a GPU: that of an engine."""
     test: TestConfig = field(default_factory=TestConfig)
 
 
@@ -152,7 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=PredictOptions(tyro.MISSING, tyro.MISSING, test=stored[1]) if stored else None,
     )
     check_no_windows_path({"output": options.output})
-    predictor = load(options.checkpoint, options.device, options.test, options.backend, options.amp)
+    predictor = load(
+        options.checkpoint, options.device, options.test, options.backend, options.amp, options.precision,
+        in_flight=options.test.batch_size, graphs=options.graphs,
+    )  # fmt: skip
     for task in options.task:
         predictor.check_task(task)
     if "instance" in options.task:

@@ -75,6 +75,8 @@ def parse_config(argv):
         (DataConfig, {"workers": -1}, "data.workers"),
         (TestConfig, {"overlap_threshold": 1.5}, "test.overlap_threshold"),
         (TestConfig, {"short_edge": 0}, "test.short_edge"),
+        (TestConfig, {"size": (9, 0)}, "test.size"),
+        (ModelConfig, {"size_divisibility": 10**6}, "model.size_divisibility"),
         (TestConfig, {"multi_scale": (1.0, -1.0)}, "test.multi_scale"),
         (SolverConfig, {"lr": 0.0}, "solver.lr"),
         (SolverConfig, {"lr": float("nan")}, "solver.lr"),
@@ -125,7 +127,8 @@ CONFIGS = st.builds(
         ),
         skip_broken=st.booleans(),
     ),
-    test=st.builds(TestConfig, multi_scale=st.lists(st.floats(1e-3, 8.0), max_size=4).map(tuple)),
+    test=st.builds(TestConfig, size=st.sampled_from([None, (384, 640)]),
+                   multi_scale=st.lists(st.floats(1e-3, 8.0), max_size=4).map(tuple)),
     solver=st.builds(SolverConfig, lr=st.floats(1e-300, 1e300), milestones=st.lists(st.integers(0, 99)).map(tuple)),
 )
 
@@ -215,6 +218,11 @@ def test_options_override_the_recipe() -> None:
     assert config.data.augment.crop_size == (64, 48) and config.data.augment.short_edge == (3, 4, 5)
     assert config.test.multi_scale == (0.5, 1.0) and config.metrics == ("semantic",) and config.output == "runs/a b"
     assert config.model == demo.model and config.loss == demo.loss and config.log == demo.log
+
+
+def test_a_height_and_width_goes_before_the_short_edge() -> None:
+    assert parse_config(words("--test.size 384 640 --test.short-edge 9")).test.edge == (384, 640)
+    assert parse_config(words("--test.short-edge 384 --test.flip")).test.edge == 384
 
 
 def test_negated_flags_and_none_turn_settings_off() -> None:

@@ -24,6 +24,20 @@ MF_INLINE float load_element(const uint16_t* p) {
   return x;
 }
 
+// Loads the first `count` lanes, zeros into the others. Reads nothing beyond.
+template <class Element>
+MF_INLINE Floats load_elements(const Element* p, int64_t count) {
+  if (count >= kLanes) return load_elements(p);
+  Floats x{};
+  for (int64_t lane = 0; lane < count; ++lane) x[lane] = load_element(p + lane);
+  return x;
+}
+#if defined(__AVX512F__)
+MF_INLINE Floats load_elements(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(count >= kLanes ? 0xffff : count > 0 ? (1 << count) - 1 : 0, p);
+}
+#endif
+
 // Rounds to the nearest bfloat16, ties to even. NaN stays NaN.
 MF_INLINE Halves narrow(Floats x) {
   const Words bits = (Words)x;

@@ -43,7 +43,8 @@ MF_INLINE Ints load_ints(const int32_t* p) {
 }
 MF_INLINE void store(float* p, Floats x) { __builtin_memcpy(p, &x, sizeof x); }
 MF_INLINE void store(int32_t* p, Ints x) { __builtin_memcpy(p, &x, sizeof x); }
-MF_INLINE Floats broadcast(float x) { return Floats{} + x; }
+// x - 0 is x, so that this is a load of one number to all lanes; x + 0 would be an addition, for the sake of -0.
+MF_INLINE Floats broadcast(float x) { return x - Floats{}; }
 MF_INLINE Ints broadcast(int32_t x) { return Ints{} + x; }
 
 MF_INLINE Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }

@@ -19,7 +19,8 @@ from maskformer_fast.config import Amp, Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.machine import describe_machine
 from maskformer_fast.deploy.bundle.folder import Bundle, check_outside
-from maskformer_fast.deploy.bundle.manifest import Shape
+from maskformer_fast.deploy.bundle.manifest import Precision, Shape
+from maskformer_fast.deploy.runtime.selection import Backend
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,21 @@ class BenchmarkOptions:
     """HEIGHTxWIDTH of the frames."""
     task: Task = "semantic"
     """Task whose results are asked for."""
-    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt"] = "auto"
-    """The bundle's backend."""
+    backend: Backend = "auto"
+    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else on the CPU
+    openvino where it is installed, else onnxruntime."""
+    precision: Precision | None = None
+    """Precision of a bundle's network. On a CPU: fp32, bf16 (openvino, where the processor has it) or int8 (an engine
+    of openvino in the bundle); by default int8 where the bundle has it, else fp32. On a GPU: that of an engine."""
     amp: Amp = "off"
-    """Precision of PyTorch; an engine has the precision that it was built with."""
+    """Precision of PyTorch."""
     pictures: str | None = None
     """Folder with pictures to run on, as the time of post-processing depends on them; by default random rectangles."""
     seconds: float = 5.0
     """Measured time of each runner at each batch size, in seconds."""
-    in_flight: int = 2
-    """Frames that a stream of the bundle has in flight."""
+    in_flight: int | None = None
+    """Frames that a stream of the bundle has in flight. By default 2, for the least latency of single frames. With a
+    given number above 1, openvino divides the threads among the frames, for the most frames a second."""
     device: int = 0
     """Number of the GPU."""
     digest: str | None = None
@@ -63,7 +69,7 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         check(len(self.batches) > 0 and min(self.batches) > 0, "batches", "positive numbers", self.batches)
         check(self.seconds > 0, "seconds", "> 0", self.seconds)
-        check(self.in_flight > 0, "in_flight", "> 0", self.in_flight)
+        check(self.in_flight is None or self.in_flight > 0, "in_flight", "> 0", self.in_flight)
         check(Shape.parse(self.size).batch == 1, "size", "HEIGHTxWIDTH", self.size)
 
     def settings(self, batch: int) -> list[Setting]:
@@ -74,6 +80,7 @@ class BenchmarkOptions:
             Setting(
                 kind, self.bundle if kind == "bundle" else str(self.checkpoint), batch, (shape.height, shape.width),
                 self.task, self.backend, self.device, self.in_flight, self.amp, self.digest, self.pictures,
+                self.precision,
             )
             for kind in kinds
         ]  # fmt: skip

@@ -101,7 +101,7 @@ def measure_batch(settings: Sequence[Setting], seconds: float) -> list[Row]:
                 processes[kind] = process
             except RuntimeError as error:
                 rows[kind]["error"] = str(error)
-            if kind == "bundle" and rows[kind].get("backend", setting.device) == "tensorrt":
+            if kind == "bundle" and rows[kind].get("backend", setting.device).startswith("tensorrt"):
                 torch_device = f"cuda:{setting.device_index}"
             logger.info("batch %d: %s %s", batch, NAMES[kind], rows[kind].get("error", "is ready"))
         samples = take_turns(processes, rows, seconds)

@@ -15,6 +15,7 @@ from maskformer_fast.core.image_files import IMAGE_FORMATS, list_files
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.core.results import unpack_mask_array
 from maskformer_fast.core.stages import StageSeconds
+from maskformer_fast.deploy.bundle.manifest import Precision
 
 Kind = Literal["bundle", "eager", "compile"]
 
@@ -30,10 +31,11 @@ class Setting:
     task: Task
     device: str  # for a bundle: name of a backend, or auto; for PyTorch: cpu or cuda:N
     device_index: int
-    in_flight: int
+    in_flight: int | None
     amp: Amp
     digest: str | None = None
     pictures: str | None = None
+    precision: Precision | None = None  # of a bundle
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Setting:
@@ -65,9 +67,11 @@ class BundleRunner:
         backend: Any = setting.device
         self.task = setting.task
         self.runtime = load(
-            setting.path, backend, digest=setting.digest, device=setting.device_index, in_flight=setting.in_flight
-        )
-        self.backend: str = self.runtime.backend
+            setting.path, backend, digest=setting.digest, device=setting.device_index, in_flight=setting.in_flight,
+            precision=setting.precision,
+        )  # fmt: skip
+        precision = self.runtime.precision
+        self.backend: str = self.runtime.backend + (f" {precision}" if precision not in (None, "fp32") else "")
 
     def predict(self, frames: Sequence[np.ndarray]) -> list[Any]:
         results: list[Any] = self.runtime.predict(list(frames), self.task)

@@ -22,7 +22,7 @@ from maskformer_fast.benchmark.runners import Setting, label_map, make_frames, o
 from maskformer_fast.core.machine import peak_resident_bytes
 from maskformer_fast.core.stages import StageSeconds
 from maskformer_fast.deploy.bundle.folder import read_manifest
-from maskformer_fast.deploy.runtime.selection import tensorrt_obstacle
+from maskformer_fast.deploy.runtime.selection import CPU_BACKENDS, tensorrt_obstacle
 
 FRAMES = 8
 """Smallest number of different frames; they are used in turn."""
@@ -114,7 +114,8 @@ def device_bytes(setting: Setting) -> int | None:
         free, total = torch.cuda.mem_get_info(torch.device(setting.device))
         return int(total - free)
     manifest, _ = read_manifest(setting.path)
-    if setting.device in ("onnxruntime", "openvino") or tensorrt_obstacle(manifest, setting.device_index) is not None:
+    on_cpu = setting.device in CPU_BACKENDS
+    if on_cpu or tensorrt_obstacle(manifest, setting.device_index, setting.precision) is not None:
         return None  # without a CUDA context, whose memory would count as the runner's
     from cuda.bindings import runtime as cuda
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, TypeGuard
 
+_LOGGER = logging.getLogger(__name__)
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 _READ_BYTES = 1 << 20
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")
@@ -88,6 +90,20 @@ def remove_temporary_files(folder: str | os.PathLike[str]) -> None:
         for entry in os.scandir(folder):
             if _TEMPORARY_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 os.unlink(entry.path)
+
+
+def put_aside(path: Path, reason: str) -> None:
+    """Rename a damaged file, or what stands in the place of a file, with a warning that names both.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    number, aside = 0, path.with_name(f"damaged_{path.name}")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"damaged_{path.name}.{number}")
+    path.rename(aside)
+    _LOGGER.warning("%s: %s; what was there is kept as %s", path, reason, aside.name)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any, indent: int | None = 2) -> None:

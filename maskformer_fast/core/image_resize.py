@@ -7,8 +7,13 @@ import numpy as np
 from maskformer_fast.core.checks import check
 
 
-def short_edge_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
-    """Height, width with the shorter side at ``short_edge``, or less if the longer would exceed ``max_size``."""
+def short_edge_size(height: int, width: int, short_edge: int | tuple[int, int], max_size: int) -> tuple[int, int]:
+    """Height, width with the shorter side at ``short_edge``, or less if the longer would exceed ``max_size``.
+
+    A ``short_edge`` that is itself a height and width is returned.
+    """
+    if isinstance(short_edge, tuple):
+        return short_edge
     scale = min(short_edge / min(height, width), max_size / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -24,10 +29,12 @@ def check_image(image: np.ndarray, name: str = "image") -> None:
 
 def resize_array(
     image: np.ndarray,  # [H, W, 3] uint8
-    short_edge: int | None,
+    short_edge: int | tuple[int, int] | None,
     max_size: int,
 ) -> np.ndarray:
     """Resize for inference: bilinear with antialiasing -> uint8 [h, w, 3]; ``short_edge`` None keeps the size.
+
+    A tuple is the height and width of the result.
 
     Raises:
         TypeError: the image is not uint8.

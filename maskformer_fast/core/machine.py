@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch", "triton", "numpy", "scipy", "pillow", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx",
-    "cuda-python",
+    "torch", "triton", "numpy", "scipy", "pillow", "transformers", "onnxruntime", "openvino", "nncf", "tensorrt",
+    "tensorrt_rtx", "cuda-python",
 )  # fmt: skip
 """Packages whose versions belong to a description of a machine."""
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+"""Linux's names of instructions that multiply in bfloat16: of x86-64 processors, and of Arm's."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -42,6 +44,16 @@ def gpu_names() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return process.stdout.strip().splitlines() if process.returncode == 0 else []
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16, as far as the system tells; True where it tells nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return not flags or not flags.isdisjoint(BFLOAT16_FLAGS)
 
 
 def installed_version(package: str) -> str | None:

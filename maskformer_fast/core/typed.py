@@ -86,7 +86,11 @@ class TypedReader:
         others = [kind for kind in kinds if kind is not type(None)]
         if len(others) == 1:
             return self.read(others[0], value, key)
-        check(type(value) in others, key, " or ".join(_WORDS[kind] for kind in kinds), value, self.error)
+        tuples = [kind for kind in others if get_origin(kind) is tuple]
+        if tuples and isinstance(value, (list, tuple)):
+            return self._read_tuple(get_args(tuples[0]), value, key)
+        words = [f"a list of {len(get_args(kind))}" if kind in tuples else _WORDS[kind] for kind in kinds]
+        check(type(value) in others, key, " or ".join(words), value, self.error)
         return self._read_single(type(value), value, key)
 
     def _read_tuple(self, kinds: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
@@ -119,7 +123,9 @@ def to_plain(value: Any, kind: Any = None) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         others = [argument for argument in arguments if argument is not type(None)]
-        return to_plain(value, others[0]) if value is not None and len(others) == 1 else value
+        if value is not None and len(others) == 1:
+            return to_plain(value, others[0])
+        return list(value) if isinstance(value, tuple) else value
     if origin is tuple:
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         return [to_plain(item, item_kind) for item, item_kind in zip(value, kinds, strict=True)]

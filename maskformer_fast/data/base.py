@@ -127,12 +127,15 @@ def first_existing(candidates: Sequence[Path], what: str) -> Path:
     """Return the first path that exists.
 
     Raises:
-        FileNotFoundError: none of them exists; the message lists them.
+        FileNotFoundError: none of them exists; the message lists them, and files of the same kind that are near.
     """
     for path in candidates:
         if path.exists():
             return path
-    raise FileNotFoundError(f"{what} not found; looked for {', '.join(map(str, candidates))}")
+    folders = dict.fromkeys(folder for path in candidates for folder in (path.parent, path.parent.parent))
+    near = [str(path) for folder in folders for path in sorted(folder.glob(f"*{candidates[0].suffix}"))][:_LISTED]
+    hint = f"; there is {', '.join(near)}: see data.train_split and data.val_split" if near else ""
+    raise FileNotFoundError(f"{what} not found; looked for {', '.join(map(str, candidates))}{hint}")
 
 
 def raise_or_log(problems: Sequence[str], what: str, skip_broken: bool) -> None:

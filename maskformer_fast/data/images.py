@@ -36,6 +36,14 @@ _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _LOSSY = ("JPEG", "MPO", "JPEG2000")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
 _UNDO = {6: 8, 8: 6}  # EXIF orientations that undo others; the rest undo themselves
+_OTHERS = {
+    b"": "an empty file",
+    b"version https://": "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+    b"GIF8": "GIF: convert it to PNG",
+    b"<": "HTML or XML: perhaps a download that failed",
+    b"PK\x03\x04": "a zip archive",
+}
+"""Beginnings of files that are taken for images -> what they are. The beginning of HEIC and AVIF is their length."""
 _FORMATS = sorted(set(IMAGE_FORMATS.values()))  # Pillow opens others with code of less use, and EPS with Ghostscript
 
 
@@ -74,6 +82,8 @@ def _decode(
     source: IO[bytes] | None = None,  # the file's content; by default the path is opened
 ) -> Image.Image:
     try:
+        if source is None and os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("expected a file, got a folder, pipe or device")
         with Image.open(source or path, formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
@@ -93,7 +103,7 @@ def _decode(
     except FileNotFoundError:
         reason = "no such file"
     except UnidentifiedImageError:
-        reason = f"cannot be decoded: expected content of one of {', '.join(_FORMATS)}, got another"
+        reason = f"cannot be decoded: expected content of one of {', '.join(_FORMATS)}, got {_other_content(path)}"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"expected at most {MAX_PIXELS} pixels: {error}"
     except Exception as error:  # decoders raise any exception on damaged data
@@ -101,6 +111,15 @@ def _decode(
             return _decode(path, upright, lower_bytes, without_texts(path))
         raise BrokenExampleError(path, f"cannot be decoded: {error or type(error).__name__}") from error
     raise BrokenExampleError(path, reason)
+
+
+def _other_content(path: str | os.PathLike[str]) -> str:
+    """Say what a file is that has no format of `IMAGE_FORMATS`, as far as its first bytes tell."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start[4:8] == b"ftyp":
+        return "HEIC, AVIF or a video: convert it to JPEG or PNG"
+    return next((name for beginning, name in _OTHERS.items() if start[: len(beginning) or 1] == beginning), "another")
 
 
 def read_image(path: str | os.PathLike[str], upright: bool = True) -> np.ndarray:

@@ -20,7 +20,7 @@ _LOGGER = logging.getLogger("maskformer_fast.data")
 
 _GUESSED_BITS = (8, 12, 16)  # depths that are tried for 16-bit files that do not say theirs
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG that hold text
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG that hold text, or the profile of its colours
 _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 _OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _warned: set[str] = set()  # kinds of warnings that this process has logged
@@ -52,7 +52,7 @@ def read_png_header(path: str | os.PathLike[str]) -> PngHeader | None:
 
 
 def without_texts(path: str | os.PathLike[str]) -> io.BytesIO:
-    """Copy a PNG without its text chunks, which Pillow refuses if they are large."""
+    """Copy a PNG without its texts and colour profile, which Pillow refuses if they are large."""
     content = memoryview(Path(path).read_bytes())
     kept, position = [content[:8]], 8
     while position + 12 <= len(content):

@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 
 def resize_image(
     image: np.ndarray,  # [H, W, 3] uint8
-    short_edge: int | None,
+    short_edge: int | tuple[int, int] | None,
     max_size: int,
 ) -> Tensor:
     """Resize for inference: bilinear with antialiasing -> uint8 [3, h, w]; ``short_edge`` None keeps the size.

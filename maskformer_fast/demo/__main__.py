@@ -21,7 +21,9 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.demo.page import DemoImage, build_app, import_gradio
 from maskformer_fast.demo.stages import StagedPredictor
-from maskformer_fast.inference.bundle_predictor import Backend, BundlePredictor
+from maskformer_fast.deploy.bundle.manifest import Precision
+from maskformer_fast.deploy.runtime.selection import Backend
+from maskformer_fast.inference.bundle_predictor import BundlePredictor
 from maskformer_fast.inference.load import load
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.recipes import recipe_names
@@ -52,7 +54,11 @@ class DemoOptions:
     device: str = "auto"
     """``auto`` takes the GPU where there is one."""
     backend: Backend = "auto"
-    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else onnxruntime."""
+    """Backend of a bundle: ``auto`` takes TensorRT where the bundle has an engine for this GPU, else on the CPU
+    openvino where it is installed, else onnxruntime."""
+    precision: Precision | None = None
+    """Precision of a bundle's network. On a CPU: fp32, bf16 (openvino, where the processor has it) or int8 (an engine
+    of openvino in the bundle); by default int8 where the bundle has it, else fp32. On a GPU: that of an engine."""
 
     def __post_init__(self) -> None:
         check(0 <= self.port <= 65535, "port", "0 to 65535", self.port)
@@ -127,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         listen(options.host, options.port) as bound,
     ):
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # uploads are removed at the end
-        predictor = load(options.checkpoint, options.device, backend=options.backend)
+        predictor = load(
+            options.checkpoint, options.device, backend=options.backend, precision=options.precision
+        )
         staged = StagedPredictor(predictor)
         scenes = write_scenes(Path(folder), scene_config(predictor))
         DemoImage(staged, scenes[0]).show(staged.tasks[0])  # a warm-up: the first run of a network is slower

@@ -5,9 +5,9 @@ The runtime (`maskformer_fast.deploy.runtime`) does the work without torch; this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,12 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
 from maskformer_fast.data.datasets.presets import PRESETS
 from maskformer_fast.data.images import ImageLike, as_rgb_array
-from maskformer_fast.deploy.bundle.folder import Bundle
-from maskformer_fast.deploy.bundle.manifest import MANIFEST_NAME, Manifest
+from maskformer_fast.deploy.bundle.folder import Bundle, naming
+from maskformer_fast.deploy.bundle.manifest import MANIFEST_NAME, Manifest, Precision
+from maskformer_fast.deploy.runtime.selection import Backend, choose_backend
 from maskformer_fast.deploy.runtime.session import Runtime
-from maskformer_fast.deploy.runtime.session import load as load_runtime
 from maskformer_fast.distributed import world_size
 
-Backend = Literal["auto", "onnxruntime", "openvino", "tensorrt"]
 CHANGEABLE = {"batch_size"}
 """Fields of the test configuration that a bundle does not fix."""
 IMAGES_AT_ONCE = 4
@@ -67,8 +66,8 @@ class BundlePredictor:
     def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic", exif: bool = True) -> Any:
         """Segment one image (-> one result) or several (-> a list); arguments and errors as `Predictor`'s."""
         self.check_task(task)
-        if isinstance(images, ImageLike):
-            return self.predict([images], task, exif)[0]
+        if isinstance(images, ImageLike) or not isinstance(images, Iterable):
+            return self.predict([images], task, exif)[0]  # which refuses what is no image
         arrays = [as_rgb_array(image, exif) for image in images]
         return [as_tensors(result) for result in self.runtime.predict(arrays, task)]
 
@@ -77,7 +76,7 @@ class BundlePredictor:
         images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB
         tasks: Sequence[Task],
     ) -> dict[Task, list[Result]]:
-        """Each task's results at the images' sizes; by onnxruntime the network runs once, by TensorRT for each task."""
+        """Each task's results at the images' sizes; on a CPU the network runs once, by TensorRT for each task."""
         by_task = self.runtime.predict_tasks(images, tasks)
         return {task: [as_tensors(result) for result in results] for task, results in by_task.items()}
 
@@ -88,7 +87,12 @@ def is_bundle(path: str | Path) -> bool:
 
 
 def load_bundle(
-    path: str | Path, device: str = "auto", test: TestConfig | None = None, backend: Backend = "auto"
+    path: str | Path,
+    device: str = "auto",
+    test: TestConfig | None = None,
+    backend: Backend = "auto",
+    precision: Precision | None = None,
+    in_flight: int | None = None,
 ) -> BundlePredictor:
     """A predictor from a bundle.
 
@@ -96,12 +100,14 @@ def load_bundle(
         device: ``auto``, ``cpu``, ``cuda`` (the first GPU, or the GPU of this rank) or ``cuda:N``. Another than
             ``auto`` decides the backend where ``backend`` is ``auto``.
         test: the settings that the bundle was exported with; only the batch size may differ, see `bundle_test`.
-        backend: see `maskformer_fast.deploy.runtime.load`.
+        backend, precision: see `maskformer_fast.deploy.runtime.load`.
+        in_flight: likewise, on a CPU; a GPU has memory for the default number.
 
     Raises:
-        BundleError: a damaged or changed bundle, or no engine for this GPU.
+        BundleError: a damaged or changed bundle, or no engine for this GPU or of this precision.
         ModuleNotFoundError: a library that the backend needs is not installed.
-        ValueError: another value of a test option that the bundle fixes, or a device that the backend does not run on.
+        ValueError: another value of a test option that the bundle fixes, or a device or precision that the
+            backend does not have.
     """
     opened = Bundle.open(path)
     fixed = bundle_test(opened.manifest)
@@ -110,7 +116,10 @@ def load_bundle(
         exported, got = getattr(fixed, name), getattr(test, name)
         check(got == exported, f"test.{name}", f"{exported!r}, which the bundle was exported with", got)
     backend, number = _backend_of(device, backend)
-    return BundlePredictor(load_runtime(opened, backend, device=number), test)
+    with naming(opened.folder):
+        choice = choose_backend(opened.manifest, backend, number, precision)
+    in_flight = None if choice.backend == "tensorrt" else in_flight
+    return BundlePredictor(Runtime(opened, choice, number or 0, in_flight), test)
 
 
 def bundle_test(manifest: Manifest) -> TestConfig:
@@ -119,9 +128,12 @@ def bundle_test(manifest: Manifest) -> TestConfig:
     The batch size is the number of images that the runtime gets in one call; it works on several at once.
     """
     before, after = manifest.preprocess, manifest.postprocess
+    edge = before.short_edge
+    short_edge, size = (min(edge), edge) if isinstance(edge, tuple) else (edge, None)
     return TestConfig(
-        short_edge=before.short_edge,
+        short_edge=short_edge,
         max_size=before.max_size,
+        size=size,
         object_mask_threshold=after.object_mask_threshold,
         overlap_threshold=after.overlap_threshold,
         panoptic_rule=after.panoptic_rule,
@@ -146,8 +158,8 @@ def as_tensors(result: Result) -> Result:
     return InstanceResult(labels, scores, masks, boxes, result.size)
 
 
-def _backend_of(device: str, backend: Backend) -> tuple[Backend, int]:
-    """Backend and CUDA device number of a device as users name it."""
+def _backend_of(device: str, backend: Backend) -> tuple[Backend, int | None]:
+    """Backend and CUDA device number, None for the CPU, of a device as users name it."""
     # In a process group, `process_group` made the rank's GPU the current one.
     default = torch.cuda.current_device() if world_size() > 1 and torch.cuda.is_available() else 0
     if device == "auto":
@@ -155,7 +167,8 @@ def _backend_of(device: str, backend: Backend) -> tuple[Backend, int]:
     kind, _, number = device.partition(":")
     known = kind in ("cpu", "cuda") and (not number or (kind == "cuda" and number.isdecimal()))
     check(known, "device", "auto, cpu, cuda or cuda:N", device)
-    on_cpu: Backend = "openvino" if backend == "openvino" else "onnxruntime"
-    on_device: Backend = on_cpu if kind == "cpu" else "tensorrt"
-    check(backend in ("auto", on_device), "device", f"one that {backend} runs on", device)
-    return on_device, int(number) if number else default
+    fits = backend == "auto" or (backend == "tensorrt") == (kind == "cuda")
+    check(fits, "device", f"one that {backend} runs on", device)
+    if kind == "cpu":
+        return backend, None
+    return "tensorrt", int(number) if number else default

@@ -13,9 +13,10 @@ from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import dataset_metadata
 from maskformer_fast.deploy.bundle.folder import read_manifest
+from maskformer_fast.deploy.bundle.manifest import Precision
+from maskformer_fast.deploy.runtime.selection import Backend
 from maskformer_fast.distributed import resolve_device
 from maskformer_fast.inference.bundle_predictor import (
-    Backend,
     BundlePredictor,
     bundle_data,
     bundle_test,
@@ -25,7 +26,7 @@ from maskformer_fast.inference.bundle_predictor import (
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.fuse_for_cpu import convolves_bfloat16, fuse_for_cpu
-from maskformer_fast.modeling.weights import check_architecture, load_into, load_weights
+from maskformer_fast.modeling.weights import CheckpointError, check_architecture, load_into, load_weights
 from maskformer_fast.recipes import load_recipe, recipe_names
 
 
@@ -35,6 +36,9 @@ def load(
     test: TestConfig | None = None,
     backend: Backend = "auto",
     amp: Amp | None = None,
+    precision: Precision | None = None,
+    in_flight: int | None = None,
+    graphs: bool = False,
 ) -> Predictor | BundlePredictor:
     """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
 
@@ -44,21 +48,27 @@ def load(
     Args:
         test: resizing and thresholds in place of those of the checkpoint or recipe; a bundle fixes its own.
         backend: what runs a bundle, see `maskformer_fast.deploy.runtime.load`; without a bundle it must be ``auto``.
-        amp: precision of the network, by default that of its training; a bundle's is fixed.
+        amp: precision of a checkpoint's network, by default that of its training.
+        precision: that of a bundle's network, see `maskformer_fast.deploy.runtime.load`.
+        in_flight: number of images that a bundle works on at once on a CPU, see there.
+        graphs: on a GPU, replay CUDA graphs for batches whose sizes come again, see `Predictor`; a bundle always does.
 
     Raises:
         FileNotFoundError: neither a path nor a recipe.
         CheckpointError, BundleError: a damaged checkpoint or bundle.
-        ValueError: a backend without a bundle, an ``amp`` with one, or a ``test`` that differs from the bundle's.
+        ValueError: a backend or ``precision`` without a bundle, an ``amp`` or ``graphs`` with one, or a ``test`` that
+            differs from the bundle's.
     """
     if is_bundle(path_or_recipe):
-        check(amp is None, "amp", "none, as a bundle's precision was chosen when it was exported", amp)
-        return load_bundle(path_or_recipe, device, test, backend)
+        check(amp is None, "amp", "none with a bundle, for which the option is precision", amp)
+        check(not graphs, "graphs", "False, as a bundle decides by itself", graphs)
+        return load_bundle(path_or_recipe, device, test, backend, precision, in_flight)
     check(backend == "auto", "backend", f"auto, as {path_or_recipe} is not a bundle and runs in PyTorch", backend)
-    predictor = load_network(path_or_recipe, device, test)
+    check(precision is None, "precision", "none without a bundle; for a checkpoint the option is amp", precision)
     if amp is not None:
         check_choice("amp", amp, get_args(Amp))
-        predictor.amp = amp
+    loaded = load_network(path_or_recipe, device, test)
+    predictor = Predictor(loaded.network, loaded.config, loaded.metadata, loaded.device, amp, graphs)
     if predictor.device.type == "cpu" and torch.backends.mkldnn.is_available():
         half = predictor.amp == "bf16" and convolves_bfloat16()
         fuse_for_cpu(predictor.network, torch.bfloat16 if half else torch.float32)
@@ -75,6 +85,8 @@ def load_network(path_or_recipe: str | Path, device: str = "auto", test: TestCon
     else:
         config, metadata, weights, _ = load_weights(path_or_recipe)
         check_architecture(config.model, weights, path_or_recipe)
+        check(metadata.num_classes == config.model.num_classes, f"{path_or_recipe}: metadata.class_names",
+              f"the {config.model.num_classes} classes of the network", metadata.num_classes, CheckpointError)
         network = build_model(config.model)
         load_into(network, weights, path_or_recipe)
     on = resolve_device(device)

@@ -38,6 +38,7 @@ STAGES = ["stage1", "stage2", "stage3", "stage4"]
 NORM_GROUPS = 32
 BOTTLENECK = 4
 """Ratio of the widths of a bottleneck's output and of the bottleneck."""
+_BILINEAR = 2  # of Pillow's filters
 _LIMIT = 2**24
 """Limit of numbers in a configuration; real ones are smaller."""
 
@@ -108,7 +109,7 @@ def read_config(config: Section, processor: Section | None, num_classes: int) ->
     if decoder.get("model_type", "detr") != "detr":
         problems.append(f"{decoder.where}: model_type: expected 'detr', got {decoder.values['model_type']!r}")
     problems += decoder.departures(DETR_FIXED)
-    backbone, wrong = _read_backbone(config.section("backbone_config", {"model_type": "missing"}))
+    backbone, wrong = read_backbone(config.section("backbone_config", {"model_type": "missing"}))
     problems += wrong
     if processor is not None:
         problems += processor.departures(PROCESSOR_FIXED)
@@ -134,7 +135,7 @@ def read_config(config: Section, processor: Section | None, num_classes: int) ->
     )  # fmt: skip
     if processor is None:
         return Config(model=model, loss=loss)
-    return Config(model=_read_pixels(processor, model), loss=loss, test=_read_test(processor))
+    return Config(model=read_pixels(processor, model), loss=loss, test=read_test(processor))
 
 
 def read_class_names(config: Section, num_classes: int) -> tuple[str, ...] | None:
@@ -207,11 +208,11 @@ def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
     model, test = config.model, config.test
     ignore_index, reduce_labels = _label_values(metadata)
     return {
-        "image_processor_type": "MaskFormerImageProcessor",
-        "do_resize": test.short_edge is not None,
-        "size": {"shortest_edge": test.short_edge or TestConfig().short_edge, "longest_edge": test.max_size},
+        "image_processor_type": f"Mask{2 if model.type == 'mask2former' else ''}FormerImageProcessor",
+        "do_resize": test.edge is not None,
+        "size": _write_size(test),
         "size_divisor": model.size_divisibility,
-        "resample": 2,  # bilinear
+        "resample": _BILINEAR,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -223,7 +224,13 @@ def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
     }
 
 
-def _read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
+def _write_size(test: TestConfig) -> dict[str, Any]:
+    if test.size is not None:
+        return {"height": test.size[0], "width": test.size[1]}
+    return {"shortest_edge": test.short_edge or TestConfig().short_edge, "longest_edge": test.max_size}
+
+
+def read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
     """The nearest preset with the fields that differ from it, and problems."""
     kind = backbone.get("model_type", "missing")
     fields: dict[str, Any]
@@ -258,7 +265,7 @@ def _read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
     return nearest_preset(fields), problems
 
 
-def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
+def read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
     factor = processor.get("rescale_factor", 1 / 255)
     if factor < 1 / _LIMIT:
         raise ConvertError(f"{processor.where}: rescale_factor: expected a value such as 1 / 255, got {factor}")
@@ -273,19 +280,25 @@ def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
         model,
         pixel_mean=pixels("image_mean", model.pixel_mean),
         pixel_std=pixels("image_std", model.pixel_std),
-        size_divisibility=processor.get("size_divisor", processor.get("size_divisibility", 32)),
+        size_divisibility=_size_divisor(processor),
     )
 
 
-def _read_test(processor: Section) -> TestConfig:
-    """Sizes at inference. A fixed height and width, which we do not have, becomes the nearest, with a warning."""
-    size = processor.values.get("size", 800)
+def _size_divisor(processor: Section) -> int:
+    return processor.get("size_divisor", processor.get("size_divisibility", 32))
+
+
+def read_test(processor: Section) -> TestConfig:
+    """Sizes at inference."""
+    for problem in processor.departures({"resample": _BILINEAR}):
+        logger.warning("%s; images are resized bilinearly, so that results may differ", problem)
+    size = processor.values.get("size")
     if processor.values.get("do_resize") is False:
         return TestConfig(short_edge=None)
-    if isinstance(size, int):
-        size = {"shortest_edge": size}
     if isinstance(size, list) or (isinstance(size, dict) and "shortest_edge" not in size):
         return _read_fixed_size(processor, size)
+    if size is None or isinstance(size, int):
+        size = {"shortest_edge": size}
     edges = Section(f"{processor.where}: size", size)
     return TestConfig(
         short_edge=edges.get("shortest_edge", 800),
@@ -294,19 +307,18 @@ def _read_test(processor: Section) -> TestConfig:
 
 
 def _read_fixed_size(processor: Section, size: list[Any] | dict[str, Any]) -> TestConfig:
-    """The nearest to a height and width that images are brought to, whatever their shape."""
-    sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
-    if len(sides) != 2 or not all(type(side) is int and 0 < side < _LIMIT for side in sides):
+    """Height and width that images are brought to, whatever their shape: the next multiples of the divisor."""
+    given: list[Any] = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
+    sides = [int(side) for side in given if type(side) in (int, float) and 0 < side < _LIMIT and side == int(side)]
+    if len(given) != 2 or len(sides) != 2:
         test = TestConfig()
         logger.warning("%s: size: expected shortest_edge, or height and width, got %s; images are resized to a "
                        "short edge of %s, at most %s: see --test.short-edge", processor.where, _shown(size),
                        test.short_edge, test.max_size)  # fmt: skip
         return test
-    test = TestConfig(short_edge=min(sides), max_size=max(TestConfig.max_size, *sides))
-    logger.warning("%s: size: %s x %s: Hugging Face brings every image to this size; here images keep their shape, "
-                   "with a short edge of %s, at most %s: results differ, see --test.short-edge", processor.where,
-                   *sides, test.short_edge, test.max_size)  # fmt: skip
-    return test
+    step = max(1, _size_divisor(processor))
+    height, width = (-(-side // step) * step for side in sides)
+    return TestConfig(min(sides), max(TestConfig.max_size, *sides), size=(height, width))
 
 
 def _check_expressible(model: ModelConfig, backbone: BackboneConfig, metadata: Metadata) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from maskformer_fast.config import Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, is_full_disk, write_json
-from maskformer_fast.core.image_files import RESULT_LIST, RESULT_MARK, is_result_list, result_names
+from maskformer_fast.core.image_files import RESULT_FOLDERS, RESULT_LIST, RESULT_MARK, is_result_list, result_names
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import PanopticResult, Result, SemanticResult
 from maskformer_fast.distributed import gather_on_main
@@ -25,6 +25,8 @@ from maskformer_fast.output.formats import (
     write_panoptic_json,
     write_panoptic_png,
 )
+
+_LISTS = ("panoptic.json", "instances.json")
 
 
 class ResultWriter:
@@ -50,14 +52,16 @@ class ResultWriter:
             file_names: file names in the JSON files, if they are not ``names``.
 
         Raises:
-            ValueError: the folder is a file or lies below one, or has an ``images.json`` of another origin, which would
-                be lost.
+            ValueError: the folder is a file or lies below one, or has files of a result's name from elsewhere, which
+                would be lost.
         """
         nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         check(nearest.is_dir(), "output", "a folder, which may be new", str(nearest))
         listed = folder / RESULT_LIST
-        check(not os.path.lexists(listed) or is_result_list(listed), "output",
-              f"a folder without another {RESULT_LIST}; choose an empty one", str(listed))
+        if not is_result_list(listed):  # whatever has the name of a result is another's, as a data set's truth
+            for name in (RESULT_LIST, *_LISTS, *RESULT_FOLDERS):
+                check(not os.path.lexists(folder / name) or _is_empty_folder(folder / name), "output",
+                      f"a folder without another {name}; choose an empty one", str(folder / name))
         self.folder = folder
         self.metadata = metadata
         self.overlays = overlays
@@ -151,3 +155,7 @@ class ResultWriter:
             "categories": coco_categories(self.metadata),
         }
         write_json(self.folder / RESULT_LIST, content, indent=None)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

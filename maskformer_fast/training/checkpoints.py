@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from maskformer_fast.config import Config
-from maskformer_fast.core.files import flush, remove_temporary_files, sha256_of_file, write_json
+from maskformer_fast.core.files import flush, put_aside, remove_temporary_files, sha256_of_file, write_json
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.typed import to_plain
 from maskformer_fast.distributed import on_main
@@ -44,6 +44,9 @@ CHECKSUMS_NAME = "checksums.json"
 KEPT_CHECKPOINTS = 2
 """Number of newest checkpoints of a run that are kept, beside the best."""
 TEMPORARY_PREFIX = ".writing-"
+_FOLDERS = ("checkpoints", "pictures", "tensorboard")
+_FILES = ("log.jsonl", "metrics.json", "predictions.png", "checkpoints/best.json")
+_LINKS = ("checkpoints/best", "checkpoints/last")
 
 
 class UnreadableChecksums(CheckpointError):
@@ -118,7 +121,9 @@ def mark_best(folder: Path, checkpoint: Path, score: float) -> None:
 
 
 def best_score(folder: Path) -> float | None:
-    """Score of the best checkpoint so far; ``None`` before the first validation."""
+    """Score of the best checkpoint so far; ``None`` before the first validation, and if the link to it is lost."""
+    if not (folder / "best").exists():
+        return None
     return saved_number(folder / "best.json", "score")
 
 
@@ -216,12 +221,7 @@ def set_aside(damaged: Iterable[Path], newest: Path) -> None:
     """
     folder = newest.parent
     for path in damaged:
-        number, aside = 0, folder / f"damaged_{path.name}"
-        while aside.exists():
-            number += 1
-            aside = folder / f"damaged_{path.name}.{number}"
-        path.rename(aside)
-        logger.warning("%s is damaged: moved to %s", path, aside)
+        put_aside(path, "a damaged checkpoint")
     _point(folder / "last", newest)
     if not (folder / "best").exists():
         for name in ("best", "best.json"):
@@ -246,7 +246,19 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def clean_run(folder: Path) -> None:
-    """Delete what a killed process left in a run's folder. No process may be writing there."""
+    """Delete what a killed process left in a run's folder, and rename what stands where the run writes other things.
+
+    No process may be writing there.
+    """
+    for name in _FOLDERS:
+        if (path := folder / name).exists() and not path.is_dir():
+            put_aside(path, "expected a folder, got a file")
+    for name in _FILES:
+        if (path := folder / name).exists() and not path.is_file():
+            put_aside(path, "expected a file, got a folder or a pipe")
+    for name in _LINKS:
+        if (path := folder / name).exists() and not path.is_symlink():
+            put_aside(path, "expected a symbolic link, got a file or folder")
     remove_leftovers(folder / "checkpoints")
     for part in (folder, folder / "checkpoints", folder / "pictures"):
         remove_temporary_files(part)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from maskformer_fast.core.files import atomic_write
+from maskformer_fast.core.files import atomic_write, put_aside
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +103,14 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        _set_aside(path, str(error))
+        put_aside(path, str(error))
         return []
     read = [(line, _entry(line)) for line in written]
-    bad = [number for number, (line, entry) in enumerate(read, 1) if entry is None and line and number < len(read)]
+    bad = [number for number, (line, entry) in enumerate(read, 1)
+           if entry is None and line and (number < len(read) or not line.startswith(b"{"))]
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        _set_aside(path, f"{len(bad)} of {len(read) - 1} lines are damaged (line {shown}) and left out")
+        put_aside(path, f"{len(bad)} of {len(read) - (not written[-1])} lines are damaged (line {shown}) and left out")
     return [(line, entry) for line, entry in read if entry is not None]
 
 
@@ -120,16 +121,6 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) and type(entry.get("step")) is int else None
-
-
-def _set_aside(path: Path, reason: str) -> None:
-    """Rename a damaged file, with a warning that names it."""
-    number, aside = 0, path.with_name(f"damaged_{path.name}")
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"damaged_{path.name}.{number}")
-    path.rename(aside)
-    logger.warning("%s: %s; the file as it was is kept as %s", path, reason, aside.name)
 
 
 def _tensorboard(folder: Path, start_step: int) -> Any:

@@ -108,11 +108,11 @@ def test_gpu_memory_of_a_bundle_is_that_in_use_on_its_device(tiny: Bundle, monke
     bindings = ModuleType("cuda.bindings")
     bindings.runtime = Cuda("cuda.bindings.runtime")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setattr(worker, "tensorrt_obstacle", lambda manifest, device: None)
+    monkeypatch.setattr(worker, "tensorrt_obstacle", lambda *_: None)
     gpu = setting("bundle", tiny.folder, device="auto", device_index=2)
     assert worker.device_bytes(gpu) == 400 and calls == [2]
     assert worker.device_bytes(replace(gpu, device="onnxruntime")) is None
-    monkeypatch.setattr(worker, "tensorrt_obstacle", lambda manifest, device: ValueError("no engine"))
+    monkeypatch.setattr(worker, "tensorrt_obstacle", lambda *_: ValueError("no engine"))
     assert worker.device_bytes(gpu) is None and calls == [2], "no context is made"
 
 

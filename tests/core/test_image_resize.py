@@ -16,6 +16,7 @@ def test_none_keeps_the_image_and_sizes_follow_the_short_edge() -> None:
     assert resize_array(IMAGE, None, 4) is IMAGE
     assert resize_array(IMAGE, 10, 100).shape == (10, 14, 3)
     assert resize_array(IMAGE, 10, 7).shape == (5, 7, 3)
+    assert resize_array(IMAGE, (11, 3), 1).shape == (11, 3, 3), "a height and width, whatever the image's shape"
 
 
 def test_arrays_that_are_no_images_are_refused() -> None:

@@ -27,6 +27,7 @@ constexpr Operator kOperators[] = {
     {"assignment", run_assignment},
     {"assignment teams", run_assignment_teams},
     {"convolution", run_convolution},
+    {"deformable_attention", run_deformable_attention},
     {"matching_cost", run_matching_cost},
     {"mask_loss", run_mask_loss},
     {"resized_argmax", run_resized_argmax},

@@ -56,6 +56,7 @@ class Random {
 void run_assignment(Random& random, int threads);
 void run_assignment_teams(Random& random, int threads);
 void run_convolution(Random& random, int threads);
+void run_deformable_attention(Random& random, int threads);
 void run_mask_loss(Random& random, int threads);
 void run_matching_cost(Random& random, int threads);
 void run_resized_argmax(Random& random, int threads);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import pickle
 import struct
 import zlib
@@ -186,6 +187,34 @@ def encoded(kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(noise(np.random.default_rng(1), 12, 17, 3)).save(buffer, kind)
     return buffer.getvalue()
+
+
+def test_a_large_colour_profile_in_a_png_does_not_matter(tmp_path, rng):
+    values, data = noise(rng, 6, 9), b"c\0\0" + zlib.compress(b"z" * 3_000_000)
+    chunk = struct.pack(">I", len(data)) + b"iCCP" + data + struct.pack(">I", zlib.crc32(b"iCCP" + data))
+    content = png(values, 8, 0)
+    (tmp_path / "x.png").write_bytes(content[:33] + chunk + content[33:])  # after the header
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], values)
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    (b"", "an empty file"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    (b"GIF89a", "GIF: convert"), (b"<!DOCTYPE html>", "HTML"),
+    (b"\0\0\0\x18ftypheic", "HEIC, AVIF or a video: convert"), (b"PK\x03\x04", "zip"),
+    (b"text", "got another"),
+])  # fmt: skip
+def test_an_error_says_what_is_in_the_place_of_an_image(tmp_path, content, named):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(BrokenExampleError, match=rf"x\.jpg: cannot be decoded: expected content of .*{named}"):
+        read_image(tmp_path / "x.jpg")
+
+
+def test_a_pipe_or_folder_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    (tmp_path / "y.png").mkdir()
+    for name in ("x.png", "y.png"):
+        with pytest.raises(BrokenExampleError, match=f"{name}: cannot be decoded: expected a file"):
+            read_image(tmp_path / name)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about damaged metadata

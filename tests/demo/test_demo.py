@@ -84,7 +84,7 @@ def test_a_bundle_gives_all_tasks_with_one_run(tmp_path: Path) -> None:
         assert [expected_at(got, *at)[0] for at in zip(y, x, strict=True)] == [
             expected_at(expected, *at)[0] for at in zip(y, x, strict=True)]  # fmt: skip
     assert list(opened.seconds) == ["resize", "network"] and min(opened.seconds.values()) > 0
-    assert opened.pixel_scores() is None and staged.runs_on == "onnxruntime"
+    assert opened.pixel_scores() is None and staged.runs_on == "openvino"
     results, seconds = predictor.runtime.timed_tasks([photo(), photo(1)], ("panoptic", "semantic"))
     assert [len(of_task) for of_task in results.values()] == [2, 2] and min(seconds) >= 0
     for task, of_task in results.items():

@@ -62,6 +62,18 @@ def photos(folder: Path) -> Path:
     return folder / "photos"
 
 
+def test_a_height_and_width_for_every_image_is_kept_in_a_bundle(folder: Path) -> None:
+    test = replace(TEST, short_edge=40, size=(40, 72))
+    bundle, reference = tiny_bundle(folder / "fixed size", test)
+    predictor = maskformer_fast.load(bundle.folder, "cpu")
+    assert predictor.test.size == (40, 72) and stored_options(bundle.folder)[1].size == (40, 72)
+    images = [photo(number, *size) for number, size in enumerate(SIZES)]
+    for got, expected in zip(predictor.predict(images), reference.predict(images), strict=True):
+        assert (got.labels == expected.labels).float().mean() > 0.99
+    with pytest.raises(ValueError, match=r"test\.size: expected \(40, 72\)"):
+        maskformer_fast.load(bundle.folder, "cpu", test=replace(predictor.test, size=(41, 72)))
+
+
 def test_semantic_results_equal_the_checkpoints(pair: tuple[BundlePredictor, Predictor]) -> None:
     predictor, reference = pair
     images = [photo(number, *size) for number, size in enumerate(SIZES)]
@@ -134,6 +146,8 @@ def test_every_kind_of_image_is_taken(pair: tuple[BundlePredictor, Predictor], t
         pair[0].predict(image, "depth")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="images: expected a uint8 array"):
         pair[0].predict(image.astype(np.float32))
+    with pytest.raises(TypeError, match="images: expected a path, PIL image, array or tensor, got NoneType"):
+        pair[0].predict(None)  # type: ignore[arg-type]
 
 
 def test_metrics_equal_the_checkpoints(shapes: tuple[Path, Predictor]) -> None:

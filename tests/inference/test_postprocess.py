@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.core.metadata import VOID
-from maskformer_fast.inference import postprocess
+from maskformer_fast.inference import device_postprocess, postprocess
 from maskformer_fast.ops import semantic_pruned
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import PixelPredictions, Predictions, Projection, unpack_masks
@@ -151,13 +151,13 @@ def test_merged_stuff_sums_areas_and_takes_the_best_score(first: float, last: fl
 def test_masks_are_computed_for_kept_queries_only(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     for name in ("panoptic_inference", "instance_inference"):
-        original = getattr(postprocess, name)
+        original = getattr(device_postprocess, name)
 
         def spy(logits: torch.Tensor, *rest: object, original: Callable[..., object] = original) -> object:
             shapes.append(tuple(logits.shape[:2]))
             return original(logits, *rest)
 
-        monkeypatch.setattr(postprocess, name, spy)
+        monkeypatch.setattr(device_postprocess, name, spy)
     predictions = random_predictions(16, valid_sizes=[INPUT_SIZE] * 2)
     predictions.class_logits[-1, :, :, -1] = 50.0
     predictions.class_logits[-1, 0, [2, 5], 3] = predictions.class_logits[-1, 1, 4, 1] = 60.0

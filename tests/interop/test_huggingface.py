@@ -25,6 +25,7 @@ from maskformer_fast.config import (
 )
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.datasets.presets import preset_metadata
+from maskformer_fast.data.transforms import resize_image
 from maskformer_fast.interop import huggingface
 from maskformer_fast.interop.huggingface import RULES, read_folder, write_folder
 from maskformer_fast.interop.huggingface_config import Section, read_config, write_config
@@ -247,6 +248,31 @@ def test_image_processor_prepares_our_input(tmp_path: Path) -> None:
     expected = build_model(config.model).normalize(image[None], torch.tensor([[64, 96]]))
     torch.testing.assert_close(torch.as_tensor(got), expected, atol=1e-5, rtol=0)
     assert processor(torch.zeros(3, 32, 40).numpy(), return_tensors="pt")["pixel_values"].shape[-2:] == (64, 96)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (50, 90)])
+def test_a_fixed_height_and_width_gives_the_image_processors_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
+    write(tmp_path / "model", Config(model=model_config(RESNET), test=TestConfig(size=(64, 64))))
+    edit(tmp_path / "model/preprocessor_config.json",
+         lambda content: content.update(size={"height": size[0], "width": size[1]}))
+    processor = transformers.MaskFormerImageProcessor.from_pretrained(tmp_path / "model")
+    config = read_folder(tmp_path / "model").config
+    assert config.test.size == (64, 96), "the next multiples of the divisor"
+    image = torch.randint(0, 256, (3, 41, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    got = torch.as_tensor(processor(image.numpy(), return_tensors="pt")["pixel_values"])
+    resized = resize_image(image.permute(1, 2, 0).numpy(), config.test.edge, config.test.max_size)
+    expected = build_model(config.model).normalize(resized[None], torch.tensor([[64, 96]]))
+    assert got.shape == expected.shape and (got - expected).abs().max() < 2.5 / 57  # two steps of 8 bits
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_do_not_matter(tmp_path: Path, encoding: str) -> None:
+    write(tmp_path / "model", Config(model=model_config(SWIN)))
+    expected = read_folder(tmp_path / "model").config
+    for name in ("config.json", "preprocessor_config.json"):
+        path = tmp_path / "model" / name
+        path.write_bytes(path.read_text().encode(encoding))
+    assert read_folder(tmp_path / "model").config == expected
 
 
 def test_the_image_processor_is_read(tmp_path: Path) -> None:

@@ -58,17 +58,24 @@ backbones = st.one_of(
         st.floats(0, 0.9),
     ),
 )  # fmt: skip
+def sizes_of(edge: int | tuple[int, int] | None, divisor: int) -> TestConfig:
+    if isinstance(edge, tuple):  # their images have sides that are multiples
+        height, width = (side * max(1, divisor) for side in edge)
+        return TestConfig(min(height, width), max(2048, height, width), size=(height, width))
+    return TestConfig(short_edge=edge, max_size=edge or 2048)
+
+
 configs = st.builds(
     lambda backbone, conv, mask, layers, heads, ffn, queries, dropout, divisor, mean, edge: Config(
         model=model_config(
             backbone, pixel_decoder=PixelDecoderConfig(conv_dim=conv, mask_dim=mask), size_divisibility=divisor,
             decoder=DecoderConfig(layers, 4 * heads, heads, ffn, dropout, queries), pixel_mean=(mean,) * 3,
         ),
-        test=TestConfig(short_edge=edge, max_size=edge or 2048),
+        test=sizes_of(edge, divisor),
     ),
     backbones, widths, st.integers(1, 99), st.integers(1, 9), st.integers(1, 9), st.integers(1, 99),
     st.integers(1, 300), st.floats(0, 0.9), st.integers(0, 64), st.floats(0, 255).map(lambda mean: round(mean, 3)),
-    st.none() | st.integers(1, 3000),
+    st.none() | st.integers(1, 3000) | st.tuples(st.integers(1, 99), st.integers(1, 99)),
 )  # fmt: skip
 
 
@@ -109,31 +116,38 @@ def test_label_values_are_those_of_the_data_set(dataset: str, expected: tuple[in
         ({"size": 640, "max_size": 2560, "size_divisibility": 32}, 640, 2560, 32),  # version 4.17
         ({"size": {"shortest_edge": 640, "longest_edge": 2560}, "size_divisor": 0}, 640, 2560, 0),
         ({"size": {"shortest_edge": 384}, "_max_size": 1000}, 384, 1000, 32),
-        ({"size": {"height": 384, "width": 384}}, 384, 2048, 32),  # a fixed size has no form here: the nearest
-        ({"size": {"height": 480, "width": 4096}}, 480, 4096, 32),
-        ({"size": [96, 64]}, 64, 2048, 32),
+        ({"size": {"height": 384, "width": 384}}, (384, 384), 2048, 32),
+        ({"size": {"height": 500.0, "width": 4096}}, (512, 4096), 4096, 32),  # the next multiples, as they do
+        ({"size": {"height": 500, "width": 10}, "size_divisor": 0}, (500, 10), 2048, 0),
+        ({"size": [96, 64]}, (96, 64), 2048, 32),
+        ({"size": None}, 800, 1333, 32),
         ({"size": {"longest_edge": 96}}, 512, 2048, 32),
         ({"do_resize": False, "size_divisor": 16}, None, 2048, 16),
         ({}, 800, 1333, 32),  # their defaults
     ],
 )
 def test_sizes_of_the_image_processor_are_read(
-    content: dict[str, Any], short_edge: int | None, max_size: int, divisibility: int
+    content: dict[str, Any], short_edge: int | tuple[int, int] | None, max_size: int, divisibility: int
 ) -> None:
     mean = torch.tensor([0.485, 0.456, 0.406]).tolist()  # as published: rounded to float32
     config = read({"backbone_config": {"model_type": "swin"}}, {"image_mean": mean, **content})
-    assert (config.test.short_edge, config.test.max_size) == (short_edge, max_size)
+    assert (config.test.edge, config.test.max_size) == (short_edge, max_size)
     assert config.model.size_divisibility == divisibility
     assert config.model.pixel_mean == (123.675, 116.28, 103.53) and config.model.pixel_std == (58.395, 57.12, 57.375)
 
 
-def test_a_fixed_size_that_is_replaced_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    for size, shown in (({"height": 96, "width": 128}, "96 x 128"), ({"longest_edge": 77}, '{"longest_edge": 77}')):
+def test_a_resize_that_is_replaced_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    for size, shown in (({"longest_edge": 77}, '{"longest_edge": 77}'), ([1, 2, 3], "[1, 2, 3]"),
+                        ({"height": 0, "width": 9}, '"height": 0'), ({"height": 9.5, "width": 9}, "9.5")):
         caplog.clear()
         read({"backbone_config": {"model_type": "swin"}}, {"size": size})
         assert shown in caplog.text and "--test.short-edge" in caplog.text
     caplog.clear()
-    read({"backbone_config": {"model_type": "swin"}}, {"size": {"shortest_edge": 96}})
+    read({"backbone_config": {"model_type": "swin"}}, {"size": {"shortest_edge": 96}, "resample": 3})
+    assert "resample: expected 2, got 3; images are resized bilinearly" in caplog.text
+    caplog.clear()
+    for size in ({"shortest_edge": 96}, {"height": 96, "width": 128}):
+        read({"backbone_config": {"model_type": "swin"}}, {"size": size, "resample": 2})
     assert not caplog.text
 
 

@@ -135,6 +135,11 @@ def test_spills_and_too_much_shared_memory_fail() -> None:
     assert not replace(kernel, target="sm_90", shared_bytes=(99 << 10) + 1).failure
 
 
+def test_targets_are_those_that_triton_s_assembler_knows() -> None:
+    assert "sm_110" in aot.known_targets("3.7.0") and "sm_110" in aot.known_targets("3.10.1")
+    assert aot.known_targets("3.6.0") == tuple(target for target in aot.SHARED_MEMORY_LIMITS if target != "sm_110")
+
+
 def test_failure_is_shown_and_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(aot, "_compile_named", lambda job: "CompilationError: no")
     monkeypatch.setattr(aot, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))

@@ -20,6 +20,8 @@ COST = (torch.zeros(1, 2, 9, 4), torch.zeros(1, 2, 9, 8), torch.zeros(2, 8, 5, 6
 PAIRS = (torch.zeros(7, 5, 6), torch.zeros(4, 10, 2, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64),
          torch.ones(4, 2, dtype=torch.int64), 12, [1.0, 1.0, 0.0])  # fmt: skip
 CONVOLUTION = (torch.zeros(1, 16, 5, 6), torch.zeros(36, 2, 16, 16), torch.zeros(20), 20, False)
+ATTENTION = (torch.zeros(2, 6, 3, 8), [2, 2, 1, 2], torch.zeros(2, 5, 2, 2), torch.zeros(2, 5, 3, 2, 4, 2),
+             torch.zeros(2, 5, 3, 2, 4))  # fmt: skip
 FRAMES = [torch.zeros(1, 5, 6, 3, dtype=torch.uint8)]
 
 CALLS: dict[str, tuple[Any, ...]] = {
@@ -32,6 +34,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "mask_sums": PAIRS,
     "mask_sums_backward": (torch.zeros(7, 4), *PAIRS),
     "conv3x3_winograd": CONVOLUTION,
+    "deformable_attention": ATTENTION,
+    "deformable_attention_backward": (torch.zeros(2, 5, 24), *ATTENTION),
     "resize_images": (FRAMES, [4, 4], [4, 4], False),
 }
 WRONG: list[tuple[str, int, Any]] = [
@@ -90,6 +94,15 @@ WRONG: list[tuple[str, int, Any]] = [
     ("conv3x3_winograd", 1, torch.zeros(36, 2, 16, 16, dtype=torch.bfloat16)),
     ("conv3x3_winograd", 2, torch.zeros(16)),
     ("conv3x3_winograd", 3, 40),
+    ("deformable_attention", 0, torch.zeros(2, 7, 3, 8)),
+    ("deformable_attention", 0, torch.zeros(2, 6, 3, 8, dtype=torch.int64)),
+    ("deformable_attention", 1, [2, 2, 1]),
+    ("deformable_attention", 1, [2, 2, 1, -2]),
+    ("deformable_attention", 2, torch.zeros(2, 5, 3, 2)),
+    ("deformable_attention", 3, torch.zeros(2, 5, 3, 2, 3, 2)),
+    ("deformable_attention", 4, torch.zeros(2, 5, 3, 8)),
+    ("deformable_attention_backward", 0, torch.zeros(2, 5, 3, 8)),
+    ("deformable_attention_backward", 2, [2, 2, 1, 3]),
     ("resize_images", 0, [torch.zeros(1, 5, 6, 1, dtype=torch.uint8)]),
     ("resize_images", 0, [torch.zeros(1, 5, 6, 3)]),
     ("resize_images", 1, [4]),

@@ -98,6 +98,18 @@ def test_a_list_of_images_of_another_origin_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "images.json").read_text() == "[]"
 
 
+@pytest.mark.parametrize("name", ["instances.json", "panoptic.json", "semantic/a.png", "overlays/a.txt"])
+def test_files_of_a_result_s_name_from_elsewhere_are_kept(tmp_path: Path, name: str) -> None:
+    (tmp_path / "semantic").mkdir()  # empty folders do not matter
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("truth")
+    with pytest.raises(ValueError, match=rf"a folder without another {name.partition('/')[0]}; choose an empty one"):
+        ResultWriter(tmp_path, METADATA, False, ["a.jpg"])
+    (tmp_path / name).unlink()
+    writer = ResultWriter(tmp_path, METADATA, False, ["a.jpg"])
+    assert writer.write(0, 1, IMAGE, {"semantic": labels(1)}) and ResultWriter(tmp_path, METADATA, False, ["b.jpg"])
+
+
 def test_an_output_that_is_a_file_or_below_one_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file/below/it"):

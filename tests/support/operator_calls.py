@@ -14,6 +14,7 @@ from torch import Tensor
 from maskformer_fast.config import LossConfig
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.ops import (
+    deformable_attention,
     instance_inference,
     instance_rle,
     linear_sum_assignment,
@@ -142,6 +143,18 @@ def resize(device: str) -> None:
         resize_images(frames[:, :, 3:], [size, size], 32, bgr=True)
 
 
+def attention(device: str) -> None:
+    sizes = ((5, 7), (3, 2), (1, 1))
+    for dtype in DTYPES[:1] if device == "cpu" else DTYPES:
+        value = torch.randn(2, 42, 3, 24, device=device, dtype=dtype)
+        points = torch.rand(2, 37, 3, 2, device=device)
+        offsets = 4 * torch.randn(2, 37, 3, 3, 5, 2, device=device)
+        logits = torch.randn(2, 37, 3, 3, 5, device=device)
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (value, offsets, logits)]
+        result = deformable_attention(inputs[0], sizes, points, *inputs[1:])
+        torch.autograd.grad(result.sum(), inputs)
+
+
 CALLS: dict[str, Callable[[str], None]] = {
     "semantic": lambda device: semantic(device, "dense"),
     "semantic_pruned": lambda device: semantic(device, "pruned"),
@@ -153,6 +166,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "matching_cost": matching,
     "mask_loss": losses,
     "assignment": assignment,
+    "deformable_attention": attention,
     "resize": resize,
 }
 

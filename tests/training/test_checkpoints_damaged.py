@@ -205,10 +205,11 @@ def test_a_checkpoint_without_weights_and_checksums_is_passed_over(tmp_path):
     assert newest_undamaged(tmp_path) == (first, [second])
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 512, b"\n"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 512, b"\n", None])
 def test_a_lost_recipe_is_written_anew_from_the_newest_checkpoint(tmp_path, caplog, content):
     save(tmp_path / "checkpoints", 1)
-    (tmp_path / "config.yaml").write_bytes(content)
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
     assert with_own_recipe(["--resume", "--output", str(tmp_path)])[:2] == ["--config", str(tmp_path / "config.yaml")]
     assert load_recipe(tmp_path / "config.yaml") == replace(CONFIG, output=str(tmp_path))
     assert "empty, and written anew from" in caplog.text

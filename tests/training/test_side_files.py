@@ -1,6 +1,7 @@
 """A run's own small files, damaged or left over: resuming goes on, with a warning that names them."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -60,6 +61,7 @@ def test_a_damaged_number_counts_as_absent_and_its_file_is_named(tmp_path, caplo
 
 def test_a_folder_in_place_of_a_file_counts_as_absent_too(tmp_path, caplog):
     (tmp_path / "best.json").mkdir()
+    (tmp_path / "best").mkdir()
     assert best_score(tmp_path) is None and "best.json" in caplog.text
 
 
@@ -73,6 +75,29 @@ def test_a_run_with_a_damaged_file_of_numbers_goes_on_and_writes_it_again(run, c
     assert Trainer(config(run, steps=6), resume=True).run()["step"] == 6
     assert str(run / name) in caplog.text and json.loads((run / name).read_text())
     assert validations(run) == [4, 6]
+
+
+def test_what_stands_in_the_place_of_a_runs_files_is_renamed(run, caplog):
+    for name in ("metrics.json", "log.jsonl", "checkpoints/best.json", "predictions.png"):
+        (run / name).unlink()
+        (run / name).mkdir()
+    (run / "log.jsonl").rmdir()
+    os.mkfifo(run / "log.jsonl")  # to read it would take for ever
+    (run / "checkpoints/last").unlink()
+    (run / "checkpoints/last").mkdir()
+    shutil.rmtree(run / "pictures")
+    (run / "pictures").write_text("mine")
+    assert Trainer(config(run, steps=6), resume=True).run()["step"] == 6
+    assert json.loads((run / "metrics.json").read_text())["step"] == 6 and validations(run) == [4, 6]
+    assert (run / "damaged_pictures").read_text() == "mine" and (run / "checkpoints/last").is_symlink()
+    assert all(f"{run / name}: expected a" in caplog.text for name in ("metrics.json", "pictures", "checkpoints/last"))
+
+
+def test_a_lost_link_to_the_best_checkpoint_is_made_by_the_next_validation(run):
+    (run / "checkpoints/best.json").write_text('{"step": "step_00000004", "score": 1000.0}')
+    (run / "checkpoints/best").unlink()
+    Trainer(config(run, steps=6), resume=True).run()
+    assert (run / "checkpoints/best").is_symlink()
 
 
 LINES = {"not UTF-8": b"\xff", "no step": b"{}", "a list": b"[1]", "a text as step": b'{"step": "4"}', "nested": NESTED,
@@ -96,6 +121,12 @@ def test_half_a_line_at_the_end_is_no_damage(run, caplog):
     RunLog(run, 4, tensorboard=False).close()
     assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4, 4] and not caplog.text
     assert not list(run.glob("damaged*"))
+
+
+def test_a_log_of_zeros_is_kept_beside_the_new_one(run, caplog):
+    (run / "log.jsonl").write_bytes(bytes(100))
+    RunLog(run, 4, tensorboard=False).close()
+    assert not log_of(run) and (run / "damaged_log.jsonl").read_bytes() == bytes(100) and "1 of 1 lines" in caplog.text
 
 
 def test_a_log_that_cannot_be_read_at_all_is_renamed(tmp_path, caplog):

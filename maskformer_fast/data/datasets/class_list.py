@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from maskformer_fast.core.checks import shown_value
 from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import VOID, Metadata
 from maskformer_fast.data.datasets.coco_json import check_color, load_json
@@ -90,7 +91,8 @@ def read_class_list(path: Path) -> ClassList:
     content = load_json(path)
     entries = content.get("classes") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f'{path}: expected a list of classes, or an object with the list as "classes"')
+        raise ValueError(f'{path}: expected a list of classes, or an object with the list as "classes", got '
+                         f"{shown_value(content)[:80]}")
     parsed = [_entry(path, position, entry) for position, entry in enumerate(entries)]
     names = tuple(entry["name"] for entry in parsed)
     values = tuple(entry["id"] for entry in parsed)

@@ -41,6 +41,7 @@ from maskformer_fast.data.datasets.coco_json import (
     read_categories,
     read_images,
     split_names,
+    stored_file,
 )
 from maskformer_fast.data.datasets.outlines import (
     NO_PIXEL,
@@ -121,7 +122,7 @@ class CocoInstances:
         Raises:
             BrokenExampleError: the image is missing, damaged or of another size than listed, or an outline is invalid.
         """
-        info, file = self._images[index], self._files[index]
+        info, file = self._images[index], stored_file(self._files[index])
         image = read_image(file, self._exif)
         height, width = image.shape[:2]
         info.check_size(file, (height, width))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import unicodedata
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +45,10 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:  # not JSON, not Unicode, or a number of thousands of digits
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: malformed JSON: expected a text in UTF-8, got another encoding: {error}; save it as "
+                         "UTF-8") from error
+    except ValueError as error:  # not JSON, or a number of thousands of digits
         raise ValueError(f"{path}: malformed JSON: {error}") from error
     except RecursionError:
         raise ValueError(f"{path}: malformed JSON: nested too deep") from None
@@ -207,6 +212,11 @@ def read_categories(content: dict[str, Any], path: Path, name: str, things_only:
         if category in ids[:index]:
             raise ValueError(f"{records.where(index)}: id: expected distinct ids, got {category} twice")
     unique = [f"{text} ({ids[i]})" if names.count(text) > 1 else text for i, text in enumerate(names)]
+    while len(set(unique)) < count:  # a name that had such an ending before
+        unique = [f"{text} ({ids[i]})" if unique.count(text) > 1 else text for i, text in enumerate(unique)]
+    for index, record in enumerate(records.items):
+        if not things_only and as_integer(record.get("isthing")) is None:
+            raise records.error(index, "isthing", "1 for a thing or 0 for stuff")
     things = [things_only or bool(records.number(index, "isthing")) for index in range(count)]
     given = [check_color(record.get("color"), records.where(index)) for index, record in enumerate(records.items)]
     colors = [color or default for color, default in zip(given, default_colors(count), strict=True)]
@@ -221,29 +231,42 @@ def split_names(split: str) -> tuple[str, ...]:
 def image_folders(root: Path, split: str) -> list[Path]:
     """List the folders in which the images of a split are searched.
 
-    These are those of `split_names`, all of them below ``images``, then ``images`` and the root itself.
+    These are those of `split_names`, all of them below ``images``, ``images`` below each of them, then ``images`` and
+    the root itself.
     """
     names = split_names(split)
-    return [root / name for name in names] + [root / "images" / name for name in names] + [root / "images", root]
+    below = [root / name for name in names] + [root / "images" / name for name in names]
+    return [*below, *(root / name / "images" for name in names), root / "images", root]
 
 
 def image_paths(root: Path, split: str, images: Sequence[ImageInfo]) -> list[Path]:
     """Find the files of the images of a split.
 
     The first of the `image_folders` that has one of the first `_PROBED` images is taken. File names may begin with
-    folders. A backslash is a slash where there is no file with the backslash in its name.
+    folders. `stored_file` finds the files whose names are spelled otherwise.
 
     Raises:
         FileNotFoundError: no folder has one of these images; the message lists the folders.
     """
     folders = image_folders(root, split)
     for folder in folders:
-        if any(file_below(folder, image.file_name).is_file() for image in images[:_PROBED]):
-            return [file_below(folder, image.file_name) for image in images]
+        if any(os.path.isfile(stored_file(folder / image.file_name)) for image in images[:_PROBED]):
+            return [folder / image.file_name for image in images]
     raise FileNotFoundError(f"image {images[0].file_name} not found; looked in {', '.join(map(str, folders))}")
 
 
-def file_below(folder: Path, name: str) -> Path:
-    """Return the path of an image, whose name a tool on Windows may have written."""
-    as_named = folder / name
-    return folder / name.replace("\\", "/") if "\\" in name and not as_named.is_file() else as_named
+def stored_file(path: Path) -> Path:
+    """Return a file's path as the disk spells it; the same path if there is no such file.
+
+    Tools on Windows write a backslash for a slash and make no difference between ``.jpg`` and ``.JPG``, and macOS has
+    another form of Unicode for letters with accents.
+    """
+    if os.path.isfile(path):
+        return path
+    for name in (path.name, path.name.replace("\\", "/")):
+        stem, suffix = os.path.splitext(name)
+        for spelled in (stem + suffix, stem + suffix.lower(), stem + suffix.upper()):
+            for candidate in (spelled, unicodedata.normalize("NFC", spelled), unicodedata.normalize("NFD", spelled)):
+                if os.path.isfile(path.parent / candidate):
+                    return path.parent / candidate
+    return path

@@ -35,7 +35,6 @@ from maskformer_fast.data.base import (
 from maskformer_fast.data.datasets.coco_json import (
     ImageInfo,
     Records,
-    file_below,
     image_folders,
     image_paths,
     load_coco,
@@ -43,6 +42,7 @@ from maskformer_fast.data.datasets.coco_json import (
     read_categories,
     read_images,
     split_names,
+    stored_file,
 )
 from maskformer_fast.data.images import read_image, read_panoptic_png
 from maskformer_fast.structures import Example
@@ -101,7 +101,7 @@ class CocoPanoptic:
         self._files = locate(self._images)
         for info in self._images:
             path_below(folder, truth[info.id][0], str(path))
-        self._pngs = [file_below(folder, truth[info.id][0]) for info in self._images]
+        self._pngs = [folder / truth[info.id][0] for info in self._images]
         self._segments = [truth[info.id][1] for info in self._images]
         self._log_untrained()
         self._warned = False
@@ -141,7 +141,7 @@ class CocoPanoptic:
         Raises:
             BrokenExampleError: a file is missing or damaged, sizes differ, or JSON and PNG disagree on the segments.
         """
-        info, file, png = self._images[index], self._files[index], self._pngs[index]
+        info, file, png = self._images[index], stored_file(self._files[index]), stored_file(self._pngs[index])
         image = read_image(file, self._exif)
         info.check_size(file, image.shape[:2])
         ids = read_panoptic_png(png)

@@ -13,6 +13,7 @@ Without ``classes.json`` the classes are the indices from 0 to the largest in th
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -126,7 +127,7 @@ def find_pairs(
         raise FileNotFoundError(f"no folder {' and no folder '.join(absent)}; {searched}")
     by_stem: dict[str, str] = {}
     for name in list_files(images):
-        stem = os.path.splitext(name)[0]
+        stem = _stem(name)
         if not stem.endswith(image_ending):
             continue
         stem = stem.removesuffix(image_ending)
@@ -140,7 +141,7 @@ def find_pairs(
     ending, suffix = os.path.splitext("x" + annotation_ending)
     present: dict[str, str] = {}  # path without suffix -> path
     for name in sorted(list_files(annotations, (suffix.lower(),)), key=lambda name: not name.endswith(suffix)):
-        present.setdefault(os.path.splitext(name)[0], name)
+        present.setdefault(_stem(name), name)
     pairs = [
         Pair(images / name, annotations / present.get(stem + ending[1:], stem + annotation_ending), stem, name)
         for stem, name in by_stem.items()
@@ -153,6 +154,11 @@ def find_pairs(
         [f"{pair.image} (expected {pair.annotation})" for pair in missing], "images without annotation", skip_broken
     )
     return [pair for pair in pairs if pair.image_id + ending[1:] in present]
+
+
+def _stem(name: str) -> str:
+    """Path without its suffix, in one form of Unicode: file systems and archives have different ones."""
+    return unicodedata.normalize("NFC", os.path.splitext(name)[0])
 
 
 def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False) -> ClassList:
@@ -172,12 +178,14 @@ def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False
     skipped = DEFAULT_IGNORE if ignore is None else ignore
     counts = np.zeros(_MAX_INFERRED, dtype=np.int64)  # pixels of each value
     unlabelled: list[str] = []
+    broken: list[BrokenExampleError] = []
     for name in names:
         try:
             values = read_index_png(folder / name)
-        except BrokenExampleError:
+        except BrokenExampleError as error:
             if not skip_broken:
                 raise
+            broken.append(error)
             continue
         present = values[values != skipped]
         if present.size and present.max() >= _MAX_INFERRED:
@@ -188,6 +196,9 @@ def infer_class_list(folder: Path, ignore: int | None, skip_broken: bool = False
         if not present.size:
             unlabelled.append(name)
         counts += np.bincount(values[(values >= 0) & (values < _MAX_INFERRED)], minlength=_MAX_INFERRED)
+    if len(broken) == len(names):
+        raise ValueError(f"{folder}: expected annotations to count the classes in, got {len(broken)} that cannot be "
+                         f"read, such as {broken[0]}")
     ignored = _ignored_values(folder, counts, skipped)
     classes = counts.copy()
     classes[[value for value in ignored if value < _MAX_INFERRED]] = 0

@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 
 from maskformer_fast.core.coco_tools import coco_tools
+from maskformer_fast.data.datasets.coco_json import as_integer
 
 _COORDINATE_LIMIT = 1e9  # pixels; coordinates beyond it, NaN and infinities are errors
 _LENGTH_LIMIT = 1 << 22  # pixels along the polygons of one object; the rasteriser takes about 100 bytes for each
 _SHORT_COUNTS = 24  # characters of a compressed encoding that is decoded when a file is opened; empty masks need fewer
+
+_NUMBER_LENGTH = 40  # characters of a number that is written as a text
+_LEVELS = 4  # of lists in an outline: polygons of contours of points, of one list more
 
 NO_OUTLINE = "no outline (only a box?)"
 FEW_POINTS = "an outline of fewer than three points"
@@ -25,13 +29,17 @@ Outline = list[list[float]] | dict[str, Any]
 def normalise_outline(outline: object) -> Outline:
     """Bring the forms in which tools write an outline into one.
 
-    A flat list of numbers is one polygon, and so is a list of points [x, y]. A missing outline becomes an empty list.
+    A flat list of numbers is one polygon, and so is a list of points [x, y]; lists of one list in the place of that
+    list make no difference, and neither do numbers that are written as texts. A missing outline becomes an empty list.
 
     Raises:
         ValueError: it is neither polygons nor a run-length encoding.
     """
     if outline is None:
         return []
+    outline = _plain(outline)
+    if isinstance(outline, list) and len(outline) == 1 and isinstance(outline[0], dict):
+        outline = outline[0]
     if isinstance(outline, dict):
         return outline
     if not isinstance(outline, list):
@@ -41,6 +49,22 @@ def normalise_outline(outline: object) -> Outline:
     if not all(isinstance(part, list) for part in outline):
         raise ValueError("a list of polygons, each a list of numbers")
     return [[value for point in part for value in point] if _is_point_list(part) else part for part in outline]
+
+
+def _plain(value: object, levels: int = _LEVELS) -> Any:
+    """Put numbers in the place of their texts, and a list in the place of a list that has nothing else."""
+    if isinstance(value, str) and len(value) <= _NUMBER_LENGTH:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if not isinstance(value, list) or levels == 0 or set(map(type, value)) <= {int, float}:
+        return value
+    parts = [_plain(part, levels - 1) for part in value]
+    if len(parts) == 1 and isinstance(parts[0], list):
+        one_polygon = levels == _LEVELS and not any(isinstance(part, list) for part in parts[0])
+        return parts if one_polygon else parts[0]
+    return parts
 
 
 def _is_number(value: object) -> bool:
@@ -53,7 +77,9 @@ def _is_point_list(part: list[Any]) -> bool:
 
 def usable_polygons(outline: Outline) -> Outline:
     """Leave out polygons of fewer than three points; a run-length encoding stays as it is."""
-    return outline if isinstance(outline, dict) else [part for part in outline if len(part) >= 6]
+    if isinstance(outline, dict):
+        return outline
+    return [part for part in outline if len(part) >= 6 or not all(map(_is_number, part))]  # `rasterize` refuses others
 
 
 def is_relative(outline: Outline) -> bool:
@@ -146,15 +172,18 @@ def _length(polygon: list[float]) -> float:
 def _checked_runs(rle: dict[str, Any], height: int, width: int) -> list[int]:
     """Read the lengths of alternating runs of 0 and 1, in column-major order."""
     counts, size = rle.get("counts"), rle.get("size")
-    if size != [height, width]:
+    if not isinstance(size, list) or [as_integer(side) for side in size] != [height, width]:
         raise ValueError(f"segmentation: size: expected [{height}, {width}], got {size!r}")
     if isinstance(counts, str):
         runs = _decode_counts(counts)
-    elif isinstance(counts, list) and all(type(run) is int for run in counts):
-        runs = counts
     else:
-        raise ValueError(f"segmentation: counts: expected a text or integers, got {str(counts)[:80]}")
-    if sum(runs) != height * width or min(runs, default=0) < 0:
+        given = [as_integer(run) for run in counts] if isinstance(counts, list) else [None]
+        runs = [run for run in given if run is not None]
+        if len(runs) != len(given):
+            raise ValueError(f"segmentation: counts: expected a text or integers, got {str(counts)[:80]}")
+    if min(runs, default=0) < 0:
+        raise ValueError(f"segmentation: counts: expected runs of 0 pixels and more, got one of {min(runs)}")
+    if sum(runs) != height * width:
         raise ValueError(
             f"segmentation: counts: expected runs that add up to {height * width} pixels, got {sum(runs)}"
         )

@@ -243,7 +243,9 @@ def _link(source: Path, target: Path) -> None:
 
 def _check_references(manifest: Manifest) -> None:
     """Raise `BundleError` unless the files of all graphs and engines are listed."""
-    for name in [graph.file for graph in manifest.graphs.values()] + [engine.file for engine in manifest.engines]:
+    names = [graph.file for graph in manifest.graphs.values()]
+    names += [name for engine in manifest.engines for name in (engine.file, engine.weights) if name is not None]
+    for name in names:
         expect(name in manifest.files, name, "a file of the bundle", "none of that name")
 
 

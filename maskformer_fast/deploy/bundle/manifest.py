@@ -27,6 +27,10 @@ MANIFEST_NAME = "manifest.json"
 MAX_BYTES = 4 * 2**20
 """Bytes of the largest manifest that is read."""
 DIGEST_KEY = "manifest_sha256"
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+"""Precision of most of a network."""
+OPENVINO: Literal["openvino"] = "openvino"
+"""Value of `Engine.api` of a quantised graph for OpenVINO, which runs on any CPU."""
 
 _DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")
 _MAX_SIDE = 1 << 16
@@ -139,19 +143,27 @@ class Profile:
 
 @dataclass(frozen=True)
 class Engine:
-    """A TensorRT engine file of the flavour ``raw``, with the library that built it and the GPUs that run it."""
+    """An engine of the flavour ``raw``, with the library that built it and the GPUs that run it.
+
+    It is a file of TensorRT, or a quantised graph for OpenVINO: an XML file with its weights beside it.
+    """
 
     file: str
-    api: Literal["tensorrt", "tensorrt_rtx"]
+    api: Literal["tensorrt", "tensorrt_rtx", "openvino"]
     api_version: str
     precision: str
-    targets: tuple[str, ...]  # architectures of the GPUs that run it: "sm_87" ...
+    targets: tuple[str, ...]  # architectures of the GPUs that run it: "sm_87" ...; none for OpenVINO
     profile: Profile
     options: dict[str, str | int | bool]
     outputs: tuple[TensorSpec, ...]
 
     def __post_init__(self) -> None:
         _check_targets("targets", self.targets)
+
+    @property
+    def weights(self) -> str | None:
+        """File of the weights, where they are not in `file`."""
+        return self.file.removesuffix(".xml") + ".bin" if self.api == OPENVINO else None
 
 
 @dataclass(frozen=True)
@@ -160,14 +172,16 @@ class Preprocess:
 
     mean: tuple[float, float, float]  # RGB, on the 0..255 scale
     std: tuple[float, float, float]
-    short_edge: int | None  # None: frames are not resized
+    short_edge: int | tuple[int, int] | None  # a tuple: height and width of every frame; None: frames keep their size
     max_size: int
     size_divisibility: int  # 0: no padding
 
     def __post_init__(self) -> None:
         expect(all(s > 0 for s in self.std), "std", "positive numbers", self.std)
-        fits = self.short_edge is None or 1 <= self.short_edge <= _MAX_SIDE
-        expect(fits, "short_edge", f"1..{_MAX_SIDE} or null", self.short_edge)
+        edge = self.short_edge
+        sides = edge if isinstance(edge, tuple) else (1 if edge is None else edge,)
+        fits = min(sides) >= 1 and max(sides) <= _MAX_SIDE
+        expect(fits, "short_edge", f"1..{_MAX_SIDE} or null, or a list of two", edge)
         expect(1 <= self.max_size < 1 << 31, "max_size", f"1..{(1 << 31) - 1}", self.max_size)
         fits = 0 <= self.size_divisibility <= _MAX_SIDE
         expect(fits, "size_divisibility", f"0..{_MAX_SIDE}", self.size_divisibility)

@@ -19,7 +19,7 @@ from maskformer_fast.core.image_resize import resize_array
 from maskformer_fast.core.results import Result
 from maskformer_fast.core.stages import StageSeconds, Stopwatch
 from maskformer_fast.deploy.bundle.folder import Bundle
-from maskformer_fast.deploy.bundle.manifest import Graph, expect
+from maskformer_fast.deploy.bundle.manifest import Engine, Graph, expect
 from maskformer_fast.deploy.runtime.cpu_postprocess import CpuPostprocessor, ImageLogits
 from maskformer_fast.deploy.runtime.cpu_session import FLAVOUR, INPUT, OUTPUTS, CpuSession, OpenSession
 from maskformer_fast.deploy.runtime.onnxruntime_session import OnnxruntimeSession
@@ -34,15 +34,24 @@ class CpuBackend:
     graph_obstacle: str | None = None
 
     def __init__(
-        self, bundle: Bundle, in_flight: int, threads: int | None = None, open_session: OpenSession = OnnxruntimeSession
+        self,
+        bundle: Bundle,
+        in_flight: int,
+        threads: int | None = None,
+        open_session: OpenSession = OnnxruntimeSession,
+        engine: Engine | None = None,
+        streams: int = 1,
     ) -> None:
         """Load the graph.
 
         Args:
             bundle: the bundle.
             in_flight: number of batches that are worked on at once.
-            threads: number of threads for each batch; None takes OMP_NUM_THREADS, or the cores of this process.
+            threads: number of threads; None takes OMP_NUM_THREADS, or the cores of this process.
             open_session: the library that runs the graph.
+            engine: one of OpenVINO's to run in place of the graph.
+            streams: number of batches among which the threads are divided, where the library can; a batch has one
+                thread at least.
 
         Raises:
             BundleError: the bundle has no graph of the flavour ``raw``, or one that the library refuses.
@@ -53,13 +62,17 @@ class CpuBackend:
         check(threads is None or threads > 0, "threads", "> 0", threads)
         manifest = bundle.manifest
         threads = threads or default_threads()
+        streams = min(streams, threads)
         self._preprocess = manifest.preprocess
-        self._postprocess = CpuPostprocessor(manifest.postprocess, manifest.metadata.is_thing, threads)
+        self._postprocess = CpuPostprocessor(manifest.postprocess, manifest.metadata.is_thing, threads // streams)
         expect(FLAVOUR in manifest.graphs, "graphs", f"one of the flavour {FLAVOUR}", sorted(manifest.graphs))
         graph = manifest.graphs[FLAVOUR]
         self._batch, self._size = _fixed_sizes(graph)
         self._queries, self._classes = manifest.num_queries, manifest.num_classes
-        self._session = open_session(bundle.read(graph.file), threads)
+        files = (graph.file, None) if engine is None else (engine.file, engine.weights)
+        content, weights = (None if name is None else bundle.read(name) for name in files)
+        assert content is not None
+        self._session = open_session(content, threads, weights, streams)
         _check_session(self._session, self._queries, self._classes)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="maskformer_fast")
         self._tickets = itertools.count()

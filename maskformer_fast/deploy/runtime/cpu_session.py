@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-CpuPrecision = Literal["fp32", "bf16"]
 FLAVOUR = "raw"
 INPUT, OUTPUTS = "images", ["class_logits", "mask_logits"]
 
@@ -29,15 +28,18 @@ class CpuSession(Protocol):
     outputs: list[Tensor]
 
     def run(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        """Run the network on uint8 [B, 3, H, W] -> class logits and mask logits, which belong to the caller."""
+        """Run the network on uint8 [B, 3, H, W] -> class logits, mask logits; valid until this thread's next call."""
         ...
 
 
 class OpenSession(Protocol):
-    """Opens an ONNX graph."""
+    """Opens a graph."""
 
-    def __call__(self, graph: bytes, threads: int) -> CpuSession:
-        """Load a graph, to run each batch by ``threads`` threads.
+    def __call__(self, graph: bytes, threads: int, weights: bytes | None = None, streams: int = 1) -> CpuSession:
+        """Load a graph, to run ``streams`` batches at a time by ``threads`` threads together.
+
+        Args:
+            graph: an ONNX file, or the XML file of OpenVINO's format with its ``weights``.
 
         Raises:
             BundleError: the library refuses the graph.

@@ -31,7 +31,7 @@ from maskformer_fast.core.results import Result
 from maskformer_fast.core.stages import StageSeconds
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.launches import FILE, Buffer, LaunchFile, LaunchSequence
-from maskformer_fast.deploy.bundle.manifest import expect
+from maskformer_fast.deploy.bundle.manifest import Precision, expect
 from maskformer_fast.deploy.runtime.cuda_driver import CAPTURE_LOCK, Device, Driver
 from maskformer_fast.deploy.runtime.cuda_engine import OUTPUTS, Context, Network, check_outputs, choose_engine
 from maskformer_fast.deploy.runtime.device_results import read_results
@@ -63,12 +63,13 @@ class TensorRTBackend:
     max_tasks = 1
     """A launch sequence is for one task."""
 
-    def __init__(self, bundle: Bundle, device: int, in_flight: int) -> None:
+    def __init__(self, bundle: Bundle, device: int, in_flight: int, precision: Precision | None = None) -> None:
         """Check the bundle against the GPU, then load engine and kernels and set all memory aside.
 
         Args:
             device: number of the CUDA device.
             in_flight: batches that are worked on at once.
+            precision: of the engine; None takes the first that fits.
 
         Raises:
             BundleError: no engine or kernels for this GPU, or parts that contradict each other. Nothing is deserialised
@@ -94,7 +95,7 @@ class TensorRTBackend:
         self._device = Device(driver, device)
         try:
             target = self._device.target
-            entry, library = choose_engine(manifest, target)
+            entry, library = choose_engine(manifest, target, precision)
             got = ", ".join(manifest.kernels) or "none"
             expect(target in manifest.kernels, "kernels", f"those for this GPU ({target})", got)
             launch_file = LaunchFile.parse(bundle.read(FILE), manifest)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from maskformer_fast.deploy.bundle.folder import Bundle
-from maskformer_fast.deploy.bundle.manifest import BundleError, Manifest, Shape, expect
+from maskformer_fast.deploy.bundle.manifest import BundleError, Manifest, Precision, Shape, expect
 from maskformer_fast.deploy.bundle.manifest import Engine as EngineEntry
 
 INPUT = "images"
@@ -16,14 +16,18 @@ OUTPUTS = ("class_logits", "mask_logits")
 _INSTALL = {"tensorrt": "pip install maskformer_fast[tensorrt]", "tensorrt_rtx": "pip install maskformer_fast[rtx]"}
 
 
-def choose_engine(manifest: Manifest, target: str) -> tuple[EngineEntry, Any]:
+def choose_engine(manifest: Manifest, target: str, precision: Precision | None = None) -> tuple[EngineEntry, Any]:
     """Choose the first engine of a bundle for this GPU whose library is installed -> its entry, the library.
+
+    With a precision, only engines of that precision are considered.
 
     Raises:
         BundleError: the bundle has none for this GPU, or its library has another version.
         ModuleNotFoundError, OSError: its library is not installed, or does not load.
     """
-    engines = [engine for engine in manifest.engines if target in engine.targets]
+    engines = [
+        engine for engine in manifest.engines if target in engine.targets and precision in (None, engine.precision)
+    ]
     known = ", ".join(sorted({name for engine in manifest.engines for name in engine.targets})) or "none"
     expect(bool(engines), "engines", f"one for this GPU ({target})", f"those for {known}")
     reason: Exception | None = None

@@ -13,7 +13,9 @@ from maskformer_fast.deploy.runtime.cpu_session import FLAVOUR, INPUT, OUTPUTS, 
 class OnnxruntimeSession:
     """A `maskformer_fast.deploy.runtime.cpu_session.CpuSession`."""
 
-    def __init__(self, graph: bytes, threads: int) -> None:
+    def __init__(self, graph: bytes, threads: int, weights: bytes | None = None, streams: int = 1) -> None:
+        """See `OpenSession`. Batches that run at once share the threads, whatever ``streams`` is."""
+        assert weights is None  # a graph of OpenVINO
         try:
             import onnxruntime
         except ModuleNotFoundError as error:

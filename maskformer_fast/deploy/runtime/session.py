@@ -5,7 +5,7 @@
         for result in runtime.stream(camera, task="panoptic"):       # in order, `in_flight` frames at once
             ...
 
-Backends: ``tensorrt`` (an engine and compiled kernels for this GPU), ``onnxruntime`` and ``openvino`` (any CPU).
+Backends: ``tensorrt`` (an engine and compiled kernels for this GPU), ``openvino`` and ``onnxruntime`` (any CPU).
 Results are NumPy arrays at the frames' own sizes (`maskformer_fast.core.results`).
 """
 
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,75 +29,73 @@ from maskformer_fast.core.image_resize import check_image
 from maskformer_fast.core.results import Result
 from maskformer_fast.core.stages import StageSeconds
 from maskformer_fast.deploy.bundle.folder import Bundle, naming
+from maskformer_fast.deploy.bundle.manifest import OPENVINO, Precision
 from maskformer_fast.deploy.runtime.backend import Backend
-from maskformer_fast.deploy.runtime.cpu_session import CpuPrecision
-from maskformer_fast.deploy.runtime.selection import BackendName, tensorrt_obstacle
+from maskformer_fast.deploy.runtime.selection import Backend as BackendOption
+from maskformer_fast.deploy.runtime.selection import BackendName, Choice, choose_backend
 
 logger = logging.getLogger(__name__)
+
+IN_FLIGHT = 2
+"""Default number of frames that are worked on at once: while the network runs for one, another is prepared."""
 
 
 def load(
     bundle: str | Path | Bundle,
-    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt"] = "auto",
+    backend: BackendOption = "auto",
     *,
     digest: str | None = None,
-    device: int = 0,
-    in_flight: int = 2,
-    precision: CpuPrecision = "fp32",
+    device: int | None = 0,
+    in_flight: int | None = None,
+    precision: Precision | None = None,
 ) -> Runtime:
     """Verify a bundle and make it ready to run.
 
     Args:
         bundle: its folder, or an open bundle.
         backend: ``auto`` takes TensorRT where the bundle has an engine for this GPU and the libraries are installed,
-            else onnxruntime, and logs the reason. A backend given by name is used, or an error tells why it cannot be.
+            else on the CPU openvino where it is installed, else onnxruntime; it logs the choice and its reason. A
+            backend given by name is used, or an error tells why it cannot be.
         digest: expected `Bundle.digest`, see `Bundle.open`.
-        device: number of the CUDA device.
-        in_flight: number of frames (or batches) that are worked on at once.
-        precision: of the network, with ``openvino`` only; ``bf16`` where the processor has it.
+        device: number of the CUDA device; None for the CPU.
+        in_flight: number of frames (or batches) that are worked on at once. None: `IN_FLIGHT`, for the least latency of
+            a single frame. With a given number above 1, openvino divides the threads among the frames, for the most
+            frames a second.
+        precision: of the network: ``fp32``, ``bf16`` (openvino, on a processor that has it) or ``int8`` (openvino, of a
+            bundle with such an engine); on a GPU that of one of the engines. None: see `selection.choose_backend`.
 
     Raises:
         FileNotFoundError: no such folder.
-        BundleError: a damaged or changed bundle, another digest, or no engine for this GPU.
+        BundleError: a damaged or changed bundle, another digest, or no engine for this GPU or of this precision.
         ModuleNotFoundError: a library that the backend needs is not installed.
-        ValueError: a wrong value of another argument.
+        ValueError: a wrong value of another argument, or a precision that backend or processor do not have.
     """
-    check_choice("backend", backend, ("auto", "onnxruntime", "openvino", "tensorrt"))
-    check_choice("precision", precision, ("fp32", "bf16"))
-    check(precision == "fp32" or backend == "openvino", "precision", f"fp32 with the backend {backend}", precision)
-    check(in_flight > 0, "in_flight", "> 0", in_flight)
-    check(device >= 0, "device", ">= 0", device)
+    check(in_flight is None or in_flight > 0, "in_flight", "> 0", in_flight)
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle, digest)
     elif digest is not None:
         check(bundle.digest == digest, "digest", f"{digest}, which was asked for", bundle.digest)
-    name: BackendName = "onnxruntime"
-    if backend == "openvino":
-        name = "openvino"
-    elif backend != "onnxruntime":
-        obstacle = tensorrt_obstacle(bundle.manifest, device)
-        if obstacle is None:
-            name = "tensorrt"
-        elif backend == "tensorrt":
-            raise obstacle
-        else:
-            logger.info("%s runs on the CPU by onnxruntime, not by TensorRT: %s", bundle.folder, obstacle)
-    return Runtime(bundle, name, device, in_flight, precision)
+    with naming(bundle.folder):
+        choice = choose_backend(bundle.manifest, backend, device, precision)
+    return Runtime(bundle, choice, device or 0, in_flight)
 
 
 class Runtime:
-    """A bundle that is ready to run, made by `load`. It is a context manager, and any thread may use it."""
+    """A bundle that is ready to run, made by `load`. It is a context manager, and any thread may use it.
+
+    `backend` and `precision` are those chosen; a precision of None is that of the TensorRT engine.
+    """
 
     tasks: tuple[Task, ...] = TASKS
 
-    def __init__(
-        self, bundle: Bundle, backend: BackendName, device: int, in_flight: int, precision: CpuPrecision = "fp32"
-    ) -> None:
+    def __init__(self, bundle: Bundle, choice: Choice, device: int, in_flight: int | None) -> None:
+        logger.info("%s runs %s", bundle.folder, choice.reason)
         self.manifest = bundle.manifest
-        self.backend: BackendName = backend
-        self.in_flight = in_flight
+        self.backend: BackendName = choice.backend
+        self.precision = choice.precision
+        self.in_flight = in_flight or IN_FLIGHT
         with naming(bundle.folder):
-            self._backend: Backend | None = _open_backend(bundle, backend, device, in_flight, precision)
+            self._backend: Backend | None = _open_backend(bundle, choice, device, in_flight)
         self._jobs: deque[_Job] = deque()  # batches that the backend may still hold, oldest first
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -122,7 +120,7 @@ class Runtime:
         return self.predict_tasks(list(images), (task,))[task]
 
     def predict_tasks(self, images: Sequence[np.ndarray], tasks: Sequence[Task]) -> dict[Task, list[Result]]:
-        """Results of several tasks, each as `predict` gives them. onnxruntime runs the network once for all tasks."""
+        """Results of several tasks, each as `predict` gives them. On a CPU the network runs once for all tasks."""
         for task in tasks:
             check_choice("task", task, self.tasks)
         frames = list(images)
@@ -306,18 +304,17 @@ class _Stream(Iterator[Result]):
             return error
 
 
-def _open_backend(
-    bundle: Bundle, name: BackendName, device: int, in_flight: int, precision: CpuPrecision
-) -> Backend:
-    if name == "onnxruntime":
-        from maskformer_fast.deploy.runtime.cpu_backend import CpuBackend
+def _open_backend(bundle: Bundle, choice: Choice, device: int, in_flight: int | None) -> Backend:
+    if choice.backend == "tensorrt":
+        from maskformer_fast.deploy.runtime.cuda_backend import TensorRTBackend
 
-        return CpuBackend(bundle, in_flight)
-    if name == "openvino":
-        from maskformer_fast.deploy.runtime.cpu_backend import CpuBackend
-        from maskformer_fast.deploy.runtime.openvino_session import OpenvinoSession
+        return TensorRTBackend(bundle, device, in_flight or IN_FLIGHT, choice.precision)
+    from maskformer_fast.deploy.runtime.cpu_backend import CpuBackend
 
-        return CpuBackend(bundle, in_flight, open_session=partial(OpenvinoSession, precision=precision))
-    from maskformer_fast.deploy.runtime.cuda_backend import TensorRTBackend
+    if choice.backend == "onnxruntime":
+        return CpuBackend(bundle, in_flight or IN_FLIGHT)
+    from maskformer_fast.deploy.runtime.openvino_session import OpenvinoSession
 
-    return TensorRTBackend(bundle, device, in_flight)
+    open_session = partial(OpenvinoSession, precision=choice.precision or "fp32")
+    engines = [engine for engine in bundle.manifest.engines if engine.api == OPENVINO and choice.precision == "int8"]
+    return CpuBackend(bundle, in_flight or IN_FLIGHT, None, open_session, next(iter(engines), None), in_flight or 1)

@@ -51,7 +51,9 @@ def model_config(model: ServedModel, name: str, options: TritonServerOptions) ->
     if options.response_cache:
         fields.append(("response_cache", [("enable", Word("true"))]))
     if model.backend == "python":
-        for key, value in (("task", options.task), ("backend", options.backend)):
+        parameters: list[tuple[str, str]] = [("task", options.task), ("backend", options.backend)]
+        parameters += [("precision", options.precision)] if options.precision else []
+        for key, value in parameters:
             fields.append(("parameters", [("key", key), ("value", [("string_value", value)])]))
     return text_format(fields)
 

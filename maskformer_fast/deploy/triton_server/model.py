@@ -49,12 +49,14 @@ class ServedBundle:
         self.server = pb_utils
         self.task: Any = parameters["task"]
         on_cpu = args["model_instance_kind"] == "CPU"
-        backend: Any = "onnxruntime" if on_cpu else parameters["backend"]
+        backend: Any = parameters["backend"]
+        precision: Any = parameters.get("precision")
         self.runtime = load(
             self.bundle,
             backend,
             digest=self.digest,
-            device=0 if on_cpu else int(args["model_instance_device_id"]),
+            device=None if on_cpu else int(args["model_instance_device_id"]),
+            precision=precision,
         )
         self.metadata = self.runtime.manifest.metadata
 

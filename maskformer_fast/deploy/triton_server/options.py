@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from maskformer_fast.deploy.bundle.manifest import Precision
+from maskformer_fast.deploy.runtime.selection import Backend
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -34,8 +37,12 @@ class TritonServerOptions:
     """File name of one of several engines."""
     task: Literal["semantic", "panoptic", "instance"] = "semantic"
     """With ``results``: the task."""
-    backend: Literal["auto", "onnxruntime", "tensorrt"] = "auto"
-    """With ``results``: the runtime's backend."""
+    backend: Backend = "auto"
+    """With ``results``: the runtime's backend. ``auto`` takes TensorRT where the bundle has an engine for the GPU, else
+    the CPU by openvino where it is installed, else onnxruntime; on the device cpu one of the latter two."""
+    precision: Precision | None = None
+    """With ``results``: precision of the network. On a CPU: fp32, bf16 (openvino, where the processor has it) or int8
+    (an engine of openvino in the bundle); by default int8 where the bundle has it, else fp32."""
     version: int = 1
     """Number of this version; by default the server serves the highest one."""
     max_batch: int = 8
@@ -61,3 +68,5 @@ class TritonServerOptions:
             raise ValueError("device: expected gpu for an engine, got cpu")
         if self.engine is not None and self.model != "engine":
             raise ValueError(f"engine: expected none with --model {self.model}, got {self.engine!r}")
+        if self.backend == "tensorrt" and self.device == "cpu":
+            raise ValueError("device: expected gpu for the backend tensorrt, got cpu")

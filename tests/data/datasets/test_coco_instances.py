@@ -98,6 +98,51 @@ def test_file_names_may_begin_with_a_folder(tmp_path):
     assert build(store(tmp_path, data, folder="train2017"))[0].image_id == 1
 
 
+def test_files_are_found_whose_names_the_disk_spells_otherwise(tmp_path):
+    data = content()
+    data["images"][0]["file_name"] = "\u00e4\\1.png"
+    data["images"][1]["file_name"] = "2.PNG"
+    data["images"][2]["file_name"] = "3" * 300 + ".png"
+    store(tmp_path, data)
+    (tmp_path / "train/a\u0308").mkdir()
+    (tmp_path / "train/1.png").rename(tmp_path / "train/a\u0308/1.PNG")
+    dataset = build(tmp_path)
+    assert dataset[0].path == f"{tmp_path}/train/a\u0308/1.PNG"
+    validation = build(tmp_path, "val", val_split="train")
+    assert validation[1].path == f"{tmp_path}/train/2.png"
+    with pytest.raises(BrokenExampleError, match="name too long"):
+        validation[2]
+
+
+def test_letters_with_accents_are_found_in_both_forms_of_unicode(tmp_path):
+    data = content()
+    data["images"] = [data["images"][0] | {"file_name": "\u00e4.jpg"}]
+    data["annotations"] = data["annotations"][:1]
+    store(tmp_path, data)
+    (tmp_path / "train/1.png").rename(tmp_path / "train/a\u0308.JPG")
+    assert build(tmp_path)[0].path == f"{tmp_path}/train/a\u0308.JPG"
+
+
+def test_an_error_names_the_annotation_files_that_are_there(tmp_path):
+    store(tmp_path, name="instances_default.json")
+    with pytest.raises(FileNotFoundError, match=r"there is .*/instances_default\.json: see data\.train_split"):
+        build(tmp_path)
+
+
+def test_names_that_are_there_twice_become_distinct(tmp_path):
+    data = content()
+    data["categories"] = [{"id": 20, "name": "b"}, {"id": 10, "name": "b"}, {"id": 3, "name": "b (20)"}]
+    assert build(store(tmp_path, data)).metadata.class_names == ("b (20) (20)", "b (10)", "b (20) (3)")
+
+
+def test_a_file_of_another_encoding_is_named_with_a_way_out(tmp_path):
+    store(tmp_path)
+    path = tmp_path / "annotations/instances_train.json"
+    path.write_bytes(path.read_bytes().replace(b'"b"', b'"\xe4"'))
+    with pytest.raises(ValueError, match=r"instances_train\.json: malformed JSON: .*save it as UTF-8"):
+        build(tmp_path)
+
+
 def test_errors_name_missing_and_damaged_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"instances_val\.json, .*instances_val2017\.json"):
         build(store(tmp_path), "val")
@@ -119,7 +164,7 @@ def test_errors_name_missing_and_damaged_files(tmp_path):
     [[1, 2, 3, 4, 5, float("inf")]],
     [[1, 2, 3, 4, 5, 10**400]],
     [[1, 2, 3, 4, 5, 6, 7]],
-    [[1, 2, 3, 4, "5", 6]],
+    [[1, 2, 3, 4, "x", 6]],
     [[1, 2, 3, 4, None, 6]],
     [[1, 2, 1e8, 2, 1e8, 9]],
     [[1, -50, 9, 2, 8, 9]],
@@ -335,7 +380,7 @@ def change(section, index, **keys):
     (change("annotations", 0, image_id=[9]), r"annotations\[0\]: image_id: .*got \[9\]"),
     (change("annotations", 0, category_id=9), r"annotations\[0\]: category_id: .*got 9"),
     (change("annotations", 0, category_id=...), r"annotations\[0\]: category_id: .*no such key"),
-    (change("annotations", 0, segmentation=[1, 2, 3, 4, "6"]), r"annotations\[0\]: segmentation: expected a list of"),
+    (change("annotations", 0, segmentation=[1, 2, 3, 4, "x"]), r"annotations\[0\]: segmentation: expected a list of"),
     (change("annotations", 0, segmentation="x"), r"annotations\[0\]: segmentation: expected polygons or"),
     (lambda data: data.pop("images"), 'expected a list "images", got none'),
     (lambda data: data.update(images=[]), 'expected at least one entry in "images"'),

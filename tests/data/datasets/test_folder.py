@@ -159,6 +159,7 @@ def test_pixel_values_from_classes_json(root):
 @pytest.mark.parametrize(("content", "message"), [
     ("{", "malformed JSON"),
     ("[]", "expected a list of classes"),
+    ('{"0": "a"}', r"expected a list of classes.* got \{'0': 'a'\}"),
     ('{"names": ["a"]}', "expected a list of classes"),
     ('["a", "a"]', "name: expected distinct values, got 'a' twice"),
     ('["a", 3]', r"classes\[1\]: expected a name or an object"),
@@ -242,6 +243,19 @@ def test_a_broken_annotation_is_an_error_unless_skipped(root):
     assert dataset.metadata.num_classes == 4
     with pytest.raises(BrokenExampleError, match=r"b\.png"):
         dataset[1]
+
+
+def test_annotations_that_are_all_broken_are_an_error_that_says_so(root):
+    for path in (root / "annotations/train").rglob("*.*"):
+        path.write_bytes(b"x") if path.is_file() else None
+    with pytest.raises(ValueError, match=r"2 that cannot be read, such as .*one\.two\.png: cannot be decoded"):
+        build(root, skip_broken=True)
+
+
+def test_names_are_matched_in_both_forms_of_unicode(root):
+    write(root, "train", "\u00e4.png", values(0, 1))
+    (root / "annotations/train/\u00e4.png").rename(root / "annotations/train/a\u0308.png")
+    assert build(root)[2].segments[1].id == 1
 
 
 def test_errors_name_missing_folders_and_files(root):

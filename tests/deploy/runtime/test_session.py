@@ -304,7 +304,8 @@ def with_engine(bundle: Bundle, folder: Path, targets: tuple[str, ...], kernels:
 def test_a_bundle_without_engines_runs_on_the_cpu(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     with load(bundle) as runtime:
-        assert runtime.backend == "onnxruntime" and "without engines" in caplog.text
+        assert runtime.backend == "openvino" and runtime.precision == "fp32"
+    assert "runs on the CPU by openvino in fp32, not by tensorrt: engines: expected one for this GPU" in caplog.text
     with pytest.raises(BundleError, match="without engines; build it with: .* --engine-only"):
         load(bundle, "tensorrt")
 
@@ -336,7 +337,7 @@ def test_the_reason_against_tensorrt_is_named(
     with pytest.raises(error, match=message):
         load(ready, "tensorrt")
     with load(ready) as runtime:
-        assert runtime.backend == "onnxruntime"
+        assert runtime.backend == "openvino"
 
 
 def test_tensorrt_is_chosen_where_it_can_run(
@@ -356,7 +357,7 @@ def test_tensorrt_is_chosen_where_it_can_run(
     ready = with_engine(bundle, tmp_path / "bundle", ("sm_90",), ("sm_90",), "tensorrt")
     for backend in ("auto", "tensorrt"):
         assert load(ready, backend, device=1, in_flight=3).backend == "tensorrt"  # type: ignore[arg-type]
-        assert made.pop() == (ready, 1, 3)
+        assert made.pop() == (ready, 1, 3, None)
     assert load(ready, "onnxruntime").backend == "onnxruntime" and not made
 
 
@@ -403,7 +404,7 @@ with load({str(bundle.folder)!r}, digest={bundle.digest!r}) as runtime:
 np.savez({str(tmp_path / "results.npz")!r}, *labels, *maps, *boxes)
 print(runtime.backend, sorted(name for name in sys.modules if name.startswith("maskformer_fast")))
 """)  # fmt: skip
-    assert out.startswith("onnxruntime") and "structures" not in out
+    assert out.startswith("openvino") and "structures" not in out
     with load(bundle) as runtime:
         expected = [result.labels for result in runtime.predict(frames)]
         expected += [result.id_map for result in runtime.predict(frames, "panoptic")]
@@ -414,11 +415,12 @@ print(runtime.backend, sorted(name for name in sys.modules if name.startswith("m
 
 
 def test_the_runtime_is_imported_without_any_library(bundle: Bundle) -> None:
-    out = run_blocked(["torch", "triton", "onnxruntime", "PIL", "cuda", "tensorrt", "tensorrt_rtx", "tyro"], f"""
+    blocked = ["torch", "triton", "onnxruntime", "openvino", "PIL", "cuda", "tensorrt", "tensorrt_rtx", "tyro"]
+    out = run_blocked(blocked, f"""
 from maskformer_fast.deploy import runtime
 try:
     runtime.load({str(bundle.folder)!r})
 except ModuleNotFoundError as error:
     print(error)
 """)  # fmt: skip
-    assert "onnxruntime is needed" in out and "maskformer_fast[deploy]" in out
+    assert "openvino or onnxruntime is needed" in out and "maskformer_fast[deploy]" in out

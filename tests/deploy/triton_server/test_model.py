@@ -106,8 +106,8 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bundle = tiny_bundle(tmp_path / "bundle")
     loads: list[tuple[object, ...]] = []
 
-    def load(folder: Path, backend: str, *, digest: str, device: int) -> Runtime:
-        loads.append((folder, backend, device))
+    def load(folder: Path, backend: str, *, digest: str, device: int | None, precision: str | None) -> Runtime:
+        loads.append((folder, backend, device, precision))
         return Runtime(Bundle.open(folder, digest))
 
     monkeypatch.setattr(runtime, "load", load)
@@ -140,7 +140,7 @@ def random_images(rng: np.random.Generator, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
 def test_each_request_is_answered_with_its_own_results(serve, task: str) -> None:
     model, config, loads = serve(task)
-    assert loads == [(model.bundle, "onnxruntime", 0)] and config.backend == "python"
+    assert loads == [(model.bundle, "auto", None, None)] and config.backend == "python"
     rng = np.random.default_rng(1)
     batches = [random_images(rng, *shape) for shape in ((1, 9, 13), (3, 5, 8), (2, 9, 13))]
     responses = model.execute([{"images": images} for images in batches])
@@ -209,7 +209,14 @@ def test_a_bad_request_does_not_fail_the_others(serve) -> None:
 
 def test_an_instance_uses_its_backend_and_device(serve) -> None:
     model, _, loads = serve("semantic", kind="GPU", backend="tensorrt")
-    assert loads == [(model.bundle, "tensorrt", 3)]
+    assert loads == [(model.bundle, "tensorrt", 3, None)]
+
+
+def test_a_backend_and_a_precision_of_the_cpu_are_kept(serve) -> None:
+    model, _, loads = serve("semantic", device="cpu", backend="openvino", precision="bf16")
+    assert loads == [(model.bundle, "openvino", None, "bf16")]
+    with pytest.raises(ValueError, match="device: expected gpu for the backend tensorrt, got cpu"):
+        serve("semantic", device="cpu", backend="tensorrt")
 
 
 def test_another_bundle_in_the_folder_is_refused(serve, tmp_path: Path) -> None:
