@@ -14,6 +14,7 @@ from maskformer_fast.core.extension import load_extension
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 """Number of bits that are set in each byte."""
+_count_bits = getattr(np, "bitwise_count", _BITS.take)  # of NumPy 2 and newer
 
 
 class Polygon(NamedTuple):
@@ -123,7 +124,7 @@ def to_coco(
     category_ids: Sequence[int] | None,
 ) -> list[dict[str, Any]]:
     """Annotations of COCO's format: run lengths, box as x, y, width, height, area, score, category."""
-    areas = _BITS[instances.masks].sum((1, 2), dtype=np.int64)
+    areas = _count_bits(instances.masks).sum((1, 2), dtype=np.int64)
     annotations = []
     columns = (instances.labels, instances.scores, instances.boxes, areas)
     rows = zip(*(column.tolist() for column in columns), strict=True)

@@ -21,6 +21,7 @@ from maskformer_fast.drop_in.swap import restore_methods, swap_methods
 from maskformer_fast.ops.assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import focal_parameters
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
+from maskformer_fast.ops.points import sample_maps
 from maskformer_fast.structures import Targets, pack_masks
 
 Model = TypeVar("Model")
@@ -97,14 +98,6 @@ def _assign(
     return [(queries[image, :count], order[image, :count]) for image, count in enumerate(pairs)]
 
 
-def _sample(
-    maps: Tensor,  # [N, C, h, w] floating
-    points: Tensor,  # [N, P, 2] float32, x and y in 0..1
-) -> Tensor:
-    """Values at points, with zeros around the maps -> [N, C, P]."""
-    return F.grid_sample(maps, (2 * points - 1).to(maps.dtype)[:, :, None], align_corners=False)[..., 0]
-
-
 def _class_cost(class_logits: Tensor, class_labels: Sequence[Tensor]) -> Tensor:
     """Minus the probability of each target's class -> [B, Q, T] float32."""
     labels = pad_sequence(list(class_labels), batch_first=True).to(class_logits.device)
@@ -124,9 +117,9 @@ def _match_points(
     device, counts = masks_queries_logits.device, [len(labels) for labels in class_labels]
     points = torch.cat([torch.rand(1, self.num_points, 2, device=device) for _ in counts])
     with torch.autocast(device.type, enabled=False):
-        logits = _sample(masks_queries_logits.to(torch.float32), points)  # [B, Q, P]
+        logits = sample_maps(masks_queries_logits.to(torch.float32), points)  # [B, Q, P]
         sampled = [
-            _sample(masks[None].to(logits), points[image : image + 1])[0] for image, masks in enumerate(mask_labels)
+            sample_maps(masks[None].to(logits), points[image : image + 1])[0] for image, masks in enumerate(mask_labels)
         ]
         truth = pad_sequence(sampled, batch_first=True).mT  # [B, P, T]
         probability = logits.sigmoid()
@@ -236,13 +229,13 @@ def _point_losses(
     with torch.no_grad():
         points = torch.rand(count, int(self.num_points * self.oversample_ratio), 2, device=device)
         uncertain = int(self.importance_sample_ratio * self.num_points)
-        least = _sample(logits, points)[:, 0].abs().topk(uncertain, 1, largest=False, sorted=False).indices
+        least = sample_maps(logits, points)[:, 0].abs().topk(uncertain, 1, largest=False, sorted=False).indices
         points = points.gather(1, least[..., None].expand(-1, -1, 2))
         if uncertain < self.num_points:
             points = torch.cat([points, torch.rand(count, self.num_points - uncertain, 2, device=device)], 1)
         targets = _stacked(mask_labels).to(device).index_select(0, pairs.targets)
-        truth = _sample(targets[:, None].to(logits), points)[:, 0]
-    values = _sample(logits, points)[:, 0]  # [N, P]
+        truth = sample_maps(targets[:, None].to(logits), points)[:, 0]
+    values = sample_maps(logits, points)[:, 0]  # [N, P]
     probability = values.sigmoid()
     mask = F.binary_cross_entropy_with_logits(values, truth, reduction="none").mean(1)
     dice = 1 - (2 * (probability * truth).sum(1) + 1) / (probability.sum(1) + truth.sum(1) + 1)

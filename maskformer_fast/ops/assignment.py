@@ -166,7 +166,40 @@ def assign_pairs(
             with the number of the matrix; also a matrix that is not of rank 2.
         TypeError: matrices that are not float32 or float64 tensors of one type.
     """
-    matrices = list(cost.flatten(0, -3) if cost.dim() > 2 else [cost]) if isinstance(cost, Tensor) else list(cost)
+    if isinstance(cost, Tensor) and cost.dim() > 2:
+        wide = cost.shape[-2] < cost.shape[-1]
+        batch = (-cost if maximize else cost).detach().flatten(0, -3)
+        batch = batch.mT if wide else batch
+        shapes = [(batch.shape[1], batch.shape[2], wide)] * len(batch)
+        counts = None
+    else:
+        matrices = [cost] if isinstance(cost, Tensor) else list(cost)
+        _check_matrices(matrices)
+        # wide matrices are transposed: their rows get columns
+        tall = [m.mT if m.shape[0] < m.shape[1] else m for m in ((-m if maximize else m).detach() for m in matrices)]
+        shapes = [(*m.shape, m.shape != t.shape) for m, t in zip(tall, matrices, strict=True)]
+        height, width = (max((m.shape[side] for m in tall), default=0) for side in (0, 1))
+        padded = [F.pad(m, (0, width - m.shape[1], 0, height - m.shape[0]), value=torch.inf) for m in tall]
+        batch = torch.stack(padded) if padded else torch.zeros(0, 0, 0)
+        counts = torch.tensor([m.shape[1] for m in tall], dtype=torch.int64).to(batch.device)
+    if not shapes:
+        return []
+    rows = linear_sum_assignment(batch, counts)
+    wanted = batch.shape[2] if counts is None else counts
+    failed = torch.stack([(rows >= 0).sum(1) < wanted, (batch.isnan() | batch.isneginf()).flatten(1).any(1)])
+    for number, (is_infeasible, is_invalid) in enumerate(failed.T.tolist()):
+        if is_infeasible or is_invalid:
+            reason = "matrix contains invalid numeric entries" if is_invalid else "cost matrix is infeasible"
+            raise ValueError(f"cost[{number}]: {reason}")
+    ordered, order = rows.where(rows >= 0, batch.shape[1]).sort(1)
+    every = torch.arange(batch.shape[2], device=batch.device)
+    return [
+        (every[:size], found[:size]) if is_wide else (first[:size], second[:size])
+        for (_, size, is_wide), found, first, second in zip(shapes, rows, ordered, order, strict=True)
+    ]
+
+
+def _check_matrices(matrices: list[Tensor]) -> None:
     for number, matrix in enumerate(matrices):
         if not isinstance(matrix, Tensor):
             raise TypeError(f"cost[{number}]: expected a Tensor, got {type(matrix).__name__}")
@@ -174,31 +207,6 @@ def assign_pairs(
             raise ValueError(f"cost[{number}]: expected a matrix (2-D array), got a {matrix.dim()}-D array")
         if matrix.dtype != matrices[0].dtype:
             raise TypeError(f"cost[{number}]: expected {matrices[0].dtype} as cost[0], got {matrix.dtype}")
-    if not matrices:
-        return []
-    # wide matrices are transposed, as a column without a row costs nothing and a row without a column does not exist
-    tall = [(-m if maximize else m).detach() for m in matrices]
-    tall = [m if m.shape[0] >= m.shape[1] else m.T for m in tall]
-    rows, columns = (max(m.shape[side] for m in tall) for side in (0, 1))
-    batch = torch.stack([F.pad(m, (0, columns - m.shape[1], 0, rows - m.shape[0]), value=torch.inf) for m in tall])
-    counts = torch.tensor([m.shape[1] for m in tall]).to(batch.device)
-    found = linear_sum_assignment(batch, counts)
-    invalid = torch.stack([(m.isnan() | m.isneginf()).any() for m in tall])
-    solved = (found >= 0).sum(1) == counts
-    for number, (is_invalid, is_solved) in enumerate(torch.stack([invalid, solved], 1).tolist()):
-        if is_invalid:
-            raise ValueError(f"cost[{number}]: matrix contains invalid numeric entries")
-        if not is_solved:
-            raise ValueError(f"cost[{number}]: cost matrix is infeasible")
-    results = []
-    for matrix, row in zip(matrices, found, strict=True):
-        pairs = row[: min(matrix.shape)]
-        if matrix.shape[0] < matrix.shape[1]:
-            results.append((torch.arange(len(pairs), device=row.device), pairs))
-        else:
-            ordered, order = pairs.sort()
-            results.append((ordered, order))
-    return results
 
 
 def linear_sum_assignment_eager(
