@@ -90,8 +90,8 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     config = predictor.config
     check_test(config.test)
     kind = config.model.type
-    check(kind != "mask2former", "model.type", "maskformer: bundles are not supported yet for mask2former", kind)
-    check(kind == "maskformer", "model.type", "maskformer: a per-pixel baseline has no queries to export", kind)
+    check(config.model.classifies_masks, "model.type",
+          "maskformer or mask2former: a per-pixel baseline has no queries to export", kind)
     flavours = [flavour for flavour in FLAVOURS if flavour in options.flavours]
     known = len(flavours) == len(set(options.flavours)) and flavours
     check(bool(known), "flavours", f"some of {', '.join(FLAVOURS)}", options.flavours)
@@ -124,7 +124,7 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
         num_queries=model.decoder.num_queries,
         num_classes=model.num_classes,
         metadata=predictor.metadata,
-        preprocess=Preprocess(model.pixel_mean, model.pixel_std, test.short_edge, test.max_size,
+        preprocess=Preprocess(model.pixel_mean, model.pixel_std, test.edge, test.max_size,
                               model.size_divisibility),
         postprocess=Postprocess(test.object_mask_threshold, test.overlap_threshold, test.top_k, test.panoptic_rule),
         graphs=graphs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import signal
@@ -54,7 +55,10 @@ def run_lock(folder: Path) -> Iterator[str]:
     """
     real = Path(os.path.realpath(folder))
     real.parent.mkdir(parents=True, exist_ok=True)
-    with real.with_name(f".{real.name}.lock").open("a+", errors="replace") as file:
+    name = f".{real.name}.lock"
+    if len(os.fsencode(name)) > 255:  # more than file systems take
+        name = f".{hashlib.sha256(os.fsencode(name)).hexdigest()}.lock"
+    with real.with_name(name).open("a+", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -82,14 +86,18 @@ def check_paths(config: Config) -> None:
     """Check the forms of the paths that a run reads and writes.
 
     Raises:
-        ValueError: ``output`` is a file or the root of the file system, or a path is one of Windows.
+        ValueError: ``output`` is a file, below a file, or the root of the file system, or begins with ``~``; or a path
+            is one of Windows.
     """
     model = config.model
     check_no_windows_path({"output": config.output, "data.root": config.data.root, "model.weights": model.weights,
                            "model.backbone.weights": model.backbone.weights})
     folder = Path(os.path.realpath(config.output))
-    check(bool(folder.name) and (folder.is_dir() or not folder.exists()), "output",
-          "a folder below /, which may be new", config.output)
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    check(bool(folder.name) and nearest.is_dir(), "output", "a folder below /, which may be new, and below no file",
+          config.output)
+    check(not config.output.startswith("~") or folder.is_dir(), "output",
+          f"a path without ~, which the shell alone knows: {os.path.expanduser(config.output)}", config.output)
 
 
 def move_aside(folder: Path, inputs: Iterable[Path] = ()) -> None:

@@ -28,9 +28,12 @@ from maskformer_fast.deploy.bundle.folder import read_manifest
 from maskformer_fast.deploy.bundle.manifest import DIGEST_KEY, MANIFEST_NAME, _canonical, _digest
 from maskformer_fast.inference.load import load_network
 from maskformer_fast.interop.files import read_weights
+from maskformer_fast.interop.huggingface import read_folder, write_folder
 from maskformer_fast.modeling import build_model
-from maskformer_fast.modeling.weights import save_weights
+from maskformer_fast.modeling.weights import load_weights, save_weights
 from maskformer_fast.recipes import load_recipe
+from maskformer_fast.training.checkpoints import saved_number
+from maskformer_fast.training.run_log import RunLog
 from tests.interop.test_archive import archive_of, entries_of
 from tests.support.memory import at_most
 from tests.support.tiny_bundle import tiny_bundle
@@ -219,6 +222,47 @@ def pickles(draw: st.DrawFn) -> bytes:
         st.sampled_from([b"\x85", b"]", b"(", b"2", b"K\x01\x86"]).map(lambda operation: operation * 50000),
     )  # fmt: skip
     return b"\x80\x02" + b"".join(draw(st.lists(piece, max_size=14))) + b"."
+
+
+@every_target
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors.index.json"])
+def test_json_of_hugging_face_folders(tmp_path: Path, checkpoint: Path, name: str, examples: int) -> None:
+    config, metadata, weights, _ = load_weights(checkpoint)
+    folder = tmp_path / "model"
+    write_folder(folder, weights, config, metadata)
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").rename(folder / "x.safetensors")
+        values: Any = {"metadata": {}, "weight_map": dict.fromkeys(list(weights)[:3], "x.safetensors")}
+    else:
+        values = json.loads((folder / name).read_bytes())
+
+    @st.composite
+    def texts(draw: st.DrawFn) -> bytes:
+        return nested(draw, *draw(st.sampled_from([("[", "]"), ('{"size":', "}")]))).encode()
+
+    content = json.dumps(values).encode()
+    strategy = changed_value(values).map(lambda data: json.dumps(data).encode()) | changed_bytes(content) | texts()
+    fuzz(examples, strategy, folder / name, lambda path: read_folder(path.parent))
+
+
+@every_target
+@pytest.mark.parametrize("name", ["log.jsonl", "metrics.json", "best.json"])
+def test_side_files_of_a_run_are_read_or_taken_for_absent(tmp_path: Path, name: str, examples: int) -> None:
+    content = {"step": 4, "score": 0.5, "loss": 1.0}
+
+    def read(path: Path) -> None:
+        if name == "log.jsonl":
+            RunLog(path.parent, 2, tensorboard=False).close()
+            assert all(json.loads(line)["step"] <= 2 for line in path.read_text().splitlines())
+            for aside in path.parent.glob("damaged_*"):
+                aside.unlink()
+        else:
+            saved_number(path, "step")
+            saved_number(path, "score")
+
+    lines = "\n".join(json.dumps({**content, "step": step}) for step in range(4)).encode()
+    strategy = changed_value(content).map(lambda data: json.dumps(data).encode()) | changed_bytes(lines)
+    fuzz(examples, strategy, tmp_path / name, read)
 
 
 RECIPE = {"base": "small", "model": {"decoder": {"layers": 3}, "pixel_mean": [1.0, 2.0, 3.0]}, "solver": {"lr": 1e-4}}

@@ -26,6 +26,13 @@ def test_two_processes_cannot_share_a_run_by_different_names(tmp_path, name):
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_a_folder_of_the_longest_name_is_locked(tmp_path):
+    with train.run_lock(tmp_path / ("n" * 255)):
+        pass
+    with train.run_lock(tmp_path / ("m" * 255)):  # another lock
+        assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_second_run_by_a_link_moves_the_folder_and_keeps_the_link(tmp_path):
     arguments = ["--config", str(TINY_RECIPE), "--solver.max-steps", "1", "--output"]
     (tmp_path / "big").mkdir()
@@ -79,6 +86,8 @@ PATHS = [
     (["--output", "new", "--model.weights", r"runs\demo"], "model.weights: ", "write runs/demo"),
     (["--output", "/"], "output: expected a folder below /", "got '/'"),
     (["--output", "file"], "output: expected a folder", "got 'file'"),
+    (["--output", "file/below/it"], "output: expected a folder", "got 'file/below/it'"),
+    (["--output", "~/runs/x"], "output: expected a path without ~, ", "got '~/runs/x'"),
     (["--output", ""], "output: expected a folder", "got ''"),
     (["--output", "new", "--seed", str(2**64)], "seed: expected 0 to 18446744073709551615", f"got {2**64}"),
     (["--output", "new", "--seed", "-1"], "seed: expected 0 to 18446744073709551615", "got -1"),

@@ -24,6 +24,11 @@ class Metadata:
             got = len(getattr(self, name))
             if got != len(self.class_names):
                 raise ValueError(f"{name}: expected one entry for each of {len(self.class_names)} classes, got {got}")
+        if wrong := [color for color in self.colors if not all(0 <= part <= 255 for part in color)]:
+            raise ValueError(f"colors: expected red, green and blue of 0..255, got {wrong[0]}")
+        if len(set(self.category_ids)) < len(self.category_ids):
+            repeated = next(number for number in self.category_ids if self.category_ids.count(number) > 1)
+            raise ValueError(f"category_ids: expected distinct ids, got {repeated} twice")
 
     @property
     def num_classes(self) -> int:

@@ -23,8 +23,8 @@ from maskformer_fast.ops.resized_argmax import (
 )
 from maskformer_fast.ops.segments import panoptic_inference
 
-BAND_VALUES = 1 << 19
-"""Values of masks in a band of rows: temporaries stay below about 8 MiB."""
+BAND_VALUES = 1 << 17
+"""Values of masks in a band of rows: temporaries stay below about 2 MiB."""
 
 
 class Candidates(NamedTuple):

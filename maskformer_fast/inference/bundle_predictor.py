@@ -128,9 +128,12 @@ def bundle_test(manifest: Manifest) -> TestConfig:
     The batch size is the number of images that the runtime gets in one call; it works on several at once.
     """
     before, after = manifest.preprocess, manifest.postprocess
+    edge = before.short_edge
+    short_edge, size = (min(edge), edge) if isinstance(edge, tuple) else (edge, None)
     return TestConfig(
-        short_edge=before.short_edge,
+        short_edge=short_edge,
         max_size=before.max_size,
+        size=size,
         object_mask_threshold=after.object_mask_threshold,
         overlap_threshold=after.overlap_threshold,
         panoptic_rule=after.panoptic_rule,

@@ -26,7 +26,7 @@ from maskformer_fast.inference.bundle_predictor import (
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.fuse_for_cpu import convolves_bfloat16, fuse_for_cpu
-from maskformer_fast.modeling.weights import check_architecture, load_into, load_weights
+from maskformer_fast.modeling.weights import CheckpointError, check_architecture, load_into, load_weights
 from maskformer_fast.recipes import load_recipe, recipe_names
 
 
@@ -85,6 +85,8 @@ def load_network(path_or_recipe: str | Path, device: str = "auto", test: TestCon
     else:
         config, metadata, weights, _ = load_weights(path_or_recipe)
         check_architecture(config.model, weights, path_or_recipe)
+        check(metadata.num_classes == config.model.num_classes, f"{path_or_recipe}: metadata.class_names",
+              f"the {config.model.num_classes} classes of the network", metadata.num_classes, CheckpointError)
         network = build_model(config.model)
         load_into(network, weights, path_or_recipe)
     on = resolve_device(device)

@@ -35,10 +35,16 @@ FOLDER_FILES = (
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
 _OLD_PICKLES = 5  # magic number, version, system, content, names of the storages
+_OTHERS = {
+    b"<": "HTML or XML: perhaps a download that failed", b"\x1f\x8b": "a file of gzip: unpack it first",
+    b"\x89HDF": "HDF5, as Keras writes it: save the weights by PyTorch", b"\x93NUMPY": "a single array of NumPy",
+    b'{"': "JSON: the weights are another file", b"\x08": "perhaps ONNX: a graph, whose weights have other names",
+}  # fmt: skip
+"""Beginnings of files that are taken for weights, and what they are."""
 _GIT_LFS = b"version https://"  # text file in the place of a large file that was not fetched
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "weights", "params",
-             "state")  # fmt: skip
-"""Keys below which training programs store the named tensors; each is opened, also one in another."""
+             "state", "ema", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema")  # fmt: skip
+"""Keys below which training programs store the named tensors; the first is opened, also one in another."""
 _PREFIXES = ("module.", "model.", "_orig_mod.", "_fsdp_wrapped_module.", "network.", "net.")
 """Beginnings of all names of a wrapped network (of DistributedDataParallel, Lightning, torch.compile, FSDP)."""
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -139,6 +145,8 @@ def _read_named(path: Path) -> dict[str, Tensor]:
             content: Any = _read_safetensors(path)
         elif start.startswith(_ZIP) or start.startswith(_OLD_TORCH):
             content = load_torch(path)
+        elif other := [name for beginning, name in _OTHERS.items() if start.startswith(beginning)]:
+            raise ConvertError(f"expected weights, got {other[0]}")
         else:
             with path.open("rb") as file:
                 content = load_pickle(file)
@@ -213,7 +221,8 @@ def load_torch(path: Path) -> Any:
         # torch's own text recommends to switch the protection off.
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ConvertError(f"refused: the file imports {refused[1]}, expected tensors in plain containers alone; "
-                               "nothing of it was run") from error
+                               "nothing of it was run; where the file is trusted, let the program that wrote it save "
+                               "the named tensors alone") from error
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConvertError(f"not a readable file of torch.save: {text[:300]}") from error
 

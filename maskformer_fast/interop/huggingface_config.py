@@ -209,7 +209,7 @@ def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
     ignore_index, reduce_labels = _label_values(metadata)
     return {
         "image_processor_type": f"Mask{2 if model.type == 'mask2former' else ''}FormerImageProcessor",
-        "do_resize": test.short_edge is not None,
+        "do_resize": test.edge is not None,
         "size": _write_size(test),
         "size_divisor": model.size_divisibility,
         "resample": _BILINEAR,
@@ -225,10 +225,9 @@ def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
 
 
 def _write_size(test: TestConfig) -> dict[str, Any]:
-    edge = test.short_edge or TestConfig().short_edge
-    if isinstance(edge, tuple):
-        return {"height": edge[0], "width": edge[1]}
-    return {"shortest_edge": edge, "longest_edge": test.max_size}
+    if test.size is not None:
+        return {"height": test.size[0], "width": test.size[1]}
+    return {"shortest_edge": test.short_edge or TestConfig().short_edge, "longest_edge": test.max_size}
 
 
 def read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
@@ -319,7 +318,7 @@ def _read_fixed_size(processor: Section, size: list[Any] | dict[str, Any]) -> Te
         return test
     step = max(1, _size_divisor(processor))
     height, width = (-(-side // step) * step for side in sides)
-    return TestConfig(short_edge=(height, width))
+    return TestConfig(min(sides), max(TestConfig.max_size, *sides), size=(height, width))
 
 
 def _check_expressible(model: ModelConfig, backbone: BackboneConfig, metadata: Metadata) -> None:

@@ -140,7 +140,11 @@ def load_weights(path: str | Path) -> Checkpoint:
                 raise CheckpointError(f"{file}: expected a checkpoint of format {FORMAT}, got a backbone alone"
                                       "; train a network from them with --model.backbone.weights")
             if kind != FORMAT:
-                raise CheckpointError(f"{file}: expected a checkpoint of format {FORMAT}, got {kind}{_hint(file)}")
+                ours = "; it is of another version of maskformer_fast, which reads it"
+                hint = ours if (kind or "").startswith(FORMAT.partition("/")[0]) else _hint(file)
+                raise CheckpointError(f"{file}: expected a checkpoint of format {FORMAT}, got {kind}{hint}")
+            if absent := [key for key in ("metadata", "config", "step") if key not in header]:
+                raise CheckpointError(f"{file}: expected {', '.join(absent)} in the header, got none")
             weights = read_tensors(reader)
         metadata: Metadata = _METADATA.read(Metadata, json.loads(header["metadata"]), "metadata")
         return Checkpoint(from_dict(json.loads(header["config"])), metadata, weights, int(header["step"]))
@@ -220,14 +224,15 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | Pa
 
 
 def _differences(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """Tensors that are missing, unknown or of another shape."""
+    """Tensors that are missing, unknown, of another shape, or integers for floating point or the reverse."""
     problems = [f"missing: {name}" for name in expected if name not in weights]
     problems += [f"unknown: {name}" for name in weights if name not in expected]
-    problems += [
-        f"shape: {name}: expected {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
-        for name, tensor in expected.items()
-        if name in weights and tensor.shape != weights[name].shape
-    ]
+    for name in (name for name in expected if name in weights):
+        want, got = expected[name], weights[name]
+        if want.shape != got.shape:
+            problems.append(f"shape: {name}: expected {tuple(want.shape)}, got {tuple(got.shape)}")
+        elif want.is_floating_point() != got.is_floating_point():
+            problems.append(f"type: {name}: expected {want.dtype}, got {got.dtype}")
     return problems
 
 

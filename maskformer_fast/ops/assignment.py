@@ -7,9 +7,11 @@ CUDA with a warp for each small problem and a block for each large one. The opti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast.core.arrays import address_of
@@ -123,15 +125,19 @@ def _check_types(cost: object, counts: object) -> None:
 def linear_sum_assignment(
     cost: Tensor,  # [..., N, M] float32/64
     counts: Tensor | None = None,  # [...] int64
+    maximize: bool = False,
 ) -> Tensor:
     """Assign a row (query) to each column (target) at the least total cost -> int64 [..., M], on cost's device.
+
+    With `maximize`, at the largest total. `assign_pairs` returns pairs and raises errors as SciPy does.
 
     Column ``j`` of a problem gets the index of its row, or -1 where it has none: every column ``j >= counts``, and,
     where ``counts > N``, the columns that the optimum leaves out (N of them are assigned). No row is used twice.
     Without ``counts`` all M columns count. Inputs may have any strides.
 
-    A cost of +inf forbids the pair. A problem gives all -1 where its valid columns contain NaN or -inf, and where it
-    has no assignment of finite cost; the other problems of the batch are not affected. Potentials are float64.
+    A cost of +inf (with `maximize` -inf) forbids the pair. A problem gives all -1 where its valid columns contain NaN
+    or the other infinity, and where it has no assignment of finite cost; the other problems of the batch are not
+    affected. Potentials are float64.
 
     Runs on the CPU over ``torch.get_num_threads()`` threads, and on a CUDA device (compute capability 8.0 or newer) on
     torch's current stream, without a synchronisation, so that CUDA graphs can capture it. Among equal optima the two
@@ -142,7 +148,65 @@ def linear_sum_assignment(
     CUDA, where raising would need a synchronisation, its problem gives all -1.
     """
     _check_types(cost, counts)
-    return _linear_sum_assignment(cost, counts)
+    return _linear_sum_assignment(-cost if maximize else cost, counts)
+
+
+def assign_pairs(
+    cost: Tensor | Sequence[Tensor],  # [..., N, M], or matrices [N_i, M_i] of any sizes; float32/64
+    maximize: bool = False,
+) -> list[tuple[Tensor, Tensor]]:
+    """Solve a batch as `scipy.optimize.linear_sum_assignment` solves each matrix -> rows and columns of each.
+
+    For matchers that loop over images with SciPy. Both results are int64 [min(N, M)] on the cost's device, rows in
+    ascending order. Where there are several optima, SciPy may choose another. Matrices of different sizes are padded to
+    one batch. The host waits for the device once, to raise the errors; `linear_sum_assignment` does not wait.
+
+    Raises:
+        ValueError: as SciPy raises it, "cost matrix is infeasible" and "matrix contains invalid numeric entries",
+            with the number of the matrix; also a matrix that is not of rank 2.
+        TypeError: matrices that are not float32 or float64 tensors of one type.
+    """
+    if isinstance(cost, Tensor) and cost.dim() > 2:
+        wide = cost.shape[-2] < cost.shape[-1]
+        batch = (-cost if maximize else cost).detach().flatten(0, -3)
+        batch = batch.mT if wide else batch
+        shapes = [(batch.shape[1], batch.shape[2], wide)] * len(batch)
+        counts = None
+    else:
+        matrices = [cost] if isinstance(cost, Tensor) else list(cost)
+        _check_matrices(matrices)
+        # wide matrices are transposed: their rows get columns
+        tall = [m.mT if m.shape[0] < m.shape[1] else m for m in ((-m if maximize else m).detach() for m in matrices)]
+        shapes = [(*m.shape, m.shape != t.shape) for m, t in zip(tall, matrices, strict=True)]
+        height, width = (max((m.shape[side] for m in tall), default=0) for side in (0, 1))
+        padded = [F.pad(m, (0, width - m.shape[1], 0, height - m.shape[0]), value=torch.inf) for m in tall]
+        batch = torch.stack(padded) if padded else torch.zeros(0, 0, 0)
+        counts = torch.tensor([m.shape[1] for m in tall], dtype=torch.int64).to(batch.device)
+    if not shapes:
+        return []
+    rows = linear_sum_assignment(batch, counts)
+    wanted = batch.shape[2] if counts is None else counts
+    failed = torch.stack([(rows >= 0).sum(1) < wanted, (batch.isnan() | batch.isneginf()).flatten(1).any(1)])
+    for number, (is_infeasible, is_invalid) in enumerate(failed.T.tolist()):
+        if is_infeasible or is_invalid:
+            reason = "matrix contains invalid numeric entries" if is_invalid else "cost matrix is infeasible"
+            raise ValueError(f"cost[{number}]: {reason}")
+    ordered, order = rows.where(rows >= 0, batch.shape[1]).sort(1)
+    every = torch.arange(batch.shape[2], device=batch.device)
+    return [
+        (every[:size], found[:size]) if is_wide else (first[:size], second[:size])
+        for (_, size, is_wide), found, first, second in zip(shapes, rows, ordered, order, strict=True)
+    ]
+
+
+def _check_matrices(matrices: list[Tensor]) -> None:
+    for number, matrix in enumerate(matrices):
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"cost[{number}]: expected a Tensor, got {type(matrix).__name__}")
+        if matrix.dim() != 2:
+            raise ValueError(f"cost[{number}]: expected a matrix (2-D array), got a {matrix.dim()}-D array")
+        if matrix.dtype != matrices[0].dtype:
+            raise TypeError(f"cost[{number}]: expected {matrices[0].dtype} as cost[0], got {matrix.dtype}")
 
 
 def linear_sum_assignment_eager(

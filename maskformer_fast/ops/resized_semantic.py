@@ -45,7 +45,6 @@ class _Pruning(NamedTuple):
     """Queries and classes that are computed everywhere, and bounds of all others."""
 
     kept: Tensor  # [n] int64, queries
-    dropped: Tensor  # [Q - n] int64
     classes: Tensor  # [c] int64
     slack: Tensor  # [c] float32, most that the dropped queries add to each class
     others: float  # largest score of the other classes
@@ -86,9 +85,14 @@ def grid_semantic_inference(
         pruning = _prune(probabilities)
         weights = _padded(probabilities)
         queries = len(mask_logits) if pruning is None else len(pruning.kept)
+        kept_logits = mask_logits if pruning is None else mask_logits[pruning.kept]
         rows = max(1, BAND_VALUES // (window[1] * (queries + weights.shape[1])))
         for part in bands(window, rows):
-            band, decided = _band(mask_logits, weights, probabilities.shape[1], pruning, grid, window, part)
+            arguments = (weights, probabilities.shape[1], grid, window, part)
+            if pruning is None:
+                label_band(_complete_band(mask_logits, *arguments), labels)
+                continue
+            band, decided = _pruned_band(mask_logits, kept_logits, pruning, *arguments)
             label_band(band, labels, decided)
         return labels
 
@@ -133,35 +137,44 @@ def _prune(
     others = totals[~live].max().item() + ROUNDING if not live.all() else -torch.inf
     classes = live.nonzero()[:, 0]
     slack = probabilities[order[:dropped]].sum(0)[classes] + ROUNDING
-    return _Pruning(order[dropped:], order[:dropped], classes, slack, others)
+    return _Pruning(order[dropped:], classes, slack, others)
 
 
-def _band(
+def _complete_band(
     mask_logits: Tensor,  # [Q, h, w] floating
     weights: Tensor,  # [Q, pitch] float32
     num_classes: int,
-    pruning: _Pruning | None,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    part: slice,
+) -> Band:
+    """Scores of all classes in a band of the window's rows."""
+    masks = _mask_rows(mask_logits, grid, window, part).flatten(1)
+    return Band(masks.T @ weights, num_classes, part.start, part.stop - part.start, window)
+
+
+def _pruned_band(
+    mask_logits: Tensor,  # [Q, h, w] floating
+    kept_logits: Tensor,  # [n, h, w] floating
+    pruning: _Pruning,
+    weights: Tensor,  # [Q, pitch] float32
+    num_classes: int,
     grid: tuple[int, int],
     window: tuple[int, int],
     part: slice,
 ) -> tuple[Band, Tensor | None]:
-    """Scores in a band of the window's rows, complete where they are needed, and the labels of the other cells."""
+    """Labels of the cells that bounds settle, and complete scores at the corners of the others."""
     rows = part.stop - part.start
-    if pruning is None:
-        masks = _mask_rows(mask_logits, grid, window, part).flatten(1)
-        return Band(masks.T @ weights, num_classes, part.start, rows, window), None
-    masks = _mask_rows(mask_logits[pruning.kept], grid, window, part).flatten(1)
-    kept_weights = weights[pruning.kept]
-    live = Band(masks.T @ _padded(kept_weights[:, pruning.classes]), len(pruning.classes), part.start, rows, window)
+    masks = _mask_rows(kept_logits, grid, window, part).flatten(1)
+    kept_weights = _padded(weights[pruning.kept[:, None], pruning.classes])
+    live = Band(masks.T @ kept_weights, len(pruning.classes), part.start, rows, window)
     decided = decide_band(live, pruning.slack, pruning.others, pruning.classes.to(torch.int32))
     points = _corners_of_open_cells(decided, part, window)
     if len(points) == 0:
         return live, decided
     if len(points) > MAX_POINTS * len(decided):
-        return _band(mask_logits, weights, num_classes, None, grid, window, part)
-    values = masks.index_select(1, points).T @ kept_weights
-    dropped = _masks_at(points, mask_logits[pruning.dropped], grid, window, part)
-    values.addmm_(dropped.T, weights[pruning.dropped])
+        return _complete_band(mask_logits, weights, num_classes, grid, window, part), None
+    values = _masks_at(points, mask_logits, grid, window, part).T @ weights
     place = torch.full((len(decided),), -1, dtype=torch.int32)
     place[points] = torch.arange(len(points), dtype=torch.int32)
     return Band(values, num_classes, part.start, rows, window, place), decided

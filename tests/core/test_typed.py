@@ -51,6 +51,22 @@ def test_what_was_written_reads_back_equal(reader: TypedReader) -> None:
     assert reader.read(Outer, PLAIN, "file") == VALUE
 
 
+@dataclass(frozen=True)
+class Sized:
+    side: int | tuple[int, int] | None = None
+
+
+@pytest.mark.parametrize("side", [None, 3, (4, 5)])
+def test_one_value_or_a_list_of_some_is_read_and_written(side: int | tuple[int, int] | None) -> None:
+    plain = {"side": list(side) if isinstance(side, tuple) else side}
+    assert to_plain(Sized(side)) == plain and STRICT.read(Sized, plain, "") == Sized(side)
+    for wrong, message in (("3", "side: expected an integer or a list of 2 or null, got '3'"),
+                           ([1, 2, 3], r"side: expected a list of 2, got \[1, 2, 3\]"),
+                           ([1, 2.5], r"side\[1\]: expected an integer, got 2\.5")):
+        with pytest.raises(OwnError, match=message):
+            STRICT.read(Sized, {"side": wrong}, "")
+
+
 def test_an_integer_in_a_float_field_is_written_as_a_float() -> None:
     written = to_plain(Inner((1, 2), 3))
     assert repr(written) == "{'size': [1, 2], 'rate': 3.0}"

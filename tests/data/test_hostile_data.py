@@ -84,6 +84,17 @@ def test_panoptic_pngs(tmp_path: Path, examples: int) -> None:
     fuzz(examples, strategy, path, lambda path: read_all("coco_panoptic", root))
 
 
+CLASSES = {"classes": [{"name": "a", "id": 1, "isthing": 1, "color": [1, 2, 3]}, "b"], "ignore_index": [0, 255]}
+
+
+@every_target
+def test_class_lists(tmp_path: Path, examples: int) -> None:
+    for folder in ("images/train", "annotations/train"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(photo()[..., 0] % 3).save(tmp_path / folder / "x.png")
+    fuzz(examples, documents(CLASSES), tmp_path / "classes.json", lambda path: read_all("folder", tmp_path))
+
+
 @every_target
 def test_coco_instances(tmp_path: Path, examples: int) -> None:
     root = coco_files.store(tmp_path / "coco")

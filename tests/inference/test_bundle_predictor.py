@@ -63,15 +63,15 @@ def photos(folder: Path) -> Path:
 
 
 def test_a_height_and_width_for_every_image_is_kept_in_a_bundle(folder: Path) -> None:
-    test = replace(TEST, short_edge=(40, 72), max_size=2048)
+    test = replace(TEST, short_edge=40, size=(40, 72))
     bundle, reference = tiny_bundle(folder / "fixed size", test)
     predictor = maskformer_fast.load(bundle.folder, "cpu")
-    assert predictor.test.short_edge == (40, 72) and stored_options(bundle.folder)[1].short_edge == (40, 72)
+    assert predictor.test.size == (40, 72) and stored_options(bundle.folder)[1].size == (40, 72)
     images = [photo(number, *size) for number, size in enumerate(SIZES)]
     for got, expected in zip(predictor.predict(images), reference.predict(images), strict=True):
         assert (got.labels == expected.labels).float().mean() > 0.99
-    with pytest.raises(ValueError, match=r"test\.short_edge: expected \(40, 72\)"):
-        maskformer_fast.load(bundle.folder, "cpu", test=replace(test, short_edge=(41, 72)))
+    with pytest.raises(ValueError, match=r"test\.size: expected \(40, 72\)"):
+        maskformer_fast.load(bundle.folder, "cpu", test=replace(predictor.test, size=(41, 72)))
 
 
 def test_semantic_results_equal_the_checkpoints(pair: tuple[BundlePredictor, Predictor]) -> None:

@@ -203,7 +203,8 @@ def test_a_prefix_of_one_shard_alone_stays(tmp_path: Path) -> None:
     assert read_weights(index) == {}
 
 
-@pytest.mark.parametrize("keys", [["model_state_dict"], ["model_state"], ["state", "model"], ["weights"], ["net"]])
+@pytest.mark.parametrize("keys", [["model_state_dict"], ["model_state"], ["state", "model"], ["weights"], ["net"],
+                                  ["ema"], ["model_ema"], ["ema_state_dict", "module"]])
 def test_usual_wrappers_are_opened(tmp_path: Path, keys: list[str]) -> None:
     content: dict[str, Any] = dict(WEIGHTS)
     for key in reversed(keys):
@@ -304,6 +305,8 @@ def test_truncated_files_are_refused(tmp_path: Path, kind: str) -> None:
         (b"hello\n", "not a readable pickle: Memo value not found"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (pickle.dumps({"w": np.array([1.0, 1e300])}), "w: numbers too large for float32"),
+        (b"<!DOCTYPE html>", "got HTML or XML"), (b'{"error": 1}', "got JSON"), (b"\x1f\x8b\x08", "unpack it first"),
+        (b"\x89HDF\r\n", "HDF5"), (b"\x08\x07\x12\x07pytorch", "perhaps ONNX"),
         (b"PK\x03\x04 but no archive", "not a readable file of torch.save"),
         (pickle.dumps([1, 2]), "expected a dictionary of named tensors, got list"),
         (pickle.dumps({}), "empty dictionary"),

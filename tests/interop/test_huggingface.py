@@ -252,15 +252,15 @@ def test_image_processor_prepares_our_input(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(64, 96), (50, 90)])
 def test_a_fixed_height_and_width_gives_the_image_processors_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
-    write(tmp_path / "model", Config(model=model_config(RESNET), test=TestConfig(short_edge=(64, 64))))
+    write(tmp_path / "model", Config(model=model_config(RESNET), test=TestConfig(size=(64, 64))))
     edit(tmp_path / "model/preprocessor_config.json",
          lambda content: content.update(size={"height": size[0], "width": size[1]}))
     processor = transformers.MaskFormerImageProcessor.from_pretrained(tmp_path / "model")
     config = read_folder(tmp_path / "model").config
-    assert config.test.short_edge == (64, 96), "the next multiples of the divisor"
+    assert config.test.size == (64, 96), "the next multiples of the divisor"
     image = torch.randint(0, 256, (3, 41, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     got = torch.as_tensor(processor(image.numpy(), return_tensors="pt")["pixel_values"])
-    resized = resize_image(image.permute(1, 2, 0).numpy(), config.test.short_edge, config.test.max_size)
+    resized = resize_image(image.permute(1, 2, 0).numpy(), config.test.edge, config.test.max_size)
     expected = build_model(config.model).normalize(resized[None], torch.tensor([[64, 96]]))
     assert got.shape == expected.shape and (got - expected).abs().max() < 2.5 / 57  # two steps of 8 bits
 

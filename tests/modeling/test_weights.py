@@ -160,6 +160,8 @@ def test_a_header_that_promises_a_large_network_takes_no_memory(ours: Path, chan
         ("metadata", json.dumps({**dataclasses.asdict(METADATA), "class_names": [["a"], "b"]})),
         ("metadata", json.dumps({**dataclasses.asdict(METADATA), "is_thing": [1, 0]})),
         ("metadata", json.dumps({**dataclasses.asdict(METADATA), "colors": [[0, 0], [1, 1, 1]]})),
+        ("metadata", json.dumps({**dataclasses.asdict(METADATA), "colors": [[0, 0, 256], [1, 1, 1]]})),
+        ("metadata", json.dumps({**dataclasses.asdict(METADATA), "category_ids": [4, 4]})),
         ("step", "9" * 10**5),
         ("step", "one"),
         ("format", FORMAT + "\n"),
@@ -170,6 +172,32 @@ def test_hostile_headers_are_refused(ours: Path, key: str, value: str) -> None:
     with_header(ours, **{key: value})
     with at_most(300), pytest.raises(CheckpointError, match=r"ours\.safetensors: "):
         load_weights(ours)
+
+
+def test_more_names_than_the_network_has_classes_are_refused(ours: Path) -> None:
+    three = Metadata("three", ("a", "b", "c"), (True,) * 3, (1, 2, 3), ((0, 0, 0),) * 3)
+    with_header(ours, metadata=json.dumps(dataclasses.asdict(three)))
+    with pytest.raises(CheckpointError, match=r"ours\.safetensors: metadata\.class_names: expected the 2 .*, got 3"):
+        load_network(ours, "cpu")
+
+
+def test_integers_in_the_place_of_weights_are_refused(ours: Path) -> None:
+    tensors, header = parts_of(ours)
+    save_file({name: tensor.int() for name, tensor in tensors.items()}, str(ours), metadata=header)
+    name = r"backbone\.norm0\.bias"
+    with pytest.raises(CheckpointError, match=rf"type: {name}: expected torch\.float32, got torch\.int32"):
+        load_network(ours, "cpu")
+
+
+def test_another_version_and_an_absent_key_are_named(ours: Path) -> None:
+    tensors, header = parts_of(ours)
+    save_file(tensors, str(ours), metadata={key: value for key, value in header.items() if key != "step"})
+    with pytest.raises(CheckpointError, match=r"ours\.safetensors: expected step in the header, got none"):
+        load_weights(ours)
+    save_file(tensors, str(ours), metadata={**header, "format": "maskformer_fast/2"})
+    with pytest.raises(CheckpointError, match=r"got maskformer_fast/2; it is of another version") as caught:
+        load_weights(ours)
+    assert "convert" not in str(caught.value)
 
 
 def test_numbers_of_four_bits_are_refused(ours: Path) -> None:

@@ -118,7 +118,7 @@ def manifest_of(network: TinyNetwork, metadata: Metadata, test: TestConfig, **ch
         "num_queries": network.queries,
         "num_classes": network.classes,
         "metadata": metadata,
-        "preprocess": Preprocess((100.0, 110.0, 120.0), (50.0, 52.0, 54.0), test.short_edge, test.max_size, DIVISOR),
+        "preprocess": Preprocess((100.0, 110.0, 120.0), (50.0, 52.0, 54.0), test.edge, test.max_size, DIVISOR),
         "postprocess": Postprocess(
             test.object_mask_threshold, test.overlap_threshold, test.top_k, test.panoptic_rule
         ),
