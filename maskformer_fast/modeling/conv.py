@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskformer_fast.modeling.linear import trains_in_float32_on_cpu
+
 
 class ConvNorm(nn.Conv2d):
     """2-d convolution without bias, then ``norm``, then optionally ReLU.
@@ -29,8 +31,17 @@ class ConvNorm(nn.Conv2d):
         x: Tensor,  # [B, in_channels, H, W]
     ) -> Tensor:
         """Output [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
-        x = self.norm(super().forward(x))
+        x = self.norm(self._convolve(x))
         return F.relu(x) if self.relu else x
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        if not trains_in_float32_on_cpu(x, self.weight):
+            return super().forward(x)
+        # oneDNN is faster with channels innermost. Dilation changes nothing in a 1x1 convolution, but that PyTorch
+        # gives it to oneDNN on one thread too.
+        x = x.contiguous(memory_format=torch.channels_last)
+        dilation = (2, 2) if self.kernel_size == (1, 1) else self.dilation
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, dilation)
 
 
 class FrozenBatchNorm2d(nn.Module):

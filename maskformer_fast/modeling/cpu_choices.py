@@ -1,13 +1,15 @@
 """Which implementation of a layer is the fastest on this processor, by measurements of some milliseconds.
 
 Libraries differ by factors from processor to processor: MKL multiplies float32 matrices on AMD's slower than oneDNN,
-and oneDNN's bfloat16 convolutions use matrix units that only some have. Each choice is made once in a process.
+and oneDNN's bfloat16 convolutions use matrix units that only some have. Each choice is made once in a process, and told
+to this module's logger with its times (level INFO).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 _PRODUCT = (1024, 384, 768)
 """Rows, inputs and outputs of the product by which MKL and oneDNN are compared."""
-_MAP = 24
-"""Height and width of the maps on which convolutions are compared."""
+_PRODUCTS = 2**26
+"""Products of the maps on which convolutions are compared, for each tap: those of a ResNet's stages at 512x512."""
+_SIDES = (16, 128)
+"""Least and largest height and width of these maps; on smaller ones, calls would take longer than the sums."""
 _ROUNDS = 4
 """Calls of each implementation, by turns; the least time counts."""
 PLAIN: tuple[str, list[Any], str] = ("none", [], "")
@@ -52,13 +56,14 @@ def onednn_is_faster() -> bool:
 @functools.cache
 def winograd_is_faster(in_channels: int, out_channels: int, dtype: torch.dtype) -> bool:
     """Whether `conv3x3_winograd` is faster than oneDNN's direct convolution in this dtype."""
-    images = _random(1, in_channels, _MAP, _MAP).to(dtype, memory_format=torch.channels_last)
+    side = min(max(math.isqrt(_PRODUCTS // (in_channels * out_channels)), _SIDES[0]), _SIDES[1])
+    images = _random(1, in_channels, side, side).to(dtype, memory_format=torch.channels_last)
     weight = _random(out_channels, in_channels, 3, 3)
     transformed = pack_winograd_weights(weight)
     direct = weight.to(dtype, memory_format=torch.channels_last)
     packed = torch.ops.mkldnn._reorder_convolution_weight(direct, *GEOMETRY)
     return _fastest(
-        f"{dtype} convolution 3x3, {in_channels} to {out_channels} channels",
+        f"{dtype} convolution 3x3, {in_channels} to {out_channels} channels, {side}x{side}",
         {
             "Winograd": lambda: conv3x3_winograd(images, transformed, None, out_channels),
             "direct": lambda: torch.ops.mkldnn._convolution_pointwise(images, packed, None, *GEOMETRY, *PLAIN),
@@ -78,7 +83,8 @@ def _fastest(what: str, runs: Mapping[str, Callable[[], object]]) -> str:
             times[name].append(_seconds(run))
     least = {name: min(seconds) for name, seconds in times.items()}
     best = min(least, key=least.__getitem__)
-    logger.debug("%s: %s", what, ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in least.items()))
+    found = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in least.items())
+    logger.info("%s: %s, so %s is taken", what, found, best)
     return best
 
 

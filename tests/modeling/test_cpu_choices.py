@@ -20,7 +20,8 @@ CHOICES = {
 
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("first_is_faster", [True, False])
-def test_the_least_time_decides_and_is_measured_once(name, first_is_faster, monkeypatch):
+def test_the_least_time_decides_and_is_measured_once_and_told(name, first_is_faster, monkeypatch, caplog):
+    caplog.set_level("INFO", logger=cpu_choices.__name__)
     if name == "bfloat16" and not convolves_bfloat16():
         pytest.skip("this processor has no bfloat16 convolutions")
     function, arguments = CHOICES[name]
@@ -39,6 +40,9 @@ def test_the_least_time_decides_and_is_measured_once(name, first_is_faster, monk
         assert function(*arguments) == (first_is_faster == first)
     finally:
         function.cache_clear()
+    (record,) = caplog.records
+    names = ("MKL", "oneDNN") if name == "product" else ("Winograd", "direct")
+    assert f"so {names[0] if first_is_faster else names[1]} is taken" in record.getMessage()
     ours, theirs = calls[:2]
     assert len(calls) == 8 and ours.shape == theirs.shape
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=2e-2 * theirs.float().abs().max().item())

@@ -16,7 +16,7 @@ from maskformer_fast.config import BackboneConfig
 from maskformer_fast.modeling import BACKBONES, resolve_backbone
 from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.backbone import build_backbone
-from maskformer_fast.modeling.conv import FrozenBatchNorm2d
+from maskformer_fast.modeling.conv import ConvNorm, FrozenBatchNorm2d
 from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.swin import (
     DropPath,
@@ -245,3 +245,19 @@ def test_activation_checkpointing_of_swin_keeps_results_and_saves_memory() -> No
     torch.testing.assert_close(gradients[1], gradients[0])
     assert kept[1] < 0.5 * kept[0]
     assert torch.equal(thrifty.eval()(image)[3], plain.eval()(image)[3])
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(1, 1, 1), (1, 2, 1), (3, 2, 1), (3, 1, 2)])
+def test_a_convolution_trains_by_the_sums_of_conv2d(kernel: int, stride: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    conv = ConvNorm(16, 24, kernel, nn.Identity(), stride=stride, dilation=dilation)
+    x = torch.randn(2, 16, 9, 7, requires_grad=True)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, conv.weight)]
+    expected = F.conv2d(*exact, stride=stride, padding=dilation * (kernel // 2), dilation=dilation)
+    found = conv(x)
+    slopes = torch.randn(found.shape)
+    found.backward(slopes)
+    expected.backward(slopes.double())
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+    for tensor, reference in zip((x, conv.weight), exact, strict=True):
+        torch.testing.assert_close(tensor.grad, reference.grad.float(), rtol=1e-4, atol=1e-4)
