@@ -82,11 +82,10 @@ class PixelDecoderConfig:
     encoder_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("norm_groups", "encoder_heads", "encoder_ffn_dim"):
+        for name in ("mask_dim", "norm_groups", "encoder_heads", "encoder_ffn_dim"):
             check(getattr(self, name) > 0, f"pixel_decoder.{name}", "a positive integer", getattr(self, name))
         check(self.conv_dim > 0 and self.conv_dim % self.norm_groups == 0, "pixel_decoder.conv_dim",
               f"a positive multiple of norm_groups={self.norm_groups}", self.conv_dim)
-        check(self.mask_dim > 0, "pixel_decoder.mask_dim", "a positive integer", self.mask_dim)
         check(self.encoder_layers >= 0, "pixel_decoder.encoder_layers", ">= 0", self.encoder_layers)
         check(self.conv_dim % self.encoder_heads == 0, "pixel_decoder.encoder_heads",
               f"a divisor of conv_dim={self.conv_dim}", self.encoder_heads)
@@ -238,11 +237,9 @@ class ShapesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self.num_things >= 1, "data.shapes.num_things", ">= 1", self.num_things)
-        check(self.num_stuff >= 1, "data.shapes.num_stuff", ">= 1", self.num_stuff)
+        for name in ("num_things", "num_stuff", "max_shapes", "train_images"):
+            check(getattr(self, name) >= 1, f"data.shapes.{name}", ">= 1", getattr(self, name))
         check(min(self.size) >= 16, "data.shapes.size", "at least 16 x 16", self.size)
-        check(self.max_shapes >= 1, "data.shapes.max_shapes", ">= 1", self.max_shapes)
-        check(self.train_images >= 1, "data.shapes.train_images", ">= 1", self.train_images)
         check(self.val_images >= 0, "data.shapes.val_images", ">= 0", self.val_images)
 
 
@@ -315,15 +312,14 @@ class TestConfig:
         check_finite(self, "test")
         check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
         check(self.size is None or min(self.size) > 0, "test.size", "positive height and width, or None", self.size)
-        check(self.max_size > 0, "test.max_size", "> 0", self.max_size)
+        for name in ("max_size", "top_k", "batch_size"):
+            check(getattr(self, name) > 0, f"test.{name}", "> 0", getattr(self, name))
         for name in ("object_mask_threshold", "overlap_threshold"):
             check(0.0 <= getattr(self, name) <= 1.0, f"test.{name}", "0..1", getattr(self, name))
         check_choice("test.semantic_order", self.semantic_order, get_args(SemanticOrder))
         check_choice("test.panoptic_order", self.panoptic_order, get_args(PanopticOrder))
         check_choice("test.panoptic_rule", self.panoptic_rule, get_args(PanopticRule))
-        check(self.top_k > 0, "test.top_k", "> 0", self.top_k)
         check(all(s > 0 for s in self.multi_scale), "test.multi_scale", "positive factors", self.multi_scale)
-        check(self.batch_size > 0, "test.batch_size", "> 0", self.batch_size)
 
     @property
     def edge(self) -> int | tuple[int, int] | None:

@@ -90,8 +90,8 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     config = predictor.config
     check_test(config.test)
     kind = config.model.type
-    check(kind != "mask2former", "model.type", "maskformer: bundles are not supported yet for mask2former", kind)
-    check(kind == "maskformer", "model.type", "maskformer: a per-pixel baseline has no queries to export", kind)
+    check(config.model.classifies_masks, "model.type",
+          "maskformer or mask2former: a per-pixel baseline has no queries to export", kind)
     flavours = [flavour for flavour in FLAVOURS if flavour in options.flavours]
     known = len(flavours) == len(set(options.flavours)) and flavours
     check(bool(known), "flavours", f"some of {', '.join(FLAVOURS)}", options.flavours)

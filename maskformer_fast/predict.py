@@ -159,15 +159,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=PredictOptions(tyro.MISSING, tyro.MISSING, test=stored[1]) if stored else None,
     )
     check_no_windows_path({"output": options.output})
+    inputs, problems = find_images(options.images)
     predictor = load(
         options.checkpoint, options.device, options.test, options.backend, options.amp, options.precision,
-        in_flight=options.test.batch_size, graphs=options.graphs,
+        in_flight=min(options.test.batch_size, len(inputs)) or None, graphs=options.graphs,
     )  # fmt: skip
     for task in options.task:
         predictor.check_task(task)
     if "instance" in options.task:
         coco_tools()  # an error before the first image, not after it
-    inputs, problems = find_images(options.images)
     names = [image.name for image in inputs]
     ids = image_ids(names)
     writer = ResultWriter(Path(options.output), predictor.metadata, options.overlays, names, file_names(inputs))

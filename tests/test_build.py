@@ -123,7 +123,7 @@ def test_constraints_pin_every_dependency_of_the_tests() -> None:
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
     extras = project["optional-dependencies"]
-    tested = ("train", "deploy", "quantize", "test", "cross", "rtx")
+    tested = ("train", "deploy", "openvino", "quantize", "quantize-openvino", "test", "cross", "rtx")
     requirements = [*project["dependencies"], *(name for extra in tested for name in extras[extra])]
     names = {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", line)[0]).lower() for line in requirements}
     assert not names - pinned - {"maskformer-fast"}

@@ -1,7 +1,8 @@
 """Deformable attention of Mask2Former's pixel decoder beside transformers' function, with and without gradients.
 
 transformers' function takes weights and locations in 0..1. Softmax and locations, which ours computes too, are made
-before it is measured.
+before it is measured. On the CPU it gets them in float32, and converts values in bfloat16: in that type `grid_sample`
+of PyTorch 2.13 gives NaN or crashes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ HUGGINGFACE = "transformers, multi_scale_deformable_attention"
 LEVELS = ((64, 64), (32, 32), (16, 16))
 HEADS, DIM, POINTS = 8, 32, 4
 LEAST = {torch.float32: 1 - 1e-5, torch.bfloat16: 0.9, torch.float16: 0.98}
-"""1 less the largest difference over the largest value, at least. Theirs rounds locations in half precision."""
+"""1 less the largest difference over the largest value, at least. On a GPU theirs rounds locations to half."""
 
 Levels = tuple[tuple[int, int], ...]
 
@@ -43,7 +44,8 @@ def setup(
         logits = torch.randn(batch, cells, HEADS, len(levels), POINTS, device=device)
         locations = points[:, :, None, :, None] + offsets / sides
         weights = logits.flatten(3).softmax(-1).view(logits.shape)
-        tensors = (value, points, *(x.to(dtype) for x in (offsets, logits, locations, weights)))
+        theirs = torch.float32 if device.type == "cpu" else dtype
+        tensors = (value, points, offsets.to(dtype), logits.to(dtype), locations.to(theirs), weights.to(theirs))
         return tuple(x.requires_grad_(gradients and x is not points) for x in tensors)
 
     def ours(value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -51,8 +53,10 @@ def setup(
 
     def theirs(value: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         locations, weights = rest[-2:]
-        call = partial(multi_scale_deformable_attention, value, levels, locations, weights)
-        return run(call, (value, locations, weights))
+        return run(
+            lambda: multi_scale_deformable_attention(value.to(weights.dtype), levels, locations, weights),
+            (value, locations, weights),
+        )
 
     def run(call: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Result, and with gradients the one by the value, which both have."""

@@ -27,8 +27,9 @@ extern template void deformable_attention(const DeformableAttention&, const floa
 extern template void deformable_attention(const DeformableAttention&, const uint16_t*, const uint16_t*,
                                           const uint16_t*, uint16_t*, int);
 
-// Gradients by the inputs, in their shapes. A thread works on all queries of one image and head, in their order, and
-// keeps `cells` x `dim` floats, so that the result does not depend on the number of threads here either.
+// Gradients by the inputs, in their shapes. A thread works on all queries of one image and head, in their order, so
+// that the result does not depend on the number of threads here either. It keeps the head's value and its gradient,
+// `cells` x `dim` floats each.
 template <class Element>
 struct DeformableGradients {
   Element* by_value;

@@ -1,7 +1,7 @@
 // The samples of a query and head are computed as vectors, one lane a sample: softmax, location, and for each of the
-// four corners a cell and a weight. Cells and weights go to scratch memory. A loop over samples then adds up the rows of
-// channels of these cells. A corner outside the level has weight zero and the cell of the nearest corner inside, which
-// the sample reads anyway, so that no value gets into a sum that does not belong there.
+// four corners a cell and a weight. Cells and weights go to scratch memory. A loop over samples then adds up the rows
+// of channels of these cells. A corner outside the level has weight zero and the cell of the nearest corner inside,
+// which the sample reads anyway, so that no value gets into a sum that does not belong there.
 #include "deformable_attention/kernels.h"
 
 #include "common/elements.h"
@@ -19,6 +19,8 @@ constexpr int kVectors = 2;
 constexpr int kVectors = 4;
 #endif
 
+constexpr int64_t kAhead = 4;  // rows after the current one that the backward pass asks for
+
 constexpr float kInfinity = __builtin_inff();
 
 // Arrays of the samples of a query and head. Corners are top left, top right, low left and low right.
@@ -34,8 +36,9 @@ struct Samples {
   float* product[4];  // upstream gradient times the corner's channels
 };
 
+template <bool for_gradient>
 Samples arrays(float* memory, int64_t stride) {
-  Samples samples;
+  Samples samples{};
   float* next = memory;
   const auto take = [&] {
     float* array = next;
@@ -45,10 +48,11 @@ Samples arrays(float* memory, int64_t stride) {
   samples.weight = take();
   for (int corner = 0; corner < 4; ++corner) samples.cell[corner] = reinterpret_cast<int32_t*>(take());
   for (int corner = 0; corner < 4; ++corner) samples.share[corner] = take();
-  for (int side = 0; side < 2; ++side) samples.x_share[side] = take();
-  for (int side = 0; side < 2; ++side) samples.y_share[side] = take();
-  for (int side = 0; side < 2; ++side) samples.x_slope[side] = take();
-  for (int side = 0; side < 2; ++side) samples.y_slope[side] = take();
+  if (!for_gradient) return samples;
+  for (int side = 0; side < 2; ++side) {
+    samples.x_share[side] = take(), samples.y_share[side] = take();
+    samples.x_slope[side] = take(), samples.y_slope[side] = take();
+  }
   for (int corner = 0; corner < 4; ++corner) samples.product[corner] = take();
   return samples;
 }
@@ -63,6 +67,12 @@ MF_INLINE Floats every_second(Floats a, Floats b, int odd) {
 MF_INLINE Floats alternate(Floats x, Floats y, int first) {
   const Ints lanes = lane_numbers() / 2 + first;
   return select((lane_numbers() & 1) == 0, permute(x, lanes), permute(y, lanes));
+}
+
+// Asks for elements that will be read soon.
+template <class Element>
+MF_INLINE void prefetch(const Element* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(Element))) __builtin_prefetch(p + i);
 }
 
 // Writes the locations of a query's reference points, one for each sample; -inf beyond the samples.
@@ -147,8 +157,9 @@ float prepare(const SampleLevels& levels, const Element* offsets, const Element*
       const Ints line = first + row.cell[low] * columns;
       for (int right = 0; right < 2; ++right) {
         const Ints cell = line + column.cell[right];
-        store(samples.cell[2 * low + right] + k, low + right == 0 ? select(inside, cell, broadcast(int32_t{-1})) : cell);
-        store(samples.share[2 * low + right] + k, weight * row.share[low] * column.share[right]);
+        const int corner = 2 * low + right;
+        store(samples.cell[corner] + k, corner == 0 ? select(inside, cell, broadcast(int32_t{-1})) : cell);
+        store(samples.share[corner] + k, weight * row.share[low] * column.share[right]);
       }
     }
     if (for_gradient) {
@@ -202,14 +213,17 @@ void attend(const DeformableAttention& attention, const SampleLevels& levels, co
   float* memory = starts + heads;
   for (int64_t query = first; query < last; ++query) {
     read_reference_points(attention, levels, query, x, y);
+    const int64_t next = (query + 1 < last ? query + 1 : query) * heads * levels.samples;
+    prefetch(offsets + 2 * next, 2 * heads * levels.samples);
+    prefetch(logits + next, heads * levels.samples);
     for (int64_t head = 0; head < heads; ++head) {
       const int64_t row = (query * heads + head) * levels.samples;
       starts[head] = prepare<false>(levels, offsets + 2 * row, logits + row, x, y,
-                                    arrays(memory + head * kForwardArrays * levels.stride, levels.stride));
+                                    arrays<false>(memory + head * kForwardArrays * levels.stride, levels.stride));
     }
     const Element* image = value + query / attention.queries * attention.cells * stride;
     for (int64_t head = 0; head < heads; ++head) {
-      const Samples samples = arrays(memory + head * kForwardArrays * levels.stride, levels.stride);
+      const Samples samples = arrays<false>(memory + head * kForwardArrays * levels.stride, levels.stride);
       const Element* source = image + head * dim;
       Element* target = result + query * stride + head * dim;
       int64_t c = 0;
@@ -226,34 +240,43 @@ void attend(const DeformableAttention& attention, const SampleLevels& levels, co
   }
 }
 
+// Returns a vector whose lanes at multiples of 2 * step (and `step` behind) hold sums of lanes of a (and b).
+MF_INLINE Floats merge(Floats a, Floats b, int step) {
+  const Ints odd = (lane_numbers() & step) != 0;
+  return select(odd, b, a) + permute(select(odd, a, b), lane_numbers() ^ step);
+}
+
+// Adds up the lanes of each of four vectors.
+MF_INLINE void add_lanes(const Floats* vectors, float* const* sums, int64_t place) {
+  Floats all = merge(merge(vectors[0], vectors[1], 1), merge(vectors[2], vectors[3], 1), 2);
+  for (int step = 4; step < kLanes; step *= 2) all += permute(all, lane_numbers() ^ step);
+  for (int i = 0; i < 4; ++i) sums[i][place] = all[i];
+}
+
 // Adds the gradient by the cells that the samples read to `by_cell`, whose rows are `width` floats, and computes the
-// products. upstream: [width], zeros beyond the channels.
-template <class Element>
-void differentiate_samples(const Samples& samples, int64_t count, const Element* value, int64_t stride, int64_t dim,
-                           const float* upstream, float* by_cell, int64_t width) {
+// products. upstream: [width], zeros beyond the channels, as in the rows of `value`.
+void differentiate_samples(const Samples& samples, int64_t count, const float* upstream, const float* value,
+                           float* by_cell, int64_t width) {
   for (int64_t k = 0; k < count; ++k) {
     Floats products[4] = {};
     if (samples.cell[0][k] >= 0) {
-      const Element* rows[4];
+      const float* rows[4];
       float* sums[4];
       Floats shares[4];
       for (int corner = 0; corner < 4; ++corner) {
-        rows[corner] = value + samples.cell[corner][k] * stride;
+        rows[corner] = value + samples.cell[corner][k] * width;
         sums[corner] = by_cell + samples.cell[corner][k] * width;
         shares[corner] = broadcast(samples.share[corner][k]);
       }
-      const auto add = [&](int64_t c, auto read) __attribute__((always_inline)) {
+      for (int64_t c = 0; c < width; c += kLanes) {
         const Floats own = load(upstream + c);
         for (int corner = 0; corner < 4; ++corner) {
-          products[corner] += own * read(rows[corner] + c);
+          products[corner] += own * load(rows[corner] + c);
           store(sums[corner] + c, load(sums[corner] + c) + shares[corner] * own);
         }
-      };
-      int64_t c = 0;
-      for (; c + kLanes <= dim; c += kLanes) add(c, [](const Element* p) { return load_elements(p); });
-      if (c < dim) add(c, [&](const Element* p) { return load_elements(p, dim - c); });
+      }
     }
-    for (int corner = 0; corner < 4; ++corner) samples.product[corner][k] = sum(products[corner]);
+    add_lanes(products, samples.product, k);
   }
 }
 
@@ -300,17 +323,30 @@ void differentiate(const DeformableAttention& attention, const SampleLevels& lev
   const int64_t width = round_to_panels_of_samples(dim);
   float* x = scratch;
   float* y = x + levels.stride;
-  const Samples samples = arrays(y + levels.stride, levels.stride);
+  const Samples samples = arrays<true>(y + levels.stride, levels.stride);
   float* own = y + (1 + kBackwardArrays) * levels.stride;
   float* by_cell = own + width;
+  float* own_value = by_cell + attention.cells * width;
   __builtin_memset(own, 0, sizeof(float) * (attention.cells + 1) * width);
   const int64_t first_cell = image * attention.cells * stride + head * dim;
-  for (int64_t query = image * attention.queries; query < (image + 1) * attention.queries; ++query) {
+  for (int64_t cell = 0; cell < attention.cells; ++cell) {
+    prefetch(value + first_cell + (cell + kAhead < attention.cells ? cell + kAhead : cell) * stride, dim);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      store(own_value + cell * width + c, load_elements(value + first_cell + cell * stride + c, dim - c));
+    }
+  }
+  const int64_t end = (image + 1) * attention.queries;
+  for (int64_t query = end - attention.queries; query < end; ++query) {
     const int64_t row = (query * heads + head) * levels.samples;
+    const int64_t later = (query + kAhead < end ? query + kAhead : query) * heads + head;
+    prefetch(upstream + later * dim, dim);
+    prefetch(offsets + later * 2 * levels.samples, 2 * levels.samples);
+    prefetch(logits + later * levels.samples, levels.samples);
     read_reference_points(attention, levels, query, x, y);
     prepare<true>(levels, offsets + 2 * row, logits + row, x, y, samples);
-    for (int64_t c = 0; c < dim; ++c) own[c] = load_element(upstream + query * stride + head * dim + c);
-    differentiate_samples(samples, levels.samples, value + first_cell, stride, dim, own, by_cell, width);
+    const Element* upstream_row = upstream + query * stride + head * dim;
+    for (int64_t c = 0; c < width; c += kLanes) store(own + c, load_elements(upstream_row + c, dim - c));
+    differentiate_samples(samples, levels.samples, own, own_value, by_cell, width);
     finish(levels, samples, gradients.by_offset + 2 * row, gradients.by_logit + row);
   }
   for (int64_t cell = 0; cell < attention.cells; ++cell) {

@@ -33,7 +33,7 @@ inline int64_t forward_scratch_floats(const DeformableAttention& attention, int6
 
 // Floats of scratch memory that a call of differentiate_head needs.
 inline int64_t backward_scratch_floats(const DeformableAttention& attention, int64_t stride) {
-  return (2 + kBackwardArrays) * stride + (attention.cells + 1) * round_to_panels_of_samples(attention.dim);
+  return (2 + kBackwardArrays) * stride + (2 * attention.cells + 1) * round_to_panels_of_samples(attention.dim);
 }
 
 MF_DECLARE_KERNELS(

@@ -34,7 +34,9 @@ GEOMETRY: tuple[list[int], list[int], list[int], int] = ([1, 1], [1, 1], [1, 1],
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than MKL."""
+    """Whether PyTorch has oneDNN and it multiplies float32 matrices faster than MKL."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     rows, inputs, outputs = _PRODUCT
     x, weight = _random(rows, inputs), _random(outputs, inputs)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)

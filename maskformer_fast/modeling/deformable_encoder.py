@@ -106,7 +106,7 @@ class DeformableEncoder(nn.Module):
         located = [sine_positions(*size, x.shape[2], x.device) + embedding for size, embedding in embeddings]
         positions = torch.cat(located, dim=1).to(x.dtype)
         centers = torch.cat([_centers(*size, x.device) for size in sizes])
-        references = centers[:, None].expand(len(x), -1, LEVELS, -1).to(torch.promote_types(x.dtype, centers.dtype))
+        references = centers[:, None].expand(x.shape[0], -1, LEVELS, -1).to(torch.promote_types(x.dtype, centers.dtype))
         for layer in self.encoder.layers:  # type: ignore[union-attr]
             x = layer(x, positions, references, sizes)
         parts = x.split([height * width for height, width in sizes], dim=1)

@@ -59,7 +59,7 @@ def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, FusedSwinStage(child, dtype))
         elif isinstance(child, MultiHeadAttention):
             setattr(module, name, FusedAttention(child, dtype))
-        elif type(child) is nn.Linear:
+        elif isinstance(child, nn.Linear):
             setattr(module, name, FusedLinear(child.weight, child.bias, dtype))
         else:
             _replace_children(child, dtype)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from maskformer_fast.config import DecoderConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.conv import xavier_fill
+from maskformer_fast.modeling.linear import Linear
 from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.transformer import TransformerDecoder
 
@@ -19,7 +20,7 @@ class MLP(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise((in_dim, hidden_dim, hidden_dim, out_dim)))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise((in_dim, hidden_dim, hidden_dim, out_dim)))
 
     def forward(
         self,
@@ -68,7 +69,7 @@ class MaskHead(QueryDecoder):
 
     def __init__(self, in_channels: int, num_classes: int, mask_dim: int, config: DecoderConfig) -> None:
         super().__init__(in_channels, config.num_queries, mask_dim, config)
-        self.class_embed = nn.Linear(config.hidden_dim, num_classes + 1)
+        self.class_embed = Linear(config.hidden_dim, num_classes + 1)
 
     def forward(
         self,

@@ -22,6 +22,9 @@ from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.transformer import FeedForward
 from maskformer_fast.structures import Projection
 
+HIDDEN = -3e4
+"""Added to attention scores of hidden pixels in exported graphs: softmax gives them 0, in half precision too."""
+
 
 class CrossAttentionLayer(nn.Module):
     """Masked attention of the queries to one level; with dropout, residual and LayerNorm."""
@@ -41,7 +44,10 @@ class CrossAttentionLayer(nn.Module):
         visible: Tensor,  # [B, Q, N] bool
     ) -> Tensor:
         """Output [B, Q, C]."""
-        attended = self.multihead_attn(x + queries, keys, memory, visible.unsqueeze(1))
+        mask = visible.unsqueeze(1)
+        if torch.compiler.is_exporting():  # exporters fill with the least float32, which half precision cannot hold
+            mask = torch.where(mask, 0.0, HIDDEN)
+        attended = self.multihead_attn(x + queries, keys, memory, mask)
         return self.norm(x + self.dropout(attended))
 
 
@@ -171,7 +177,7 @@ class MaskedDecoder(nn.Module):
             memories.append(x + self.level_embed.weight[level].to(x.dtype))
             keys.append(memories[-1] + sine_positions(*size, x.shape[2], x.device).to(x.dtype))
         queries = self.query_embed.weight
-        x = self.query_feat.weight.expand(len(levels[0]), -1, -1)
+        x = self.query_feat.weight.expand(levels[0].shape[0], -1, -1)
         states = [self.decoder_norm(x)]
         layers = zip(
             self.transformer_cross_attention_layers, self.transformer_self_attention_layers,

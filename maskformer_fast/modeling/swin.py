@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from maskformer_fast.modeling.linear import Linear
+
 MLP_RATIO = 4
 """Hidden channels of a block's MLP, as a multiple of its channels."""
 PATCH = 4
@@ -44,7 +46,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(
         self,
@@ -68,8 +70,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
         dy, dx = (p.flatten()[:, None] - p.flatten()[None, :] + window - 1 for p in (y, x))
@@ -100,8 +102,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+        self.fc1 = Linear(dim, MLP_RATIO * dim)
+        self.fc2 = Linear(MLP_RATIO * dim, dim)
 
     def forward(
         self,

@@ -19,8 +19,10 @@ from benchmarks import plots
 from benchmarks.cases import end_to_end as files_to_labels
 from benchmarks.harness.report import NUMBERS, markdown
 from benchmarks.harness.runner import plan
-from benchmarks.studies import class_count, end_to_end, scaling
+from benchmarks.studies import class_count, cpu_bundle, end_to_end, scaling
+from maskformer_fast.benchmark.runners import draw_frame
 from tests.support.paths import ROOT
+from tests.support.tail_graph import tail_bundle
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -134,3 +136,19 @@ def test_pictures_are_drawn_from_the_record_with_text_as_text(tmp_path: Path) ->
         texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
         assert any("ours" in text for text in texts if text)
         assert 780 <= float(root.attrib["width"].removesuffix("pt")) / 0.75 <= 820, "as wide as a page, in pixels"
+
+
+def test_bundles_on_the_cpu_are_compared_with_their_complete_graph(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    bundle = tail_bundle(tmp_path / "bundle")
+    assert cpu_bundle.sides_of(bundle) == [
+        "openvino, fp32", "openvino, bf16", "onnxruntime, fp32", "complete graph, fp32", "complete graph, bf16",
+    ]  # fmt: skip
+    frame = draw_frame(np.random.default_rng(0), (40, 56))
+    ours, other = (cpu_bundle.open_side(side, bundle)(frame) for side in ("openvino, fp32", "onnxruntime, fp32"))
+    assert np.mean(ours == other) > 0.999
+    assert cpu_bundle.main([str(bundle.folder), "--size", "40x56", "--alone", "openvino, fp32"]) == 0
+    assert float(capsys.readouterr().out) > 20

@@ -60,6 +60,7 @@ NOT_RUN = {
     "--engine-only": "needs the GPU that the engine is for",
     "engine": "needs the GPU that the engine is for",
     "tensorrt": "needs the GPU that the engine is for",
+    "int8": "needs an INT8 engine, which takes a minute to make",
 }
 """Pattern of an argument with which a command is parsed only -> the reason."""
 OMITTED = ("--target", "--frames", "--sizes")

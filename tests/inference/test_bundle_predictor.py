@@ -228,6 +228,17 @@ def test_a_device_without_the_backend_is_refused(
         maskformer_fast.load(folder / "resizing", device, backend=backend)
 
 
+@pytest.mark.usefixtures("pair")
+def test_precision_and_number_of_frames_are_the_runtimes(folder: Path) -> None:
+    predictor = maskformer_fast.load(folder / "resizing", "cpu", precision="fp32", in_flight=3)
+    assert isinstance(predictor, BundlePredictor)
+    assert (predictor.runtime.precision, predictor.runtime.in_flight) == ("fp32", 3)
+    with pytest.raises(ValueError, match="precision: expected none without a bundle; for a checkpoint .* amp"):
+        maskformer_fast.load("demo", precision="bf16")
+    with pytest.raises(ValueError, match="amp: expected none with a bundle, for which the option is precision"):
+        maskformer_fast.load(folder / "resizing", amp="bf16")
+
+
 def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _backend_of("cuda", "auto") == ("tensorrt", 0) and _backend_of("cuda:3", "auto") == ("tensorrt", 3)
     monkeypatch.setattr(bundle_predictor, "world_size", lambda: 4)

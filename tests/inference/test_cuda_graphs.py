@@ -214,12 +214,18 @@ def test_a_failed_capture_is_logged_once_and_work_goes_on(
     assert len(lines) == 1 and "without CUDA graphs" in lines[0] and "not permitted" in lines[0]
 
 
-def test_a_read_amid_the_work_is_an_obstacle(fake: FakeCuda, predictor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    compact = device_postprocess._compact
-    monkeypatch.setattr(device_postprocess, "_compact", lambda used, most: compact(used, None))
+@pytest.mark.parametrize("fault", ["read", "copy from pageable memory"])
+def test_what_the_host_does_amid_the_work_is_an_obstacle(
+    fake: FakeCuda, predictor: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "read":
+        compact = device_postprocess._compact
+        monkeypatch.setattr(device_postprocess, "_compact", lambda used, most: compact(used, None))
+    else:  # of flags, which are kept otherwise
+        monkeypatch.setattr(device_postprocess, "_on_device", device_postprocess._on_device.__wrapped__)
     for _ in range(3):
         predictor.infer([photo(0, 64, 64)], ("panoptic",))
-    assert "CaptureError" in predictor._graphs.obstacle
+    assert f"CaptureError: a {fault}" in predictor._graphs.obstacle
 
 
 def test_the_order_with_a_read_is_never_captured(fake: FakeCuda, predictor: Any) -> None:

@@ -32,6 +32,9 @@ def config_of(kind="maskformer", backbone=None, loss=None, **solver):
         backbone=backbone or replace(TINY.model.backbone, norm="frozen"),
         decoder=replace(TINY.model.decoder, dropout=0.0),
     )
+    if kind == "mask2former":
+        encoder = {"encoder_layers": 1, "encoder_heads": 2, "encoder_ffn_dim": 32, "encoder_dropout": 0.0}
+        model = replace(model, pixel_decoder=replace(model.pixel_decoder, **encoder))
     fields = {"batch_size": 8, "warmup_steps": 0, "clip_norm": 0.01} | solver
     return replace(TINY, model=model, solver=replace(TINY.solver, **fields), loss=replace(TINY.loss, **(loss or {})))
 
@@ -39,7 +42,7 @@ def config_of(kind="maskformer", backbone=None, loss=None, **solver):
 def step_of(config, device="cpu"):
     torch.manual_seed(3)
     network = build_model(config.model).to(device).train()
-    criterion = (Criterion if config.model.type == "maskformer" else PerPixelCriterion)(CLASSES, config.loss).to(device)
+    criterion = (Criterion if config.model.classifies_masks else PerPixelCriterion)(CLASSES, config.loss).to(device)
     return TrainStep(network, criterion, build_optimizer(network, config.solver), config, torch.device(device))
 
 

@@ -33,8 +33,9 @@ def assert_same(before, after):
         ("maskformer", None, {}),
         ("maskformer", SWIN, {"no_object_weight": 0.6, "padding": "include"}),
         ("per_pixel_plus", None, {}),
+        ("mask2former", None, {"mask_loss": "bce", "points": 60}),
     ],
-    ids=["resnet", "swin", "per_pixel_plus"],
+    ids=["resnet", "swin", "per_pixel_plus", "mask2former"],
 )
 def test_micro_batches_give_the_numbers_of_one_batch(parts, kind, backbone, loss):
     steps = [step_of(config_of(kind, backbone, loss, accumulate=number, lr=1e-4)) for number in (1, parts)]

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.deploy.bundle.manifest import Graph, Parity, Shape, TensorSpec
+from maskformer_fast.modeling.mask2former import Mask2Former
 from maskformer_fast.modeling.maskformer import MaskFormer
 from maskformer_fast.ops.mask_product import layer_mask_logits
 
@@ -57,7 +58,7 @@ class ParityError(RuntimeError):
 class RawGraph(nn.Module):
     """Network from images to class logits and mask logits of the last decoder layer."""
 
-    def __init__(self, network: MaskFormer) -> None:
+    def __init__(self, network: MaskFormer | Mask2Former) -> None:
         super().__init__()
         self.network = network
 
@@ -71,8 +72,12 @@ class RawGraph(nn.Module):
         x = (images.to(torch.float32) - network.pixel_mean) / network.pixel_std
         x = F.pad(x, (0, width - images.shape[3], 0, height - images.shape[2]))  # zero is the mean colour
         features, memory = network.pixel_decoder.fuse(network.backbone(x))
-        class_logits, embeddings = network.predictor(memory, all_layers=False)
-        pixels = network.pixel_decoder.projection.embed(features)
+        projection = network.pixel_decoder.projection
+        if isinstance(network, Mask2Former):
+            class_logits, embeddings = network.predictor(features, projection, memory, all_layers=False)
+        else:
+            class_logits, embeddings = network.predictor(memory, all_layers=False)
+        pixels = projection.embed(features)
         masks = torch.matmul(embeddings[-1], pixels.flatten(2)).unflatten(2, pixels.shape[2:])
         return class_logits[-1], masks
 
@@ -128,7 +133,7 @@ def export_graphs(
     All flavours take the time of one export: ``complete`` is ``raw`` with a few operators behind it.
 
     Args:
-        network: a `MaskFormer` on the CPU, in evaluation mode.
+        network: a `MaskFormer` or `Mask2Former` on the CPU, in evaluation mode.
         flavours: flavours to export.
         static: the only shape that the graphs will take; ``None`` takes any batch, height and width.
         any_batch: take any batch of the height and width of ``static``.
@@ -138,8 +143,8 @@ def export_graphs(
     """
     for flavour in flavours:
         check_choice("flavours", flavour, FLAVOURS)
-    maskformer = _checked(network)
-    config = maskformer.config
+    checked = _checked(network)
+    config = checked.config
     traced = static or _TRACED
     if any_batch:
         traced = replace(traced, batch=_TRACED.batch)
@@ -156,7 +161,7 @@ def export_graphs(
     labels = TensorSpec("labels", "int32", names)
 
     images = torch.zeros(1, dtype=torch.uint8).expand(traced.batch, 3, traced.height, traced.width)
-    raw = _export(RawGraph(maskformer), (images,), (image,), logits)
+    raw = _export(RawGraph(checked), (images,), (image,), logits)
     graphs: dict[Flavour, tuple[bytes, Graph]] = {}
     for flavour in flavours:
         outputs: tuple[TensorSpec, ...] = logits
@@ -176,9 +181,10 @@ def export_graphs(
     return graphs
 
 
-def _checked(network: nn.Module) -> MaskFormer:
-    if not isinstance(network, MaskFormer):
-        raise ValueError(f"model.type: expected maskformer, got {type(network).__name__}: only it can be exported")
+def _checked(network: nn.Module) -> MaskFormer | Mask2Former:
+    if not isinstance(network, (MaskFormer, Mask2Former)):
+        raise ValueError("model.type: expected maskformer or mask2former, which alone can be exported, got "
+                         f"{type(network).__name__}")
     check(not network.training, "network", "one in evaluation mode", "training mode")
     return network
 
@@ -273,13 +279,13 @@ def check_parity(
             by more than `MARGIN`, or a graph fails. The message has the flavour and the shape.
         ModuleNotFoundError: onnxruntime is not installed.
     """
-    maskformer = _checked(network)
-    divisibility = maskformer.config.size_divisibility
+    checked = _checked(network)
+    divisibility = checked.config.size_divisibility
     sessions = {flavour: _session(content) for flavour, content in graphs.items()}
     results = []
     for number, shape in enumerate(shapes):
         images = _test_images(shape, seed=number)
-        reference = _reference(maskformer, images, divisibility)
+        reference = _reference(checked, images, divisibility)
         for flavour, session in sessions.items():
             try:
                 outputs = session.run(None, {"images": images.numpy()})

@@ -56,7 +56,8 @@ class OpenvinoSession:
             self._threads = max(1, threads // streams)
             self._model = core.compile_model(model if tail is None else _without(model, tail), "CPU", settings)
         except RuntimeError as error:
-            expect(False, f"graphs.{FLAVOUR}", "a graph that OpenVINO runs", str(error).strip().splitlines()[-1])
+            key = f"graphs.{FLAVOUR}" if weights is None else "engines"
+            expect(False, key, "a graph that OpenVINO runs", str(error).strip().splitlines()[-1])
             raise
         self._requests = threading.local()  # a request runs one batch at a time
 
