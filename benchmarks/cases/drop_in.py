@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases.inputs import share_equal
-from benchmarks.harness.case import Case, Inputs, Work
+from benchmarks.harness.case import Bound, Case, Inputs, Work
 from maskformer_fast.drop_in import equip, equip_loss, mask2former, maskformer
 
 PEER = "transformers"
@@ -160,6 +160,11 @@ def loss_setup(device: torch.device, family: str, part: str) -> Work:
     return Work(partial(call, fast), {PEER: partial(call, plain)}, draw, agreement, {PEER: 1.0})
 
 
+def bound(size: tuple[int, int], pixels: int) -> Bound:
+    """Logits of one image read, 4 bytes a pixel written."""
+    return Bound(4.0 * QUERIES * (size[0] * size[1] + CLASSES + 1) + 4.0 * pixels)
+
+
 def cases(device: str) -> list[Case]:
     return cpu_cases() if device == "cpu" else []
 
@@ -181,12 +186,13 @@ def cpu_cases() -> list[Case]:
                         f"drop_in {family} {task}, {'peaky' if peaky else 'random'}, {target}, vs {PEER}", PEER, goal,
                         partial(setup, family=family, task=task, peaky=peaky, target=target), threads=1,
                         rank=0 if goal else 1 if target == "2 MP" else 2, memory_goal=MEMORY_GOAL if goal else None,
-                        extra_seconds=60.0,
+                        extra_seconds=60.0, bound=bound(MAPS[family], TARGETS[target][0] * TARGETS[target][1]),
                     ))  # fmt: skip
     for family in ("MaskFormer", "Mask2Former", "Eomt"):
         for part in ("matcher", "mask losses"):
             rows.append(Case(
                 f"drop_in {family} {part}, vs {PEER}", PEER, 5.0 if part == "matcher" else None,
-                partial(loss_setup, family=family, part=part), threads=1, rank=1,
+                partial(loss_setup, family=family, part=part), threads=1, rank=0 if part == "matcher" else 1,
+                bound=Bound(4.0 * 2 * (QUERIES * 128 * 128 + 12 * 512 * 512)),
             ))  # fmt: skip
     return rows
