@@ -18,6 +18,7 @@ TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
 PanopticOrder = Literal["direct", "official"]
 PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
+MAX_LAYERS, MAX_WIDTH = 1000, 1 << 20  # layers; queries and channels: no typo or hostile file demands endless networks
 
 
 def _check_finite(section: object, name: str) -> None:
@@ -66,6 +67,9 @@ class BackboneConfig:
         for name in ("stem_channels", "bottleneck_channels", "res2_channels", "embed_dim", "window_size"):
             value = getattr(self, name)
             check(value is None or value > 0, f"backbone.{name}", "a positive integer", value)
+        for name in ("depths", "num_heads"):
+            parts = getattr(self, name) or ()
+            check(all(0 < part <= MAX_LAYERS for part in parts), f"backbone.{name}", f"1..{MAX_LAYERS}", parts)
         rate = self.drop_path_rate
         check(rate is None or 0.0 <= rate < 1.0, "backbone.drop_path_rate", "0 <= rate < 1", rate)
         if self.norm is not None:
@@ -94,7 +98,8 @@ class PixelDecoderConfig:
         check(self.conv_dim > 0 and self.conv_dim % self.norm_groups == 0, "pixel_decoder.conv_dim",
               f"a positive multiple of norm_groups={self.norm_groups}", self.conv_dim)
         check(self.mask_dim > 0, "pixel_decoder.mask_dim", "a positive integer", self.mask_dim)
-        check(self.encoder_layers >= 0, "pixel_decoder.encoder_layers", ">= 0", self.encoder_layers)
+        layers = self.encoder_layers
+        check(0 <= layers <= MAX_LAYERS, "pixel_decoder.encoder_layers", f"0..{MAX_LAYERS}", layers)
         check(self.conv_dim % self.encoder_heads == 0, "pixel_decoder.encoder_heads",
               f"a divisor of conv_dim={self.conv_dim}", self.encoder_heads)
         check(0.0 <= self.encoder_dropout < 1.0, "pixel_decoder.encoder_dropout", "0 <= p < 1", self.encoder_dropout)
@@ -113,7 +118,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden_dim", "num_heads", "ffn_dim", "num_queries"):
-            check(getattr(self, name) > 0, f"decoder.{name}", "a positive integer", getattr(self, name))
+            value, limit = getattr(self, name), MAX_LAYERS if name == "layers" else MAX_WIDTH
+            check(0 < value <= limit, f"decoder.{name}", f"a positive integer up to {limit}", value)
         check(self.hidden_dim % self.num_heads == 0, "decoder.num_heads",
               f"a divisor of hidden_dim={self.hidden_dim}", self.num_heads)
         check(0.0 <= self.dropout < 1.0, "decoder.dropout", "0 <= p < 1", self.dropout)

@@ -86,8 +86,8 @@ def check_paths(config: Config) -> None:
     """Check the forms of the paths that a run reads and writes.
 
     Raises:
-        ValueError: ``output`` is a file, below a file, or the root of the file system, or begins with ``~``; or a path is
-            one of Windows.
+        ValueError: ``output`` is a file, below a file, or the root of the file system, or begins with ``~``; or a path
+            is one of Windows.
     """
     model = config.model
     check_no_windows_path({"output": config.output, "data.root": config.data.root, "model.weights": model.weights,
