@@ -185,8 +185,8 @@ def read_images(
         raise ValueError(f'{path}: expected at least one entry in "images"')
     names = Counter(info.file_name for info in images.values())
     if repeated := [name for name, count in names.items() if count > 1]:
-        _LOGGER.warning("%s: %d files are listed under several ids, such as %s: each entry counts as an image of its own, "
-                        "with the annotations of its id alone", path, len(repeated), repeated[0])
+        _LOGGER.warning("%s: %d files are listed under several ids, such as %s: each entry counts as an image of its "
+                        "own, with the annotations of its id alone", path, len(repeated), repeated[0])
     return images
 
 
