@@ -6,27 +6,19 @@ costs a second and not an evening.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.core.checks import check, check_choice, check_finite
 
 Task = Literal["semantic", "instance", "panoptic"]
 Amp = Literal["off", "bf16", "fp16"]
+ModelType = Literal["maskformer", "mask2former", "per_pixel", "per_pixel_plus"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
 PanopticOrder = Literal["direct", "official"]
 PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
 MAX_LAYERS, MAX_WIDTH = 1000, 1 << 20  # layers; queries and channels: no typo or hostile file demands endless networks
-
-
-def _check_finite(section: object, name: str) -> None:
-    """Raise ``ValueError`` for a number of a section that is NaN or infinite, alone or in a tuple."""
-    for entry in fields(section):  # type: ignore[arg-type]
-        value = getattr(section, entry.name)
-        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, float)]
-        check(all(map(math.isfinite, numbers)), f"{name}.{entry.name}", "finite numbers", value)
 
 
 @dataclass(frozen=True)
@@ -67,37 +59,32 @@ class BackboneConfig:
         for name in ("stem_channels", "bottleneck_channels", "res2_channels", "embed_dim", "window_size"):
             value = getattr(self, name)
             check(value is None or value > 0, f"backbone.{name}", "a positive integer", value)
-        for name in ("depths", "num_heads"):
-            parts = getattr(self, name) or ()
-            check(all(0 < part <= MAX_LAYERS for part in parts), f"backbone.{name}", f"1..{MAX_LAYERS}", parts)
         rate = self.drop_path_rate
         check(rate is None or 0.0 <= rate < 1.0, "backbone.drop_path_rate", "0 <= rate < 1", rate)
-        if self.norm is not None:
-            check_choice("backbone.norm", self.norm, ("batch", "frozen", "sync"))
-        if self.stem is not None:
-            check_choice("backbone.stem", self.stem, ("basic", "deep"))
+        check_choice("backbone.norm", self.norm, (None, "batch", "frozen", "sync"))
+        check_choice("backbone.stem", self.stem, (None, "basic", "deep"))
 
 
 @dataclass(frozen=True)
 class PixelDecoderConfig:
-    """FPN pixel decoder (paper section 3.2), optionally with a transformer encoder on res5."""
+    """Pixel decoder: FPN, optionally with a transformer encoder on res5; Mask2Former's has deformable attention."""
 
     conv_dim: int = 256
     mask_dim: int = 256
     """Channels D of the pixel embeddings."""
     norm_groups: int = 32
     encoder_layers: int = 0
-    """Transformer encoder layers on res5: 0 for the plain FPN, 6 in the official panoptic models."""
+    """Transformer encoder layers on res5: 0 for the plain FPN, 6 in the official panoptic models. Mask2Former:
+    layers of deformable attention, 6 in the official models."""
     encoder_heads: int = 8
     encoder_ffn_dim: int = 2048
     encoder_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("norm_groups", "encoder_heads", "encoder_ffn_dim"):
+        for name in ("mask_dim", "norm_groups", "encoder_heads", "encoder_ffn_dim"):
             check(getattr(self, name) > 0, f"pixel_decoder.{name}", "a positive integer", getattr(self, name))
         check(self.conv_dim > 0 and self.conv_dim % self.norm_groups == 0, "pixel_decoder.conv_dim",
               f"a positive multiple of norm_groups={self.norm_groups}", self.conv_dim)
-        check(self.mask_dim > 0, "pixel_decoder.mask_dim", "a positive integer", self.mask_dim)
         layers = self.encoder_layers
         check(0 <= layers <= MAX_LAYERS, "pixel_decoder.encoder_layers", f"0..{MAX_LAYERS}", layers)
         check(self.conv_dim % self.encoder_heads == 0, "pixel_decoder.encoder_heads",
@@ -115,8 +102,12 @@ class DecoderConfig:
     ffn_dim: int = 2048
     dropout: float = 0.1
     num_queries: int = 100
+    attention_masks: Literal["resized", "direct"] = "resized"
+    """Mask2Former: masks of the attention from pixel embeddings resized once to each level, which is far cheaper, or,
+    as in the official code, masks of full size resized in each layer. Equal but for pixels on the edge of a mask."""
 
     def __post_init__(self) -> None:
+        check_choice("decoder.attention_masks", self.attention_masks, ("resized", "direct"))
         for name in ("layers", "hidden_dim", "num_heads", "ffn_dim", "num_queries"):
             value, limit = getattr(self, name), MAX_LAYERS if name == "layers" else MAX_WIDTH
             check(0 < value <= limit, f"decoder.{name}", f"a positive integer up to {limit}", value)
@@ -129,7 +120,7 @@ class DecoderConfig:
 class ModelConfig:
     """Network."""
 
-    type: Literal["maskformer", "per_pixel", "per_pixel_plus"] = "maskformer"
+    type: ModelType = "maskformer"
     num_classes: int = 0
     """Number of classes; 0 takes that of the data set."""
     weights: str | None = None
@@ -145,11 +136,16 @@ class ModelConfig:
     """Batches are padded to a multiple of this; 0 pads to the largest image only."""
 
     def __post_init__(self) -> None:
-        _check_finite(self, "model")
-        check_choice("model.type", self.type, ("maskformer", "per_pixel", "per_pixel_plus"))
+        check_finite(self, "model")
+        check_choice("model.type", self.type, get_args(ModelType))
         check(self.num_classes >= 0, "model.num_classes", ">= 0", self.num_classes)
         check(0 <= self.size_divisibility <= 1024, "model.size_divisibility", "0..1024", self.size_divisibility)
         check(all(s > 0 for s in self.pixel_std), "model.pixel_std", "positive numbers", self.pixel_std)
+
+    @property
+    def classifies_masks(self) -> bool:
+        """Whether the network predicts masks with classes, one for each query; a per-pixel baseline does not."""
+        return self.type in ("maskformer", "mask2former")
 
 
 @dataclass(frozen=True)
@@ -165,15 +161,24 @@ class LossConfig:
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     deep_supervision: bool = True
+    points: int = 0
+    """Number of points at which masks are matched and compared, 12544 in Mask2Former; 0 takes every pixel."""
+    oversample: float = 3.0
+    """With points: candidates drawn for an image, as a multiple of ``points``; a pair takes its most uncertain ones."""
+    importance: float = 0.75
+    """With points: share of a pair's points that are its most uncertain candidates; the others are random."""
     padding: Literal["exclude", "include"] = "exclude"
     """Whether padding pixels count in mask losses; ``include`` gives the official code's numbers."""
     max_nonfinite_steps: int = 10
     """Number of consecutive skipped steps (non-finite cost, loss or gradient) after which training stops."""
 
     def __post_init__(self) -> None:
-        _check_finite(self, "loss")
+        check_finite(self, "loss")
         for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "focal_gamma"):
             check(getattr(self, name) >= 0, f"loss.{name}", ">= 0", getattr(self, name))
+        check(self.points >= 0, "loss.points", ">= 0", self.points)
+        check(self.oversample >= 1.0, "loss.oversample", ">= 1", self.oversample)
+        check(0.0 <= self.importance <= 1.0, "loss.importance", "0..1", self.importance)
         check(0.0 <= self.focal_alpha <= 1.0, "loss.focal_alpha", "0..1", self.focal_alpha)
         check_choice("loss.mask_loss", self.mask_loss, ("focal", "bce"))
         check_choice("loss.padding", self.padding, ("exclude", "include"))
@@ -205,7 +210,7 @@ class AugmentConfig:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        _check_finite(self, "data.augment")
+        check_finite(self, "data.augment")
         check_choice("data.augment.scale_mode", self.scale_mode, ("short_edge", "scale", "none"))
         check(len(self.short_edge) > 0 and min(self.short_edge) > 0, "data.augment.short_edge", "positive sizes",
               self.short_edge)
@@ -233,11 +238,9 @@ class ShapesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self.num_things >= 1, "data.shapes.num_things", ">= 1", self.num_things)
-        check(self.num_stuff >= 1, "data.shapes.num_stuff", ">= 1", self.num_stuff)
+        for name in ("num_things", "num_stuff", "max_shapes", "train_images"):
+            check(getattr(self, name) >= 1, f"data.shapes.{name}", ">= 1", getattr(self, name))
         check(min(self.size) >= 16, "data.shapes.size", "at least 16 x 16", self.size)
-        check(self.max_shapes >= 1, "data.shapes.max_shapes", ">= 1", self.max_shapes)
-        check(self.train_images >= 1, "data.shapes.train_images", ">= 1", self.train_images)
         check(self.val_images >= 0, "data.shapes.val_images", ">= 0", self.val_images)
 
 
@@ -285,8 +288,7 @@ class TestConfig:
     """Shorter side of the network's input, in pixels; ``None`` does not resize."""
     max_size: int = 2048
     size: tuple[int, int] | None = None
-    """Height, width of the network's input, to which every image is brought whatever its shape; ``None`` keeps the
-    shape: see ``short_edge``."""
+    """Height, width of the network's input, whatever an image's shape; ``None``: see ``short_edge``."""
     object_mask_threshold: float = 0.8
     """Panoptic: least score of a query's best class; other queries are dropped."""
     overlap_threshold: float = 0.8
@@ -307,18 +309,17 @@ class TestConfig:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        _check_finite(self, "test")
+        check_finite(self, "test")
         check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
         check(self.size is None or min(self.size) > 0, "test.size", "positive height and width, or None", self.size)
-        check(self.max_size > 0, "test.max_size", "> 0", self.max_size)
+        for name in ("max_size", "top_k", "batch_size"):
+            check(getattr(self, name) > 0, f"test.{name}", "> 0", getattr(self, name))
         for name in ("object_mask_threshold", "overlap_threshold"):
             check(0.0 <= getattr(self, name) <= 1.0, f"test.{name}", "0..1", getattr(self, name))
         check_choice("test.semantic_order", self.semantic_order, get_args(SemanticOrder))
         check_choice("test.panoptic_order", self.panoptic_order, get_args(PanopticOrder))
         check_choice("test.panoptic_rule", self.panoptic_rule, get_args(PanopticRule))
-        check(self.top_k > 0, "test.top_k", "> 0", self.top_k)
         check(all(s > 0 for s in self.multi_scale), "test.multi_scale", "positive factors", self.multi_scale)
-        check(self.batch_size > 0, "test.batch_size", "> 0", self.batch_size)
 
     @property
     def edge(self) -> int | tuple[int, int] | None:
@@ -359,7 +360,7 @@ class SolverConfig:
     """With several processes (torchrun): replicate the network, or shard weights and optimiser state."""
 
     def __post_init__(self) -> None:
-        _check_finite(self, "solver")
+        check_finite(self, "solver")
         check_choice("solver.parallel", self.parallel, ("ddp", "fsdp"))
         for name in ("compile", "channels_last"):
             check(self.parallel == "ddp" or not getattr(self, name), f"solver.{name}", "False with parallel=fsdp", True)

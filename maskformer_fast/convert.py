@@ -29,6 +29,7 @@ from maskformer_fast.interop.huggingface import read_folder, write_folder
 from maskformer_fast.interop.names import Renamed
 from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours, no_object_weight
 from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
+from maskformer_fast.interop.verification.mask2former import read_mask2former, verify_mask2former
 from maskformer_fast.interop.verification.recording import read_recordings
 from maskformer_fast.interop.verification.verify import verify
 from maskformer_fast.modeling import build_model
@@ -104,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(f"written:      {target}")
     if not options.verify or not isinstance(source, Converted):
         return 0
-    result = verify(read_back(target, options.to), source.metadata, options.verify, source.config.loss)
+    compare = verify_mask2former if source.config.model.type == "mask2former" else verify
+    result = compare(read_back(target, options.to), source.metadata, options.verify, source.config.loss)
     print(json.dumps(result.to_dict(), indent=2))
     return 0 if result.ok else 1
 
@@ -181,8 +183,8 @@ def check_recordings(source: Converted, path: str) -> None:
         FileNotFoundError: a folder without recordings.
     """
     model = source.config.model
-    check(model.type == "maskformer", "verify", "a MaskFormer, as recordings are of", model.type)
-    read_recordings(path, model.num_classes)
+    check(model.classifies_masks, "verify", "a MaskFormer or Mask2Former, as recordings are of", model.type)
+    (read_mask2former if model.type == "mask2former" else read_recordings)(path, model.num_classes)
 
 
 def write_model(source: Converted, target: Path, to: str) -> None:
@@ -228,7 +230,7 @@ def summarize(source: Converted, report: Callable[[str], object]) -> None:
     report(f"source:       {source.kind}")
     report(f"architecture: {model.type}, {describe_backbone(model.backbone)}")
     if model.type != "per_pixel":
-        queries = f", {decoder.num_queries} queries" if model.type == "maskformer" else ""
+        queries = f", {decoder.num_queries} queries" if model.classifies_masks else ""
         report(f"transformer:  {encoder} encoder and {decoder.layers} decoder layers of {decoder.hidden_dim} channels, "
                f"{decoder.num_heads} heads{queries}")
     report(f"classes:      {metadata.num_classes} of {metadata.name} ({names}, ...), {sum(metadata.is_thing)} things")

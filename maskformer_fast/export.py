@@ -21,6 +21,7 @@ from maskformer_fast.deploy.build.tensorrt import EngineConfig
 from maskformer_fast.deploy.bundle.folder import Bundle, check_destination, extend_bundle, write_bundle
 from maskformer_fast.deploy.bundle.manifest import (
     MANIFEST_NAME,
+    OPENVINO,
     Engine,
     FileEntry,
     Manifest,
@@ -42,10 +43,11 @@ side below the padding's step of 32 pixels."""
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Export a checkpoint as a bundle: ONNX graphs, checked against PyTorch; on request, kernels and a TensorRT engine.
+    """Export a checkpoint as a bundle: ONNX graphs, checked against PyTorch; on request, kernels and an engine.
 
     A bundle in the output folder is replaced. With --engine-only, the first argument is a bundle, to which an engine is
-    added: this is the one step for an embedded device, after all others were done on a workstation.
+    added: of TensorRT, the one step for an embedded device after all others were done on a workstation, or an INT8
+    graph for CPUs by OpenVINO.
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -66,7 +68,7 @@ class ExportOptions:
     tasks: tuple[Task, ...] = TASKS
     """Tasks to compile those kernels for."""
     with_engine: bool = False
-    """Also build a TensorRT engine, by the engine options."""
+    """Also build an engine, by the engine options."""
     engine_only: bool = False
     """Add an engine to a bundle."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -88,6 +90,7 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     config = predictor.config
     check_test(config.test)
     kind = config.model.type
+    check(kind != "mask2former", "model.type", "maskformer: bundles are not supported yet for mask2former", kind)
     check(kind == "maskformer", "model.type", "maskformer: a per-pixel baseline has no queries to export", kind)
     flavours = [flavour for flavour in FLAVOURS if flavour in options.flavours]
     known = len(flavours) == len(set(options.flavours)) and flavours
@@ -164,11 +167,17 @@ def compile_kernels(manifest: Manifest, frames: Sequence[Shape], options: Export
 def add_engine(
     manifest: Manifest, raw_onnx: bytes, config: EngineConfig, files: dict[str, bytes]
 ) -> tuple[Engine, ...]:
-    """Build an engine and add its file to ``files`` -> the bundle's engines; it replaces one of the same file name."""
-    from maskformer_fast.deploy.build.tensorrt import build_engine
+    """Build an engine and add its files to ``files`` -> the bundle's engines; it replaces one of the same file name."""
+    if config.api == OPENVINO:
+        from maskformer_fast.deploy.build.openvino_engine import build_openvino_engine
 
-    content, engine = build_engine(raw_onnx, config)
-    files[engine.file] = content
+        engine, contents = build_openvino_engine(raw_onnx, config)
+        files.update(contents)
+    else:
+        from maskformer_fast.deploy.build.tensorrt import build_engine
+
+        content, engine = build_engine(raw_onnx, config)
+        files[engine.file] = content
     return (*(other for other in manifest.engines if other.file != engine.file), engine)
 
 

@@ -66,6 +66,8 @@ class PredictOptions:
     openvino where it is installed, else onnxruntime."""
     amp: Amp | None = None
     """Precision of a checkpoint's network; by default that of its training."""
+    graphs: bool = False
+    """On a GPU, replay CUDA graphs of a checkpoint's network for batches whose sizes come again."""
     precision: Precision | None = None
     """Precision of a bundle's network. On a CPU: fp32, bf16 (openvino, where the processor has it) or int8 (an engine
     of openvino in the bundle); by default int8 where the bundle has it, else fp32. On a GPU: that of an engine."""
@@ -159,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_no_windows_path({"output": options.output})
     predictor = load(
         options.checkpoint, options.device, options.test, options.backend, options.amp, options.precision,
-        in_flight=options.test.batch_size,
+        in_flight=options.test.batch_size, graphs=options.graphs,
     )  # fmt: skip
     for task in options.task:
         predictor.check_task(task)

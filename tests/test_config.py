@@ -81,7 +81,6 @@ def parse_config(argv):
         (DecoderConfig, {"layers": 10**6}, "decoder.layers"),
         (DecoderConfig, {"num_queries": 10**9}, "decoder.num_queries"),
         (PixelDecoderConfig, {"encoder_layers": 10**6}, "pixel_decoder.encoder_layers"),
-        (BackboneConfig, {"depths": (1, 1, 10**6, 1)}, "backbone.depths"),
         (TestConfig, {"multi_scale": (1.0, -1.0)}, "test.multi_scale"),
         (SolverConfig, {"lr": 0.0}, "solver.lr"),
         (SolverConfig, {"lr": float("nan")}, "solver.lr"),

@@ -33,7 +33,8 @@ void conv3x3_winograd(const WinogradConvolution& conv, const Element* images, in
   blocks = std::min(tiles, (blocks + threads - 1) / threads * threads);
   const int64_t most = (tiles + blocks - 1) / blocks;
   threads = static_cast<int>(std::min<int64_t>(threads, blocks));
-  const int64_t inputs = kTaps * most * conv.in_channels, products = kTaps * most * kChunkPanels * kPanel;
+  const int64_t inputs = kTaps * tap_step(most * conv.in_channels);
+  const int64_t products = kTaps * tap_step(most * kChunkPanels * kPanel);
   const std::unique_ptr<float[]> scratch(new float[threads * (inputs + products)]);
   parallel_for(blocks, threads, [&](int worker, int64_t block) {
     float* own = scratch.get() + worker * (inputs + products);

@@ -56,9 +56,9 @@ MF_INLINE Tile tile_at(const WinogradConvolution& conv, int64_t index) {
 }
 
 template <class Element>
-void read_tile(const WinogradConvolution& conv, const Element* images, const Tile& tile, int64_t tiles,
+void read_tile(const WinogradConvolution& conv, const Element* images, const Tile& tile, int64_t step,
                float* inputs) {
-  const int64_t channels = conv.in_channels, step = tiles * channels;
+  const int64_t channels = conv.in_channels;
   const Element* image = images + tile.image * conv.height * conv.width * channels;
   for (int64_t c = 0; c < channels; c += kLanes) {
     Floats rows[kSide][kSide];  // columns transformed
@@ -82,9 +82,9 @@ void read_tile(const WinogradConvolution& conv, const Element* images, const Til
 }
 
 template <class Element>
-void write_tile(const WinogradConvolution& conv, const float* products, const Tile& tile, int64_t tiles,
+void write_tile(const WinogradConvolution& conv, const float* products, const Tile& tile, int64_t step,
                 int64_t first_channel, Element* result) {
-  const int64_t channels = conv.out_channels, step = tiles * kChunk;
+  const int64_t channels = conv.out_channels;
   const int64_t count = channels - first_channel < kChunk ? channels - first_channel : kChunk;
   Element* image = result + tile.image * conv.height * conv.width * channels + first_channel;
   const float* bias = conv.bias ? conv.bias + first_channel : nullptr;
@@ -120,20 +120,27 @@ template <int rows, int vectors>
 void multiply(const float* inputs, const float* weights, int64_t channels, float* products) {
   constexpr int kSplit = kPanel / kLanes;  // vectors of a panel
   Floats sums[rows][vectors];
+#pragma GCC unroll 8
   for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sums[row][v] = Floats{};
   }
   for (int64_t c = 0; c < channels; ++c) {
     Floats column[vectors];
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       column[v] = load(weights + v / kSplit * channels * kPanel + c * kPanel + v % kSplit * kLanes);
     }
+#pragma GCC unroll 8
     for (int row = 0; row < rows; ++row) {
       const Floats input = broadcast(inputs[row * channels + c]);
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sums[row][v] += input * column[v];
     }
   }
+#pragma GCC unroll 8
   for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) store(products + row * kChunk + v * kLanes, sums[row][v]);
   }
 }
@@ -183,18 +190,20 @@ void convolve(const WinogradConvolution& conv, const Element* images, Element* r
               const WinogradScratch& scratch) {
   const int64_t tiles = last - first, channels = conv.in_channels;
   const int64_t panels = (conv.out_channels + kPanel - 1) / kPanel;
+  const int64_t input_step = tap_step(tiles * channels), product_step = tap_step(tiles * kChunk);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    read_tile(conv, images, tile_at(conv, first + tile), tiles, scratch.inputs + tile * channels);
+    read_tile(conv, images, tile_at(conv, first + tile), input_step, scratch.inputs + tile * channels);
   }
   for (int64_t panel = 0; panel < panels; panel += kChunkPanels) {
     const int64_t width = panels - panel < kChunkPanels ? panels - panel : kChunkPanels;
     for (int tap = 0; tap < kTaps; ++tap) {
-      multiply_chunk(tiles, width, scratch.inputs + tap * tiles * channels,
+      multiply_chunk(tiles, width, scratch.inputs + tap * input_step,
                      conv.weights + (tap * panels + panel) * channels * kPanel, channels,
-                     scratch.products + tap * tiles * kChunk);
+                     scratch.products + tap * product_step);
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      write_tile(conv, scratch.products + tile * kChunk, tile_at(conv, first + tile), tiles, panel * kPanel, result);
+      write_tile(conv, scratch.products + tile * kChunk, tile_at(conv, first + tile), product_step, panel * kPanel,
+                 result);
     }
   }
 }

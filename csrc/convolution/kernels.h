@@ -12,9 +12,13 @@ namespace maskformer_fast {
 constexpr int kOutputTile = 4;   // output pixels along a side of a tile
 constexpr int kChunkPanels = 4;  // panels of weights whose products are in memory at a time
 
+// Floats from a tap to the next in scratch memory, for so many numbers of a tap. A multiple of the page's size would put
+// all taps of a number into the same few lines of the cache.
+constexpr int64_t tap_step(int64_t numbers) { return (numbers / kPanel + 1 | 1) * kPanel; }
+
 struct WinogradScratch {
-  float* inputs;    // [kTaps, tiles, in_channels]
-  float* products;  // [kTaps, tiles, kChunkPanels * kPanel]
+  float* inputs;    // [kTaps, tiles, in_channels], taps tap_step apart
+  float* products;  // [kTaps, tiles, kChunkPanels * kPanel], taps tap_step apart
 };
 
 MF_DECLARE_KERNELS(

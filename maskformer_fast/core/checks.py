@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
+from dataclasses import fields
 from typing import Any
 
 _MAX_SHOWN = 200
@@ -45,3 +47,11 @@ def check(condition: bool, name: str, expected: str, got: object, error: type[Va
 def check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
     """Raise ``ValueError`` unless a value is one of the choices; Python does not enforce ``Literal`` at run time."""
     check(value in choices, name, "one of " + ", ".join(map(repr, choices)), value)
+
+
+def check_finite(section: object, name: str) -> None:
+    """Raise ``ValueError`` for a number of a section that is NaN or infinite, alone or in a tuple."""
+    for entry in fields(section):  # type: ignore[arg-type]
+        value = getattr(section, entry.name)
+        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, float)]
+        check(all(map(math.isfinite, numbers)), f"{name}.{entry.name}", "finite numbers", value)

@@ -2,35 +2,156 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from maskformer_fast.core.metadata import SegmentInfo
+from maskformer_fast.core import exchange
+from maskformer_fast.core.checks import check
+from maskformer_fast.core.exchange import Polygon, as_array
+from maskformer_fast.core.metadata import VOID, SegmentInfo
 
 ArrayT = TypeVar("ArrayT")
 """Type of the arrays of one result: ``torch.Tensor`` or ``numpy.ndarray``."""
 
 
+ResultT = TypeVar("ResultT", bound="_Exchanged")
+
+
+class _Exchanged:
+    """Conversions that all results have by way of instances; results that come back have NumPy arrays."""
+
+    def to_instances(self) -> InstanceResult[Any]:
+        """The result as instances, one for each class or segment."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_instances(cls: type[ResultT], instances: InstanceResult[Any]) -> ResultT:
+        """The result of instances; of pixels in several the first, which is the best, counts."""
+        raise NotImplementedError
+
+    def to_supervision(self) -> Any:
+        """``supervision.Detections`` with boxes, boolean masks, confidence and class_id.
+
+        Raises:
+            ModuleNotFoundError: supervision is not installed.
+        """
+        instances = self.to_instances()
+        return exchange.to_supervision(instances.arrays(), instances.size)
+
+    @classmethod
+    def from_supervision(cls: type[ResultT], detections: Any) -> ResultT:
+        """Inverse of `to_supervision`; ``ValueError`` for detections without masks."""
+        arrays = exchange.from_supervision(detections)
+        return cls.from_instances(InstanceResult(*arrays, detections.mask.shape[1:]))
+
+    def to_coco(
+        self, image_id: int | str = 0, category_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """COCO's annotations with compressed run lengths, boxes as x, y, width, height, areas and scores.
+
+        Args:
+            category_ids: category of each class; without them the class's index.
+        """
+        instances = self.to_instances()
+        return exchange.to_coco(instances.arrays(), instances.size, image_id, category_ids)
+
+    @classmethod
+    def from_coco(
+        cls: type[ResultT],
+        annotations: Sequence[dict[str, Any]],
+        size: tuple[int, int],
+        category_ids: Sequence[int] | None = None,
+    ) -> ResultT:
+        """Inverse of `to_coco`; also takes run lengths that are not compressed, and polygons.
+
+        Raises:
+            ModuleNotFoundError: pycocotools is not installed.
+        """
+        return cls.from_instances(InstanceResult(*exchange.from_coco(annotations, size, category_ids), size))
+
+    def to_polygons(self) -> list[list[Polygon]]:
+        """Outlines of each instance's parts along the edges of pixels, with their holes."""
+        instances = self.to_instances()
+        masks = exchange.unpack(as_array(instances.masks), instances.size[1])
+        return [exchange.polygons_of(mask) for mask in masks]
+
+    @classmethod
+    def from_polygons(
+        cls: type[ResultT],
+        polygons: Sequence[Sequence[Polygon]],
+        labels: Sequence[int],
+        size: tuple[int, int],
+        scores: Sequence[float] | None = None,
+    ) -> ResultT:
+        """Inverse of `to_polygons`: pixels whose centre is inside; polygons may have any corners."""
+        check(len(labels) == len(polygons), "labels", f"{len(polygons)} classes", len(labels))
+        masks = np.zeros((len(polygons), *size), np.bool_)
+        for mask, parts in zip(masks, polygons, strict=True):
+            mask[:] = exchange.mask_of_polygons(parts, size)
+        values = np.ones(len(masks)) if scores is None else scores
+        return cls.from_instances(InstanceResult(*exchange.instances_of_masks(labels, values, masks), size))
+
+
 @dataclass
-class SemanticResult(Generic[ArrayT]):
+class SemanticResult(_Exchanged, Generic[ArrayT]):
     """Class of every pixel."""
 
     labels: ArrayT  # [H, W] uint8 (K <= 255) or int16
     scores: ArrayT | None = None  # [H, W] float32, sum over queries of the winning class
 
+    def to_instances(self) -> InstanceResult[Any]:
+        """One instance of score 1 for each class of the map, in ascending order."""
+        labels = as_array(self.labels)
+        classes = np.unique(labels[labels >= 0])
+        masks = labels == classes[:, None, None]
+        return InstanceResult(*exchange.instances_of_masks(classes, np.ones(len(classes)), masks), labels.shape)
+
+    @classmethod
+    def from_instances(cls, instances: InstanceResult[Any]) -> SemanticResult[Any]:
+        """Class of the best instance at each pixel; pixels of none are `VOID`, in int16."""
+        labels, _, packed, _ = instances.arrays()
+        result = np.full(instances.size, VOID, np.int16)
+        for label, mask in zip(labels[::-1], exchange.unpack(packed, instances.size[1])[::-1], strict=True):
+            result[mask] = label
+        return SemanticResult[Any](result)
+
 
 @dataclass
-class PanopticResult(Generic[ArrayT]):
+class PanopticResult(_Exchanged, Generic[ArrayT]):
     """Segments that do not overlap. Ids count from 1; pixels without a segment are `VOID`."""
 
     id_map: ArrayT  # [H, W] int32
     segments: list[SegmentInfo] = field(default_factory=list)
 
+    def to_instances(self) -> InstanceResult[Any]:
+        """One instance for each segment, in their order."""
+        id_map = as_array(self.id_map)
+        ids = np.array([segment.id for segment in self.segments], id_map.dtype)
+        categories = [segment.category for segment in self.segments]
+        scores = [segment.score for segment in self.segments]
+        masks = id_map == ids[:, None, None]
+        return InstanceResult(*exchange.instances_of_masks(categories, scores, masks), id_map.shape)
+
+    @classmethod
+    def from_instances(cls, instances: InstanceResult[Any]) -> PanopticResult[Any]:
+        """A segment, of a thing, for each instance that has pixels of its own."""
+        labels, scores, packed, _ = instances.arrays()
+        id_map = np.full(instances.size, VOID, np.int32)
+        masks = exchange.unpack(packed, instances.size[1])
+        for number in range(len(masks), 0, -1):
+            id_map[masks[number - 1]] = number
+        areas = np.bincount(id_map[id_map > 0], minlength=len(masks) + 1).tolist()
+        return PanopticResult[Any](id_map, [
+            SegmentInfo(number, int(labels[number - 1]), score=float(scores[number - 1]), area=areas[number])
+            for number in range(1, len(masks) + 1) if areas[number] > 0
+        ])  # fmt: skip
+
 
 @dataclass
-class InstanceResult(Generic[ArrayT]):
+class InstanceResult(_Exchanged, Generic[ArrayT]):
     """Scored instances, best first; they may overlap."""
 
     labels: ArrayT  # [N] int64
@@ -38,6 +159,19 @@ class InstanceResult(Generic[ArrayT]):
     masks: ArrayT  # [N, H, ceil(W/8)] uint8, 8 pixels to a byte, least significant bit first
     boxes: ArrayT  # [N, 4] float32: x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask
     size: tuple[int, int]  # H, W
+
+    def arrays(self) -> exchange.InstanceArrays:
+        """The tensors as NumPy arrays on the host."""
+        return exchange.InstanceArrays(*map(as_array, (self.labels, self.scores, self.masks, self.boxes)))
+
+    def to_instances(self) -> InstanceResult[ArrayT]:
+        """The result itself."""
+        return self
+
+    @classmethod
+    def from_instances(cls, instances: InstanceResult[Any]) -> InstanceResult[Any]:
+        """The instances themselves."""
+        return cls(instances.labels, instances.scores, instances.masks, instances.boxes, instances.size)
 
 
 Result = SemanticResult[Any] | PanopticResult[Any] | InstanceResult[Any]

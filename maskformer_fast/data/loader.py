@@ -163,7 +163,7 @@ def train_loader(
         ValueError: the data set is empty, or the batch size is not a multiple of ranks times micro-batches.
     """
     transform = TrainTransform(config.data.augment, task, dataset.metadata)
-    queries = config.model.decoder.num_queries if config.model.type == "maskformer" else None
+    queries = config.model.decoder.num_queries if config.model.classifies_masks else None
     sampler = TrainSampler(
         len(dataset), config.solver.batch_size, config.seed, accumulate=config.solver.accumulate,
         start_step=start_step, rank=rank, world_size=world_size,

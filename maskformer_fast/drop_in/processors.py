@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from types import ModuleType, new_class
+from types import ModuleType
 from typing import Any, TypeVar
 
 from maskformer_fast.drop_in import eomt, mask2former, maskformer, oneformer
+from maskformer_fast.drop_in.swap import restore_methods, swap_methods
 
 Processor = TypeVar("Processor")
 METHODS = (
@@ -38,38 +39,25 @@ def equip(processor: Processor, **options: Any) -> Processor:
     accepted = {name: set(inspect.signature(getattr(family, name)).parameters) for name in METHODS}
     if unknown := set(options) - set().union(*accepted.values()):
         raise TypeError(f"options: expected arguments of {family.__name__}, got {', '.join(sorted(unknown))}")
-    members: dict[str, Any] = {"_plain_class": type(target), "_options": options, "__reduce__": _reduce}
+    methods = {}
     for name in METHODS:
         taken = {key: value for key, value in options.items() if key in accepted[name]}
         if "antialias" in accepted[name]:
             taken.setdefault("antialias", not type(target).__name__.endswith("Pil"))
-        members[name] = _method(family, name, taken)
-    plain: Any = type(target)
-    members.update((key, getattr(plain, key)) for key in ("__module__", "__qualname__", "__doc__"))
-    target.__class__ = new_class(plain.__name__, (plain,), exec_body=lambda names: names.update(members))
+        methods[name] = _method(family, name, taken)
+    swap_methods(target, methods, equip, options)
     return processor
 
 
 def unequip(processor: Processor) -> Processor:
     """Take the fast functions off again, so that the processor has its own, and return it."""
     target = _image_processor(processor)
-    if plain_class := vars(type(target)).get("_plain_class"):
-        target.__class__ = plain_class
+    restore_methods(target)
     return processor
 
 
 def _image_processor(processor: Any) -> Any:
     return getattr(processor, "image_processor", processor)
-
-
-def _reduce(self: Any) -> tuple[Any, ...]:
-    return _restore, (self._plain_class, self._options, self.__dict__)
-
-
-def _restore(plain_class: type, options: dict[str, Any], state: dict[str, Any]) -> Any:
-    processor = plain_class.__new__(plain_class)
-    processor.__dict__.update(state)
-    return equip(processor, **options)
 
 
 def _family(processor: object) -> ModuleType:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import InstanceResult, Result
+from maskformer_fast.output.host import on_host
 from maskformer_fast.structures import Example
 
 _R = TypeVar("_R", bound=Result)
@@ -45,7 +46,7 @@ class Evaluator(Protocol):
 
 
 def expect_result(example: Example, result: Result, kind: type[_R]) -> _R:
-    """The result, after checking its kind and size against the example."""
+    """The result on the host, after checking its kind and size against the example."""
     if not isinstance(result, kind):
         raise TypeError(f"result: expected {kind.__name__}, got {type(result).__name__}")
     if isinstance(result, InstanceResult):
@@ -54,7 +55,7 @@ def expect_result(example: Example, result: Result, kind: type[_R]) -> _R:
         size = tuple(getattr(result, "labels" if hasattr(result, "labels") else "id_map").shape)
     if size != example.size:
         raise ValueError(f"result: expected size {example.size} as the example's, got {size} ({where(example)})")
-    return result
+    return on_host([result])[0]
 
 
 def check_merge(this: Evaluator, other: Evaluator) -> None:

@@ -46,7 +46,7 @@ class InstanceEvaluator:
         is_thing = self.metadata.is_thing
         predicted = expect_result(example, result, InstanceResult)
         check_truth(example, self.metadata.num_classes)
-        labels, scores = predicted.labels.cpu().tolist(), predicted.scores.float().cpu().tolist()
+        labels, scores = predicted.labels.tolist(), predicted.scores.float().tolist()
         if len(labels) != len(scores) or len(labels) != len(predicted.masks):
             raise ValueError(f"result: expected as many labels as scores and masks, got {len(labels)}, {len(scores)} "
                              f"and {len(predicted.masks)} ({where(example)})")
@@ -58,7 +58,7 @@ class InstanceEvaluator:
 
         things = [segment for segment in example.segments if is_thing[segment.category]]
         true_masks = encode_masks(example.segment_masks(things)) if things else []
-        masks = encode_packed_masks(predicted.masks.cpu().numpy(), example.size[1]) if labels else []
+        masks = encode_packed_masks(predicted.masks.numpy(), example.size[1]) if labels else []
         self.sizes.append(example.size)
         image_id, area = len(self.sizes), coco_tools().mask.area
         for segment, rle in zip(things, true_masks, strict=True):

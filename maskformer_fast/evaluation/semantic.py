@@ -34,7 +34,7 @@ class SemanticEvaluator:
     def process(self, example: Example, result: Result) -> None:
         """Count one image (see `Evaluator.process`); the result is a `SemanticResult`, every label a class."""
         k = self.metadata.num_classes
-        labels = expect_result(example, result, SemanticResult).labels.cpu().numpy()
+        labels = expect_result(example, result, SemanticResult).labels.numpy()
         check_truth(example, k)
         if labels.dtype.kind not in "iu":
             raise TypeError(f"result.labels: expected integers, got {labels.dtype}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from maskformer_fast.deploy.runtime.cuda_driver import CAPTURE_LOCK
-from maskformer_fast.inference.device_postprocess import DevicePart
+from maskformer_fast.inference.device_parts import DevicePart
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,8 @@ class GraphCache:
         obstacle: why nothing is captured any more; None while captures succeed.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.obstacle: str | None = None
-        self._device = device
         self._lock = threading.Lock()
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._uses: OrderedDict[Hashable, int] = OrderedDict()
@@ -109,7 +108,7 @@ class GraphCache:
             self._uses[key] = DUE - DUE_AGAIN
         try:
             # A wait for the device in another thread would spoil the capture.
-            with CAPTURE_LOCK, torch.cuda.device(self._device), _uncached_casts():
+            with CAPTURE_LOCK, torch.cuda.device(images.device), _uncached_casts():
                 return self._capture(images, work)
         except Exception as error:  # of any library that the network calls
             self.obstacle = f"{type(error).__name__}: {error}"
@@ -120,9 +119,9 @@ class GraphCache:
     def _capture(self, images: Tensor, work: Work) -> _Graph:
         """Run the work once, so that libraries load what they load lazily, and record it in a second run."""
         if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+            self._stream, self._pool = torch.cuda.Stream(images.device), torch.cuda.graph_pool_handle()
             self._done = torch.cuda.Event()
-        current = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(images.device)
         own = images.clone()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):  # also leaves the stream where the capture ends with an error
@@ -134,8 +133,8 @@ class GraphCache:
         return _Graph(graph, own, parts, work)
 
     def _replay(self, graph: _Graph, images: Tensor) -> list[DevicePart]:
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream(self._device)
+        with torch.cuda.device(images.device):
+            stream = torch.cuda.current_stream(images.device)
             stream.wait_event(self._done)  # threads may have streams of their own
             graph.images.copy_(images, non_blocking=True)
             graph.graph.replay()

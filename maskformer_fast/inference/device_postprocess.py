@@ -1,27 +1,25 @@
 """The part of post-processing that a device does: from predictions to tensors whose shapes no value decides.
 
-`inference.postprocess` describes the steps and reads the results. Each function here takes the final decoder layer of a
-batch and gives one object for the batch; its method `results` makes the results, once the host has its `numbers`. On a
-GPU the functions read nothing back, and copy nothing from the host but flags, once: a CUDA graph can record them. The
-exception is the panoptic order ``official``, which reads the number of masks, as masks of full size are many bytes.
+`inference.postprocess` describes the steps, and `inference.device_parts` reads the results. Each function here takes
+the final decoder layer of a batch. On a GPU the functions read nothing back, and copy nothing from the host but flags,
+once: a CUDA graph can record them. The exception is the panoptic order ``official``, which reads the number of masks,
+as masks of full size are many bytes.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.core.checks import check, check_choice
-from maskformer_fast.core.metadata import VOID, segments_of_rows
-from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.core.metadata import VOID
+from maskformer_fast.inference.device_parts import PanopticMaps, RankedInstances, SemanticMaps, Size
 from maskformer_fast.ops.mask_product import mask_product
 from maskformer_fast.ops.segments import instance_inference, panoptic_inference
 from maskformer_fast.ops.semantic import (
@@ -33,84 +31,6 @@ from maskformer_fast.ops.semantic import (
 from maskformer_fast.ops.semantic import semantic_scores as query_semantic_scores
 from maskformer_fast.ops.semantic_pruned import semantic_labels
 from maskformer_fast.structures import PixelPredictions, Predictions
-
-Size = tuple[int, int]
-
-
-class SemanticMaps(NamedTuple):
-    """Label maps of a batch's images."""
-
-    labels: list[Tensor]  # [H, W] uint8 or int16, one an image
-    scores: list[Tensor] | None  # [H, W] float32
-    numbers: None = None  # nothing is to be read
-
-    def results(self, numbers: np.ndarray) -> list[Result]:
-        """One result an image."""
-        if self.scores is None:
-            return [SemanticResult(labels) for labels in self.labels]
-        return [SemanticResult(*maps) for maps in zip(self.labels, self.scores, strict=True)]
-
-
-class PanopticMaps(NamedTuple):
-    """Id maps of a batch's images, and a row for each query that may be a segment."""
-
-    id_maps: list[Tensor]  # [H, W] int32, one an image
-    is_thing: tuple[bool, ...]
-    numbers: Tensor  # [B, N, 4] float64: id, category, area, score; exact, as all are below 2**53
-
-    def results(
-        self,
-        numbers: np.ndarray,  # the tensor `numbers` on the host
-    ) -> list[Result]:
-        """One result an image."""
-        return [
-            PanopticResult(id_map, segments_of_rows(rows, self.is_thing))
-            for id_map, rows in zip(self.id_maps, numbers.tolist(), strict=True)
-        ]
-
-
-class RankedInstances(NamedTuple):
-    """P candidates of each of a batch's images, best first; those with an empty mask are last."""
-
-    labels: Tensor  # [B, P] int64
-    scores: Tensor  # [B, P] float32, negative with an empty mask
-    slots: Tensor  # [B, P] int64, index of the candidate's mask and box
-    masks: list[Tensor]  # [N, H, ceil(W/8)] uint8, one an image
-    boxes: list[Tensor]  # [N, 4] float32
-    sizes: tuple[Size, ...]
-    numbers: Tensor  # [B] float64: candidates with a mask
-
-    def results(
-        self,
-        numbers: np.ndarray,  # the tensor `numbers` on the host
-    ) -> list[Result]:
-        """One result an image, with the masks and boxes of its candidates."""
-        results: list[Result] = []
-        for image, count in enumerate(map(int, numbers)):
-            slots = self.slots[image, :count]
-            # index_select copies complete masks: five times faster here than masks[slots]
-            masks, boxes = (tensors[image].index_select(0, slots) for tensors in (self.masks, self.boxes))
-            labels, scores = self.labels[image, :count], self.scores[image, :count]
-            results.append(InstanceResult(labels, scores, masks, boxes, self.sizes[image]))
-        return results
-
-
-DevicePart = SemanticMaps | PanopticMaps | RankedInstances
-
-
-def read_results(parts: Sequence[DevicePart]) -> list[list[Result]]:
-    """Results of each part, a list with one an image. All that the host needs comes in one transfer, the only wait."""
-    numbers = [part.numbers for part in parts if part.numbers is not None]
-    read = np.empty(0)
-    if numbers:
-        read = (numbers[0].flatten() if len(numbers) == 1 else torch.cat([n.flatten() for n in numbers])).cpu().numpy()
-    results, start = [], 0
-    for part in parts:
-        shape = (0,) if part.numbers is None else tuple(part.numbers.shape)
-        end = start + math.prod(shape)
-        results.append(part.results(read[start:end].reshape(shape)))
-        start = end
-    return results
 
 
 class _Group(NamedTuple):
@@ -130,6 +50,19 @@ class _Group(NamedTuple):
         """Part of [..., h, w] maps that the images cover, in map pixels."""
         height, width = (v * m / i for v, m, i in zip(self.valid_size, maps.shape[-2:], input_size, strict=True))
         return height, width
+
+
+def in_one_precision(predictions: Predictions | PixelPredictions) -> Predictions | PixelPredictions:
+    """On a GPU, all factors of the mask logits in the mask embeddings' dtype; else the predictions.
+
+    Autocast leaves the features of a norm in float32. Where several tasks follow, they are converted once.
+    """
+    if isinstance(predictions, PixelPredictions) or not _on_gpu(predictions.mask_embeddings):
+        return predictions
+    dtype, projection = predictions.mask_embeddings.dtype, predictions.projection
+    if projection is not None:
+        projection = projection._replace(weight=projection.weight.to(dtype), bias=projection.bias.to(dtype))
+    return predictions._replace(pixel_features=predictions.pixel_features.to(dtype), projection=projection)
 
 
 @torch.no_grad()
@@ -226,7 +159,7 @@ def panoptic_maps(
         id_maps.update(zip(group.images, segments.id_map, strict=True))
         tables.update(zip(group.images, table, strict=True))
     flags = tuple(map(bool, is_thing))
-    return PanopticMaps(_in_order(id_maps), flags, _stacked(tables, scores.new_empty(0, slots.shape[1], 4)))
+    return PanopticMaps(_in_order(id_maps), flags, _stacked(tables, scores, (slots.shape[1], 4)))
 
 
 @torch.no_grad()
@@ -256,7 +189,7 @@ def ranked_instances(
         found = instance_inference(logits, group.extent(logits, predictions.input_size), group.output_size)
         for parts, rows in ((masks, found.masks), (boxes, found.boxes), (factors, found.scores)):
             parts.update(zip(group.images, rows, strict=True))
-    mask_scores = _stacked(factors, best.new_empty(0, slots.shape[1])).gather(1, slot_of_pair)
+    mask_scores = _stacked(factors, best, (slots.shape[1],)).gather(1, slot_of_pair)
     scores = (best * mask_scores).masked_fill(mask_scores == 0, -1.0)  # 0: an empty mask; others have 0.5 or more
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return RankedInstances(
@@ -275,12 +208,9 @@ def _in_order(rows: dict[int, Tensor]) -> list[Tensor]:
     return [rows[image] for image in range(len(rows))]
 
 
-def _stacked(
-    rows: dict[int, Tensor],
-    empty: Tensor,  # [0, ...]
-) -> Tensor:
-    """Stack rows of equal shapes image by image -> [B, ...]; `empty` where there is no image."""
-    return torch.stack(_in_order(rows)) if rows else empty
+def _stacked(rows: dict[int, Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Stack rows of a shape image by image -> [B, ...]; `like` gives the kind of the result without images."""
+    return torch.stack(_in_order(rows)) if rows else like.new_empty(0, *shape)
 
 
 def _groups(predictions: Predictions | PixelPredictions, output_sizes: Sequence[Size]) -> Iterator[_Group]:
@@ -326,7 +256,7 @@ def _mask_logits(
 def _factors(predictions: Predictions, group: _Group, slots: Tensor | None) -> tuple[Tensor, Tensor]:
     """Factors of a group's mask logits: mask embeddings [b, N, D] and pixel features [b, C, h, w].
 
-    They are float32, on a GPU of the mask embeddings' dtype: autocast leaves the features of a norm in float32.
+    They are float32, on a GPU of the dtype of `in_one_precision`.
     """
     embeddings = predictions.mask_embeddings[-1]
     dtype = embeddings.dtype if _on_gpu(embeddings) else torch.float32

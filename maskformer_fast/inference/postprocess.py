@@ -8,8 +8,8 @@ On the CPU everything is computed in float32, and masks only of the queries that
 On a GPU mask logits have the precision of the mask embeddings, for which the kernels have faster forms. Nothing is read
 back before the last operator is launched: the numbers of masks depend on shapes only (not in the order ``official``,
 whose masks of full size are many bytes), and one transfer at the end brings segments and the numbers of instances.
-`inference.device_postprocess` has the part before this transfer. `Predictor` makes one for all its tasks; the functions
-here make one each. Valid sizes are best on the host, as `Predictor` leaves them.
+`inference.device_postprocess` is the part before this transfer, `inference.device_parts` makes it. `Predictor` needs
+one for all its tasks, the functions here one each. Valid sizes are best on the host, as `Predictor` leaves them.
 
 With ``fp16``, features beyond 65504 overflow, as before every convolution under autocast: the pixels around them have
 wrong labels or none. ``bf16`` has no such limit.
@@ -36,11 +36,10 @@ from torch import Tensor
 
 from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
+from maskformer_fast.inference.device_parts import Size, read_results
 from maskformer_fast.inference.device_postprocess import (
-    Size,
     panoptic_maps,
     ranked_instances,
-    read_results,
     semantic_maps,
     semantic_score_maps,
 )

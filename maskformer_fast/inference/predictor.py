@@ -21,11 +21,11 @@ from maskformer_fast.data.images import ImageLike, as_rgb_array
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
 from maskformer_fast.inference.cuda_graphs import GraphCache
+from maskformer_fast.inference.device_parts import DevicePart, read_results
 from maskformer_fast.inference.device_postprocess import (
-    DevicePart,
+    in_one_precision,
     panoptic_maps,
     ranked_instances,
-    read_results,
     semantic_maps,
     semantic_score_maps,
 )
@@ -65,7 +65,7 @@ class Predictor:
         self.metadata = metadata
         self.device = torch.device(device)
         self.amp: Amp = config.solver.amp if amp is None else amp
-        self._graphs = GraphCache(self.device) if graphs and self.device.type == "cuda" else None
+        self._graphs = GraphCache() if graphs and self.device.type == "cuda" else None
 
     @property
     def test(self) -> TestConfig:
@@ -75,7 +75,7 @@ class Predictor:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks this network can do: a per-pixel baseline cannot tell instances apart."""
-        return TASKS if self.config.model.type == "maskformer" else ("semantic",)
+        return TASKS if self.config.model.classifies_masks else ("semantic",)
 
     def check_task(self, task: Task) -> None:
         """Raise ``ValueError`` for an unknown task or one that this kind of network cannot do."""
@@ -220,6 +220,7 @@ class Predictor:
     ) -> list[DevicePart]:
         """What a device does for each task: all of `postprocess` but the reading."""
         test, is_thing = self.config.test, self.metadata.is_thing
+        predictions = in_one_precision(predictions)
         parts: list[DevicePart] = []
         for task in tasks:
             if task == "semantic":
@@ -319,12 +320,15 @@ class Predictor:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients, in the predictor's precision; the former mode comes back after."""
-        training = self.network.training
-        self.network.eval()
+        """Evaluation mode without gradients, in the predictor's precision; the former modes come back after."""
+        # `eval` and `train` would take 0.75 ms for a ResNet-50, in which a GPU waits; this takes 0.1 ms.
+        training = [module for module in self.network.modules() if module.training]
+        for module in training:
+            module.training = False
         amp = "off" if self.amp == "fp16" and self.device.type == "cpu" else self.amp  # CPUs only emulate fp16
         try:
             with torch.no_grad(), autocast(self.device, amp):
                 yield
         finally:
-            self.network.train(training)
+            for module in training:
+                module.training = True

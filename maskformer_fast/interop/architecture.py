@@ -3,9 +3,11 @@
 Every size is the most frequent value among all tensors that show it. So one misshapen tensor is reported as such and
 does not change the architecture. Properties that no tensor shows have the official defaults:
 
-- attention heads of the transformers: 8, unless given (Swin's are in its position bias tables);
-- groups of the pixel decoder's norms: 32; dropout: 0.1; stochastic depth of Swin: that of its preset;
-- padding: to a multiple of 32 for the semantic models, none for models with an encoder and per-pixel baselines;
+- attention heads of the transformers: 8, unless given (Swin's are in its position bias tables, those of Mask2Former's
+  encoder in its attention weights, and its decoder has as many);
+- groups of the pixel decoder's norms: 32; dropout: 0.1, in Mask2Former 0; stochastic depth of Swin: that of its preset;
+- padding: to a multiple of 32 for the semantic models and Mask2Former, none for MaskFormers with an encoder and
+  per-pixel baselines;
 - BatchNorm: trained where the weights count its batches (``num_batches_tracked``), as Hugging Face's do; frozen where
   they do not, as in the published official models. Inference is the same;
 - ResNet with three convolutions in its stem: dilated res5 ("multi-grid"), as in the published ResNet-101c.
@@ -18,15 +20,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
+from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, ModelType, PixelDecoderConfig
 from maskformer_fast.interop.names import ConvertError, Renamed, Rule, their_name
 from maskformer_fast.modeling import BACKBONES, build_model
 from maskformer_fast.modeling.backbone import build_backbone
+from maskformer_fast.modeling.deformable_encoder import LEVELS, POINTS
 from maskformer_fast.modeling.weights import not_finite
 
 BATCH_COUNTER = "num_batches_tracked"
@@ -34,7 +37,7 @@ _STAGES = range(4)
 _PUBLISHED = ("resnet50", "resnet101", "resnet101c", "swin_tiny", "swin_small", "swin_base", "swin_large")
 _ENCODER = r"pixel_decoder\.transformer\.encoder\."
 _DECODER = r"predictor\.transformer\.decoder\."
-_ModelType = Literal["maskformer", "per_pixel", "per_pixel_plus"]
+_MASKED_DECODER = r"predictor\.transformer_(self_attention|cross_attention|ffn)_layers\."
 
 
 class Shapes:
@@ -84,7 +87,8 @@ def infer_model(
         weights: name -> tensor; only shapes are read.
         source: name of the weights in messages, usually a path.
         num_heads: heads of the transformer decoder and encoder; ``None`` is the official 8.
-        num_classes: number of classes by the official criterion's weights, if present. They also show a MaskFormer.
+        num_classes: number of classes by the official criterion's weights, if present. They also show a network that
+            classifies masks.
         size_divisibility, pixel_mean, pixel_std: as in `ModelConfig`; ``None`` is the official value.
 
     Raises:
@@ -92,27 +96,28 @@ def infer_model(
     """
     shapes = Shapes(weights)
     kind = _model_type(shapes, num_classes is not None, source)
+    of_masks = shapes.size(
+        (r"predictor\.class_embed\.(weight|bias)", 0),
+        known=[] if num_classes is None else [num_classes + 1],
+        default=1,
+    ) - 1
     classes = {
-        "maskformer": shapes.size(
-            (r"predictor\.class_embed\.(weight|bias)", 0),
-            known=[] if num_classes is None else [num_classes + 1],
-            default=1,
-        )
-        - 1,
+        "maskformer": of_masks,
+        "mask2former": of_masks,
         "per_pixel": shapes.size((r"predictor\.(weight|bias)", 0)),
         "per_pixel_plus": shapes.size((r"predictor\.query_embed\.weight", 0)),
     }[kind]
     backbone = infer_backbone(weights, "backbone.", source)
     encoder_layers = shapes.count(_ENCODER + r"layers\.(\d{1,4})\.")
     if size_divisibility is None:
-        size_divisibility = 0 if encoder_layers or kind != "maskformer" else 32
+        size_divisibility = 32 if kind == "mask2former" or (kind == "maskformer" and not encoder_layers) else 0
     try:
         return ModelConfig(
             type=kind,
             num_classes=classes,
             backbone=backbone,
-            pixel_decoder=_pixel_decoder(shapes, encoder_layers, num_heads),
-            decoder=DecoderConfig() if kind == "per_pixel" else _decoder(shapes, kind, num_heads),
+            pixel_decoder=_pixel_decoder(shapes, encoder_layers, num_heads, kind == "mask2former"),
+            decoder=_masked_decoder(shapes, num_heads) if kind == "mask2former" else _decoder(shapes, kind, num_heads),
             size_divisibility=size_divisibility,
             pixel_mean=ModelConfig.pixel_mean if pixel_mean is None else pixel_mean,
             pixel_std=ModelConfig.pixel_std if pixel_std is None else pixel_std,
@@ -201,17 +206,22 @@ def check_fit(
         ))  # fmt: skip
 
 
-def _model_type(shapes: Shapes, is_maskformer: bool, source: object) -> _ModelType:
-    if is_maskformer or shapes.has(r"predictor\.class_embed\."):
+def _model_type(shapes: Shapes, classifies_masks: bool, source: object) -> ModelType:
+    if shapes.has(_MASKED_DECODER) or shapes.has(r"predictor\.query_feat\."):
+        return "mask2former"
+    if classifies_masks or shapes.has(r"predictor\.class_embed\."):
         return "maskformer"
     if shapes.has(r"predictor\.(weight|bias)$"):
         return "per_pixel"
     if shapes.has(r"predictor\.(query_embed|transformer)\."):
         return "per_pixel_plus"
-    raise ConvertError(f"{source}: expected a MaskFormer or a per-pixel baseline, got no tensor of their heads")
+    raise ConvertError(f"{source}: expected a MaskFormer, a Mask2Former or a per-pixel baseline, got no tensor of "
+                       "their heads")
 
 
-def _pixel_decoder(shapes: Shapes, encoder_layers: int, num_heads: int | None) -> PixelDecoderConfig:
+def _pixel_decoder(
+    shapes: Shapes, encoder_layers: int, num_heads: int | None, is_deformable: bool
+) -> PixelDecoderConfig:
     config = PixelDecoderConfig(
         conv_dim=shapes.size((r"pixel_decoder\.(adapter|layer)_\d\.norm\.(weight|bias)", 0), default=256),
         mask_dim=shapes.size(
@@ -223,13 +233,37 @@ def _pixel_decoder(shapes: Shapes, encoder_layers: int, num_heads: int | None) -
     )
     if not encoder_layers:
         return config
+    if is_deformable:
+        config = replace(config, encoder_heads=_deformable_heads(shapes), encoder_dropout=0.0)
     heads = config.encoder_heads if num_heads is None else num_heads
     ffn_dim = _ffn_dim(shapes, _ENCODER)
     return replace(config, encoder_layers=encoder_layers, encoder_heads=heads, encoder_ffn_dim=ffn_dim)
 
 
-def _decoder(shapes: Shapes, kind: _ModelType, num_heads: int | None) -> DecoderConfig:
+def _deformable_heads(shapes: Shapes) -> int:
+    """Heads of the deformable encoder: it has a weight for each head, level and point."""
+    weights = _ENCODER + r"layers\.\d+\.self_attn\.attention_weights\.(weight|bias)"
+    return max(shapes.size((weights, 0), default=8 * LEVELS * POINTS) // (LEVELS * POINTS), 1)
+
+
+def _masked_decoder(shapes: Shapes, num_heads: int | None) -> DecoderConfig:
+    """Decoder of Mask2Former."""
     default = DecoderConfig()
+    layer = _MASKED_DECODER + r"\d+\."
+    return DecoderConfig(
+        layers=shapes.count(r"predictor\.transformer_\w+_layers\.(\d{1,4})\.") or default.layers,
+        hidden_dim=shapes.size((layer + r"norm\.(weight|bias)", 0), default=default.hidden_dim),
+        num_heads=_deformable_heads(shapes) if num_heads is None else num_heads,
+        ffn_dim=shapes.size((layer + r"linear1\.(weight|bias)", 0), (layer + r"linear2\.weight", 1), default=2048),
+        dropout=0.0,
+        num_queries=shapes.size((r"predictor\.query_(feat|embed)\.weight", 0), default=default.num_queries),
+    )
+
+
+def _decoder(shapes: Shapes, kind: ModelType, num_heads: int | None) -> DecoderConfig:
+    default = DecoderConfig()
+    if kind == "per_pixel":
+        return default
     queries = shapes.size((r"predictor\.query_embed\.weight", 0), default=default.num_queries)
     return DecoderConfig(
         layers=shapes.count(_DECODER + r"layers\.(\d{1,4})\.") or default.layers,

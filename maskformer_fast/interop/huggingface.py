@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's ``MaskFormerForInstanceSegmentation``: ``config.json``, weights, image processor.
+"""Folders of Hugging Face's MaskFormer and Mask2Former: ``config.json``, weights, image processor.
 
 Every version of `transformers` so far (4.17 to 5.23) saves and reads the same parameter names. Version 5 has other
 names of the decoder in memory, which `RULES` lists after them. Both are read, and the saved names are written. Folders
@@ -33,6 +33,13 @@ from maskformer_fast.interop.huggingface_config import (
     read_config,
     write_config,
     write_processor,
+)
+from maskformer_fast.interop.huggingface_mask2former import MODEL_TYPE as MASK2FORMER
+from maskformer_fast.interop.huggingface_mask2former import RULES as MASK2FORMER_RULES
+from maskformer_fast.interop.huggingface_mask2former import (
+    mask2former_constants,
+    read_mask2former,
+    write_mask2former,
 )
 from maskformer_fast.interop.names import ConvertError, Renamed, Rule, from_ours, to_ours
 from maskformer_fast.modeling.backbone import is_swin, resolve_backbone
@@ -128,6 +135,7 @@ _HEAD = [
     Rule(_CRITERION, None),  # follows from the configuration's no_object_weight
 ]
 RULES = [*_RESNET, *_SWIN, *_PIXEL_DECODER, *_HEAD]
+"""Rules of MaskFormer."""
 
 
 class HuggingFaceModel(NamedTuple):
@@ -160,8 +168,10 @@ def read_folder(path: str | os.PathLike[str]) -> HuggingFaceModel:
         raise ConvertError(f"{folder}: class_predictor.bias: expected one value a class and one for no-object, got "
                            f"{'nothing' if classifier is None else tuple(classifier.shape)}")  # fmt: skip
     class_names = read_class_names(config, len(classifier) - 1)
+    is_mask2former = config.get("model_type", "") == MASK2FORMER
+    rules, read = (MASK2FORMER_RULES, read_mask2former) if is_mask2former else (RULES, read_config)
     try:
-        ours = read_config(config, processor, len(classifier) - 1)
+        ours = read(config, processor, len(classifier) - 1)
         check_depth(ours.model, len(theirs), folder / CONFIG_NAME)
         network = meta_model(ours.model, folder)
     except ConvertError:
@@ -170,8 +180,8 @@ def read_folder(path: str | os.PathLike[str]) -> HuggingFaceModel:
         raise ConvertError(str(error)) from error
     except (ValueError, RuntimeError) as error:
         raise ConvertError(f"{folder}: {error}") from error
-    renamed = to_ours(theirs, RULES)
-    check_fit(network, renamed, RULES, folder)
+    renamed = to_ours(theirs, rules)
+    check_fit(network, renamed, rules, folder)
     return HuggingFaceModel(renamed.weights, ours, class_names)
 
 
@@ -188,20 +198,26 @@ def write_folder(
             classes are things: ``post_process_panoptic_segmentation`` takes them as ``label_ids_to_fuse``.
 
     Raises:
-        ConvertError: Hugging Face's MaskFormer cannot express the model (a transformer encoder in the pixel decoder,
-            ResNet-101c, per-pixel baselines, unusual widths), or the weights are not the network's. Nothing is written.
+        ConvertError: Hugging Face's network cannot express the model (MaskFormer: a transformer encoder in the pixel
+            decoder, ResNet-101c, unusual widths; Mask2Former: a ResNet; per-pixel baselines), or the weights are not
+            the network's. Nothing is written.
         FileExistsError: ``path`` is a file or a folder that is not empty.
         OSError: the disk is full or cannot be written.
     """
     folder = Path(path)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder}: expected no file, or an empty folder")
-    config_json, processor_json = write_config(config, metadata), write_processor(config, metadata)
+    is_mask2former = config.model.type == MASK2FORMER
+    config_json = (write_mask2former if is_mask2former else write_config)(config, metadata)
+    processor_json = write_processor(config, metadata)
     check_fit(meta_model(config.model, "model"), Renamed(dict(weights), {}, []), (), "weights")
-    renamed = from_ours(weights, RULES).weights
+    renamed = from_ours(weights, MASK2FORMER_RULES if is_mask2former else RULES).weights
     # Parts of packed tensors share memory, which the format does not allow.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in renamed.items()}
-    tensors |= _constants(renamed, resolve_backbone(config.model.backbone), config)
+    if is_mask2former:
+        tensors |= mask2former_constants(renamed, config)
+    else:
+        tensors |= _constants(renamed, resolve_backbone(config.model.backbone), config)
     with _atomic_folder(folder) as temporary:
         try:
             save_file(tensors, str(temporary / WEIGHTS_NAME), metadata={"format": "pt"})

@@ -109,7 +109,7 @@ def read_config(config: Section, processor: Section | None, num_classes: int) ->
     if decoder.get("model_type", "detr") != "detr":
         problems.append(f"{decoder.where}: model_type: expected 'detr', got {decoder.values['model_type']!r}")
     problems += decoder.departures(DETR_FIXED)
-    backbone, wrong = _read_backbone(config.section("backbone_config", {"model_type": "missing"}))
+    backbone, wrong = read_backbone(config.section("backbone_config", {"model_type": "missing"}))
     problems += wrong
     if processor is not None:
         problems += processor.departures(PROCESSOR_FIXED)
@@ -135,7 +135,7 @@ def read_config(config: Section, processor: Section | None, num_classes: int) ->
     )  # fmt: skip
     if processor is None:
         return Config(model=model, loss=loss)
-    return Config(model=_read_pixels(processor, model), loss=loss, test=_read_test(processor))
+    return Config(model=read_pixels(processor, model), loss=loss, test=read_test(processor))
 
 
 def read_class_names(config: Section, num_classes: int) -> tuple[str, ...] | None:
@@ -208,7 +208,7 @@ def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
     model, test = config.model, config.test
     ignore_index, reduce_labels = _label_values(metadata)
     return {
-        "image_processor_type": "MaskFormerImageProcessor",
+        "image_processor_type": f"Mask{2 if model.type == 'mask2former' else ''}FormerImageProcessor",
         "do_resize": test.edge is not None,
         "size": _write_size(test),
         "size_divisor": model.size_divisibility,
@@ -230,7 +230,7 @@ def _write_size(test: TestConfig) -> dict[str, Any]:
     return {"shortest_edge": test.short_edge or TestConfig().short_edge, "longest_edge": test.max_size}
 
 
-def _read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
+def read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
     """The nearest preset with the fields that differ from it, and problems."""
     kind = backbone.get("model_type", "missing")
     fields: dict[str, Any]
@@ -265,7 +265,7 @@ def _read_backbone(backbone: Section) -> tuple[BackboneConfig, list[str]]:
     return nearest_preset(fields), problems
 
 
-def _read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
+def read_pixels(processor: Section, model: ModelConfig) -> ModelConfig:
     factor = processor.get("rescale_factor", 1 / 255)
     if factor < 1 / _LIMIT:
         raise ConvertError(f"{processor.where}: rescale_factor: expected a value such as 1 / 255, got {factor}")
@@ -288,7 +288,7 @@ def _size_divisor(processor: Section) -> int:
     return processor.get("size_divisor", processor.get("size_divisibility", 32))
 
 
-def _read_test(processor: Section) -> TestConfig:
+def read_test(processor: Section) -> TestConfig:
     """Sizes at inference."""
     for problem in processor.departures({"resample": _BILINEAR}):
         logger.warning("%s; images are resized bilinearly, so that results may differ", problem)

@@ -1,8 +1,8 @@
-"""Conversion of the official implementation's models and of ImageNet backbones.
+"""Conversion of the official implementations' models and of ImageNet backbones.
 
-Models: the detectron2 layout of MaskFormer and its per-pixel baselines, including the older layout in which the tensors
-of the pixel decoder have the prefix ``sem_seg_head.``. Backbones: detectron2's ResNet pickles, torchvision's ResNets,
-and the Swin Transformers of their authors.
+Models: the detectron2 layout of MaskFormer, its per-pixel baselines and Mask2Former, including the older layout in
+which the tensors of the pixel decoder have the prefix ``sem_seg_head.``. Backbones: detectron2's ResNet pickles,
+torchvision's ResNets, and the Swin Transformers of their authors.
 
 The models of detectron2 and torchvision have the stride in the 3x3 convolution, as ours do. (The Caffe2 models of
 detectron2 have it in the 1x1 convolution. Their names differ, and they are refused.) All take RGB.
@@ -46,6 +46,13 @@ def _deep_stem(weights: Mapping[str, Tensor], ours: str) -> list[Rule]:
     return []
 
 
+def _early_queries(weights: Mapping[str, Tensor]) -> list[Rule]:
+    """Rule for Mask2Former's learned queries under the name that early files have."""
+    early = "sem_seg_head.predictor.static_query."
+    has_it = any(name.startswith(early) for name in weights)
+    return [Rule(early + "{leaf}", "predictor.query_feat.{leaf}")] if has_it else []
+
+
 MODEL_RULES = [
     Rule(EMPTY_WEIGHT, None),  # see `no_object_weight`
     Rule("pixel_mean", None),  # mean and deviation go to the configuration
@@ -56,7 +63,7 @@ MODEL_RULES = [
     Rule("sem_seg_head.pixel_decoder.{rest*}", "pixel_decoder.{rest*}"),
     Rule("sem_seg_head.{rest*}", "pixel_decoder.{rest*}"),
 ]
-"""Rules of the official MaskFormer and its baselines."""
+"""Rules of the official MaskFormer, its baselines and Mask2Former."""
 
 # Fine-tuning starts to count batches from zero.
 _CLASSIFIER_AND_COUNTERS = [
@@ -111,7 +118,7 @@ def model_to_ours(
     Raises:
         ConvertError: lists every missing, unknown and misshapen tensor.
     """
-    rules = [*_deep_stem(weights, "backbone."), *MODEL_RULES]
+    rules = [*_deep_stem(weights, "backbone."), *_early_queries(weights), *MODEL_RULES]
     renamed = to_ours(weights, rules)
     empty_weight = weights.get(EMPTY_WEIGHT)
     pixel = {name: weights[name] for name in ("pixel_mean", "pixel_std") if name in weights}

@@ -23,15 +23,31 @@ _FOLDERS = {
 """Number of classes -> folder of the recipes of the published data set."""
 _ADE20K_PANOPTIC = "ade20k_panoptic"
 """Folder of ADE20K panoptic, with as many classes as the semantic data set. Its models have an encoder."""
+_MASK2FORMER = {
+    8: "cityscapes_instance",
+    19: "cityscapes_semantic",
+    65: "mapillary_semantic",
+    80: "coco_instance",
+    100: "ade20k_instance",
+    133: "coco_panoptic",
+    150: "ade20k_semantic",
+}
+"""Number of classes -> beginning of the names of Mask2Former's recipes."""
+_MANY_QUERIES = 200
+"""Queries of the largest Mask2Formers but the semantic ones, which have the classes of panoptic ones."""
+_THINGS = {"coco_instances": "coco_panoptic_133", "ade20k_panoptic": "ade20k_panoptic",
+           "cityscapes_panoptic": "cityscapes_panoptic"}
+"""Data set of an instance recipe -> the preset whose things are the classes of the published models."""
 
 
 def published_recipe(model: ModelConfig) -> Config | None:
-    """The packaged recipe that is most similar to a network, if a published data set has as many classes."""
-    folder = _FOLDERS.get(model.num_classes)
+    """The packaged recipe that is most similar to a network, if a published data set has as many classes.
+
+    A Mask2Former of ADE20K or Cityscapes with 100 queries may be semantic or panoptic; the semantic recipe is taken.
+    """
+    folder = _folder(model)
     if folder is None:
         return None
-    if folder == "ade20k_150" and model.pixel_decoder.encoder_layers > 0:
-        folder = _ADE20K_PANOPTIC
 
     def similarity(recipe: Config) -> tuple[bool, bool]:
         other = recipe.model
@@ -40,9 +56,38 @@ def published_recipe(model: ModelConfig) -> Config | None:
     return max(_recipes(folder), key=similarity)
 
 
+def _folder(model: ModelConfig) -> str | None:
+    """Beginning of the names of the recipes of a network's data set and kind."""
+    if model.type == "mask2former":
+        known = _MASK2FORMER.get(model.num_classes)
+        if known is not None and model.decoder.num_queries == _MANY_QUERIES:
+            known = known.replace("semantic", "panoptic") if known != "mapillary_semantic" else known
+        return None if known is None else f"mask2former/{known}"
+    known = _FOLDERS.get(model.num_classes)
+    if known == "ade20k_150" and model.pixel_decoder.encoder_layers > 0:
+        known = _ADE20K_PANOPTIC
+    return None if known is None else f"{known}/"
+
+
+def _known_classes(recipe: Config, count: int) -> Metadata:
+    """Classes of a recipe's data set; of an instance recipe its things alone."""
+    name = recipe.data.dataset
+    metadata = preset_metadata(_THINGS.get(name, name))
+    if metadata.num_classes == count:
+        return metadata
+    kept = [index for index, is_thing in enumerate(metadata.is_thing) if is_thing]
+    return Metadata(
+        name if name == "coco_instances" else f"{name}_things",
+        tuple(metadata.class_names[index] for index in kept),
+        (True,) * len(kept),
+        tuple(metadata.category_ids[index] for index in kept),
+        tuple(metadata.colors[index] for index in kept),
+    )
+
+
 @functools.cache
 def _recipes(folder: str) -> tuple[Config, ...]:
-    return tuple(load_recipe(name) for name in recipe_names() if name.startswith(f"{folder}/"))
+    return tuple(load_recipe(name) for name in recipe_names() if name.startswith(folder))
 
 
 def published_config(model: ModelConfig) -> Config:
@@ -60,7 +105,8 @@ def published_metadata(model: ModelConfig, class_names: Sequence[str] | None = N
     """Metadata of a network's classes.
 
     Args:
-        model: the network. Its number of classes (for ADE20K also its encoder) decides the published data set.
+        model: the network. Its number of classes (for ADE20K also its encoder or queries) decides the published data
+            set.
         class_names: names that the source has, which replace those of the data set. The data set is only taken if half
             of the names or more are its own.
 
@@ -71,7 +117,7 @@ def published_metadata(model: ModelConfig, class_names: Sequence[str] | None = N
     count = model.num_classes
     recipe = published_recipe(model)
     if recipe is not None:
-        known = preset_metadata(recipe.data.dataset)
+        known = _known_classes(recipe, count)
         if class_names is None:
             return known
         same = sum(_first_word(a) == _first_word(b) for a, b in zip(class_names, known.class_names, strict=True))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from maskformer_fast.config import ModelConfig
 from maskformer_fast.modeling.backbone import BACKBONES, resolve_backbone
+from maskformer_fast.modeling.mask2former import Mask2Former
 from maskformer_fast.modeling.maskformer import MaskFormer
 from maskformer_fast.modeling.network import SegmentationNetwork
 from maskformer_fast.modeling.per_pixel import PerPixelBaseline, PerPixelBaselinePlus
 
 __all__ = [
     "BACKBONES",
+    "Mask2Former",
     "MaskFormer",
     "PerPixelBaseline",
     "PerPixelBaselinePlus",
@@ -25,8 +29,9 @@ def build_model(config: ModelConfig) -> SegmentationNetwork:
     Raises:
         ValueError: the backbone is unknown, values do not fit together, or ``num_classes`` is 0.
     """
-    types: dict[str, type[SegmentationNetwork]] = {
+    types: dict[str, Callable[[ModelConfig], SegmentationNetwork]] = {
         "maskformer": MaskFormer,
+        "mask2former": Mask2Former,
         "per_pixel": PerPixelBaseline,
         "per_pixel_plus": PerPixelBaselinePlus,
     }

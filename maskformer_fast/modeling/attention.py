@@ -26,6 +26,7 @@ class MultiHeadAttention(nn.Module):
         query: Tensor,  # [B, N, C]
         key: Tensor,  # [B, M, C]
         value: Tensor,  # [B, M, C]
+        visible: Tensor | None = None,  # bool, broadcastable to [B, heads, N, M]; None shows everything
     ) -> Tensor:
         """Output [B, N, C]; training applies dropout to the attention weights."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
@@ -33,5 +34,5 @@ class MultiHeadAttention(nn.Module):
             F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, ., C/heads]
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        x = F.scaled_dot_product_attention(q, k, v, visible, self.dropout if self.training else 0.0)
         return self.out_proj(x.transpose(1, 2).flatten(2))

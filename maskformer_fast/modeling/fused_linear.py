@@ -99,13 +99,14 @@ class FusedAttention(nn.Module):
         query: Tensor,  # [B, N, C]
         key: Tensor,  # [B, M, C]
         value: Tensor,  # [B, M, C]
+        visible: Tensor | None = None,  # bool, as for `MultiHeadAttention`
     ) -> Tensor:
         """Output [B, N, C]."""
         q, k, v = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear, x in zip(self.inputs, (query, key, value), strict=True)
         )
-        return self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.output(F.scaled_dot_product_attention(q, k, v, visible).transpose(1, 2).flatten(2))
 
 
 class FusedSwinBlock(nn.Module):

@@ -7,14 +7,17 @@ from torch import Tensor
 from maskformer_fast.config import ModelConfig
 from maskformer_fast.modeling.mask_head import MaskHead
 from maskformer_fast.modeling.network import SegmentationNetwork, checked_sizes
+from maskformer_fast.modeling.pixel_decoder import PixelDecoder
 from maskformer_fast.structures import Predictions
 
 
 class MaskFormer(SegmentationNetwork):
     """Network that predicts a set of classes with masks, one for each query."""
 
+    pixel_decoder: PixelDecoder
+
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, PixelDecoder)
         self.predictor = MaskHead(
             self.pixel_decoder.memory_channels, config.num_classes, config.pixel_decoder.mask_dim, config.decoder
         )

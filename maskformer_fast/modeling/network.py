@@ -1,6 +1,8 @@
-"""Base of MaskFormer and the per-pixel baselines: from images to pixel embeddings and memory."""
+"""Base of the networks: from images to pixel embeddings and memory."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,6 @@ from torch import Tensor, nn
 from maskformer_fast.config import ModelConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.backbone import build_backbone
-from maskformer_fast.modeling.pixel_decoder import PixelDecoder
 
 
 class SegmentationNetwork(nn.Module):
@@ -16,15 +17,17 @@ class SegmentationNetwork(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    pixel_decoder: Any  # subclasses say which
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, pixel_decoder: type[nn.Module]) -> None:
+        """``pixel_decoder`` is made of the backbone's channels and the config's section."""
         super().__init__()
         check(config.num_classes > 0, "model.num_classes", "at least 1", config.num_classes)
         self.config = config
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
         self.backbone = build_backbone(config.backbone)
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, config.pixel_decoder)
+        self.pixel_decoder = pixel_decoder(self.backbone.channels, config.pixel_decoder)
 
     def normalize(
         self,

@@ -9,14 +9,17 @@ from maskformer_fast.config import ModelConfig
 from maskformer_fast.modeling.conv import msra_fill
 from maskformer_fast.modeling.mask_head import QueryDecoder
 from maskformer_fast.modeling.network import SegmentationNetwork, checked_sizes
+from maskformer_fast.modeling.pixel_decoder import PixelDecoder
 from maskformer_fast.structures import PixelPredictions
 
 
 class PerPixelBaseline(SegmentationNetwork):
     """``PerPixelBaseline``: a 1x1 convolution that classifies the pixel embeddings, without a transformer decoder."""
 
+    pixel_decoder: PixelDecoder
+
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, PixelDecoder)
         self.predictor = nn.Conv2d(config.pixel_decoder.mask_dim, config.num_classes, kernel_size=1)
         msra_fill(self.predictor)
 
@@ -37,8 +40,10 @@ class PerPixelBaseline(SegmentationNetwork):
 class PerPixelBaselinePlus(SegmentationNetwork):
     """``PerPixelBaseline+``: MaskFormer's modules with one query for each class, whose mask is the class's score."""
 
+    pixel_decoder: PixelDecoder
+
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, PixelDecoder)
         self.predictor = QueryDecoder(
             self.pixel_decoder.memory_channels, config.num_classes, config.pixel_decoder.mask_dim, config.decoder
         )

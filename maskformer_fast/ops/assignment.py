@@ -7,9 +7,11 @@ CUDA with a warp for each small problem and a block for each large one. The opti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast.core.arrays import address_of
@@ -123,15 +125,19 @@ def _check_types(cost: object, counts: object) -> None:
 def linear_sum_assignment(
     cost: Tensor,  # [..., N, M] float32/64
     counts: Tensor | None = None,  # [...] int64
+    maximize: bool = False,
 ) -> Tensor:
     """Assign a row (query) to each column (target) at the least total cost -> int64 [..., M], on cost's device.
+
+    With `maximize`, at the largest total. `assign_pairs` returns pairs and raises errors as SciPy does.
 
     Column ``j`` of a problem gets the index of its row, or -1 where it has none: every column ``j >= counts``, and,
     where ``counts > N``, the columns that the optimum leaves out (N of them are assigned). No row is used twice.
     Without ``counts`` all M columns count. Inputs may have any strides.
 
-    A cost of +inf forbids the pair. A problem gives all -1 where its valid columns contain NaN or -inf, and where it
-    has no assignment of finite cost; the other problems of the batch are not affected. Potentials are float64.
+    A cost of +inf (with `maximize` -inf) forbids the pair. A problem gives all -1 where its valid columns contain NaN
+    or the other infinity, and where it has no assignment of finite cost; the other problems of the batch are not
+    affected. Potentials are float64.
 
     Runs on the CPU over ``torch.get_num_threads()`` threads, and on a CUDA device (compute capability 8.0 or newer) on
     torch's current stream, without a synchronisation, so that CUDA graphs can capture it. Among equal optima the two
@@ -142,7 +148,57 @@ def linear_sum_assignment(
     CUDA, where raising would need a synchronisation, its problem gives all -1.
     """
     _check_types(cost, counts)
-    return _linear_sum_assignment(cost, counts)
+    return _linear_sum_assignment(-cost if maximize else cost, counts)
+
+
+def assign_pairs(
+    cost: Tensor | Sequence[Tensor],  # [..., N, M], or matrices [N_i, M_i] of any sizes; float32/64
+    maximize: bool = False,
+) -> list[tuple[Tensor, Tensor]]:
+    """Solve a batch as `scipy.optimize.linear_sum_assignment` solves each matrix -> rows and columns of each.
+
+    For matchers that loop over images with SciPy. Both results are int64 [min(N, M)] on the cost's device, rows in
+    ascending order. Where there are several optima, SciPy may choose another. Matrices of different sizes are padded to
+    one batch. The host waits for the device once, to raise the errors; `linear_sum_assignment` does not wait.
+
+    Raises:
+        ValueError: as SciPy raises it, "cost matrix is infeasible" and "matrix contains invalid numeric entries",
+            with the number of the matrix; also a matrix that is not of rank 2.
+        TypeError: matrices that are not float32 or float64 tensors of one type.
+    """
+    matrices = list(cost.flatten(0, -3) if cost.dim() > 2 else [cost]) if isinstance(cost, Tensor) else list(cost)
+    for number, matrix in enumerate(matrices):
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"cost[{number}]: expected a Tensor, got {type(matrix).__name__}")
+        if matrix.dim() != 2:
+            raise ValueError(f"cost[{number}]: expected a matrix (2-D array), got a {matrix.dim()}-D array")
+        if matrix.dtype != matrices[0].dtype:
+            raise TypeError(f"cost[{number}]: expected {matrices[0].dtype} as cost[0], got {matrix.dtype}")
+    if not matrices:
+        return []
+    # wide matrices are transposed, as a column without a row costs nothing and a row without a column does not exist
+    tall = [(-m if maximize else m).detach() for m in matrices]
+    tall = [m if m.shape[0] >= m.shape[1] else m.T for m in tall]
+    rows, columns = (max(m.shape[side] for m in tall) for side in (0, 1))
+    batch = torch.stack([F.pad(m, (0, columns - m.shape[1], 0, rows - m.shape[0]), value=torch.inf) for m in tall])
+    counts = torch.tensor([m.shape[1] for m in tall]).to(batch.device)
+    found = linear_sum_assignment(batch, counts)
+    invalid = torch.stack([(m.isnan() | m.isneginf()).any() for m in tall])
+    solved = (found >= 0).sum(1) == counts
+    for number, (is_invalid, is_solved) in enumerate(torch.stack([invalid, solved], 1).tolist()):
+        if is_invalid:
+            raise ValueError(f"cost[{number}]: matrix contains invalid numeric entries")
+        if not is_solved:
+            raise ValueError(f"cost[{number}]: cost matrix is infeasible")
+    results = []
+    for matrix, row in zip(matrices, found, strict=True):
+        pairs = row[: min(matrix.shape)]
+        if matrix.shape[0] < matrix.shape[1]:
+            results.append((torch.arange(len(pairs), device=row.device), pairs))
+        else:
+            ordered, order = pairs.sort()
+            results.append((ordered, order))
+    return results
 
 
 def linear_sum_assignment_eager(

@@ -175,7 +175,8 @@ def _checked_arguments(
     )
 
 
-def _arguments_of_predictions(predictions: Predictions, targets: Targets, loss: LossConfig) -> _Arguments:
+def arguments_of_predictions(predictions: Predictions, targets: Targets, loss: LossConfig) -> _Arguments:
+    """Check predictions and targets and bring their floating-point tensors to one type."""
     check(targets.input_size == predictions.input_size, "targets.input_size",
           f"that of the predictions {predictions.input_size}", targets.input_size)
     names = ("class_logits", "mask_embeddings", "pixel_embeddings")
@@ -209,7 +210,7 @@ def matching_cost(
             on the CPU also a count or label out of range (on CUDA such a label costs NaN).
         ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
-    return _matching_cost(*_arguments_of_predictions(predictions, targets, loss))
+    return _matching_cost(*arguments_of_predictions(predictions, targets, loss))
 
 
 def matching_cost_from_logits(
@@ -232,7 +233,7 @@ def matching_cost_eager(
 
     A class logit of +inf and a label out of range are treated as ``softmax`` and ``gather`` treat them.
     """
-    return _matching_cost_torch(_arguments_of_predictions(predictions, targets, loss))
+    return _matching_cost_torch(arguments_of_predictions(predictions, targets, loss))
 
 
 def _nearest(out: int, size: int, device: torch.device) -> Tensor:
@@ -261,18 +262,19 @@ def _matching_cost_torch(arguments: _Arguments) -> Tensor:
             logits = arguments.embeddings[layer].to(dtype).flatten(2)
             if arguments.pixels is not None:
                 logits = torch.bmm(logits, arguments.pixels.to(dtype).flatten(2))
-            cost[layer] = _layer_cost(arguments, layer, logits, truth, counted)
+            cost[layer] = layer_cost(arguments, layer, logits, truth, counted)
         present = torch.arange(arguments.labels.shape[1], device=masks.device) < arguments.counts.unsqueeze(1)
         return cost.where(present.unsqueeze(1), 0)
 
 
-def _layer_cost(
+def layer_cost(
     arguments: _Arguments,
     layer: int,
     logits: Tensor,  # [B, Q, n]
     truth: Tensor,  # [B, n, T]
     counted: Tensor | None,  # [B, n, 1], None counts every pixel
-) -> Tensor:  # [B, Q, T]
+) -> Tensor:
+    """Cost of one layer's pairs, from its logits and the targets at n pixels or points -> [B, Q, T]."""
     on_weight, off_weight, gamma = arguments.focal
     probability = logits.sigmoid()
     # Loss of each pixel where the target is off, and its change where it is on: a matrix product does the rest.

@@ -16,6 +16,7 @@ from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.metadata import VOID, Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult
 from maskformer_fast.ops.rle import encode_packed_masks
+from maskformer_fast.output.host import on_host
 from maskformer_fast.output.id_maps import result_rows
 
 __all__ = ["coco_categories", "instances_to_coco", "panoptic_png", "write_index_png", "write_panoptic_json",
@@ -160,7 +161,8 @@ def instances_to_coco(result: InstanceResult, image_id: int | str, metadata: Met
         TypeError, ValueError: the masks do not have the packed shape of the result's size.
         ModuleNotFoundError: pycocotools is missing.
     """
-    rles = encode_packed_masks(result.masks.cpu().numpy(), result.size[1])
+    result = on_host([result])[0]
+    rles = encode_packed_masks(result.masks.numpy(), result.size[1])
     entries = []
     area = coco_tools().mask.area
     for rle, label, score, (x0, y0, x1, y1) in zip(

@@ -13,6 +13,7 @@ from maskformer_fast.config import TASKS, Task
 from maskformer_fast.core.checks import check_choice
 from maskformer_fast.core.metadata import VOID, Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult, unpack_mask_array
+from maskformer_fast.output.host import on_host
 from maskformer_fast.output.id_maps import result_rows, segment_rows
 from maskformer_fast.structures import Example
 
@@ -111,11 +112,12 @@ def draw_instances(
         ValueError: the result has another size than the image.
     """
     _check_size("result", result.size, image)
-    scores = result.scores.float().cpu()
+    result = on_host([result])[0]
+    scores = result.scores.float()
     keep = (scores >= min_score).nonzero()[:, 0]
     keep = keep[scores[keep].argsort(descending=True, stable=True)]
-    masks = unpack_mask_array(result.masks.cpu()[keep].numpy(), result.size[1])
-    categories = result.labels.cpu()[keep].tolist()
+    masks = unpack_mask_array(result.masks[keep].numpy(), result.size[1])
+    categories = result.labels[keep].tolist()
     names = [f"{metadata.class_names[c]} {s:.2f}" for c, s in zip(categories, scores[keep].tolist(), strict=True)]
     return _paint_masks(image, masks, segment_colors(categories, metadata), names)
 

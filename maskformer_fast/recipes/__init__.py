@@ -22,9 +22,6 @@ from maskformer_fast.core.files import atomic_write
 from maskformer_fast.core.typed import TypedReader, did_you_mean, to_plain
 
 CONFIG_DIR = Path(__file__).parent
-BASE_STEM = "_base"
-"""Name, without suffix, of the file that recipes of one folder build on; not a recipe itself."""
-
 _MAX_KEYS = 1000
 """Keys of a mapping of a recipe."""
 
@@ -54,8 +51,11 @@ def from_dict(data: Mapping[str, Any]) -> Config:
 
 
 def recipe_names() -> list[str]:
-    """Names of the packaged recipes, sorted, as `load_recipe` and ``--config`` take them."""
-    return [name for name in _packaged_files() if name.rpartition("/")[2] != BASE_STEM]
+    """Names of the packaged recipes, sorted, as `load_recipe` and ``--config`` take them.
+
+    Files whose name begins with ``_`` are what recipes build on, and no recipes themselves.
+    """
+    return [name for name in _packaged_files() if not name.rpartition("/")[2].startswith("_")]
 
 
 def _packaged_files() -> list[str]:

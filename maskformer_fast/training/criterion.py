@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from maskformer_fast.config import LossConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.distributed import gather_ranks
-from maskformer_fast.ops import mask_loss
+from maskformer_fast.ops import mask_loss, mask_loss_at_points
 from maskformer_fast.ops.mask_loss import at_least_float32
+from maskformer_fast.ops.points import PointDraws
 from maskformer_fast.structures import Predictions, Targets
 from maskformer_fast.training.matcher import match
 
@@ -40,7 +41,8 @@ class Criterion(nn.Module):
 
     Class loss: weighted mean over all queries of the cross-entropy. The class of an unmatched query is "no object", of
     weight ``loss.no_object_weight``. Mask and dice losses (`ops.mask_loss`) are divided by the number of targets, at
-    least 1. With ``loss.deep_supervision`` every decoder layer is matched and compared, otherwise the final one alone.
+    least 1. With ``loss.points`` these and the matching are at points (`ops.points`). With ``loss.deep_supervision``
+    every decoder layer is matched and compared, otherwise the final one alone.
 
     Both normalisers are means over all micro-batches and ranks of an optimiser step. So the mean over them of the
     losses, and of the gradients, is that of one batch with all images of the step.
@@ -66,23 +68,30 @@ class Criterion(nn.Module):
         predictions: Predictions,
         targets: Targets,
         step_counts: Tensor | None = None,  # [N] int64, `image_counts` of all images of the step
+        draws: PointDraws | None = None,
     ) -> Losses:
         """Weighted losses of a batch, all in float32. Without ``step_counts``, a step is one such batch on each rank.
 
         Raises:
-            ValueError: class logits of another number of classes, or targets of another padded input size.
+            ValueError: class logits of another number of classes, targets of another padded input size, or draws
+                missing with ``loss.points`` (or given without).
         """
         check(predictions.class_logits.shape[-1] == self.num_classes + 1, "predictions.class_logits",
               f"{self.num_classes} classes and no-object in the last dimension", tuple(predictions.class_logits.shape))
         loss = self.loss
+        check((draws is not None) == (loss.points > 0), "draws",
+              f"points exactly where loss.points > 0, here {loss.points}", None if draws is None else "points")
         if not loss.deep_supervision:
             predictions = predictions._replace(
                 class_logits=predictions.class_logits[-1:], mask_embeddings=predictions.mask_embeddings[-1:]
             )
-        matching = match(predictions, targets, loss)
+        matching = match(predictions, targets, loss, None if draws is None else draws.match)
         step_counts = gather_ranks(self.image_counts(targets)) if step_counts is None else step_counts
         num_masks = step_counts.sum().clamp(min=1) * (len(targets.counts) / len(step_counts))
-        mask, dice = mask_loss(predictions, targets, matching.query, loss)
+        if draws is None:
+            mask, dice = mask_loss(predictions, targets, matching.query, loss)
+        else:
+            mask, dice = mask_loss_at_points(predictions, targets, matching.query, draws, loss)
         class_loss = self.class_loss(predictions.class_logits, targets.labels, matching.query, step_counts)
         weighted = torch.stack([
             loss.class_weight * class_loss,

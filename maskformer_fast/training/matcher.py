@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskformer_fast.config import LossConfig
-from maskformer_fast.ops import linear_sum_assignment, matching_cost
+from maskformer_fast.ops import linear_sum_assignment, matching_cost, matching_cost_at_points
 from maskformer_fast.structures import Predictions, Targets
 
 
@@ -24,6 +24,7 @@ def match(
     predictions: Predictions,  # L layers
     targets: Targets,
     loss: LossConfig,
+    points: Tensor | None = None,  # [B, P, 2] or [L, B, P, 2], at which masks are compared; None takes every pixel
 ) -> Matching:
     """Match every layer and image in one batched assignment, without a host synchronisation.
 
@@ -31,7 +32,10 @@ def match(
     A layer of an image with a cost that is not finite, or so large that sums of costs overflow, is marked in
     ``nonfinite`` and left unmatched; no error is raised.
     """
-    cost = matching_cost(predictions, targets, loss)
+    if points is None:
+        cost = matching_cost(predictions, targets, loss)
+    else:
+        cost = matching_cost_at_points(predictions, targets, points, loss)
     query = linear_sum_assignment(cost, targets.counts.expand(cost.shape[:2]))
     unsolved = (query >= 0).sum(2) < targets.counts.clamp(max=cost.shape[2])
     nonfinite = unsolved | ~cost.isfinite().all(3).all(2)

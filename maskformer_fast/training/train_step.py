@@ -19,6 +19,8 @@ from maskformer_fast.config import Config
 from maskformer_fast.distributed import gather_ranks, max_over_ranks, rank, unsharded, world_size
 from maskformer_fast.modeling.autocast import autocast
 from maskformer_fast.modeling.backbone import resolve_backbone
+from maskformer_fast.ops import draw_points
+from maskformer_fast.ops.points import PointDraws
 from maskformer_fast.structures import Batch, Targets
 from maskformer_fast.training.criterion import Criterion, Losses
 from maskformer_fast.training.optimizer import set_learning_rate
@@ -180,11 +182,25 @@ class TrainStep:
                 with record_function("step: forward"):
                     predictions = self.forward(images, targets.valid_sizes)
                 with record_function("step: criterion"):
-                    losses: Losses = self.criterion(predictions, targets, step_counts)
+                    draws = self._draws(micro, len(images))
+                    losses: Losses = self.criterion(predictions, targets, step_counts, *draws)
             with record_function("step: backward"):
                 self.scaler.scale(losses.total / solver.accumulate).backward()
         terms = {name: value.detach() for name, value in losses.terms.items()}
         return losses._replace(total=losses.total.detach(), terms=terms)
+
+    def _draws(self, micro: int, images: int) -> tuple[PointDraws, ...]:
+        """Points of a micro-batch's images; none without ``loss.points``.
+
+        They depend on seed, step and the image's number in the step, so a resumed run draws the same, and so does one
+        on another number of ranks.
+        """
+        if self.config.loss.points == 0 or not self.config.model.classifies_masks:
+            return ()
+        first = (micro * world_size() + rank()) * images
+        step = self.config.seed * 1_000_003 + self.step
+        seeds = [(step * 65_537 + first + image) * 2 + 1 for image in range(images)]
+        return (draw_points(self.config.loss, seeds, self.device),)
 
     def _update(self, results: list[Losses]) -> tuple[StepReport, Tensor]:
         """Update the weights, or restore the buffers if a number is not finite -> report, whether updated."""

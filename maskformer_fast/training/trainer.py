@@ -104,7 +104,7 @@ class Trainer:
             self._load_pretrained()
         layout = torch.channels_last if config.solver.channels_last else torch.contiguous_format
         self.network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        criterion_type = Criterion if config.model.type == "maskformer" else PerPixelCriterion
+        criterion_type = Criterion if config.model.classifies_masks else PerPixelCriterion
         criterion = criterion_type(config.model.num_classes, config.loss).to(self.device)
         forward: Any = self.network
         if config.solver.compile:

@@ -20,6 +20,7 @@ from benchmarks.cases import (
     assignment,
     convolution,
     criterion,
+    deformable_attention,
     deployment,
     loader,
     mask_loss,
@@ -67,6 +68,10 @@ TINY: dict[str, Callable[[torch.device], Work]] = {
     "mask product, labels": partial(mask_product.labels_setup, size=64),
     "convolution": partial(convolution.setup, dtype=torch.bfloat16, channels=16, size=16),
     "window attention": partial(window_attention.setup, dtype=torch.bfloat16, side=9),
+    "deformable attention": partial(deformable_attention.setup, dtype=SINGLE, gradients=False, levels=(LOW, (3, 2))),
+    "deformable attention, gradients": partial(
+        deformable_attention.setup, dtype=torch.bfloat16, gradients=True, levels=((4, 6), (1, 1)), batch=2
+    ),
     "criterion": partial(criterion.setup, layers=2, counts=(3, 5), queries=9, depth=8, size=(16, 16)),
     **{part: partial(network.setup, model=MODEL, part=part, dtype="float32", size=SIZE) for part in network.PARTS},
     "network bfloat16": partial(network.setup, model=MODEL, part="network", dtype="bfloat16", size=SIZE),

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from maskformer_fast.config import BackboneConfig, TestConfig
+from maskformer_fast import evaluate, predict
+from maskformer_fast.config import BackboneConfig, DataConfig, TestConfig
 from maskformer_fast.inference import cuda_graphs, device_postprocess
 from maskformer_fast.inference.cuda_graphs import GraphCache
 from maskformer_fast.inference.load import load, load_network
@@ -39,7 +40,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 def predictor() -> Any:
     torch.manual_seed(0)
     loaded: Any = load_network("demo", "cpu", TEST)
-    loaded._graphs = GraphCache(loaded.device)
+    loaded._graphs = GraphCache()
     return loaded
 
 
@@ -107,13 +108,16 @@ def test_all_of_post_processing_can_be_captured(fake: FakeCuda, predictor: Any, 
     assert predictor._graphs.obstacle is None and fake.calls.count("replay") == 2
 
 
-@pytest.mark.parametrize("kind", ["maskformer", "per_pixel", "per_pixel_plus"])
+@pytest.mark.parametrize("kind", ["maskformer", "mask2former", "per_pixel", "per_pixel_plus"])
 def test_networks_of_every_kind_can_be_captured(fake: FakeCuda, kind: Any) -> None:
-    predictor: Any = scene_predictor(kind)
-    changed = replace(predictor.config.model, backbone=BackboneConfig("swin_micro"))
+    predictor: Any = scene_predictor("maskformer")
+    pixel_decoder = replace(predictor.config.model.pixel_decoder, encoder_layers=1)
+    changed = replace(
+        predictor.config.model, type=kind, backbone=BackboneConfig("swin_micro"), pixel_decoder=pixel_decoder
+    )
     network = build_model(changed).eval()
     predictor = Predictor(network, replace(predictor.config, model=changed, test=TEST), predictor.metadata, "cpu")
-    predictor._graphs = GraphCache(predictor.device)
+    predictor._graphs = GraphCache()
     for amp in ("off", "bf16"):
         predictor.amp = amp
         for seed in range(3):
@@ -173,6 +177,20 @@ def test_weights_changed_in_place_are_seen_and_replaced_ones_drop_the_graphs(fak
     assert len(predictor._graphs._graphs) == 1
 
 
+def test_a_replay_needs_nothing_in_memory_that_other_graphs_may_use(fake: FakeCuda, predictor: Any) -> None:
+    for size in ((64, 64), (60, 84)):
+        for seed in range(2):
+            predictor.infer([photo(seed, *size)], TASKS)
+    graphs = list(predictor._graphs._graphs.values())
+    for graph in graphs:
+        kept = [graph.images, graph.parts, list(predictor.network.parameters()), list(predictor.network.buffers())]
+        assert graph.graph.spoil(kept) > 100
+    for size in ((64, 64), (60, 84), (64, 64)):
+        images = [photo(5, *size)]
+        assert_equal(predictor.infer(images, TASKS), plain(predictor, images))
+    assert fake.calls.count("capture") == 2 == len(graphs)
+
+
 def test_a_network_with_hooks_runs_plainly(fake: FakeCuda, predictor: Any) -> None:
     images, seen = [photo(0, 64, 64)], []
     for _ in range(2):
@@ -196,12 +214,18 @@ def test_a_failed_capture_is_logged_once_and_work_goes_on(
     assert len(lines) == 1 and "without CUDA graphs" in lines[0] and "not permitted" in lines[0]
 
 
-def test_a_read_amid_the_work_is_an_obstacle(fake: FakeCuda, predictor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    compact = device_postprocess._compact
-    monkeypatch.setattr(device_postprocess, "_compact", lambda used, most: compact(used, None))
+@pytest.mark.parametrize("fault", ["read", "copy from pageable memory"])
+def test_what_the_host_does_amid_the_work_is_an_obstacle(
+    fake: FakeCuda, predictor: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "read":
+        compact = device_postprocess._compact
+        monkeypatch.setattr(device_postprocess, "_compact", lambda used, most: compact(used, None))
+    else:  # of flags, which are kept otherwise
+        monkeypatch.setattr(device_postprocess, "_on_device", device_postprocess._on_device.__wrapped__)
     for _ in range(3):
         predictor.infer([photo(0, 64, 64)], ("panoptic",))
-    assert "CaptureError" in predictor._graphs.obstacle
+    assert f"CaptureError: a {fault}" in predictor._graphs.obstacle
 
 
 def test_the_order_with_a_read_is_never_captured(fake: FakeCuda, predictor: Any) -> None:
@@ -264,3 +288,20 @@ def test_graphs_are_for_gpus_and_off_by_default(tmp_path: Path) -> None:
     bundle, _ = tiny_bundle(tmp_path / "bundle", TEST)
     with pytest.raises(ValueError, match="graphs: expected False, as a bundle"):
         load(bundle.folder, graphs=True)
+
+
+@pytest.mark.parametrize("command", [evaluate, predict])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_commands_pass_the_option_on(command: Any, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def record(*arguments: Any, **options: Any) -> Any:
+        given.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load", record)
+    monkeypatch.setattr(command, "stored_options", lambda path: (DataConfig(), TestConfig()))
+    images = ["photo.jpg"] if command is predict else []
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["demo", *images, "--device", "cpu", *["--graphs"] * graphs])
+    assert given["graphs"] is graphs

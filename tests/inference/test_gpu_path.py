@@ -15,12 +15,13 @@ import torch
 
 from maskformer_fast.config import TestConfig
 from maskformer_fast.inference import device_postprocess, postprocess
-from maskformer_fast.inference.load import load
+from maskformer_fast.inference.load import load, load_network
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.structures import Predictions
 from tests.support.host_reads import NoHostRead
 from tests.support.images import photo
 from tests.support.postprocess_cases import INPUT_SIZE, OUTPUT_SIZES, all_results, random_predictions
+from tests.support.recorded_graphs import FakeCuda, Launches
 
 IS_THING = (True, False, True, False, True, False, True)
 TASKS: dict[str, Callable[[Predictions], list[Any]]] = {
@@ -198,3 +199,21 @@ def test_what_is_no_image_is_named(images: Any) -> None:
     predictor: Any = load("demo", "cpu")
     with pytest.raises(TypeError, match=r"images: expected a path, PIL image, array or tensor, got"):
         predictor.predict(images)
+
+
+@pytest.mark.parametrize(("task", "most"), [("semantic", 5), ("panoptic", 22), ("instance", 29)])
+@pytest.mark.usefixtures("on_gpu")
+def test_post_processing_launches_no_more_than_recorded(task: Any, most: int) -> None:
+    predictor: Any = load_network("demo", "cpu", TestConfig(short_edge=None))
+    images = [photo(0, 64, 64)]
+    predictions = predictor.run_network(images)
+    predictions = predictions._replace(mask_embeddings=predictions.mask_embeddings.half())  # as autocast leaves them
+    predictor.postprocess(predictions, [(64, 64)], (task,))
+    counts = []
+    for tasks in ((), (task,), (task, task)):
+        fake = FakeCuda()
+        with Launches(fake):
+            predictor._device_parts(predictions, [(64, 64)], tasks)
+        counts.append(len(fake.calls))
+    assert counts[0] == 3, "features and projection are converted once for all tasks"
+    assert counts[1] - counts[0] <= most and counts[2] - counts[1] == counts[1] - counts[0]

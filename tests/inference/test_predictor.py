@@ -102,3 +102,22 @@ def test_exif_orientation_has_one_rule_and_a_switch(predictor: Predictor, tmp_pa
         assert predictor.predict(image).labels.shape == (56, 40)
         assert predictor.predict(image, exif=False).labels.shape == (40, 56)
         assert predictor.predict([image], exif=False)[0].labels.shape == (40, 56)
+
+
+def test_each_part_of_the_network_keeps_its_mode(predictor: Predictor) -> None:
+    network, seen = predictor.network, []
+    network.train()
+    frozen = [module for number, module in enumerate(network.modules()) if number % 3 == 1]
+    for module in frozen:
+        module.training = False
+    before = [module.training for module in network.modules()]
+    handle = network.register_forward_pre_hook(
+        lambda *_: seen.append(any(module.training for module in network.modules()))
+    )
+    try:
+        predictor.predict(photo(0, 40, 40))
+    finally:
+        handle.remove()
+        after = [module.training for module in network.modules()]
+        network.eval()
+    assert seen == [False] and after == before and any(before)

@@ -39,7 +39,9 @@ def test_a_gpu_resizes_to_the_pixels_of_the_cpu(pair: tuple[Predictor, Predictor
 
 
 @pytest.mark.parametrize("sizes", [[(37, 50)], [(300, 90), (300, 90)], [(64, 64), (61, 64), (200, 190)]])
-def test_a_gpu_resizes_and_pads_as_a_cpu(pair: tuple[Predictor, Predictor], sizes: list[tuple[int, int]]) -> None:
+def test_a_gpu_resizes_and_pads_batches_as_a_cpu(
+    pair: tuple[Predictor, Predictor], sizes: list[tuple[int, int]]
+) -> None:
     images = [photo(seed, *size)[:, ::-1] for seed, size in enumerate(sizes)]
     on_cpu, on_gpu = (predictor._resized_batch(images) for predictor in pair)
     assert on_gpu.images.is_cuda and on_gpu.on_device.is_cuda and not on_gpu.valid_sizes.is_cuda

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from maskformer_fast.config import BackboneConfig, Config, ModelConfig, PixelDecoderConfig
+from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.datasets.presets import preset_metadata
 from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
@@ -80,3 +80,34 @@ def test_things_are_parsed(things: list[str], expected: set[int]) -> None:
 def test_things_that_are_no_classes_are_refused(things: str) -> None:
     with pytest.raises(ValueError, match="things: expected"):
         with_things(STUFF, [things])
+
+
+@pytest.mark.parametrize(
+    ("classes", "backbone", "queries", "recipe", "things"),
+    [
+        (133, "resnet50", 100, "mask2former/coco_panoptic_r50", 80),
+        (133, "swin_large", 200, "mask2former/coco_panoptic_swin_large_in21k_384", 80),
+        (80, "swin_tiny", 100, "mask2former/coco_instance_swin_tiny", 80),
+        (150, "resnet101", 100, "mask2former/ade20k_semantic_r101", 100),
+        (150, "swin_large", 200, "mask2former/ade20k_panoptic_swin_large_in21k_384", 100),
+        (100, "resnet50", 100, "mask2former/ade20k_instance_r50", 100),
+        (19, "swin_small", 100, "mask2former/cityscapes_semantic_swin_small", 8),
+        (19, "swin_large", 200, "mask2former/cityscapes_panoptic_swin_large_in21k_384", 8),
+        (8, "resnet50", 100, "mask2former/cityscapes_instance_r50", 8),
+        (65, "swin_large", 100, "mask2former/mapillary_semantic_swin_large_in21k_384", 37),
+    ],
+)
+def test_classes_and_queries_decide_the_recipe_of_a_mask2former(
+    classes: int, backbone: str, queries: int, recipe: str, things: int
+) -> None:
+    model = ModelConfig(
+        type="mask2former", num_classes=classes, backbone=BackboneConfig(backbone),
+        decoder=DecoderConfig(num_queries=queries),
+    )  # fmt: skip
+    found = published_recipe(model)
+    assert found is not None and found.output == f"runs/{recipe}"
+    metadata = published_metadata(model)
+    assert (metadata.num_classes, sum(metadata.is_thing)) == (classes, things)
+    if classes in (8, 80, 100):
+        first = {8: "person", 80: "person", 100: "bed"}[classes]
+        assert metadata.class_names[0].split(",")[0] == first

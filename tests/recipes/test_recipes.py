@@ -105,6 +105,67 @@ def test_network_loss_and_thresholds_are_the_published_ones(name: str) -> None:
     assert config.test.object_mask_threshold == (0.7 if name.startswith("ade20k_panoptic") else 0.8)
 
 
+MASK2FORMER = [name for name in recipe_names() if name.startswith("mask2former/")]
+MASK2FORMER_FACTS = {
+    "coco_panoptic": (7, 368_750, (1024, 1024), None, (800, 1333)),
+    "coco_instance": (7, 368_750, (1024, 1024), None, (800, 1333)),
+    "ade20k_semantic": (7, 160_000, (512, 512), (256, 1024, 2048), (512, 2048)),
+    "ade20k_panoptic": (2, 160_000, (640, 640), (320, 1280, 2560), (640, 2560)),
+    "ade20k_instance": (2, 160_000, (640, 640), (320, 1280, 2560), (640, 2560)),
+    "cityscapes_semantic": (6, 90_000, (512, 1024), (512, 2048, 4096), (1024, 2048)),
+    "cityscapes_panoptic": (6, 90_000, (512, 1024), (512, 2048, 4096), (1024, 2048)),
+    "cityscapes_instance": (6, 90_000, (512, 1024), (512, 2048, 4096), (1024, 2048)),
+    "mapillary_semantic": (2, 300_000, (1024, 1024), (1024, 4096, 8192), (2048, 2048)),
+}
+"""Of each data set: recipes, steps, crop, first and last short edge and longest side in training, test size."""
+
+
+def dataset_of(name: str) -> str:
+    return "_".join(name.partition("/")[2].split("_")[:2])
+
+
+def test_there_is_a_recipe_for_each_published_mask2former() -> None:
+    folders = [dataset_of(name) for name in MASK2FORMER]
+    assert {folder: folders.count(folder) for folder in folders} == {k: v[0] for k, v in MASK2FORMER_FACTS.items()}
+
+
+@pytest.mark.parametrize("name", MASK2FORMER)
+def test_values_of_mask2former_are_the_published_ones(name: str) -> None:
+    config = load_recipe(name)
+    model, loss, solver, augment, test = config.model, config.loss, config.solver, config.data.augment, config.test
+    _, steps, crop, edges, sizes = MASK2FORMER_FACTS[dataset_of(name)]
+    is_large = "swin_large" in name
+    if "res640" in name:
+        crop, edges, sizes = (640, 640), (320, 1280, 2560), (640, 2560)
+    assert model.type == "mask2former" and model.size_divisibility == 32
+    assert (model.decoder.layers, model.decoder.dropout, model.decoder.ffn_dim) == (9, 0.0, 2048)
+    assert model.decoder.num_queries == (200 if is_large and "semantic" not in name else 100)
+    pixel = model.pixel_decoder
+    assert (pixel.encoder_layers, pixel.encoder_ffn_dim, pixel.encoder_dropout) == (6, 1024, 0.0)
+    assert model.backbone.name == next(BACKBONES[part] for part in name.split("_") if part in BACKBONES)
+    if "_r" in name.partition("/")[2] and "res640" not in name:
+        assert model.backbone.norm == ("sync" if "cityscapes" in name else "frozen")
+    else:
+        assert model.backbone.norm is None and resolve_backbone(model.backbone).drop_path_rate == 0.3
+    assert (loss.class_weight, loss.mask_weight, loss.dice_weight, loss.no_object_weight) == (2.0, 5.0, 5.0, 0.1)
+    assert (loss.mask_loss, loss.points, loss.oversample, loss.importance) == ("bce", 12_544, 3.0, 0.75)
+    assert (solver.lr, solver.backbone_factor, solver.weight_decay, solver.norm_weight_decay) == (1e-4, 0.1, 0.05, 0.0)
+    assert (solver.batch_size, solver.clip_norm) == (16, 0.01)
+    if edges is None:
+        doubled = 2 if is_large else 1
+        assert (augment.scale_mode, augment.scale_range, augment.scale_size) == ("scale", (0.1, 2.0), (1024, 1024))
+        assert (solver.max_steps, solver.milestones) == (doubled * steps, (doubled * 327_778, doubled * 355_092))
+        assert (solver.schedule, solver.gamma, solver.warmup_steps, solver.warmup_factor) == ("step", 0.1, 10, 1.0)
+    else:
+        assert augment.scale_mode == "short_edge" and len(augment.short_edge) == 16
+        assert (augment.short_edge[0], augment.short_edge[-1], augment.max_size) == edges
+        assert (solver.max_steps, solver.schedule, solver.poly_power) == (steps, "poly", 0.9)
+    assert augment.crop_size == crop and augment.color_jitter == (edges is not None) and augment.flip
+    assert (test.short_edge, test.max_size) == sizes and test.panoptic_rule == "mask2former" and test.top_k == 100
+    assert (test.object_mask_threshold, test.overlap_threshold) == (0.8, 0.8)
+    assert config.data.task == ("instance" if "instance" in name and "coco" not in name else None)
+
+
 def table_row(name: str) -> str:
     """Row of a recipe in docs/recipes.md."""
     config = load_recipe(name)

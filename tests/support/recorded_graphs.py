@@ -48,6 +48,9 @@ class FakeCuda:
                 fake.calls.append("replay")
                 self.recorder.repeat()
 
+            def spoil(self, kept: Any) -> int:
+                return self.recorder.spoil(kept)
+
         class Event:
             def record(self, stream: object) -> None:
                 fake.calls.append("record")
@@ -110,7 +113,8 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not any(_aliases(leaf, args) for leaf in _tensors(result)) or func.name().endswith("_"):
+        made = [leaf for leaf in _tensors(result) if not _aliases(leaf, args)]
+        if made or func.name().partition(".")[0].endswith("_"):
             self._fake.calls.append(func.name().removeprefix("aten::").partition(".")[0])
         return result
 
@@ -137,6 +141,14 @@ class _Recorder(NoHostRead):
 
     def made(self, tensor: Tensor) -> bool:
         return _storage(tensor) in self._made
+
+    @torch.no_grad()
+    def spoil(self, kept: Any) -> int:
+        """Overwrite all memory of the capture but that of some tensors -> number of tensors."""
+        spoilt = [tensor for tensor in self._made.values() if tensor.numel() and not _aliases(tensor, kept)]
+        for tensor in spoilt:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
+        return len(spoilt)
 
     @torch.no_grad()
     def repeat(self) -> None:

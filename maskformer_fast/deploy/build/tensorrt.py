@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write
-from maskformer_fast.deploy.bundle.manifest import Engine, Precision, Profile, Shape, TensorSpec
+from maskformer_fast.deploy.bundle.manifest import OPENVINO, Engine, Precision, Profile, Shape, TensorSpec
 
 __all__ = ["EngineConfig", "EngineError", "build_engine"]
 
-Api = Literal["auto", "tensorrt", "tensorrt_rtx"]
+Api = Literal["auto", "tensorrt", "tensorrt_rtx", "openvino"]
 CalibrationMethod = Literal["entropy", "percentile", "max"]
 
 APIS = ("tensorrt", "tensorrt_rtx")
@@ -41,6 +41,7 @@ EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}  # library -> extra of 
 QUANTIZED = ("int8", "fp8")
 OLDEST = {"fp8": 89, "bf16": 80}  # precision -> least compute capability that has its type
 DEFAULTS = ((1, 256, 256), (1, 512, 512), (1, 1024, 1024))  # minimum, optimum, maximum of a dynamic graph
+OPENVINO_OPTIONS = ("precision", "api", "opt_shape", "calibration", "calibration_images")
 BAR = "{desc} {bar} {n:.0f}% {elapsed} {postfix}"
 _MAX_OUTPUT = 2000  # characters of the library's output in an error
 
@@ -57,12 +58,13 @@ _check = functools.partial(check, error=EngineError)
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of the build of a TensorRT engine."""
+    """Options of the build of an engine: by TensorRT for a GPU, or an INT8 graph by OpenVINO for CPUs."""
 
     precision: Precision = "fp16"
     """Precision of most of the network; norms and softmax stay float32. int8 and fp8 need ``calibration``."""
     api: Api = "auto"
-    """The library. ``auto`` takes tensorrt_rtx for given ``targets``, else tensorrt where it is installed."""
+    """The library. ``auto`` takes tensorrt_rtx for given ``targets``, else tensorrt where it is installed. openvino
+    serves int8, and takes its ``opt_shape`` and ``calibration`` alone: it runs other precisions without an engine."""
     min_shape: tuple[int, int, int] | None = None
     """Smallest batch, height, width. Unset: the graph's fixed sizes, and 1 256 256 for dynamic ones."""
     opt_shape: tuple[int, int, int] | None = None
@@ -92,7 +94,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("precision", ("fp32", "fp16", "bf16", *QUANTIZED)), ("api", ("auto", *APIS)),
+            ("precision", ("fp32", "fp16", "bf16", *QUANTIZED)), ("api", ("auto", *APIS, OPENVINO)),
             ("mask_dtype", ("float32", "float16")), ("calibration_method", ("entropy", "percentile", "max")),
         ):
             _check(getattr(self, name) in choices, name, f"one of {', '.join(choices)}", getattr(self, name))
@@ -114,6 +116,13 @@ class EngineConfig:
         _check(not self.targets or self.api != "tensorrt", "targets",
                "none: tensorrt builds for the GPU that is here (tensorrt_rtx for others)", self.targets)
         check_capability(self.precision, self.targets)
+        if self.api == OPENVINO:
+            _check(self.precision == "int8", "precision", "int8 with openvino, which runs others without an engine",
+                   self.precision)
+            for field in fields(self):
+                got = getattr(self, field.name)
+                _check(field.name in OPENVINO_OPTIONS or got == field.default, field.name,
+                       "nothing: openvino does not have this option", got)
 
 
 def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -> tuple[bytes, Engine]:

@@ -29,7 +29,7 @@ MAX_BYTES = 4 * 2**20
 DIGEST_KEY = "manifest_sha256"
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 """Precision of most of a network."""
-OPENVINO = "openvino"
+OPENVINO: Literal["openvino"] = "openvino"
 """Value of `Engine.api` of a quantised graph for OpenVINO, which runs on any CPU."""
 
 _DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")

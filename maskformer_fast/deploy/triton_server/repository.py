@@ -67,7 +67,8 @@ def choose_engine(manifest: Manifest, name: str | None) -> Engine:
     candidates = [engines[name]] if name is not None else list(engines.values())
     served = [engine for engine in candidates if engine.api == "tensorrt"]
     if candidates and not served:
-        raise ValueError("engine: expected one of TensorRT; the server cannot run those of TensorRT for RTX")
+        apis = ", ".join(sorted({engine.api for engine in candidates}))
+        raise ValueError(f"engine: expected one of tensorrt, which alone the server runs, got those of {apis}")
     if len(served) != 1:
         names = sorted(engine.file.rpartition("/")[2] for engine in served)
         raise ValueError(

@@ -109,7 +109,7 @@ def verify(
     recordings = read_recordings(path, num_classes)
     quantities: dict[str, Difference] = {}
     if recordings.case is not None:
-        with _evaluation(network):
+        with evaluation_mode(network):
             quantities |= _case(network, is_thing, recordings.case, loss or LossConfig())
     if recordings.synth is not None:
         quantities |= _synth(is_thing, recordings.synth)
@@ -236,7 +236,7 @@ def _trained(
     network: MaskFormer, predictions: Predictions, recorded: Training, loss: LossConfig
 ) -> dict[str, Difference]:
     """Compare matching, weighted losses and gradients for the recorded targets."""
-    targets = _targets(recorded.targets, predictions)
+    targets = packed_targets(recorded.targets, predictions)
     quantities: dict[str, Difference] = {}
     paddings: tuple[Literal["include", "exclude"], ...] = ("include", "exclude")
     for padding in paddings:
@@ -253,7 +253,7 @@ def _trained(
         for name, gradient in zip(parameters, gradients, strict=True)
     }
     if recorded.gradient_norms is not None:
-        quantities |= _gradient_norms(norms, {_our_name(name): v for name, v in recorded.gradient_norms.items()})
+        quantities |= gradient_norms(norms, {_our_name(name): v for name, v in recorded.gradient_norms.items()})
     if recorded.without_gradient is not None:
         nonzero = [name for name in recorded.without_gradient if norms.get(_our_name(name), math.nan) != 0]
         quantities["no_grad_params"] = Difference(len(nonzero), 0, ", ".join(nonzero))
@@ -283,7 +283,7 @@ def _compared_losses(
     return losses.total, quantities
 
 
-def _gradient_norms(norms: Mapping[str, float], recorded: Mapping[str, float]) -> dict[str, Difference]:
+def gradient_norms(norms: Mapping[str, float], recorded: Mapping[str, float]) -> dict[str, Difference]:
     """Relative difference of the worst parameter.
 
     Parameters whose recorded gradient is rounding are compared apart, by the share of their norm in the largest.
@@ -311,7 +311,7 @@ def _synth(is_thing: Sequence[bool], synth: Synth) -> dict[str, Difference]:
 
 def _post(is_thing: Sequence[bool], post: SynthPost) -> dict[str, Difference]:
     """Compare results for given logits. Only the margin of the recorded labels excuses a pixel here."""
-    predictions = _given(post.class_logits[None], post.mask_logits[None], post.size)
+    predictions = given(post.class_logits[None], post.mask_logits[None], post.size)
     quantities: dict[str, Difference] = {}
     if post.labels is not None and post.margin is not None:
         labels = postprocess.semantic(predictions, [post.size], order="official")[0].labels
@@ -329,8 +329,8 @@ def _criterion(recorded: SynthCriterion) -> dict[str, Difference]:
     masks = recorded.targets[0]["masks"]
     class_logits = recorded.class_logits.clone().requires_grad_()
     mask_logits = recorded.mask_logits.clone().requires_grad_()
-    predictions = _given(class_logits, mask_logits, (masks.shape[1], masks.shape[2]))
-    targets = _targets(recorded.targets, predictions)
+    predictions = given(class_logits, mask_logits, (masks.shape[1], masks.shape[2]))
+    targets = packed_targets(recorded.targets, predictions)
     loss = LossConfig(padding="include")
     # The recording has one layer, and its losses are unweighted.
     weights = {"loss_ce": loss.class_weight, "loss_mask": loss.mask_weight, "loss_dice": loss.dice_weight}
@@ -346,14 +346,14 @@ def _criterion(recorded: SynthCriterion) -> dict[str, Difference]:
     return quantities | not_compared(recorded.unknown)
 
 
-def _given(class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Predictions:
+def given(class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Predictions:
     """Predictions of one layer from class logits [B, Q, K+1] and mask logits [B, Q, h, w], by one-hot embeddings."""
     batch, queries = mask_logits.shape[:2]
     embeddings = torch.eye(queries).expand(1, batch, -1, -1)
     return Predictions(class_logits[None], embeddings, mask_logits, torch.tensor([size] * batch), size)
 
 
-def _targets(recorded: Sequence[Target], predictions: Predictions) -> Targets:
+def packed_targets(recorded: Sequence[Target], predictions: Predictions) -> Targets:
     """Pack labels and boolean masks of each image into targets on the device of the predictions."""
     counts = torch.tensor([len(target["labels"]) for target in recorded])
     slots = int(counts.max())
@@ -375,7 +375,7 @@ def _our_name(official: str) -> str:
 
 
 @contextmanager
-def _evaluation(network: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(network: torch.nn.Module) -> Iterator[None]:
     """Set evaluation mode during the block, and restore the mode of each module after it."""
     modes = {module: module.training for module in network.modules()}
     network.eval()

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from maskformer_fast.config import TestConfig
+from maskformer_fast.core.machine import has_bfloat16
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import BundleError
 from maskformer_fast.deploy.runtime import load
+from maskformer_fast.deploy.runtime.mask_factors import FactoredMasks
 from maskformer_fast.deploy.runtime.onnxruntime_session import OnnxruntimeSession
 from maskformer_fast.deploy.runtime.openvino_session import OpenvinoSession
+from tests.support.tail_graph import tail_bundle, tail_graph
 from tests.support.tiny_bundle import tiny_bundle
 
 openvino = pytest.importorskip("openvino")
@@ -33,6 +36,41 @@ def test_logits_are_those_of_onnxruntime(bundle: Bundle, size: tuple[int, int]) 
     ours, theirs = OpenvinoSession(graph, 1), OnnxruntimeSession(graph, 1)
     for got, wanted in zip(ours.run(images), theirs.run(images), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"bias": False}, {"channels": 12}, {"stride": 2}])
+def test_masks_are_computed_apart_where_the_graph_ends_as_exported(arguments: dict[str, int]) -> None:
+    graph = tail_graph(**arguments)  # type: ignore[arg-type]
+    images = RNG.integers(0, 256, (2, 3, 36, 52), dtype=np.uint8)
+    session = OpenvinoSession(graph, 1)
+    classes, masks = session.run(images)
+    expected = OnnxruntimeSession(graph, 1).run(images)
+    assert isinstance(masks, FactoredMasks) == (not arguments or "bias" in arguments)
+    assert [tensor.name for tensor in session.outputs] == ["class_logits", "mask_logits"] and session.inputs
+    assert masks.shape == expected[1].shape and masks.dtype == np.float32
+    for got, wanted in ((classes, expected[0]), *zip(map(np.asarray, (masks[0], masks[1])), expected[1], strict=True)):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_results_of_all_tasks_in_order_whatever_is_in_flight(tmp_path: Path, precision: str, streams: int) -> None:
+    if precision == "bf16" and not has_bfloat16():
+        pytest.skip("this processor has no bfloat16")
+    bundle = tail_bundle(tmp_path / "bundle")
+    frames = [RNG.integers(0, 256, (36 + 4 * (n % 2), 52, 3), dtype=np.uint8) for n in range(5)]
+    with load(bundle, "openvino", in_flight=streams, precision=precision) as runtime:  # type: ignore[arg-type]
+        assert runtime.precision == precision
+        found = {task: list(runtime.stream(frames, task)) for task in runtime.tasks}
+    with load(bundle, "onnxruntime") as runtime:
+        wanted = runtime.predict_tasks(frames, runtime.tasks)
+    least = 0.999 if precision == "fp32" else 0.9
+    for got, expected in zip(found["semantic"], wanted["semantic"], strict=True):
+        assert np.mean(got.labels == expected.labels) >= least  # type: ignore[union-attr]
+    for got, expected in zip(found["panoptic"], wanted["panoptic"], strict=True):
+        assert np.mean(got.id_map == expected.id_map) >= least  # type: ignore[union-attr]
+    for got, expected in zip(found["instance"], wanted["instance"], strict=True):
+        assert abs(len(got.scores) - len(expected.scores)) <= 1  # type: ignore[union-attr]
 
 
 def test_frames_of_any_size_and_a_fixed_batch(bundle: Bundle, tmp_path: Path) -> None:
@@ -65,6 +103,7 @@ for name in ("torch", "triton", "onnx", "onnxruntime", "PIL", "tyro"):
     sys.modules[name] = None
 import numpy as np
 from maskformer_fast.deploy.runtime import load
+from maskformer_fast.deploy.runtime.mask_factors import FactoredMasks
 with load({str(bundle.folder)!r}, "openvino") as runtime:
     print(runtime.predict(np.zeros((37, 50, 3), np.uint8)).labels.shape)
 """

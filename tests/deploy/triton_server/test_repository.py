@@ -179,7 +179,7 @@ def test_the_engine_is_chosen_by_name(tmp_path: Path) -> None:
         write_repository(bundle, options(tmp_path, model="engine"))
     bundle = with_engine(bundle, "desktop", api="tensorrt_rtx")
     for name in (None, "desktop.engine"):
-        with pytest.raises(ValueError, match="the server cannot run those of TensorRT for RTX"):
+        with pytest.raises(ValueError, match="engine: expected one of tensorrt, .* got those of tensorrt_rtx"):
             write_repository(bundle, options(tmp_path, model="engine", engine=name))
     bundle = with_engine(bundle, "orin")
     assert served(write_repository(bundle, options(tmp_path, model="engine"))).max_batch_size == 6

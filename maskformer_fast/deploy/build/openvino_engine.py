@@ -1,0 +1,150 @@
+"""INT8 graphs for OpenVINO, which NNCF makes from a bundle's ``raw`` graph and a few hundred typical pictures.
+
+Convolutions and linear layers are quantised, weights with one range for each output channel. NNCF's preset for
+transformers, which is used for a Swin backbone, keeps the softmax of attention in floating point, and evens out the
+ranges of activations before linear layers. The convolution and the product that make mask logits stay in floating
+point: the runtime computes them by its own operator, for the wanted queries only, and queries are compared by their
+values.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from maskformer_fast.core.checks import check
+from maskformer_fast.data import BrokenExampleError
+from maskformer_fast.data.images import read_image
+from maskformer_fast.deploy.build.quantize import covering_crop, image_files
+from maskformer_fast.deploy.build.tensorrt import EngineConfig
+from maskformer_fast.deploy.bundle.manifest import OPENVINO, Engine, Profile, Shape, TensorSpec, expect
+from maskformer_fast.deploy.runtime.openvino_session import MaskTail, find_mask_tail
+
+logger = logging.getLogger(__name__)
+
+FILE = f"engines/{OPENVINO}_int8.xml"
+LEAST_IMAGES = 8
+"""Fewest pictures by which ranges are measured."""
+LARGEST = Shape(65536, 65536, 65536)
+"""End of the profile of a graph that takes any size."""
+
+
+def build_openvino_engine(
+    raw_onnx: bytes, config: EngineConfig, progress: bool = True
+) -> tuple[Engine, dict[str, bytes]]:
+    """Quantise the ``raw`` graph -> its entry in the manifest, its files.
+
+    Args:
+        raw_onnx: float32 graph, ``images`` uint8 [B, 3, H, W] -> ``class_logits``, ``mask_logits``.
+        config: its calibration options, and the height and width of ``opt_shape``, to which pictures are brought.
+        progress: show a bar on stderr.
+
+    Raises:
+        FileNotFoundError: the folder has no pictures.
+        ModuleNotFoundError: nncf or openvino is not installed.
+        ValueError: fewer than `LEAST_IMAGES` pictures that can be read.
+        BundleError: OpenVINO refuses the graph.
+    """
+    assert config.calibration is not None  # checked by EngineConfig
+    files = image_files(Path(config.calibration), config.calibration_images)
+    openvino, nncf = _libraries()
+    readable = _readable(files, progress)
+    try:
+        model = openvino.Core().read_model(raw_onnx)
+    except RuntimeError as error:
+        expect(False, "graphs.raw", "a graph that OpenVINO reads", str(error).strip().splitlines()[-1])
+        raise
+    batch, _, height, width = (0 if size.is_dynamic else size.get_length() for size in model.inputs[0].partial_shape)
+    best = config.opt_shape or (batch or 1, height or 512, width or 512)
+    fits = all(fixed in (0, size) for fixed, size in zip((batch, height, width), best, strict=True))
+    check(fits, "opt_shape", f"the graph's fixed sizes {(batch, height, width)} (0: any)", best)
+    tail = find_mask_tail(model)
+    if tail is None:
+        logger.warning("the mask logits are made in an unknown way, and are quantised as well")
+
+    def to_input(path: Path) -> np.ndarray:
+        return np.repeat(covering_crop(read_image(path), best[1:]), batch or 1, 0)
+
+    # The library prints on both streams; only this module's own progress bar is shown.
+    with (
+        tempfile.TemporaryDirectory(prefix="maskformer_fast_engine_") as folder,
+        open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere),
+        tqdm(desc="calibrate", unit="img", file=sys.__stderr__, disable=not progress, leave=False) as bar,
+    ):  # fmt: skip
+        nncf.set_log_level(logging.ERROR)
+        quantised = nncf.quantize(
+            model,
+            nncf.Dataset(readable, lambda path: (bar.update(), to_input(path))[1]),
+            subset_size=len(readable),
+            model_type=nncf.ModelType.TRANSFORMER if _is_transformer(model, tail) else None,
+            ignored_scope=nncf.IgnoredScope(names=list(tail.names) if tail else []),
+        )
+        path = Path(folder) / Path(FILE).name
+        openvino.save_model(quantised, path, compress_to_fp16=False)
+        contents = {FILE: path.read_bytes(), FILE.removesuffix(".xml") + ".bin": path.with_suffix(".bin").read_bytes()}
+    low = Shape(batch or 1, height or 1, width or 1)
+    high = Shape(batch or LARGEST.batch, height or LARGEST.height, width or LARGEST.width)
+    engine = Engine(
+        file=FILE, api=OPENVINO, api_version=str(openvino.__version__), precision="int8", targets=(),
+        profile=Profile(low, Shape(*best), high),
+        options={"nncf": str(nncf.__version__), "images": len(readable)},
+        outputs=tuple(
+            TensorSpec(port.get_any_name(), "float32", tuple(
+                f"{port.get_any_name()}_{axis}" if size.is_dynamic else size.get_length()
+                for axis, size in enumerate(port.partial_shape)
+            ))
+            for port in model.outputs
+        ),
+    )  # fmt: skip
+    return engine, contents
+
+
+def _is_transformer(model: Any, tail: MaskTail | None) -> bool:
+    """Whether pixel features come from more attention than convolutions, as with a Swin backbone."""
+    counts = {"Softmax": 0, "Convolution": 0}
+    start = (tail.features if tail else model.output("mask_logits")).get_node()
+    waiting, seen = [start], {start.get_friendly_name()}
+    while waiting:
+        node = waiting.pop()
+        counts[node.get_type_name()] = counts.get(node.get_type_name(), 0) + 1
+        for before in (port.get_node() for port in node.input_values()):
+            if before.get_friendly_name() not in seen:
+                seen.add(before.get_friendly_name())
+                waiting.append(before)
+    return counts["Softmax"] > counts["Convolution"]
+
+
+def _readable(files: Sequence[Path], progress: bool) -> list[Path]:
+    """Those of the pictures that can be read; each of the others is logged. Raises ``ValueError`` for too few."""
+    readable = []
+    for path in tqdm(files, desc="read", unit="img", disable=not progress, leave=False):
+        try:
+            read_image(path)
+        except BrokenExampleError as error:
+            logger.warning("calibration: left out: %s", error)
+        else:
+            readable.append(path)
+    check(len(readable) >= LEAST_IMAGES, "calibration", f"at least {LEAST_IMAGES} pictures that can be read",
+          len(readable))  # fmt: skip
+    return readable
+
+
+def _libraries() -> tuple[Any, Any]:
+    os.environ.setdefault("NNCF_CI", "1")  # no telemetry
+    try:
+        import nncf
+        import openvino
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"int8 for openvino needs openvino and nncf (pip install maskformer_fast[quantize-openvino]): {error}"
+        ) from error
+    return openvino, nncf

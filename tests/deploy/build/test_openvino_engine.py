@@ -1,0 +1,143 @@
+"""INT8 graphs for OpenVINO: options, pictures, the bundle that they are added to, and its results without NNCF."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskformer_fast import export
+from maskformer_fast.deploy.build.openvino_engine import FILE, LEAST_IMAGES, _is_transformer
+from maskformer_fast.deploy.build.tensorrt import EngineConfig, EngineError
+from maskformer_fast.deploy.bundle.folder import Bundle
+from maskformer_fast.deploy.bundle.manifest import BundleError, Shape
+from maskformer_fast.deploy.runtime import load
+from maskformer_fast.deploy.runtime.openvino_session import find_mask_tail
+from tests.support.graphs import raw_graph
+from tests.support.tail_graph import tail_bundle, tail_graph
+
+openvino = pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+SIZE = (36, 52)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many pictures as are needed, and a damaged one."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(1)
+    for number in range(LEAST_IMAGES):
+        array = rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{number}.png")
+    (folder / "damaged.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def command(bundle: Bundle, pictures: Path, *more: str) -> list[str]:
+    return [
+        str(bundle.folder), "--engine-only", "--engine.api", "openvino", "--engine.precision", "int8",
+        "--engine.calibration", str(pictures), "--engine.opt-shape", "1", *map(str, SIZE), *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf16", "calibration": None}, "precision: expected int8 with openvino, .*got 'bf16'"),
+        ({"calibration": None}, "calibration: expected a folder of images, got None"),
+        ({"max_shape": (1, 9, 9)}, "max_shape: expected nothing: openvino does not have this option"),
+        ({"calibration_method": "max"}, "calibration_method: expected nothing"),
+        ({"targets": ("sm_89",)}, "targets: expected nothing"),
+        ({"mask_dtype": "float16"}, "mask_dtype: expected nothing"),
+    ],
+)
+def test_options_of_tensorrt_alone_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        EngineConfig(**{"api": "openvino", "precision": "int8", "calibration": "pictures", **options})
+
+
+def test_a_failure_leaves_the_bundle_as_it_was(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tail_bundle(tmp_path / "bundle")
+    few = tmp_path / "few"
+    few.mkdir()
+    for case, error, message in (
+        (tmp_path / "nowhere", FileNotFoundError, "calibration: expected a folder of images"),
+        (few, FileNotFoundError, "calibration: no image in"),
+        (pictures, ModuleNotFoundError, r"needs openvino and nncf \(pip install maskformer_fast\[quantize-openvino\]"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "nncf", None)
+            with pytest.raises(error, match=message) as caught:
+                export.main(command(bundle, case))
+        assert "\n" not in str(caught.value)
+    assert Bundle.open(bundle.folder).digest == bundle.digest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "few"]
+
+
+def test_the_preset_for_transformers_is_for_backbones_of_attention() -> None:
+    for graph, wanted in ((tail_graph(), False), (raw_graph().SerializeToString(), False)):
+        model = openvino.Core().read_model(graph)
+        assert _is_transformer(model, find_mask_tail(model)) == wanted
+    tokens = openvino.opset13.parameter([1, 4, 8], np.float32)
+    masks = openvino.opset13.softmax(tokens, 2)
+    masks.output(0).get_tensor().set_names({"mask_logits"})
+    assert _is_transformer(openvino.Model([masks], [tokens]), None)
+
+
+@pytest.mark.slow
+def test_too_few_pictures_are_refused(tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = tail_bundle(tmp_path / "bundle")
+    limit = str(LEAST_IMAGES - 1)
+    with pytest.raises(ValueError, match=f"calibration: expected at least {LEAST_IMAGES} pictures .* got [67]"):
+        export.main(command(bundle, pictures, "--engine.calibration-images", limit))
+    assert Bundle.open(bundle.folder).digest == bundle.digest
+
+
+@pytest.mark.slow
+def test_an_engine_is_added_and_used_without_torch_and_nncf(
+    tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tail_bundle(tmp_path / "bundle")
+    assert export.main(command(bundle, pictures)) == 0
+    assert "damaged.png" in caplog.text and FILE in capsys.readouterr().out
+    made = Bundle.open(bundle.folder)
+    (engine,) = made.manifest.engines
+    assert (engine.api, engine.precision, engine.targets) == ("openvino", "int8", ())
+    assert engine.options["images"] == LEAST_IMAGES and engine.profile.optimum == Shape(1, *SIZE)
+    assert {engine.file, engine.weights} <= made.manifest.files.keys()
+    text = made.read(engine.file).decode()
+    assert "FakeQuantize" in text and [spec.name for spec in engine.outputs] == ["class_logits", "mask_logits"]
+    model = openvino.Core().read_model(made.read(engine.file), made.read(engine.weights or ""))
+    assert find_mask_tail(model) is not None, "the operators of the masks are not quantised"
+
+    frames = [np.random.default_rng(n).integers(0, 256, (*SIZE, 3), dtype=np.uint8) for n in range(3)]
+    with load(made) as runtime, load(made, precision="fp32") as exact:
+        assert (runtime.precision, exact.precision) == ("int8", "fp32")
+        for got, wanted in zip(runtime.predict(frames), exact.predict(frames), strict=True):
+            assert np.mean(got.labels == wanted.labels) > 0.8
+    program = f"""
+import sys
+for name in ("torch", "triton", "onnx", "onnxruntime", "PIL", "tyro", "nncf"):
+    sys.modules[name] = None
+import numpy as np
+from maskformer_fast.deploy.runtime import load
+with load({str(bundle.folder)!r}) as runtime:
+    print(runtime.precision, runtime.predict(np.zeros({(*SIZE, 3)}, np.uint8)).labels.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == f"int8 {SIZE}", done.stderr
+
+    assert export.main(command(bundle, pictures)) == 0
+    assert len(Bundle.open(bundle.folder).manifest.engines) == 1, "it is replaced"
+    weights = bundle.folder / str(engine.weights)
+    weights.unlink()
+    weights.write_bytes(b"0" * made.manifest.files[str(engine.weights)].bytes)
+    with pytest.raises(BundleError, match="openvino_int8.bin"):
+        load(bundle.folder)
