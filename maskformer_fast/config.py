@@ -18,6 +18,7 @@ TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
 PanopticOrder = Literal["direct", "official"]
 PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
+MAX_LAYERS, MAX_WIDTH = 1000, 1 << 20  # layers; queries and channels: no typo or hostile file demands endless networks
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,8 @@ class BackboneConfig:
             check(value is None or value > 0, f"backbone.{name}", "a positive integer", value)
         rate = self.drop_path_rate
         check(rate is None or 0.0 <= rate < 1.0, "backbone.drop_path_rate", "0 <= rate < 1", rate)
-        if self.norm is not None:
-            check_choice("backbone.norm", self.norm, ("batch", "frozen", "sync"))
-        if self.stem is not None:
-            check_choice("backbone.stem", self.stem, ("basic", "deep"))
+        check_choice("backbone.norm", self.norm, (None, "batch", "frozen", "sync"))
+        check_choice("backbone.stem", self.stem, (None, "basic", "deep"))
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ class PixelDecoderConfig:
             check(getattr(self, name) > 0, f"pixel_decoder.{name}", "a positive integer", getattr(self, name))
         check(self.conv_dim > 0 and self.conv_dim % self.norm_groups == 0, "pixel_decoder.conv_dim",
               f"a positive multiple of norm_groups={self.norm_groups}", self.conv_dim)
-        check(self.encoder_layers >= 0, "pixel_decoder.encoder_layers", ">= 0", self.encoder_layers)
+        layers = self.encoder_layers
+        check(0 <= layers <= MAX_LAYERS, "pixel_decoder.encoder_layers", f"0..{MAX_LAYERS}", layers)
         check(self.conv_dim % self.encoder_heads == 0, "pixel_decoder.encoder_heads",
               f"a divisor of conv_dim={self.conv_dim}", self.encoder_heads)
         check(0.0 <= self.encoder_dropout < 1.0, "pixel_decoder.encoder_dropout", "0 <= p < 1", self.encoder_dropout)
@@ -109,7 +109,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         check_choice("decoder.attention_masks", self.attention_masks, ("resized", "direct"))
         for name in ("layers", "hidden_dim", "num_heads", "ffn_dim", "num_queries"):
-            check(getattr(self, name) > 0, f"decoder.{name}", "a positive integer", getattr(self, name))
+            value, limit = getattr(self, name), MAX_LAYERS if name == "layers" else MAX_WIDTH
+            check(0 < value <= limit, f"decoder.{name}", f"a positive integer up to {limit}", value)
         check(self.hidden_dim % self.num_heads == 0, "decoder.num_heads",
               f"a divisor of hidden_dim={self.hidden_dim}", self.num_heads)
         check(0.0 <= self.dropout < 1.0, "decoder.dropout", "0 <= p < 1", self.dropout)
@@ -287,8 +288,7 @@ class TestConfig:
     """Shorter side of the network's input, in pixels; ``None`` does not resize."""
     max_size: int = 2048
     size: tuple[int, int] | None = None
-    """Height, width of the network's input, to which every image is brought whatever its shape; ``None`` keeps the
-    shape: see ``short_edge``."""
+    """Height, width of the network's input, whatever an image's shape; ``None``: see ``short_edge``."""
     object_mask_threshold: float = 0.8
     """Panoptic: least score of a query's best class; other queries are dropped."""
     overlap_threshold: float = 0.8

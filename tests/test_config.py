@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 from shlex import split as words
 from typing import Any
 
@@ -77,6 +78,9 @@ def parse_config(argv):
         (TestConfig, {"short_edge": 0}, "test.short_edge"),
         (TestConfig, {"size": (9, 0)}, "test.size"),
         (ModelConfig, {"size_divisibility": 10**6}, "model.size_divisibility"),
+        (DecoderConfig, {"layers": 10**6}, "decoder.layers"),
+        (DecoderConfig, {"num_queries": 10**9}, "decoder.num_queries"),
+        (PixelDecoderConfig, {"encoder_layers": 10**6}, "pixel_decoder.encoder_layers"),
         (TestConfig, {"multi_scale": (1.0, -1.0)}, "test.multi_scale"),
         (SolverConfig, {"lr": 0.0}, "solver.lr"),
         (SolverConfig, {"lr": float("nan")}, "solver.lr"),
@@ -140,6 +144,12 @@ def test_a_saved_configuration_reads_back_identically(config: Config, tmp_path_f
     save_config(config, path)
     assert load_recipe(path) == config
     assert from_dict(to_plain(config)) == config
+
+
+@pytest.mark.parametrize("name", ["a\x85b", "a\u2028b", "\u00e4", "~", "a: b"])
+def test_an_output_of_any_characters_reads_back(tmp_path: Path, name: str) -> None:
+    save_config(Config(output=name), tmp_path / "config.yaml")
+    assert load_recipe(tmp_path / "config.yaml").output == name
 
 
 def test_the_plain_form_of_tuples_is_lists() -> None:

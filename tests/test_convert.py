@@ -213,7 +213,7 @@ def test_refusals_leave_nothing_behind(case: str, tmp_path: Path) -> None:
         "missing": r"missing: backbone\.norm3\.bias",
         "truncated": "not a readable pickle",
         "empty": "empty file",
-        "text": "not a readable pickle",
+        "text": "got HTML or XML",
         "absent": "found nothing at",
     }[case]
     if case == "code":

@@ -6,16 +6,26 @@ import numpy as np
 
 from maskformer_fast.core.checks import check
 
+MAX_PIXELS = 89_478_485
+"""Pixels of the largest image that is decoded or made (a quarter GiB as RGB); larger ones may be bombs."""
+
 
 def short_edge_size(height: int, width: int, short_edge: int | tuple[int, int], max_size: int) -> tuple[int, int]:
     """Height, width with the shorter side at ``short_edge``, or less if the longer would exceed ``max_size``.
 
     A ``short_edge`` that is itself a height and width is returned.
+
+    Raises:
+        ValueError: an input of more than `MAX_PIXELS` pixels.
     """
     if isinstance(short_edge, tuple):
-        return short_edge
-    scale = min(short_edge / min(height, width), max_size / max(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        size = short_edge
+    else:
+        scale = min(short_edge / min(height, width), max_size / max(height, width))
+        size = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    check(size[0] * size[1] <= MAX_PIXELS, "short_edge and max_size",
+          f"an input of at most {MAX_PIXELS} pixels for an image of {height} x {width}", size)
+    return size
 
 
 def check_image(image: np.ndarray, name: str = "image") -> None:

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from maskformer_fast.core.image_files import IMAGE_FORMATS
+from maskformer_fast.core.image_resize import MAX_PIXELS
 from maskformer_fast.data.base import BrokenExampleError
 from maskformer_fast.data.pixel_values import (
     declared_bits,
@@ -28,9 +29,6 @@ from maskformer_fast.data.pixel_values import (
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
-
-MAX_PIXELS = 89_478_485
-"""Pixels of the largest image that is decoded (a quarter GiB as RGB); a larger one may be a decompression bomb."""
 
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _LOSSY = ("JPEG", "MPO", "JPEG2000")

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskformer_fast.config import AugmentConfig, Config, Task
 from maskformer_fast.core.checks import check
+from maskformer_fast.core.image_resize import MAX_PIXELS
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
-from maskformer_fast.data.images import MAX_PIXELS
 from maskformer_fast.data.transforms import Sample, TrainTransform
 from maskformer_fast.data.worker import iterate_over, worker_setup
 from maskformer_fast.structures import Batch, Example, Targets

@@ -16,8 +16,9 @@ from PIL import Image
 
 from maskformer_fast.config import Task
 from maskformer_fast.core.image_files import IMAGE_SUFFIXES
+from maskformer_fast.core.image_resize import MAX_PIXELS
 from maskformer_fast.data import BrokenExampleError
-from maskformer_fast.data.images import MAX_PIXELS, read_image
+from maskformer_fast.data.images import read_image
 from maskformer_fast.demo.stages import StagedPredictor
 from maskformer_fast.demo.view import error_html, make_view, result_html, times_html, view_html
 

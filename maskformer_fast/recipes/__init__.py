@@ -8,7 +8,6 @@ A recipe names only what departs from the defaults of `config.py`, or from anoth
 
 from __future__ import annotations
 
-import io
 from collections.abc import Hashable, Mapping
 from dataclasses import fields
 from os import PathLike
@@ -157,7 +156,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def save_config(config: Config, path: str | PathLike[str]) -> None:
     """Write every field as YAML, atomically; `load_recipe` of a ``.yaml`` path reads the same configuration back."""
-    text = io.StringIO()
-    yaml.safe_dump(to_plain(config), text, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    plain = to_plain(config)
+    text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    if yaml.safe_load(text) != plain:  # a name with a line break of Unicode, which PyYAML would write as it is
+        text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.encode())

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from maskformer_fast.core.image_resize import resize_array
+from maskformer_fast.core.image_resize import resize_array, short_edge_size
 
 IMAGE = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 
@@ -17,6 +17,13 @@ def test_none_keeps_the_image_and_sizes_follow_the_short_edge() -> None:
     assert resize_array(IMAGE, 10, 100).shape == (10, 14, 3)
     assert resize_array(IMAGE, 10, 7).shape == (5, 7, 3)
     assert resize_array(IMAGE, (11, 3), 1).shape == (11, 3, 3), "a height and width, whatever the image's shape"
+
+
+@pytest.mark.parametrize(("short_edge", "max_size"), [(65536, 65536), ((65536, 65536), 1)])
+def test_an_input_that_would_fill_all_memory_is_refused(short_edge: int | tuple[int, int], max_size: int) -> None:
+    with pytest.raises(ValueError, match="short_edge and max_size: expected an input of at most"):
+        resize_array(IMAGE, short_edge, max_size)
+    assert short_edge_size(1, 20000, 512, 2048) == (1, 2048)
 
 
 def test_arrays_that_are_no_images_are_refused() -> None:

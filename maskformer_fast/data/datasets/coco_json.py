@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import check_same_size, path_below
 
+_LOGGER = logging.getLogger("maskformer_fast.data")
 _DIGITS = 18  # most digits of a number that is written as a text
 _PROBED = 16  # number of images that are searched to find the folder of images
 
@@ -180,6 +183,10 @@ def read_images(
             raise ValueError(f"{records.where(index)}: id: expected distinct ids, got {image_id!r} twice")
     if not images:
         raise ValueError(f'{path}: expected at least one entry in "images"')
+    names = Counter(info.file_name for info in images.values())
+    if repeated := [name for name, count in names.items() if count > 1]:
+        _LOGGER.warning("%s: %d files are listed under several ids, such as %s: each entry counts as an image of its "
+                        "own, with the annotations of its id alone", path, len(repeated), repeated[0])
     return images
 
 

@@ -129,6 +129,13 @@ def test_an_error_names_the_annotation_files_that_are_there(tmp_path):
         build(tmp_path)
 
 
+def test_a_file_that_is_listed_under_several_ids_is_named(tmp_path, caplog):
+    data = content()
+    data["images"].append(data["images"][0] | {"id": 9})
+    assert len(build(store(tmp_path, data))) == 3
+    assert "1 files are listed under several ids, such as 1.png" in caplog.text
+
+
 def test_names_that_are_there_twice_become_distinct(tmp_path):
     data = content()
     data["categories"] = [{"id": 20, "name": "b"}, {"id": 10, "name": "b"}, {"id": 3, "name": "b (20)"}]
