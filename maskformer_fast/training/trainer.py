@@ -18,6 +18,7 @@ from tqdm import tqdm
 from maskformer_fast.config import Config, Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, write_json
+from maskformer_fast.core.machine import keep_freed_memory
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.loader import check_batch_size, train_loader
@@ -83,6 +84,8 @@ class Trainer:
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         self.device = resolve_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.resumed: Path | None = None
         self.damaged: list[Path] = []
         saved = self._newest_checkpoint() if resume else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,29 @@ def test_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     del array
     assert int(output) < 256 * MIB
+
+
+KEPT = """
+import numpy as np
+from maskformer_fast.core.machine import keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+print(keep_freed_memory())
+before = resident()
+array = np.ones(64 << 20, np.uint8)
+del array
+print(resident() - before > 32 << 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize(
+    ("environment", "kept"),
+    [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False), ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, False)],
+)
+def test_freed_memory_stays_with_the_process_unless_the_environment_sets_the_allocation(
+    environment: dict[str, str], kept: bool
+) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    process = subprocess.run([sys.executable, "-c", KEPT], env=inherited | environment, capture_output=True, text=True)
+    assert process.stdout.split() == [str(kept)] * 2, process.stderr

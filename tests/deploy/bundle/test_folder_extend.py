@@ -56,8 +56,8 @@ def test_names_that_file_systems_confuse_are_refused(bundle: Bundle, tmp_path: P
         ("preprocess", {"short_edge": 0}, r"short_edge: expected 1..65536 or null"),
         ("preprocess", {"max_size": 1 << 31}, r"max_size: expected 1..2147483647"),
         ("preprocess", {"size_divisibility": 65537}, r"size_divisibility: expected 0..65536"),
-        ("metadata", {"colors": ((0, 256, 0),) * 5}, r"metadata.colors: expected 0..255"),
-        ("metadata", {"colors": ((-1, 0, 0),) * 5}, r"metadata.colors: expected 0..255"),
+        ("metadata", {"colors": ((0, 256, 0),) * 5}, r"metadata.colors: expected red, green and blue of 0..255"),
+        ("metadata", {"colors": ((-1, 0, 0),) * 5}, r"metadata.colors: expected red, green and blue of 0..255"),
     ],
 )
 def test_numbers_that_cannot_be_used_are_refused(bundle: Bundle, part: str, changes: Any, message: str) -> None:
