@@ -60,6 +60,12 @@ ALLOWED_SPILLS = {
     ("3.6", "panoptic_claim_most", "sm_100"): 8,
     ("3.6", "semantic_logits_fp16_q128_k200_t99_scores_margins", "sm_100"): 16,
     ("3.6", "semantic_embeddings_bf16_q256", "sm_100"): 16,
+    ("3.6", "deformable_attention_bf16", "sm_100"): 16,
+    ("3.6", "deformable_attention_bf16", "sm_120"): 16,
+    ("3.6", "deformable_attention_backward_fp32", "sm_120"): 8,
+    ("3.6", "deformable_attention_backward_fp16", "sm_120"): 8,
+    ("3.6", "deformable_attention_backward_bf16", "sm_120"): 8,
+    ("3.8", "deformable_attention_backward_fp32", "sm_120"): 8,
     ("3.8", "mask_sums_gamma_2", "sm_90"): 16,
     ("3.8", "matching_cost_sums_embeddings_bf16_2_kept", "sm_100"): 8,
 }
