@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from benchmarks import plots
 from benchmarks.cases import end_to_end as files_to_labels
 from benchmarks.harness.report import NUMBERS, markdown
 from benchmarks.harness.runner import plan
-from benchmarks.studies import class_count, cpu_bundle, end_to_end, scaling
+from benchmarks.studies import class_count, cpu_bundle, end_to_end, image_to_labels, scaling
 from maskformer_fast.benchmark.runners import draw_frame
-from tests.support.paths import ROOT
+from maskformer_fast.recipes import load_recipe
+from tests.support.paths import ROOT, TINY_RECIPE
 from tests.support.tail_graph import tail_bundle
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -152,3 +154,18 @@ def test_bundles_on_the_cpu_are_compared_with_their_complete_graph(
     assert np.mean(ours == other) > 0.999
     assert cpu_bundle.main([str(bundle.folder), "--size", "40x56", "--alone", "openvino, fp32"]) == 0
     assert float(capsys.readouterr().out) > 20
+
+
+def test_sides_of_image_to_labels_agree(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model = load_recipe(str(TINY_RECIPE)).model
+    image = draw_frame(np.random.default_rng(0), (64, 96))
+    image_to_labels.write_sides(tmp_path, replace(model, num_classes=5), image)
+    ours, theirs = (image_to_labels.open_side(side, tmp_path)(image) for side in ("ours, float32", "OpenVINO, float32"))
+    assert ours.shape == (64, 96) and np.mean(ours == theirs) > 0.99
+    assert all(image_to_labels.matrix_rate(dtype) > 1e8 for dtype in (torch.float32, torch.bfloat16))
+
+
+def test_image_to_labels_refuses_sizes_and_counts() -> None:
+    with pytest.raises(ValueError, match="rounds: expected > 0"):
+        image_to_labels.ImageToLabelsOptions(rounds=0)
