@@ -115,7 +115,9 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """JSON object of a line of the log; ``None`` if the line is damaged."""
+    """JSON object of a line of the log; ``None`` if the line is damaged, or two lines for other readers."""
+    if b"\r" in line.rstrip(b"\r"):
+        return None
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

@@ -101,7 +101,7 @@ def test_a_lost_link_to_the_best_checkpoint_is_made_by_the_next_validation(run):
 
 
 LINES = {"not UTF-8": b"\xff", "no step": b"{}", "a list": b"[1]", "a text as step": b'{"step": "4"}', "nested": NESTED,
-         "no JSON": b"<<<<<<< HEAD"}
+         "no JSON": b"<<<<<<< HEAD", "two lines for other readers": b'{"step":\r 4}'}
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES.keys())
