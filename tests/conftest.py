@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Its default. As the environment sets the allocation, networks that tests load leave that of the test's process alone.
+os.environ.setdefault("MALLOC_TOP_PAD_", str(128 << 10))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from benchmarks.cases.inputs import Size
 from maskformer_fast.deploy.build.onnx import Flavour, export_graphs
 from maskformer_fast.deploy.bundle.manifest import Shape
+from maskformer_fast.deploy.runtime.openvino_session import shared_core
 
 OPENVINO, ONNXRUNTIME = "OpenVINO", "onnxruntime"
 PRECISIONS: dict[str, Literal["f32", "bf16"]] = {"float32": "f32", "bfloat16": "bf16"}
@@ -29,9 +30,7 @@ def open_engine(engine: str, graph: bytes, dtype: str = "float32") -> Run:
     """Load a graph in an engine, with PyTorch's number of threads, tuned for one image at a time."""
     threads = torch.get_num_threads()
     if engine == OPENVINO:
-        import openvino
-
-        core = openvino.Core()
+        core = shared_core()
         settings = {
             "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
             "INFERENCE_NUM_THREADS": threads,

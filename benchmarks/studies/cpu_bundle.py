@@ -31,6 +31,7 @@ from maskformer_fast.core.machine import peak_resident_bytes
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import OPENVINO, Shape
 from maskformer_fast.deploy.runtime import load
+from maskformer_fast.deploy.runtime.openvino_session import shared_core
 from maskformer_fast.deploy.runtime.selection import CPU_PRECISIONS, BackendName
 
 COMPLETE = "complete graph"
@@ -74,13 +75,11 @@ def open_side(side: str, bundle: Bundle) -> Segment:
         assert library in get_args(BackendName)
         runtime = load(bundle, library, precision=precision, in_flight=1)  # type: ignore[arg-type]
         return lambda frame: runtime.predict(frame).labels
-    import openvino
-
     settings = {
         "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         "INFERENCE_NUM_THREADS": 1,
     }  # fmt: skip
-    model = openvino.Core().compile_model(bundle.folder / bundle.manifest.graphs["complete"].file, "CPU", settings)
+    model = shared_core().compile_model(bundle.folder / bundle.manifest.graphs["complete"].file, "CPU", settings)
     request = model.create_infer_request()
     return lambda frame: request.infer([frame.transpose(2, 0, 1)[None].copy()])[0][0].copy()
 

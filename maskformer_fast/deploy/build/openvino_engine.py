@@ -27,7 +27,7 @@ from maskformer_fast.data.images import read_image
 from maskformer_fast.deploy.build.quantize import covering_crop, image_files
 from maskformer_fast.deploy.build.tensorrt import EngineConfig
 from maskformer_fast.deploy.bundle.manifest import OPENVINO, Engine, Profile, Shape, TensorSpec, expect
-from maskformer_fast.deploy.runtime.openvino_session import MaskTail, find_mask_tail
+from maskformer_fast.deploy.runtime.openvino_session import MaskTail, find_mask_tail, shared_core
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def build_openvino_engine(
     openvino, nncf = _libraries()
     readable = _readable(files, progress)
     try:
-        model = openvino.Core().read_model(raw_onnx)
+        model = shared_core().read_model(raw_onnx)
     except RuntimeError as error:
         expect(False, "graphs.raw", "a graph that OpenVINO reads", str(error).strip().splitlines()[-1])
         raise

@@ -6,6 +6,7 @@ masks are computed for the wanted queries only (`deploy.runtime.mask_factors`).
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,26 @@ from maskformer_fast.deploy.runtime.mask_factors import PANEL, FactoredMasks, Pr
 TYPES = {"f32": "tensor(float)", "u8": "tensor(uint8)"}
 
 
+@functools.cache
+def shared_core() -> Any:
+    """OpenVINO's core, one for the process, which is never destroyed.
+
+    Its CPU plugin gives the thread that loads it a stack for signals, and frees this with the core, perhaps in another
+    thread. The next signal of the first thread would then end the process.
+
+    Raises:
+        ModuleNotFoundError: OpenVINO is not installed.
+    """
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "openvino is needed to run a bundle by the backend openvino; install it with: pip install openvino "
+            "(or maskformer_fast[openvino])", name=error.name
+        ) from error
+    return openvino.Core()
+
+
 class OpenvinoSession:
     """A `maskformer_fast.deploy.runtime.cpu_session.CpuSession`."""
 
@@ -34,14 +55,7 @@ class OpenvinoSession:
             ModuleNotFoundError: OpenVINO is not installed.
             ValueError: the processor lacks the precision.
         """
-        try:
-            import openvino
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "openvino is needed to run a bundle by the backend openvino; install it with: pip install openvino "
-                "(or maskformer_fast[openvino])", name=error.name
-            ) from error
-        core = openvino.Core()
+        core = shared_core()
         low = has_bfloat16() and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         check(precision != "bf16" or low, "precision", "fp32 or int8, as this processor has no bfloat16", precision)
         settings = {

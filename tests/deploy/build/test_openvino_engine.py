@@ -17,7 +17,7 @@ from maskformer_fast.deploy.build.tensorrt import EngineConfig, EngineError
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import BundleError, Shape
 from maskformer_fast.deploy.runtime import load
-from maskformer_fast.deploy.runtime.openvino_session import find_mask_tail
+from maskformer_fast.deploy.runtime.openvino_session import find_mask_tail, shared_core
 from tests.support.graphs import raw_graph
 from tests.support.tail_graph import tail_bundle, tail_graph
 
@@ -83,7 +83,7 @@ def test_a_failure_leaves_the_bundle_as_it_was(
 
 def test_the_preset_for_transformers_is_for_backbones_of_attention() -> None:
     for graph, wanted in ((tail_graph(), False), (raw_graph().SerializeToString(), False)):
-        model = openvino.Core().read_model(graph)
+        model = shared_core().read_model(graph)
         assert _is_transformer(model, find_mask_tail(model)) == wanted
     tokens = openvino.opset13.parameter([1, 4, 8], np.float32)
     masks = openvino.opset13.softmax(tokens, 2)
@@ -114,7 +114,7 @@ def test_an_engine_is_added_and_used_without_torch_and_nncf(
     assert {engine.file, engine.weights} <= made.manifest.files.keys()
     text = made.read(engine.file).decode()
     assert "FakeQuantize" in text and [spec.name for spec in engine.outputs] == ["class_logits", "mask_logits"]
-    model = openvino.Core().read_model(made.read(engine.file), made.read(engine.weights or ""))
+    model = shared_core().read_model(made.read(engine.file), made.read(engine.weights or ""))
     assert find_mask_tail(model) is not None, "the operators of the masks are not quantised"
 
     frames = [np.random.default_rng(n).integers(0, 256, (*SIZE, 3), dtype=np.uint8) for n in range(3)]
