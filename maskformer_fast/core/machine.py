@@ -51,12 +51,15 @@ def gpu_names() -> list[str]:
 
 def has_bfloat16() -> bool:
     """Whether the processor multiplies in bfloat16, as far as the system tells; True where it tells nothing."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    flags = {flag for name in ("flags", "Features") for line in _processor_lines(name) for flag in line.split()}
     return not flags or not flags.isdisjoint(BFLOAT16_FLAGS)
+
+
+def processor_vendor() -> str:
+    """Vendor as an x86-64 processor names itself, ``AuthenticAMD`` or ``GenuineIntel``; another text where that is unknown."""
+    lines = _processor_lines("vendor_id")
+    # Windows's name of a processor ends with the vendor.
+    return lines[0] if lines else platform.processor().rpartition(" ")[2]
 
 
 def installed_version(package: str) -> str | None:
@@ -116,9 +119,14 @@ def keep_freed_memory() -> bool:
 
 
 def _processor_name() -> str:
+    models = _processor_lines("model name")
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _processor_lines(name: str) -> list[str]:
+    """What Linux tells of each core under this name; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+        return []
+    return [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == name]

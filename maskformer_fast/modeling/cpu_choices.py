@@ -1,8 +1,9 @@
-"""Which implementation of a layer is the fastest on this processor, by measurements of some milliseconds.
+"""Which implementation of a layer is the fastest on this processor.
 
 Libraries differ by factors from processor to processor: MKL multiplies float32 matrices on AMD's slower than oneDNN,
-and oneDNN's bfloat16 convolutions use matrix units that only some have. Each choice is made once in a process, and told
-to this module's logger with its times (level INFO).
+and oneDNN's bfloat16 convolutions use matrix units that only some have. Matrices go by the processor's vendor.
+Convolutions go by measurements of some milliseconds, each made once in a process and told to this module's logger with
+its times (level INFO); inference alone asks for them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from maskformer_fast.core.machine import processor_vendor
 from maskformer_fast.ops.convolution import conv3x3_winograd, pack_winograd_weights
 
 logger = logging.getLogger(__name__)
 
-_PRODUCT = (1024, 384, 768)
-"""Rows, inputs and outputs of the product by which MKL and oneDNN are compared."""
 _PRODUCTS = 2**26
 """Products of the maps on which convolutions are compared, for each tap: those of a ResNet's stages at 512x512."""
 _SIDES = (16, 128)
@@ -38,19 +37,13 @@ GEOMETRY: tuple[list[int], list[int], list[int], int] = ([1, 1], [1, 1], [1, 1],
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether PyTorch has oneDNN and it multiplies float32 matrices faster than MKL."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    rows, inputs, outputs = _PRODUCT
-    x, weight = _random(rows, inputs), _random(outputs, inputs)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return _fastest(
-        f"float32 product {rows} x {inputs} x {outputs}",
-        {
-            "MKL": lambda: F.linear(x, weight),
-            "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, *PLAIN),
-        },
-    ) == "oneDNN"
+    """Whether oneDNN multiplies float32 matrices faster than PyTorch's own way does: on AMD's processors, beside MKL.
+
+    A rule and not a measurement, because training goes by it too: all processes of a run, and those that resume it,
+    must compute the same sums.
+    """
+    libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return libraries and processor_vendor() == "AuthenticAMD"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Linear layers, whose products in training on a CPU are by the faster of MKL and oneDNN."""
+"""Linear layers, whose products in training on a CPU are by the faster of MKL and oneDNN, a rule by the processor."""
 
 from __future__ import annotations
 

@@ -24,6 +24,26 @@ def test_description_names_the_processor_and_the_installed_versions() -> None:
     assert list(description)[:6] == ["cpu", "cores", "threads", "gpus", "system", "python"]
 
 
+@pytest.mark.parametrize(
+    ("lines", "processor", "expected"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", "x86_64", "AuthenticAMD"),
+        (None, "AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", "AuthenticAMD"),
+        (None, "Intel64 Family 6 Model 154 Stepping 4, GenuineIntel", "GenuineIntel"),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", "", ""),
+    ],
+)
+def test_vendor_is_as_the_processor_names_itself(lines, processor, expected, monkeypatch) -> None:
+    def read_text(path: Path) -> str:
+        if lines is None:
+            raise FileNotFoundError(path)
+        return lines
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(platform, "processor", lambda: processor)
+    assert machine.processor_vendor() == expected
+
+
 def test_version_of_a_package_that_is_not_installed_is_none() -> None:
     assert machine.installed_version("numpy") == importlib.metadata.version("numpy")
     assert machine.installed_version("no-such-package-is-installed") is None
