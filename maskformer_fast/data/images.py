@@ -18,6 +18,7 @@ from maskformer_fast.core.image_resize import MAX_PIXELS
 from maskformer_fast.data.base import BrokenExampleError
 from maskformer_fast.data.pixel_values import (
     declared_bits,
+    has_16_bits,
     is_black_in_16_bits,
     stored_indices,
     take_lower_bytes,
@@ -232,10 +233,12 @@ def read_panoptic_png(path: str | os.PathLike[str]) -> np.ndarray:
     """Decode a COCO panoptic PNG, segment id = R + 256 G + 65536 B -> int32 [H, W].
 
     Raises:
-        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, or not a colour image.
+        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, not a colour image, or of 16 bits a channel.
     """
     image = _decode(path)
     if image.mode not in ("RGB", "RGBA"):
         raise BrokenExampleError(path, f"expected an RGB image of segment ids, got mode {image.mode}")
+    if has_16_bits(image, path):  # Pillow keeps their upper bytes, which need not be those of the ids
+        raise BrokenExampleError(path, "expected an RGB image of segment ids of 8 bits a channel, got 16 bits")
     rgb = np.asarray(image)[..., :3].astype(np.int32)
     return rgb[..., 0] | rgb[..., 1] << 8 | rgb[..., 2] << 16

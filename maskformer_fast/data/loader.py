@@ -29,6 +29,7 @@ from maskformer_fast.structures import Batch, Example, Targets
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
 _PERMUTATION_STREAM = 1  # last part of the permutations' seed; examples have 0 there, as NumPy appends zeros
+_MAX_BATCH_SIZE = 1 << 20  # images of a step, whose list takes memory before the first is read
 
 Broken = tuple[str, str]
 """Path and reason of an example that could not be read."""
@@ -85,7 +86,8 @@ def collate(
 
 
 def check_batch_size(batch_size: int, accumulate: int, world_size: int) -> None:
-    """Raise ``ValueError`` unless a step's images can be divided among micro-batches and ranks."""
+    """Raise ``ValueError`` unless a step's images can be divided among micro-batches and ranks, and be listed."""
+    check(batch_size <= _MAX_BATCH_SIZE, "solver.batch_size", f"at most {_MAX_BATCH_SIZE}", batch_size)
     check(batch_size % (accumulate * world_size) == 0, "solver.batch_size",
           f"a multiple of accumulate x ranks = {accumulate} x {world_size}", batch_size)
 

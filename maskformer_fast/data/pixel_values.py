@@ -131,8 +131,12 @@ def is_black_in_16_bits(
     path: str | os.PathLike[str] | None,
 ) -> bool:
     """Tell whether the upper bytes of a 16-bit colour file, which Pillow keeps, are those of at most 12 bits."""
-    if image.mode not in ("RGB", "RGBA") or rgb.size == 0 or rgb.max() >= 16:
-        return False
+    dark = image.mode in ("RGB", "RGBA") and rgb.size > 0 and int(rgb.max()) < 16
+    return dark and has_16_bits(image, path)
+
+
+def has_16_bits(image: Image.Image, path: str | os.PathLike[str] | None) -> bool:
+    """Tell whether the file of an opened image has 16 bits a channel."""
     if image.format == "PNG":
         header = _png_header(image, path)
         return header is not None and header.depth == 16

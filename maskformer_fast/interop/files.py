@@ -52,6 +52,10 @@ _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 _LANDMARKS = ("sem_seg_head.", "class_predictor.")
 """Names of an official model and of one of Hugging Face, by which a network is found among other tensors."""
 _MAX_WRAPPERS = 4
+_NUMPY = ("numpy.dtype", "numpy.ndarray", *(
+    f"numpy.{module}.multiarray.{name}" for module in ("core", "_core") for name in ("scalar", "_reconstruct")
+))  # fmt: skip
+"""NumPy's names in states of training (metrics, random numbers), each of which has a stand-in that is never used."""
 _DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -214,7 +218,8 @@ def load_torch(path: Path) -> Any:
             check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged files seem to be of unknown versions
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([(_NumpyValue, name) for name in _NUMPY]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except ConvertError:
         raise
     except Exception as error:  # torch raises nearly anything for a damaged file
@@ -225,6 +230,14 @@ def load_torch(path: Path) -> Any:
                                "the named tensors alone") from error
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConvertError(f"not a readable file of torch.save: {text[:300]}") from error
+
+
+class _NumpyValue:
+    """Stand-in for a number or array of NumPy: nothing of it is made."""
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
 
 
 def _tensors(content: Any, limit: int) -> dict[str, Tensor]:
@@ -263,6 +276,8 @@ def _check_plain(value: Any) -> None:
     """Raise ``TypeError`` unless the value is an array or a tensor of numbers in memory."""
     if isinstance(value, (np.ndarray, np.generic)):
         return
+    if isinstance(value, _NumpyValue):
+        raise TypeError("a number or array of NumPy, which is not read from files of torch.save")
     if not isinstance(value, Tensor):
         raise TypeError(f"an object of type {type(value).__name__}")
     if value.layout != torch.strided or value.dtype not in _DTYPES or value.device.type != "cpu":

@@ -352,6 +352,14 @@ def test_a_tiff_is_turned_as_its_orientation_says_or_left_as_stored(tmp_path, co
     np.testing.assert_array_equal(as_rgb_array(Image.open(in_memory), upright=False)[..., 0], stored)
 
 
+@pytest.mark.parametrize("stretch", [1, 257])
+def test_panoptic_ids_of_16_bits_a_channel_are_refused(stretch, tmp_path, rng):
+    values = noise(rng, 6, 9, 3, dtype=np.uint16, high=256) * np.uint16(stretch)
+    (tmp_path / "p.png").write_bytes(png(values.reshape(6, -1), 16, 2))
+    with pytest.raises(BrokenExampleError, match=r"p\.png.*8 bits a channel, got 16 bits"):
+        read_panoptic_png(tmp_path / "p.png")
+
+
 def test_a_dark_pil_image_of_16_bit_colours_is_named(tmp_path, caplog):
     (tmp_path / "x.png").write_bytes(png(spread(1000, (5, 18)), 16, 2))
     assert as_rgb_array(Image.open(tmp_path / "x.png")).max() < 4

@@ -160,6 +160,7 @@ def test_loaders_do_not_advance_the_global_generator() -> None:
     ("arguments", "message"),
     [
         ({"length": 0}, "dataset: expected at least one example"),
+        ({"batch_size": 10**9}, r"solver\.batch_size: expected at most 1048576, got 1000000000"),
         ({"batch_size": 6, "world_size": 4}, r"solver\.batch_size: expected a multiple of accumulate x ranks = 1 x 4"),
         ({"rank": 1}, "rank: expected 0 <= rank < world_size=1, got 1"),
         ({"seed": -1}, "seed: expected >= 0"),

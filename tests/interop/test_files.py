@@ -77,6 +77,17 @@ def test_tensors_do_not_share_memory_with_the_file(tmp_path: Path) -> None:
     assert torch.equal(got["column"], torch.tensor([1.0, 5.0, 9.0])) and got["column"].is_contiguous()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpy_values_of_a_training_state_beside_the_weights_are_passed_over(tmp_path: Path, zipped: bool) -> None:
+    state = {"best": np.float64(3.5), "step": np.int64(7), "random": ("MT19937", np.arange(624, dtype=np.uint32), 3)}
+    content = {"meta": state, "state_dict": WEIGHTS}
+    torch.save(content, tmp_path / "m.pth", _use_new_zipfile_serialization=zipped)
+    assert_same(read_weights(tmp_path / "m.pth"), FLOAT32)
+    torch.save({"w": np.float64(3.5)}, tmp_path / "n.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ConvertError, match=r"(?s)n\.pth.*w: a number or array of NumPy"):
+        read_weights(tmp_path / "n.pth")
+
+
 def test_bfloat16_becomes_float32(tmp_path: Path) -> None:
     save_file({"w": torch.tensor([1.5, -3.0], dtype=torch.bfloat16)}, str(tmp_path / "w.safetensors"))
     assert_same(read_weights(tmp_path / "w.safetensors"), {"w": torch.tensor([1.5, -3.0])})

@@ -29,8 +29,9 @@ Outline = list[list[float]] | dict[str, Any]
 def normalise_outline(outline: object) -> Outline:
     """Bring the forms in which tools write an outline into one.
 
-    A flat list of numbers is one polygon, and so is a list of points [x, y]; lists of one list in the place of that
-    list make no difference, and neither do numbers that are written as texts. A missing outline becomes an empty list.
+    A flat list of numbers is one polygon, and so is a list of points [x, y] or [x, y, visibility]; lists of one list in
+    the place of that list make no difference, and neither do numbers that are written as texts. A missing outline
+    becomes an empty list.
 
     Raises:
         ValueError: it is neither polygons nor a run-length encoding.
@@ -48,7 +49,7 @@ def normalise_outline(outline: object) -> Outline:
         outline = [outline]
     if not all(isinstance(part, list) for part in outline):
         raise ValueError("a list of polygons, each a list of numbers")
-    return [[value for point in part for value in point] if _is_point_list(part) else part for part in outline]
+    return [[value for point in part for value in point[:2]] if _is_point_list(part) else part for part in outline]
 
 
 def _plain(value: object, levels: int = _LEVELS) -> Any:
@@ -72,7 +73,9 @@ def _is_number(value: object) -> bool:
 
 
 def _is_point_list(part: list[Any]) -> bool:
-    return len(part) > 2 and all(isinstance(p, list) and len(p) == 2 and all(map(_is_number, p)) for p in part)
+    if len(part) < 3 or not all(isinstance(point, list) and all(map(_is_number, point)) for point in part):
+        return False
+    return {len(point) for point in part} in ({2}, {3})  # three numbers are no polygon either
 
 
 def usable_polygons(outline: Outline) -> Outline:

@@ -60,6 +60,7 @@ FORMS = {
     "flat": POLYGON, "points": POINTS, "one more list": [[POINTS]], "contours": CONTOUR,
     "a list of contours": [CONTOUR], "texts": [[str(part) for part in POLYGON]],
     "a flat list of texts": [f"{part}.0" for part in POLYGON],
+    "points with visibility": [[*point, 2] for point in POINTS],
     "points of texts": [["2", "2"], ["1e1", 2], [10, "10"], [2, 10]],
 }  # fmt: skip
 
