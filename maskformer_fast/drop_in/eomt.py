@@ -15,8 +15,8 @@ from maskformer_fast.core.results import InstanceResult
 from maskformer_fast.drop_in.instances import Pairs, painted_map, resampled_instances
 from maskformer_fast.drop_in.outputs import Size, image_sizes, read_logits
 from maskformer_fast.drop_in.panoptic import best_classes, count_winners, empty_result, stuff_segments
-from maskformer_fast.drop_in.semantic import class_probabilities, labels_of_scores, semantic_maps
-from maskformer_fast.ops.resized_semantic import grid_scores
+from maskformer_fast.drop_in.semantic import class_probabilities, scored_map, semantic_maps
+from maskformer_fast.ops.resized_semantic import windowed_scores, windowed_semantic_inference
 
 DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 640}
 """Size of the network's input where none is given, as that of the processor."""
@@ -47,8 +47,13 @@ def post_process_semantic_segmentation(
         sizes = image_sizes("target_sizes", target_sizes, len(masks), grid)
         return semantic_maps(classes, masks, grid, [grid] * len(masks), sizes, return_segmentation_scores)
     sizes = image_sizes("target_sizes", target_sizes, len(target_sizes), grid)
-    scores = _merged_scores(classes, masks, grid, [tuple(map(int, offset)) for offset in offsets], sizes, edges)
-    return [labels_of_scores(s, size, return_segmentation_scores) for s, size in zip(scores, sizes, strict=True)]
+    results = []
+    for image, target in enumerate(sizes):
+        patches = [number for number, offset in enumerate(offsets) if int(offset[0]) == image]
+        starts = [int(offsets[number][1]) for number in patches]
+        parts = (classes[patches], masks[patches], grid, starts, target, edges)
+        results.append(_merged_map(*parts, return_segmentation_scores))
+    return results
 
 
 @torch.no_grad()
@@ -144,21 +149,19 @@ def _resized_size(image: Size, edges: Mapping[str, Any]) -> Size:
     return (long_side, short) if image[1] < image[0] else (short, long_side)
 
 
-def _merged_scores(
-    classes: Tensor,  # [P, Q, K+1] floating, of patches
+def _merged_map(
+    classes: Tensor,  # [P, Q, K+1] floating, of an image's patches
     masks: Tensor,  # [P, Q, h, w] floating
     grid: Size,
-    offsets: list[tuple[int, ...]],  # image, first and last pixel along the longer side
-    targets: list[Size],
+    starts: list[int],  # first pixel of each patch along the longer side
+    target: Size,
     edges: Mapping[str, Any],
-) -> list[Tensor]:
-    """Mean scores of the patches that cover each point of an image -> [K, height, width] float32 each."""
-    probabilities = class_probabilities(classes)
-    sums = [masks.new_zeros((probabilities.shape[2], *_resized_size(t, edges)), dtype=torch.float32) for t in targets]
-    counts = [total.new_zeros(total.shape[1:]) for total in sums]
-    for patch, (image, first, last) in enumerate(offsets):
-        down = targets[image][0] > targets[image][1]
-        rows, columns = (slice(first, last), slice(None)) if down else (slice(None), slice(first, last))
-        sums[image][:, rows, columns] += grid_scores(masks[patch], probabilities[patch], grid, grid)
-        counts[image][rows, columns] += 1
-    return [total.div_(count.clamp(min=1)) for total, count in zip(sums, counts, strict=True)]
+    with_scores: bool,
+) -> Any:
+    """Result of one image, by the mean scores of the patches that cover each of its points."""
+    down = target[0] > target[1]
+    origins = [(start, 0) if down else (0, start) for start in starts]
+    windows = (masks, class_probabilities(classes), origins, grid, _resized_size(target, edges))
+    if with_scores:
+        return scored_map(windowed_scores(*windows), target)
+    return windowed_semantic_inference(*windows, target)

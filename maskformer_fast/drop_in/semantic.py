@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast.drop_in.outputs import Size
-from maskformer_fast.ops.resized_argmax import resized_argmax
 from maskformer_fast.ops.resized_semantic import grid_scores, grid_semantic_inference
 
 
@@ -45,15 +44,6 @@ def semantic_maps(
         scored_map(grid_scores(masks, classes, grid, window), size)
         for masks, classes, window, size in zip(mask_logits, probabilities, windows, output_sizes, strict=True)
     ]
-
-
-def labels_of_scores(
-    scores: Tensor,  # [K, h, w] float32
-    size: Size,
-    with_scores: bool,
-) -> Any:
-    """Labels [H, W] of scores, and with them the resized scores as transformers returns them."""
-    return scored_map(scores, size) if with_scores else resized_argmax(scores, size)
 
 
 def scored_map(

@@ -1,13 +1,18 @@
 """Semantic labels where class scores are computed at a grid and then resized, as transformers' processors do.
 
-``label = argmax_c resize(sum_q P[q, c] * sigmoid(logits at the grid))``. On the CPU `grid_semantic_inference` works on
-bands of the grid's rows and stores neither masks nor scores of more than a band. Where few queries have a class, it
-first computes scores of these queries and of their classes. With bounds for the others they settle most cells
-(`resized_argmax.decide_band`), and complete scores are computed only at the corners of the other cells.
+``label = argmax_c resize(sum_q P[q, c] * sigmoid(logits at the grid))``. The grid may be covered by several windows,
+each with queries of its own; where they overlap, the mean of their scores counts: the sum over the queries of all
+windows, weighted by 1 / count.
+
+On the CPU bands of the grid's rows are computed one after another, and neither masks nor scores of more than a band are
+stored. Where few queries have a class, scores of these queries and of their classes come first. With bounds for the
+others they settle most cells (`resized_argmax.decide_band`), and complete scores are computed only at the corners of
+the other cells.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +27,6 @@ from maskformer_fast.ops.resized_argmax import (
     decide_band,
     label_band,
     padded_channels,
-    resized_argmax_eager,
     resized_positions,
     resized_rows,
 )
@@ -30,27 +34,45 @@ from maskformer_fast.ops.resized_argmax import (
 BAND_VALUES = 1 << 21
 """Values of masks and scores in a band of rows of the grid: temporaries stay below about 16 MiB."""
 MAX_MISSING = 0.02
-"""Most that the dropped queries may add to a class."""
+"""Most that the dropped queries of a window may add to a class."""
 MAX_KEPT = 0.5
 """Largest share of the queries that is kept; with more, all are computed at once."""
 LIVE_TOTAL = 0.1
-"""Least sum of a class's probabilities with which it is computed everywhere; others only where no class leads."""
+"""Least sum of a class's probabilities in a window with which it is computed everywhere; others only where no class
+leads."""
 MAX_POINTS = 0.5
 """Largest share of a band's points that are gathered; with more, complete scores of the band are computed."""
 ROUNDING = 1e-5
 """Bound of a score's error in float32."""
 
 
+class Windows(NamedTuple):
+    """Predictions for windows of a grid."""
+
+    mask_logits: Sequence[Tensor]  # of each window [Q, h, w] floating; numbers of queries may differ
+    probabilities: Sequence[Tensor]  # of each window [Q, C] float32
+    origins: Sequence[tuple[int, int]]  # first row and column of each window in the grid
+    size: tuple[int, int]  # height and width of a window; what reaches beyond the grid is cut off
+    grid: tuple[int, int]  # height and width
+
+    def with_parts(self, mask_logits: Sequence[Tensor], probabilities: Sequence[Tensor]) -> Windows:
+        """The same windows with other queries and classes."""
+        return self._replace(mask_logits=mask_logits, probabilities=probabilities)
+
+    def channels(self) -> int:
+        """Number of classes, padded as the extension wants it."""
+        return padded_channels(self.probabilities[0].shape[1])
+
+
 class _Pruning(NamedTuple):
     """Queries and classes that are computed everywhere, and bounds of all others."""
 
-    kept: Tensor  # [n] int64, queries
+    kept: Windows
     classes: Tensor  # [c] int64
     slack: Tensor  # [c] float32, most that the dropped queries add to each class
     others: float  # largest score of the other classes
 
 
-@torch.no_grad()
 def grid_semantic_inference(
     mask_logits: Tensor,  # [Q, h, w] floating
     probabilities: Tensor,  # [Q, K] floating, of the classes without "no object"
@@ -61,8 +83,7 @@ def grid_semantic_inference(
     """Class of every pixel, from scores at the points of a grid -> [H, W] int64.
 
     Mask logits are resized to the grid, scores are computed there, cropped to the top-left window and resized to the
-    output, bilinearly like ``F.interpolate(align_corners=False)``. Labels are right wherever the winner leads by more
-    than 1e-5. Mask logits should be finite.
+    output, as `windowed_semantic_inference` does with one window.
 
     Args:
         grid: height and width of the grid.
@@ -76,44 +97,169 @@ def grid_semantic_inference(
     fits = probabilities.ndim == 2 and len(probabilities) == len(mask_logits) and probabilities.shape[1] > 0
     check(fits, "probabilities", f"[{len(mask_logits)}, K]", tuple(probabilities.shape))
     check(all(0 < w <= g for w, g in zip(window, grid, strict=True)), "window", f"within {grid}", window)
+    return windowed_semantic_inference(mask_logits[None], probabilities[None], [(0, 0)], grid, window, output_size)
+
+
+@torch.no_grad()
+def windowed_semantic_inference(
+    mask_logits: Tensor,  # [W, Q, h, w] floating
+    probabilities: Tensor,  # [W, Q, K] floating, of the classes without "no object"
+    origins: Sequence[tuple[int, int]],
+    window: tuple[int, int],
+    grid: tuple[int, int],
+    output_size: tuple[int, int],
+) -> Tensor:
+    """Class of every pixel of a picture that was predicted by overlapping windows -> [H, W] int64.
+
+    Mask logits are resized to their window, and scores are computed there. At each point of the grid the mean of the
+    scores of all windows that cover it counts, 0 where none does. Scores are resized to the output, bilinearly like
+    ``F.interpolate(align_corners=False)``. Labels are right wherever the winner leads by more than 1e-5. Mask logits
+    should be finite. No array of all classes and pixels is made, on the CPU and elsewhere.
+
+    Args:
+        origins: first row and column of each window in the grid, as many as windows, not negative.
+        window: height and width of every window; what reaches beyond the grid is cut off.
+        grid: height and width of the picture that the windows were cut from.
+        output_size: height and width of the result.
+
+    Raises:
+        ValueError: shapes that do not fit, a window that lies outside of the grid.
+        ImportError: the extension is not built.
+    """
+    windows = _checked(mask_logits, probabilities, origins, window, grid)
     check(len(output_size) == 2 and min(output_size) > 0, "output_size", "positive height and width", output_size)
-    probabilities = probabilities.to(torch.float32)
     with torch.autocast(mask_logits.device.type, enabled=False):
         if mask_logits.device.type != "cpu":
-            return resized_argmax_eager(grid_scores(mask_logits, probabilities, grid, window), output_size)
+            return _labels_by_tiles(windows, output_size)
         labels = torch.empty(output_size, dtype=torch.int64)
-        pruning = _prune(probabilities)
-        weights = _padded(probabilities)
-        queries = len(mask_logits) if pruning is None else len(pruning.kept)
-        kept_logits = mask_logits if pruning is None else mask_logits[pruning.kept]
-        rows = max(1, BAND_VALUES // (window[1] * (queries + weights.shape[1])))
-        for part in bands(window, rows):
-            arguments = (weights, probabilities.shape[1], grid, window, part)
+        pruning = _prune(windows)
+        queries = max(map(len, (windows if pruning is None else pruning.kept).mask_logits))
+        rows = max(1, BAND_VALUES // (grid[1] * (queries + windows.channels())))
+        for part in bands(grid, rows):
             if pruning is None:
-                label_band(_complete_band(mask_logits, *arguments), labels)
+                label_band(_band(windows, part), labels)
                 continue
-            band, decided = _pruned_band(mask_logits, kept_logits, pruning, *arguments)
+            band, decided = _pruned_band(windows, pruning, part)
             label_band(band, labels, decided)
         return labels
 
 
+@torch.no_grad()
+def windowed_semantic_eager(
+    mask_logits: Tensor,  # [W, Q, h, w] floating
+    probabilities: Tensor,  # [W, Q, K] floating
+    origins: Sequence[tuple[int, int]],
+    window: tuple[int, int],
+    grid: tuple[int, int],
+    output_size: tuple[int, int],
+) -> Tensor:
+    """`windowed_semantic_inference` in plain PyTorch, by tiles of the output's rows."""
+    return _labels_by_tiles(_checked(mask_logits, probabilities, origins, window, grid), output_size)
+
+
 def grid_scores(
     mask_logits: Tensor,  # [Q, h, w] floating
-    probabilities: Tensor,  # [Q, K] float32
+    probabilities: Tensor,  # [Q, K] floating
     grid: tuple[int, int],
     window: tuple[int, int],
 ) -> Tensor:
-    """Scores of all classes in the window of the grid -> [K, *window] float32; in plain PyTorch, on any device."""
-    scores = mask_logits.new_empty((probabilities.shape[1], *window), dtype=torch.float32)
-    for rows in row_tiles(window, 2 * len(mask_logits), mask_logits.device):
-        masks = _mask_rows(mask_logits, grid, window, rows)
-        scores[:, rows] = (probabilities.T @ masks.flatten(1)).unflatten(1, masks.shape[1:])
+    """Scores of all classes in the top-left window of the grid -> [K, *window] float32, by `windowed_scores`."""
+    return windowed_scores(mask_logits[None], probabilities[None], [(0, 0)], grid, window)
+
+
+def windowed_scores(
+    mask_logits: Tensor,  # [W, Q, h, w] floating
+    probabilities: Tensor,  # [W, Q, K] floating
+    origins: Sequence[tuple[int, int]],
+    window: tuple[int, int],
+    grid: tuple[int, int],
+) -> Tensor:
+    """Scores of all classes at the points of the grid -> [K, *grid] float32; in plain PyTorch, on any device.
+
+    The arguments are those of `windowed_semantic_inference`.
+    """
+    windows = _checked(mask_logits, probabilities, origins, window, grid)
+    scores = mask_logits.new_empty((probabilities.shape[2], *grid), dtype=torch.float32)
+    for rows in row_tiles(grid, 2 * mask_logits.shape[1], mask_logits.device):
+        scores[:, rows] = _score_rows(windows, rows)
     return scores
 
 
-def _mask_rows(mask_logits: Tensor, grid: tuple[int, int], window: tuple[int, int], rows: slice) -> Tensor:
-    """Mask probabilities in some rows of the window -> [Q, rows, width] float32."""
-    return resized_rows(mask_logits, grid, rows)[..., : window[1]].sigmoid()
+def _checked(
+    mask_logits: Tensor, probabilities: Tensor, origins: Sequence[tuple[int, int]], window: tuple[int, int],
+    grid: tuple[int, int],
+) -> Windows:  # fmt: skip
+    check(mask_logits.ndim == 4 and mask_logits.numel() > 0, "mask_logits", "[W, Q, h, w]", tuple(mask_logits.shape))
+    fits = probabilities.ndim == 3 and probabilities.shape[:2] == mask_logits.shape[:2] and probabilities.shape[2] > 0
+    check(fits, "probabilities", f"[{len(mask_logits)}, {mask_logits.shape[1]}, K]", tuple(probabilities.shape))
+    check(len(window) == 2 and min(window) > 0, "window", "positive height and width", window)
+    check(len(grid) == 2 and min(grid) > 0, "grid", "positive height and width", grid)
+    check(len(origins) == len(mask_logits), "origins", f"{len(mask_logits)} of them", len(origins))
+    for origin in origins:
+        inside = len(origin) == 2 and all(0 <= o < g for o, g in zip(origin, grid, strict=True))
+        check(inside, "origins", f"rows and columns of the grid {tuple(grid)}", origin)
+    return Windows(list(mask_logits), list(probabilities.to(torch.float32)), origins, window, grid)
+
+
+def _labels_by_tiles(windows: Windows, output_size: tuple[int, int]) -> Tensor:
+    device = windows.mask_logits[0].device
+    labels = torch.empty(output_size, dtype=torch.int64, device=device)
+    channels = 2 * len(windows.mask_logits[0]) + 3 * windows.probabilities[0].shape[1]
+    for rows in row_tiles((output_size[0], max(output_size[1], windows.grid[1])), channels, device):
+        top, bottom, share = resized_positions(windows.grid[0], output_size[0], rows, device)
+        first, last = (_position(windows.grid[0], output_size[0], row) for row in (rows.start, rows.stop - 1))
+        scores = _score_rows(windows, slice(first, min(last + 2, windows.grid[0])))
+        tile = torch.lerp(scores[:, top - first], scores[:, bottom - first], share[:, None])
+        if output_size[1] != windows.grid[1]:
+            tile = F.interpolate(tile, output_size[1], mode="linear", align_corners=False)
+        labels[rows] = tile.argmax(0)
+    return labels
+
+
+def _position(source: int, size: int, row: int) -> int:
+    """Upper source row of an output row, on the host."""
+    return int(resized_positions(source, size, slice(row, row + 1), torch.device("cpu"))[0])
+
+
+def _score_rows(windows: Windows, part: slice) -> Tensor:
+    """Scores of some rows of the grid -> [C, rows, width] float32."""
+    values = _band_values(windows, part, windows.probabilities)
+    return values.T.reshape(-1, part.stop - part.start, windows.grid[1])
+
+
+def _band_values(
+    windows: Windows,
+    part: slice,
+    weights: Sequence[Tensor],  # of each window [Q, channels] float32
+) -> Tensor:
+    """Mean weighted mask probabilities at the points of some rows of the grid -> [points, channels] float32."""
+    size, width = windows.size, windows.grid[1]
+    rows, channels = part.stop - part.start, weights[0].shape[1]
+    parts = [
+        (number, slice(max(part.start, top), min(part.stop, top + size[0])), slice(left, min(left + size[1], width)))
+        for number, (top, left) in enumerate(windows.origins)
+    ]
+    parts = [(number, down, across) for number, down, across in parts if down.start < down.stop]
+    values = None
+    for number, down, across in parts:
+        top, left = windows.origins[number]
+        masks = resized_rows(windows.mask_logits[number], size, slice(down.start - top, down.stop - top))
+        masks = masks[..., : across.stop - left].sigmoid().flatten(1)
+        product = masks.T @ weights[number]
+        if len(parts) == 1 and (down, across) == (part, slice(0, width)):
+            return product
+        if values is None:
+            values = product.new_zeros((rows, width, channels))
+        place = values[down.start - part.start : down.stop - part.start, across]
+        place += product.view(place.shape)
+    if values is None:
+        return weights[0].new_zeros((rows * width, channels))
+    if len(parts) > 1:
+        counts = values.new_zeros((rows, width, 1))
+        for _, down, across in parts:
+            counts[down.start - part.start : down.stop - part.start, across] += 1
+        values /= counts.clamp_(min=1)
+    return values.flatten(0, 1)
 
 
 def _padded(
@@ -122,72 +268,58 @@ def _padded(
     return F.pad(weights, (0, padded_channels(weights.shape[1]) - weights.shape[1]))
 
 
-def _prune(
-    probabilities: Tensor,  # [Q, K] float32
-) -> _Pruning | None:
-    order = probabilities.amax(1).argsort()
-    missing = probabilities[order].cumsum(0).amax(1)  # nondecreasing; with NaN a query is never dropped
-    dropped = int((missing <= MAX_MISSING).sum())
-    if not 0 < len(order) - dropped <= MAX_KEPT * len(order):
+def _prune(windows: Windows) -> _Pruning | None:
+    logits, kept, dropped = [], [], []
+    for masks, probabilities in zip(windows.mask_logits, windows.probabilities, strict=True):
+        order = probabilities.amax(1).argsort()
+        missing = probabilities[order].cumsum(0).amax(1)  # nondecreasing; with NaN a query is never dropped
+        count = int((missing <= MAX_MISSING).sum())
+        logits.append(masks[order[count:]])
+        kept.append(probabilities[order[count:]])
+        dropped.append(probabilities[order[:count]].sum(0))
+    number = sum(map(len, kept))
+    if not 0 < number <= MAX_KEPT * sum(map(len, windows.probabilities)):
         return None
-    totals = probabilities.sum(0)
+    totals = torch.stack([probabilities.sum(0) for probabilities in windows.probabilities]).amax(0)
     live = totals > LIVE_TOTAL
     if not live.any():
         return None
     others = totals[~live].max().item() + ROUNDING if not live.all() else -torch.inf
     classes = live.nonzero()[:, 0]
-    slack = probabilities[order[:dropped]].sum(0)[classes] + ROUNDING
-    return _Pruning(order[dropped:], classes, slack, others)
+    slack = torch.stack(dropped).amax(0)[classes] + ROUNDING
+    kept = [probabilities[:, classes] for probabilities in kept]
+    return _Pruning(windows.with_parts(logits, kept), classes, slack, others)
 
 
-def _complete_band(
-    mask_logits: Tensor,  # [Q, h, w] floating
-    weights: Tensor,  # [Q, pitch] float32
-    num_classes: int,
-    grid: tuple[int, int],
-    window: tuple[int, int],
-    part: slice,
-) -> Band:
-    """Scores of all classes in a band of the window's rows."""
-    masks = _mask_rows(mask_logits, grid, window, part).flatten(1)
-    return Band(masks.T @ weights, num_classes, part.start, part.stop - part.start, window)
+def _band(windows: Windows, part: slice) -> Band:
+    """Scores of all classes in a band of the grid's rows."""
+    values = _band_values(windows, part, [_padded(weights) for weights in windows.probabilities])
+    return Band(values, windows.probabilities[0].shape[1], part.start, part.stop - part.start, windows.grid)
 
 
-def _pruned_band(
-    mask_logits: Tensor,  # [Q, h, w] floating
-    kept_logits: Tensor,  # [n, h, w] floating
-    pruning: _Pruning,
-    weights: Tensor,  # [Q, pitch] float32
-    num_classes: int,
-    grid: tuple[int, int],
-    window: tuple[int, int],
-    part: slice,
-) -> tuple[Band, Tensor | None]:
+def _pruned_band(windows: Windows, pruning: _Pruning, part: slice) -> tuple[Band, Tensor | None]:
     """Labels of the cells that bounds settle, and complete scores at the corners of the others."""
-    rows = part.stop - part.start
-    masks = _mask_rows(kept_logits, grid, window, part).flatten(1)
-    kept_weights = _padded(weights[pruning.kept[:, None], pruning.classes])
-    live = Band(masks.T @ kept_weights, len(pruning.classes), part.start, rows, window)
+    live = _band(pruning.kept, part)
     decided = decide_band(live, pruning.slack, pruning.others, pruning.classes.to(torch.int32))
-    points = _corners_of_open_cells(decided, part, window)
+    points = _corners_of_open_cells(decided, part, windows.grid)
     if len(points) == 0:
         return live, decided
     if len(points) > MAX_POINTS * len(decided):
-        return _complete_band(mask_logits, weights, num_classes, grid, window, part), None
-    values = _masks_at(points, mask_logits, grid, window, part).T @ weights
+        return _band(windows, part), None
     place = torch.full((len(decided),), -1, dtype=torch.int32)
     place[points] = torch.arange(len(points), dtype=torch.int32)
-    return Band(values, num_classes, part.start, rows, window, place), decided
+    values = _values_at(points, windows, part)
+    return Band(values, windows.probabilities[0].shape[1], part.start, live.rows, windows.grid, place), decided
 
 
 def _corners_of_open_cells(
     decided: Tensor,  # [rows * width] int32
     part: slice,
-    window: tuple[int, int],
+    grid: tuple[int, int],
 ) -> Tensor:
     """Points of a band at the corners of cells without a label -> [n] int64."""
-    is_open = (decided < 0).view(-1, window[1])
-    if part.stop < window[0]:
+    is_open = (decided < 0).view(-1, grid[1])
+    if part.stop < grid[0]:
         is_open[-1] = False  # these cells belong to the next band
     corner = is_open.clone()
     corner[1:] |= is_open[:-1]
@@ -196,22 +328,39 @@ def _corners_of_open_cells(
     return corner.flatten().nonzero()[:, 0]
 
 
-def _masks_at(
+def _values_at(
     points: Tensor,  # [n] int64, of the band
-    mask_logits: Tensor,  # [N, h, w] floating
-    grid: tuple[int, int],
-    window: tuple[int, int],
+    windows: Windows,
     part: slice,
 ) -> Tensor:
-    """Mask probabilities at some points of a band of the window -> [N, n] float32."""
+    """Scores of all classes at some points of a band -> [n, channels] float32."""
+    row, column = points // windows.grid[1] + part.start, points % windows.grid[1]
+    values = points.new_zeros((len(points), windows.channels()), dtype=torch.float32)
+    counts = points.new_zeros((len(points), 1), dtype=torch.float32)
+    height, width = windows.size
+    for masks, probabilities, (top, left) in zip(*windows[:3], strict=True):
+        inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+        at = inside.nonzero()[:, 0]
+        found = _masks_at(row[at] - top, column[at] - left, masks, windows.size).T @ _padded(probabilities)
+        values.index_add_(0, at, found)
+        counts[at] += 1
+    return values.div_(counts.clamp_(min=1))
+
+
+def _masks_at(
+    row: Tensor,  # [n] int64, of the window
+    column: Tensor,  # [n] int64
+    mask_logits: Tensor,  # [N, h, w] floating
+    size: tuple[int, int],
+) -> Tensor:
+    """Mask probabilities at some points of a window -> [N, n] float32."""
     width = mask_logits.shape[2]
     flat = mask_logits.flatten(1)
-    row, column = points // window[1] + part.start, points % window[1]
-    if mask_logits.shape[1:] == grid:
+    if mask_logits.shape[1:] == size:
         return flat.index_select(1, row * width + column).to(torch.float32).sigmoid_()
     axes = []
-    for index, source, size in ((row, mask_logits.shape[1], grid[0]), (column, width, grid[1])):
-        axes.append([taps[index] for taps in resized_positions(source, size, slice(0, size), points.device)])
+    for index, source, length in ((row, mask_logits.shape[1], size[0]), (column, width, size[1])):
+        axes.append([taps[index] for taps in resized_positions(source, length, slice(0, length), row.device)])
     (top, bottom, down), (left, right, across) = axes
 
     def edge(rows: Tensor) -> Tensor:

@@ -16,7 +16,12 @@ from maskformer_fast.ops.resized_argmax import (
     resized_winners,
     resized_winners_eager,
 )
-from maskformer_fast.ops.resized_semantic import grid_semantic_inference
+from maskformer_fast.ops.resized_semantic import (
+    grid_semantic_inference,
+    windowed_scores,
+    windowed_semantic_eager,
+    windowed_semantic_inference,
+)
 
 SIDES = st.integers(1, 30)
 TIE = 1e-5
@@ -99,12 +104,79 @@ def test_semantic_labels(
     monkeypatch.setattr(resized_semantic, "BAND_VALUES", band_values)
     for output_size in ((200, 170), (33, 40)):
         masks, probabilities = scene(peaky)
-        assert (resized_semantic._prune(probabilities) is not None) == peaky
+        windows = resized_semantic.Windows([masks], [probabilities], [(0, 0)], grid, window)
+        assert (resized_semantic._prune(windows) is not None) == peaky
         values = F.interpolate(masks[None], grid, mode="bilinear", align_corners=False)[0].sigmoid()
         scores = torch.einsum("qk,qhw->khw", probabilities, values)[:, : window[0], : window[1]]
         torch.testing.assert_close(resized_semantic.grid_scores(masks, probabilities, grid, window), scores)
         resized = F.interpolate(scores[None], output_size, mode="bilinear", align_corners=False)[0]
         check_labels(grid_semantic_inference(masks, probabilities, grid, window, output_size), resized)
+
+
+WINDOWS = {  # origins, window, grid, output size
+    "along a row": ([(0, 0), (0, 17), (0, 34)], (24, 31), (24, 65), (24, 65)),
+    "resized": ([(0, 0), (30, 0)], (41, 37), (71, 37), (150, 90)),
+    "both ways, cut off": ([(0, 0), (0, 20), (13, 0), (13, 20)], (24, 31), (30, 45), (50, 51)),
+    "points without a window": ([(2, 5), (2, 60)], (24, 31), (40, 100), (33, 120)),
+    "one": ([(0, 0)], (24, 31), (24, 31), (60, 60)),
+}
+
+
+def merged_scores(masks, probabilities, origins, window, grid) -> torch.Tensor:
+    """Sums and counts of complete windows, as sliding-window inference is described."""
+    scores, counts = torch.zeros(probabilities.shape[2], *grid), torch.zeros(grid)
+    for logits, classes, (top, left) in zip(masks, probabilities, origins, strict=True):
+        values = F.interpolate(logits[None], window, mode="bilinear", align_corners=False)[0].sigmoid()
+        values = torch.einsum("qk,qhw->khw", classes, values)[:, : grid[0] - top, : grid[1] - left]
+        scores[:, top : top + window[0], left : left + window[1]] += values
+        counts[top : top + window[0], left : left + window[1]] += 1
+    return scores / counts.clamp(min=1)
+
+
+@pytest.mark.parametrize("peaky", [True, False])
+@pytest.mark.parametrize("case", WINDOWS)
+@pytest.mark.parametrize("band_values", [1, 1 << 21])
+def test_labels_of_windows_are_those_of_the_mean_of_their_scores(
+    case: str, peaky: bool, band_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resized_semantic, "BAND_VALUES", band_values)
+    origins, window, grid, output_size = WINDOWS[case]
+    scenes = [scene(peaky) for _ in origins]
+    masks, probabilities = (torch.stack(part) for part in zip(*scenes, strict=True))
+    arguments = (masks, probabilities, origins, window, grid)
+    scores = merged_scores(*arguments)
+    torch.testing.assert_close(windowed_scores(*arguments), scores)
+    resized = F.interpolate(scores[None], output_size, mode="bilinear", align_corners=False)[0]
+    for labels in (windowed_semantic_inference, windowed_semantic_eager):
+        check_labels(labels(*arguments, output_size), resized)
+
+
+def test_windows_of_the_whole_picture_twice_are_as_one() -> None:
+    masks, probabilities = scene(True)
+    once = grid_semantic_inference(masks, probabilities, (60, 60), (60, 60), (80, 90))
+    twice = windowed_semantic_inference(
+        masks.expand(2, -1, -1, -1), probabilities.expand(2, -1, -1), [(0, 0)] * 2, (60, 60), (60, 60), (80, 90)
+    )
+    assert (once != twice).sum() <= 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"origins": [(0, 0)]}, "origins: expected 2 of them, got 1"),
+        ({"origins": [(0, 0), (0, 9)]}, r"origins: expected rows and columns of the grid \(8, 9\), got \(0, 9\)"),
+        ({"origins": [(0, -1), (0, 0)]}, "origins: expected rows"),
+        ({"probabilities": torch.zeros(2, 4, 3)}, r"probabilities: expected \[2, 5, K\]"),
+        ({"mask_logits": torch.zeros(5, 6, 7)}, r"mask_logits: expected \[W, Q, h, w\]"),
+        ({"window": (0, 3)}, "window: expected positive"),
+        ({"output_size": (0, 3)}, "output_size: expected positive"),
+    ],
+)
+def test_errors_of_windows_name_the_argument(changed: dict, message: str) -> None:
+    arguments = {"mask_logits": torch.zeros(2, 5, 6, 7), "probabilities": torch.zeros(2, 5, 3),
+                 "origins": [(0, 0), (0, 4)], "window": (8, 5), "grid": (8, 9), "output_size": (8, 9)}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        windowed_semantic_inference(**(arguments | changed))
 
 
 def test_errors_name_the_argument() -> None:
