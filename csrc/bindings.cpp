@@ -475,6 +475,27 @@ void define_semantic(py::module_& module) {
       "Addresses of mask logits [batch, queries, h, w] and class logits [batch, queries, classes + 1] (strides in "
       "elements; float32, bfloat16 or float16), and of the results [batch, *output_size]: labels (uint8 up to 255 "
       "classes, else int16), float32 scores and margins (0: not wanted). path: auto, dense or pruned.");
+  module.def(
+      "windowed_semantic",
+      [](uintptr_t masks, const std::string& mask_type, const Integers<4>& mask_sizes, const Integers<4>& mask_strides,
+         uintptr_t probabilities, int64_t classes, const std::vector<int64_t>& origins, const Integers<2>& window_size,
+         const Integers<2>& picture_size, uintptr_t labels, int threads) {
+        check_sizes(mask_sizes);
+        check_threads(threads);
+        if (static_cast<int64_t>(origins.size()) != 2 * mask_sizes[0]) {
+          throw std::invalid_argument("origins: expected a row and a column of each window");
+        }
+        const bool any = mask_sizes[0] > 0 && mask_sizes[1] > 0;
+        windowed_semantic({pointer<const void>("masks", masks, any), float_type("mask_type", mask_type), mask_sizes,
+                           mask_strides, pointer<const float>("probabilities", probabilities, any), classes,
+                           origins.data(), window_size, picture_size, pointer<void>("labels", labels, true)},
+                          threads);
+      },
+      arg("masks"), arg("mask_type"), arg("mask_sizes"), arg("mask_strides"), arg("probabilities"), arg("classes"),
+      arg("origins"), arg("window_size"), arg("picture_size"), arg("labels"), arg("threads"), ReleaseGil(),
+      "Addresses of mask logits [windows, queries, h, w] (strides in elements), of float32 probabilities [windows, "
+      "queries, classes], and of the labels [*picture_size], uint8 up to 255 classes, else int16. origins: row and "
+      "column of each window, one after the other.");
 }
 
 // window_attention

@@ -23,13 +23,14 @@ inline AxisPosition read_position(int64_t i, int64_t output, double extent, int6
   return {low, static_cast<int32_t>(std::min<int64_t>(low + int64_t{1}, source - 1)), static_cast<float>(at - low)};
 }
 
-// Memory of AxisTaps with `padded` entries. Entries beyond `output` repeat the last output position.
+// Memory of AxisTaps with `count` entries, of the output positions from `first` on. Entries beyond `output` repeat the
+// last output position.
 class AxisTable {
  public:
-  AxisTable(int64_t output, double extent, int64_t source, int64_t padded)
-      : low_(padded), high_(padded), share_(padded) {
-    for (int64_t i = 0; i < padded; ++i) {
-      const AxisPosition position = read_position(std::min(i, output - 1), output, extent, source);
+  AxisTable(int64_t output, double extent, int64_t source, int64_t count, int64_t first = 0)
+      : low_(count), high_(count), share_(count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const AxisPosition position = read_position(std::min(first + i, output - 1), output, extent, source);
       low_[i] = position.low;
       high_[i] = position.high;
       share_[i] = position.share;

@@ -9,11 +9,12 @@ namespace {
 
 constexpr int kRangeColumns = 512;  // most map columns of a strip whose ranges are computed with vectors
 
-// Writes the least and the largest logit of every query in each window of a strip to [tile, queries rounded up].
+// Writes the least and the largest logit of a group's queries in each tile of a strip to [tile, all queries rounded up].
 // Returns false if one of the logits is NaN. A query's rows are read once for the strip: the maps' addresses share few
 // lines of the caches, so the rows would be evicted before the next tile.
 template <class T>
-bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, float* least, float* largest) {
+bool find_ranges(const SemanticImage& image, const MaskGroup& group, const Window* windows, int tiles, float* least,
+                 float* largest) {
   const int64_t row_stride = image.mask_row_stride, column_stride = image.mask_column_stride;
   const int64_t out_stride = round_up(image.queries + 1, 16);
   int rows[2 * kTile], count = 0;  // map rows that the tiles read, ascending
@@ -25,8 +26,8 @@ bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, f
   const int base = windows->first_column < last_start ? windows->first_column : last_start;
   if (last_start < 0 || column_stride != 1 || last - base >= kRangeColumns) {
     bool valid = true;
-    for (int query = 0; query < image.queries; ++query) {
-      const T* map = static_cast<const T*>(image.masks) + query * image.mask_query_stride;
+    for (int query = 0; query < image.group_queries; ++query) {
+      const T* map = static_cast<const T*>(group.masks) + query * image.mask_query_stride;
       for (int tile = 0; tile < tiles; ++tile) {
         float low = kInfinity, high = -kInfinity;
         for (int i = 0; i < count; ++i) {
@@ -46,11 +47,11 @@ bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, f
   // Ranges of each column. Queries alternate between two buffers, as a load that overlaps recent stores waits for them.
   float low_columns[2][kRangeColumns + 2 * kLanes] = {}, high_columns[2][kRangeColumns + 2 * kLanes] = {};
   Ints unordered{};
-  for (int query = 0; query <= image.queries; ++query) {
-    if (query < image.queries) {
-      const T* map = static_cast<const T*>(image.masks) + query * image.mask_query_stride;
-      const int ahead = query + 2 < image.queries ? query + 2 : query;  // no processor predicts these addresses
-      const T* next = static_cast<const T*>(image.masks) + ahead * image.mask_query_stride;
+  for (int query = 0; query <= image.group_queries; ++query) {
+    if (query < image.group_queries) {
+      const T* map = static_cast<const T*>(group.masks) + query * image.mask_query_stride;
+      const int ahead = query + 2 < image.group_queries ? query + 2 : query;  // no processor predicts these addresses
+      const T* next = static_cast<const T*>(group.masks) + ahead * image.mask_query_stride;
       for (int x = base; x <= last; x += kLanes) {
         const int start = x < last_start ? x : last_start;
         Floats low = broadcast(kInfinity), high = broadcast(-kInfinity);
@@ -83,13 +84,17 @@ bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, f
   return !any(unordered);
 }
 
+// Does so for every group. `windows` has the tiles' positions in each group.
 bool find_ranges(const SemanticImage& image, const Window* windows, int tiles, const Scratch& s) {
-  switch (image.mask_type) {
-    case FloatType::float32: return find_ranges<float>(image, windows, tiles, s.least, s.largest);
-    case FloatType::bfloat16: return find_ranges<BFloat16>(image, windows, tiles, s.least, s.largest);
-    case FloatType::float16: return find_ranges<Float16>(image, windows, tiles, s.least, s.largest);
+  bool valid = true;
+  for (int group = 0; group * image.group_queries < image.queries; ++group, windows += kStripTiles) {
+    const int64_t first = int64_t(group) * image.group_queries;
+    const auto find = image.mask_type == FloatType::float32    ? find_ranges<float>
+                      : image.mask_type == FloatType::bfloat16 ? find_ranges<BFloat16>
+                                                               : find_ranges<Float16>;
+    valid = find(image, image.groups[group], windows, tiles, s.least + first, s.largest + first) && valid;
   }
-  return false;
+  return valid;
 }
 
 // Bounds the relative rounding error of a sum over queries. No term is negative, and adding one rounds by at most 2^-24

@@ -98,7 +98,7 @@ void score_panel(const float* masks, const float* block, int queries, const int3
 
 // Finds winner and runner-up among the first `count` of s.classes in some rows of pixels, from the masks of the first
 // `live` of s.live and the middles of the first `dropped` of s.dropped. The results of other rows must not be used.
-void score_tile(const SemanticImage& image, const Window& window, const Scratch& s, int count, int live, int dropped,
+void score_tile(const SemanticImage& image, const Window* windows, const Scratch& s, int count, int live, int dropped,
                 unsigned rows, bool second) {
   for (int i = 0; i < kTilePixels; i += kLanes) {
     store(s.best + i, broadcast(-1.0f));
@@ -124,7 +124,7 @@ void score_tile(const SemanticImage& image, const Window& window, const Scratch&
         load_probabilities(image, s.live[q + i], s.classes + c, classes, s.block + i * kBlockStride);
       }
       if (c == 0 || live > kQueryBlock) {
-        fill_masks(image, window, s.live + q, queries, rows, s.masks, panel_stride);
+        fill_masks(image, windows, s.live + q, queries, rows, s.masks, panel_stride);
       }
       for (int panel = 0; panel < kPanels; ++panel) {
         if (!(rows >> panel * kPanelRows & kPanelMask)) continue;
@@ -142,7 +142,7 @@ template <class Label>
 MF_INLINE void write_labels(const SemanticImage& image, const Window& window, const int32_t* label, unsigned rows) {
   for (int y = 0; y < window.height; ++y) {
     if (!(rows >> y & 1)) continue;
-    Label* out = static_cast<Label*>(image.labels) + int64_t(window.top + y) * image.width + window.left;
+    Label* out = static_cast<Label*>(image.labels) + (window.top + y) * image.row_pitch + window.left;
     for (int x = 0; x < window.width; ++x) out[x] = static_cast<Label>(label[y * kTile + x]);
   }
 }
@@ -156,7 +156,7 @@ void write(const SemanticImage& image, const Window& window, const Scratch& s, u
   if (!image.scores && !image.margins) return;
   for (int y = 0; y < window.height; ++y) {
     if (!(rows >> y & 1)) continue;
-    const int64_t out = int64_t(window.top + y) * image.width + window.left;
+    const int64_t out = (window.top + y) * image.row_pitch + window.left;
     for (int x = 0; x < window.width; ++x) {
       const float best = s.best[y * kTile + x], second = s.second[y * kTile + x];
       const bool valid = best >= 0.0f;  // else the pixel's sums are NaN
@@ -196,14 +196,15 @@ MF_INLINE unsigned find_proven(const SemanticImage& image, const Scratch& s, int
   return proven;
 }
 
-// Labels one tile. Without `ranges`, the ranges of the masks are not known and nothing is pruned.
-void label_tile(const SemanticImage& image, const Window& window, const Scratch& s, unsigned rows, int tile,
+// Labels one tile, whose positions in each group are in `windows`, kStripTiles apart. Without `ranges`, the ranges of
+// the masks are not known and nothing is pruned.
+void label_tile(const SemanticImage& image, const Window* windows, const Scratch& s, unsigned rows, int tile,
                 bool ranges) {
   const bool second = image.margins != nullptr;
   if (!ranges) {
     select_all(image, s);
-    score_tile(image, window, s, image.classes, image.queries, 0, rows, second);
-    return write(image, window, s, rows);
+    score_tile(image, windows, s, image.classes, image.queries, 0, rows, second);
+    return write(image, *windows, s, rows);
   }
   const float unit = bound_queries(image, tile, s);
   const bool values = image.scores || image.margins;
@@ -222,20 +223,20 @@ void label_tile(const SemanticImage& image, const Window& window, const Scratch&
     classes = bound_classes(image, s, live, ignored, second);
     if (classes == 1 && !values) {
       for (int i = 0; i < kTilePixels; i += kLanes) store(s.label + i, broadcast(s.classes[0]));
-      return write(image, window, s, rows);
+      return write(image, *windows, s, rows);
     }
     choose_queries(image, s, budget, classes, values, &live, &dropped, &change);
     // a mask takes about as many operations as 30 classes, so an attempt must save half of the masks
     if (image.path == SemanticPath::automatic && 2 * live > image.queries) break;
-    score_tile(image, window, s, classes, live, dropped, rows, true);
+    score_tile(image, windows, s, classes, live, dropped, rows, true);
     const unsigned proven = find_proven(image, s, dropped, ignored, change, classes == 1) & rows;
-    write(image, window, s, proven);
+    write(image, *windows, s, proven);
     rows &= ~proven;
     if (!rows) return;
   }
   for (int q = 0; q < image.queries; ++q) s.live[q] = q;
-  score_tile(image, window, s, classes, image.queries, 0, rows, second);
-  write(image, window, s, rows);
+  score_tile(image, windows, s, classes, image.queries, 0, rows, second);
+  write(image, *windows, s, rows);
 }
 
 }  // namespace
@@ -274,11 +275,15 @@ bool semantic_softmax(const SemanticImage& image, float* memory) {
 
 void semantic_strip(const SemanticImage& image, int top, int left, int tiles, float* memory) {
   const Scratch s = split_scratch(image, memory);
-  Window windows[kStripTiles];
-  for (int tile = 0; tile < tiles; ++tile) windows[tile] = find_window(image, top, left + tile * kTile);
-  const bool ranges = image.path != SemanticPath::dense && find_ranges(image, windows, tiles, s);
-  const unsigned rows = kAllRows >> (kTile - windows->height);
-  for (int tile = 0; tile < tiles; ++tile) label_tile(image, windows[tile], s, rows, tile, ranges);
+  const int groups = image.queries > 0 ? image.queries / image.group_queries : 1;
+  for (int group = 0; group < groups; ++group) {
+    for (int tile = 0; tile < tiles; ++tile) {
+      s.windows[group * kStripTiles + tile] = find_window(image, image.groups[group], top, left + tile * kTile);
+    }
+  }
+  const bool ranges = image.path != SemanticPath::dense && find_ranges(image, s.windows, tiles, s);
+  const unsigned rows = kAllRows >> (kTile - s.windows->height);
+  for (int tile = 0; tile < tiles; ++tile) label_tile(image, s.windows + tile, s, rows, tile, ranges);
 }
 
 }  // namespace MF_ISA

@@ -95,7 +95,7 @@ MF_INLINE bool any(Ints mask) {
 // Returns a mask of lanes 0..count-1.
 MF_INLINE Ints first_lanes(int count) { return lane_numbers() < count; }
 
-// Map positions and weights that the pixels of a tile read. Pixels beyond the output repeat its last row and column.
+// Map positions and weights that the pixels of a tile read in the maps of one group. Pixels beyond the output repeat its last row and column.
 struct Window {
   int top, left, height, width;               // the tile's part of the output
   int32_t low[kTile], high[kTile];            // rows of the maps
@@ -109,7 +109,9 @@ struct Window {
   int32_t lane_low[kTile], lane_high[kTile];
 };
 
-MF_INLINE Window find_window(const SemanticImage& image, int top, int left) {
+static_assert(sizeof(Window) <= sizeof(float) * kPositionFloats, "room for the map positions");
+
+MF_INLINE Window find_window(const SemanticImage& image, const MaskGroup& group, int top, int left) {
   Window window;
   window.top = top;
   window.left = left;
@@ -118,14 +120,14 @@ MF_INLINE Window find_window(const SemanticImage& image, int top, int left) {
   for (int i = 0; i < kTile; ++i) {
     const int y = top + (i < window.height ? i : window.height - 1);
     const int x = left + (i < window.width ? i : window.width - 1);
-    window.low[i] = image.rows.low[y];
-    window.high[i] = image.rows.high[y];
-    window.high_share[i] = image.rows.share[y];
-    window.low_share[i] = 1.0f - image.rows.share[y];
-    window.column_low[i] = image.columns.low[x];
-    window.column_high[i] = image.columns.high[x];
-    window.column_high_share[i] = image.columns.share[x];
-    window.column_low_share[i] = 1.0f - image.columns.share[x];
+    window.low[i] = group.rows.low[y];
+    window.high[i] = group.rows.high[y];
+    window.high_share[i] = group.rows.share[y];
+    window.low_share[i] = 1.0f - group.rows.share[y];
+    window.column_low[i] = group.columns.low[x];
+    window.column_high[i] = group.columns.high[x];
+    window.column_high_share[i] = group.columns.share[x];
+    window.column_low_share[i] = 1.0f - group.columns.share[x];
   }
   window.first_column = window.column_low[0];
   window.last_column = window.column_high[kTile - 1];
@@ -185,8 +187,8 @@ MF_INLINE Floats interpolate(const T* row, int64_t stride, const Columns& column
 }
 
 template <bool kNarrow, class T>
-void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned rows,
-                float* masks, int64_t panel_stride) {
+void fill_masks(const SemanticImage& image, int group, const Window& window, const int32_t* queries, int count,
+                unsigned rows, float* masks, int64_t panel_stride) {
   const int64_t row_stride = image.mask_row_stride, column_stride = image.mask_column_stride;
   struct Row {
     int64_t out;
@@ -211,7 +213,8 @@ void fill_masks(const SemanticImage& image, const Window& window, const int32_t*
   for (int v = 0; v < kRowVectors; ++v) {
     const Columns columns = find_columns(window, v);
     for (int i = 0; i < count; ++i) {
-      const T* map = static_cast<const T*>(image.masks) + queries[i] * image.mask_query_stride;
+      const int query = queries[i] - group * image.group_queries;
+      const T* map = static_cast<const T*>(image.groups[group].masks) + query * image.mask_query_stride;
       float* out = masks + int64_t(i) * kPanelPixels + v * kLanes;
       Floats tap_rows[2 * kTile];
       for (int k = 0; k < tap_count; ++k) tap_rows[k] = interpolate<kNarrow>(map + taps[k], column_stride, columns);
@@ -225,22 +228,25 @@ void fill_masks(const SemanticImage& image, const Window& window, const int32_t*
 }
 
 template <class T>
-void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned rows,
+void fill_masks(const SemanticImage& image, const Window* windows, const int32_t* queries, int count, unsigned rows,
                 float* masks, int64_t panel_stride) {
-  if (window.narrow) {
-    fill_masks<true, T>(image, window, queries, count, rows, masks, panel_stride);
-  } else {
-    fill_masks<false, T>(image, window, queries, count, rows, masks, panel_stride);
+  for (int i = 0, n; i < count; i += n) {  // queries ascend: those of a group are adjacent
+    const int group = queries[i] / image.group_queries, end = (group + 1) * image.group_queries;
+    for (n = 1; i + n < count && queries[i + n] < end;) ++n;
+    const Window& window = windows[group * kStripTiles];
+    const auto fill = window.narrow ? fill_masks<true, T> : fill_masks<false, T>;
+    fill(image, group, window, queries + i, n, rows, masks + int64_t(i) * kPanelPixels, panel_stride);
   }
 }
 
 // Writes the mask probabilities of some queries, in the tile's rows whose bits are set, to masks [panel, query, pixel].
-void fill_masks(const SemanticImage& image, const Window& window, const int32_t* queries, int count, unsigned rows,
+// `windows` has the tile's positions in each group, kStripTiles apart.
+void fill_masks(const SemanticImage& image, const Window* windows, const int32_t* queries, int count, unsigned rows,
                 float* masks, int64_t panel_stride) {
   switch (image.mask_type) {
-    case FloatType::float32: return fill_masks<float>(image, window, queries, count, rows, masks, panel_stride);
-    case FloatType::bfloat16: return fill_masks<BFloat16>(image, window, queries, count, rows, masks, panel_stride);
-    case FloatType::float16: return fill_masks<Float16>(image, window, queries, count, rows, masks, panel_stride);
+    case FloatType::float32: return fill_masks<float>(image, windows, queries, count, rows, masks, panel_stride);
+    case FloatType::bfloat16: return fill_masks<BFloat16>(image, windows, queries, count, rows, masks, panel_stride);
+    case FloatType::float16: return fill_masks<Float16>(image, windows, queries, count, rows, masks, panel_stride);
   }
 }
 

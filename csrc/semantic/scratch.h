@@ -26,12 +26,14 @@ struct Scratch {
   int32_t* label;          // [kTilePixels], winner
   float* row;              // [kBlockStride], probabilities of one query
   float* bias;             // [kBlockStride], scores by the dropped queries
+  Window* windows;         // [groups, kStripTiles], map positions of each tile
 };
 
 MF_INLINE Scratch split_scratch(const SemanticImage& image, float* memory) {
   const int64_t block = image.queries < kQueryBlock ? image.queries : kQueryBlock;
   const int64_t queries = round_up(image.queries + 1, 16);
   const int64_t classes = semantic_probability_stride(image.classes);
+  const int64_t groups = image.queries > 0 ? image.queries / image.group_queries : 1;
   memory += (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float);
   const auto take = [&](int64_t count) {
     float* part = memory;
@@ -39,6 +41,7 @@ MF_INLINE Scratch split_scratch(const SemanticImage& image, float* memory) {
     return part;
   };
   Scratch scratch;
+  scratch.windows = reinterpret_cast<Window*>(take(groups * kStripTiles * kPositionFloats));
   scratch.masks = take(block * kTilePixels);
   scratch.best = take(kTilePixels);
   scratch.second = take(kTilePixels);

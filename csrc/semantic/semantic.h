@@ -32,6 +32,24 @@ struct SemanticBatch {
   SemanticPath path;
 };
 
+// Predictions for overlapping windows of one picture, and its labels. Strides are in elements.
+struct SemanticWindows {
+  const void* masks;  // mask logits [windows, queries, map_height, map_width]
+  FloatType mask_type;
+  std::array<int64_t, 4> mask_sizes, mask_strides;
+  const float* probabilities;  // [windows, queries, classes], contiguous
+  int64_t classes;
+  const int64_t* origins;               // [windows, 2], first row and column of each window in the picture
+  std::array<int64_t, 2> window_size;   // height and width; what reaches beyond the picture is cut off
+  std::array<int64_t, 2> picture_size;  // height and width
+  void* labels;                         // [height, width], uint8 up to 255 classes, else int16
+};
+
+// Labels each pixel by the sum over the queries of all windows that cover it: argmax_c sum_w sum_q P[w, q, c]
+// * M[w, q, y - top_w, x - left_w]. Pixels without a window have label 0. Temporaries and errors are those of
+// `semantic_inference`, with as many queries as windows cover one pixel.
+void windowed_semantic(const SemanticWindows& windows, int threads);
+
 // Labels the batch with at most `threads` threads, the calling one included. Temporaries stay below 16 MiB: with many
 // queries and classes fewer threads run. Throws std::invalid_argument, std::bad_alloc.
 void semantic_inference(const SemanticBatch& batch, int threads);

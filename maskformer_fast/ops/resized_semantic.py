@@ -4,10 +4,11 @@
 each with queries of its own; where they overlap, the mean of their scores counts: the sum over the queries of all
 windows, weighted by 1 / count.
 
-On the CPU bands of the grid's rows are computed one after another, and neither masks nor scores of more than a band are
-stored. Where few queries have a class, scores of these queries and of their classes come first. With bounds for the
-others they settle most cells (`resized_argmax.decide_band`), and complete scores are computed only at the corners of
-the other cells.
+On the CPU scores that are not resized are computed in C++ like those of `semantic_inference` (csrc/semantic/): in each
+rectangle that the same windows cover, over the queries of all of them. Otherwise bands of the grid's rows are computed
+one after another, and neither masks nor scores of more than a band are stored. Where few queries have a class, scores
+of these queries and of their classes come first. With bounds for the others they settle most cells
+(`resized_argmax.decide_band`), and complete scores are computed only at the corners of the other cells.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskformer_fast.core.arrays import address_of, dtype_name
 from maskformer_fast.core.checks import check
-from maskformer_fast.ops.resample import row_tiles
+from maskformer_fast.core.extension import load_extension
+from maskformer_fast.ops.resample import row_tiles, without_float64
 from maskformer_fast.ops.resized_argmax import (
     Band,
     bands,
@@ -30,6 +33,7 @@ from maskformer_fast.ops.resized_argmax import (
     resized_positions,
     resized_rows,
 )
+from maskformer_fast.ops.semantic import label_dtype
 
 BAND_VALUES = 1 << 21
 """Values of masks and scores in a band of rows of the grid: temporaries stay below about 16 MiB."""
@@ -131,6 +135,8 @@ def windowed_semantic_inference(
     with torch.autocast(mask_logits.device.type, enabled=False):
         if mask_logits.device.type != "cpu":
             return _labels_by_tiles(windows, output_size)
+        if tuple(output_size) == tuple(grid):
+            return _labels_at_grid(mask_logits, probabilities, windows)
         labels = torch.empty(output_size, dtype=torch.int64)
         pruning = _prune(windows)
         queries = max(map(len, (windows if pruning is None else pruning.kept).mask_logits))
@@ -199,6 +205,30 @@ def _checked(
         inside = len(origin) == 2 and all(0 <= o < g for o, g in zip(origin, grid, strict=True))
         check(inside, "origins", f"rows and columns of the grid {tuple(grid)}", origin)
     return Windows(list(mask_logits), list(probabilities.to(torch.float32)), origins, window, grid)
+
+
+def _labels_at_grid(
+    mask_logits: Tensor,  # [W, Q, h, w] floating
+    probabilities: Tensor,  # [W, Q, K] floating
+    windows: Windows,
+) -> Tensor:
+    mask_logits, probabilities = without_float64(mask_logits), probabilities.to(torch.float32).contiguous()
+    num_classes = probabilities.shape[2]
+    labels = torch.empty(windows.grid, dtype=label_dtype(num_classes))
+    load_extension().windowed_semantic(
+        address_of(mask_logits, "mask_logits", dtype_name(mask_logits), mask_logits.shape, any_strides=True),
+        dtype_name(mask_logits),
+        tuple(mask_logits.shape),
+        mask_logits.stride(),
+        address_of(probabilities, "probabilities", "float32", probabilities.shape),
+        num_classes,
+        [int(place) for origin in windows.origins for place in origin],
+        windows.size,
+        windows.grid,
+        address_of(labels, "labels", dtype_name(labels), windows.grid),
+        torch.get_num_threads(),
+    )
+    return labels.to(torch.int64)
 
 
 def _labels_by_tiles(windows: Windows, output_size: tuple[int, int]) -> Tensor:

@@ -40,6 +40,28 @@ void run_semantic(Random& random, int threads) {
 
   for (const uint8_t label : small) MF_EXPECT(label < classes);
   for (const int16_t label : wide) MF_EXPECT(label >= 0 && label < classes);
+
+  SemanticWindows windows{};
+  windows.masks = batch.masks;
+  windows.mask_type = batch.mask_type;
+  windows.mask_sizes = batch.mask_sizes;
+  windows.mask_strides = batch.mask_strides;
+  windows.probabilities = logits.data();  // any values: negative ones are no probabilities, and not pruned by
+  windows.classes = classes;
+  std::vector<int64_t> origins;
+  for (int64_t i = 0; i < images; ++i) {
+    origins.push_back(random.integer(0, height - 1));
+    origins.push_back(random.integer(0, width - 1));
+  }
+  windows.origins = origins.data();
+  windows.window_size = {random.integer(1, 60), random.integer(1, 60)};
+  windows.picture_size = {height, width};
+  small.assign(classes <= 255 ? height * width : 0, 0xee);
+  wide.assign(classes <= 255 ? 0 : height * width, 0x7777);
+  windows.labels = classes <= 255 ? static_cast<void*>(small.data()) : wide.data();
+  windowed_semantic(windows, threads);
+  for (const uint8_t label : small) MF_EXPECT(label < classes);
+  for (const int16_t label : wide) MF_EXPECT(label >= 0 && label < classes);
 }
 
 }  // namespace maskformer_fast

@@ -151,6 +151,26 @@ def test_labels_of_windows_are_those_of_the_mean_of_their_scores(
         check_labels(labels(*arguments, output_size), resized)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("classes", "peaky"), [(30, True), (30, False), (300, True)])
+def test_labels_of_windows_without_resizing(dtype: torch.dtype, classes: int, peaky: bool, isa: str) -> None:
+    origins, window, grid, _ = WINDOWS["both ways, cut off"]
+    scenes = [scene(peaky, classes=classes, size=(9, 13)) for _ in origins]
+    masks, probabilities = (torch.stack(part) for part in zip(*scenes, strict=True))
+    masks = masks.to(dtype).transpose(2, 3).contiguous().transpose(2, 3)  # any strides
+    scores = merged_scores(masks.float(), probabilities, origins, window, grid)
+    check_labels(windowed_semantic_inference(masks, probabilities, origins, window, grid, grid), scores)
+
+
+def test_a_probability_that_is_nan_spoils_no_pixel_outside_of_its_window() -> None:
+    masks, probabilities = (torch.stack(part) for part in zip(scene(True), scene(True), strict=True))
+    origins, window, grid = [(0, 0), (0, 20)], (24, 31), (24, 51)
+    expected = windowed_semantic_inference(masks, probabilities, origins, window, grid, grid)
+    probabilities[1, 3, 4] = torch.nan
+    got = windowed_semantic_inference(masks, probabilities, origins, window, grid, grid)
+    assert torch.equal(got[:, :20], expected[:, :20])
+
+
 def test_windows_of_the_whole_picture_twice_are_as_one() -> None:
     masks, probabilities = scene(True)
     once = grid_semantic_inference(masks, probabilities, (60, 60), (60, 60), (80, 90))
