@@ -1,0 +1,271 @@
+#include "points/kernels.h"
+
+#include "common/elements.h"
+#include "common/pixel_loss.h"
+#include "common/simd.h"
+
+namespace maskformer_fast {
+namespace MF_ISA {
+namespace {
+
+static_assert(kLanes <= kMostPointLanes && kChunk % kLanes == 0, "lanes of sums have room, chunks are whole vectors");
+
+// Rows and targets whose products are in registers together.
+#if defined(__AVX512F__)
+constexpr int kRows = 2 * kBlock, kTargets = 3;
+#else
+constexpr int kRows = kBlock, kTargets = 2;
+#endif
+
+MF_INLINE Ints present(int64_t left_over) { return lane_numbers() < static_cast<int32_t>(left_over); }
+
+// Position less its fraction, in -1..limit, and the fraction. Not finite: the limit or -1, which read zeros.
+MF_INLINE Ints floor(Floats x, int64_t limit, Floats& fraction) {
+  const Floats inner = max(min(x, broadcast(static_cast<float>(limit))), broadcast(-1.0f));
+  Ints whole = __builtin_convertvector(inner, Ints);
+  whole += (Ints)(__builtin_convertvector(whole, Floats) > inner);  // true is -1
+  fraction = inner - __builtin_convertvector(whole, Floats);
+  return whole;
+}
+
+// Two neighbours of each lane: p[cell] and p[cell + 1].
+struct Neighbours {
+  Floats left, right;
+};
+
+MF_INLINE Neighbours gather(const float* p, Ints cell) {
+#if defined(__AVX512F__)
+  // pairs of floats as doubles: half as many elements
+  const __m512d zero = _mm512_setzero_pd();
+  const __m256i near = _mm512_castsi512_si256((__m512i)cell);
+  const __m256i far = _mm512_maskz_extracti64x4_epi64(0xff, (__m512i)cell, 1);
+  const __m512 a = _mm512_castpd_ps(_mm512_mask_i32gather_pd(zero, 0xff, near, p, 4));
+  const __m512 b = _mm512_castpd_ps(_mm512_mask_i32gather_pd(zero, 0xff, far, p, 4));
+  const Ints even = 2 * lane_numbers();
+  return {_mm512_permutex2var_ps(a, (__m512i)even, b), _mm512_permutex2var_ps(a, (__m512i)(even + 1), b)};
+#elif defined(__AVX2__)
+  const __m256 zero = _mm256_setzero_ps(), all = (__m256)broadcast(int32_t{-1});
+  return {_mm256_mask_i32gather_ps(zero, p, (__m256i)cell, all, 4),
+          _mm256_mask_i32gather_ps(zero, p + 1, (__m256i)cell, all, 4)};
+#else
+  Neighbours result{};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    result.left[lane] = p[cell[lane]];
+    result.right[lane] = p[cell[lane] + 1];
+  }
+  return result;
+#endif
+}
+
+template <class Element>
+void pad(const Element* map, int64_t height, int64_t width, float* padded) {
+  const int64_t stride = padded_width(width);
+  for (int64_t y = 0; y < height; ++y) {
+    const Element* from = map + y * width;
+    float* to = padded + (y + 1) * stride + 1;
+    for (int64_t x = 0; x < width; x += kLanes) store_elements(to + x, load_elements(from + x, width - x), width - x);
+  }
+}
+
+template <class Element>
+void unpad(const float* padded, int64_t height, int64_t width, Element* map) {
+  const int64_t stride = padded_width(width);
+  for (int64_t y = 0; y < height; ++y) {
+    const float* from = padded + (y + 1) * stride + 1;
+    Element* to = map + y * width;
+    for (int64_t x = 0; x < width; x += kLanes) store_elements(to + x, load_elements(from + x, width - x), width - x);
+  }
+}
+
+template <class Element>
+void copy(const Element* logits, int64_t count, float* result) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store_elements(result + i, load_elements(logits + i, count - i), count - i);
+  }
+}
+
+MF_INLINE void add_to(float* sums, Floats x) { store(sums, load(sums) + x); }
+
+template <Exponent exponent>
+void losses(const float* logits, int64_t count, const FocalLoss& loss, QueryLanes& lanes, float* probability,
+            float* rise) {
+  Floats all_p{}, all_off{}, broken{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats x = load(logits + i);
+    const PixelLoss pixel = pixel_loss<exponent>(x, loss);
+    const Ints valid = present(count - i);
+    const Floats off = select(valid, pixel.off_weight * pixel.off, Floats{});
+    const Floats on = select(valid, pixel.on_weight * pixel.on, Floats{});
+    const Floats p = select(valid, pixel.probability, Floats{});
+    store(probability + i, p);
+    store(rise + i, on - off);
+    all_p += p;
+    all_off += off;
+    broken += select(valid, x * 0.0f, Floats{});  // exp clamps, which would hide NaN and infinities
+  }
+  add_to(lanes.probability, all_p);
+  add_to(lanes.off_loss, all_off);
+  add_to(lanes.broken, broken);
+}
+
+// Row of the values of a block: probabilities first.
+MF_INLINE const float* row_of(const BlockValues& values, int row) {
+  return row < kBlock ? values.probability[row] : values.rise[row - kBlock];
+}
+MF_INLINE float* lanes_of(PairLanes& pair, int row) {
+  return row < kBlock ? pair.probability[row] : pair.rise[row - kBlock];
+}
+
+template <int targets>
+void multiply(const BlockValues& values, const float* truth, int64_t stride, int64_t count, PairLanes* pairs) {
+  for (int first = 0; first < 2 * kBlock; first += kRows) {
+    Floats sums[kRows][targets] = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Floats on[targets];
+      for (int t = 0; t < targets; ++t) on[t] = load_elements(truth + t * stride + i, count - i);
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        const Floats value = load(row_of(values, first + row) + i);
+        for (int t = 0; t < targets; ++t) sums[row][t] += value * on[t];
+      }
+    }
+    for (int row = 0; row < kRows; ++row) {
+      for (int t = 0; t < targets; ++t) add_to(lanes_of(pairs[t], first + row), sums[row][t]);
+    }
+  }
+}
+
+template <Exponent exponent>
+void sums_of(const float* logits, const float* truth, int64_t count, const FocalLoss& loss, double* sums) {
+  Floats all_loss{}, overlap{}, all_p{}, area{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats x = load(logits + i), t = load_elements(truth + i, count - i);
+    const PixelLoss pixel = pixel_loss<exponent>(x, loss);
+    const Floats off = pixel.off_weight * pixel.off, on = pixel.on_weight * pixel.on;
+    const Ints valid = present(count - i);
+    const Floats broken = x * 0.0f, p = select(valid, pixel.probability + broken, Floats{});
+    all_loss += select(valid, off + t * (on - off) + broken, Floats{});
+    overlap += p * t;
+    all_p += p;
+    area += t;
+  }
+  sums[0] += static_cast<double>(sum(all_loss));
+  sums[1] += static_cast<double>(sum(overlap));
+  sums[2] += static_cast<double>(sum(all_p));
+  sums[3] += static_cast<double>(sum(area));
+}
+
+template <Exponent exponent>
+void gradients_of(const float* logits, const float* truth, int64_t count, const FocalLoss& loss, const float* upstream,
+                  float* gradient) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats x = load(logits + i), t = load_elements(truth + i, count - i);
+    const PixelLoss pixel = pixel_loss<exponent>(x, loss);
+    const Floats p = pixel.probability, q = pixel.rest;
+    Floats off = p, on = -q;  // derivatives of softplus(x) and softplus(-x)
+    if (exponent != Exponent::zero) {
+      off += loss.gamma * q * pixel.off;
+      on -= loss.gamma * p * pixel.on;
+    }
+    off *= pixel.off_weight, on *= pixel.on_weight;
+    store(gradient + i, upstream[0] * (off + t * (on - off)) + p * q * (upstream[1] * t + upstream[2]) + x * 0.0f);
+  }
+}
+
+}  // namespace
+
+void place_points(const float* points, int64_t count, int64_t extent_height, int64_t extent_width, int64_t height,
+                  int64_t width, Places& places) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats x{}, y{};
+    if (count - i >= kLanes) {
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) x[lane] = points[2 * (i + lane)], y[lane] = points[2 * (i + lane) + 1];
+    } else {
+      for (int lane = 0; i + lane < count; ++lane) x[lane] = points[2 * (i + lane)], y[lane] = points[2 * (i + lane) + 1];
+    }
+    Floats right, low;
+    store(places.column + i, floor(x * static_cast<float>(extent_width) - 0.5f, width, right));
+    store(places.row + i, floor(y * static_cast<float>(extent_height) - 0.5f, height, low));
+    store(places.right + i, right);
+    store(places.low + i, low);
+  }
+}
+
+void pad_map(const float* map, int64_t height, int64_t width, float* padded) { pad(map, height, width, padded); }
+void pad_map(const uint16_t* map, int64_t height, int64_t width, float* padded) { pad(map, height, width, padded); }
+void unpad_map(const float* padded, int64_t height, int64_t width, float* map) { unpad(padded, height, width, map); }
+void unpad_map(const float* padded, int64_t height, int64_t width, uint16_t* map) {
+  unpad(padded, height, width, map);
+}
+void copy_logits(const float* logits, int64_t count, float* result) { copy(logits, count, result); }
+void copy_logits(const uint16_t* logits, int64_t count, float* result) { copy(logits, count, result); }
+
+void sample_map(const float* padded, int64_t width, const Places& places, int64_t count, float* result) {
+  const int64_t stride = padded_width(width);
+  const float* origin = padded + stride + 1;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Ints cell = load_ints(places.row + i) * static_cast<int32_t>(stride) + load_ints(places.column + i);
+    const Floats right = load(places.right + i), low = load(places.low + i);
+    const Neighbours above = gather(origin, cell), below = gather(origin + stride, cell);
+    // 1 - share, not a difference of neighbours: infinities must not become NaN where both are
+    const Floats upper = (1.0f - right) * above.left + right * above.right;
+    const Floats lower = (1.0f - right) * below.left + right * below.right;
+    store(result + i, (1.0f - low) * upper + low * lower);
+  }
+}
+
+void add_losses(const float* logits, int64_t count, const FocalLoss& loss, QueryLanes& lanes, int query,
+                BlockValues& values) {
+  const Exponent exponent = exponent_of(loss);
+  const auto chosen = exponent == Exponent::zero  ? losses<Exponent::zero>
+                      : exponent == Exponent::two ? losses<Exponent::two>
+                                                  : losses<Exponent::other>;
+  chosen(logits, count, loss, lanes, values.probability[query], values.rise[query]);
+}
+
+void add_products(const BlockValues& values, const float* truth, int64_t stride, int64_t targets, int64_t count,
+                  PairLanes* pairs) {
+  int64_t t = 0;
+  for (; t + kTargets <= targets; t += kTargets) multiply<kTargets>(values, truth + t * stride, stride, count, pairs + t);
+  for (; t < targets; ++t) multiply<1>(values, truth + t * stride, stride, count, pairs + t);
+}
+
+void add_sums(const float* logits, const float* truth, int64_t count, const FocalLoss& loss, double* sums) {
+  const Exponent exponent = exponent_of(loss);
+  const auto chosen = exponent == Exponent::zero  ? sums_of<Exponent::zero>
+                      : exponent == Exponent::two ? sums_of<Exponent::two>
+                                                  : sums_of<Exponent::other>;
+  chosen(logits, truth, count, loss, sums);
+}
+
+void differentiate_sums(const float* logits, const float* truth, int64_t count, const FocalLoss& loss,
+                        const float* upstream, float* gradient) {
+  const Exponent exponent = exponent_of(loss);
+  const auto chosen = exponent == Exponent::zero  ? gradients_of<Exponent::zero>
+                      : exponent == Exponent::two ? gradients_of<Exponent::two>
+                                                  : gradients_of<Exponent::other>;
+  chosen(logits, truth, count, loss, upstream, gradient);
+}
+
+void scatter(const float* gradient, const Places& places, int64_t count, int64_t width, float* padded) {
+  const int64_t stride = padded_width(width);
+  float* origin = padded + stride + 1;
+  for (int64_t i = 0; i < count; ++i) {
+    float* cell = origin + places.row[i] * stride + places.column[i];
+    const float lower = places.low[i] * gradient[i], upper = gradient[i] - lower, right = places.right[i];
+    cell[0] += (1.0f - right) * upper;
+    cell[1] += right * upper;
+    cell[stride] += (1.0f - right) * lower;
+    cell[stride + 1] += right * lower;
+  }
+}
+
+double total(const float* values, int64_t count) {
+  Floats sums{};
+  for (int64_t i = 0; i < count; i += kLanes) sums += load_elements(values + i, count - i);
+  return static_cast<double>(sum(sums));
+}
+
+}  // namespace MF_ISA
+}  // namespace maskformer_fast
