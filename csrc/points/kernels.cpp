@@ -208,7 +208,6 @@ void sample_map(const float* padded, int64_t width, const Places& places, int64_
     const Ints cell = load_ints(places.row + i) * static_cast<int32_t>(stride) + load_ints(places.column + i);
     const Floats right = load(places.right + i), low = load(places.low + i);
     const Neighbours above = gather(origin, cell), below = gather(origin + stride, cell);
-    // 1 - share, not a difference of neighbours: infinities must not become NaN where both are
     const Floats upper = (1.0f - right) * above.left + right * above.right;
     const Floats lower = (1.0f - right) * below.left + right * below.right;
     store(result + i, (1.0f - low) * upper + low * lower);

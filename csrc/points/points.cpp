@@ -28,8 +28,8 @@ struct Scratch {
   explicit Scratch(int64_t padded = 0) : padded(padded) {}
 
   std::vector<float> padded;  // zero at the border
-  Places places;
-  float logits[kChunk], gradient[kChunk];
+  Places places{};
+  float logits[kChunk]{}, gradient[kChunk]{};
 };
 
 std::vector<Scratch> scratch_of(int threads, int64_t tasks, int64_t padded) {
@@ -83,20 +83,21 @@ void sample_chunk(const MaskSamples& samples, int64_t mask, const Places& places
   }
 }
 
-// Chooses the `wanted` smallest keys; among equal ones the first. Returns their numbers in ascending order.
+// Finds the smallest of some numbers by their absolute value, in passes that count leading bits.
 class Selection {
  public:
-  explicit Selection(int64_t count) : keys(count) {}
+  explicit Selection(int64_t count) : keys_(count) {}
 
   // Bits of |x|, which order as the numbers do, NaN last.
   void set(int64_t first, const float* values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       uint32_t bits;
       std::memcpy(&bits, values + i, sizeof bits);
-      keys[first + i] = bits & 0x7fffffffu;
+      keys_[first + i] = bits & 0x7fffffffu;
     }
   }
 
+  // Calls work(i) for the `wanted` smallest, in the order of i; among equal ones the first.
   template <class Work>
   void for_smallest(int64_t wanted, const Work& work) {
     uint32_t prefix = 0;
@@ -105,20 +106,20 @@ class Selection {
       const int above = shift == 20 ? 31 : shift == 9 ? 20 : 9;
       const uint32_t buckets = 1u << (above - shift);
       std::fill(counts_, counts_ + buckets, 0);
-      for (const uint32_t key : keys) {
+      for (const uint32_t key : keys_) {
         if (key >> above == prefix) ++counts_[key >> shift & (buckets - 1)];
       }
       uint32_t bucket = 0;
       while (bucket + 1 < buckets && counts_[bucket] < equal) equal -= counts_[bucket++];
       prefix = prefix << (above - shift) | bucket;
     }
-    for (int64_t i = 0; i < static_cast<int64_t>(keys.size()); ++i) {
-      if (keys[i] < prefix || (keys[i] == prefix && equal-- > 0)) work(i);
+    for (int64_t i = 0; i < static_cast<int64_t>(keys_.size()); ++i) {
+      if (keys_[i] < prefix || (keys_[i] == prefix && equal-- > 0)) work(i);
     }
   }
 
  private:
-  std::vector<uint32_t> keys;
+  std::vector<uint32_t> keys_;
   int64_t counts_[1 << 11];
 };
 
@@ -227,9 +228,9 @@ struct CostScratch {
   std::vector<float> padded;  // maps of a block
   std::vector<PairLanes> pairs;
   std::vector<float> chosen;  // probability of each target's class
-  Places places;
-  float logits[kChunk];
-  BlockValues values;
+  Places places{};
+  float logits[kChunk]{};
+  BlockValues values{};
 };
 
 double total_of(const float (&lanes)[kMostPointLanes]) {
