@@ -28,6 +28,30 @@ MF_INLINE Ints floor(Floats x, int64_t limit, Floats& fraction) {
   return whole;
 }
 
+struct Axes {
+  Floats x, y;
+};
+
+// Loads `count` points (x, y), at most one a lane.
+MF_INLINE Axes load_points(const float* points, int64_t count) {
+  const Floats a = load_elements(points, 2 * count), b = load_elements(points + kLanes, 2 * count - kLanes);
+#if defined(__AVX512F__)
+  const __m512i even = (__m512i)(2 * lane_numbers()), odd = (__m512i)(2 * lane_numbers() + 1);
+  return {_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b)};
+#elif defined(__AVX2__)
+  const Ints order = {0, 1, 4, 5, 2, 3, 6, 7};  // of halves of registers, within which shuffles work
+  const __m256 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xdd);
+  return {permute(even, order), permute(odd, order)};
+#else
+  Axes result{};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    result.x[lane] = lane < kLanes / 2 ? a[2 * lane % kLanes] : b[2 * lane % kLanes];
+    result.y[lane] = lane < kLanes / 2 ? a[2 * lane % kLanes + 1] : b[2 * lane % kLanes + 1];
+  }
+  return result;
+#endif
+}
+
 // Two neighbours of each lane: p[cell] and p[cell + 1].
 struct Neighbours {
   Floats left, right;
@@ -84,6 +108,13 @@ void copy(const Element* logits, int64_t count, float* result) {
   }
 }
 
+// Logarithm of numbers >= 1 that are finite.
+MF_INLINE Floats log_above_one(Floats x) {
+  const Ints bits = (Ints)x, exponent = (bits >> 23) - 127;
+  const Floats mantissa = (Floats)((bits & 0x7fffff) | 0x3f800000);
+  return __builtin_convertvector(exponent, Floats) * 0.693147180559945f + log1p_unit(mantissa - 1.0f);
+}
+
 MF_INLINE void add_to(float* sums, Floats x) { store(sums, load(sums) + x); }
 
 template <Exponent exponent>
@@ -102,6 +133,34 @@ void losses(const float* logits, int64_t count, const FocalLoss& loss, QueryLane
     all_p += p;
     all_off += off;
     broken += select(valid, x * 0.0f, Floats{});  // exp clamps, which would hide NaN and infinities
+  }
+  add_to(lanes.probability, all_p);
+  add_to(lanes.off_loss, all_off);
+  add_to(lanes.broken, broken);
+}
+
+// The losses of cross-entropy without weights: those with the target on and off differ by x, and the logarithms of many
+// points are one of a product, of at most 2^kFactors.
+void cross_entropies(const float* logits, int64_t count, QueryLanes& lanes, float* probability, float* rise) {
+  constexpr int64_t kFactors = 32;
+  Floats all_p{}, all_off{}, broken{};
+  for (int64_t first = 0; first < count; first += kFactors * kLanes) {
+    const int64_t last = first + kFactors * kLanes < count ? first + kFactors * kLanes : count;
+    Floats product = broadcast(1.0f);
+    for (int64_t i = first; i < last; i += kLanes) {
+      const Ints valid = present(last - i);
+      const Floats x = select(valid, load(logits + i), broadcast(-88.0f));  // of probability and loss 0 in float
+      const Ints positive = x > 0.0f;
+      const Floats e = exp(select(positive, -x, x)), sum = 1.0f + e, reciprocal = 1.0f / sum;
+      const Floats p = select(valid, select(positive, reciprocal, e * reciprocal), Floats{});
+      store(probability + i, p);
+      store(rise + i, select(valid, -x, Floats{}));
+      all_p += p;
+      all_off += max(x, Floats{});
+      product *= sum;
+      broken += x * 0.0f;
+    }
+    all_off += log_above_one(product);
   }
   add_to(lanes.probability, all_p);
   add_to(lanes.off_loss, all_off);
@@ -177,16 +236,10 @@ void gradients_of(const float* logits, const float* truth, int64_t count, const 
 void place_points(const float* points, int64_t count, int64_t extent_height, int64_t extent_width, int64_t height,
                   int64_t width, Places& places) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    Floats x{}, y{};
-    if (count - i >= kLanes) {
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes; ++lane) x[lane] = points[2 * (i + lane)], y[lane] = points[2 * (i + lane) + 1];
-    } else {
-      for (int lane = 0; i + lane < count; ++lane) x[lane] = points[2 * (i + lane)], y[lane] = points[2 * (i + lane) + 1];
-    }
+    const Axes at = load_points(points + 2 * i, count - i);
     Floats right, low;
-    store(places.column + i, floor(x * static_cast<float>(extent_width) - 0.5f, width, right));
-    store(places.row + i, floor(y * static_cast<float>(extent_height) - 0.5f, height, low));
+    store(places.column + i, floor(at.x * static_cast<float>(extent_width) - 0.5f, width, right));
+    store(places.row + i, floor(at.y * static_cast<float>(extent_height) - 0.5f, height, low));
     store(places.right + i, right);
     store(places.low + i, low);
   }
@@ -217,6 +270,9 @@ void sample_map(const float* padded, int64_t width, const Places& places, int64_
 void add_losses(const float* logits, int64_t count, const FocalLoss& loss, QueryLanes& lanes, int query,
                 BlockValues& values) {
   const Exponent exponent = exponent_of(loss);
+  if (exponent == Exponent::zero && loss.on_weight == 1.0f && loss.off_weight == 1.0f) {
+    return cross_entropies(logits, count, lanes, values.probability[query], values.rise[query]);
+  }
   const auto chosen = exponent == Exponent::zero  ? losses<Exponent::zero>
                       : exponent == Exponent::two ? losses<Exponent::two>
                                                   : losses<Exponent::other>;

@@ -42,10 +42,16 @@ void for_chunks(int64_t count, const Work& work) {
   for (int64_t first = 0; first < count; first += kChunk) work(first, std::min(kChunk, count - first));
 }
 
+// Masks are larger than the cache, and points in no order: what is read is asked for that many points before.
+constexpr int64_t kAhead = 24;
+
 template <class Mask>
 void sample_mask(const Mask& mask, int64_t height, int64_t width, const Places& places, int64_t count, float* result) {
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t x = places.column[i], y = places.row[i];
+    const int64_t x = places.column[i], y = places.row[i], later = std::min(i + kAhead, count - 1);
+    for (int64_t row = places.row[later]; row <= places.row[later] + 1; ++row) {
+      __builtin_prefetch(mask.address(std::clamp<int64_t>(row, 0, height - 1), std::max(places.column[later], 0)));
+    }
     const float right = places.right[i], low = places.low[i];
     float corners[4];  // upper left, upper right, lower left, lower right
     if (x >= 0 && y >= 0 && x + 1 < width && y + 1 < height) {
@@ -64,29 +70,43 @@ void sample_mask(const Mask& mask, int64_t height, int64_t width, const Places& 
   }
 }
 
+// Values of a mask in memory.
+template <class Element>
+struct DenseMask {
+  const Element* values;
+  int64_t width;
+
+  const void* address(int64_t y, int64_t x) const { return values + y * width + std::min(x, width - 1); }
+  float operator()(int64_t y, int64_t x) const { return static_cast<float>(values[y * width + x]); }
+};
+
+struct PackedMask {
+  const uint8_t* values;
+  int64_t row_bytes;
+
+  const void* address(int64_t y, int64_t) const { return values + y * row_bytes; }
+  float operator()(int64_t y, int64_t x) const {
+    return static_cast<float>(values[y * row_bytes + x / 8] >> (x % 8) & 1);
+  }
+};
+
 void sample_chunk(const MaskSamples& samples, int64_t mask, const Places& places, int64_t count, float* result) {
-  const int64_t height = samples.height, width = samples.width;
+  const int64_t height = samples.height, width = samples.width, row_bytes = (width + 7) / 8;
+  const auto sample = [&](const auto& values) { sample_mask(values, height, width, places, count, result); };
   const auto bytes = static_cast<const uint8_t*>(samples.masks);
   if (samples.format == MaskFormat::float32) {
-    const float* values = static_cast<const float*>(samples.masks) + mask * height * width;
-    sample_mask([=](int64_t y, int64_t x) { return values[y * width + x]; }, height, width, places, count, result);
+    sample(DenseMask<float>{static_cast<const float*>(samples.masks) + mask * height * width, width});
   } else if (samples.format == MaskFormat::bytes) {
-    const uint8_t* values = bytes + mask * height * width;
-    sample_mask([=](int64_t y, int64_t x) { return static_cast<float>(values[y * width + x]); }, height, width, places,
-                count, result);
+    sample(DenseMask<uint8_t>{bytes + mask * height * width, width});
   } else {
-    const int64_t row_bytes = (width + 7) / 8;
-    const uint8_t* values = bytes + mask * height * row_bytes;
-    sample_mask(
-        [=](int64_t y, int64_t x) { return static_cast<float>(values[y * row_bytes + x / 8] >> (x % 8) & 1); }, height,
-        width, places, count, result);
+    sample(PackedMask{bytes + mask * height * row_bytes, row_bytes});
   }
 }
 
 // Finds the smallest of some numbers by their absolute value, in passes that count leading bits.
 class Selection {
  public:
-  explicit Selection(int64_t count) : keys_(count) {}
+  explicit Selection(int64_t count) : keys_(count), similar_(count + 1), numbers_(count + 1) {}
 
   // Bits of |x|, which order as the numbers do, NaN last.
   void set(int64_t first, const float* values, int64_t count) {
@@ -97,29 +117,41 @@ class Selection {
     }
   }
 
-  // Calls work(i) for the `wanted` smallest, in the order of i; among equal ones the first.
-  template <class Work>
-  void for_smallest(int64_t wanted, const Work& work) {
+  // Returns the numbers of the `wanted` smallest in ascending order; among equal ones the first.
+  const int32_t* smallest(int64_t wanted) {
+    const int64_t count = static_cast<int64_t>(keys_.size());
     uint32_t prefix = 0;
     int64_t equal = wanted;  // of keys that begin with the prefix, that many are chosen
+    const uint32_t* keys = keys_.data();
+    int64_t left = count;
     for (const int shift : {20, 9, 0}) {
-      const int above = shift == 20 ? 31 : shift == 9 ? 20 : 9;
-      const uint32_t buckets = 1u << (above - shift);
-      std::fill(counts_, counts_ + buckets, 0);
-      for (const uint32_t key : keys_) {
-        if (key >> above == prefix) ++counts_[key >> shift & (buckets - 1)];
-      }
+      const uint32_t mask = shift == 20 ? 0x7ff : shift == 9 ? 0x7ff : 0x1ff;
+      std::fill(counts_, counts_ + mask + 1, 0);
+      for (int64_t i = 0; i < left; ++i) ++counts_[keys[i] >> shift & mask];
       uint32_t bucket = 0;
-      while (bucket + 1 < buckets && counts_[bucket] < equal) equal -= counts_[bucket++];
-      prefix = prefix << (above - shift) | bucket;
+      while (bucket < mask && counts_[bucket] < equal) equal -= counts_[bucket++];
+      prefix |= bucket << shift;
+      int64_t kept = 0;
+      for (int64_t i = 0; i < left; ++i) {  // without branches, which would be mispredicted
+        similar_[kept] = keys[i];
+        kept += (keys[i] >> shift & mask) == bucket;
+      }
+      keys = similar_.data();
+      left = kept;
     }
-    for (int64_t i = 0; i < static_cast<int64_t>(keys_.size()); ++i) {
-      if (keys_[i] < prefix || (keys_[i] == prefix && equal-- > 0)) work(i);
+    int64_t chosen = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool is_equal = keys_[i] == prefix;
+      numbers_[chosen] = static_cast<int32_t>(i);
+      chosen += (keys_[i] < prefix) | (is_equal & (equal > 0));
+      equal -= is_equal;
     }
+    return numbers_.data();
   }
 
  private:
-  std::vector<uint32_t> keys_;
+  std::vector<uint32_t> keys_, similar_;  // all, and those that begin with the prefix so far
+  std::vector<int32_t> numbers_;
   int64_t counts_[1 << 11];
 };
 
@@ -164,10 +196,8 @@ void choose_points(const PointChoice& choice, const Element* maps, float* result
         MF_DISPATCH(sample_map, own.padded.data(), width, own.places, length, own.logits);
         selection.set(first, own.logits, length);
       });
-      selection.for_smallest(choice.uncertain, [&](int64_t i) {
-        *out++ = candidates[2 * i];
-        *out++ = candidates[2 * i + 1];
-      });
+      const int32_t* numbers = selection.smallest(choice.uncertain);
+      for (int64_t k = 0; k < choice.uncertain; ++k, out += 2) std::memcpy(out, candidates + 2 * numbers[k], 8);
     }
     const float* random = choice.random + 2 * group * choice.random_count;
     std::copy(random, random + 2 * choice.random_count, out);

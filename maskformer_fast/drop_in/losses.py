@@ -7,9 +7,10 @@ seed gives the same points with and without. The host does not wait for the devi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +50,11 @@ def equip_loss(model: Model) -> Model:
     """
     criterion = _criterion(unequip_loss(model))
     if criterion_family(criterion) == "MaskFormer":
-        matcher, losses = _match_masks, _full_mask_losses
+        matcher, losses = _match_masks, {"loss_masks": _full_mask_losses}
     else:
-        matcher, losses = _match_points, _point_losses
+        matcher, losses = _match_points, {"forward": _losses_of_all_layers, "loss_masks": _point_losses}
     swap_methods(criterion.matcher, {"forward": matcher}, _unchanged, {})
-    swap_methods(criterion, {"loss_masks": losses}, equip_loss, {})
+    swap_methods(criterion, losses, equip_loss, {})
     return model
 
 
@@ -102,17 +103,44 @@ def _assign(
     return [(queries[image, :count], order[image, :count]) for image, count in enumerate(pairs)]
 
 
+class _PackedMasks(NamedTuple):
+    """Target masks of an image, 8 pixels a byte: small enough for the processor's cache."""
+
+    bits: Tensor  # [T, H, ceil(W/8)] uint8
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self.bits.shape[:2], self.width)
+
+
+Masks = Tensor | _PackedMasks  # [T, H, W] each
+
+
+def _losses_of_all_layers(self: Any, *arguments: Any, **named: Any) -> dict[str, Tensor]:
+    """Compute the losses as the model's own method, with masks that are packed once for all layers."""
+    plain = self._plain_class.forward
+    bound = inspect.signature(plain).bind(self, *arguments, **named)
+    bound.arguments["mask_labels"] = [
+        masks if isinstance(masks, _PackedMasks) else _PackedMasks(pack_masks(masks != 0), masks.shape[2])
+        for masks in bound.arguments["mask_labels"]
+    ]
+    losses: dict[str, Tensor] = plain(*bound.args, **bound.kwargs)
+    return losses
+
+
 def _samples(
-    masks: Tensor,  # [T, H, W] 0 or 1
+    masks: Masks,
     rows: Tensor,  # [N] int64, the mask of each result
     points: Tensor,  # [G, P, 2]
     groups: Tensor,  # [N] int64, the points of each result
     extent: tuple[int, int] | None = None,  # size to which the masks count as padded
 ) -> Tensor:
     """Target masks at points, wherever the masks are -> [N, P] float32 on the device of ``points``."""
-    masks = masks.to(points.device)
-    masks = masks if masks.dtype in (torch.float32, torch.bool) else masks.to(torch.float32)
-    return sample_masks(masks, masks.shape[2], rows, points, groups, extent)
+    width, values = masks.shape[2], masks.bits if isinstance(masks, _PackedMasks) else masks
+    if values is masks and values.dtype not in (torch.float32, torch.bool):
+        values = values.to(torch.float32)
+    return sample_masks(values.to(points.device), width, rows, points, groups, extent)
 
 
 @torch.no_grad()
@@ -120,7 +148,7 @@ def _match_points(
     self: Any,
     masks_queries_logits: Tensor,  # [B, Q, h, w]
     class_queries_logits: Tensor,  # [B, Q, K+1]
-    mask_labels: Sequence[Tensor],  # [T, H, W] each
+    mask_labels: Sequence[Masks],
     class_labels: Sequence[Tensor],  # [T] each
 ) -> Indices:
     """Match at random points, the same for all masks of an image."""
@@ -227,7 +255,7 @@ def _full_mask_losses(
 def _point_losses(
     self: Any,
     masks_queries_logits: Tensor,  # [B, Q, h, w]
-    mask_labels: Sequence[Tensor],  # [T, H, W] each
+    mask_labels: Sequence[Masks],
     indices: Indices,
     num_masks: Tensor,
 ) -> dict[str, Tensor]:

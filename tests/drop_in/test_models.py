@@ -76,7 +76,7 @@ def test_copies_keep_the_parts_and_unequip_removes_them() -> None:
     fast = equip_model(plain)
     changed = [type(module).forward is not name for module, name in zip(fast.modules(), names, strict=True)]
     assert fast is plain and list(fast.state_dict()) == state
-    assert sum(changed) == 3  # two layers of the pixel decoder, and the matcher
+    assert sum(changed) == 4  # two layers of the pixel decoder, the criterion and its matcher
     twin = copy.deepcopy(equip_model(fast))
     assert [type(m).forward is not n for m, n in zip(twin.modules(), names, strict=True)] == changed
     assert [type(module).forward for module in unequip_model(twin).modules()] == names
