@@ -32,21 +32,20 @@ struct Axes {
   Floats x, y;
 };
 
-// Loads `count` points (x, y), at most one a lane.
-MF_INLINE Axes load_points(const float* points, int64_t count) {
-  const Floats a = load_elements(points, 2 * count), b = load_elements(points + kLanes, 2 * count - kLanes);
+// Splits x, y, x, y, ... of two vectors.
+MF_INLINE Axes split(Floats a, Floats b) {
 #if defined(__AVX512F__)
   const __m512i even = (__m512i)(2 * lane_numbers()), odd = (__m512i)(2 * lane_numbers() + 1);
   return {_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b)};
 #elif defined(__AVX2__)
   const Ints order = {0, 1, 4, 5, 2, 3, 6, 7};  // of halves of registers, within which shuffles work
-  const __m256 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xdd);
-  return {permute(even, order), permute(odd, order)};
+  return {permute(_mm256_shuffle_ps(a, b, 0x88), order), permute(_mm256_shuffle_ps(a, b, 0xdd), order)};
 #else
   Axes result{};
   for (int lane = 0; lane < kLanes; ++lane) {
-    result.x[lane] = lane < kLanes / 2 ? a[2 * lane % kLanes] : b[2 * lane % kLanes];
-    result.y[lane] = lane < kLanes / 2 ? a[2 * lane % kLanes + 1] : b[2 * lane % kLanes + 1];
+    const Floats from = lane < kLanes / 2 ? a : b;
+    result.x[lane] = from[2 * lane % kLanes];
+    result.y[lane] = from[2 * lane % kLanes + 1];
   }
   return result;
 #endif
@@ -57,20 +56,29 @@ struct Neighbours {
   Floats left, right;
 };
 
-MF_INLINE Neighbours gather(const float* p, Ints cell) {
+#if defined(__AVX2__)
+// p[cell[k]], p[cell[k] + 1], p[cell[k + 1]], p[cell[k + 1] + 1]; the processors' gathers are slower than such loads.
+MF_INLINE __m128 two_pairs(const float* p, const int32_t* cell) {
+  const __m128d one = _mm_load_sd(reinterpret_cast<const double*>(p + cell[0]));
+  return _mm_castpd_ps(_mm_loadh_pd(one, reinterpret_cast<const double*>(p + cell[1])));
+}
+MF_INLINE __m256 four_pairs(const float* p, const int32_t* cell) {
+  return _mm256_set_m128(two_pairs(p, cell + 2), two_pairs(p, cell));
+}
+#endif
+
+MF_INLINE Neighbours gather(const float* p, const int32_t* cell) {
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
-  // pairs of floats as doubles: half as many elements
-  const __m512d zero = _mm512_setzero_pd();
-  const __m256i near = _mm512_castsi512_si256((__m512i)cell);
-  const __m256i far = _mm512_maskz_extracti64x4_epi64(0xff, (__m512i)cell, 1);
-  const __m512 a = _mm512_castpd_ps(_mm512_mask_i32gather_pd(zero, 0xff, near, p, 4));
-  const __m512 b = _mm512_castpd_ps(_mm512_mask_i32gather_pd(zero, 0xff, far, p, 4));
-  const Ints even = 2 * lane_numbers();
-  return {_mm512_permutex2var_ps(a, (__m512i)even, b), _mm512_permutex2var_ps(a, (__m512i)(even + 1), b)};
-#elif defined(__AVX2__)
-  const __m256 zero = _mm256_setzero_ps(), all = (__m256)broadcast(int32_t{-1});
-  return {_mm256_mask_i32gather_ps(zero, p, (__m256i)cell, all, 4),
-          _mm256_mask_i32gather_ps(zero, p + 1, (__m256i)cell, all, 4)};
+  const auto eight_pairs = [=](const int32_t* first) {
+    const __m512d low = _mm512_zextpd256_pd512(_mm256_castps_pd(four_pairs(p, first)));
+    return _mm512_castpd_ps(_mm512_maskz_insertf64x4(0xff, low, _mm256_castps_pd(four_pairs(p, first + 4)), 1));
+  };
+  const Axes pairs = split(eight_pairs(cell), eight_pairs(cell + 8));
+#else
+  const Axes pairs = split(four_pairs(p, cell), four_pairs(p, cell + 4));
+#endif
+  return {pairs.x, pairs.y};
 #else
   Neighbours result{};
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -236,7 +244,8 @@ void gradients_of(const float* logits, const float* truth, int64_t count, const 
 void place_points(const float* points, int64_t count, int64_t extent_height, int64_t extent_width, int64_t height,
                   int64_t width, Places& places) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Axes at = load_points(points + 2 * i, count - i);
+    const float* from = points + 2 * i;
+    const Axes at = split(load_elements(from, 2 * (count - i)), load_elements(from + kLanes, 2 * (count - i) - kLanes));
     Floats right, low;
     store(places.column + i, floor(at.x * static_cast<float>(extent_width) - 0.5f, width, right));
     store(places.row + i, floor(at.y * static_cast<float>(extent_height) - 0.5f, height, low));
@@ -258,7 +267,8 @@ void sample_map(const float* padded, int64_t width, const Places& places, int64_
   const int64_t stride = padded_width(width);
   const float* origin = padded + stride + 1;
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Ints cell = load_ints(places.row + i) * static_cast<int32_t>(stride) + load_ints(places.column + i);
+    int32_t cell[kLanes];
+    store(cell, load_ints(places.row + i) * static_cast<int32_t>(stride) + load_ints(places.column + i));
     const Floats right = load(places.right + i), low = load(places.low + i);
     const Neighbours above = gather(origin, cell), below = gather(origin + stride, cell);
     const Floats upper = (1.0f - right) * above.left + right * above.right;

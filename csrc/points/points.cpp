@@ -126,10 +126,16 @@ class Selection {
     int64_t left = count;
     for (const int shift : {20, 9, 0}) {
       const uint32_t mask = shift == 20 ? 0x7ff : shift == 9 ? 0x7ff : 0x1ff;
-      std::fill(counts_, counts_ + mask + 1, 0);
-      for (int64_t i = 0; i < left; ++i) ++counts_[keys[i] >> shift & mask];
+      std::memset(counts_, 0, sizeof counts_);
+      // in several tables: neighbours often have the same bits, and a sum would wait for the one before
+      for (int64_t i = 0; i < left; ++i) ++counts_[i % kTables][keys[i] >> shift & mask];
+      const auto size = [&](uint32_t bucket) {
+        int64_t sum = 0;
+        for (const auto& table : counts_) sum += table[bucket];
+        return sum;
+      };
       uint32_t bucket = 0;
-      while (bucket < mask && counts_[bucket] < equal) equal -= counts_[bucket++];
+      for (int64_t within; bucket < mask && (within = size(bucket)) < equal; ++bucket) equal -= within;
       prefix |= bucket << shift;
       int64_t kept = 0;
       for (int64_t i = 0; i < left; ++i) {  // without branches, which would be mispredicted
@@ -152,7 +158,8 @@ class Selection {
  private:
   std::vector<uint32_t> keys_, similar_;  // all, and those that begin with the prefix so far
   std::vector<int32_t> numbers_;
-  int64_t counts_[1 << 11];
+  static constexpr int kTables = 4;
+  int32_t counts_[kTables][1 << 11];
 };
 
 }  // namespace
