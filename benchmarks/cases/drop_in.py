@@ -193,13 +193,13 @@ def train_setup(device: torch.device, part: str, equipped: Callable[[Any], Any])
             loss.backward()
             norms = [parameter.grad.norm() for parameter in owner.parameters() if parameter.grad is not None]
             return [loss.detach(), torch.stack(norms).norm()]
-        logits = given.clone().requires_grad_()
+        logits = [layer.clone().requires_grad_() for layer in given]
         others = [
             {"masks_queries_logits": logits[layer], "class_queries_logits": classes[layer]} for layer in range(9)
         ]
         losses = owner(logits[9], classes[9], masks, labels, others)
         torch.stack([value for name, value in losses.items() if "cross" not in name]).sum().backward()
-        return [*losses.values(), logits.grad]
+        return [*losses.values(), *[layer.grad for layer in logits]]
 
     def agreement(ours: list[Tensor], theirs: list[Tensor]) -> float:
         close = (torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(ours, theirs, strict=True))

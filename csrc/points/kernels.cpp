@@ -292,7 +292,9 @@ void add_losses(const float* logits, int64_t count, const FocalLoss& loss, Query
 void add_products(const BlockValues& values, const float* truth, int64_t stride, int64_t targets, int64_t count,
                   PairLanes* pairs) {
   int64_t t = 0;
-  for (; t + kTargets <= targets; t += kTargets) multiply<kTargets>(values, truth + t * stride, stride, count, pairs + t);
+  for (; t + kTargets <= targets; t += kTargets) {
+    multiply<kTargets>(values, truth + t * stride, stride, count, pairs + t);
+  }
   for (; t < targets; ++t) multiply<1>(values, truth + t * stride, stride, count, pairs + t);
 }
 

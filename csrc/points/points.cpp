@@ -297,7 +297,9 @@ void write_block(const PointCosts& costs, const Element* maps, int64_t layer, in
   }
   for_chunks(costs.points_count, [&](int64_t start, int64_t length) {
     const int64_t place = shared * costs.points_count + start;
-    if (costs.points) MF_DISPATCH(place_points, costs.points + 2 * place, length, height, width, height, width, own.places);
+    if (costs.points) {
+      MF_DISPATCH(place_points, costs.points + 2 * place, length, height, width, height, width, own.places);
+    }
     for (int query = 0; query < queries; ++query) {
       if (costs.points) {
         MF_DISPATCH(sample_map, own.padded.data() + query * size, width, own.places, length, own.logits);
