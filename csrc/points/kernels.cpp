@@ -59,8 +59,10 @@ struct Neighbours {
 #if defined(__AVX2__)
 // p[cell[k]], p[cell[k] + 1], p[cell[k + 1]], p[cell[k + 1] + 1]; the processors' gathers are slower than such loads.
 MF_INLINE __m128 two_pairs(const float* p, const int32_t* cell) {
-  const __m128d one = _mm_load_sd(reinterpret_cast<const double*>(p + cell[0]));
-  return _mm_castpd_ps(_mm_loadh_pd(one, reinterpret_cast<const double*>(p + cell[1])));
+  double first, second;  // as bits: addresses are multiples of four bytes only
+  __builtin_memcpy(&first, p + cell[0], sizeof first);
+  __builtin_memcpy(&second, p + cell[1], sizeof second);
+  return _mm_castpd_ps(_mm_set_pd(second, first));
 }
 MF_INLINE __m256 four_pairs(const float* p, const int32_t* cell) {
   return _mm256_set_m128(two_pairs(p, cell + 2), two_pairs(p, cell));
