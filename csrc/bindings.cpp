@@ -17,6 +17,7 @@
 #include "deformable_attention/deformable_attention.h"
 #include "mask_loss/mask_loss.h"
 #include "matching_cost/matching_cost.h"
+#include "points/points.h"
 #include "resized_argmax/resized_argmax.h"
 #include "rle/rle.h"
 #include "segments/segments.h"
@@ -319,6 +320,151 @@ void define_matching_cost(py::module_& module) {
       "input height and width; weights: class, mask, dice; focal: weight on, weight off, exponent.");
 }
 
+// points
+
+// Throws std::invalid_argument for maps whose places do not fit 32 bits.
+void check_map(int64_t height, int64_t width) {
+  constexpr int64_t kMost = 1 << 15;
+  if (height < 1 || width < 1 || height > kMost || width > kMost) {
+    throw std::invalid_argument("sizes: expected maps of 1..32768 rows and columns, got " + std::to_string(height) +
+                                " x " + std::to_string(width));
+  }
+}
+
+// Calls run(null pointer of the element type).
+template <class Run>
+void for_element(const std::string& type, const Run& run) {
+  float_or_bfloat16(type) == FloatType::float32 ? run(static_cast<float*>(nullptr))
+                                                : run(static_cast<uint16_t*>(nullptr));
+}
+
+PointPairs point_pairs(const std::array<uintptr_t, 3>& addresses, const Integers<4>& sizes, const Numbers<3>& focal) {
+  check_sizes(sizes);
+  const auto [count, height, width, points] = sizes;
+  check_map(height, width);
+  return {count, height, width, points, pointer<const int64_t>(addresses[0]), pointer<const float>(addresses[1]),
+          pointer<const float>(addresses[2]), focal_loss(focal)};
+}
+
+void define_points(py::module_& module) {
+  module.def(
+      "sample_masks",
+      [](const std::string& format, const std::array<uintptr_t, 4>& addresses, const Integers<8>& sizes,
+         uintptr_t result, int threads) {
+        check_sizes(sizes);
+        check_threads(threads);
+        const auto [count, height, width, extent_height, extent_width, rows, groups, points] = sizes;
+        if (count > 0) check_map(height, width);
+        const auto kind = choose<MaskFormat>(
+            "format", format,
+            {{"float32", MaskFormat::float32}, {"bool", MaskFormat::bytes}, {"uint8", MaskFormat::packed}});
+        sample_masks({kind, pointer<const void>(addresses[0]), count, height, width, extent_height, extent_width, rows,
+                      pointer<const int64_t>(addresses[1]), pointer<const int64_t>(addresses[2]),
+                      pointer<const float>(addresses[3]), groups, points},
+                     pointer<float>(result), threads);
+      },
+      arg("format"), arg("addresses"), arg("sizes"), arg("result"), arg("threads"), ReleaseGil(),
+      "format: element type of the masks, uint8 for packed ones. Addresses of masks, masks of rows, groups of rows and "
+      "points, with the shapes in csrc/points/points.h. sizes: masks, height, width, extent's height and width, rows, "
+      "groups, points.");
+  module.def(
+      "choose_points",
+      [](const std::string& type, const std::array<uintptr_t, 4>& addresses, const Integers<7>& sizes,
+         uintptr_t result, int threads) {
+        check_sizes(sizes);
+        check_threads(threads);
+        const auto [count, height, width, groups, candidates, random, uncertain] = sizes;
+        check_map(height, width);
+        if (uncertain > candidates) throw std::invalid_argument("uncertain: expected at most the candidates");
+        const PointChoice choice{count,
+                                 height,
+                                 width,
+                                 pointer<const int64_t>(addresses[1]),
+                                 pointer<const float>(addresses[2]),
+                                 pointer<const float>(addresses[3]),
+                                 groups,
+                                 candidates,
+                                 random,
+                                 uncertain};
+        for_element(type, [&](auto* none) {
+          using Element = std::remove_pointer_t<decltype(none)>;
+          choose_points(choice, pointer<const Element>(addresses[0]), pointer<float>(result), threads);
+        });
+      },
+      arg("type"), arg("addresses"), arg("sizes"), arg("result"), arg("threads"), ReleaseGil(),
+      "Addresses of logits (float32 or bfloat16), groups, candidates and random points, with the shapes in "
+      "csrc/points/points.h. sizes: maps, height, width, groups, candidates, random points, uncertain points.");
+  module.def(
+      "point_sums",
+      [](const std::string& type, uintptr_t logits, const std::array<uintptr_t, 3>& addresses, const Integers<4>& sizes,
+         const Numbers<3>& focal, uintptr_t sums, int threads) {
+        check_threads(threads);
+        const PointPairs pairs = point_pairs(addresses, sizes, focal);
+        for_element(type, [&](auto* none) {
+          using Element = std::remove_pointer_t<decltype(none)>;
+          point_sums(pairs, pointer<const Element>(logits), pointer<float>(sums), threads);
+        });
+      },
+      arg("type"), arg("logits"), arg("addresses"), arg("sizes"), arg("focal"), arg("sums"), arg("threads"),
+      ReleaseGil(),
+      "Address of logits (float32 or bfloat16); addresses of rows, points and truth, with the shapes in "
+      "csrc/points/points.h. sizes: pairs, height, width, points; focal: weight on, weight off, exponent.");
+  module.def(
+      "point_sums_backward",
+      [](const std::string& type, uintptr_t upstream, uintptr_t logits, const std::array<uintptr_t, 3>& addresses,
+         const Integers<4>& sizes, const Numbers<3>& focal, uintptr_t gradient, int threads) {
+        check_threads(threads);
+        const PointPairs pairs = point_pairs(addresses, sizes, focal);
+        for_element(type, [&](auto* none) {
+          using Element = std::remove_pointer_t<decltype(none)>;
+          point_sums_backward(pairs, pointer<const float>(upstream), pointer<const Element>(logits),
+                              pointer<Element>(gradient), threads);
+        });
+      },
+      arg("type"), arg("upstream"), arg("logits"), arg("addresses"), arg("sizes"), arg("focal"), arg("gradient"),
+      arg("threads"), ReleaseGil(),
+      "Address of the gradient by the sums, arguments of point_sums, and address of the gradient by the logits.");
+  module.def(
+      "point_cost",
+      [](const std::string& type, const std::array<uintptr_t, 6>& addresses, const Integers<9>& sizes,
+         const Numbers<3>& weights, const Numbers<3>& focal, uintptr_t cost, int threads) {
+        check_sizes(sizes);
+        check_threads(threads);
+        const auto [layers, images, queries, classes, height, width, slots, points, point_layers] = sizes;
+        if (layers == 0 || images == 0 || queries == 0 || slots == 0) return;
+        const auto [class_logits, logits, at, truth, labels, counts] = addresses;
+        if (at) check_map(height, width);
+        if (classes == 0) throw std::invalid_argument("sizes: expected classes, got none");
+        const PointCosts costs{layers,
+                               images,
+                               queries,
+                               classes,
+                               height,
+                               width,
+                               slots,
+                               points,
+                               point_layers,
+                               pointer<const float>("class_logits", class_logits),
+                               pointer<const float>(at),
+                               pointer<const float>(truth),
+                               pointer<const int64_t>("labels", labels),
+                               pointer<const int64_t>("counts", counts),
+                               weights[0],
+                               weights[1],
+                               weights[2],
+                               focal_loss(focal)};
+        for_element(type, [&, maps = logits](auto* none) {
+          using Element = std::remove_pointer_t<decltype(none)>;
+          point_cost(costs, pointer<const Element>(maps), pointer<float>(cost), threads);
+        });
+      },
+      arg("type"), arg("addresses"), arg("sizes"), arg("weights"), arg("focal"), arg("cost"), arg("threads"),
+      ReleaseGil(),
+      "Addresses of class logits, mask logits (float32 or bfloat16), points (0: mask logits are at the points), truth, "
+      "labels and counts, with the shapes in csrc/points/points.h. sizes: layers, images, queries, classes, height, "
+      "width, slots, points, layers of points; weights: class, mask, dice; focal: weight on, weight off, exponent.");
+}
+
 // resized_argmax
 
 ScoreGrid score_grid(uintptr_t scores, uintptr_t score_of_point, const Integers<4>& band, const Integers<2>& channels) {
@@ -547,6 +693,7 @@ PYBIND11_MODULE(_C, module) {
   define_deformable_attention(module);
   define_mask_loss(module);
   define_matching_cost(module);
+  define_points(module);
   define_resized_argmax(module);
   define_rle(module);
   define_segments(module);

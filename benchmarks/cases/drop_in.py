@@ -6,6 +6,7 @@ objects. Random outputs are noise, of which nothing can be left out. Panoptic re
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.cases.inputs import share_equal
 from benchmarks.harness.case import Bound, Case, Inputs, Work
-from maskformer_fast.drop_in import equip, equip_loss, mask2former, maskformer
+from maskformer_fast.drop_in import equip, equip_loss, equip_model, mask2former, maskformer
 
 PEER = "transformers"
 QUERIES, CLASSES, LIVE = 100, 150, 20
@@ -160,6 +161,53 @@ def loss_setup(device: torch.device, family: str, part: str) -> Work:
     return Work(partial(call, fast), {PEER: partial(call, plain)}, draw, agreement, {PEER: 1.0})
 
 
+def train_setup(device: torch.device, part: str, equipped: Callable[[Any], Any]) -> Work:
+    """Criterion of 10 layers, or a training step of Mask2Former with Swin-T, with gradients: 2x512x512, 15 targets."""
+    import transformers
+
+    torch.manual_seed(0)
+    count = 15
+    ids = torch.randint(count, (2, 8, 8)).repeat_interleave(64, 1).repeat_interleave(64, 2)
+    masks = [(image == torch.arange(count)[:, None, None]).float() for image in ids]
+    labels = [torch.randint(CLASSES, (count,)) for _ in range(2)]
+    if part == "criterion":
+        plain = criterion("Mask2Former")
+        classes = torch.randn(10, 2, QUERIES, CLASSES + 1)
+    else:
+        backbone = transformers.SwinConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+        config = transformers.Mask2FormerConfig(backbone_config=backbone, num_labels=CLASSES)
+        plain = transformers.Mask2FormerForUniversalSegmentation(config).train()
+        plain.zero_grad()
+    fast = equipped(copy.deepcopy(plain))
+
+    def draw(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (10, 2, QUERIES, 128, 128) if part == "criterion" else (2, 3, 512, 512)
+        return (torch.randn(shape, generator=generator),)
+
+    def call(owner: Any, given: Tensor) -> list[Tensor]:
+        torch.manual_seed(0)  # the same points and dropped paths
+        if part == "training step":
+            owner.zero_grad()
+            loss = owner(pixel_values=given, mask_labels=masks, class_labels=labels).loss
+            loss.backward()
+            norms = [parameter.grad.norm() for parameter in owner.parameters() if parameter.grad is not None]
+            return [loss.detach(), torch.stack(norms).norm()]
+        logits = [layer.clone().requires_grad_() for layer in given]
+        others = [
+            {"masks_queries_logits": logits[layer], "class_queries_logits": classes[layer]} for layer in range(9)
+        ]
+        losses = owner(logits[9], classes[9], masks, labels, others)
+        torch.stack([value for name, value in losses.items() if "cross" not in name]).sum().backward()
+        return [*losses.values(), *[layer.grad for layer in logits]]
+
+    def agreement(ours: list[Tensor], theirs: list[Tensor]) -> float:
+        close = (torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+        return float(all(close))
+
+    return Work(partial(call, fast), {PEER: partial(call, plain)}, draw, agreement, {PEER: 1.0})
+
+
 def bound(size: tuple[int, int], pixels: int) -> Bound:
     """Logits of one image read, 4 bytes a pixel written."""
     return Bound(4.0 * QUERIES * (size[0] * size[1] + CLASSES + 1) + 4.0 * pixels)
@@ -195,4 +243,12 @@ def cpu_cases() -> list[Case]:
                 partial(loss_setup, family=family, part=part), threads=1, rank=0 if part == "matcher" else 1,
                 bound=Bound(4.0 * 2 * (QUERIES * 128 * 128 + 12 * 512 * 512)),
             ))  # fmt: skip
+    for part, equipped, goal in (
+        ("criterion", equip_loss, None), ("training step", equip_loss, None), ("training step", equip_model, 1.15),
+    ):  # fmt: skip
+        rows.append(Case(
+            f"drop_in Mask2Former {part}, {equipped.__name__}, vs {PEER}", PEER, goal,
+            partial(train_setup, part=part, equipped=equipped), threads=1, rank=0 if goal else 1, extra_seconds=180.0,
+            bound=Bound(2 * 4.0 * 10 * 2 * QUERIES * 128 * 128),  # mask logits read, gradients written
+        ))  # fmt: skip
     return rows

@@ -1,5 +1,6 @@
 #include "matching_cost/kernels.h"
 
+#include "common/pixel_loss.h"
 #include "common/simd.h"
 
 namespace maskformer_fast {
@@ -15,27 +16,6 @@ constexpr int kPixels = 6;
 constexpr int kVectors = 2;
 static_assert(kTilePixels % kPixels == 0 && kTileQueries % (kVectors * kLanes) == 0, "full tiles only");
 
-enum class Exponent { zero, two, other };
-
-struct PixelLoss {
-  Floats probability, on, off;
-};
-
-template <Exponent exponent>
-MF_INLINE PixelLoss pixel_loss(Floats x, const FocalLoss& loss) {
-  const Ints positive = x > 0.0f;
-  const Floats e = exp(select(positive, -x, x));  // e^-|x|
-  const Floats small = log1p_unit(e), reciprocal = 1.0f / (1.0f + e);
-  const Floats minor = e * reciprocal;
-  const Floats p = select(positive, reciprocal, minor), q = select(positive, minor, reciprocal);
-  const Floats rectified = max(x, Floats{});
-  const Floats off = rectified + small, on = rectified - x + small;  // softplus of x and of -x
-  if (exponent == Exponent::zero) return {p, loss.on_weight * on, loss.off_weight * off};
-  if (exponent == Exponent::two) return {p, loss.on_weight * (q * q) * on, loss.off_weight * (p * p) * off};
-  // p = e^-softplus(-x)
-  return {p, loss.on_weight * exp(-loss.gamma * off) * on, loss.off_weight * exp(-loss.gamma * on) * off};
-}
-
 template <Exponent exponent>
 void add(const float* logits, const Run* runs, int run_count, const int* targets, const FocalLoss& loss,
          QuerySums& queries, PairSums* pairs) {
@@ -48,8 +28,8 @@ void add(const float* logits, const Run* runs, int run_count, const int* targets
         const Floats x = load(logit);
         const PixelLoss pixel = pixel_loss<exponent>(x, loss);
         run_p += pixel.probability;
-        run_on += pixel.on;
-        run_off += pixel.off;
+        run_on += pixel.on_weight * pixel.on;
+        run_off += pixel.off_weight * pixel.off;
         broken += x * 0.0f;  // exp clamps, which would hide NaN and infinities
       }
       all_p += run_p;
@@ -91,9 +71,10 @@ void multiply_tile(int64_t depth, const float* pixels, const float* embeddings, 
 
 void add_tile(const float* logits, const Run* runs, int run_count, const int* targets, const FocalLoss& loss,
               QuerySums& queries, PairSums* pairs) {
-  const auto chosen = loss.gamma == 0.0f   ? add<Exponent::zero>
-                      : loss.gamma == 2.0f ? add<Exponent::two>
-                                           : add<Exponent::other>;
+  const Exponent exponent = exponent_of(loss);
+  const auto chosen = exponent == Exponent::zero  ? add<Exponent::zero>
+                      : exponent == Exponent::two ? add<Exponent::two>
+                                                  : add<Exponent::other>;
   chosen(logits, runs, run_count, targets, loss, queries, pairs);
 }
 

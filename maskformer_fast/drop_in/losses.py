@@ -7,9 +7,10 @@ seed gives the same points with and without. The host does not wait for the devi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from maskformer_fast.drop_in.swap import restore_methods, swap_methods
 from maskformer_fast.ops.assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import focal_parameters
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
-from maskformer_fast.ops.points import sample_maps
+from maskformer_fast.ops.point_cost import point_cost
+from maskformer_fast.ops.point_loss import choose_points, losses_of_pairs
+from maskformer_fast.ops.points import sample_masks
 from maskformer_fast.structures import Targets, pack_masks
 
 Model = TypeVar("Model")
@@ -30,6 +33,8 @@ WORST_COST = 1e10
 """Cost in place of one that is not finite: beyond any other, and small enough that sums stay exact."""
 FOCAL_LOSS = LossConfig(mask_loss="focal", focal_alpha=0.25, focal_gamma=2.0, padding="include")
 """Mask loss of MaskFormer, which transformers does not let one change."""
+POINT_LOSS = LossConfig(mask_loss="bce", padding="include")
+"""Mask loss of the models that sample points."""
 
 
 def equip_loss(model: Model) -> Model:
@@ -45,11 +50,11 @@ def equip_loss(model: Model) -> Model:
     """
     criterion = _criterion(unequip_loss(model))
     if criterion_family(criterion) == "MaskFormer":
-        matcher, losses = _match_masks, _full_mask_losses
+        matcher, losses = _match_masks, {"loss_masks": _full_mask_losses}
     else:
-        matcher, losses = _match_points, _point_losses
+        matcher, losses = _match_points, {"forward": _losses_of_all_layers, "loss_masks": _point_losses}
     swap_methods(criterion.matcher, {"forward": matcher}, _unchanged, {})
-    swap_methods(criterion, {"loss_masks": losses}, equip_loss, {})
+    swap_methods(criterion, losses, equip_loss, {})
     return model
 
 
@@ -98,11 +103,44 @@ def _assign(
     return [(queries[image, :count], order[image, :count]) for image, count in enumerate(pairs)]
 
 
-def _class_cost(class_logits: Tensor, class_labels: Sequence[Tensor]) -> Tensor:
-    """Minus the probability of each target's class -> [B, Q, T] float32."""
-    labels = pad_sequence(list(class_labels), batch_first=True).to(class_logits.device)
-    index = labels[:, None].expand(-1, class_logits.shape[1], -1)
-    return -class_logits.to(torch.float32).softmax(-1).gather(2, index)
+class _PackedMasks(NamedTuple):
+    """Target masks of an image, 8 pixels a byte: small enough for the processor's cache."""
+
+    bits: Tensor  # [T, H, ceil(W/8)] uint8
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self.bits.shape[:2], self.width)
+
+
+Masks = Tensor | _PackedMasks  # [T, H, W] each
+
+
+def _losses_of_all_layers(self: Any, *arguments: Any, **named: Any) -> dict[str, Tensor]:
+    """Compute the losses as the model's own method, with masks that are packed once for all layers."""
+    plain = self._plain_class.forward
+    bound = inspect.signature(plain).bind(self, *arguments, **named)
+    bound.arguments["mask_labels"] = [
+        masks if isinstance(masks, _PackedMasks) else _PackedMasks(pack_masks(masks != 0), masks.shape[2])
+        for masks in bound.arguments["mask_labels"]
+    ]
+    losses: dict[str, Tensor] = plain(*bound.args, **bound.kwargs)
+    return losses
+
+
+def _samples(
+    masks: Masks,
+    rows: Tensor,  # [N] int64, the mask of each result
+    points: Tensor,  # [G, P, 2]
+    groups: Tensor,  # [N] int64, the points of each result
+    extent: tuple[int, int] | None = None,  # size to which the masks count as padded
+) -> Tensor:
+    """Target masks at points, wherever the masks are -> [N, P] float32 on the device of ``points``."""
+    width, values = masks.shape[2], masks.bits if isinstance(masks, _PackedMasks) else masks
+    if values is masks and values.dtype not in (torch.float32, torch.bool):
+        values = values.to(torch.float32)
+    return sample_masks(values.to(points.device), width, rows, points, groups, extent)
 
 
 @torch.no_grad()
@@ -110,25 +148,26 @@ def _match_points(
     self: Any,
     masks_queries_logits: Tensor,  # [B, Q, h, w]
     class_queries_logits: Tensor,  # [B, Q, K+1]
-    mask_labels: Sequence[Tensor],  # [T, H, W] each
+    mask_labels: Sequence[Masks],
     class_labels: Sequence[Tensor],  # [T] each
 ) -> Indices:
     """Match at random points, the same for all masks of an image."""
     device, counts = masks_queries_logits.device, [len(labels) for labels in class_labels]
     points = torch.cat([torch.rand(1, self.num_points, 2, device=device) for _ in counts])
-    with torch.autocast(device.type, enabled=False):
-        logits = sample_maps(masks_queries_logits.to(torch.float32), points)  # [B, Q, P]
-        sampled = [
-            sample_maps(masks[None].to(logits), points[image : image + 1])[0] for image, masks in enumerate(mask_labels)
-        ]
-        truth = pad_sequence(sampled, batch_first=True).mT  # [B, P, T]
-        probability = logits.sigmoid()
-        off = F.softplus(logits).sum(2, keepdim=True)  # loss where no target is; where one is, the logit less
-        mask = (off - torch.bmm(logits, truth)) / self.num_points
-        total = probability.sum(2, keepdim=True) + truth.sum(1, keepdim=True)
-        dice = 1 - (2 * torch.bmm(probability, truth) + 1) / (total + 1)
-        classes = _class_cost(class_queries_logits, class_labels)
-        return _assign(self.cost_mask * mask + self.cost_class * classes + self.cost_dice * dice, counts)
+    sampled = [
+        _samples(masks, every, points[image : image + 1], every * 0)
+        for image, (masks, count) in enumerate(zip(mask_labels, counts, strict=True))
+        for every in [torch.arange(count, device=device)]
+    ]
+    loss = replace(
+        POINT_LOSS, class_weight=self.cost_class, mask_weight=self.cost_mask, dice_weight=self.cost_dice
+    )
+    labels = pad_sequence(list(class_labels), batch_first=True).to(device)
+    cost = point_cost(
+        class_queries_logits[None], masks_queries_logits[None], points[None],
+        pad_sequence(sampled, batch_first=True)[None], labels, _on_device(counts, device), loss,
+    )[0]  # fmt: skip
+    return _assign(cost, counts)
 
 
 @torch.no_grad()
@@ -216,29 +255,30 @@ def _full_mask_losses(
 def _point_losses(
     self: Any,
     masks_queries_logits: Tensor,  # [B, Q, h, w]
-    mask_labels: Sequence[Tensor],  # [T, H, W] each
+    mask_labels: Sequence[Masks],
     indices: Indices,
     num_masks: Tensor,
 ) -> dict[str, Tensor]:
     """Cross-entropy and dice loss of the matched masks at points, most of them where the logits are least certain."""
-    pairs = _MatchedPairs(masks_queries_logits, mask_labels, indices)
-    count, device = len(pairs.targets), masks_queries_logits.device
-    if count == 0:
+    queries = [query.to(masks_queries_logits.device) for query, _ in indices]
+    counts, device = [len(query) for query in queries], masks_queries_logits.device
+    if sum(counts) == 0:
         return _no_losses(masks_queries_logits)
-    logits = pairs.logits[:, None]
-    with torch.no_grad():
-        points = torch.rand(count, int(self.num_points * self.oversample_ratio), 2, device=device)
-        uncertain = int(self.importance_sample_ratio * self.num_points)
-        least = sample_maps(logits, points)[:, 0].abs().topk(uncertain, 1, largest=False, sorted=False).indices
-        points = points.gather(1, least[..., None].expand(-1, -1, 2))
-        if uncertain < self.num_points:
-            points = torch.cat([points, torch.rand(count, self.num_points - uncertain, 2, device=device)], 1)
-        targets = _stacked(mask_labels).to(device).index_select(0, pairs.targets)
-        truth = sample_maps(targets[:, None].to(logits), points)[:, 0]
-    values = sample_maps(logits, points)[:, 0]  # [N, P]
-    probability = values.sigmoid()
-    mask = F.binary_cross_entropy_with_logits(values, truth, reduction="none").mean(1)
-    dice = 1 - (2 * (probability * truth).sum(1) + 1) / (probability.sum(1) + truth.sum(1) + 1)
+    first = range(0, masks_queries_logits.shape[0] * masks_queries_logits.shape[1], masks_queries_logits.shape[1])
+    places = torch.cat([query + start for query, start in zip(queries, first, strict=True)])
+    logits = masks_queries_logits.flatten(0, 1).index_select(0, places)  # [N, h, w]
+    logits = logits if logits.dtype in (torch.bfloat16, torch.float64) else logits.to(torch.float32)
+    every = torch.arange(len(places), device=device)
+    uncertain = int(self.importance_sample_ratio * self.num_points)
+    candidates = torch.rand(len(places), int(self.num_points * self.oversample_ratio), 2, device=device)
+    random = torch.rand(len(places), self.num_points - uncertain, 2, device=device)
+    points = choose_points(logits, every, candidates, random, uncertain)
+    height, width = (max(masks.shape[side] for masks in mask_labels) for side in (1, 2))
+    truth = torch.cat([
+        _samples(masks, target.to(device), own, every[: len(target)], (height, width))
+        for masks, (_, target), own in zip(mask_labels, indices, points.split(counts), strict=True)
+    ])  # fmt: skip
+    mask, dice = losses_of_pairs(logits, every, points, truth, POINT_LOSS)
     return {"loss_mask": mask.sum() / num_masks, "loss_dice": dice.sum() / num_masks}
 
 

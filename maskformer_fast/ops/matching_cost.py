@@ -7,7 +7,7 @@ eager twin also serves float64 and keeps the masks of one layer at a time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -267,8 +267,21 @@ def _matching_cost_torch(arguments: _Arguments) -> Tensor:
         return cost.where(present.unsqueeze(1), 0)
 
 
+class CostArguments(Protocol):
+    """Arguments from which the cost of a layer follows."""
+
+    @property
+    def class_logits(self) -> Tensor: ...  # [L, B, Q, K+1]
+    @property
+    def labels(self) -> Tensor: ...  # [B, T] int64
+    @property
+    def weights(self) -> tuple[float, float, float]: ...
+    @property
+    def focal(self) -> tuple[float, float, float]: ...
+
+
 def layer_cost(
-    arguments: _Arguments,
+    arguments: CostArguments,
     layer: int,
     logits: Tensor,  # [B, Q, n]
     truth: Tensor,  # [B, n, T]

@@ -14,7 +14,7 @@ from maskformer_fast.config import LossConfig
 from maskformer_fast.ops import draw_points, mask_loss_at_points, matching_cost_at_points
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
-from maskformer_fast.ops.points import PointDraws, sample_maps, sample_packed_masks, within_valid
+from maskformer_fast.ops.points import PointDraws, sample_maps, within_valid
 from maskformer_fast.structures import Predictions, Targets, pack_masks, unpack_masks
 from maskformer_fast.training.criterion import Criterion
 from maskformer_fast.training.matcher import match
@@ -109,18 +109,6 @@ def test_losses_gradients_and_matchings_equal_hugging_face_at_its_points(
     for got, wanted in zip(torch.autograd.grad(losses.total, leaves), torch.autograd.grad(total, leaves), strict=True):
         for row, wanted_row in zip(got.flatten(0, -2), wanted.flatten(0, -2), strict=True):
             torch.testing.assert_close(row, wanted_row, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
-
-
-def test_packed_masks_are_sampled_as_maps_also_outside() -> None:
-    masks = torch.rand(3, 13, 21, generator=torch.Generator().manual_seed(0)) < 0.5
-    points = torch.rand(3, 500, 2, generator=torch.Generator().manual_seed(1)) * 1.4 - 0.2
-    points[:, :3] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.5, 1.0]])
-    expected = sample_maps(masks.double().unsqueeze(1), points.double()).squeeze(1)
-    got = sample_packed_masks(pack_masks(masks), 21, points.double())
-    assert got.shape == (3, 500) and not torch.equal(got, got.round())
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    single = sample_packed_masks(pack_masks(masks), 21, points)
-    torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_shared_points_equal_the_same_points_given_to_each_layer_and_pair() -> None:
