@@ -35,7 +35,8 @@ class Draw:
         )  # fmt: skip
         for name in ("class_queries_logits", "masks_queries_logits"):
             setattr(self.logits, name, self.layout(getattr(self.logits, name)))
-        sizes = [(self.dice.randint(1, 160), self.dice.randint(1, 160)) for _ in range(self.images)]
+        least = 8 if family == "Eomt" else 1  # an image much longer than wide has no pixels in its input
+        sizes = [(self.dice.randint(least, 160), self.dice.randint(least, 160)) for _ in range(self.images)]
         self.sizes = None if family != "Eomt" and self.dice.random() < 0.2 else sizes
 
     def layout(self, tensor: torch.Tensor) -> torch.Tensor:
