@@ -70,7 +70,7 @@ def outputs(peaky: bool, size: tuple[int, int], counts: tuple[int, int], decided
 def processor(family: str) -> Any:
     """transformers' own image processor that needs no torchvision."""
     name = "eomt" if family == "EomtDinov3" else family.lower()
-    module = importlib.import_module(f"transformers.models.{name}.image_processing_pil_{name}")
+    module: Any = importlib.import_module(f"transformers.models.{name}.image_processing_pil_{name}")
     if family == "OneFormer":
         module.tvF = SimpleNamespace(resize=_resize, InterpolationMode=SimpleNamespace(BILINEAR="bilinear"))
     if family == "EomtDinov3":

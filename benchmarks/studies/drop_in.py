@@ -20,11 +20,11 @@ from pathlib import Path
 from benchmarks.__main__ import OUTPUT, write
 from benchmarks.harness.case import Row
 from benchmarks.harness.clock import Call, Clock
-from benchmarks.harness.machine import describe
 from benchmarks.harness.measure import MEMORY, TIME
 from benchmarks.harness.report import build_rows
 from benchmarks.harness.runner import ROOT, environment, plan
 from benchmarks.harness.worker import Unit, Worker, load_cases
+from maskformer_fast.core.machine import describe_machine
 
 MODULE = "benchmarks.cases.drop_in"
 PEAK_GB = 7.0
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = {name: case for name, case in todo.cases.items() if options.only in name}
     path = options.output / "drop_in.json"
     kept = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    machine = describe("cpu")
+    machine = describe_machine()
     large = [name for name in cases if "12 MP" in name]
     results: dict[Unit, Row] = {}
     for group in filter(None, [[name for name in cases if name not in large], *([name] for name in large)]):

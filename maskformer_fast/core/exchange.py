@@ -67,7 +67,7 @@ def boxes_of(
     """Boxes x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask -> [N, 4] float32."""
     boxes = np.zeros((len(packed), 4), np.float32)
     across = unpack(np.bitwise_or.reduce(packed, axis=1), width)
-    down = packed.any(2)
+    down = np.asarray(packed.any(2))
     for start, lines in ((0, across), (1, down)):
         if lines.shape[1] > 0:
             boxes[:, start] = lines.argmax(1)
@@ -97,7 +97,7 @@ def instances_of_map(
     rows = max(1, BAND_PIXELS // (width * len(values))) if packed.size else height + 1
     for start in range(0, height, rows):
         part = slice(start, start + rows)
-        packed[:, part] = pack(value_map[part] == values[:, None, None])
+        packed[:, part] = pack(np.equal(value_map[part], values[:, None, None]))
     return _instances(labels, scores, packed, width)
 
 

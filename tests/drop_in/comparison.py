@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from maskformer_fast.drop_in import equip
+from tests.support.peaky import model_outputs
 
 TIES = 2e-3
 """Share of pixels that may have another label: those where two values differ by rounding."""
@@ -33,6 +34,12 @@ def processor(family: str, tmp_path: Path | None = None) -> Any:
     info = {str(k): {"name": f"class {k}", "isthing": k % 2} for k in range(40)}
     (tmp_path / "ade20k.json").write_text(json.dumps(info))
     return made(repo_path=str(tmp_path), class_info_file="ade20k.json")
+
+
+def two_images(family: str, peaky: bool, live: int = 12, classes: int = 40) -> SimpleNamespace:
+    """Outputs with fewer queries where transformers resizes all masks to 384x384, which takes long."""
+    queries = 16 if family == "Mask2Former" else 50
+    return model_outputs(peaky, images=2, queries=queries, live=min(live, queries), classes=classes)
 
 
 def twins(family: str, tmp_path: Path | None = None) -> tuple[Any, Any]:

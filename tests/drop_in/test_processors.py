@@ -13,7 +13,7 @@ import torch
 
 from maskformer_fast.drop_in import eomt, equip, mask2former, maskformer, oneformer, unequip
 from maskformer_fast.structures import unpack_masks
-from tests.drop_in.comparison import both, check_maps, check_results, processor, twins
+from tests.drop_in.comparison import both, check_maps, check_results, processor, twins, two_images
 from tests.support.peaky import model_outputs
 
 transformers = pytest.importorskip("transformers")
@@ -25,7 +25,7 @@ SIZES = [(65, 90), (200, 131)]
 @pytest.mark.parametrize("sizes", [SIZES, [(20, 60), (9, 7)], None])
 def test_semantic(family: str, peaky: bool, sizes: list[tuple[int, int]] | None) -> None:
     theirs, ours = twins(family)
-    outputs = model_outputs(peaky, images=2)
+    outputs = two_images(family, peaky)
     expected = theirs.post_process_semantic_segmentation(outputs, sizes)
     got = ours.post_process_semantic_segmentation(outputs, sizes)
     for mine, other in zip(got, expected, strict=True):
@@ -47,7 +47,7 @@ def test_semantic(family: str, peaky: bool, sizes: list[tuple[int, int]] | None)
 @pytest.mark.parametrize("sizes", [SIZES, [(20, 60), (9, 7)], None])
 def test_panoptic(family: str, fuse: set[int] | None, sizes: list[tuple[int, int]] | None) -> None:
     theirs, ours = twins(family)
-    outputs = model_outputs(True, images=2, live=30, classes=7 if fuse == {1, 3} else 40)
+    outputs = two_images(family, True, live=30, classes=7 if fuse == {1, 3} else 40)
     found = 0
     for extra in ({}, {"threshold": 0.3, "mask_threshold": 0.4, "overlap_mask_area_threshold": 0.2}):
         arguments = {"label_ids_to_fuse": fuse, "target_sizes": sizes, **extra}
@@ -78,7 +78,7 @@ def test_two_segments_share_an_id_as_theirs_do() -> None:
 @pytest.mark.parametrize("threshold", [0.5, 0.01])
 def test_instances(family: str, sizes: list[tuple[int, int]] | None, threshold: float) -> None:
     theirs, ours = twins(family)
-    outputs = model_outputs(True, images=2, live=20)
+    outputs = two_images(family, True, live=20)
     call = {"threshold": threshold, "target_sizes": sizes}
     assert check_results(
         ours.post_process_instance_segmentation(outputs, **call),
