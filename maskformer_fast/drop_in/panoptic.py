@@ -23,7 +23,7 @@ from maskformer_fast.ops.resized_argmax import (
 )
 from maskformer_fast.ops.segments import panoptic_inference
 
-BAND_VALUES = 1 << 16
+BAND_VALUES = 1 << 17
 """Values of masks in a band of rows: temporaries stay below about 1 MiB."""
 RENUMBERED_PIXELS = 1 << 15
 """Pixels of a map that get their ids at a time: temporaries stay below about 1 MiB."""
