@@ -1,13 +1,16 @@
 """Drop-in functions beside the methods of transformers' image processors, matchers and losses that they replace.
 
 Peaky outputs are those of a trained network: the regions of 20 live queries tile the image, and the others are no
-objects. Random outputs are noise, of which nothing can be left out. Panoptic results of noise have no candidates.
+objects. Random outputs are noise, of which nothing can be left out; where queries need a probability their classes are
+decided, so that most of them take part. Outputs of 12 megapixels have fewer queries and classes, for which transformers
+takes less than 6 GB and not more than 10 GB.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -19,34 +22,46 @@ from torch import Tensor
 
 from benchmarks.cases.inputs import share_equal
 from benchmarks.harness.case import Bound, Case, Inputs, Work
+from maskformer_fast.core.metadata import SegmentInfo
+from maskformer_fast.core.results import PanopticResult
 from maskformer_fast.drop_in import equip, equip_loss, equip_model, mask2former, maskformer
 
 PEER = "transformers"
 QUERIES, CLASSES, LIVE = 100, 150, 20
+FEWER_QUERIES, FEWER_CLASSES = 24, 80
+"""Queries and classes at 12 megapixels."""
 TARGETS = {"0.3 MP": (480, 640), "2 MP": (1224, 1632), "12 MP": (3000, 4000)}
-MAPS = {"MaskFormer": (128, 171), "Mask2Former": (128, 171), "OneFormer": (128, 171), "Eomt": (160, 160)}
+MAPS = {
+    "MaskFormer": (128, 171), "Mask2Former": (128, 171), "OneFormer": (128, 171), "Eomt": (160, 160),
+    "EomtDinov3": (320, 320),
+}  # fmt: skip
+"""Height and width of mask logits. EoMT-DINOv3 has EoMT's processor, here with an input of 1280x1280."""
+TASKS = ("semantic", "panoptic", "instance", "instance as RLE")
 GOALS = {"semantic": 20.0, "panoptic": 15.0, "instance as RLE": 30.0}
 MEMORY_GOAL = 1 / 20
 LEAST_EQUAL = 0.999
 """Least share of pixels with equal labels: the others are ties."""
 
 
-def outputs(peaky: bool, size: tuple[int, int]) -> SimpleNamespace:
-    """Logits under transformers' names, of one image."""
+def outputs(peaky: bool, size: tuple[int, int], counts: tuple[int, int], decided: bool) -> SimpleNamespace:
+    """Logits under transformers' names, of one image with so many queries and classes."""
     generator = torch.Generator().manual_seed(0)
-    classes = torch.randn(1, QUERIES, CLASSES + 1, generator=generator)
-    masks = torch.randn(1, QUERIES, *size, generator=generator)
+    queries, num_classes = counts
+    classes = torch.randn(1, queries, num_classes + 1, generator=generator)
+    masks = torch.randn(1, queries, *size, generator=generator)
+    if not peaky and decided:
+        classes *= 6
     if peaky:
-        order = torch.randperm(QUERIES, generator=generator)[:LIVE]
+        order = torch.randperm(queries, generator=generator)[:LIVE]
         classes[..., -1] += 12
         classes[0, order, -1] -= 16
-        classes[0, order, torch.randint(CLASSES, (LIVE,), generator=generator)] += 10
+        classes[0, order, torch.randint(num_classes, (LIVE,), generator=generator)] += 10
         y, x = torch.meshgrid(*(torch.arange(float(side)) for side in size), indexing="ij")
         seed = torch.rand(LIVE, 2, 1, 1, generator=generator) * torch.tensor(size).view(2, 1, 1)
         distance = ((y - seed[:, 0]) ** 2 + (x - seed[:, 1]) ** 2).sqrt()
         near, next_near = distance.topk(2, 0, largest=False).values
         regions = (torch.where(distance == near, next_near, near) - distance) * 3
-        blobs = 4 * torch.randn(1, QUERIES, size[0] // 8, size[1] // 8, generator=generator) - 4
+        blobs = 4 * torch.randn(1, queries, size[0] // 8, size[1] // 8, generator=generator) - 4
         smooth = F.interpolate(blobs, size, mode="bicubic", align_corners=False)[0]
         smooth[order] = regions.clamp(-10, 10)
         masks = smooth[None] + 0.1 * masks
@@ -55,11 +70,16 @@ def outputs(peaky: bool, size: tuple[int, int]) -> SimpleNamespace:
 
 def processor(family: str) -> Any:
     """transformers' own image processor that needs no torchvision."""
-    name = family.lower()
-    module = importlib.import_module(f"transformers.models.{name}.image_processing_pil_{name}")
+    name = "eomt" if family == "EomtDinov3" else family.lower()
+    module: Any = importlib.import_module(f"transformers.models.{name}.image_processing_pil_{name}")
     if family == "OneFormer":
         module.tvF = SimpleNamespace(resize=_resize, InterpolationMode=SimpleNamespace(BILINEAR="bilinear"))
-    return getattr(module, f"{family}ImageProcessorPil")()
+    if family == "EomtDinov3":
+        return module.EomtImageProcessorPil(size={"shortest_edge": 1280, "longest_edge": 1280})
+    made = getattr(module, f"{family}ImageProcessorPil")()
+    if family == "OneFormer":
+        made.class_info_file = ""  # which it would download; instances read only whether it is ADE20K's
+    return made
 
 
 def _resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -67,60 +87,78 @@ def _resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     return F.interpolate(image, size=size, mode=interpolation, align_corners=False, antialias=True)
 
 
-def coco_masks(family: str, result: dict[str, Any]) -> list[bytes]:
-    """Run lengths of a result's binary maps by pycocotools."""
-    from pycocotools import mask as tools
-
-    return [tools.encode(m.numpy().astype("uint8", order="F"))["counts"] for m in result["segmentation"]]
-
-
 def setup(device: torch.device, family: str, task: str, peaky: bool, target: str) -> Work:
     """One image of one family, task and size."""
-    found, size = outputs(peaky, MAPS[family]), TARGETS[target]
+    counts = (FEWER_QUERIES, FEWER_CLASSES) if target == "12 MP" else (QUERIES, CLASSES)
+    found, size = outputs(peaky, MAPS[family], counts, task != "semantic"), TARGETS[target]
     plain, fast = processor(family), equip(processor(family))
 
     def draw(seed: int) -> Inputs:
         shifted = SimpleNamespace(**vars(found))
-        shifted.class_queries_logits = found.class_queries_logits.roll(seed, 2)
-        if seed:
-            shifted.class_queries_logits = shifted.class_queries_logits.clone()
-            shifted.class_queries_logits[..., :-1] = found.class_queries_logits[..., :-1].roll(seed, 2)
-            shifted.class_queries_logits[..., -1] = found.class_queries_logits[..., -1]
+        logits = found.class_queries_logits
+        shifted.class_queries_logits = torch.cat([logits[..., :-1].roll(seed, 2), logits[..., -1:]], 2)
         return (shifted,)
 
-    if task == "instance as RLE":
-        return _rle_work(family, plain, size, draw)
-    method = f"post_process_{task}_segmentation"
+    options: dict[str, Any] = {"target_sizes": [size]}
+    if task == "panoptic":
+        options |= {} if family.startswith("Eomt") else {"label_ids_to_fuse": set()}
+        options |= {} if peaky else {"threshold": 0.5, "overlap_mask_area_threshold": 0.002}
+    elif task != "semantic" and not peaky:
+        options |= {"threshold": 0.4}
+    method = f"post_process_{task.split()[0]}_segmentation"
 
     def call(owner: Any, given: Any) -> Any:
-        extra = {"label_ids_to_fuse": set()} if task == "panoptic" and family != "Eomt" else {}
-        return getattr(owner, method)(given, target_sizes=[size], **extra)[0]
+        return getattr(owner, method)(given, **options)[0]
+
+    if task == "instance as RLE":
+        if family in ("MaskFormer", "Mask2Former"):
+            ours = partial(run_lengths_of_masks, family, options)
+            theirs = partial(coco_masks, plain, options)
+        else:
+            ours = partial(run_lengths_of_map, partial(call, fast))
+            theirs = partial(coco_map, partial(call, plain))
+        return Work(ours, {PEER: theirs}, draw, lambda a, b: float(len(a) > 0 and a == b), {PEER: 1.0})
 
     def agreement(ours: Any, theirs: Any) -> float:
         if isinstance(ours, Tensor):
             return share_equal(ours, theirs)
-        same = [[info[key] for key in ("id", "label_id")] for info in ours["segments_info"]] == [
-            [info[key] for key in ("id", "label_id")] for info in theirs["segments_info"]
-        ]
+        keys = ("id", "label_id", "was_fused")
+        mine, others = ([[s.get(key) for key in keys] for s in r["segments_info"]] for r in (ours, theirs))
+        same = len(mine) > 0 and mine == others
         return share_equal(ours["segmentation"], theirs["segmentation"]) if same else 0.0
 
-    peers = {PEER: partial(call, plain)}
-    return Work(partial(call, fast), peers, draw, agreement, {PEER: LEAST_EQUAL})
+    return Work(partial(call, fast), {PEER: partial(call, plain)}, draw, agreement, {PEER: LEAST_EQUAL})
 
 
-def _rle_work(family: str, plain: Any, size: tuple[int, int], draw: Callable[[int], Inputs]) -> Work:
-    """COCO's run lengths of all instances: of packed masks, and by pycocotools of transformers' binary maps."""
-    module = {"MaskFormer": maskformer, "Mask2Former": mask2former}[family]
+def run_lengths_of_masks(family: str, options: dict[str, Any], given: Any) -> list[bytes]:
+    """COCO's run lengths of packed masks."""
+    (result,) = {"MaskFormer": maskformer, "Mask2Former": mask2former}[family].instance_results(given, **options)
+    return [annotation["segmentation"]["counts"].encode() for annotation in result.to_coco()]
 
-    def ours(given: Any) -> list[bytes]:
-        (result,) = module.instance_results(given, target_sizes=[size])
-        return [annotation["segmentation"]["counts"].encode() for annotation in result.to_coco()]
 
-    def theirs(given: Any) -> list[bytes]:
-        call = plain.post_process_instance_segmentation
-        return coco_masks(family, call(given, target_sizes=[size], return_binary_maps=True)[0])
+def coco_masks(plain: Any, options: dict[str, Any], given: Any) -> list[bytes]:
+    """Run lengths of transformers' binary maps by pycocotools."""
+    from pycocotools import mask as tools
 
-    return Work(ours, {PEER: theirs}, draw, lambda a, b: float(a == b), {PEER: 1.0})
+    (result,) = plain.post_process_instance_segmentation(given, **options, return_binary_maps=True)
+    return [tools.encode(m.numpy().astype("uint8", order="F"))["counts"] for m in result["segmentation"]]
+
+
+def run_lengths_of_map(call: Callable[[Any], dict[str, Any]], given: Any) -> list[bytes]:
+    """COCO's run lengths of the instances of a map, ids from 0 or 1."""
+    result = call(given)
+    segments = [SegmentInfo(s["id"], s["label_id"], score=s["score"]) for s in result["segments_info"]]
+    found = PanopticResult(result["segmentation"], segments)
+    return [annotation["segmentation"]["counts"].encode() for annotation in found.to_coco()]
+
+
+def coco_map(call: Callable[[Any], dict[str, Any]], given: Any) -> list[bytes]:
+    """The same by pycocotools."""
+    from pycocotools import mask as tools
+
+    result = call(given)
+    id_map, ids = result["segmentation"].numpy(), [segment["id"] for segment in result["segments_info"]]
+    return [tools.encode((id_map == i).astype("uint8", order="F"))["counts"] for i in ids]
 
 
 def criterion(family: str) -> Any:
@@ -219,23 +257,17 @@ def cases(device: str) -> list[Case]:
 
 def cpu_cases() -> list[Case]:
     rows = []
-    for family in MAPS:
-        tasks = ["semantic", "panoptic", "instance"]
-        tasks += ["instance as RLE"] if family in ("MaskFormer", "Mask2Former") else []
-        for task in tasks:
-            for target in TARGETS:
-                for peaky in (True, False):
-                    huge = family == "Eomt" and task == "instance" and target == "12 MP"
-                    if huge or (task != "semantic" and not peaky):
-                        continue  # theirs takes 20 GB; noise has no candidates
-                    goal = GOALS.get(task) if peaky and target == "2 MP" else None
-                    goal = 5.0 if goal and task == "semantic" and family == "Mask2Former" else goal
-                    rows.append(Case(
-                        f"drop_in {family} {task}, {'peaky' if peaky else 'random'}, {target}, vs {PEER}", PEER, goal,
-                        partial(setup, family=family, task=task, peaky=peaky, target=target), threads=1,
-                        rank=0 if goal else 1 if target == "2 MP" else 2, memory_goal=MEMORY_GOAL if goal else None,
-                        extra_seconds=60.0, bound=bound(MAPS[family], TARGETS[target][0] * TARGETS[target][1]),
-                    ))  # fmt: skip
+    for family, task, target, peaky in itertools.product(MAPS, TASKS, TARGETS, (True, False)):
+        if task == "instance" and target != "2 MP":
+            continue  # the rows with run lengths measure the same call
+        goal = GOALS.get(task) if peaky and target == "2 MP" else None
+        goal = 5.0 if goal and task == "semantic" and family == "Mask2Former" else goal
+        rows.append(Case(
+            f"drop_in {family} {task}, {'peaky' if peaky else 'random'}, {target}, vs {PEER}", PEER, goal,
+            partial(setup, family=family, task=task, peaky=peaky, target=target), threads=1,
+            rank=0 if goal else 1 if target == "2 MP" else 2, memory_goal=MEMORY_GOAL if goal else None,
+            extra_seconds=60.0, bound=bound(MAPS[family], TARGETS[target][0] * TARGETS[target][1]),
+        ))  # fmt: skip
     for family in ("MaskFormer", "Mask2Former", "Eomt"):
         for part in ("matcher", "mask losses"):
             rows.append(Case(

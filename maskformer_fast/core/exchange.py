@@ -12,6 +12,8 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.extension import load_extension
 
+BAND_PIXELS = 1 << 18
+"""Pixels of masks that are compared with a map at a time."""
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 """Number of bits that are set in each byte."""
 _count_bits = getattr(np, "bitwise_count", _BITS.take)  # of NumPy 2 and newer
@@ -51,23 +53,26 @@ def pack(
 
 
 def unpack(
-    packed: np.ndarray,  # [N, H, ceil(W/8)] uint8
+    packed: np.ndarray,  # [..., ceil(W/8)] uint8
     width: int,
 ) -> np.ndarray:
-    """Inverse of `pack` -> [N, H, width] bool."""
+    """Inverse of `pack` -> [..., width] bool."""
     return np.unpackbits(packed, axis=-1, count=width, bitorder="little").view(np.bool_)
 
 
 def boxes_of(
-    masks: np.ndarray,  # [N, H, W] bool
+    packed: np.ndarray,  # [N, H, ceil(W/8)] uint8
+    width: int,
 ) -> np.ndarray:
     """Boxes x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask -> [N, 4] float32."""
-    boxes = np.zeros((len(masks), 4), np.float32)
-    for start, lines in ((0, np.asarray(masks.any(1))), (1, np.asarray(masks.any(2)))):
+    boxes = np.zeros((len(packed), 4), np.float32)
+    across = unpack(np.bitwise_or.reduce(packed, axis=1), width)
+    down = np.asarray(packed.any(2))
+    for start, lines in ((0, across), (1, down)):
         if lines.shape[1] > 0:
             boxes[:, start] = lines.argmax(1)
             boxes[:, start + 2] = lines.shape[1] - lines[:, ::-1].argmax(1)
-    boxes[~masks.any((1, 2))] = 0
+    boxes[~down.any(1)] = 0
     return boxes
 
 
@@ -77,11 +82,31 @@ def instances_of_masks(
     masks: np.ndarray,  # [N, H, W] bool
 ) -> InstanceArrays:
     """Arrays of masks with a class and a score each."""
+    return _instances(labels, scores, pack(masks), masks.shape[2])
+
+
+def instances_of_map(
+    labels: Any,
+    scores: Any,
+    values: np.ndarray,  # [N]
+    value_map: np.ndarray,  # [H, W]
+) -> InstanceArrays:
+    """Arrays of the masks where a map has each value, with a class and a score each."""
+    height, width = value_map.shape
+    packed = np.empty((len(values), height, (width + 7) // 8), np.uint8)
+    rows = max(1, BAND_PIXELS // (width * len(values))) if packed.size else height + 1
+    for start in range(0, height, rows):
+        part = slice(start, start + rows)
+        packed[:, part] = pack(np.equal(value_map[part], values[:, None, None]))
+    return _instances(labels, scores, packed, width)
+
+
+def _instances(labels: Any, scores: Any, packed: np.ndarray, width: int) -> InstanceArrays:
     return InstanceArrays(
         np.asarray(labels, np.int64).reshape(-1),
         np.asarray(scores, np.float32).reshape(-1),
-        pack(masks),
-        boxes_of(masks),
+        packed,
+        boxes_of(packed, width),
     )
 
 

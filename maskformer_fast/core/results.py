@@ -106,8 +106,8 @@ class SemanticResult(_Exchanged, Generic[ArrayT]):
         """One instance of score 1 for each class of the map, in ascending order."""
         labels = as_array(self.labels)
         classes = np.unique(labels[labels >= 0])
-        masks = labels == classes[:, None, None]
-        return InstanceResult(*exchange.instances_of_masks(classes, np.ones(len(classes)), masks), labels.shape)
+        arrays = exchange.instances_of_map(classes, np.ones(len(classes)), classes, labels)
+        return InstanceResult(*arrays, labels.shape)
 
     @classmethod
     def from_instances(cls, instances: InstanceResult[Any]) -> SemanticResult[Any]:
@@ -132,8 +132,7 @@ class PanopticResult(_Exchanged, Generic[ArrayT]):
         ids = np.array([segment.id for segment in self.segments], id_map.dtype)
         categories = [segment.category for segment in self.segments]
         scores = [segment.score for segment in self.segments]
-        masks = id_map == ids[:, None, None]
-        return InstanceResult(*exchange.instances_of_masks(categories, scores, masks), id_map.shape)
+        return InstanceResult(*exchange.instances_of_map(categories, scores, ids, id_map), id_map.shape)
 
     @classmethod
     def from_instances(cls, instances: InstanceResult[Any]) -> PanopticResult[Any]:

@@ -119,7 +119,7 @@ def post_process_instance_segmentation(
             labels = torch.tensor([things.index(label) for label in labels[kept].tolist()], device=labels.device)
         else:
             labels = labels[kept]
-        candidates = Candidates(masks[image, queries[kept]], scores[kept], labels)
+        candidates = Candidates(masks[image], queries[kept], scores[kept], labels)
         winners = count_winners(candidates, grid, grid, size, mask_threshold, "logits", antialias=True)
         result = fused_segments(winners, candidates, overlap_mask_area_threshold, ())
         if return_coco_annotation:

@@ -24,13 +24,16 @@ from maskformer_fast.ops.resized_argmax import (
 from maskformer_fast.ops.segments import panoptic_inference
 
 BAND_VALUES = 1 << 17
-"""Values of masks in a band of rows: temporaries stay below about 2 MiB."""
+"""Values of masks in a band of rows: temporaries stay below about 1 MiB."""
+RENUMBERED_PIXELS = 1 << 15
+"""Pixels of a map that get their ids at a time: temporaries stay below about 1 MiB."""
 
 
 class Candidates(NamedTuple):
     """Queries of one image that take part in panoptic inference."""
 
-    masks: Tensor  # [N, h, w] floating, logits
+    masks: Tensor  # [Q, h, w] floating, logits of all queries: a copy of some would be the largest temporary
+    queries: Tensor  # [N] int64
     scores: Tensor  # [N] float32
     labels: Tensor  # [N] int64
 
@@ -43,7 +46,7 @@ def best_classes(
     """Queries whose best class is not "no object" and has a probability above the threshold."""
     scores, labels = class_logits.to(torch.float32).softmax(-1).max(-1)
     kept = (labels != class_logits.shape[1] - 1) & (scores > threshold)
-    return Candidates(mask_logits[kept], scores[kept], labels[kept])
+    return Candidates(mask_logits, kept.nonzero()[:, 0], scores[kept], labels[kept])
 
 
 def empty_result(size: Size) -> dict[str, Any]:
@@ -64,16 +67,16 @@ def count_winners(
 
     With `antialias` values are resized to fewer rows or columns than the window's with antialiasing.
     """
-    masks, scores, _ = candidates
+    masks, queries, scores, _ = candidates
     sigmoids = values == "sigmoids"
     threshold = torch.full_like(scores, mask_threshold)
     own_value, scale = (threshold.logit(), scores) if sigmoids else (threshold, None)
 
     def rows_of(part: slice) -> Tensor:
-        rows = resized_rows(masks, grid, part)[..., : window[1]]
+        rows = resized_rows(masks, grid, part, queries)[..., : window[1]]
         if sigmoids:
             return rows
-        return (rows.sigmoid() if values == "probabilities" else rows) * scores[:, None, None]
+        return (rows.sigmoid_() if values == "probabilities" else rows).mul_(scores[:, None, None])
 
     smaller = size[0] < window[0] or size[1] < window[1]
     if masks.device.type != "cpu" or (antialias and smaller):
@@ -82,9 +85,9 @@ def count_winners(
             maps = F.interpolate(maps[None], size=size, mode="bilinear", antialias=True)[0]
         return resized_winners(maps, own_value, scale, size)
     labels = torch.empty(size, dtype=torch.int64 if sigmoids else torch.int32)
-    counts = torch.zeros((3, len(masks)), dtype=torch.int64)
-    for part in bands(window, max(1, BAND_VALUES // (window[1] * padded_channels(len(masks))))):
-        band = Band(channels_innermost(rows_of(part)), len(masks), part.start, part.stop - part.start, window)
+    counts = torch.zeros((3, len(queries)), dtype=torch.int64)
+    for part in bands(window, max(1, BAND_VALUES // (window[1] * padded_channels(len(queries))))):
+        band = Band(channels_innermost(rows_of(part)), len(queries), part.start, part.stop - part.start, window)
         label_band(band, labels, None, own_value, scale, counts)
     return Winners(labels, *counts.unbind())
 
@@ -95,7 +98,7 @@ def _renumber(
 ) -> Tensor:
     """Replace each label by its entry, in place; -1 takes the last."""
     values = torch.tensor(table, dtype=labels.dtype, device=labels.device)
-    for part in labels.flatten().split(1 << 18):
+    for part in labels.flatten().split(RENUMBERED_PIXELS):
         part.copy_(values[part.where(part >= 0, len(table) - 1)])
     return labels
 
@@ -167,8 +170,8 @@ def official_segments(
 
     Ids count from 1, pixels without a segment are 0, and merged stuff is listed once with its first query's score.
     """
-    masks, scores, labels = candidates
-    resized = F.interpolate(masks[None].to(torch.float32), size=grid, mode="bilinear", align_corners=False)
+    masks, queries, scores, labels = candidates
+    resized = F.interpolate(masks[None, queries].to(torch.float32), size=grid, mode="bilinear", align_corners=False)
     resized = resized[..., : window[0], : window[1]]
     things = torch.tensor([label not in labels_to_fuse for label in range(num_classes)], device=masks.device)
     found = panoptic_inference(

@@ -285,12 +285,19 @@ def resized_rows(
     maps: Tensor,  # [N, h, w] floating
     size: tuple[int, int],
     rows: slice,
+    chosen: Tensor | None = None,  # [M] int64
 ) -> Tensor:
-    """Rows of ``F.interpolate(maps, size, mode="bilinear", align_corners=False)`` -> [N, rows, W] float32."""
+    """Rows of ``F.interpolate(maps, size, mode="bilinear", align_corners=False)`` -> [N, rows, W] float32.
+
+    With `chosen` of these maps only -> [M, rows, W], new memory.
+    """
     if maps.shape[1:] == size:
-        return maps[:, rows].to(torch.float32)
+        return (maps[:, rows] if chosen is None else maps[:, rows].index_select(0, chosen)).to(torch.float32)
     top, bottom, share = resized_positions(maps.shape[1], size[0], rows, maps.device)
-    upper, lower = (maps.index_select(1, index).to(torch.float32) for index in (top, bottom))
+    if chosen is None:
+        upper, lower = (maps.index_select(1, index).to(torch.float32) for index in (top, bottom))
+    else:
+        upper, lower = (maps[chosen[:, None], index].to(torch.float32) for index in (top, bottom))
     tile = torch.lerp(upper, lower, share[:, None])
     return tile if size[1] == tile.shape[2] else F.interpolate(tile, size[1], mode="linear", align_corners=False)
 

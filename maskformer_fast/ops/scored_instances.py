@@ -30,7 +30,9 @@ def instances_from_scores(
     stored in floating point. `InstanceResult.to_coco` gives the masks as run lengths.
 
     Args:
-        scores: of any kind that orders the pairs, such as the sigmoid of class logits.
+        scores: of any kind that orders the pairs, such as the sigmoid of class logits. Of equal scores the first query,
+            then the first class, comes first.
+        mask_logits: maps that are masks where they are above -bias; probabilities with a bias of -0.5, for example.
         output_sizes: height and width of each image's masks.
         top_k: pairs of an image that are kept before the threshold.
         threshold: least final score of an instance.
@@ -51,7 +53,9 @@ def instances_from_scores(
     check(top_k > 0, "top_k", "> 0", top_k)
     shape = (*scores.shape[:2], 4)
     check(boxes is None or boxes.shape == shape, "boxes", f"{list(shape)}", None if boxes is None else boxes.shape)
-    best, pairs = scores.to(torch.float32).flatten(1).topk(min(top_k, scores[0].numel()) if len(scores) else 0)
+    # a stable sort in place of top-k: of equal scores, which half precision has many of, the first pair comes first
+    ordered = scores.to(torch.float32).flatten(1).sort(dim=1, descending=True, stable=True)
+    best, pairs = ordered.values[:, :top_k], ordered.indices[:, :top_k]
     results = []
     for image, (height, width) in enumerate(output_sizes):
         kept = best[image] >= threshold if not mask_score else torch.ones_like(best[image], dtype=torch.bool)

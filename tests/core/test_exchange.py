@@ -24,7 +24,7 @@ def instances(count: int = 4, empty: bool = False) -> InstanceResult[torch.Tenso
     masks = torch.rand(count, *SIZE) < 0.3
     if empty:
         masks[0] = False
-    boxes = torch.from_numpy(boxes_of(masks.numpy()))
+    boxes = torch.from_numpy(boxes_of(pack(masks.numpy()), SIZE[1]))
     return InstanceResult(torch.arange(count) + 2, torch.rand(count), pack_masks(masks), boxes, SIZE)
 
 
@@ -153,4 +153,4 @@ def test_panoptic_maps() -> None:
 def test_packing_is_that_of_tensors() -> None:
     masks = torch.rand(2, 5, 11) < 0.5
     np.testing.assert_array_equal(pack(masks.numpy()), pack_masks(masks).numpy())
-    assert boxes_of(np.zeros((1, 4, 5), bool)).tolist() == [[0, 0, 0, 0]]
+    assert boxes_of(np.zeros((1, 4, 1), np.uint8), 5).tolist() == [[0, 0, 0, 0]]

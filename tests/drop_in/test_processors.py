@@ -3,79 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from maskformer_fast.drop_in import eomt, equip, mask2former, maskformer, oneformer, unequip
 from maskformer_fast.structures import unpack_masks
+from tests.drop_in.comparison import both, check_maps, check_results, processor, twins, two_images
 from tests.support.peaky import model_outputs
 
 transformers = pytest.importorskip("transformers")
-TIES = 2e-3
-"""Share of pixels that may have another label: those where two values differ by rounding."""
 SIZES = [(65, 90), (200, 131)]
-
-
-@pytest.fixture(autouse=True)
-def resize_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in for the function of torchvision that OneFormer's processors call, which resizes with antialiasing."""
-    from transformers.models.oneformer import image_processing_pil_oneformer as module
-
-    def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-        return F.interpolate(image, size=tuple(size), mode=interpolation, align_corners=False, antialias=True)
-
-    stand_in = SimpleNamespace(resize=resize, InterpolationMode=SimpleNamespace(BILINEAR="bilinear"))
-    monkeypatch.setattr(module, "tvF", stand_in, raising=False)
-
-
-def processor(family: str, tmp_path: Path | None = None) -> Any:
-    """An image processor of transformers that needs no torchvision."""
-    module = __import__(f"transformers.models.{family.lower()}.image_processing_pil_{family.lower()}", fromlist=["x"])
-    made = getattr(module, f"{family}ImageProcessorPil")
-    if tmp_path is None:
-        return made()
-    info = {str(k): {"name": f"class {k}", "isthing": k % 2} for k in range(40)}
-    (tmp_path / "ade20k.json").write_text(json.dumps(info))
-    return made(repo_path=str(tmp_path), class_info_file="ade20k.json")
-
-
-def twins(family: str, tmp_path: Path | None = None) -> tuple[Any, Any]:
-    """Their processor and an equipped one."""
-    return processor(family, tmp_path), equip(processor(family, tmp_path))
-
-
-def both(processors: tuple[Any, Any], task: str, *arguments: Any, **keywords: Any) -> Any:
-    """Call one method of both processors."""
-    return [getattr(p, f"post_process_{task}_segmentation")(*arguments, **keywords) for p in processors]
-
-
-def check_maps(ours: torch.Tensor, theirs: torch.Tensor, ties: float = TIES) -> None:
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert (ours != theirs).sum() <= ties * theirs.numel()
-
-
-def check_segments(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], score: float = 2e-6) -> None:
-    assert [list(info) for info in ours] == [list(info) for info in theirs]
-    for key in ("id", "label_id", "was_fused"):
-        assert [info.get(key) for info in ours] == [info.get(key) for info in theirs]
-    assert [info["score"] for info in ours] == pytest.approx([info["score"] for info in theirs], abs=score)
-
-
-def check_results(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> int:
-    """Compare results of all images, and return their number of segments."""
-    assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        check_segments(mine["segments_info"], other["segments_info"])
-        check_maps(mine["segmentation"], other["segmentation"])
-    return sum(len(result["segments_info"]) for result in ours)
 
 
 @pytest.mark.parametrize("family", ["MaskFormer", "Mask2Former", "OneFormer"])
@@ -83,7 +25,7 @@ def check_results(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> i
 @pytest.mark.parametrize("sizes", [SIZES, [(20, 60), (9, 7)], None])
 def test_semantic(family: str, peaky: bool, sizes: list[tuple[int, int]] | None) -> None:
     theirs, ours = twins(family)
-    outputs = model_outputs(peaky, images=2)
+    outputs = two_images(family, peaky)
     expected = theirs.post_process_semantic_segmentation(outputs, sizes)
     got = ours.post_process_semantic_segmentation(outputs, sizes)
     for mine, other in zip(got, expected, strict=True):
@@ -105,7 +47,7 @@ def test_semantic(family: str, peaky: bool, sizes: list[tuple[int, int]] | None)
 @pytest.mark.parametrize("sizes", [SIZES, [(20, 60), (9, 7)], None])
 def test_panoptic(family: str, fuse: set[int] | None, sizes: list[tuple[int, int]] | None) -> None:
     theirs, ours = twins(family)
-    outputs = model_outputs(True, images=2, live=30, classes=7 if fuse == {1, 3} else 40)
+    outputs = two_images(family, True, live=30, classes=7 if fuse == {1, 3} else 40)
     found = 0
     for extra in ({}, {"threshold": 0.3, "mask_threshold": 0.4, "overlap_mask_area_threshold": 0.2}):
         arguments = {"label_ids_to_fuse": fuse, "target_sizes": sizes, **extra}
@@ -136,7 +78,7 @@ def test_two_segments_share_an_id_as_theirs_do() -> None:
 @pytest.mark.parametrize("threshold", [0.5, 0.01])
 def test_instances(family: str, sizes: list[tuple[int, int]] | None, threshold: float) -> None:
     theirs, ours = twins(family)
-    outputs = model_outputs(True, images=2, live=20)
+    outputs = two_images(family, True, live=20)
     call = {"threshold": threshold, "target_sizes": sizes}
     assert check_results(
         ours.post_process_instance_segmentation(outputs, **call),

@@ -56,6 +56,26 @@ def test_boxes_are_those_of_the_masks_where_none_are_given() -> None:
     assert len(instances_from_scores(scores, mask_logits, SIZES, 9, mask_score=True, threshold=1e-6)[0].labels) == 4
 
 
+def test_of_equal_scores_the_first_query_and_class_comes_first() -> None:
+    scores, mask_logits, _ = head(3)
+    scores = (4 * scores).round() / 4  # as of half precision: many are equal
+    for image, result in enumerate(instances_from_scores(scores, mask_logits, SIZES, 25)):
+        pairs = sorted(
+            ((-float(scores[image, query, label]), query, label) for query in range(12) for label in range(5)),
+        )[:25]
+        assert result.labels.tolist() == [label for _, _, label in pairs]
+        assert result.scores.tolist() == [-score for score, _, _ in pairs]
+
+
+def test_probabilities_are_masks_above_a_half_with_a_bias() -> None:
+    scores, mask_logits, _ = head(4)
+    found = instances_from_scores(scores, mask_logits.sigmoid(), SIZES, 12, mask_bias=-0.5)
+    for image, (result, size) in enumerate(zip(found, SIZES, strict=True)):
+        query = scores[image].flatten().topk(12).indices // 5
+        probabilities = F.interpolate(mask_logits[image, query].sigmoid()[None], size, mode="bilinear")[0]
+        assert (unpack_masks(result.masks, size[1]) != (probabilities > 0.5)).sum() <= 1e-3 * probabilities.numel()
+
+
 def test_errors_name_the_argument() -> None:
     scores, masks, boxes = head(0)
     for arguments, message in (

@@ -1,0 +1,102 @@
+"""The drop-in functions beside transformers in processor time, for machines whose cores are shared.
+
+    python -m benchmarks.studies.drop_in [--only TEXT] [--output FOLDER]
+
+It measures the rows of `python -m benchmarks --only drop_in`, with the same checks that results are equal, but by the
+processor time of one thread. Rows of 12 megapixels have a process each, and are skipped where memory is short.
+Rows are written to drop_in.json and .md after each; those of other cases that are there already are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.__main__ import OUTPUT, write
+from benchmarks.harness.case import Row
+from benchmarks.harness.clock import Call, Clock
+from benchmarks.harness.measure import MEMORY, TIME
+from benchmarks.harness.report import build_rows
+from benchmarks.harness.runner import ROOT, environment, plan
+from benchmarks.harness.worker import Unit, Worker, load_cases
+from maskformer_fast.core.machine import describe_machine
+
+MODULE = "benchmarks.cases.drop_in"
+PEAK_GB = 7.0
+"""Memory that a row of 12 megapixels may need."""
+
+
+class ProcessorClock(Clock):
+    """The CPU's clock, of this process's processor time."""
+
+    def seconds(self, run: Call, times: int = 1) -> float:
+        start = time.process_time()
+        for _ in range(times):
+            run()
+        return time.process_time() - start
+
+
+def free_gb() -> float:
+    """Memory that the system can give."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) / 2**20
+
+
+def measure(kind: str, names: list[str]) -> Iterator[tuple[Unit, Row]]:
+    """Measure time or memory of cases in one process; yields each with its result when it is there."""
+    command = [sys.executable, "-m", "benchmarks.studies.drop_in", "--worker"]
+    left = list(names)
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(kind, 1), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        json.dump([(name, kind) for name in names], process.stdin)
+        process.stdin.close()
+        for line in process.stdout:
+            message = json.loads(line)
+            if message["stage"] == "done":
+                left.remove(message["unit"][0])
+                yield (message["unit"][0], kind), message["result"]
+    for name in left:
+        yield (name, kind), {"error": f"its process ended with status {process.returncode}"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"by default {OUTPUT.name}/")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.worker:
+        units = [(name, kind) for name, kind in json.load(sys.stdin)]
+        return Worker(load_cases(MODULE, "cpu"), ProcessorClock(), sys.stdout).run(units)
+    todo = plan([MODULE], "cpu")
+    cases = {name: case for name, case in todo.cases.items() if options.only in name}
+    path = options.output / "drop_in.json"
+    kept = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    machine = describe_machine()
+    large = [name for name in cases if "12 MP" in name]
+    results: dict[Unit, Row] = {}
+    for group in filter(None, [[name for name in cases if name not in large], *([name] for name in large)]):
+        for kind in (TIME, MEMORY):
+            if group[0] in large and free_gb() < PEAK_GB:
+                reason = f"{free_gb():.1f} GB of memory free, {PEAK_GB:g} may be needed"
+                results[group[0], kind] = {"not_run": reason}
+                continue
+            for unit, result in measure(kind, group):
+                results[unit] = result
+                done = {name: case for name, case in cases.items() if (name, TIME) in results}
+                kept |= {row["name"]: row for row in build_rows(done, {}, results, machine, "cpu")}
+                rows = [kept[name] for name in todo.cases if name in kept]
+                write(path, {"device": "cpu", "machine": machine, "rows": rows})
+    print(f"written: {path}, {path.with_suffix('.md')}")
+    return 1 if any("error" in kept.get(name, {}) for name in cases) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
