@@ -9,9 +9,16 @@ from torch.nn import functional as F
 from maskformer_fast.modeling.linear import trains_in_float32_on_cpu
 from maskformer_fast.ops.convolution import PANEL, conv3x3
 
+_FEWEST_PIXELS = 512
+"""Pixels of a batch from which on Winograd's algorithm spares more than the transform of the weights takes."""
+
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` with zero padding, by the faster ways in training on a CPU in float32: a rule by its shape."""
+    """``nn.Conv2d`` with zero padding, by the faster ways in training on a CPU in float32.
+
+    3x3 convolutions of stride 1 are then by Winograd's algorithm, which is chosen by their shape and never by a
+    measurement: ranks and resumed runs compute the same sums.
+    """
 
     def forward(
         self,
@@ -21,7 +28,7 @@ class Conv2d(nn.Conv2d):
         if not trains_in_float32_on_cpu(x, self.weight):
             return super().forward(x)
         x = x.contiguous(memory_format=torch.channels_last)  # oneDNN is faster with channels innermost
-        if self._suits_winograd():
+        if self._suits_winograd() and x.shape[0] * x.shape[2] * x.shape[3] >= _FEWEST_PIXELS:
             return conv3x3(x, self.weight, self.bias)
         # Dilation changes nothing in a 1x1 convolution, but that PyTorch gives it to oneDNN on one thread too.
         dilation = (2, 2) if self.kernel_size == (1, 1) else self.dilation

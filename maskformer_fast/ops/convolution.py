@@ -173,9 +173,8 @@ def _conv3x3_cpu(arguments: _TrainedArguments) -> Tensor:
 
 
 def _conv3x3_fake(arguments: _TrainedArguments) -> Tensor:
-    images, weight, _ = arguments
-    shape = (images.shape[0], weight.shape[0], *images.shape[2:])
-    return images.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    images, weight, bias = arguments
+    return _conv3x3_winograd_fake(_Arguments(images, weight, bias, weight.shape[0], False))
 
 
 def _check_trained(arguments: _TrainedArguments) -> None:
@@ -206,7 +205,7 @@ def _weight_gradient_cpu(maps: _Maps) -> Tensor:
     for first in range(0, tiles, _MOST_TILES):
         last = min(first + _MOST_TILES, tiles)
         found.baddbmm_(_tiles(gradient, True, first, last).mT, _tiles(images, False, first, last))
-    return (_transform().t() @ found.view(36, -1)).t().reshape(channels, in_channels, 3, 3)
+    return (_transform().t() @ found.view(36, -1)).t().contiguous().view(channels, in_channels, 3, 3)
 
 
 def _tiles(maps: Tensor, of_gradient: bool, first: int, last: int) -> Tensor:
