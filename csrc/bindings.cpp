@@ -152,6 +152,19 @@ void define_convolution(py::module_& module) {
       ReleaseGil(),
       "Addresses of images and result, channels innermost, float32 or bfloat16, and of float32 weights and bias (0: "
       "none) with the shapes in csrc/convolution/convolution.h. sizes: images, height, width, channels in and out.");
+  module.def(
+      "winograd_tiles",
+      [](uintptr_t maps, bool of_gradient, const Integers<6>& sizes, uintptr_t result, int threads) {
+        check_sizes(sizes);
+        check_threads(threads);
+        const auto [height, width, channels, first, last, step] = sizes;
+        const WinogradTiles tiles{height, width, channels, first, last, step};
+        const auto transform = of_gradient ? winograd_gradient_tiles : winograd_image_tiles;
+        transform(tiles, pointer<const float>("maps", maps), pointer<float>("result", result), threads);
+      },
+      arg("maps"), arg("of_gradient"), arg("sizes"), arg("result"), arg("threads"), ReleaseGil(),
+      "Addresses of float32 maps, channels innermost, and of the result, with the shapes in "
+      "csrc/convolution/convolution.h. sizes: height, width, channels, first and last tile, step from tap to tap.");
 }
 
 // deformable_attention

@@ -16,15 +16,18 @@ namespace {
 
 constexpr int64_t kBlockTiles = 36;  // tiles of a task, a multiple of those whose sums are in registers at a time
 
+void check_channels(const char* name, int64_t channels) {
+  if (channels % kPanel == 0) return;
+  throw std::invalid_argument(std::string(name) + ": expected a multiple of " + std::to_string(kPanel) + ", got " +
+                              std::to_string(channels));
+}
+
 }  // namespace
 
 template <class Element>
 void conv3x3_winograd(const WinogradConvolution& conv, const Element* images, int64_t count, Element* result,
                       int threads) {
-  if (conv.in_channels % kPanel != 0) {
-    throw std::invalid_argument("in_channels: expected a multiple of " + std::to_string(kPanel) + ", got " +
-                                std::to_string(conv.in_channels));
-  }
+  check_channels("in_channels", conv.in_channels);
   const int64_t rows = (conv.height + kOutputTile - 1) / kOutputTile;
   const int64_t columns = (conv.width + kOutputTile - 1) / kOutputTile, tiles = count * rows * columns;
   if (tiles == 0 || conv.out_channels == 0) return;
@@ -45,5 +48,17 @@ void conv3x3_winograd(const WinogradConvolution& conv, const Element* images, in
 
 template void conv3x3_winograd(const WinogradConvolution&, const float*, int64_t, float*, int);
 template void conv3x3_winograd(const WinogradConvolution&, const uint16_t*, int64_t, uint16_t*, int);
+
+void winograd_image_tiles(const WinogradTiles& tiles, const float* images, float* result, int threads) {
+  check_channels("channels", tiles.channels);
+  parallel_for(tiles.last - tiles.first, threads,
+               [&](int, int64_t tile) { MF_DISPATCH(transform_image_tile, tiles, images, tile, result); });
+}
+
+void winograd_gradient_tiles(const WinogradTiles& tiles, const float* gradient, float* result, int threads) {
+  check_channels("channels", tiles.channels);
+  parallel_for(tiles.last - tiles.first, threads,
+               [&](int, int64_t tile) { MF_DISPATCH(transform_gradient_tile, tiles, gradient, tile, result); });
+}
 
 }  // namespace maskformer_fast

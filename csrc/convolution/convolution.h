@@ -26,4 +26,19 @@ void conv3x3_winograd(const WinogradConvolution& conv, const Element* images, in
 extern template void conv3x3_winograd(const WinogradConvolution&, const float*, int64_t, float*, int);
 extern template void conv3x3_winograd(const WinogradConvolution&, const uint16_t*, int64_t, uint16_t*, int);
 
+// Tiles of maps, for the gradient of the weights. Tiles of 4x4 pixels are numbered row by row and image by image.
+struct WinogradTiles {
+  int64_t height, width;
+  int64_t channels;     // a multiple of kPanel
+  int64_t first, last;  // tiles first..last-1
+  int64_t step;         // floats from a tap to the next in the result, at least (last - first) * channels
+};
+
+// Transform tiles of maps [., height, width, channels] to result [kTaps, last - first, channels], taps `step` apart: of
+// images as the convolution does; of the gradient of its result by the transpose of what the convolution does with
+// products. The weights' gradient, transformed, is for each tap the product of both, summed over tiles. Use at most
+// `threads` threads. Throw std::invalid_argument for other channels.
+void winograd_image_tiles(const WinogradTiles& tiles, const float* images, float* result, int threads);
+void winograd_gradient_tiles(const WinogradTiles& tiles, const float* gradient, float* result, int threads);
+
 }  // namespace maskformer_fast

@@ -45,21 +45,32 @@ MF_INLINE void transform_output(const Floats* m, Floats* y) {
   y[3] = 0.5f * difference_a + 2.0f * difference_b + m[5];
 }
 
+// Multiplies a column or row of the result's gradient by A.
+MF_INLINE void transform_gradient(const Floats* y, Floats* t) {
+  const Floats even_a = y[0] + 0.5f * y[2], odd_a = kA * (y[1] + 0.5f * y[3]);
+  const Floats even_b = y[0] + 2.0f * y[2], odd_b = kB * (y[1] + 2.0f * y[3]);
+  t[0] = y[0];
+  t[1] = even_a + odd_a;
+  t[2] = even_a - odd_a;
+  t[3] = even_b + odd_b;
+  t[4] = even_b - odd_b;
+  t[5] = y[3];
+}
+
 struct Tile {
   int64_t image, y, x;  // position of the first pixel
 };
 
-MF_INLINE Tile tile_at(const WinogradConvolution& conv, int64_t index) {
-  const int64_t columns = (conv.width + kOutputTile - 1) / kOutputTile;
-  const int64_t rows = (conv.height + kOutputTile - 1) / kOutputTile;
+MF_INLINE Tile tile_at(int64_t height, int64_t width, int64_t index) {
+  const int64_t columns = (width + kOutputTile - 1) / kOutputTile;
+  const int64_t rows = (height + kOutputTile - 1) / kOutputTile;
   return {index / (rows * columns), index / columns % rows * kOutputTile, index % columns * kOutputTile};
 }
 
 template <class Element>
-void read_tile(const WinogradConvolution& conv, const Element* images, const Tile& tile, int64_t step,
+void read_tile(int64_t height, int64_t width, int64_t channels, const Element* images, const Tile& tile, int64_t step,
                float* inputs) {
-  const int64_t channels = conv.in_channels;
-  const Element* image = images + tile.image * conv.height * conv.width * channels;
+  const Element* image = images + tile.image * height * width * channels;
   for (int64_t c = 0; c < channels; c += kLanes) {
     Floats rows[kSide][kSide];  // columns transformed
     for (int j = 0; j < kSide; ++j) {
@@ -67,8 +78,8 @@ void read_tile(const WinogradConvolution& conv, const Element* images, const Til
       Floats column[kSide], transformed[kSide];
       for (int i = 0; i < kSide; ++i) {
         const int64_t y = tile.y + i - 1;
-        const bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
-        column[i] = inside ? load_elements(image + (y * conv.width + x) * channels + c) : Floats{};
+        const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+        column[i] = inside ? load_elements(image + (y * width + x) * channels + c) : Floats{};
       }
       transform_input(column, transformed);
       for (int i = 0; i < kSide; ++i) rows[i][j] = transformed[i];
@@ -192,7 +203,8 @@ void convolve(const WinogradConvolution& conv, const Element* images, Element* r
   const int64_t panels = (conv.out_channels + kPanel - 1) / kPanel;
   const int64_t input_step = tap_step(tiles * channels), product_step = tap_step(tiles * kChunk);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    read_tile(conv, images, tile_at(conv, first + tile), input_step, scratch.inputs + tile * channels);
+    read_tile(conv.height, conv.width, channels, images, tile_at(conv.height, conv.width, first + tile), input_step,
+              scratch.inputs + tile * channels);
   }
   for (int64_t panel = 0; panel < panels; panel += kChunkPanels) {
     const int64_t width = panels - panel < kChunkPanels ? panels - panel : kChunkPanels;
@@ -202,8 +214,8 @@ void convolve(const WinogradConvolution& conv, const Element* images, Element* r
                      scratch.products + tap * product_step);
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      write_tile(conv, scratch.products + tile * kChunk, tile_at(conv, first + tile), product_step, panel * kPanel,
-                 result);
+      write_tile(conv, scratch.products + tile * kChunk, tile_at(conv.height, conv.width, first + tile), product_step,
+                 panel * kPanel, result);
     }
   }
 }
@@ -218,6 +230,36 @@ void convolve_tiles(const WinogradConvolution& conv, const float* images, float*
 void convolve_tiles(const WinogradConvolution& conv, const uint16_t* images, uint16_t* result, int64_t first,
                     int64_t last, const WinogradScratch& scratch) {
   convolve(conv, images, result, first, last, scratch);
+}
+
+void transform_image_tile(const WinogradTiles& tiles, const float* images, int64_t tile, float* result) {
+  read_tile(tiles.height, tiles.width, tiles.channels, images, tile_at(tiles.height, tiles.width, tiles.first + tile),
+            tiles.step, result + tile * tiles.channels);
+}
+
+void transform_gradient_tile(const WinogradTiles& tiles, const float* gradient, int64_t tile, float* result) {
+  const auto [image, top, left] = tile_at(tiles.height, tiles.width, tiles.first + tile);
+  const float* pixels = gradient + image * tiles.height * tiles.width * tiles.channels;
+  for (int64_t c = 0; c < tiles.channels; c += kLanes) {
+    Floats rows[kSide][kOutputTile];  // columns transformed
+    for (int j = 0; j < kOutputTile; ++j) {
+      Floats column[kOutputTile], transformed[kSide];
+      for (int i = 0; i < kOutputTile; ++i) {
+        const bool inside = top + i < tiles.height && left + j < tiles.width;
+        const float* pixel = pixels + ((top + i) * tiles.width + left + j) * tiles.channels + c;
+        column[i] = inside ? load(pixel) : Floats{};
+      }
+      transform_gradient(column, transformed);
+      for (int i = 0; i < kSide; ++i) rows[i][j] = transformed[i];
+    }
+    for (int i = 0; i < kSide; ++i) {
+      Floats transformed[kSide];
+      transform_gradient(rows[i], transformed);
+      for (int j = 0; j < kSide; ++j) {
+        store(result + (i * kSide + j) * tiles.step + tile * tiles.channels + c, transformed[j]);
+      }
+    }
+  }
 }
 
 }  // namespace MF_ISA

@@ -26,6 +26,9 @@ MF_DECLARE_KERNELS(
     void convolve_tiles(const WinogradConvolution& conv, const float* images, float* result, int64_t first,
                         int64_t last, const WinogradScratch& scratch);
     void convolve_tiles(const WinogradConvolution& conv, const uint16_t* images, uint16_t* result, int64_t first,
-                        int64_t last, const WinogradScratch& scratch);)
+                        int64_t last, const WinogradScratch& scratch);
+    // Transforms tile tiles.first + tile, to the place of number `tile` in the result.
+    void transform_image_tile(const WinogradTiles& tiles, const float* images, int64_t tile, float* result);
+    void transform_gradient_tile(const WinogradTiles& tiles, const float* gradient, int64_t tile, float* result);)
 
 }  // namespace maskformer_fast

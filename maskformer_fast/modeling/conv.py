@@ -7,9 +7,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskformer_fast.modeling.linear import trains_in_float32_on_cpu
+from maskformer_fast.ops.convolution import PANEL, conv3x3
+
+_FEWEST_PIXELS = 512
+"""Pixels of a batch from which on Winograd's algorithm spares more than the transform of the weights takes."""
 
 
-class ConvNorm(nn.Conv2d):
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` with zero padding, by the faster ways in training on a CPU in float32.
+
+    3x3 convolutions of stride 1 are then by Winograd's algorithm, which is chosen by their shape and never by a
+    measurement: ranks and resumed runs compute the same sums.
+    """
+
+    def forward(
+        self,
+        x: Tensor,  # [B, in_channels, H, W]
+    ) -> Tensor:
+        """Output [B, out_channels, ., .]; in training on a CPU with channels last in memory."""
+        if not trains_in_float32_on_cpu(x, self.weight):
+            return super().forward(x)
+        x = x.contiguous(memory_format=torch.channels_last)  # oneDNN is faster with channels innermost
+        if self._suits_winograd() and x.shape[0] * x.shape[2] * x.shape[3] >= _FEWEST_PIXELS:
+            return conv3x3(x, self.weight, self.bias)
+        # Dilation changes nothing in a 1x1 convolution, but that PyTorch gives it to oneDNN on one thread too.
+        dilation = (2, 2) if self.kernel_size == (1, 1) else self.dilation
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, dilation)
+
+    def _suits_winograd(self) -> bool:
+        return (
+            self.kernel_size == (3, 3) and self.stride == self.dilation == self.padding == (1, 1)
+            and self.in_channels % PANEL == 0 and self.out_channels % PANEL == 0
+        )  # fmt: skip
+
+
+class ConvNorm(Conv2d):
     """2-d convolution without bias, then ``norm``, then optionally ReLU.
 
     The norm is a child of the convolution, as in the names of checkpoints: ``conv.weight``, ``conv.norm.weight``.
@@ -31,17 +63,8 @@ class ConvNorm(nn.Conv2d):
         x: Tensor,  # [B, in_channels, H, W]
     ) -> Tensor:
         """Output [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
-        x = self.norm(self._convolve(x))
+        x = self.norm(super().forward(x))
         return F.relu(x) if self.relu else x
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        if not trains_in_float32_on_cpu(x, self.weight):
-            return super().forward(x)
-        # oneDNN is faster with channels innermost. Dilation changes nothing in a 1x1 convolution, but that PyTorch
-        # gives it to oneDNN on one thread too.
-        x = x.contiguous(memory_format=torch.channels_last)
-        dilation = (2, 2) if self.kernel_size == (1, 1) else self.dilation
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, dilation)
 
 
 class FrozenBatchNorm2d(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from maskformer_fast.config import PixelDecoderConfig
 from maskformer_fast.core.checks import check
-from maskformer_fast.modeling.conv import ConvNorm, xavier_fill
+from maskformer_fast.modeling.conv import Conv2d, ConvNorm, xavier_fill
 from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.transformer import TransformerEncoder
 from maskformer_fast.structures import Projection
@@ -38,14 +38,14 @@ class PixelDecoder(nn.Module):
         self.has_encoder = config.encoder_layers > 0
         if self.has_encoder:
             check(dim % 4 == 0, "pixel_decoder.conv_dim", "a multiple of 4 (sine positions)", dim)
-            self.input_proj = nn.Conv2d(in_channels[3], dim, kernel_size=1)
+            self.input_proj = Conv2d(in_channels[3], dim, kernel_size=1)
             encoder = TransformerEncoder(
                 config.encoder_layers, dim, config.encoder_heads, config.encoder_ffn_dim, config.encoder_dropout
             )
             self.transformer = nn.ModuleDict({"encoder": encoder})
         self.memory_channels = dim if self.has_encoder else in_channels[3]
         self.layer_4 = conv(self.memory_channels, 3, relu=True)
-        self.mask_features = nn.Conv2d(dim, config.mask_dim, kernel_size=3, padding=1)
+        self.mask_features = Conv2d(dim, config.mask_dim, kernel_size=3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 xavier_fill(module)

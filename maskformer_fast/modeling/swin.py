@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from maskformer_fast.modeling.linear import Linear
+from maskformer_fast.modeling.linear import Linear, trains_in_float32_on_cpu
 
 MLP_RATIO = 4
 """Hidden channels of a block's MLP, as a multiple of its channels."""
@@ -84,8 +84,17 @@ class WindowAttention(nn.Module):
     ) -> Tensor:
         """Output [B, windows, N, C]."""
         batch, windows = x.shape[:2]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)  # [B, W, heads, N, d]
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)  # [3, B, W, heads, N, d]
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [heads, N, N]
+        if trains_in_float32_on_cpu(x, self.qkv.weight):
+            # PyTorch has no fused attention here, and its plain one does more: scaled copies, and tests for rows in
+            # which everything is masked.
+            q, k, v = dense(qkv).flatten(1, 3)  # [B * W * heads, N, d]
+            scores = torch.bmm(q * q.shape[-1] ** -0.5, k.mT).view(batch, windows, self.num_heads, *bias.shape[1:])
+            scores = scores.add_(bias if mask is None else bias + mask[:, None]).softmax(-1)
+            x = torch.bmm(scores.flatten(0, 2), v).view(batch, windows, self.num_heads, *q.shape[1:])
+            return self.proj(x.transpose(2, 3).flatten(3))
+        q, k, v = qkv
         # The bias broadcasts over one dimension: the batch if windows differ in their mask, else all windows.
         if mask is None:
             start, bias = 0, bias[None]

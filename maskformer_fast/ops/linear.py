@@ -62,8 +62,9 @@ def _weight_gradient_cpu(arguments: _Gradients) -> Tensor:
     if rows <= _MANY_ROWS:
         return _linear_cpu(_Arguments(gradient.t(), x.t(), None))
     # oneDNN splits a long sum in the gradient of a convolution, but not in a product. Dilation changes nothing in a 1x1
-    # convolution, but that PyTorch gives it to oneDNN on one thread too.
-    pixels, slopes = (rows_.t().view(1, -1, rows, 1) for rows_ in (x, gradient))
+    # convolution, but that PyTorch gives it to oneDNN on one thread too. These strides are those of channels last,
+    # which oneDNN reads without a copy.
+    pixels, slopes = (rows_.view(1, rows, 1, -1).permute(0, 3, 1, 2) for rows_ in (x, gradient))
     weight = x.new_empty((outputs, inputs, 1, 1))
     found: Tensor = torch.ops.aten.convolution_backward(
         slopes, pixels, weight, None, [1, 1], [0, 0], [2, 2], False, [0, 0], 1, [False, True, False]

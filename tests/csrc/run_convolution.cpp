@@ -33,10 +33,24 @@ void run(Random& random, int threads) {
   for (const Element value : result) MF_EXPECT(std::isfinite(widen(value)) && (!conv.relu || widen(value) >= 0));
 }
 
+void run_tiles(Random& random, int threads) {
+  const int64_t count = random.integer(1, 2), height = random.integer(1, 21), width = random.integer(1, 21);
+  const int64_t channels = kPanel * random.integer(1, 3);
+  const int64_t all = count * ((height + 3) / 4) * ((width + 3) / 4);
+  const int64_t first = random.integer(0, all), last = random.integer(first, all);
+  const WinogradTiles tiles{height, width, channels, first, last, (last - first) * channels + random.integer(0, 16)};
+  const std::vector<float> maps = random.values<float>(count * height * width * channels, -1, 1);
+  std::vector<float> result(kTaps * tiles.step);
+  const auto transform = random.chance(0.5) ? winograd_gradient_tiles : winograd_image_tiles;
+  transform(tiles, maps.data(), result.data(), threads);
+  for (const float value : result) MF_EXPECT(std::isfinite(value));
+}
+
 }  // namespace
 
 void run_convolution(Random& random, int threads) {
   random.chance(0.5) ? run<float>(random, threads) : run<uint16_t>(random, threads);
+  run_tiles(random, threads);
 }
 
 }  // namespace maskformer_fast

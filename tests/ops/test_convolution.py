@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from maskformer_fast.core.extension import load_extension
-from maskformer_fast.ops.convolution import conv3x3_winograd, pack_winograd_weights, suits_winograd
+from maskformer_fast.ops import convolution
+from maskformer_fast.ops.convolution import conv3x3, conv3x3_winograd, pack_winograd_weights, suits_winograd
 
 extension = load_extension()
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 6e-3}  # of the largest value
@@ -144,3 +145,84 @@ def test_bad_arguments_are_named():
         conv3x3_winograd(images, packed, None, -3)
     with pytest.raises(ValueError, match=r"weight: expected shape \[N, C, 3, 3\], got \(20, 16, 1, 3\)"):
         pack_winograd_weights(weight[..., :1, :])
+
+
+def gradients(convolve, tensors, slopes):
+    """Result, and gradients of the tensors that are not None."""
+    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+    result = convolve(*leaves)
+    given = [leaf for leaf in leaves if leaf is not None]
+    return [result.detach(), *torch.autograd.grad(result, given, slopes.to(result.dtype))]
+
+
+def assert_gradients_close(tensors, slopes):
+    exact = [None if tensor is None else tensor.double() for tensor in tensors]
+    wanted = gradients(lambda images, weight, bias: F.conv2d(images, weight, bias, padding=1), exact, slopes)
+    found = gradients(conv3x3, tensors, slopes)
+    for got, reference in zip(found, wanted, strict=True):
+        assert got.dtype == torch.float32 and got.shape == reference.shape
+        assert (got - reference).abs().max() <= 1e-5 * reference.abs().max()
+
+
+@pytest.mark.parametrize("most_tiles", [5, 1024])
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((1, 16, 1, 1), 16), ((2, 32, 9, 4), 48), ((3, 16, 2, 37), 64), ((1, 112, 13, 8), 32)]
+)
+def test_gradients_equal_float64(shape, channels, most_tiles, isa, monkeypatch):
+    monkeypatch.setattr(convolution, "_MOST_TILES", most_tiles)
+    images, weight, bias = random_case(3, shape, channels, torch.float32)
+    slopes = torch.randn(shape[0], channels, *shape[2:], generator=torch.Generator().manual_seed(4))
+    for offset in (None, bias):
+        assert_gradients_close((images, weight, offset), slopes)
+
+
+def test_gradients_of_tensors_of_any_layout_equal_float64():
+    images, weight, bias = random_case(5, (2, 32, 11, 6), 16, torch.float32)
+    slopes = torch.randn(2, 16, 6, 11, generator=torch.Generator().manual_seed(6)).mT
+    last = images.contiguous(memory_format=torch.channels_last)
+    for view in (images, last, last.flip(-1), images[:1].expand(2, -1, -1, -1)):
+        for kernels in (weight, weight.mT, weight.contiguous(memory_format=torch.channels_last)):
+            assert_gradients_close((view, kernels, bias), slopes)
+    assert_gradients_close((images, weight, None), slopes[:1, :1, :1, :1].expand_as(slopes))
+
+
+def test_only_gradients_that_are_needed_are_computed():
+    images, weight, bias = random_case(7, (1, 16, 5, 5), 16, torch.float32)
+    conv3x3(images, weight.requires_grad_(), bias).sum().backward()
+    assert images.grad is None and bias.grad is None and weight.grad is not None
+    assert conv3x3(images[:0], weight, None).shape == (0, 16, 5, 5)
+
+
+def test_training_follows_the_rules_of_operators():
+    images, weight, bias = (tensor.requires_grad_() for tensor in random_case(8, (2, 32, 5, 3), 16, torch.float32))
+    torch.library.opcheck(torch.ops.maskformer_fast.conv3x3, (images, weight, bias))
+    maps = (torch.randn(2, 16, 5, 3), images.detach())
+    torch.library.opcheck(torch.ops.maskformer_fast.conv3x3_weight_gradient, maps)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 16, 4, 4), (16, 16, 1, 1), None), r"weight: expected shape \[N, C, 3, 3\]"),
+        (((1, 16, 4, 4), (20, 16, 3, 3), None), "weight: expected a multiple of 16 output channels"),
+        (((1, 8, 4, 4), (16, 8, 3, 3), None), "weight: expected a multiple of 16 input channels"),
+        (((1, 32, 4, 4), (16, 16, 3, 3), None), r"images: expected shape \[B, 16, H, W\]"),
+        (((1, 16, 4, 4), (16, 16, 3, 3), 4), r"bias: expected shape \[16\]"),
+    ],
+)
+def test_training_refuses_other_shapes(shapes, message):
+    images, weight, bias = (None if shape is None else torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        conv3x3(images, weight, bias)
+
+
+def test_training_refuses_other_types_and_gradients_of_other_maps():
+    with pytest.raises(TypeError, match="images: expected torch.float32"):
+        conv3x3(torch.zeros(1, 16, 4, 4).bfloat16(), torch.zeros(16, 16, 3, 3), None)
+    operator = torch.ops.maskformer_fast.conv3x3_weight_gradient
+    with pytest.raises(ValueError, match="gradient: expected the size of images"):
+        operator(torch.zeros(1, 16, 4, 5), torch.zeros(1, 16, 4, 4))
+    with pytest.raises(ValueError, match="images: expected shape"):
+        operator(torch.zeros(1, 16, 4, 4), torch.zeros(1, 8, 4, 4))
+    with pytest.raises(TypeError, match="gradient: expected torch.float32"):
+        operator(torch.zeros(1, 16, 4, 4).double(), torch.zeros(1, 16, 4, 4))
