@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 start = time.perf_counter(), time.process_time()
                 segment(files)
                 seconds[side].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    print(f"{options.backbone}, {SIDE}x{SIDE}, {options.classes} classes, {threads} threads, medians of {options.rounds}")
+    network = f"{options.backbone}, {SIDE}x{SIDE}, {options.classes} classes"
+    print(f"{network}, {threads} threads, medians of {options.rounds} rounds of {options.count} pictures")
     print("| side | images/s | to OpenVINO | ms of processor time an image | to OpenVINO | labels of OpenVINO |")
     print("| --- " * 6 + "|")
     for side in SIDES:

@@ -71,9 +71,8 @@ def load(
     if amp is not None:
         check_choice("amp", amp, get_args(Amp))
     loaded = load_network(path_or_recipe, device, test)
-    predictor = Predictor(
-        loaded.network, loaded.config, loaded.metadata, loaded.device, amp, graphs, 1 if in_flight is None else in_flight
-    )
+    several = 1 if in_flight is None else in_flight
+    predictor = Predictor(loaded.network, loaded.config, loaded.metadata, loaded.device, amp, graphs, several)
     if predictor.device.type == "cpu" and torch.backends.mkldnn.is_available():
         keep_freed_memory()
         half = predictor.amp == "bf16" and convolves_bfloat16()

@@ -109,13 +109,16 @@ class Predictor:
         if isinstance(images, ImageLike) or not isinstance(images, Iterable):
             return self.predict([images], task, exif)[0]  # which refuses what is no image
         if self._pool is not None:
-            return list(self._pool.map(lambda image: self._infer([as_rgb_array(image, exif)], (task,))[task][0], images))
+            return list(self._pool.map(lambda image: self._predict_one(image, task, exif), images))
         arrays = [as_rgb_array(image, exif) for image in images]
         size = self.config.test.batch_size
         results: list[Result] = []
         for start in range(0, len(arrays), size):
             results += self.infer(arrays[start : start + size], (task,))[task]
         return results
+
+    def _predict_one(self, image: ImageLike, task: Task, exif: bool) -> Result:
+        return self._infer([as_rgb_array(image, exif)], (task,))[task][0]
 
     def infer(
         self,
@@ -127,8 +130,8 @@ class Predictor:
 
         The transformer attends to padding, so images of other input sizes in a batch would change an image's results.
         Semantic results with test-time augmentation (``config.test``) take additional forward passes. A ``stopwatch``,
-        made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``, and images are then worked on
-        one batch after the other. The replay of a CUDA graph counts as ``network``, whose stages are one launch.
+        made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``, and images are then not
+        in flight together. The replay of a CUDA graph counts as ``network``, whose stages are one launch.
         """
         if self._pool is None or len(images) < 2 or stopwatch is not None:
             return self._infer(images, tasks, stopwatch)
