@@ -108,9 +108,6 @@ class FusedConv(FusedLayer):
         self.weight = self.weight.contiguous(memory_format=torch.channels_last)
         self.bias = None if bias is None else bias.to(dtype)
         self.float_bias = bias if self.suits_winograd else None
-        self._drop_packed()
-
-    def _drop_packed(self) -> None:
         self.implementation: str | None = None  # that of the last call
         self._transformed: Tensor | None = None
         self._direct: _Packed | None = None
