@@ -166,6 +166,7 @@ def test_sides_of_image_to_labels_agree(tmp_path: Path) -> None:
     assert all(image_to_labels.matrix_rate(dtype) > 1e8 for dtype in (torch.float32, torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_sides_of_throughput_agree_and_keep_the_order(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     files = files_to_labels.prepare_images(None, 3, tmp_path / "images")
