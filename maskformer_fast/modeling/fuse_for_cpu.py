@@ -129,10 +129,9 @@ class FusedConv(FusedLayer):
             weight = self._direct_weight(x)
             x = _mkldnn()._convolution_pointwise(x, weight, self.bias, *self.geometry, after, [], "")
         else:
-            after = "relu" if self.relu else None
             weight = self._direct_weight(x)
             x = _mkldnn()._convolution_pointwise_.binary(
-                residual, x, weight, self.bias, *self.geometry, "add", 1.0, after, [], ""
+                residual, x, weight, self.bias, *self.geometry, "add", 1.0, "relu" if self.relu else None, [], ""
             )
         x = x if self.norm is None else self.norm(x)
         return F.relu_(x) if self.late_relu else x
