@@ -8,6 +8,7 @@ import torch
 
 # Its default. As the environment sets the allocation, networks that tests load leave that of the test's process alone.
 os.environ.setdefault("MALLOC_TOP_PAD_", str(128 << 10))
+os.environ["MASKFORMER_FAST_CACHE"] = ""  # tests neither read nor write the user's cache
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
     ``system``, ``python``, and the name of each installed package of `PACKAGES`.
     """
     return {
-        "cpu": _processor_name(),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all cores"),
         "gpus": gpu_names(),
@@ -53,6 +53,12 @@ def has_bfloat16() -> bool:
     """Whether the processor multiplies in bfloat16, as far as the system tells; True where it tells nothing."""
     flags = {flag for name in ("flags", "Features") for line in _processor_lines(name) for flag in line.split()}
     return not flags or not flags.isdisjoint(BFLOAT16_FLAGS)
+
+
+def processor_name() -> str:
+    """Name of the processor as the system tells it."""
+    models = _processor_lines("model name")
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def processor_vendor() -> str:
@@ -116,11 +122,6 @@ def keep_freed_memory() -> bool:
         return False
     library = ctypes.CDLL(None)
     return bool(library.mallopt(_M_MMAP_MAX, 0)) and bool(library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def _processor_name() -> str:
-    models = _processor_lines("model name")
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _processor_lines(name: str) -> list[str]:

@@ -52,7 +52,8 @@ def load(
         backend: what runs a bundle, see `maskformer_fast.deploy.runtime.load`; without a bundle it must be ``auto``.
         amp: precision of a checkpoint's network, by default that of its training.
         precision: that of a bundle's network, see `maskformer_fast.deploy.runtime.load`.
-        in_flight: number of images that a bundle works on at once on a CPU, see there.
+        in_flight: number of images that are worked on at once on a CPU, where several are given; None: one by one, or
+            what `maskformer_fast.deploy.runtime.load` says for a bundle.
         graphs: on a GPU, replay CUDA graphs for batches whose sizes come again, see `Predictor`; a bundle always does.
 
     Raises:
@@ -70,7 +71,8 @@ def load(
     if amp is not None:
         check_choice("amp", amp, get_args(Amp))
     loaded = load_network(path_or_recipe, device, test)
-    predictor = Predictor(loaded.network, loaded.config, loaded.metadata, loaded.device, amp, graphs)
+    several = 1 if in_flight is None else in_flight
+    predictor = Predictor(loaded.network, loaded.config, loaded.metadata, loaded.device, amp, graphs, several)
     if predictor.device.type == "cpu" and torch.backends.mkldnn.is_available():
         keep_freed_memory()
         half = predictor.amp == "bf16" and convolves_bfloat16()

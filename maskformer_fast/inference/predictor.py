@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -52,6 +54,7 @@ class Predictor:
         device: str | torch.device,
         amp: Amp | None = None,
         graphs: bool = False,
+        in_flight: int = 1,
     ) -> None:
         """Keep the network, which must be on the device.
 
@@ -59,13 +62,22 @@ class Predictor:
             amp: precision of inference, by default that of the training.
             graphs: on a GPU, replay CUDA graphs for batches whose sizes come again (`inference.cuda_graphs`). Results
                 are the same. Changes of weights are seen; other state of the network must not change.
+            in_flight: on a CPU, number of images that are worked on at once where several are given, at most that of
+                PyTorch's threads, which are divided among them. This gives the most images a second, where all threads
+                on one image give the least latency.
+
+        Raises:
+            ValueError: ``in_flight`` is below 1.
         """
+        check(in_flight > 0, "in_flight", "> 0", in_flight)
         self.network = network
         self.config = config
         self.metadata = metadata
         self.device = torch.device(device)
         self.amp: Amp = config.solver.amp if amp is None else amp
         self._graphs = GraphCache() if graphs and self.device.type == "cuda" else None
+        workers = min(in_flight, torch.get_num_threads())
+        self._pool = _open_pool(workers) if self.device.type == "cpu" and workers > 1 else None
 
     @property
     def test(self) -> TestConfig:
@@ -96,12 +108,17 @@ class Predictor:
         self.check_task(task)
         if isinstance(images, ImageLike) or not isinstance(images, Iterable):
             return self.predict([images], task, exif)[0]  # which refuses what is no image
+        if self._pool is not None:
+            return list(self._pool.map(lambda image: self._predict_one(image, task, exif), images))
         arrays = [as_rgb_array(image, exif) for image in images]
         size = self.config.test.batch_size
         results: list[Result] = []
         for start in range(0, len(arrays), size):
             results += self.infer(arrays[start : start + size], (task,))[task]
         return results
+
+    def _predict_one(self, image: ImageLike, task: Task, exif: bool) -> Result:
+        return self._infer([as_rgb_array(image, exif)], (task,))[task][0]
 
     def infer(
         self,
@@ -113,9 +130,18 @@ class Predictor:
 
         The transformer attends to padding, so images of other input sizes in a batch would change an image's results.
         Semantic results with test-time augmentation (``config.test``) take additional forward passes. A ``stopwatch``,
-        made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``. The replay of a CUDA graph
-        counts as ``network``, whose stages are one launch.
+        made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``, and images are then not
+        in flight together. The replay of a CUDA graph counts as ``network``, whose stages are one launch.
         """
+        if self._pool is None or len(images) < 2 or stopwatch is not None:
+            return self._infer(images, tasks, stopwatch)
+        each = list(self._pool.map(lambda image: self._infer([image], tasks), images))
+        return {task: [results[task][0] for results in each] for task in tasks}
+
+    def _infer(
+        self, images: Sequence[np.ndarray], tasks: Sequence[Task], stopwatch: Stopwatch | None = None
+    ) -> dict[Task, list[Result]]:
+        """Do as `infer`, in this thread."""
         test = self.config.test
         stopwatch = stopwatch or Stopwatch()
         results: dict[Task, list[Result]] = {}
@@ -332,3 +358,21 @@ class Predictor:
         finally:
             for module in training:
                 module.training = True
+
+
+def _open_pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that divide PyTorch's threads among them; the number of the calling thread stays."""
+    threads = torch.get_num_threads()
+    started = threading.Barrier(workers + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread's first call takes the number that was set last, by whichever thread
+        torch.set_num_threads(max(1, threads // workers))
+        started.wait()
+
+    pool = ThreadPoolExecutor(workers, "maskformer_fast", start)
+    for _ in range(workers):
+        pool.submit(int)  # a thread starts with each, as none is idle yet
+    started.wait()
+    torch.set_num_threads(threads)  # of threads that start later too
+    return pool

@@ -5,13 +5,14 @@ blocks of Swin see `fused_linear`.
 
 BatchNorm with its running statistics is a scale and an offset of each channel: the weights are multiplied by the scale,
 and the offset becomes the bias. oneDNN adds the residual and applies the ReLU when it writes a convolution's output.
-3x3 convolutions use Winograd's algorithm (`ops.convolution`) where a measurement finds it faster (`cpu_choices`).
+3x3 convolutions use Winograd's algorithm (`ops.convolution`) on maps of sizes where a measurement finds it faster
+(`cpu_choices`). oneDNN's other layouts of weights are made for the size of the maps, at the first picture of that size.
 Channels are innermost in memory throughout. Results equal the network's up to rounding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,21 @@ def convolves_bfloat16() -> bool:
     return bool(_mkldnn()._is_mkldnn_bf16_supported())
 
 
+def implementations(network: nn.Module) -> dict[str, str]:
+    """What runs each layer of a network that `fuse_for_cpu` has rebuilt, by the layer's name.
+
+    A convolution's is that of its last call, as it depends on the size of the maps; those that were never called are
+    left out.
+    """
+    found: dict[str, str] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, FusedConv) and module.implementation is not None:
+            found[name] = module.implementation
+        elif isinstance(module, FusedLinear):
+            found[name] = "oneDNN" if module.weight.is_mkldnn else "PyTorch's own library"
+    return found
+
+
 def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
     for name, child in module.named_children():
         if isinstance(child, Bottleneck):
@@ -65,6 +81,13 @@ def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
             _replace_children(child, dtype)
 
 
+class _Packed(NamedTuple):
+    """Weights in the layout that oneDNN chooses for images of one shape and a number of threads."""
+
+    key: tuple[int, ...]
+    weight: Tensor
+
+
 class FusedConv(FusedLayer):
     """Fused `ConvNorm` for inference, optionally with a residual added before its ReLU."""
 
@@ -76,18 +99,21 @@ class FusedConv(FusedLayer):
         self.relu, self.late_relu = relu and self.norm is None, relu and self.norm is not None
         self.dtype, self.channels = dtype, conv.out_channels
         self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), 1)  # type: ignore[arg-type]
-        self.winograd = (
+        self.suits_winograd = (
             conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1)
             and conv.in_channels % PANEL == 0 and conv.in_channels * conv.out_channels <= MAX_WINOGRAD_WEIGHTS
-            and winograd_is_faster(conv.in_channels, conv.out_channels, dtype)
         )  # fmt: skip
-        if self.winograd:
-            self.weight, self.bias = pack_winograd_weights(weight), bias
-        else:
-            self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-            if conv.kernel_size != (1, 1):  # some 1x1 convolutions are several times slower with reordered weights
-                self.pack()
-            self.bias = None if bias is None else bias.to(dtype)
+        # Winograd's transform is of the float32 weights.
+        self.weight = weight.to(torch.float32 if self.suits_winograd else dtype)
+        self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.float_bias = bias if self.suits_winograd else None
+        self.implementation: str | None = None  # that of the last call
+        self._transformed: Tensor | None = None
+        self._direct: _Packed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "implementation": None, "_transformed": None, "_direct": None}
 
     def forward(
         self,
@@ -96,20 +122,43 @@ class FusedConv(FusedLayer):
     ) -> Tensor:
         """Output [B, N, h, w], channels last."""
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if self.winograd:
-            x = conv3x3_winograd(x, self.weight, self.bias, self.channels, self.relu)
+        if residual is None and self._takes_winograd(x):
+            x = conv3x3_winograd(x, self._winograd_weight(), self.float_bias, self.channels, self.relu)
         elif residual is None:
             after = "relu" if self.relu else "none"
-            x = _mkldnn()._convolution_pointwise(x, self.weight, self.bias, *self.geometry, after, [], "")
+            weight = self._direct_weight(x)
+            x = _mkldnn()._convolution_pointwise(x, weight, self.bias, *self.geometry, after, [], "")
         else:
+            weight = self._direct_weight(x)
             x = _mkldnn()._convolution_pointwise_.binary(
-                residual, x, self.weight, self.bias, *self.geometry, "add", 1.0, "relu" if self.relu else None, [], ""
+                residual, x, weight, self.bias, *self.geometry, "add", 1.0, "relu" if self.relu else None, [], ""
             )
         x = x if self.norm is None else self.norm(x)
         return F.relu_(x) if self.late_relu else x
 
-    def pack(self) -> None:
-        self.weight = _mkldnn()._reorder_convolution_weight(self.weight, *self.geometry)
+    def _takes_winograd(self, x: Tensor) -> bool:
+        if not self.suits_winograd or not x.numel():
+            return False
+        return winograd_is_faster(x.shape[1], self.channels, self.dtype, x.shape[0] * x.shape[2] * x.shape[3])
+
+    def _winograd_weight(self) -> Tensor:
+        self.implementation = "Winograd"
+        packed = self._transformed
+        if packed is None:
+            self._transformed = packed = pack_winograd_weights(self.weight)
+        return packed
+
+    def _direct_weight(self, x: Tensor) -> Tensor:
+        """Weights in oneDNN's layout for these images; threads may call it for images of different sizes."""
+        self.implementation = "direct, oneDNN"
+        if not x.numel():
+            return self.weight.to(self.dtype)
+        key, packed = (*x.shape, torch.get_num_threads()), self._direct
+        if packed is None or packed.key != key:
+            weight = self.weight.to(self.dtype)
+            weight = _mkldnn()._reorder_convolution_weight(weight, *self.geometry, list(x.shape))
+            self._direct = packed = _Packed(key, weight)
+        return packed.weight
 
 
 class FusedBottleneck(nn.Module):

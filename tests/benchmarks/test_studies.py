@@ -20,7 +20,7 @@ from benchmarks import plots
 from benchmarks.cases import end_to_end as files_to_labels
 from benchmarks.harness.report import NUMBERS, markdown
 from benchmarks.harness.runner import plan
-from benchmarks.studies import class_count, cpu_bundle, end_to_end, image_to_labels, scaling
+from benchmarks.studies import class_count, cpu_bundle, end_to_end, image_to_labels, scaling, throughput
 from maskformer_fast.benchmark.runners import draw_frame
 from maskformer_fast.recipes import load_recipe
 from tests.support.paths import ROOT, TINY_RECIPE
@@ -164,6 +164,24 @@ def test_sides_of_image_to_labels_agree(tmp_path: Path) -> None:
     ours, theirs = (image_to_labels.open_side(side, tmp_path)(image) for side in ("ours, float32", "OpenVINO, float32"))
     assert ours.shape == (64, 96) and np.mean(ours == theirs) > 0.99
     assert all(image_to_labels.matrix_rate(dtype) > 1e8 for dtype in (torch.float32, torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_sides_of_throughput_agree_and_keep_the_order(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    files = files_to_labels.prepare_images(None, 3, tmp_path / "images")
+    for file in files:
+        Image.open(file).resize((96, 64)).save(file)
+    model = replace(load_recipe(str(TINY_RECIPE)).model, num_classes=5)
+    throughput.write_networks(tmp_path, model, np.asarray(Image.open(files[0])))
+    ours, bundle, theirs = (
+        throughput.open_side(f"{side}, float32", tmp_path, 2)(files)
+        for side in (throughput.CHECKPOINT, throughput.BUNDLE, throughput.OPENVINO)
+    )
+    for one, two, three in zip(ours, bundle, theirs, strict=True):
+        assert one.shape == (64, 96) and np.mean(one == three) > 0.99 and np.mean(two == three) > 0.99
+    with pytest.raises(ValueError, match="count: expected > 0"):
+        throughput.ThroughputOptions(count=0)
 
 
 def test_image_to_labels_refuses_sizes_and_counts() -> None:

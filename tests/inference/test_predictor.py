@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskformer_fast.config import TestConfig
+from maskformer_fast.config import TASKS, Task, TestConfig
 from maskformer_fast.core.results import PanopticResult
 from maskformer_fast.inference.batches import infer_each
 from maskformer_fast.inference.predictor import Predictor
@@ -121,3 +121,28 @@ def test_each_part_of_the_network_keeps_its_mode(predictor: Predictor) -> None:
         after = [module.training for module in network.modules()]
         network.eval()
     assert seen == [False] and after == before and any(before)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_images_in_flight_have_the_results_of_one_by_one(predictor: Predictor, task: Task) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        several = Predictor(predictor.network, predictor.config, predictor.metadata, "cpu", in_flight=5)
+        images = [photo(number, *size) for number, size in enumerate(SIZES)]
+        each = several.infer(images, (task,))[task]
+        assert torch.get_num_threads() == 3
+        assert several._pool is not None and several._pool._max_workers == 3  # no more than threads
+        assert set(several._pool.map(lambda _: torch.get_num_threads(), range(9))) == {1}
+    finally:
+        torch.set_num_threads(threads)
+    for result, given, image in zip(several.predict(images, task), each, images, strict=True):
+        wanted = predictor.infer([image], (task,))[task][0]
+        for name, value in vars(wanted).items():
+            for got in (getattr(result, name), getattr(given, name)):
+                if isinstance(value, torch.Tensor) and not value.is_floating_point():
+                    assert got.shape == value.shape and (got == value).float().mean() > 0.999
+    with pytest.raises(TypeError):
+        several.predict([images[0], 5])
+    with pytest.raises(ValueError, match="in_flight: expected > 0, got 0"):
+        Predictor(predictor.network, predictor.config, predictor.metadata, "cpu", in_flight=0)

@@ -14,7 +14,13 @@ from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, ModelC
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.inference.load import load_network
 from maskformer_fast.modeling import build_model
-from maskformer_fast.modeling.fuse_for_cpu import FusedBottleneck, FusedConv, convolves_bfloat16, fuse_for_cpu
+from maskformer_fast.modeling.fuse_for_cpu import (
+    FusedBottleneck,
+    FusedConv,
+    convolves_bfloat16,
+    fuse_for_cpu,
+    implementations,
+)
 from maskformer_fast.modeling.fused_linear import FusedAttention, FusedLinear, FusedSwinStage
 from maskformer_fast.modeling.weights import save_weights
 from maskformer_fast.ops.mask_product import layer_mask_logits
@@ -95,6 +101,31 @@ def test_fused_bfloat16_is_as_close_as_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         ours, autocast = (error(layer_mask_logits(model(images)), wanted) for model in (fast, network))
     assert 1e-5 < ours < max(2 * autocast, 0.05)
+
+
+@pytest.mark.parametrize("winograd", [True, False])
+@torch.no_grad()
+def test_the_size_of_the_maps_decides_and_is_told(winograd, monkeypatch):
+    asked = set()
+
+    def is_faster(in_channels, out_channels, dtype, pixels):
+        asked.add(pixels)
+        return winograd
+
+    monkeypatch.setattr("maskformer_fast.modeling.fuse_for_cpu.winograd_is_faster", is_faster)
+    network = make_network(BACKBONES["batch, wider"])
+    fast = copy.deepcopy(network)
+    fuse_for_cpu(fast)
+    assert set(implementations(fast).values()) <= {"oneDNN", "PyTorch's own library"}  # no convolution ran yet
+    for size in ((64, 96), (32, 32), (64, 96)):
+        images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+        assert error(layer_mask_logits(fast(images)), layer_mask_logits(network(images))) < 5e-5
+        assert size[0] * size[1] // 16 in asked
+    told = implementations(fast)
+    assert told["pixel_decoder.layer_1"] == ("Winograd" if winograd else "direct, oneDNN")
+    assert told["pixel_decoder.adapter_1"] == told["backbone.stem.conv1"] == "direct, oneDNN"
+    assert len(told) == sum(isinstance(module, FusedConv | FusedLinear) for module in fast.modules())
+    assert implementations(network) == {}
 
 
 @torch.no_grad()
