@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from benchmarks.cases.train_step import optimizer_step
 from benchmarks.harness.case import Bound, Case, Work
 from benchmarks.harness.runner import shared
 from maskformer_fast.config import Config, ModelConfig, Task
+from maskformer_fast.data.images import read_image
 from maskformer_fast.inference.load import load
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
@@ -156,7 +156,7 @@ def file_setup(device: torch.device, task: Task, config: Config | None = None) -
         (file,) = prepare_images(None, 1, folder / "images")
         network = build(config.model)
         with torch.no_grad():
-            make_confident(network, torch.from_numpy(np.asarray(Image.open(file))).permute(2, 0, 1)[None])
+            make_confident(network, torch.from_numpy(read_image(file)).permute(2, 0, 1)[None])
         save_weights(folder / "ours.safetensors", network, config, class_metadata(config.model.num_classes), step=0)
         huggingface_model(network, config.model, folder / "theirs")
 
