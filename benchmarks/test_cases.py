@@ -17,7 +17,7 @@ from benchmarks.__main__ import MODULES
 from benchmarks.harness.case import OURS, Case
 from benchmarks.harness.worker import load_cases
 
-SLOW_SUBJECTS = {"criterion", "network", "train_step", "loader", "deployment", "end_to_end"}
+SLOW_SUBJECTS = {"criterion", "network", "train_step", "mask2former", "loader", "deployment", "end_to_end"}
 
 
 def parameters() -> Iterator[Any]:

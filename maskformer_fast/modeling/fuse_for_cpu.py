@@ -1,7 +1,7 @@
 """Networks for inference on the CPU, made of fused layers.
 
 In convolutions, normalisation, residual and ReLU are part of the convolution; for linear layers, attention and the
-blocks of Swin see `fused_linear`.
+blocks of Swin see `fused_linear`, for the layers of Mask2Former `fused_mask2former`.
 
 BatchNorm with its running statistics is a scale and an offset of each channel: the weights are multiplied by the scale,
 and the offset becomes the bias. oneDNN adds the residual and applies the ReLU when it writes a convolution's output.
@@ -21,7 +21,14 @@ from torch.nn import functional as F
 from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.conv import ConvNorm
 from maskformer_fast.modeling.cpu_choices import winograd_is_faster
+from maskformer_fast.modeling.deformable_encoder import DeformableEncoderLayer, InputProjection
 from maskformer_fast.modeling.fused_linear import FusedAttention, FusedLayer, FusedLinear, FusedSwinStage
+from maskformer_fast.modeling.fused_mask2former import (
+    FusedDeformableEncoderLayer,
+    FusedFeedForward,
+    FusedInputProjection,
+)
+from maskformer_fast.modeling.masked_decoder import FeedForwardLayer
 from maskformer_fast.modeling.resnet import Bottleneck
 from maskformer_fast.modeling.swin import SwinStage
 from maskformer_fast.ops.convolution import PANEL, conv3x3_winograd, pack_winograd_weights
@@ -75,6 +82,12 @@ def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, FusedSwinStage(child, dtype))
         elif isinstance(child, MultiHeadAttention):
             setattr(module, name, FusedAttention(child, dtype))
+        elif isinstance(child, DeformableEncoderLayer):
+            setattr(module, name, FusedDeformableEncoderLayer(child, dtype))
+        elif isinstance(child, InputProjection):
+            setattr(module, name, FusedInputProjection(child, dtype))
+        elif isinstance(child, FeedForwardLayer):
+            setattr(module, name, FusedFeedForward(child, child.norm, dtype))
         elif isinstance(child, nn.Linear):
             setattr(module, name, FusedLinear(child.weight, child.bias, dtype))
         else:

@@ -8,7 +8,7 @@ the product. Results equal the network's up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from maskformer_fast.modeling.swin import PatchMerging, SwinBlock, SwinStage
 from maskformer_fast.ops.window_attention import pack_window_bias, window_attention
 
 _ADVICE = "maskformer_fast.inference.load.load_network gives one as it was trained"
-_GELU: tuple[str, list[Any], str] = ("gelu", [], "none")
+_ACTIVATIONS: dict[str, tuple[str, list[Any], str]] = {
+    "none": PLAIN, "gelu": ("gelu", [], "none"), "relu": ("relu", [], ""),
+}  # fmt: skip
 
 
 class FusedLayer(nn.Module):
@@ -54,11 +56,14 @@ class FusedLayer(nn.Module):
 
 
 class FusedLinear(FusedLayer):
-    """Linear layer in float32 or bfloat16, optionally with GELU after it or a residual added."""
+    """Linear layer in float32 or bfloat16, optionally with GELU or ReLU after it or a residual added."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype,
+        activation: Literal["none", "gelu", "relu"] = "none",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.dtype, self.gelu = dtype, gelu
+        self.dtype, self.activation = dtype, activation
         self.weight = weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().to(dtype)
         if dtype == torch.bfloat16 or onednn_is_faster():
@@ -73,12 +78,13 @@ class FusedLinear(FusedLayer):
         x = x.to(self.dtype).contiguous()
         if not self.weight.is_mkldnn or not x.numel():
             x = F.linear(x, self.weight.to_dense() if self.weight.is_mkldnn else self.weight, self.bias)
-            x = F.gelu(x) if self.gelu else x
+            if self.activation != "none":
+                x = F.gelu(x) if self.activation == "gelu" else F.relu_(x)
             return x if residual is None else x.add_(residual)
         products = torch.ops.mkldnn._linear_pointwise
         if residual is not None:
             return products.binary(x, residual, self.weight, self.bias, "add")
-        return products(x, self.weight, self.bias, *(_GELU if self.gelu else PLAIN))
+        return products(x, self.weight, self.bias, *_ACTIVATIONS[self.activation])
 
     def pack(self) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
@@ -119,7 +125,7 @@ class FusedSwinBlock(nn.Module):
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.qkv = FusedLinear(attention.qkv.weight, attention.qkv.bias, dtype)
         self.proj = FusedLinear(attention.proj.weight, attention.proj.bias, dtype)
-        self.fc1 = FusedLinear(mlp.fc1.weight, mlp.fc1.bias, dtype, gelu=True)
+        self.fc1 = FusedLinear(mlp.fc1.weight, mlp.fc1.bias, dtype, "gelu")
         self.fc2 = FusedLinear(mlp.fc2.weight, mlp.fc2.bias, dtype)
         bias = attention.relative_position_bias_table[attention.relative_position_index].permute(2, 0, 1)
         self.bias = pack_window_bias(bias)

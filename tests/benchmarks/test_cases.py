@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from benchmarks.cases import (
     deformable_attention,
     deployment,
     loader,
+    mask2former,
     mask_loss,
     mask_product,
     matching_cost,
@@ -48,6 +50,14 @@ MODEL = ModelConfig(
     num_classes=6, backbone=BACKBONE, pixel_decoder=PixelDecoderConfig(conv_dim=32, mask_dim=16),
     decoder=DecoderConfig(layers=2, hidden_dim=32, num_heads=4, ffn_dim=32, num_queries=7),
 )  # fmt: skip
+MASK2FORMER = ModelConfig(
+    type="mask2former", num_classes=6, backbone=BACKBONE,
+    pixel_decoder=PixelDecoderConfig(
+        conv_dim=32, mask_dim=32, encoder_layers=1, encoder_heads=4, encoder_ffn_dim=48, encoder_dropout=0.0
+    ),
+    decoder=DecoderConfig(layers=3, hidden_dim=32, num_heads=4, ffn_dim=48, num_queries=7, dropout=0.0),
+)  # fmt: skip
+SWIN = BackboneConfig("swin_tiny", depths=(1, 1, 1, 1), embed_dim=8, num_heads=(1, 2, 4, 8), drop_path_rate=0.0)
 AUGMENT = AugmentConfig(short_edge=(48, 64), crop_size=(64, 64))
 TINY_COST = {"layers": 2, "batch": 2, "queries": 9, "count": 4, "size": (16, 8)}
 TINY: dict[str, Callable[[torch.device], Work]] = {
@@ -76,6 +86,15 @@ TINY: dict[str, Callable[[torch.device], Work]] = {
     **{part: partial(network.setup, model=MODEL, part=part, dtype="float32", size=SIZE) for part in network.PARTS},
     "network bfloat16": partial(network.setup, model=MODEL, part="network", dtype="bfloat16", size=SIZE),
     "training step": partial(train_step.setup, backbone="resnet50", batch=1, size=(64, 64)),
+    "Mask2Former beside eager PyTorch": partial(
+        mask2former.network_setup, model=MASK2FORMER, peer=mask2former.EAGER, size=SIZE
+    ),
+    "Mask2Former beside Hugging Face": partial(
+        mask2former.network_setup, model=replace(MASK2FORMER, backbone=SWIN), peer=mask2former.HUGGINGFACE, size=SIZE
+    ),
+    "Mask2Former, training step": partial(
+        mask2former.step_setup, model=replace(MASK2FORMER, backbone=SWIN), batch=1, size=(64, 64)
+    ),
     "resize": partial(resize.setup, batch=2, frame=(54, 96), size=(33, 57)),
     "loader": partial(loader.setup, workers=1, count=4, size=SIZE, augment=AUGMENT, batch=2),
     "loader, example": loader.example_setup,

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import maskformer_fast
 from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, ModelConfig, PixelDecoderConfig
@@ -149,10 +150,10 @@ def test_linear_layers_equal_pytorchs_by_either_library(faster, monkeypatch):
         x, residual = torch.randn(shape), torch.randn(*shape[:-1], 31)
         for bias in (plain.bias, None):
             wanted = torch.nn.functional.linear(x, plain.weight, bias)
-            for gelu in (False, True):
-                layer = pickle.loads(pickle.dumps(FusedLinear(plain.weight, bias, torch.float32, gelu)))
+            for name, function in {"none": lambda y: y, "gelu": functional.gelu, "relu": functional.relu}.items():
+                layer = pickle.loads(pickle.dumps(FusedLinear(plain.weight, bias, torch.float32, name)))
                 assert layer.weight.is_mkldnn == faster
-                torch.testing.assert_close(layer(x), torch.nn.functional.gelu(wanted) if gelu else wanted)
+                torch.testing.assert_close(layer(x), function(wanted))
             before = residual.clone()
             torch.testing.assert_close(FusedLinear(plain.weight, bias, torch.float32)(x, residual), wanted + residual)
             assert torch.equal(residual, before)

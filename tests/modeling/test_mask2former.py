@@ -16,8 +16,13 @@ from torch.nn import functional as F
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.interop.huggingface import read_folder
 from maskformer_fast.interop.official import model_to_ours
-from maskformer_fast.modeling import Mask2Former, build_model
+from maskformer_fast.modeling import Mask2Former, build_model, fused_mask2former
 from maskformer_fast.modeling.fuse_for_cpu import convolves_bfloat16, fuse_for_cpu
+from maskformer_fast.modeling.fused_mask2former import (
+    FusedDeformableEncoderLayer,
+    FusedFeedForward,
+    FusedInputProjection,
+)
 from maskformer_fast.modeling.masked_decoder import LevelMasks
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import Predictions
@@ -244,6 +249,23 @@ def test_bfloat16_and_fused_predictions_are_close_to_float32() -> None:
         assert (fused.class_logits - expected.class_logits).abs().max() < 1e-4 * expected.class_logits.abs().max()
         masks = layer_mask_logits(expected)
         assert (layer_mask_logits(fused) - masks).abs().max() < 1e-4 * masks.abs().max()
+
+
+@pytest.mark.parametrize("block", [1, 100, 10_000])
+@torch.no_grad()
+def test_blocks_of_pixels_of_the_fused_encoder_do_not_change_results(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = made(model_config())
+    images = random_images(2, 3, 64, 80)
+    expected = network.pixel_decoder(network.backbone(network.normalize(images, torch.tensor([[64, 80]] * 2))))
+    fuse_for_cpu(network)
+    kinds = {type(module) for module in network.modules()}
+    assert {FusedDeformableEncoderLayer, FusedFeedForward, FusedInputProjection} <= kinds and nn.Linear not in kinds
+    monkeypatch.setattr(fused_mask2former, "_BLOCK", block)
+    got = network.pixel_decoder(network.backbone(network.normalize(images, torch.tensor([[64, 80]] * 2))))
+    for a, b in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+        assert (a - b).abs().max() < 2e-5 * b.abs().max()
 
 
 @pytest.mark.skipif(not convolves_bfloat16(), reason="this processor has no bfloat16 convolutions")
