@@ -319,9 +319,6 @@ def deformable_attention(
         ImportError: the extension is not built, or Triton is missing on a CUDA device.
     """
     arguments = Attention(value, _flat(level_sizes), reference_points, offsets, logits)
-    if torch.compiler.is_exporting():
-        _check(arguments)
-        return _forward_eager(arguments)
     return _deformable_attention(*arguments)
 
 
