@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from maskformer_fast.core.checks import check
+from maskformer_fast.deploy.runtime.openvino_attention import BOUNDARY
 
 DOMAIN = "maskformer_fast"
 OPERATOR = "DeformableAttention"
@@ -211,3 +212,56 @@ def _coordinates(nodes: Nodes, name: str, pairs: str) -> list[str]:
         for axis, half in zip("xy", halves, strict=True)
     ]
 
+
+
+def use_plugin(model: Any, version: str) -> int:
+    """Replace the gathers of an exported graph by TensorRT's plugin, in place -> the number of layers.
+
+    The plugin takes float32 or float16, with all inputs of one type: in float16 its sampling locations, 0..1, have
+    steps of 1/2048 of a map's side.
+
+    Args:
+        model: a graph of `expand`, not yet in another precision.
+        version: one of `PLUGIN_VERSIONS`.
+    """
+    check(version in PLUGIN_VERSIONS, "version", f"one of {', '.join(PLUGIN_VERSIONS)}", version)
+    layers: dict[str, dict[str, Any]] = {}
+    nodes = []
+    for node in model.graph.node:
+        prefix, slash, name = node.output[0].partition("/")
+        if not (slash and prefix.startswith(PREFIX)):
+            nodes.append(node)
+            continue
+        layer = layers.setdefault(prefix + slash, {})
+        layer[name] = node
+        if name == "result":
+            inputs = [layer[first].input[number] for first, number in BOUNDARY]
+            nodes += by_plugin(prefix + slash, inputs, version)
+    if layers:
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+    return len(layers)
+
+
+def by_plugin(prefix: str, inputs: Sequence[str], version: str) -> list[Any]:
+    """Nodes from the inputs of `by_gathers` to its result, by TensorRT's plugin."""
+    value, sizes, references, offsets, logits = inputs
+    nodes = Nodes(prefix)
+    add, constant = nodes.add, nodes.constant
+    minus, one = constant("minus", [-1], "int64"), constant("one", [1], "int64")
+    sizes_int32 = add("Cast", "sizes_int32", sizes, to=6)
+    areas = add("ReduceProd", "areas", sizes_int32, one, keepdims=0)
+    starts = add("CumSum", "starts", areas, constant("axis", 0, "int64"), exclusive=1)
+    height, width = nodes.add_many("Split", ["height", "width"], add("Cast", "sides_float32", sizes, to=1), axis=1,
+                                   num_outputs=2)  # fmt: skip
+    sides = add("Unsqueeze", "sides", add("Concat", "sides_2d", width, height, axis=1), one)  # [levels, 1, 2]
+    points = add("Unsqueeze", "points", references, constant("axes", [2, 4], "int64"))
+    locations = add("Add", "locations", points, add("Div", "scaled_offsets", offsets, sides))
+    flat = add("Reshape", "logits_flat", logits, constant("all_points", [0, 0, 0, -1], "int64"))
+    softmax = add("Softmax", "softmax", flat, axis=-1)
+    weights = add("Reshape", "weights", softmax, add("Shape", "logits_shape", logits))
+    attended = add(PLUGIN, "attended", value, sizes_int32, starts, locations, weights, plugin_version=version,
+                   plugin_namespace="")  # fmt: skip
+    shape = add("Concat", "result_shape", add("Shape", "queries_shape", logits, start=0, end=2), minus, axis=0)
+    add("Reshape", "result", attended, shape)
+    return nodes.list

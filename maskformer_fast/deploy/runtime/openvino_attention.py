@@ -18,8 +18,8 @@ from maskformer_fast.core.arrays import address_of
 from maskformer_fast.core.extension import load_extension
 
 _NAME = re.compile(r"(deformable_attention_\d+/)(value_0|height|scaled|free|logits|result)")
-_INPUTS = (("value_0", 0), ("height", 0), ("scaled", 0), ("free", 1), ("logits", 0))
-"""Operators that take value, level sizes, reference points, offsets and logits, and the number of their input."""
+BOUNDARY = (("value_0", 0), ("height", 0), ("scaled", 0), ("free", 1), ("logits", 0))
+"""Operators of the export that take value, level sizes, reference points, offsets and logits, and the number of their input."""
 
 
 def replace_attention(model: Any, threads: int) -> int:
@@ -29,9 +29,9 @@ def replace_attention(model: Any, threads: int) -> int:
         for output in node.outputs():
             for found in filter(None, map(_NAME.fullmatch, output.get_names())):
                 layers.setdefault(found[1], {})[found[2]] = output
-    complete = [layer for layer in layers.values() if len(layer) == len(_INPUTS) + 1]
+    complete = [layer for layer in layers.values() if len(layer) == len(BOUNDARY) + 1]
     for layer in complete:
-        inputs = [layer[name].get_node().input_value(number) for name, number in _INPUTS]
+        inputs = [layer[name].get_node().input_value(number) for name, number in BOUNDARY]
         layer["result"].replace(_operator()(inputs, threads).output(0))
     return len(complete)
 
