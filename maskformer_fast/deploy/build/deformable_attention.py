@@ -5,8 +5,7 @@ names begin with ``deformable_attention_0/``, ``deformable_attention_1/`` and so
 `maskformer_fast.deploy.runtime.openvino_attention` and `use_plugin` find them again.
 
 Locations are sums of a whole number of pixels and a small fraction, so that half precision keeps their accuracy. Maps
-get a border of zeros, which replaces masks for what is outside. GridSample is not used: TensorRT computes it slowly, and
-refuses it in some shapes.
+get a border of zeros, which replaces masks for what is outside. There is no GridSample.
 """
 
 from __future__ import annotations
@@ -195,8 +194,10 @@ def by_gathers(prefix: str, inputs: Sequence[str], heads: int, dim: int, levels:
             # A weight of 0 can belong to a row after the last one, and NaN to any.
             index = add("Min", f"{corner_name}_low", add("Max", f"{corner_name}_high", cells_of,
                         constant(f"{corner_name}_zero", 0, "int32")), limit)
-            samples = add("Gather", f"{corner_name}_samples", table, add("Reshape", f"{corner_name}_index", index, bags))
-            summed = add("MatMul", f"{corner_name}_sum", add("Reshape", f"{corner_name}_weight", weight, columns), samples)
+            index = add("Reshape", f"{corner_name}_index", index, bags)
+            samples = add("Gather", f"{corner_name}_samples", table, index)
+            weight = add("Reshape", f"{corner_name}_weight", weight, columns)
+            summed = add("MatMul", f"{corner_name}_sum", weight, samples)
             result = summed if not result else add("Add", f"{corner_name}_total", result, summed)
     shape = add("Concat", "result_shape", add("Shape", "queries_shape", logits, start=0, end=2), channels, axis=0)
     add("Reshape", "result", result, shape)

@@ -19,7 +19,7 @@ from maskformer_fast.core.extension import load_extension
 
 _NAME = re.compile(r"(deformable_attention_\d+/)(value_0|height|scaled|free|logits|result)")
 BOUNDARY = (("value_0", 0), ("height", 0), ("scaled", 0), ("free", 1), ("logits", 0))
-"""Operators of the export that take value, level sizes, reference points, offsets and logits, and the number of their input."""
+"""Operators of the export that take value, level sizes, reference points, offsets and logits, and which input it is."""
 
 
 def replace_attention(model: Any, threads: int) -> int:
