@@ -4,7 +4,7 @@ Each query and head reads a few points of every level, bilinearly, and adds them
 operator takes what the layers give: offsets in pixels and logits. Softmax, sampling locations and samples are never in
 memory: in C++ on the CPU and in Triton on CUDA devices each query computes its own, again in the backward pass. Offsets
 in pixels keep their accuracy in half precision, which locations in 0..1 do not. The eager twins are plain PyTorch by
-gathers, serve float64 and are what `torch.export` and ONNX get.
+gathers, and serve float64. ONNX graphs get gathers of their own (`maskformer_fast.deploy.build.deformable_attention`).
 """
 
 from __future__ import annotations
@@ -319,9 +319,6 @@ def deformable_attention(
         ImportError: the extension is not built, or Triton is missing on a CUDA device.
     """
     arguments = Attention(value, _flat(level_sizes), reference_points, offsets, logits)
-    if torch.compiler.is_exporting():
-        _check(arguments)
-        return _forward_eager(arguments)
     return _deformable_attention(*arguments)
 
 

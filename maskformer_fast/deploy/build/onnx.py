@@ -28,6 +28,7 @@ from torch.fx.experimental import _config as symbolic_config
 from torch.nn import functional as F
 
 from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.deploy.build.deformable_attention import expand, translation
 from maskformer_fast.deploy.bundle.manifest import Graph, Parity, Shape, TensorSpec
 from maskformer_fast.modeling.mask2former import Mask2Former
 from maskformer_fast.modeling.maskformer import MaskFormer
@@ -77,6 +78,11 @@ class RawGraph(nn.Module):
             class_logits, embeddings = network.predictor(features, projection, memory, all_layers=False)
         else:
             class_logits, embeddings = network.predictor(memory, all_layers=False)
+        if projection.weight.shape[-1] == 1:  # one product of the queries, in place of one of all channels
+            folded = torch.matmul(embeddings[-1], projection.weight.flatten(1))
+            offsets = torch.matmul(embeddings[-1], projection.bias)
+            masks = torch.matmul(folded, features.flatten(2)) + offsets.unsqueeze(2)
+            return class_logits[-1], masks.unflatten(2, features.shape[2:])
         pixels = projection.embed(features)
         masks = torch.matmul(embeddings[-1], pixels.flatten(2)).unflatten(2, pixels.shape[2:])
         return class_logits[-1], masks
@@ -213,9 +219,11 @@ def _export(
         exported = torch.onnx.export(
             program, opset_version=OPSET, dynamo=True, verbose=False, input_names=[spec.name for spec in given],
             output_names=[spec.name for spec in outputs],
+            custom_translation_table=translation(),
         )  # fmt: skip
     assert exported is not None  # None is returned for exports to a file
     model = exported.model_proto
+    expand(model)
     for value, spec in zip([*model.graph.input, *model.graph.output], [*given, *outputs], strict=True):
         assert value.name == spec.name
         for dimension, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):

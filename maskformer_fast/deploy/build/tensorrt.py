@@ -29,6 +29,8 @@ from tqdm import tqdm
 
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write
+from maskformer_fast.core.machine import installed_version
+from maskformer_fast.deploy.build.deformable_attention import use_plugin
 from maskformer_fast.deploy.bundle.manifest import OPENVINO, Engine, Precision, Profile, Shape, TensorSpec
 
 __all__ = ["EngineConfig", "EngineError", "build_engine"]
@@ -85,6 +87,8 @@ class EngineConfig:
     """GPUs to build for, as sm_89, present or not (tensorrt_rtx only). Unset: the GPU of this machine."""
     mask_dtype: Literal["float32", "float16"] = "float32"
     """Type of the mask logits; float16 halves what post-processing reads (with fp16, int8, fp8)."""
+    deformable_attention: Literal["gathers", "plugin"] = "gathers"
+    """Deformable attention of Mask2Former: by gathers, or by TensorRT's own plugin (tensorrt only, with fp32, fp16)."""
     calibration: str | None = None
     """Folder of typical images, searched recursively, by which ranges for int8 and fp8 are measured."""
     calibration_method: CalibrationMethod = "entropy"
@@ -96,6 +100,7 @@ class EngineConfig:
         for name, choices in (
             ("precision", ("fp32", "fp16", "bf16", *QUANTIZED)), ("api", ("auto", *APIS, OPENVINO)),
             ("mask_dtype", ("float32", "float16")), ("calibration_method", ("entropy", "percentile", "max")),
+            ("deformable_attention", ("gathers", "plugin")),
         ):
             _check(getattr(self, name) in choices, name, f"one of {', '.join(choices)}", getattr(self, name))
         for name in ("min_shape", "opt_shape", "max_shape"):
@@ -116,6 +121,9 @@ class EngineConfig:
         _check(not self.targets or self.api != "tensorrt", "targets",
                "none: tensorrt builds for the GPU that is here (tensorrt_rtx for others)", self.targets)
         check_capability(self.precision, self.targets)
+        has_plugin = self.precision in ("fp32", "fp16") and self.api in ("auto", "tensorrt") and not self.targets
+        _check(self.deformable_attention == "gathers" or has_plugin, "deformable_attention",
+               "gathers: the plugin is TensorRT's, for fp32 and fp16", self.deformable_attention)
         if self.api == OPENVINO:
             _check(self.precision == "int8", "precision", "int8 with openvino, which runs others without an engine",
                    self.precision)
@@ -152,6 +160,10 @@ def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -
         raise EngineError(f"raw_onnx: expected an ONNX graph, got {len(raw_onnx)} other bytes: {error}") from None
     sizes = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
     profile = make_profile(model, config)
+    if config.deformable_attention == "plugin":
+        _check(api == "tensorrt", "deformable_attention", f"gathers: {api} has no plugins", "plugin")
+        _check(use_plugin(model, plugin_version()) > 0, "deformable_attention", "gathers: this network has none",
+               "plugin")
     model = _in_precision(model, config, profile, progress)
     with tempfile.TemporaryDirectory(prefix="maskformer_fast_engine_") as name:
         folder = Path(name)
@@ -176,6 +188,8 @@ def build_engine(raw_onnx: bytes, config: EngineConfig, progress: bool = True) -
         "builder_level": config.builder_level, "version_compatible": config.version_compatible,
         "refittable": config.refittable, "loaded": answer["loaded"],
     }
+    if config.deformable_attention != "gathers":
+        options["deformable_attention"] = config.deformable_attention
     if config.workspace_mib is not None:
         options["workspace_mib"] = config.workspace_mib
     if config.precision in QUANTIZED:
@@ -218,6 +232,12 @@ def select_api(config: EngineConfig) -> Literal["tensorrt", "tensorrt_rtx"]:
         _check(not (config.refittable and config.targets), "refittable",
                "False with targets: TensorRT for RTX refits engines of the GPU it builds on alone", config.refittable)
     return api
+
+
+def plugin_version() -> str:
+    """Version of the plugin of deformable attention that the installed TensorRT recommends."""
+    numbers = [int(part) for part in (installed_version("tensorrt") or "10.0").split(".")[:2]]
+    return "2" if numbers >= [10, 11] else "1"
 
 
 def check_capability(precision: str, targets: tuple[str, ...]) -> None:

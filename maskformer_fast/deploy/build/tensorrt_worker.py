@@ -242,6 +242,8 @@ def build(folder: Path) -> dict[str, Any]:
     check_capability(job["precision"], tuple(targets))
     messages: list[str] = []
     logger = make_logger(trt, messages)
+    if job["deformable_attention"] == "plugin":
+        trt.init_libnvinfer_plugins(logger, "")
     builder = trt.Builder(logger)
     network, parser = parse(trt, builder, logger, (folder / "model.onnx").read_bytes())
     config = configure(trt, builder, job)

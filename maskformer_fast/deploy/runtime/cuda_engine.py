@@ -78,6 +78,8 @@ class Network:
         self.entry = entry
         self._library = library
         self._logger = _logger(library)
+        if entry.options.get("deformable_attention") == "plugin":
+            library.init_libnvinfer_plugins(self._logger, "")
         self._runtime = library.Runtime(self._logger)
         if entry.options.get("version_compatible", False) and hasattr(self._runtime, "engine_host_code_allowed"):
             self._runtime.engine_host_code_allowed = True

@@ -18,6 +18,7 @@ from maskformer_fast.core.machine import has_bfloat16
 from maskformer_fast.deploy.bundle.manifest import Precision, expect
 from maskformer_fast.deploy.runtime.cpu_session import FLAVOUR, INPUT, OUTPUTS, Tensor
 from maskformer_fast.deploy.runtime.mask_factors import PANEL, FactoredMasks, Projection
+from maskformer_fast.deploy.runtime.openvino_attention import replace_attention
 
 TYPES = {"f32": "tensor(float)", "u8": "tensor(uint8)"}
 
@@ -68,6 +69,7 @@ class OpenvinoSession:
             tail = find_mask_tail(model)
             self._projection = None if tail is None else tail.projection
             self._threads = max(1, threads // streams)
+            replace_attention(model, self._threads)
             self._model = core.compile_model(model if tail is None else _without(model, tail), "CPU", settings)
         except RuntimeError as error:
             key = f"graphs.{FLAVOUR}" if weights is None else "engines"

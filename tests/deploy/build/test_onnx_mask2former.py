@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import numpy as np
 import pytest
 import torch
 
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
-from maskformer_fast.deploy.build.onnx import ParityError, _session, _test_images, check_parity, export_graphs
+from maskformer_fast.deploy.build.onnx import (
+    ParityError,
+    _reference,
+    _session,
+    _test_images,
+    check_parity,
+    export_graphs,
+)
 from maskformer_fast.deploy.build.precision import to_half
 from maskformer_fast.deploy.bundle.manifest import Shape
+from maskformer_fast.deploy.runtime.openvino_session import OpenvinoSession
 from maskformer_fast.modeling import Mask2Former, build_model
 
 SHAPES = [Shape(1, 64, 96), Shape(2, 75, 131), Shape(1, 1, 1), Shape(1, 333, 201)]
@@ -36,6 +47,19 @@ def small_network(backbone: str) -> Mask2Former:
     return network
 
 
+def check_openvino(network: Mask2Former, graph: bytes) -> None:
+    """Compare OpenVINO's results, whose deformable attention is the C++ operator, with PyTorch's."""
+    if importlib.util.find_spec("openvino") is None:
+        return
+    session = OpenvinoSession(graph, threads=1)
+    for number, shape in enumerate(SHAPES):
+        images = _test_images(shape, number)
+        with torch.no_grad():
+            expected = _reference(network, images, 32)
+        for got, logits in zip(session.run(images.numpy()), expected, strict=True):
+            assert (torch.from_numpy(np.array(got)) - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
 @pytest.mark.slow
 @pytest.mark.no_cover
 @pytest.mark.parametrize("backbone", ["resnet_micro", "swin_micro"])
@@ -49,6 +73,7 @@ def test_graphs_of_any_size_equal_pytorch_without_grid_samples(backbone: str) ->
     assert not operators & {"If", "Loop", "Scan", "NonZero"}
     results = check_parity(network, graphs, SHAPES)
     assert len(results) == 2 * len(SHAPES) and max(result.logit_error for result in results) < 1e-4
+    check_openvino(network, graphs["raw"])
     with torch.no_grad():
         network.predictor.query_feat.weight.mul_(1.1)
     with pytest.raises(ParityError, match="logits differ"):
