@@ -77,7 +77,7 @@ def build_openvino_engine(
         open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere),
         tqdm(desc="calibrate", unit="img", file=sys.__stderr__, disable=not progress, leave=False) as bar,
     ):  # fmt: skip
-        nncf.set_log_level(logging.ERROR)
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # `nncf.set_log_level` also silences handlers of others
         with quantizer_errors("NNCF"):
             quantised = nncf.quantize(
                 model,
