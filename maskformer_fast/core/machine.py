@@ -56,7 +56,7 @@ def has_bfloat16() -> bool:
 
 
 def processor_vendor() -> str:
-    """Vendor as an x86-64 processor names itself, ``AuthenticAMD`` or ``GenuineIntel``; another text where that is unknown."""
+    """Vendor as an x86-64 processor names itself, ``AuthenticAMD`` or ``GenuineIntel``; another where it is unknown."""
     lines = _processor_lines("vendor_id")
     # Windows's name of a processor ends with the vendor.
     return lines[0] if lines else platform.processor().rpartition(" ")[2]
