@@ -29,7 +29,7 @@ from maskformer_fast.deploy.build.quantize import LEAST_IMAGES
 from maskformer_fast.deploy.build.tensorrt import EngineConfig
 from maskformer_fast.deploy.bundle.manifest import OPENVINO, Precision
 from maskformer_fast.deploy.runtime.selection import CPU_PRECISIONS, Backend
-from maskformer_fast.evaluation.measure import check_measurable, measure
+from maskformer_fast.evaluation.measure import check_classes, check_measurable, measure
 from maskformer_fast.export import ExportOptions, extend_with_engine, make_bundle
 from maskformer_fast.inference.load import load, load_network, stored_options
 
@@ -121,6 +121,7 @@ def rows(options: PrecisionMetricsOptions, folder: Path) -> Iterator[Row]:
         else:
             backend: Backend = library  # type: ignore[assignment]
             predictor = load(bundle, "cpu", backend=backend, precision=precision)
+        check_classes(predictor.metadata, dataset.metadata)
         metrics: dict[str, Any] = measure(
             predictor, dataset, options.task, workers=options.data.workers, skip_broken=options.data.skip_broken,
             limit=options.limit,
@@ -130,9 +131,9 @@ def rows(options: PrecisionMetricsOptions, folder: Path) -> Iterator[Row]:
 
 def format_row(row: Row, first: Row) -> str:
     """A line of the table: metrics in per cent, in brackets the difference in points, and whether the goal is met."""
-    losses = {name: 100 * (first.metrics[name] - value) for name, value in row.metrics.items()}
-    cells = [f"{100 * value:.2f} ({-losses[name]:+.2f})" for name, value in row.metrics.items()]
-    kept = all(loss <= MARGINS[row.precision] for name, loss in losses.items() if name != "ap")
+    gains = {name: 100 * (value - first.metrics[name]) for name, value in row.metrics.items()}
+    cells = [f"{100 * value:.2f} ({gains[name]:+.2f})" for name, value in row.metrics.items()]
+    kept = all(gain >= -MARGINS[row.precision] for name, gain in gains.items() if name != "ap")
     goal = f"{MARGINS[row.precision]} {'met' if kept else 'missed'}"
     return f"| {row.library}, {row.precision} | {' | '.join(cells)} | {goal} |"
 
