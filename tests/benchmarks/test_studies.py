@@ -20,8 +20,19 @@ from benchmarks import plots
 from benchmarks.cases import end_to_end as files_to_labels
 from benchmarks.harness.report import NUMBERS, markdown
 from benchmarks.harness.runner import plan
-from benchmarks.studies import class_count, cpu_bundle, end_to_end, image_to_labels, scaling, throughput
+from benchmarks.studies import (
+    class_count,
+    cpu_bundle,
+    end_to_end,
+    image_to_labels,
+    precision_metrics,
+    scaling,
+    throughput,
+)
 from maskformer_fast.benchmark.runners import draw_frame
+from maskformer_fast.data import build_dataset
+from maskformer_fast.modeling import build_model
+from maskformer_fast.modeling.weights import save_weights
 from maskformer_fast.recipes import load_recipe
 from tests.support.paths import ROOT, TINY_RECIPE
 from tests.support.tail_graph import tail_bundle
@@ -187,3 +198,44 @@ def test_sides_of_throughput_agree_and_keep_the_order(tmp_path: Path) -> None:
 def test_image_to_labels_refuses_sizes_and_counts() -> None:
     with pytest.raises(ValueError, match="rounds: expected > 0"):
         image_to_labels.ImageToLabelsOptions(rounds=0)
+
+
+def test_losses_of_a_precision_are_points_beside_its_goal() -> None:
+    exact = precision_metrics.Row("PyTorch", "fp32", {"miou": 0.5, "pq": 0.4, "ap": 0.3})
+    low = precision_metrics.Row("openvino", "int8", {"miou": 0.4901, "pq": 0.405, "ap": 0.1})
+    assert precision_metrics.format_row(low, exact) == (
+        "| openvino, int8 | 49.01 (-0.99) | 40.50 (+0.50) | 10.00 (-20.00) | 1.0 met |"
+    )
+    low.metrics["pq"] = 0.3899
+    assert precision_metrics.format_row(low, exact).endswith("| 1.0 missed |")
+    assert precision_metrics.format_row(low._replace(precision="bf16"), exact).endswith("| 0.3 missed |")
+
+
+def test_precision_metrics_refuses_what_it_cannot_measure() -> None:
+    for options, message in (
+        ({"calibration": 7}, "calibration: expected >= 8, got 7"), ({"precisions": ("fp16",)}, "precisions: expected"),
+        ({"precisions": ()}, "precisions: expected some of fp32, bf16, int8"), ({"task": ()}, "task: expected"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            precision_metrics.PrecisionMetricsOptions("run", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+def test_every_library_and_precision_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    torch.manual_seed(0)
+    config = load_recipe(str(TINY_RECIPE))
+    metadata = build_dataset(config.data, "val").metadata
+    config = replace(config, model=replace(config.model, num_classes=metadata.num_classes))
+    save_weights(tmp_path / "w.safetensors", build_model(config.model), config, metadata, 0)
+    arguments = [str(tmp_path / "w.safetensors"), "--precisions", "fp32", "int8", "--calibration", "8"]
+    assert precision_metrics.main(arguments) == 0
+    header, rule, *lines = capsys.readouterr().out.splitlines()
+    assert header == "| library, precision | mIoU | PQ | goal, points |" and rule == "| --- | --- | --- | --- |"
+    sides = [line.split(" | ")[0] for line in lines]
+    assert sides == ["| PyTorch, fp32", "| openvino, fp32", "| openvino, int8", "| onnxruntime, fp32"]
+    assert all("(+0.00)" in cell for cell in lines[0].split(" | ")[1:3])
+    miou = [float(line.split(" | ")[1].split()[0]) for line in lines]
+    assert [miou[1], miou[3]] == pytest.approx([miou[0]] * 2, abs=0.5)

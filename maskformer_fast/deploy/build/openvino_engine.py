@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from maskformer_fast.core.checks import check
-from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import read_image
-from maskformer_fast.deploy.build.quantize import covering_crop, image_files
+from maskformer_fast.deploy.build.quantize import covering_crop, image_files, quantizer_errors, readable_images
 from maskformer_fast.deploy.build.tensorrt import EngineConfig
 from maskformer_fast.deploy.bundle.manifest import OPENVINO, Engine, Profile, Shape, TensorSpec, expect
 from maskformer_fast.deploy.runtime.openvino_session import MaskTail, find_mask_tail, shared_core
@@ -32,8 +30,6 @@ from maskformer_fast.deploy.runtime.openvino_session import MaskTail, find_mask_
 logger = logging.getLogger(__name__)
 
 FILE = f"engines/{OPENVINO}_int8.xml"
-LEAST_IMAGES = 8
-"""Fewest pictures by which ranges are measured."""
 LARGEST = Shape(65536, 65536, 65536)
 """End of the profile of a graph that takes any size."""
 
@@ -51,13 +47,14 @@ def build_openvino_engine(
     Raises:
         FileNotFoundError: the folder has no pictures.
         ModuleNotFoundError: nncf or openvino is not installed.
-        ValueError: fewer than `LEAST_IMAGES` pictures that can be read.
+        ValueError: fewer than `deploy.build.quantize.LEAST_IMAGES` pictures that can be read, or a graph that NNCF
+            refuses.
         BundleError: OpenVINO refuses the graph.
     """
     assert config.calibration is not None  # checked by EngineConfig
     files = image_files(Path(config.calibration), config.calibration_images)
     openvino, nncf = _libraries()
-    readable = _readable(files, progress)
+    readable = readable_images(files, progress)
     try:
         model = shared_core().read_model(raw_onnx)
     except RuntimeError as error:
@@ -80,14 +77,15 @@ def build_openvino_engine(
         open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere),
         tqdm(desc="calibrate", unit="img", file=sys.__stderr__, disable=not progress, leave=False) as bar,
     ):  # fmt: skip
-        nncf.set_log_level(logging.ERROR)
-        quantised = nncf.quantize(
-            model,
-            nncf.Dataset(readable, lambda path: (bar.update(), to_input(path))[1]),
-            subset_size=len(readable),
-            model_type=nncf.ModelType.TRANSFORMER if _is_transformer(model, tail) else None,
-            ignored_scope=nncf.IgnoredScope(names=list(tail.names) if tail else []),
-        )
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # `nncf.set_log_level` also silences handlers of others
+        with quantizer_errors("NNCF"):
+            quantised = nncf.quantize(
+                model,
+                nncf.Dataset(readable, lambda path: (bar.update(), to_input(path))[1]),
+                subset_size=len(readable),
+                model_type=nncf.ModelType.TRANSFORMER if _is_transformer(model, tail) else None,
+                ignored_scope=nncf.IgnoredScope(names=list(tail.names) if tail else []),
+            )
         path = Path(folder) / Path(FILE).name
         openvino.save_model(quantised, path, compress_to_fp16=False)
         contents = {FILE: path.read_bytes(), FILE.removesuffix(".xml") + ".bin": path.with_suffix(".bin").read_bytes()}
@@ -123,21 +121,6 @@ def _is_transformer(model: Any, tail: MaskTail | None) -> bool:
     return counts["Softmax"] > counts["Convolution"]
 
 
-def _readable(files: Sequence[Path], progress: bool) -> list[Path]:
-    """Those of the pictures that can be read; each of the others is logged. Raises ``ValueError`` for too few."""
-    readable = []
-    for path in tqdm(files, desc="read", unit="img", disable=not progress, leave=False):
-        try:
-            read_image(path)
-        except BrokenExampleError as error:
-            logger.warning("calibration: left out: %s", error)
-        else:
-            readable.append(path)
-    check(len(readable) >= LEAST_IMAGES, "calibration", f"at least {LEAST_IMAGES} pictures that can be read",
-          len(readable))  # fmt: skip
-    return readable
-
-
 def _libraries() -> tuple[Any, Any]:
     os.environ.setdefault("NNCF_CI", "1")  # no telemetry
     try:
@@ -145,6 +128,7 @@ def _libraries() -> tuple[Any, Any]:
         import openvino
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"int8 for openvino needs openvino and nncf (pip install maskformer_fast[quantize-openvino]): {error}"
+            "int8 for openvino needs openvino and nncf (pip install maskformer_fast[quantize-openvino]): "
+            f"{str(error).splitlines()[0]}"
         ) from error
     return openvino, nncf

@@ -8,11 +8,12 @@ whose values queries are compared. Percentile ranges are computed here, as model
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from maskformer_fast.core.checks import check
 from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import read_image
@@ -27,6 +29,10 @@ from maskformer_fast.data.images import read_image
 if TYPE_CHECKING:
     import onnx
 
+logger = logging.getLogger(__name__)
+
+LEAST_IMAGES = 8
+"""Fewest pictures by which ranges are measured."""
 PERCENTILE = 99.99
 """Per cent of the activations that lie within a range of the method "percentile"."""
 QUANTIZED_OPERATORS = ("Conv", "Gemm", "MatMul")
@@ -59,18 +65,21 @@ def quantize(
     Raises:
         ModuleNotFoundError: modelopt or a package that it needs is not installed.
         FileNotFoundError: the folder has no images.
-        ValueError: no image that can be read, a method that "fp8" does not have, or a graph with nothing to quantise.
+        ValueError: fewer than `LEAST_IMAGES` images that can be read, a method that "fp8" does not have, or a graph
+            that modelopt refuses or that has nothing to quantise.
     """
     if precision == "fp8" and method == "percentile":
         raise ValueError("calibration_method: expected entropy or max for fp8 (its range is not cut), got 'percentile'")
     files = image_files(images, limit)
     modelopt = _modelopt()
+    files = readable_images(files, progress)
     import onnx
 
     # The libraries print on both streams; only this module's own progress bar is shown.
     with (
         tempfile.TemporaryDirectory(prefix="maskformer_fast_quantize_") as folder,
         open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere),
+        quantizer_errors("modelopt"),
     ):
         source, target = Path(folder) / "model.onnx", Path(folder) / "quantized.onnx"
         onnx.save(model, source)
@@ -88,7 +97,7 @@ def quantize(
             log_level="ERROR",
         )
         if not target.exists():
-            raise ValueError("model: expected a graph with something to quantise, got none from modelopt")
+            raise LookupError("nothing to quantise")
         quantized = onnx.load(str(target))
     if not any(node.op_type == "QuantizeLinear" for node in quantized.graph.node):
         raise ValueError("model: expected a graph with convolutions or linear layers to quantise, got none")
@@ -105,6 +114,36 @@ def image_files(folder: Path, limit: int) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"calibration: no image in {str(folder)!r} (looked for {', '.join(IMAGE_SUFFIXES)})")
     return [files[index * len(files) // min(limit, len(files))] for index in range(min(limit, len(files)))]
+
+
+def readable_images(files: Sequence[Path], progress: bool) -> list[Path]:
+    """Those of the pictures that can be read; each of the others is logged. Raises ``ValueError`` for too few."""
+    readable = []
+    for path in tqdm(files, desc="read", unit="img", disable=not progress, leave=False):
+        try:
+            read_image(path)
+        except BrokenExampleError as error:  # one bad file among hundreds hardly changes a range
+            logger.warning("calibration: left out: %s", error)
+        else:
+            readable.append(path)
+    check(len(readable) >= LEAST_IMAGES, "calibration", f"at least {LEAST_IMAGES} pictures that can be read",
+          len(readable))
+    return readable
+
+
+@contextmanager
+def quantizer_errors(library: str) -> Iterator[None]:
+    """Turn what a quantiser raises about a graph into a ``ValueError`` of one line.
+
+    The libraries' exceptions have no class in common. Those about files, memory, packages and pictures pass.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, ImportError, BrokenExampleError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        check(False, "graphs.raw", f"a graph that {library} quantises", reason)
 
 
 def covering_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -155,19 +194,9 @@ class _Reader:
 
 
 def _arrays(files: Sequence[Path], size: tuple[int, int], progress: bool) -> Iterator[dict[str, np.ndarray]]:
-    """Every image that can be read, as the network's input. Raises ``ValueError`` if none can be read."""
-    problem: BrokenExampleError | None = None
-    read = 0
+    """Every image as the network's input."""
     for path in tqdm(files, desc="calibrate", unit="img", file=sys.__stderr__, disable=not progress, leave=False):
-        try:
-            image = read_image(path)
-        except BrokenExampleError as error:  # one bad file among hundreds hardly changes a range
-            problem = error
-            continue
-        read += 1
-        yield {"images": covering_crop(image, size)}
-    if not read:
-        raise ValueError(f"calibration: expected images that can be read, got none; the last: {problem}")
+        yield {"images": covering_crop(read_image(path), size)}
 
 
 def _cut_ranges(

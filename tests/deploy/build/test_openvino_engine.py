@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskformer_fast import export
-from maskformer_fast.deploy.build.openvino_engine import FILE, LEAST_IMAGES, _is_transformer
+from maskformer_fast import export, predict
+from maskformer_fast.deploy.build.openvino_engine import FILE, _is_transformer
+from maskformer_fast.deploy.build.quantize import LEAST_IMAGES
 from maskformer_fast.deploy.build.tensorrt import EngineConfig, EngineError
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import BundleError, Shape
-from maskformer_fast.deploy.runtime import load
+from maskformer_fast.deploy.runtime import load, openvino_session
 from maskformer_fast.deploy.runtime.openvino_session import find_mask_tail, shared_core
 from tests.support.graphs import raw_graph
 from tests.support.tail_graph import tail_bundle, tail_graph
@@ -89,6 +90,57 @@ def test_the_preset_for_transformers_is_for_backbones_of_attention() -> None:
     masks = openvino.opset13.softmax(tokens, 2)
     masks.output(0).get_tensor().set_names({"mask_logits"})
     assert _is_transformer(openvino.Model([masks], [tokens]), None)
+
+
+def test_what_nncf_raises_is_one_line_and_the_bundle_stays(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nncf
+
+    def refuse(*arguments: object, **options: object) -> None:
+        print("a library that talks")
+        raise nncf.UnsupportedModelError("no such operator:\n  Foo\n  Bar")
+
+    monkeypatch.setattr(nncf, "quantize", refuse)
+    bundle = tail_bundle(tmp_path / "bundle")
+    with pytest.raises(ValueError, match="graphs.raw: expected a graph that NNCF quantises, got .*Foo Bar") as caught:
+        export.main(command(bundle, pictures))
+    assert "\n" not in str(caught.value) and "UnsupportedModelError" in str(caught.value)
+
+    def run_out(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(nncf, "quantize", run_out)
+    with pytest.raises(MemoryError):
+        export.main(command(bundle, pictures))
+    assert Bundle.open(bundle.folder).digest == bundle.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("options", "lacking", "message"),
+    [
+        (("--precision", "bf16"), "bfloat16", "precision: expected fp32 or int8, as this processor has no bfloat16"),
+        (("--precision", "int8"), "", "engines: expected one of openvino in int8, got none; build it with: .*"),
+        (("--backend", "onnxruntime", "--precision", "bf16"), "", "precision: expected fp32 with the backend onnxrunt"),
+        (("--backend", "openvino"), "openvino", r"openvino is needed .*maskformer_fast\[openvino\]"),
+    ],
+)
+def test_what_cannot_run_here_is_one_line_and_nothing_is_written(
+    tmp_path: Path, options: tuple[str, ...], lacking: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tail_bundle(tmp_path / "bundle")
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / "picture.png")
+    if lacking == "bfloat16":
+        monkeypatch.setattr(openvino_session, "has_bfloat16", lambda: False)
+    elif lacking:
+        monkeypatch.setitem(sys.modules, lacking, None)
+        monkeypatch.setattr(openvino_session, "shared_core", shared_core.__wrapped__)
+    line = [str(bundle.folder), str(tmp_path / "picture.png"), "-o", str(tmp_path / "results"), "--device", "cpu"]
+    with pytest.raises((ValueError, ModuleNotFoundError), match=message) as caught:
+        predict.main([*line, *(options if "--backend" in options else ("--backend", "openvino", *options))])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.slow

@@ -12,8 +12,17 @@ import onnx
 import pytest
 from PIL import Image
 
+from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.deploy.build.precision import to_half
-from maskformer_fast.deploy.build.quantize import covering_crop, image_files, kept_nodes, quantize
+from maskformer_fast.deploy.build.quantize import (
+    LEAST_IMAGES,
+    covering_crop,
+    image_files,
+    kept_nodes,
+    quantize,
+    quantizer_errors,
+    readable_images,
+)
 from maskformer_fast.deploy.build.tensorrt import EngineConfig, build_engine
 from tests.support.graphs import images, labels, raw_graph, run
 
@@ -117,11 +126,45 @@ def test_percentile_is_narrower_than_max(folder: Path) -> None:
     assert any((narrow[name] < wide[name]).any() for name in wide)
 
 
+def test_unreadable_pictures_are_named_and_too_few_are_refused(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = image_files(folder, 256)
+    assert sorted({*files} - {*readable_images(files, progress=False)}) == [folder / "damaged.png"]
+    assert caplog.text.count("left out") == caplog.text.count("damaged.png") == 1
+    readable = [path for path in files if path.name != "damaged.png"]
+    assert len(readable_images(readable[:LEAST_IMAGES], progress=False)) == LEAST_IMAGES
+    for few in (readable[1:], [folder / "damaged.png"], []):
+        with pytest.raises(ValueError) as caught:
+            readable_images(few, progress=False)
+        count = len([path for path in few if path.name != "damaged.png"])
+        assert str(caught.value) == f"calibration: expected at least 8 pictures that can be read, got {count}"
+
+
 @needs_modelopt
-def test_unreadable_images_are_named(tmp_path: Path) -> None:
+def test_too_few_images_are_refused_before_the_quantiser_runs(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"images that can be read, got none; the last: .*x\.jpg"):
+    with pytest.raises(ValueError, match="calibration: expected at least 8 pictures that can be read, got 0"):
         quantize(raw_graph(), "int8", tmp_path, (64, 96), progress=False)
+
+
+@needs_modelopt
+def test_what_modelopt_refuses_is_one_line(folder: Path) -> None:
+    model = raw_graph()
+    model.graph.node[0].op_type = "Unknown"
+    with pytest.raises(ValueError, match="graphs.raw: expected a graph that modelopt quantises, got") as caught:
+        quantize(model, "int8", folder, (64, 96), progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_a_quantiser_become_one_line_but_not_those_of_files() -> None:
+    wanted = "^graphs.raw: expected a graph that X quantises, got 'AssertionError: a b'$"
+    with pytest.raises(ValueError, match=wanted), quantizer_errors("X"):
+        raise AssertionError("a\n b")
+    for error in (FileNotFoundError("f"), BrokenExampleError("p.png", "cut off"), ModuleNotFoundError("m")):
+        with pytest.raises(type(error)) as caught, quantizer_errors("X"):
+            raise error
+        assert caught.value is error
 
 
 @needs_modelopt
