@@ -42,8 +42,8 @@ class BackboneConfig:
     drop_path_rate: float | None = None
     """Swin: stochastic depth of the last block; earlier blocks scale linearly from 0."""
     checkpointing: bool | None = None
-    """Swin and ViT: activation checkpointing, with the same results: keep only the input of each block and compute the block
-    again in the backward pass. Takes far less memory, and about a third more time in the backbone."""
+    """Swin and ViT: activation checkpointing, with the same results: keep only the input of each block and compute the
+    block again in the backward pass. Takes far less memory, and about a third more time in the backbone."""
     blocks: int | None = None
     """ViT: number of blocks."""
     heads: int | None = None

@@ -303,7 +303,7 @@ class SolverConfig:
     norm_weight_decay: float = 0.0
     """Weight decay of normalisation layers, learned queries and Swin's relative position biases."""
     layer_decay: float = 1.0
-    """ViT: factor of the learning rate from each block to the one before it; embeddings have that of the first block."""
+    """ViT: factor of the learning rate from a block to the one before it; embeddings have that of the first block."""
     schedule: Literal["poly", "step", "poly_after_warmup"] = "poly"
     """``poly_after_warmup``, EoMT's, starts to decay after the warm-up; other rates also decay during it."""
     poly_power: float = 0.9

@@ -56,8 +56,8 @@ class ConvertOptions:
     """Convert weights of other implementations to ours, or ours to Hugging Face's. Nothing in a file is ever run.
 
     SOURCE is an official checkpoint (.pkl, .pth), a Hugging Face folder (config.json beside its weights), a checkpoint
-    of ours, or a backbone: detectron2's or torchvision's ResNet, a Swin Transformer of its authors, a DINOv2 with registers
-    or a DINOv3 of timm or Hugging Face. Its
+    of ours, or a backbone: detectron2's or torchvision's ResNet, a Swin Transformer of its authors, a DINOv2 with
+    registers or a DINOv3 of timm or Hugging Face. Its
     contents decide its kind and its architecture. Any tensor that is missing, unknown or misshapen is an error.
     """
 
@@ -73,7 +73,7 @@ class ConvertOptions:
     """Classes that are things, as ``0-79`` or ``0 1 5``; default: those of the published data set with as many classes
     (ADE20K 150, COCO panoptic 133, ...), otherwise none."""
     base: str | None = None
-    """Backbone's weights (a file that convert takes) to which the source, an official EoMT of DINOv3, is a difference."""
+    """Weights of a backbone (a file that convert takes) to which the source, an official EoMT, is a difference."""
     verify: str | None = None
     """Recorded outputs (case.pt, synth.pt or their folder) to compare with the written model. One JSON object with the
     largest difference of each quantity is printed; the exit status is 1 if one is beyond its tolerance."""

@@ -88,7 +88,7 @@ class Predictions(NamedTuple):
 
 
 class LayerPredictions(NamedTuple):
-    """Output of a network whose layers have pixel features of their own: one `Predictions` a layer, the final one last."""
+    """Output of a network whose layers have pixel features of their own: `Predictions` of each, the final one last."""
 
     layers: tuple[Predictions, ...]  # each of a single layer
 

@@ -1,4 +1,4 @@
-"""Names and configuration of EoMT: official checkpoints and Hugging Face's ``EomtForUniversalSegmentation`` and DINOv3's.
+"""Names and configuration of EoMT: official checkpoints, and Hugging Face's ``Eomt`` and ``EomtDinov3`` folders.
 
 Official checkpoints of DINOv3 may be differences to DINOv3's gated weights, which `add_base` adds.
 """
@@ -30,8 +30,8 @@ _HIDDEN = {"hidden_act": "gelu", "num_channels": 3, "hidden_dropout_prob": 0.0, 
            "drop_path_rate": 0.0}  # fmt: skip
 _DINOV3_FIXED = {"query_bias": True, "key_bias": False, "value_bias": True, "proj_bias": True, "mlp_bias": True,
                  "pos_embed_shift": None, "pos_embed_jitter": None, "use_gated_mlp": False}  # fmt: skip
-"""Keys with the only value that is implemented. Hugging Face's gated MLP has one activation for gate and heads, which no
-published network has."""
+"""Keys with the only value that is implemented. Hugging Face's gated MLP has one activation for gate and heads, which
+no published network has."""
 _ENCODER = "encoder.backbone."
 _SIDE = 640
 
@@ -74,7 +74,10 @@ def is_official(names: Iterable[str]) -> bool:
 
 
 def official_to_ours(
-    weights: Mapping[str, Tensor], source: object, num_heads: int | None = None, base: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor],
+    source: object,
+    num_heads: int | None = None,
+    base: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """Convert an official checkpoint -> weights under our names, configuration of the network.
 
@@ -272,13 +275,15 @@ def write_eomt(config: Config, metadata: Metadata) -> dict[str, Any]:
     encoder: dict[str, Any] = {"mlp_ratio": (ratios or [4])[0], "use_swiglu_ffn": vit.gated_mlp}
     if rotary:
         encoder = {"intermediate_size": hidden, **_DINOV3_FIXED,
-                   "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}, "pos_embed_rescale": 2.0}  # fmt: skip
+                   "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+                   "pos_embed_rescale": 2.0}  # fmt: skip
     return {
         "architectures": [f"Eomt{'Dinov3' if rotary else ''}ForUniversalSegmentation"],
         "model_type": MODEL_TYPES[rotary],
         "torch_dtype": "float32",
-        "hidden_size": dim, "num_hidden_layers": vit.blocks, "num_attention_heads": vit.heads, "patch_size": vit.patch_size,
-        "image_size": side, "num_register_tokens": vit.registers, "layer_norm_eps": vit.norm_eps, **_HIDDEN, **encoder,
+        "hidden_size": dim, "num_hidden_layers": vit.blocks, "num_attention_heads": vit.heads,
+        "patch_size": vit.patch_size, "image_size": side, "num_register_tokens": vit.registers,
+        "layer_norm_eps": vit.norm_eps, **_HIDDEN, **encoder,
         "num_blocks": model.decoder.layers, "num_queries": model.decoder.num_queries,
         "num_upscale_blocks": ((vit.patch_size or 4) // 4).bit_length() - 1,
         "class_weight": loss.class_weight, "mask_weight": loss.mask_weight, "dice_weight": loss.dice_weight,

@@ -154,9 +154,10 @@ def no_object_weight(weights: Mapping[str, Tensor]) -> float | None:
 def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dict[str, Tensor], BackboneConfig]:
     """Convert the weights of a backbone -> weights under the names of our backbone, its preset.
 
-    Plain ViTs are DINOv2 with registers and DINOv3 of timm and Hugging Face; see `interop.vit`. The classifier is dropped. A Swin Transformer of ImageNet lacks the four norms of the features, which are added with
+    The classifier is dropped. A Swin Transformer of ImageNet lacks the four norms of the features, which are added with
     their initial ones and zeros. BatchNorm is frozen, as in the published recipes; `load_backbone` also loads the
-    weights for a trained BatchNorm.
+    weights for a trained BatchNorm. Plain ViTs are DINOv2 with registers and DINOv3 of timm and Hugging Face, see
+    `interop.vit`.
 
     Raises:
         ConvertError: an unknown layout, or a list of every missing, unknown and misshapen tensor.

@@ -1,14 +1,14 @@
 """Names of plain ViTs: timm's and Hugging Face's DINOv2 with registers and DINOv3, and inference of their sizes.
 
-The tables end in names below ``backbone.``, as in our EoMT. timm's DINOv2 has our names. DINOv2 was trained with patches
-of 14 pixels; EoMT starts from its weights resized to 16 (FlexiViT, Beyer et al., CVPR 2023, section 3.4).
+The tables end in names below ``backbone.``, as in our EoMT. timm's DINOv2 has our names. DINOv2 was trained with
+patches of 14 pixels; EoMT starts from its weights resized to 16 (FlexiViT, Beyer et al., CVPR 2023, section 3.4).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from maskformer_fast.config import BackboneConfig
 from maskformer_fast.interop.names import Rule
-from maskformer_fast.modeling.backbone import BACKBONES, VIT_FIELDS, is_vit
+from maskformer_fast.modeling.backbone import BACKBONES, is_vit
 
 HEAD_DIM = 64
 """Channels of an attention head in all published ViTs."""
@@ -154,10 +154,10 @@ def resize_patches(
 
 
 def infer_vit(weights: Mapping[str, Tensor], num_heads: int | None = None) -> BackboneConfig:
-    """Infer a ViT from its weights under our names, which begin with ``backbone.``: the nearest preset, and differences.
+    """Infer a ViT from its weights under our names, with ``backbone.``: the nearest preset, and what differs from it.
 
-    Heads have `HEAD_DIM` channels unless their number is given. Positions are taken to be those of a square image; rotary
-    ones have no size.
+    Heads have `HEAD_DIM` channels unless their number is given. Positions are taken to be those of a square image;
+    rotary ones have no size.
     """
     shapes = {name.removeprefix("backbone."): tuple(tensor.shape) for name, tensor in weights.items()}
     dim = shapes["cls_token"][-1]
@@ -165,7 +165,7 @@ def infer_vit(weights: Mapping[str, Tensor], num_heads: int | None = None) -> Ba
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.") and name.endswith(".norm1.weight")}
     learned = "pos_embed" in shapes
     side = math.isqrt(shapes["pos_embed"][1]) * patch if learned else 640
-    fields = {
+    fields: dict[str, Any] = {
         "embed_dim": dim, "blocks": len(blocks), "heads": num_heads or max(dim // HEAD_DIM, 1), "mlp_dim": hidden,
         "gated_mlp": shapes["blocks.0.mlp.fc1.weight"][0] == 2 * hidden, "registers": shapes["reg_token"][1],
         "patch_size": patch, "positions": "learned" if learned else "rotary", "image_size": (side, side),
@@ -173,9 +173,4 @@ def infer_vit(weights: Mapping[str, Tensor], num_heads: int | None = None) -> Ba
     candidates = [BACKBONES[name] for name in _PUBLISHED if BACKBONES[name].positions == fields["positions"]]
     preset = max(candidates, key=lambda one: sum(getattr(one, name) == value for name, value in fields.items()))
     different = {name: value for name, value in fields.items() if getattr(preset, name) != value}
-    return replace(BackboneConfig(preset.name), **different)
-
-
-def vit_fields(config: BackboneConfig) -> dict[str, object]:
-    """Fields of a resolved ViT."""
-    return {name: getattr(config, name) for name in VIT_FIELDS}
+    return BackboneConfig(preset.name, **different)

@@ -12,8 +12,8 @@ from maskformer_fast.modeling.vit import ViT
 
 RESNET_FIELDS = ("stem", "stem_channels", "bottleneck_channels", "res2_channels", "multi_grid", "norm")
 SWIN_FIELDS = ("embed_dim", "num_heads", "window_size", "drop_path_rate", "checkpointing")
-VIT_FIELDS = ("embed_dim", "blocks", "heads", "mlp_dim", "gated_mlp", "registers", "patch_size", "positions", "image_size",
-              "norm_eps", "checkpointing")
+VIT_FIELDS = ("embed_dim", "blocks", "heads", "mlp_dim", "gated_mlp", "registers", "patch_size", "positions",
+              "image_size", "norm_eps", "checkpointing")
 
 _RESNET50 = BackboneConfig(
     "resnet50", depths=(3, 4, 6, 3), stem="basic", stem_channels=64, bottleneck_channels=64, res2_channels=256,
@@ -30,7 +30,6 @@ _VIT = BackboneConfig(
 _BASE = replace(_VIT, embed_dim=768, heads=12, mlp_dim=3072)
 _LARGE = replace(_VIT, embed_dim=1024, blocks=24, heads=16, mlp_dim=4096)
 _GIANT = replace(_VIT, embed_dim=1536, blocks=40, heads=24, mlp_dim=4096, gated_mlp=True)
-_DINOV3 = {"positions": "rotary", "norm_eps": 1e-5}
 _PRESETS = (
     _RESNET50,
     replace(_RESNET50, name="resnet101", depths=(3, 4, 23, 3)),
@@ -54,9 +53,9 @@ _PRESETS = (
     replace(_BASE, name="vit_base_dinov2"),
     replace(_LARGE, name="vit_large_dinov2"),
     replace(_GIANT, name="vit_giant_dinov2"),
-    replace(_VIT, name="vit_small_dinov3", **_DINOV3),
-    replace(_BASE, name="vit_base_dinov3", **_DINOV3),
-    replace(_LARGE, name="vit_large_dinov3", **_DINOV3),
+    replace(_VIT, name="vit_small_dinov3", positions="rotary", norm_eps=1e-5),
+    replace(_BASE, name="vit_base_dinov3", positions="rotary", norm_eps=1e-5),
+    replace(_LARGE, name="vit_large_dinov3", positions="rotary", norm_eps=1e-5),
     replace(
         _VIT, name="vit_micro", embed_dim=64, blocks=4, heads=2, mlp_dim=256, registers=2, patch_size=8,
         image_size=(96, 96),
@@ -82,8 +81,9 @@ def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
     filled = {f.name: getattr(preset, f.name) for f in fields(config) if getattr(config, f.name) is None}
     config = replace(config, **filled)
     if is_vit(config):
-        dim, heads, patch = config.embed_dim or 0, config.heads or 0, config.patch_size
-        check(dim % (4 * heads) == 0, "backbone.heads", f"a divisor of embed_dim / 4 = {dim / 4:g}", heads)
+        dim, patch = config.embed_dim or 0, config.patch_size
+        fits = dim % (4 * (config.heads or 1)) == 0
+        check(fits, "backbone.heads", f"a divisor of embed_dim / 4 = {dim / 4:g}", config.heads)
         check(patch in (8, 16, 32), "backbone.patch_size", "8, 16 or 32", patch)
         fits = all(side % (patch or 1) == 0 for side in config.image_size or ())
         check(fits, "backbone.image_size", f"multiples of patch_size={patch}", config.image_size)

@@ -40,12 +40,14 @@ class UpscaleBlock(nn.Module):
         x: Tensor,  # [B, h, w, C]
     ) -> Tensor:
         """Output [B, 2h, 2w, C]."""
-        # Windows of a transposed convolution with its stride do not overlap: it is a linear layer with 4C outputs.
-        weight, bias = self.conv1.weight.permute(2, 3, 1, 0).flatten(0, 2), self.conv1.bias
-        assert bias is not None
-        x = linear(x, weight, bias.repeat(4)).unflatten(-1, (2, 2, -1))  # [B, h, w, 2, 2, C]
+        x = linear(x, *self.windows()).unflatten(-1, (2, 2, -1))  # [B, h, w, 2, 2, C]
         x = F.gelu(x.transpose(2, 3).flatten(3, 4).flatten(1, 2))
         return self.norm(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """Weight [4C, C] and bias [4C] of the transposed convolution: its windows do not overlap, so it is linear."""
+        assert self.conv1.bias is not None
+        return self.conv1.weight.permute(2, 3, 1, 0).flatten(0, 2), self.conv1.bias.repeat(4)
 
 
 class Upscaling(nn.Module):
@@ -105,9 +107,10 @@ class EoMT(SegmentationNetwork):
         backbone = resolve_backbone(config.backbone)
         check(is_vit(backbone), "backbone.name", "a ViT for eomt", backbone.name)
         patch, layers = backbone.patch_size or 0, config.decoder.layers
-        check(layers <= (backbone.blocks or 0), "decoder.layers", f"at most the {backbone.blocks} blocks of the ViT", layers)
-        divisible = config.size_divisibility > 0 and config.size_divisibility % patch == 0
-        check(divisible, "model.size_divisibility", f"a multiple of backbone.patch_size={patch}", config.size_divisibility)
+        blocks, divisor = backbone.blocks or 0, config.size_divisibility
+        check(layers <= blocks, "decoder.layers", f"at most the {blocks} blocks of the ViT", layers)
+        divisible = divisor > 0 and divisor % patch == 0
+        check(divisible, "model.size_divisibility", f"a multiple of backbone.patch_size={patch}", divisor)
         super().__init__(config, lambda channels, _: Upscaling(channels[0], patch))
         self.predictor = QueryHeads(self.backbone.channels[0], config.decoder.num_queries, config.num_classes, layers)
         self.probabilities: tuple[float, ...] = (1.0,) * layers

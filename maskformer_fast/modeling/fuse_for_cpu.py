@@ -1,7 +1,7 @@
 """Networks for inference on the CPU, made of fused layers.
 
 In convolutions, normalisation, residual and ReLU are part of the convolution; for linear layers, attention and the
-blocks of Swin see `fused_linear`.
+blocks of Swin see `fused_linear`, for those of a ViT `fused_vit`.
 
 BatchNorm with its running statistics is a scale and an offset of each channel: the weights are multiplied by the scale,
 and the offset becomes the bias. oneDNN adds the residual and applies the ReLU when it writes a convolution's output.
@@ -20,9 +20,12 @@ from torch.nn import functional as F
 from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.conv import ConvNorm
 from maskformer_fast.modeling.cpu_choices import winograd_is_faster
+from maskformer_fast.modeling.eomt import UpscaleBlock
 from maskformer_fast.modeling.fused_linear import FusedAttention, FusedLayer, FusedLinear, FusedSwinStage
+from maskformer_fast.modeling.fused_vit import FusedBlock, FusedUpscaleBlock
 from maskformer_fast.modeling.resnet import Bottleneck
 from maskformer_fast.modeling.swin import SwinStage
+from maskformer_fast.modeling.vit import Block
 from maskformer_fast.ops.convolution import PANEL, conv3x3_winograd, pack_winograd_weights
 
 MAX_WINOGRAD_WEIGHTS = 2048 * 256
@@ -57,6 +60,10 @@ def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, FusedConv(child, dtype))
         elif isinstance(child, SwinStage):
             setattr(module, name, FusedSwinStage(child, dtype))
+        elif isinstance(child, Block):
+            setattr(module, name, FusedBlock(child, dtype))
+        elif isinstance(child, UpscaleBlock):
+            setattr(module, name, FusedUpscaleBlock(child, dtype))
         elif isinstance(child, MultiHeadAttention):
             setattr(module, name, FusedAttention(child, dtype))
         elif isinstance(child, nn.Linear):

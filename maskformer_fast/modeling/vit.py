@@ -1,12 +1,13 @@
-"""Plain Vision Transformer (Dosovitskiy et al., 2021) with class token, registers and LayerScale, for images of any size.
+"""Plain Vision Transformer (Dosovitskiy et al., 2021) with registers and LayerScale, for images of any size.
 
-With learned positions it is that of DINOv2 (Oquab et al., 2023), with rotary ones that of DINOv3 (Siméoni et al., 2025).
-Tensors have timm's names for DINOv2.
+With learned positions it is that of DINOv2 (Oquab et al., 2023), with rotary ones that of DINOv3 (Siméoni et al.,
+2025). Tensors have timm's names for DINOv2.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -246,6 +247,16 @@ class ViT(nn.Module):
             output: Tensor = checkpoint(block, x, rotary, visible, use_reentrant=False)
             return output
         return block(x, rotary, visible)
+
+    def fitted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of such a ViT, their learned positions resampled from a square image to ``grid``."""
+        positions = weights.get("pos_embed")
+        if self.pos_embed is None or positions is None or positions.ndim != 3:
+            return dict(weights)
+        side = math.isqrt(positions.shape[1])
+        if side * side != positions.shape[1]:
+            return dict(weights)
+        return {**weights, "pos_embed": resample_positions(positions, (side, side), self.grid)}
 
     def _rotary(self, grid: tuple[int, int], device: torch.device) -> Rotary | None:
         """Rotary positions of a grid of patches, whose centres' coordinates go from -1 to 1 on both sides."""

@@ -14,7 +14,7 @@ NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def parameter_groups(network: nn.Module, config: SolverConfig) -> list[dict[str, object]]:
-    """Split the trained parameters by learning rate (backbone, its depth) and weight decay (norms and embeddings or not).
+    """Split the trained parameters by learning rate (backbone, depth) and weight decay (norms and embeddings or not).
 
     Embeddings are the learned queries and Swin's relative position biases. Groups keep the order of
     ``named_parameters``, so that optimiser state loads into an identical network.

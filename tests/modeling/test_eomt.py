@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig
 from maskformer_fast.interop.huggingface import read_folder
 from maskformer_fast.modeling import EoMT, build_model
+from maskformer_fast.modeling.fuse_for_cpu import fuse_for_cpu
 from maskformer_fast.modeling.vit import resample_positions
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import LayerPredictions, Predictions
@@ -42,7 +43,7 @@ def randomize(network: nn.Module, seed: int = 0) -> None:
 
 def made(positions: str = "learned", seed: int = 0, **changes: Any) -> EoMT:
     vit: dict[str, Any] = {
-        "embed_dim": 32, "blocks": 5, "heads": 2, "mlp_dim": 64, "registers": 3, "image_size": (96, 96), "patch_size": 16,
+        "embed_dim": 32, "blocks": 5, "heads": 2, "mlp_dim": 64, "registers": 3, "image_size": (96, 96),
     }  # fmt: skip
     backbone = BackboneConfig("vit_small_dinov2" if positions == "learned" else "vit_small_dinov3", **(vit | changes))
     network = build_model(ModelConfig(
@@ -124,3 +125,122 @@ def test_all_layers_equal_those_of_transformers(
         assert (layer_mask_logits(mine) - masks).abs().max() < 1e-4 * masks.abs().max()
     shares = [float((masks > 0).float().mean()) for masks, _ in layers]
     assert all(0.02 < share < 0.98 for share in shares), f"masks without edges: {shares}"
+
+
+@pytest.mark.parametrize("size", [(64, 96), (16, 16), (32, 144)], ids=str)
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@torch.no_grad()
+def test_images_of_any_size_give_masks_at_a_quarter_of_it(positions: str, size: tuple[int, int]) -> None:
+    network = made(positions)
+    network.set_mask_probability([0.0] * 3)
+    predictions = network(random_images(2, 3, *size))
+    assert predictions.class_logits.shape == (1, 2, 7, 6) and predictions.mask_embeddings.shape == (1, 2, 7, 32)
+    assert predictions.pixel_features.shape == (2, 32, size[0] // 4, size[1] // 4) and predictions.input_size == size
+    every = network(random_images(2, 3, *size), all_layers=True).layers
+    torch.testing.assert_close(every[-1].class_logits, predictions.class_logits)
+    with pytest.raises(ValueError, match=r"images: expected height and width that are multiples of 16.*\(17, 32\)"):
+        network(random_images(1, 3, 17, 32))
+
+
+@torch.no_grad()
+def test_padding_is_black_or_the_mean_whatever_its_pixels_are() -> None:
+    sizes = torch.tensor([[32, 20], [17, 48]])
+    images, other = random_images(2, 3, 32, 48), random_images(2, 3, 32, 48, seed=1)
+    for image, changed, (height, width) in zip(images, other, sizes.tolist(), strict=True):
+        changed[:, :height, :width] = image[:, :height, :width]
+    network = made()
+    black = network.normalize(images, sizes)
+    torch.testing.assert_close(black, network.normalize(other, sizes), rtol=0, atol=0)
+    torch.testing.assert_close(black[0, :, 0, 30], -(network.pixel_mean / network.pixel_std).flatten())
+    network.config = replace(network.config, padding="mean")
+    assert not network.normalize(images, sizes)[0, :, :, 20:].any()
+
+
+@torch.no_grad()
+def test_a_masked_query_sees_the_patches_of_its_mask_and_all_other_tokens() -> None:
+    network = made()
+    visible: list[Tensor] = []
+    for block in network.backbone.blocks[2:]:
+        block.register_forward_pre_hook(lambda _, inputs: visible.append(inputs[2]))
+    layers = network(random_images(2, 3, 64, 80), all_layers=True).layers
+    assert len(visible) == 3
+    for mask, layer in zip(visible, layers[:-1], strict=True):
+        logits = nn.functional.interpolate(layer_mask_logits(layer), (4, 5), mode="bilinear").flatten(2)
+        clear = logits.abs() > 1e-4 * logits.abs().max()
+        assert mask.shape == (2, 7, 20) and torch.equal(mask[clear], (logits > 0)[clear])
+    network.draw = lambda batch, device: torch.arange(14.0).view(2, 7) / 14  # type: ignore[method-assign]
+    visible.clear()
+    network.set_mask_probability([0.5, 0.5, 0.5])
+    network(random_images(2, 3, 64, 80))
+    open_rows = (torch.arange(14.0).view(2, 7) / 14 > 0.5)[..., None].expand(-1, -1, 20)
+    assert all(mask[open_rows].all() and not mask.all() for mask in visible)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_every_parameter_gets_a_finite_gradient_also_by_checkpointing(positions: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        network = made(positions, checkpointing=checkpointing).train()
+        torch.manual_seed(0)
+        layers = network(random_images(2, 3, 64, 80)).layers
+        generator = torch.Generator().manual_seed(0)
+        outputs = [part for layer in layers for part in (layer.class_logits, layer_mask_logits(layer))]
+        sum((part * torch.randn(part.shape, generator=generator)).sum() for part in outputs).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+        gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+        assert [name for name, gradient in gradients[-1].items() if not gradient.any()] == []
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@torch.no_grad()
+def test_fused_and_bfloat16_predictions_are_close_to_float32(positions: str) -> None:
+    for gated, probability in ((False, 0.0), (True, 1.0)):
+        network = made(positions, gated_mlp=gated)
+        network.set_mask_probability([probability] * 3)
+        images, sizes = random_images(2, 3, 64, 96), torch.tensor([[61, 96], [50, 70]])
+        expected = network(images, sizes)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = network(images, sizes)
+        assert all(part.isfinite().all() for part in half[:3])
+        if probability == 0.0:
+            assert (half.pixel_features - expected.pixel_features).norm() < 0.1 * expected.pixel_features.norm()
+        fuse_for_cpu(network)
+        fused = network(images, sizes)
+        masks = layer_mask_logits(expected)
+        assert (fused.class_logits - expected.class_logits).abs().max() < 1e-4 * expected.class_logits.abs().max()
+        assert (layer_mask_logits(fused) - masks).abs().max() < 1e-4 * masks.abs().max()
+
+
+@pytest.mark.no_cover
+@torch.no_grad()
+def test_training_compiles_as_one_graph() -> None:
+    network = made("rotary").train()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(network, fullgraph=True, backend=counter)
+    images = random_images(2, 3, 64, 80)
+    for probability in (1.0, 0.5):
+        network.set_mask_probability([probability] * 3)
+        torch.manual_seed(0)
+        got = compiled(images)
+        torch.manual_seed(0)
+        for a, b in zip(got.layers, network(images).layers, strict=True):
+            torch.testing.assert_close(a.class_logits, b.class_logits)
+    assert counter.frame_count == 1
+
+
+def test_settings_that_do_not_fit_are_refused_by_name() -> None:
+    micro = BackboneConfig("vit_micro")
+    model = ModelConfig(type="eomt", num_classes=5, backbone=micro, decoder=DecoderConfig(layers=2))
+    for changed, match in (
+        (replace(model, backbone=BackboneConfig("resnet50")), r"backbone\.name: expected a ViT for eomt"),
+        (replace(model, decoder=DecoderConfig(layers=5)), r"decoder\.layers: expected at most the 4 blocks"),
+        (replace(model, size_divisibility=20), r"size_divisibility: expected a multiple of backbone\.patch_size=8"),
+        (replace(model, type="maskformer"), r"backbone\.name: expected a ResNet or Swin Transformer for maskformer"),
+        (replace(model, backbone=replace(micro, heads=5)), r"backbone\.heads: expected a divisor"),
+        (replace(model, backbone=replace(micro, window_size=5)), r"backbone\.window_size: expected nothing"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            build_model(changed)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from maskformer_fast.config import LossConfig
 from maskformer_fast.core.checks import check
@@ -30,7 +31,7 @@ from maskformer_fast.interop.names import ConvertError, to_ours
 from maskformer_fast.interop.verification.difference import Difference, Report, relative
 from maskformer_fast.interop.verification.mask2former import boolean_masks, recorded_draws
 from maskformer_fast.interop.verification.recording import CASE_NAME
-from maskformer_fast.interop.verification.verify import evaluation_mode, gradient_norms, packed_targets
+from maskformer_fast.interop.verification.verify import evaluation_mode, given, gradient_norms, packed_targets
 from maskformer_fast.modeling import EoMT
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import LayerPredictions, Predictions
@@ -197,7 +198,6 @@ def _panoptic(
 ) -> dict[str, Difference]:
     """Compare panoptic maps at the images' own sizes, segment by segment."""
     quantities: dict[str, Difference] = {}
-    sizes = [tuple(size) for size in case["image_sizes"]]
     stuff = set(case["hyper"]["stuff_classes"])
     flags = [index not in stuff for index in range(len(is_thing))]
     # The recorded maps are of images at their own size, to which the official code resizes from the input.
@@ -209,7 +209,6 @@ def _panoptic(
         for image, (result, theirs) in enumerate(zip(results, entry["maps"], strict=True)):
             where = f"{mode}.panoptic@{first:g},{second:g}.{image}"
             quantities[where] = Difference(_differing(result, theirs["segment"], theirs["classes"]), FEW_PIXELS)
-    del sizes
     return quantities
 
 
@@ -250,10 +249,10 @@ def _instances(
     outputs = [(image.shape[-2], image.shape[-1]) for image in case["images"]]
     everything = (True,) * (predictions.class_logits.shape[-1] - 1)
     for image, theirs in enumerate(recorded):
-        one = whole._replace(
-            class_logits=whole.class_logits[:, image : image + 1], mask_embeddings=whole.mask_embeddings[:, image : image + 1],
-            pixel_features=whole.pixel_features[image : image + 1], valid_sizes=whole.valid_sizes[image : image + 1],
-        )  # fmt: skip
+        masks = layer_mask_logits(predictions)[image : image + 1].detach()
+        masks = F.interpolate(masks, predictions.input_size, mode="bilinear", align_corners=False)
+        height, width = whole.valid_sizes[image].tolist()
+        one = given(predictions.class_logits[-1, image : image + 1], masks[..., :height, :width], (height, width))
         result = postprocess.instances(one, [outputs[image]], everything, len(theirs["scores"]))[0]
         expected = theirs["scores"][theirs["scores"] > 0].sort(descending=True).values
         ours = result.scores.cpu().sort(descending=True).values
@@ -275,7 +274,9 @@ def _trained(
         targets[1] = {"labels": targets[1]["labels"][:0], "masks": targets[1]["masks"][:0]}
     packed = packed_targets(targets, layers[-1])
     names = {f"block_{index - len(layers) + 1}": str(index) for index in range(len(layers) - 1)}
-    renamed = {key: {names.get(name, name): value for name, value in recorded[key].items()} for key in ("points", "match")}
+    renamed = {
+        key: {names.get(name, name): value for name, value in recorded[key].items()} for key in ("points", "match")
+    }
     draws = recorded_draws(renamed, tuple(packed.labels.shape), len(layers))
     loss = replace(
         loss, class_weight=2.0, mask_weight=5.0, dice_weight=5.0, padding="include", mask_loss="bce",
