@@ -149,7 +149,7 @@ def huggingface_rules(dinov3: bool, gated: bool) -> list[Rule]:
             Rule(THEIR_POSITIONS, POSITIONS),
             Rule("embeddings.patch_embeddings.projection.{leaf}", "backbone.patch_embed.proj.{leaf}"),
             *attention_rules(layer, names, rotary=False),
-            *layer_rules(layer, gated),
+            *layer_rules(layer, gated, projections=False),
         ]
     return [
         *encoder,

@@ -27,20 +27,27 @@ _BLOCK = "backbone.blocks.{i}"
 _PUBLISHED = tuple(name for name, preset in BACKBONES.items() if is_vit(preset) and name != "vit_micro")
 
 
-def layer_rules(layer: str, gated: bool) -> list[Rule]:
-    """Rules of Hugging Face's blocks, whose names begin with ``layer`` (with ``{i}``)."""
-    mlp = (("fc1", "fc1"), ("fc2", "fc2"), ("weights_in", "fc1"), ("weights_out", "fc2"), ("down_proj", "fc2"))
-    up = [Rule(f"{layer}.mlp.up_proj.{{leaf}}", f"{_BLOCK}.mlp.fc1.{{leaf}}")]
+def layer_rules(layer: str, gated: bool, projections: bool) -> list[Rule]:
+    """Rules of Hugging Face's blocks, whose names begin with ``layer`` (with ``{i}``).
+
+    The layers of an MLP are ``up_proj`` and ``down_proj`` with ``projections`` or a gate, otherwise ``fc1`` and ``fc2``.
+    Earlier versions of gated DINOv2 have other names.
+    """
     if gated:
-        up = [
+        mlp = [
             Rule(f"{layer}.mlp.{name}_proj.{{leaf}}", f"{_BLOCK}.mlp.fc1.{{leaf}}", part=(index, 2))
             for index, name in enumerate(("gate", "up"))
         ]
+    else:
+        mlp = [Rule(f"{layer}.mlp.{'up_proj' if projections else 'fc1'}.{{leaf}}", f"{_BLOCK}.mlp.fc1.{{leaf}}")]
+    down = "down_proj" if projections or gated else "fc2"
     return [
         *(Rule(f"{layer}.{name}.{{leaf}}", f"{_BLOCK}.{name}.{{leaf}}") for name in ("norm1", "norm2")),
         *(Rule(f"{layer}.layer_scale{i}.lambda1", f"{_BLOCK}.ls{i}.gamma") for i in (1, 2)),
-        *up,
-        *(Rule(f"{layer}.mlp.{theirs}.{{leaf}}", f"{_BLOCK}.mlp.{ours}.{{leaf}}") for theirs, ours in mlp),
+        *mlp,
+        Rule(f"{layer}.mlp.{down}.{{leaf}}", f"{_BLOCK}.mlp.fc2.{{leaf}}"),
+        Rule(f"{layer}.mlp.weights_in.{{leaf}}", f"{_BLOCK}.mlp.fc1.{{leaf}}"),
+        Rule(f"{layer}.mlp.weights_out.{{leaf}}", f"{_BLOCK}.mlp.fc2.{{leaf}}"),
     ]
 
 
@@ -78,7 +85,7 @@ def dinov3_rules(prefix: str, layer: str, gated: bool) -> list[Rule]:
         *attention_rules(
             layer, ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"), rotary=True
         ),
-        *layer_rules(layer, gated),
+        *layer_rules(layer, gated, projections=True),
     ]
 
 
@@ -95,7 +102,7 @@ def backbone_rules(weights: Mapping[str, Tensor]) -> list[Rule] | None:
             Rule("embeddings.position_embeddings", POSITIONS),
             Rule("embeddings.patch_embeddings.projection.{leaf}", "backbone.patch_embed.proj.{leaf}"),
             *attention_rules(layer, (inner[0], inner[1], inner[2], "attention.output.dense"), rotary=False),
-            *layer_rules(layer, is_gated(weights)),
+            *layer_rules(layer, is_gated(weights), projections=False),
             Rule("layernorm.{leaf}", "backbone.norm.{leaf}"),
         ]
     if "embeddings.register_tokens" in names:
