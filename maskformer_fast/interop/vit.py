@@ -30,7 +30,7 @@ _PUBLISHED = tuple(name for name, preset in BACKBONES.items() if is_vit(preset) 
 def layer_rules(layer: str, gated: bool, projections: bool) -> list[Rule]:
     """Rules of Hugging Face's blocks, whose names begin with ``layer`` (with ``{i}``).
 
-    The layers of an MLP are ``up_proj`` and ``down_proj`` with ``projections`` or a gate, otherwise ``fc1`` and ``fc2``.
+    An MLP has ``up_proj`` and ``down_proj`` with ``projections`` or a gate, otherwise ``fc1`` and ``fc2``.
     Earlier versions of gated DINOv2 have other names.
     """
     if gated:
