@@ -9,60 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from maskformer_fast.backbone_config import MAX_LAYERS, MAX_WIDTH, BackboneConfig
 from maskformer_fast.core.checks import check, check_choice, check_finite
 
 Task = Literal["semantic", "instance", "panoptic"]
 Amp = Literal["off", "bf16", "fp16"]
-ModelType = Literal["maskformer", "mask2former", "per_pixel", "per_pixel_plus"]
+ModelType = Literal["maskformer", "mask2former", "eomt", "per_pixel", "per_pixel_plus"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
 PanopticOrder = Literal["direct", "official"]
 PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
-MAX_LAYERS, MAX_WIDTH = 1000, 1 << 20  # layers; queries and channels: no typo or hostile file demands endless networks
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """Backbone: a preset's name, and settings that differ from the preset's; ``None`` keeps the preset's value."""
-
-    name: str = "resnet50"
-    """Preset, a key of `maskformer_fast.modeling.backbone.BACKBONES`."""
-    weights: str | None = None
-    """File in this package's format with pretrained backbone weights (ImageNet), loaded before training."""
-    depths: tuple[int, int, int, int] | None = None
-    """Blocks in each of the four stages."""
-    stem: Literal["basic", "deep"] | None = None
-    """ResNet: one 7x7 convolution, or the three 3x3 ones of ResNet-101c."""
-    stem_channels: int | None = None
-    """ResNet: channels after the stem."""
-    bottleneck_channels: int | None = None
-    """ResNet: inner channels of res2; each stage doubles them."""
-    res2_channels: int | None = None
-    """ResNet: output channels of res2; each stage doubles them."""
-    multi_grid: bool | None = None
-    """ResNet: dilations 1, 2, 4 in the three blocks of res5, as ResNet-101c has them."""
-    norm: Literal["batch", "frozen", "sync"] | None = None
-    """ResNet: BatchNorm trained, frozen, or synchronised over the processes of a distributed run."""
-    embed_dim: int | None = None
-    """Swin: channels of the first stage."""
-    num_heads: tuple[int, int, int, int] | None = None
-    """Swin: attention heads of each stage."""
-    window_size: int | None = None
-    """Swin: window side in tokens."""
-    drop_path_rate: float | None = None
-    """Swin: stochastic depth of the last block; earlier blocks scale linearly from 0."""
-    checkpointing: bool | None = None
-    """Swin: activation checkpointing, with the same results: keep only the input of each block and compute the block
-    again in the backward pass. Takes far less memory, and about a third more time in the backbone."""
-
-    def __post_init__(self) -> None:
-        for name in ("stem_channels", "bottleneck_channels", "res2_channels", "embed_dim", "window_size"):
-            value = getattr(self, name)
-            check(value is None or value > 0, f"backbone.{name}", "a positive integer", value)
-        rate = self.drop_path_rate
-        check(rate is None or 0.0 <= rate < 1.0, "backbone.drop_path_rate", "0 <= rate < 1", rate)
-        check_choice("backbone.norm", self.norm, (None, "batch", "frozen", "sync"))
-        check_choice("backbone.stem", self.stem, (None, "basic", "deep"))
 
 
 @dataclass(frozen=True)
@@ -97,6 +53,7 @@ class DecoderConfig:
     """Transformer decoder with learned queries."""
 
     layers: int = 6
+    """EoMT, which has no decoder: number of the encoder's last blocks that the queries take part in."""
     hidden_dim: int = 256
     num_heads: int = 8
     ffn_dim: int = 2048
@@ -134,18 +91,21 @@ class ModelConfig:
     pixel_std: tuple[float, float, float] = (58.395, 57.120, 57.375)
     size_divisibility: int = 32
     """Batches are padded to a multiple of this; 0 pads to the largest image only."""
+    padding: Literal["mean", "black"] = "mean"
+    """Colour of padding: zero after normalisation, or black before it, as EoMT was trained."""
 
     def __post_init__(self) -> None:
         check_finite(self, "model")
         check_choice("model.type", self.type, get_args(ModelType))
         check(self.num_classes >= 0, "model.num_classes", ">= 0", self.num_classes)
-        check(0 <= self.size_divisibility <= 1024, "model.size_divisibility", "0..1024", self.size_divisibility)
+        check_choice("model.padding", self.padding, ("mean", "black"))
+        check(0 <= self.size_divisibility <= 2048, "model.size_divisibility", "0..2048", self.size_divisibility)
         check(all(s > 0 for s in self.pixel_std), "model.pixel_std", "positive numbers", self.pixel_std)
 
     @property
     def classifies_masks(self) -> bool:
         """Whether the network predicts masks with classes, one for each query; a per-pixel baseline does not."""
-        return self.type in ("maskformer", "mask2former")
+        return self.type in ("maskformer", "mask2former", "eomt")
 
 
 @dataclass(frozen=True)
@@ -342,7 +302,10 @@ class SolverConfig:
     weight_decay: float = 1e-4
     norm_weight_decay: float = 0.0
     """Weight decay of normalisation layers, learned queries and Swin's relative position biases."""
-    schedule: Literal["poly", "step"] = "poly"
+    layer_decay: float = 1.0
+    """ViT: factor of the learning rate from a block to the one before it; embeddings have that of the first block."""
+    schedule: Literal["poly", "step", "poly_after_warmup"] = "poly"
+    """``poly_after_warmup``, EoMT's, starts to decay after the warm-up; other rates also decay during it."""
     poly_power: float = 0.9
     milestones: tuple[int, ...] = ()
     """Steps at which ``step`` multiplies the rate by ``gamma``."""
@@ -350,6 +313,11 @@ class SolverConfig:
     warmup_steps: int = 0
     warmup_factor: float = 1.0
     """Factor of the rate at step 0, rising linearly to 1 after ``warmup_steps``."""
+    backbone_warmup_steps: int = 0
+    """With ``poly_after_warmup``: the backbone's rate stays 0 for ``warmup_steps``, then rises during these steps."""
+    mask_annealing: tuple[tuple[int, int], ...] = ()
+    """EoMT: for each block with queries, the steps from and to which the share of queries with masked attention falls
+    from 1 to 0; empty keeps it at 1."""
     clip_norm: float = 0.01
     """Largest gradient norm of the full model; 0 turns clipping off."""
     amp: Amp = "off"
@@ -369,7 +337,13 @@ class SolverConfig:
         check(self.batch_size % self.accumulate == 0, "solver.accumulate",
               f"a divisor of batch_size={self.batch_size}", self.accumulate)
         check(self.lr > 0, "solver.lr", "> 0", self.lr)
-        check_choice("solver.schedule", self.schedule, ("poly", "step"))
+        check_choice("solver.schedule", self.schedule, ("poly", "step", "poly_after_warmup"))
+        check(0.0 < self.layer_decay <= 1.0, "solver.layer_decay", "0 < factor <= 1", self.layer_decay)
+        check(self.schedule == "poly_after_warmup" or not self.backbone_warmup_steps, "solver.backbone_warmup_steps",
+              f"0 with schedule={self.schedule}", self.backbone_warmup_steps)
+        check(self.backbone_warmup_steps >= 0, "solver.backbone_warmup_steps", ">= 0", self.backbone_warmup_steps)
+        check(all(0 <= start < end for start, end in self.mask_annealing), "solver.mask_annealing",
+              "pairs of steps, each 0 <= start < end", self.mask_annealing)
         check_choice("solver.amp", self.amp, get_args(Amp))
         for name in ("backbone_factor", "weight_decay", "norm_weight_decay", "poly_power", "gamma", "warmup_steps",
                      "warmup_factor", "clip_norm"):
@@ -418,3 +392,7 @@ class Config:
         check(0 <= self.seed < 2**64, "seed", f"0 to {2**64 - 1}, the seeds of PyTorch", self.seed)
         for task in self.metrics:
             check_choice("metrics", task, TASKS)
+        annealing = self.solver.mask_annealing
+        fits = not annealing or (self.model.type == "eomt" and len(annealing) == self.model.decoder.layers)
+        check(fits, "solver.mask_annealing", f"none, or with model.type=eomt one pair for each of decoder.layers="
+              f"{self.model.decoder.layers}", annealing)

@@ -24,11 +24,14 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.typed import to_plain
 from maskformer_fast.inference.load import load_network
 from maskformer_fast.interop.architecture import check_fit, meta_backbone, meta_model
+from maskformer_fast.interop.eomt import is_official as is_eomt
+from maskformer_fast.interop.eomt import official_to_ours
 from maskformer_fast.interop.files import read_weights
 from maskformer_fast.interop.huggingface import read_folder, write_folder
 from maskformer_fast.interop.names import Renamed
 from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours, no_object_weight
 from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
+from maskformer_fast.interop.verification.eomt import read_eomt_recording, verify_eomt
 from maskformer_fast.interop.verification.mask2former import read_mask2former, verify_mask2former
 from maskformer_fast.interop.verification.recording import read_recordings
 from maskformer_fast.interop.verification.verify import verify
@@ -53,7 +56,8 @@ class ConvertOptions:
     """Convert weights of other implementations to ours, or ours to Hugging Face's. Nothing in a file is ever run.
 
     SOURCE is an official checkpoint (.pkl, .pth), a Hugging Face folder (config.json beside its weights), a checkpoint
-    of ours, or an ImageNet backbone: detectron2's or torchvision's ResNet, a Swin Transformer of its authors. Its
+    of ours, or a backbone: detectron2's or torchvision's ResNet, a Swin Transformer of its authors, a DINOv2 with
+    registers or a DINOv3 of timm or Hugging Face. Its
     contents decide its kind and its architecture. Any tensor that is missing, unknown or misshapen is an error.
     """
 
@@ -68,6 +72,8 @@ class ConvertOptions:
     things: tuple[str, ...] | None = None
     """Classes that are things, as ``0-79`` or ``0 1 5``; default: those of the published data set with as many classes
     (ADE20K 150, COCO panoptic 133, ...), otherwise none."""
+    base: str | None = None
+    """Weights of a backbone (a file that convert takes) to which the source, an official EoMT, is a difference."""
     verify: str | None = None
     """Recorded outputs (case.pt, synth.pt or their folder) to compare with the written model. One JSON object with the
     largest difference of each quantity is printed; the exit status is 1 if one is beyond its tolerance."""
@@ -105,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(f"written:      {target}")
     if not options.verify or not isinstance(source, Converted):
         return 0
-    compare = verify_mask2former if source.config.model.type == "mask2former" else verify
+    compare = {"mask2former": verify_mask2former, "eomt": verify_eomt}.get(source.config.model.type, verify)
     result = compare(read_back(target, options.to), source.metadata, options.verify, source.config.loss)
     print(json.dumps(result.to_dict(), indent=2))
     return 0 if result.ok else 1
@@ -161,6 +167,11 @@ def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor],
             metadata = with_things(metadata, options.things)
         return Converted("maskformer_fast", checkpoint.weights, checkpoint.config, metadata)
     theirs = read_weights(path)
+    if is_eomt(theirs):
+        base = None if options.base is None else _base_weights(Path(options.base))
+        weights, model_config = official_to_ours(theirs, path, heads, base)
+        return _with_classes(options, "official", weights, published_config(model_config), None)
+    _refuse("base", options.base, "another source than an official EoMT")
     if is_model(theirs):
         weights, model_config = model_to_ours(theirs, path, heads)
         config = published_config(model_config)
@@ -183,8 +194,9 @@ def check_recordings(source: Converted, path: str) -> None:
         FileNotFoundError: a folder without recordings.
     """
     model = source.config.model
-    check(model.classifies_masks, "verify", "a MaskFormer or Mask2Former, as recordings are of", model.type)
-    (read_mask2former if model.type == "mask2former" else read_recordings)(path, model.num_classes)
+    check(model.classifies_masks, "verify", "a MaskFormer, Mask2Former or EoMT, as recordings are of", model.type)
+    readers: dict[str, Callable[[str, int], object]] = {"mask2former": read_mask2former, "eomt": read_eomt_recording}
+    readers.get(model.type, read_recordings)(path, model.num_classes)
 
 
 def write_model(source: Converted, target: Path, to: str) -> None:
@@ -229,7 +241,9 @@ def summarize(source: Converted, report: Callable[[str], object]) -> None:
     names = ", ".join(metadata.class_names[:3])
     report(f"source:       {source.kind}")
     report(f"architecture: {model.type}, {describe_backbone(model.backbone)}")
-    if model.type != "per_pixel":
+    if model.type == "eomt":
+        report(f"transformer:  {decoder.num_queries} queries in the last {decoder.layers} blocks")
+    elif model.type != "per_pixel":
         queries = f", {decoder.num_queries} queries" if model.classifies_masks else ""
         report(f"transformer:  {encoder} encoder and {decoder.layers} decoder layers of {decoder.hidden_dim} channels, "
                f"{decoder.num_heads} heads{queries}")
@@ -249,6 +263,14 @@ def describe_backbone(config: BackboneConfig) -> str:
 def parameters(weights: Mapping[str, Tensor]) -> str:
     """Number of parameters and tensors."""
     return f"{sum(tensor.numel() for tensor in weights.values()) / 1e6:.2f} million in {len(weights)} tensors"
+
+
+def _base_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of a backbone under our names in a network, from a file that `convert` takes or wrote."""
+    if not path.is_file():
+        raise FileNotFoundError(f"base: expected a file of a backbone's weights, found nothing at {path}")
+    weights, _ = backbone_to_ours(read_weights(path), path)
+    return {f"backbone.{name}": tensor for name, tensor in weights.items()}
 
 
 def _with_classes(

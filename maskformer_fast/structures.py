@@ -88,6 +88,12 @@ class Predictions(NamedTuple):
         return self.pixel_features if self.projection is None else self.projection.embed(self.pixel_features)
 
 
+class LayerPredictions(NamedTuple):
+    """Output of a network whose layers have pixel features of their own: `Predictions` of each, the final one last."""
+
+    layers: tuple[Predictions, ...]  # each of a single layer
+
+
 class PixelPredictions(NamedTuple):
     """Output of a per-pixel baseline for a batch: class scores at every pixel, no queries."""
 

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's MaskFormer and Mask2Former: ``config.json``, weights, image processor.
+"""Folders of Hugging Face's MaskFormer, Mask2Former and EoMT: ``config.json``, weights, image processor.
 
 Every version of `transformers` so far (4.17 to 5.23) saves and reads the same parameter names. Version 5 has other
 names of the decoder in memory, which `RULES` lists after them. Both are read, and the saved names are written. Folders
@@ -26,6 +26,16 @@ from maskformer_fast.config import BackboneConfig, Config
 from maskformer_fast.core.files import write_json
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.interop.architecture import check_fit, meta_model
+from maskformer_fast.interop.eomt import (
+    MODEL_TYPES as EOMT_TYPES,
+)
+from maskformer_fast.interop.eomt import (
+    eomt_from_ours,
+    eomt_to_ours,
+    read_eomt,
+    rules_of,
+    write_eomt,
+)
 from maskformer_fast.interop.files import read_folder_weights
 from maskformer_fast.interop.huggingface_config import (
     Section,
@@ -168,6 +178,14 @@ def read_folder(path: str | os.PathLike[str]) -> HuggingFaceModel:
         raise ConvertError(f"{folder}: class_predictor.bias: expected one value a class and one for no-object, got "
                            f"{'nothing' if classifier is None else tuple(classifier.shape)}")  # fmt: skip
     class_names = read_class_names(config, len(classifier) - 1)
+    if config.get("model_type", "") in EOMT_TYPES:
+        try:
+            eomt = read_eomt(config, processor, len(classifier) - 1)
+        except ConvertError:
+            raise
+        except ValueError as error:
+            raise ConvertError(f"{folder}: {error}") from error
+        return HuggingFaceModel(eomt_to_ours(theirs, eomt, folder), eomt, class_names)
     is_mask2former = config.get("model_type", "") == MASK2FORMER
     rules, read = (MASK2FORMER_RULES, read_mask2former) if is_mask2former else (RULES, read_config)
     try:
@@ -207,16 +225,20 @@ def write_folder(
     folder = Path(path)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder}: expected no file, or an empty folder")
-    is_mask2former = config.model.type == MASK2FORMER
-    config_json = (write_mask2former if is_mask2former else write_config)(config, metadata)
+    is_mask2former, is_eomt = config.model.type == MASK2FORMER, config.model.type == "eomt"
+    write = write_eomt if is_eomt else write_mask2former if is_mask2former else write_config
+    config_json = write(config, metadata)
     processor_json = write_processor(config, metadata)
     check_fit(meta_model(config.model, "model"), Renamed(dict(weights), {}, []), (), "weights")
-    renamed = from_ours(weights, MASK2FORMER_RULES if is_mask2former else RULES).weights
+    rules = rules_of(config.model) if is_eomt else MASK2FORMER_RULES if is_mask2former else RULES
+    renamed = from_ours(weights, rules).weights
+    if is_eomt:
+        renamed = eomt_from_ours(renamed, config)
     # Parts of packed tensors share memory, which the format does not allow.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in renamed.items()}
     if is_mask2former:
         tensors |= mask2former_constants(renamed, config)
-    else:
+    elif not is_eomt:
         tensors |= _constants(renamed, resolve_backbone(config.model.backbone), config)
     with _atomic_folder(folder) as temporary:
         try:

@@ -207,8 +207,9 @@ def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
     """Contents of ``preprocessor_config.json``. The data set decides ``ignore_index`` and ``do_reduce_labels``."""
     model, test = config.model, config.test
     ignore_index, reduce_labels = _label_values(metadata)
+    kind = {"mask2former": "Mask2Former", "eomt": "Eomt"}.get(model.type, "MaskFormer")
     return {
-        "image_processor_type": f"Mask{2 if model.type == 'mask2former' else ''}FormerImageProcessor",
+        "image_processor_type": f"{kind}ImageProcessor",
         "do_resize": test.edge is not None,
         "size": _write_size(test),
         "size_divisor": model.size_divisibility,

@@ -26,7 +26,8 @@ from maskformer_fast.interop.architecture import (
     meta_backbone,
     meta_model,
 )
-from maskformer_fast.interop.names import ConvertError, Rule, to_ours
+from maskformer_fast.interop.names import ConvertError, Renamed, Rule, to_ours
+from maskformer_fast.interop.vit import backbone_rules, complete_vit, infer_vit
 
 EMPTY_WEIGHT = "criterion.empty_weight"
 _POSITION_INDEX = "relative_position_index"
@@ -155,11 +156,14 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
 
     The classifier is dropped. A Swin Transformer of ImageNet lacks the four norms of the features, which are added with
     their initial ones and zeros. BatchNorm is frozen, as in the published recipes; `load_backbone` also loads the
-    weights for a trained BatchNorm.
+    weights for a trained BatchNorm. Plain ViTs are DINOv2 with registers and DINOv3 of timm and Hugging Face, see
+    `interop.vit`.
 
     Raises:
         ConvertError: an unknown layout, or a list of every missing, unknown and misshapen tensor.
     """
+    if (vit_rules := backbone_rules(weights)) is not None:
+        return _vit_to_ours(weights, vit_rules, source)
     optional: list[str] = []
     prefix = "backbone." if any(name.startswith("backbone.") for name in weights) else ""
     same_names = Rule(f"{prefix}{{rest*}}", "{rest*}")
@@ -185,6 +189,24 @@ def backbone_to_ours(weights: Mapping[str, Tensor], source: object) -> tuple[dic
     for name in optional:
         fill = torch.ones if name.endswith("weight") else torch.zeros
         renamed.weights.setdefault(name, fill(expected[name].shape))
+    return renamed.weights, config
+
+
+def _vit_to_ours(
+    weights: Mapping[str, Tensor], rules: list[Rule], source: object
+) -> tuple[dict[str, Tensor], BackboneConfig]:
+    """Convert the weights of a plain ViT, as `backbone_to_ours`."""
+    renamed = to_ours(weights, rules)
+    renamed = renamed._replace(weights=complete_vit(renamed.weights))
+    needed = ("cls_token", "reg_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
+    if problems := [f"missing: {name}" for name in needed if f"backbone.{name}" not in renamed.weights]:
+        raise ConvertError("\n  ".join([f"{source}: expected a complete ViT:", *renamed.problems, *problems]))
+    config = infer_vit(renamed.weights)
+    renamed = Renamed(
+        {name.removeprefix("backbone."): tensor for name, tensor in renamed.weights.items()},
+        {name.removeprefix("backbone."): origin for name, origin in renamed.origin.items()}, renamed.problems,
+    )  # fmt: skip
+    check_fit(meta_backbone(config, source), renamed, rules, source)
     return renamed.weights, config
 
 

@@ -10,6 +10,7 @@ from maskformer_fast.config import Config, ModelConfig
 from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.datasets.presets import preset_metadata
+from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.recipes import load_recipe, recipe_names
 
 _FOLDERS = {
@@ -33,6 +34,10 @@ _MASK2FORMER = {
     150: "ade20k_semantic",
 }
 """Number of classes -> beginning of the names of Mask2Former's recipes."""
+_EOMT = {19: "cityscapes_semantic", 80: "coco_instance", 133: "coco_panoptic", 150: "ade20k_panoptic"}
+"""Number of classes -> beginning of the names of EoMT's recipes."""
+_EOMT_SEMANTIC_QUERIES = 100
+"""Queries of the semantic EoMTs; others have more."""
 _MANY_QUERIES = 200
 """Queries of the largest Mask2Formers but the semantic ones, which have the classes of panoptic ones."""
 _THINGS = {"coco_instances": "coco_panoptic_133", "ade20k_panoptic": "ade20k_panoptic",
@@ -49,9 +54,10 @@ def published_recipe(model: ModelConfig) -> Config | None:
     if folder is None:
         return None
 
-    def similarity(recipe: Config) -> tuple[bool, bool]:
+    def similarity(recipe: Config) -> tuple[bool, bool, bool]:
         other = recipe.model
-        return other.type == model.type, other.backbone.name == model.backbone.name
+        same_size = model.type == "eomt" and _stored_size(other) == _stored_size(model)
+        return other.type == model.type, other.backbone.name == model.backbone.name, same_size
 
     return max(_recipes(folder), key=similarity)
 
@@ -63,6 +69,11 @@ def _folder(model: ModelConfig) -> str | None:
         if known is not None and model.decoder.num_queries == _MANY_QUERIES:
             known = known.replace("semantic", "panoptic") if known != "mapillary_semantic" else known
         return None if known is None else f"mask2former/{known}"
+    if model.type == "eomt":
+        known = _EOMT.get(model.num_classes)
+        if known == "ade20k_panoptic" and model.decoder.num_queries == _EOMT_SEMANTIC_QUERIES:
+            known = "ade20k_semantic"
+        return None if known is None else f"eomt/{known}"
     known = _FOLDERS.get(model.num_classes)
     if known == "ade20k_150" and model.pixel_decoder.encoder_layers > 0:
         known = _ADE20K_PANOPTIC
@@ -98,7 +109,21 @@ def published_config(model: ModelConfig) -> Config:
     recipe = published_recipe(model)
     if recipe is None:
         return Config(model=model)
-    return replace(recipe, model=replace(model, size_divisibility=recipe.model.size_divisibility))
+    if model.type != "eomt":
+        return replace(recipe, model=replace(model, size_divisibility=recipe.model.size_divisibility))
+    # Images are brought to the size of the stored positions, to which all but the semantic recipes pad.
+    side, patch = max(_stored_size(model)), resolve_backbone(model.backbone).patch_size or 0
+    pads = recipe.model.size_divisibility > patch
+    test = replace(recipe.test, short_edge=side, max_size=side if pads else 4 * side)
+    fits = len(recipe.solver.mask_annealing) == model.decoder.layers
+    solver = recipe.solver if fits else replace(recipe.solver, mask_annealing=())
+    model = replace(model, size_divisibility=side if pads else patch)
+    return replace(recipe, model=model, test=test, solver=solver)
+
+
+def _stored_size(model: ModelConfig) -> tuple[int, int]:
+    """Height and width for which a ViT's positions are stored."""
+    return resolve_backbone(model.backbone).image_size or (0, 0)
 
 
 def published_metadata(model: ModelConfig, class_names: Sequence[str] | None = None) -> Metadata:

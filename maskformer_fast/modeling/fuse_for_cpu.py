@@ -1,7 +1,7 @@
 """Networks for inference on the CPU, made of fused layers.
 
 In convolutions, normalisation, residual and ReLU are part of the convolution; for linear layers, attention and the
-blocks of Swin see `fused_linear`, for the layers of Mask2Former `fused_mask2former`.
+blocks of Swin see `fused_linear`, for those of a ViT `fused_vit`, for the layers of Mask2Former `fused_mask2former`.
 
 BatchNorm with its running statistics is a scale and an offset of each channel: the weights are multiplied by the scale,
 and the offset becomes the bias. oneDNN adds the residual and applies the ReLU when it writes a convolution's output.
@@ -12,6 +12,7 @@ Channels are innermost in memory throughout. Results equal the network's up to r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +23,18 @@ from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.conv import ConvNorm
 from maskformer_fast.modeling.cpu_choices import winograd_is_faster
 from maskformer_fast.modeling.deformable_encoder import DeformableEncoderLayer, InputProjection
+from maskformer_fast.modeling.eomt import UpscaleBlock
 from maskformer_fast.modeling.fused_linear import FusedAttention, FusedLayer, FusedLinear, FusedSwinStage
 from maskformer_fast.modeling.fused_mask2former import (
     FusedDeformableEncoderLayer,
     FusedFeedForward,
     FusedInputProjection,
 )
+from maskformer_fast.modeling.fused_vit import FusedBlock, FusedUpscaleBlock
 from maskformer_fast.modeling.masked_decoder import FeedForwardLayer
 from maskformer_fast.modeling.resnet import Bottleneck
 from maskformer_fast.modeling.swin import SwinStage
+from maskformer_fast.modeling.vit import Block
 from maskformer_fast.ops.convolution import PANEL, conv3x3_winograd, pack_winograd_weights
 
 MAX_WINOGRAD_WEIGHTS = 2048 * 256
@@ -74,24 +78,11 @@ def implementations(network: nn.Module) -> dict[str, str]:
 
 def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
     for name, child in module.named_children():
-        if isinstance(child, Bottleneck):
-            setattr(module, name, FusedBottleneck(child, dtype))
-        elif isinstance(child, ConvNorm):
-            setattr(module, name, FusedConv(child, dtype))
-        elif isinstance(child, SwinStage):
-            setattr(module, name, FusedSwinStage(child, dtype))
-        elif isinstance(child, MultiHeadAttention):
-            setattr(module, name, FusedAttention(child, dtype))
-        elif isinstance(child, DeformableEncoderLayer):
-            setattr(module, name, FusedDeformableEncoderLayer(child, dtype))
-        elif isinstance(child, InputProjection):
-            setattr(module, name, FusedInputProjection(child, dtype))
-        elif isinstance(child, FeedForwardLayer):
-            setattr(module, name, FusedFeedForward(child, child.norm, dtype))
-        elif isinstance(child, nn.Linear):
-            setattr(module, name, FusedLinear(child.weight, child.bias, dtype))
-        else:
+        fused = next((made for kind, made in _FUSED if isinstance(child, kind)), None)
+        if fused is None:
             _replace_children(child, dtype)
+        else:
+            setattr(module, name, fused(child, dtype))
 
 
 class _Packed(NamedTuple):
@@ -191,6 +182,21 @@ class FusedBottleneck(nn.Module):
         """Output [B, N, h, w], channels last."""
         inner = self.conv2(self.conv1(x))
         return self.conv3(inner, self.shortcut(x))
+
+
+_FUSED: tuple[tuple[type[nn.Module], Callable[[Any, torch.dtype], nn.Module]], ...] = (
+    (Bottleneck, FusedBottleneck),
+    (ConvNorm, FusedConv),
+    (SwinStage, FusedSwinStage),
+    (Block, FusedBlock),
+    (UpscaleBlock, FusedUpscaleBlock),
+    (MultiHeadAttention, FusedAttention),
+    (DeformableEncoderLayer, FusedDeformableEncoderLayer),
+    (InputProjection, FusedInputProjection),
+    (FeedForwardLayer, lambda layer, dtype: FusedFeedForward(layer, layer.norm, dtype)),
+    (nn.Linear, lambda layer, dtype: FusedLinear(layer.weight, layer.bias, dtype)),
+)
+"""Kinds of layers, and what makes the fused one of a layer."""
 
 
 def _folded(conv: ConvNorm) -> tuple[Tensor, Tensor | None, nn.Module | None]:

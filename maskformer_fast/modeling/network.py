@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ class SegmentationNetwork(nn.Module):
     pixel_std: Tensor
     pixel_decoder: Any  # subclasses say which
 
-    def __init__(self, config: ModelConfig, pixel_decoder: type[nn.Module]) -> None:
+    def __init__(self, config: ModelConfig, pixel_decoder: Callable[..., nn.Module]) -> None:
         """``pixel_decoder`` is made of the backbone's channels and the config's section."""
         super().__init__()
         check(config.num_classes > 0, "model.num_classes", "at least 1", config.num_classes)
         self.config = config
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
-        self.backbone = build_backbone(config.backbone)
+        self.backbone: Any = build_backbone(config.backbone)
         self.pixel_decoder = pixel_decoder(self.backbone.channels, config.pixel_decoder)
 
     def normalize(
@@ -34,11 +35,13 @@ class SegmentationNetwork(nn.Module):
         images: Tensor,  # [B, 3, H, W] uint8 RGB
         valid_sizes: Tensor,  # [B, 2] int64
     ) -> Tensor:
-        """Standardise each channel -> [B, 3, H, W] float, zero outside the valid sizes."""
+        """Standardise each channel -> [B, 3, H, W] float; outside the valid sizes as ``model.padding`` says."""
         height, width = images.shape[-2:]
         inside_rows = torch.arange(height, device=images.device) < valid_sizes[:, :1]  # [B, H]
         inside_columns = torch.arange(width, device=images.device) < valid_sizes[:, 1:]  # [B, W]
         inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+        if self.config.padding == "black":
+            return (images * inside - self.pixel_mean) / self.pixel_std
         return (images - self.pixel_mean) / self.pixel_std * inside
 
     def embed(

@@ -21,6 +21,7 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.typed import TypedReader, to_plain
 from maskformer_fast.distributed import shard_like
 from maskformer_fast.modeling import build_model, resolve_backbone
+from maskformer_fast.modeling.vit import ViT
 from maskformer_fast.recipes import from_dict
 
 FORMAT = "maskformer_fast/1"
@@ -175,7 +176,8 @@ def check_depth(model: ModelConfig, tensors: int, source: object) -> None:
     """Raise `CheckpointError` for a network of more layers than so many tensors can fill, before it is built."""
     backbone = resolve_backbone(model.backbone)
     decoder_layers = 0 if model.type == "per_pixel" else model.decoder.layers
-    layers = sum(backbone.depths or ()) + decoder_layers + model.pixel_decoder.encoder_layers
+    decoder_layers = 0 if model.type == "eomt" else decoder_layers  # its layers are blocks of the backbone
+    layers = sum(backbone.depths or ()) + (backbone.blocks or 0) + decoder_layers + model.pixel_decoder.encoder_layers
     if layers * _TENSORS_OF_A_LAYER > tensors:
         raise CheckpointError(f"{source}: expected no more layers than tensors fill, got {layers} layers for {tensors} "
                               "tensors")
@@ -257,7 +259,10 @@ def load_backbone(network: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}{hint}") from error
     of_network = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
     backbone = network.get_submodule("backbone")
-    load_into(backbone, _with_counters_of(backbone, of_network or weights), file)
+    weights = _with_counters_of(backbone, of_network or weights)
+    if isinstance(backbone, ViT):
+        weights = backbone.fitted(weights)
+    load_into(backbone, weights, file)
 
 
 def load_initial(network: nn.Module, path: str | Path, metadata: Metadata) -> ClassTransfer:

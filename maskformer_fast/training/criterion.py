@@ -14,8 +14,8 @@ from maskformer_fast.distributed import gather_ranks
 from maskformer_fast.ops import mask_loss, mask_loss_at_points
 from maskformer_fast.ops.mask_loss import at_least_float32
 from maskformer_fast.ops.points import PointDraws
-from maskformer_fast.structures import Predictions, Targets
-from maskformer_fast.training.matcher import match
+from maskformer_fast.structures import LayerPredictions, Predictions, Targets
+from maskformer_fast.training.matcher import Matching, match
 
 
 class Losses(NamedTuple):
@@ -65,7 +65,7 @@ class Criterion(nn.Module):
 
     def forward(
         self,
-        predictions: Predictions,
+        predictions: Predictions | LayerPredictions,
         targets: Targets,
         step_counts: Tensor | None = None,  # [N] int64, `image_counts` of all images of the step
         draws: PointDraws | None = None,
@@ -76,35 +76,55 @@ class Criterion(nn.Module):
             ValueError: class logits of another number of classes, targets of another padded input size, or draws
                 missing with ``loss.points`` (or given without).
         """
-        check(predictions.class_logits.shape[-1] == self.num_classes + 1, "predictions.class_logits",
-              f"{self.num_classes} classes and no-object in the last dimension", tuple(predictions.class_logits.shape))
         loss = self.loss
         check((draws is not None) == (loss.points > 0), "draws",
               f"points exactly where loss.points > 0, here {loss.points}", None if draws is None else "points")
+        layered = isinstance(predictions, LayerPredictions)
+        parts = predictions.layers if isinstance(predictions, LayerPredictions) else (predictions,)
+        for part in parts:
+            check(part.class_logits.shape[-1] == self.num_classes + 1, "predictions.class_logits",
+                  f"{self.num_classes} classes and no-object in the last dimension", tuple(part.class_logits.shape))
         if not loss.deep_supervision:
-            predictions = predictions._replace(
-                class_logits=predictions.class_logits[-1:], mask_embeddings=predictions.mask_embeddings[-1:]
-            )
-        matching = match(predictions, targets, loss, None if draws is None else draws.match)
+            last = parts[-1]
+            parts = (last._replace(class_logits=last.class_logits[-1:], mask_embeddings=last.mask_embeddings[-1:]),)
         step_counts = gather_ranks(self.image_counts(targets)) if step_counts is None else step_counts
         num_masks = step_counts.sum().clamp(min=1) * (len(targets.counts) / len(step_counts))
-        if draws is None:
-            mask, dice = mask_loss(predictions, targets, matching.query, loss)
-        else:
-            mask, dice = mask_loss_at_points(predictions, targets, matching.query, draws, loss)
-        class_loss = self.class_loss(predictions.class_logits, targets.labels, matching.query, step_counts)
-        weighted = torch.stack([
-            loss.class_weight * class_loss,
-            loss.mask_weight * mask / num_masks,
-            loss.dice_weight * dice / num_masks,
-        ], 1)  # [L, 3]
+        losses, matchings = zip(*(
+            self._weighted(part, targets, step_counts, num_masks, _draws_of(draws, index if layered else None))
+            for index, part in enumerate(parts)
+        ), strict=True)  # fmt: skip
+        weighted = torch.cat(losses)  # [L, 3]
+        query = torch.cat([matching.query for matching in matchings])
+        nonfinite = torch.cat([matching.nonfinite for matching in matchings])
         names = term_names(("loss_ce", "loss_mask", "loss_dice"), len(weighted))
         terms = {
             name: value
             for layer_names, values in zip(names, weighted.unbind(), strict=True)
             for name, value in zip(layer_names, values.unbind(), strict=True)
         }
-        return Losses(weighted.sum(), terms, matching.nonfinite, num_masks, (matching.query >= 0).sum())
+        return Losses(weighted.sum(), terms, nonfinite, num_masks, (query >= 0).sum())
+
+    def _weighted(
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        step_counts: Tensor,
+        num_masks: Tensor,
+        draws: PointDraws | None,
+    ) -> tuple[Tensor, Matching]:
+        """Weighted class, mask and dice losses of layers with common pixel features -> [L, 3], and their matching."""
+        loss = self.loss
+        matching = match(predictions, targets, loss, None if draws is None else draws.match)
+        if draws is None:
+            mask, dice = mask_loss(predictions, targets, matching.query, loss)
+        else:
+            mask, dice = mask_loss_at_points(predictions, targets, matching.query, draws, loss)
+        class_loss = self.class_loss(predictions.class_logits, targets.labels, matching.query, step_counts)
+        return torch.stack([
+            loss.class_weight * class_loss,
+            loss.mask_weight * mask / num_masks,
+            loss.dice_weight * dice / num_masks,
+        ], 1), matching  # fmt: skip
 
     def class_loss(
         self,
@@ -126,3 +146,10 @@ class Criterion(nn.Module):
         total_weight = matched + (queries * len(step_counts) - matched) * weights[-1]
         normaliser = (total_weight * (batch / len(step_counts))).clamp(min=torch.finfo(weights.dtype).tiny)
         return losses.view(layers, -1).sum(1) / normaliser
+
+
+def _draws_of(draws: PointDraws | None, layer: int | None) -> PointDraws | None:
+    """Points of one of the layers, which may share them; ``None`` is all layers."""
+    if layer is None or draws is None or draws.match.ndim == 3:
+        return draws
+    return PointDraws(*(points[layer : layer + 1] for points in draws))

@@ -15,7 +15,7 @@ import torch
 
 from maskformer_fast.config import Config
 from maskformer_fast.distributed import peak_memory_bytes
-from maskformer_fast.modeling.backbone import is_swin, resolve_backbone
+from maskformer_fast.modeling.backbone import is_swin, is_vit, resolve_backbone
 from maskformer_fast.training.step_averages import GIB
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -115,7 +115,7 @@ def training_advice(config: Config, device: torch.device, input_size: tuple[int,
     else:
         options.append("a smaller --data.augment.crop-size")
     backbone = resolve_backbone(config.model.backbone)
-    if is_swin(backbone) and not backbone.checkpointing:
+    if (is_swin(backbone) or is_vit(backbone)) and not backbone.checkpointing:
         options.append("--model.backbone.checkpointing True (more time, the same numbers)")
     if solver.amp == "off" and device.type == "cuda":
         options.append("--solver.amp bf16")

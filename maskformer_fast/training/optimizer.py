@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
-from maskformer_fast.config import SolverConfig
+from maskformer_fast.config import Config, SolverConfig
 
+_BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def parameter_groups(network: nn.Module, config: SolverConfig) -> list[dict[str, object]]:
-    """Split the trained parameters by learning rate (backbone or not) and weight decay (norms and embeddings or not).
+    """Split the trained parameters by learning rate (backbone, depth) and weight decay (norms and embeddings or not).
 
     Embeddings are the learned queries and Swin's relative position biases. Groups keep the order of
     ``named_parameters``, so that optimiser state loads into an identical network.
@@ -20,22 +23,39 @@ def parameter_groups(network: nn.Module, config: SolverConfig) -> list[dict[str,
     for module in network.modules():
         if isinstance(module, (*NORM_TYPES, nn.Embedding)):
             norms.update(id(parameter) for parameter in module.parameters(recurse=False))
-    groups: dict[tuple[bool, bool], dict[str, object]] = {}
+    blocks = _block_count(network)
+    groups: dict[tuple[bool, bool, float], dict[str, object]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         in_backbone = name.startswith("backbone.")
         undecayed = id(parameter) in norms or name.endswith("relative_position_bias_table")
+        depth_factor = config.layer_decay ** _blocks_above(name, blocks) if in_backbone else 1.0
         group = groups.setdefault(
-            (in_backbone, undecayed),
+            (in_backbone, undecayed, depth_factor),
             {
                 "params": [],
-                "lr": config.lr * (config.backbone_factor if in_backbone else 1.0),
+                "lr": config.lr * (config.backbone_factor * depth_factor if in_backbone else 1.0),
                 "weight_decay": config.norm_weight_decay if undecayed else config.weight_decay,
+                "in_backbone": in_backbone,
             },
         )
         group["params"].append(parameter)  # type: ignore[attr-defined]
     return list(groups.values())
+
+
+def _block_count(network: nn.Module) -> int:
+    """Number of blocks of a ViT, 0 of other backbones."""
+    names = (_BLOCK.match(name) for name, _ in network.named_parameters())
+    return max((int(match[1]) + 1 for match in names if match), default=0)
+
+
+def _blocks_above(name: str, blocks: int) -> int:
+    """Number of a ViT's blocks after a parameter's own; embeddings count as part of the first block."""
+    if blocks == 0 or name.startswith("backbone.norm."):
+        return 0
+    match = _BLOCK.match(name)
+    return blocks - 1 - (int(match[1]) if match else 0)
 
 
 def build_optimizer(network: nn.Module, config: SolverConfig) -> torch.optim.AdamW:
@@ -46,21 +66,49 @@ def build_optimizer(network: nn.Module, config: SolverConfig) -> torch.optim.Ada
     return optimizer
 
 
-def learning_rate_factor(step: int, config: SolverConfig) -> float:
-    """Factor of the base learning rate at a step: linear warm-up times polynomial or stepwise decay."""
+def learning_rate_factor(step: int, config: SolverConfig, in_backbone: bool = False) -> float:
+    """Factor of the base learning rate at a step: linear warm-up, and polynomial or stepwise decay.
+
+    With ``poly_after_warmup`` the decay follows the warm-up, and the backbone's warm-up the other parameters'; with the
+    other schedules they are multiplied, and the same for all parameters.
+    """
+    if config.schedule == "poly_after_warmup":
+        start, length = 0, config.warmup_steps
+        if in_backbone and config.backbone_warmup_steps:
+            if step < config.warmup_steps:
+                return 0.0
+            start, length = config.warmup_steps, config.backbone_warmup_steps
+        if step < start + length:
+            return _rising((step - start) / length, config)
+        total = max(config.max_steps - start - length, 1)
+        return (1.0 - min((step - start - length) / total, 1.0)) ** config.poly_power
     if config.schedule == "poly":
         factor = (1.0 - min(step, config.max_steps) / config.max_steps) ** config.poly_power
     else:
         factor = config.gamma ** sum(step >= milestone for milestone in config.milestones)
-    if step < config.warmup_steps:
-        progress = step / config.warmup_steps
-        factor *= config.warmup_factor * (1.0 - progress) + progress
-    return factor
+    return factor * _rising(step / config.warmup_steps, config) if step < config.warmup_steps else factor
+
+
+def _rising(progress: float, config: SolverConfig) -> float:
+    return config.warmup_factor * (1.0 - progress) + progress
+
+
+def mask_probabilities(step: int, config: Config) -> list[float]:
+    """Share of queries with masked attention in each of EoMT's last blocks at a step (Kerssies et al., section 3.2).
+
+    Between the two steps of ``solver.mask_annealing`` it falls from 1 to 0 as a polynomial of power ``poly_power``.
+    """
+    solver = config.solver
+    annealing = solver.mask_annealing
+    if not annealing:
+        return [1.0] * config.model.decoder.layers
+    return [
+        (1.0 - min(max((step - start) / (end - start), 0.0), 1.0)) ** solver.poly_power for start, end in annealing
+    ]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: SolverConfig) -> float:
     """Set the learning rate of every group for a step -> the base rate. It depends on the step number alone."""
-    factor = learning_rate_factor(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-    return config.lr * factor
+        group["lr"] = group["initial_lr"] * learning_rate_factor(step, config, bool(group["in_backbone"]))
+    return config.lr * learning_rate_factor(step, config)

@@ -67,7 +67,9 @@ class SkippedSteps:
         self.in_a_row = 0
         self._limit = config.loss.max_nonfinite_steps
         self._cost_name = "matching cost" if config.model.classifies_masks else "logits"
-        final = config.model.decoder.layers - (config.model.type != "mask2former")  # whose first are of no layer
+        final = config.model.decoder.layers - (
+            config.model.type not in ("mask2former", "eomt")  # whose first predictions are of no layer
+        )
         self._first_layer = 0 if config.loss.deep_supervision else final
         self._pending: deque[_PendingReport] = deque()
 

@@ -17,13 +17,14 @@ from torch.profiler import record_function
 
 from maskformer_fast.config import Config
 from maskformer_fast.distributed import gather_ranks, max_over_ranks, rank, unsharded, world_size
+from maskformer_fast.modeling import EoMT
 from maskformer_fast.modeling.autocast import autocast
 from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.ops import draw_points
 from maskformer_fast.ops.points import PointDraws
 from maskformer_fast.structures import Batch, Targets
 from maskformer_fast.training.criterion import Criterion, Losses
-from maskformer_fast.training.optimizer import set_learning_rate
+from maskformer_fast.training.optimizer import mask_probabilities, set_learning_rate
 from maskformer_fast.training.parallel import gradient_sync
 from maskformer_fast.training.per_pixel_criterion import PerPixelCriterion
 from maskformer_fast.training.skipped_steps import SkippedSteps, StepReport
@@ -108,6 +109,8 @@ class TrainStep:
             self.broken.update(batch.broken)
         self.input_size = max(batch.targets.input_size for batch in micro_batches)
         lr = set_learning_rate(self.optimizer, self.step, self.config.solver)
+        if isinstance(self.network, EoMT):  # before the buffers are saved, so that a skipped step does not undo it
+            self.network.set_mask_probability(mask_probabilities(self.step, self.config))
         self._buffers_before = self._flat_buffers()
         self._phase = _Phase.GRADIENTS
         inputs = [self._to_device(batch) for batch in micro_batches]
@@ -239,7 +242,7 @@ def check_batch_norm(config: Config, images: int, height: int, width: int) -> No
 
     A ResNet's last stage has the fewest: one for each `LAST_STRIDE` pixels in height and width, rounded up.
     """
-    norm = resolve_backbone(config.model.backbone).norm
+    norm = resolve_backbone(config.model.backbone).norm  # None in Swin and ViT
     values = images * (world_size() if norm == "sync" else 1) * -(-height // LAST_STRIDE) * -(-width // LAST_STRIDE)
     if norm in ("batch", "sync") and values == 1:
         solver = config.solver

@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 MAIN_METRICS: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": "ap"}
 """Metric of each task that decides which checkpoint is the best."""
-GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay")
+GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay", "in_backbone")
 """Keys of an optimiser's parameter group that the configuration sets."""
 
 

@@ -79,7 +79,7 @@ def test_any_architecture_is_inferred_from_its_shapes(config: ModelConfig) -> No
         assert found.size_divisibility == 0
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if "micro" not in name])
+@pytest.mark.parametrize("name", [name for name in BACKBONES if "micro" not in name and not name.startswith("vit")])
 def test_presets_are_recognised_without_differences(name: str) -> None:
     weights = meta_weights(ModelConfig(num_classes=2, backbone=BackboneConfig(name)))
     found = infer_backbone(weights, "backbone.")

@@ -133,7 +133,7 @@ def test_a_folder_of_full_size_is_read_back(name: str, tmp_path: Path) -> None:
     (tmp_path / "model/model.safetensors").unlink()
 
 
-PUBLISHED = [name for name in BACKBONES if "micro" not in name and name != "resnet101c"]
+PUBLISHED = [name for name in BACKBONES if "micro" not in name and name != "resnet101c" and not name.startswith("vit")]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -150,7 +150,7 @@ def _case(
         if isinstance(value, Tensor):
             quantities[f"f64.{name}"] = relative(outputs.get(name), value, _tolerance(name))
     for name, value in case.get("attn_mask", {}).items():
-        quantities[f"attn_mask.{name}"] = Difference(int((~visible[int(name)].cpu() != _bools(value)).sum()), 0)
+        quantities[f"attn_mask.{name}"] = Difference(int((~visible[int(name)].cpu() != boolean_masks(value)).sum()), 0)
     if "thing_ids" in case:
         flags = [category in case["thing_ids"] for category in range(len(is_thing))]
         different = sum(got != recorded for got, recorded in zip(is_thing, flags, strict=True))
@@ -261,7 +261,7 @@ def _instance_difference(result: InstanceResult, chosen: Tensor | None, recorded
     if not torch.equal(labels[rows], recorded["classes"][theirs]) or pixels > FEW_PIXELS:
         return Difference(math.inf, INSTANCE_TOLERANCE, f"other classes, or masks that differ by {pixels} pixels")
     if "masks" in recorded and len(rows):
-        different = (masks[rows] != _bools(recorded["masks"])[theirs]).flatten(1).sum(1).max()
+        different = (masks[rows] != boolean_masks(recorded["masks"])[theirs]).flatten(1).sum(1).max()
         if different > FEW_PIXELS:
             return Difference(math.inf, INSTANCE_TOLERANCE, f"masks that differ in {int(different)} pixels")
     return _absolute(scores[rows], recorded["scores"][theirs], INSTANCE_TOLERANCE)
@@ -275,8 +275,8 @@ def _trained(
     network: Mask2Former, predictions: Predictions, recorded: Mapping[str, Any], loss: LossConfig
 ) -> dict[str, Difference]:
     """Compare matching, weighted losses and gradients for the recorded targets and points."""
-    targets = packed_targets([{**t, "masks": _bools(t["masks"])} for t in recorded["targets"]], predictions)
-    draws = _draws(recorded, tuple(targets.labels.shape), len(predictions.class_logits))
+    targets = packed_targets([{**t, "masks": boolean_masks(t["masks"])} for t in recorded["targets"]], predictions)
+    draws = recorded_draws(recorded, tuple(targets.labels.shape), len(predictions.class_logits))
     loss = replace(loss, padding="include", mask_loss="bce", points=draws.match.shape[2])
     detached = predictions._replace(
         class_logits=predictions.class_logits.detach(), mask_embeddings=predictions.mask_embeddings.detach(),
@@ -314,7 +314,7 @@ def _trained(
     return quantities
 
 
-def _draws(recorded: Mapping[str, Any], shape: tuple[int, ...], layers: int) -> PointDraws:
+def recorded_draws(recorded: Mapping[str, Any], shape: tuple[int, ...], layers: int) -> PointDraws:
     """Points of every layer, image and pair; pairs without a match get zeros, which count nowhere."""
     points, final = recorded["points"], recorded["points"]["final"]
     match_points, candidates, random = (
@@ -359,7 +359,7 @@ def _absolute(got: Tensor, recorded: Tensor, tolerance: float) -> Difference:
     return Difference(float(difference.max()) if difference.numel() else 0.0, tolerance)
 
 
-def _bools(packed: Mapping[str, Any]) -> Tensor:
+def boolean_masks(packed: Mapping[str, Any]) -> Tensor:
     """Unpack ``{"bits", "shape"}`` -> bool."""
     shape = tuple(packed["shape"])
     bits = np.unpackbits(packed["bits"].numpy())[: math.prod(shape)]

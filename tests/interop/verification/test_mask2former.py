@@ -18,7 +18,7 @@ from maskformer_fast.config import (
 )
 from maskformer_fast.interop.files import read_weights
 from maskformer_fast.interop.official import model_to_ours
-from maskformer_fast.interop.verification.mask2former import _bools, read_mask2former, verify_mask2former
+from maskformer_fast.interop.verification.mask2former import boolean_masks, read_mask2former, verify_mask2former
 from maskformer_fast.modeling import MaskFormer, build_model
 from maskformer_fast.recipes import load_recipe
 from maskformer_fast.training.optimizer import learning_rate_factor, parameter_groups
@@ -106,7 +106,7 @@ def test_groups_and_schedule_of_the_optimiser_are_the_official_ones() -> None:
 
 
 def test_packed_masks_are_unpacked_from_the_highest_bit() -> None:
-    got = _bools({"bits": torch.tensor([0b10100000, 0b01000000], dtype=torch.uint8), "shape": [2, 5]})
+    got = boolean_masks({"bits": torch.tensor([0b10100000, 0b01000000], dtype=torch.uint8), "shape": [2, 5]})
     assert got.tolist() == [[True, False, True, False, False], [False, False, False, False, True]]
 
 
