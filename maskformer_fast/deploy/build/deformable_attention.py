@@ -74,7 +74,8 @@ def translation() -> dict[Any, Any]:
         sizes = opset20.Reshape(opset20.Concat(*parts, axis=0), [-1, 2])
         return operator(
             value, sizes, references, offsets, logits,
-            heads=int(value.shape[2]), dim=int(value.shape[3]), levels=int(logits.shape[3]), points=int(logits.shape[4]),
+            heads=int(value.shape[2]), dim=int(value.shape[3]),
+            levels=int(logits.shape[3]), points=int(logits.shape[4]),
         )  # fmt: skip
 
     return {torch.ops.maskformer_fast.deformable_attention.default: translate}
