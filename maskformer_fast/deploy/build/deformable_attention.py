@@ -53,11 +53,12 @@ class Nodes:
 
 def translation() -> dict[Any, Any]:
     """Table for `torch.onnx.export` that makes a node of this package for each call of `deformable_attention`."""
+    import onnxscript
     import torch
     from onnx.defs import OpSchema
-    from onnxscript import opset20
     from onnxscript.values import Op, Opset
 
+    opset20: Any = onnxscript.opset20
     inputs = [OpSchema.FormalParameter(name, "tensor(float)") for name in ("value", "references", "offsets", "logits")]
     inputs.insert(1, OpSchema.FormalParameter("sizes", "tensor(int64)"))
     attributes = [OpSchema.Attribute(name, OpSchema.AttrType.INT) for name in ("heads", "dim", "levels", "points")]
@@ -71,10 +72,10 @@ def translation() -> dict[Any, Any]:
             for side in level_sizes
         ]  # fmt: skip
         sizes = opset20.Reshape(opset20.Concat(*parts, axis=0), [-1, 2])
-        heads, dim, levels, points = (*value.shape[2:], *logits.shape[3:])
         return operator(
             value, sizes, references, offsets, logits,
-            heads=int(heads), dim=int(dim), levels=int(levels), points=int(points),
+            heads=int(value.shape[2]), dim=int(value.shape[3]),
+            levels=int(logits.shape[3]), points=int(logits.shape[4]),
         )  # fmt: skip
 
     return {torch.ops.maskformer_fast.deformable_attention.default: translate}
@@ -83,7 +84,8 @@ def translation() -> dict[Any, Any]:
 def expand(model: Any) -> None:
     """Replace this package's nodes by gathers, in place."""
     nodes: list[Any] = []
-    count, renamed = 0, {}
+    renamed: dict[str, str] = {}
+    count = 0
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
