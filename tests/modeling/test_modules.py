@@ -169,7 +169,7 @@ def test_drop_path_rises_linearly_over_all_blocks() -> None:
     assert rates == pytest.approx([0.05 * index for index in range(7)])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [name for name in BACKBONES if not name.startswith("vit")])
 def test_presets_are_complete_and_give_strides_4_to_32(name: str) -> None:
     config = resolve_backbone(BackboneConfig(name))
     assert config == BACKBONES[name]
