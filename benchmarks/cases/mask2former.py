@@ -218,6 +218,13 @@ def bound(backbone: str) -> Bound:
     return Bound(4 * parameters, operations)
 
 
+@cache
+def step_bound(backbone: str, batch: int = 2) -> Bound:
+    """The optimiser's traffic; forward and twice as many operations backward."""
+    parameters, operations = network_work(recipe(backbone).model, SIZE)
+    return Bound(28 * parameters, 3 * batch * operations)
+
+
 def cases(device: str) -> list[Case]:
     if device != "cpu":
         return []
@@ -234,5 +241,5 @@ def cases(device: str) -> list[Case]:
     ]  # fmt: skip
     step = Case("Mask2Former swin_tiny, training step 2x3x512x512, 10 predictions, float32", HUGGINGFACE, 2.0,
                 partial(step_setup, model=recipe("swin_tiny").model), threads=1, memory_goal=0.5, rank=2,
-                extra_seconds=STEP_SECONDS)  # fmt: skip
+                bound=partial(step_bound, "swin_tiny"), extra_seconds=STEP_SECONDS)  # fmt: skip
     return [*networks, *files, step]
