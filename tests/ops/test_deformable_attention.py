@@ -329,12 +329,20 @@ def test_it_compiles_and_exports_with_dynamic_sizes(tmp_path):
         for got, own in zip(*[torch.autograd.grad(x.square().sum(), leaves) for x in (ours, wanted)], strict=True):
             torch.testing.assert_close(got, own)
 
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from maskformer_fast.deploy.build.deformable_attention import expand, translation
+
     dynamic = torch.export.Dim.DYNAMIC
     axes = ({0: dynamic, 1: dynamic, 2: dynamic},) * 2 + ({0: dynamic, 1: dynamic},) * 3
     path = tmp_path / "attention.onnx"
     detached = [[tensor.detach().contiguous() for tensor in tensors] for tensors in shapes]
-    torch.onnx.export(network.eval(), tuple(detached[0]), path, dynamo=True, dynamic_shapes=axes, opset_version=20)
+    program = torch.onnx.export(
+        network.eval(), tuple(detached[0]), dynamo=True, dynamic_shapes=axes, opset_version=20,
+        custom_translation_table=translation(),
+    )  # fmt: skip
+    model = program.model_proto
+    expand(model)
+    onnx.save(model, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for tensors in detached:
         feeds = {spec.name: x.numpy() for spec, x in zip(session.get_inputs(), tensors, strict=True)}

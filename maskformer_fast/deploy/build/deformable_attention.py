@@ -83,6 +83,8 @@ def translation() -> dict[Any, Any]:
 
 def expand(model: Any) -> None:
     """Replace this package's nodes by gathers, in place."""
+    from onnx import helper
+
     nodes: list[Any] = []
     renamed: dict[str, str] = {}
     count = 0
@@ -97,6 +99,9 @@ def expand(model: Any) -> None:
             count += 1
         else:
             nodes.append(node)
+    for value in model.graph.output:
+        if value.name in renamed:
+            nodes.append(helper.make_node("Identity", [renamed[value.name]], [value.name], f"{value.name}/output"))
     if count:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
