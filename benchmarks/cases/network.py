@@ -66,7 +66,7 @@ def network_work(model: ModelConfig, size: Size, training: bool = False) -> tupl
     mask logits, of all queries.
     """
     with torch.device("meta"), torch.no_grad():
-        network = build_model(model).train(training)
+        network = build_model(model).train(training).requires_grad_(False)  # the counter wants no leaves with one
         images = torch.zeros((1, 3, *size), dtype=torch.uint8)
         count = sum(parameter.numel() for parameter in network.parameters())
         if training:

@@ -129,7 +129,8 @@ def test_recorded_pages_are_written_from_their_figures() -> None:
         content = json.loads(path.read_text())
         assert path.with_suffix(".md").read_text() == markdown(content)
         assert all(set(NUMBERS) | {"name", "subject", "peer", "threads", "goals", "command"} <= set(row)
-                   <= set(NUMBERS) | {"name", "subject", "peer", "threads", "goals", "command", "absent", "not_run"}
+                   <= set(NUMBERS) | {"name", "subject", "peer", "threads", "goals", "command", "absent", "not_run",
+                                     "shares"}
                    for row in content["rows"])  # fmt: skip
 
 
