@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from maskformer_fast.modeling.linear import Linear, trains_in_float32_on_cpu
+from maskformer_fast.modeling.linear import Linear, gelu_then, trains_in_float32_on_cpu
 from maskformer_fast.ops.window_attention import pack_window_bias, window_attention
 
 MLP_RATIO = 4
@@ -115,7 +115,7 @@ class MLP(nn.Module):
         x: Tensor,  # [..., dim]
     ) -> Tensor:
         """Output [..., dim]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return gelu_then(self.fc2, self.fc1(x))
 
 
 class DropPath(nn.Module):
