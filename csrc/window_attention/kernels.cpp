@@ -1,6 +1,6 @@
 // softmax(Q K^T / sqrt(d) + bias) V of one window and head at a time, and its gradients. Queries, keys and values are
-// copied to scratch memory first, where they stay in the first-level cache: keys transposed (in the backward pass values
-// too), channels and keys padded to full vectors.
+// copied to scratch memory first, where they stay in the first-level cache: keys transposed (in the backward pass also
+// values), channels and keys padded to full vectors.
 #include "window_attention/kernels.h"
 
 #include "common/elements.h"
@@ -75,6 +75,7 @@ struct Window {
 // A window and head of the copied queries (scaled), keys and values.
 struct Tokens {
   int64_t tokens, channels, keys;  // numbers of them in scratch memory; the latter two with padding
+  int64_t* places;                 // [tokens] in the image, -1 for padding
   float* queries;    // [tokens, channels]
   float* key_rows;   // [keys, channels]
   float* keys_t;     // [channels, keys]
@@ -90,15 +91,20 @@ struct Slopes {
   float* scores;    // [tokens, keys] gradient of the weights, then of the scores
 };
 
-// Offset of the token at row, column of a window in its image, in tokens; -1 for padding.
-MF_INLINE int64_t token_at(const WindowAttention& attention, const Window& window, int64_t row, int64_t column) {
+// Writes the offset of each token of a window in its image, in tokens; -1 for padding.
+void locate(const WindowAttention& attention, const Window& window, int64_t* places) {
   const int64_t side = attention.window;
   const int64_t padded_height = (attention.height + side - 1) / side * side;
   const int64_t padded_width = (attention.width + side - 1) / side * side;
-  int64_t y = window.top + row + attention.shift, x = window.left + column + attention.shift;
-  if (y >= padded_height) y -= padded_height;
-  if (x >= padded_width) x -= padded_width;
-  return y < attention.height && x < attention.width ? y * attention.width + x : -1;
+  for (int64_t row = 0; row < side; ++row) {
+    int64_t y = window.top + row + attention.shift;
+    if (y >= padded_height) y -= padded_height;
+    for (int64_t column = 0; column < side; ++column) {
+      int64_t x = window.left + column + attention.shift;
+      if (x >= padded_width) x -= padded_width;
+      *places++ = y < attention.height && x < attention.width ? y * attention.width + x : -1;
+    }
+  }
 }
 
 // Transposes a block of 4 x 4.
@@ -133,17 +139,15 @@ MF_INLINE void read_row(const Element* from, int64_t dim, float scale, float* to
 }
 
 template <class Element>
-void read_tokens(const WindowAttention& attention, const Element* image, const Element* padding, const Window& window,
-                 int64_t head, float scale, const Tokens& out) {
+void read_tokens(const WindowAttention& attention, const Element* image, const Element* padding, int64_t head,
+                 float scale, const Tokens& out) {
   const int64_t dim = attention.head_dim, part = attention.heads * dim;
-  for (int64_t row = 0, token = 0; row < attention.window; ++row) {
-    for (int64_t column = 0; column < attention.window; ++column, ++token) {
-      const int64_t place = token_at(attention, window, row, column);
-      const Element* source = (place < 0 ? padding : image + place * 3 * part) + head * dim;
-      read_row(source, dim, scale, out.queries + token * out.channels);
-      read_row(source + part, dim, 1.0f, out.key_rows + token * out.channels);
-      read_row(source + 2 * part, dim, 1.0f, out.values + token * out.channels);
-    }
+  for (int64_t token = 0; token < out.tokens; ++token) {
+    const int64_t place = out.places[token];
+    const Element* source = (place < 0 ? padding : image + place * 3 * part) + head * dim;
+    read_row(source, dim, scale, out.queries + token * out.channels);
+    read_row(source + part, dim, 1.0f, out.key_rows + token * out.channels);
+    read_row(source + 2 * part, dim, 1.0f, out.values + token * out.channels);
   }
   transpose(out.key_rows, dim, out, out.keys_t);
 }
@@ -191,8 +195,9 @@ void attend_window(const WindowAttention& attention, const Element* qkv, const E
   Element* output = result + window.image * pixels * heads * dim;
   const float scale = 1.0f / __builtin_sqrtf((float)dim);
   const bool seam = attention.shift > 0 && (window.bottom || window.right);
+  locate(attention, window, own.places);
   for (int64_t head = 0; head < heads; ++head) {
-    read_tokens(attention, image, padding, window, head, scale, own);
+    read_tokens(attention, image, padding, head, scale, own);
     const float* bias = attention.bias + head * own.tokens * own.keys;
     for (int64_t first = 0; first < own.tokens; first += kRows) {
       const int64_t rows = own.tokens - first < kRows ? own.tokens - first : kRows;
@@ -207,8 +212,7 @@ void attend_window(const WindowAttention& attention, const Element* qkv, const E
       __builtin_memset(own.sums, 0, sizeof(float) * rows * own.channels);
       multiply_any(rows, own.scores, own.keys, own.values, own.channels, own.tokens, own.sums);
       for (int64_t row = 0; row < rows; ++row) {
-        const int64_t token = first + row;
-        const int64_t place = token_at(attention, window, token / attention.window, token % attention.window);
+        const int64_t place = own.places[first + row];
         if (place < 0) continue;
         Element* target = output + (place * heads + head) * dim;
         for (int64_t c = 0; c < dim; c += kLanes) {
@@ -222,7 +226,9 @@ void attend_window(const WindowAttention& attention, const Element* qkv, const E
 // Divides scratch memory; `rows` is the number of queries whose scores and sums are kept.
 Tokens divide(const WindowAttention& attention, int64_t rows, float* scratch) {
   const int64_t tokens = attention.window * attention.window, channels = round_to_panels(attention.head_dim);
-  Tokens own{tokens, channels, attention.key_stride, scratch, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Tokens own{tokens,  channels, attention.key_stride, reinterpret_cast<int64_t*>(scratch),
+             nullptr, nullptr,  nullptr,              nullptr, nullptr, nullptr};
+  own.queries = scratch + place_floats(attention);
   own.key_rows = own.queries + tokens * channels;
   own.keys_t = own.key_rows + own.keys * channels;
   own.values = own.keys_t + channels * own.keys;
@@ -299,21 +305,43 @@ void multiply_scores(const float* scores, const float* rows, const Tokens& own) 
 
 // Writes own.sums times `scale` as the gradient of the queries, keys or values of a window; adds it up for padding.
 template <class Element>
-void write_gradient(const WindowAttention& attention, const Window& window, float scale, const Tokens& own,
-                    Element* by_tokens, float* by_padding) {
+void write_gradient(const WindowAttention& attention, float scale, const Tokens& own, Element* by_tokens,
+                    float* by_padding) {
   const int64_t dim = attention.head_dim, stride = 3 * attention.heads * dim;
-  for (int64_t row = 0, token = 0; row < attention.window; ++row) {
-    for (int64_t column = 0; column < attention.window; ++column, ++token) {
-      const int64_t place = token_at(attention, window, row, column);
-      const float* sums = own.sums + token * own.channels;
-      for (int64_t c = 0; c < dim; c += kLanes) {
-        const Floats slope = load(sums + c) * scale;
-        if (place >= 0) {
-          store_elements(by_tokens + place * stride + c, slope, dim - c);
-        } else {
-          store_elements(by_padding + c, load_elements(by_padding + c, dim - c) + slope, dim - c);
-        }
+  for (int64_t token = 0; token < own.tokens; ++token) {
+    const int64_t place = own.places[token];
+    const float* sums = own.sums + token * own.channels;
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      const Floats slope = load(sums + c) * scale;
+      if (place >= 0) {
+        store_elements(by_tokens + place * stride + c, slope, dim - c);
+      } else {
+        store_elements(by_padding + c, load_elements(by_padding + c, dim - c) + slope, dim - c);
       }
+    }
+  }
+}
+
+// Fetches a head's channels of a token to the processor's cache.
+template <bool written, class Element>
+MF_INLINE void fetch(const Element* token, int64_t dim) {
+  for (int64_t c = 0; c < dim; c += 64 / sizeof(Element)) __builtin_prefetch(token + c, written);
+}
+
+// Fetches a head's queries, keys, values and gradients of a window.
+template <class Element>
+void fetch_window(const WindowAttention& attention, const Element* gradient, const Element* qkv, const Window& window,
+                  int64_t head) {
+  const int64_t dim = attention.head_dim, part = attention.heads * dim;
+  const int64_t first = window.image * attention.height * attention.width;
+  for (int64_t row = 0; row < attention.window; ++row) {
+    const int64_t y = window.top + row + attention.shift;
+    for (int64_t column = 0; column < attention.window; ++column) {
+      const int64_t x = window.left + column + attention.shift;
+      if (y >= attention.height || x >= attention.width) continue;  // padding, or few tokens of the other side
+      const int64_t token = first + y * attention.width + x;
+      fetch<false>(gradient + token * part + head * dim, dim);
+      for (int64_t i = 0; i < 3; ++i) fetch<false>(qkv + (3 * token + i) * part + head * dim, dim);
     }
   }
 }
@@ -333,23 +361,30 @@ void differentiate(const WindowAttention& attention, const Element* gradient, co
   const float* bias = attention.bias + head * own.tokens * own.keys;
   for (int64_t index = first; index < last; ++index) {
     const Window window = window_at(attention, index);
-    read_tokens(attention, qkv + window.image * pixels * 3 * part, padding, window, head, scale, own);
-    transpose(own.values, dim, own, slopes.values_t);
+    const Element* image = qkv + window.image * pixels * 3 * part;
     const Element* upstream = gradient + window.image * pixels * part + head * dim;
-    for (int64_t token = 0; token < own.tokens; ++token) {
-      const int64_t place = token_at(attention, window, token / attention.window, token % attention.window);
-      float* row = slopes.upstream + token * own.channels;
-      if (place >= 0) read_row(upstream + place * part, dim, 1.0f, row);
-      else __builtin_memset(row, 0, sizeof(float) * dim);
-    }
-    differentiate_scores(attention, window, bias, by_bias, own, slopes);
     Element* target = by_qkv + window.image * pixels * 3 * part + head * dim;
+    locate(attention, window, own.places);
+    read_tokens(attention, image, padding, head, scale, own);
+    for (int64_t token = 0; token < own.tokens; ++token) {
+      const int64_t place = own.places[token];
+      float* row = slopes.upstream + token * own.channels;
+      if (place < 0) {
+        __builtin_memset(row, 0, sizeof(float) * dim);
+        continue;
+      }
+      read_row(upstream + place * part, dim, 1.0f, row);
+      for (int64_t i = 0; i < 3; ++i) fetch<true>(target + (3 * place + i) * part, dim);
+    }
+    if (index + 1 < last) fetch_window(attention, gradient, qkv, window_at(attention, index + 1), head);
+    transpose(own.values, dim, own, slopes.values_t);
+    differentiate_scores(attention, window, bias, by_bias, own, slopes);
     multiply_scores<false>(slopes.scores, own.key_rows, own);
-    write_gradient(attention, window, scale, own, target, by_padding + head * dim);
+    write_gradient(attention, scale, own, target, by_padding + head * dim);
     multiply_scores<true>(slopes.scores, own.queries, own);
-    write_gradient(attention, window, 1.0f, own, target + part, by_padding + part + head * dim);
+    write_gradient(attention, 1.0f, own, target + part, by_padding + part + head * dim);
     multiply_scores<true>(own.scores, slopes.upstream, own);
-    write_gradient(attention, window, 1.0f, own, target + 2 * part, by_padding + 2 * part + head * dim);
+    write_gradient(attention, 1.0f, own, target + 2 * part, by_padding + 2 * part + head * dim);
   }
 }
 

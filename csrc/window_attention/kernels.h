@@ -13,17 +13,24 @@ constexpr int64_t kMaxRows = 7;    // most queries whose sums are in registers a
 
 constexpr int64_t round_to_panels(int64_t size) { return (size + kKeyPanel - 1) / kKeyPanel * kKeyPanel; }
 
-// Floats of scratch memory that a call of attend_windows needs: queries, keys (as they are and transposed) and values of
-// a window, scores and sums of some queries.
+// Floats that the places of a window's tokens take, as int64_t.
+inline int64_t place_floats(const WindowAttention& attention) {
+  return round_to_panels(2 * attention.window * attention.window);
+}
+
+// Floats of scratch memory that a call of attend_windows needs: places, queries, keys (as they are and transposed) and
+// values of a window, scores and sums of some queries.
 inline int64_t scratch_floats(const WindowAttention& attention) {
   const int64_t tokens = attention.window * attention.window, channels = round_to_panels(attention.head_dim);
-  return (tokens + 3 * attention.key_stride) * channels + kMaxRows * (attention.key_stride + channels);
+  return place_floats(attention) + (tokens + 3 * attention.key_stride) * channels +
+         kMaxRows * (attention.key_stride + channels);
 }
 
 // The same for differentiate_windows: also values transposed, gradients of results and of scores; all scores and sums.
 inline int64_t backward_scratch_floats(const WindowAttention& attention) {
   const int64_t tokens = attention.window * attention.window, channels = round_to_panels(attention.head_dim);
-  return (3 * tokens + 4 * attention.key_stride) * channels + 2 * tokens * attention.key_stride;
+  return place_floats(attention) + (3 * tokens + 4 * attention.key_stride) * channels +
+         2 * tokens * attention.key_stride;
 }
 
 MF_DECLARE_KERNELS(
