@@ -659,19 +659,22 @@ void define_semantic(py::module_& module) {
 
 // window_attention
 
+WindowAttention window_attention_of(const Integers<7>& sizes, uintptr_t bias, int64_t key_stride) {
+  check_sizes(sizes);
+  const auto [count, height, width, heads, head_dim, window, shift] = sizes;
+  if (window == 0 || shift >= window || key_stride < window * window) {
+    throw std::invalid_argument("window: expected > 0, more than the shift and within the rows of the bias");
+  }
+  return {count, height, width, heads, head_dim, window, shift, pointer<const float>("bias", bias), key_stride};
+}
+
 void define_window_attention(py::module_& module) {
   module.def(
       "window_attention",
       [](uintptr_t qkv, uintptr_t padding, const std::string& type, const Integers<7>& sizes, uintptr_t bias,
          int64_t key_stride, uintptr_t result, int threads) {
-        check_sizes(sizes);
         check_threads(threads);
-        const auto [count, height, width, heads, head_dim, window, shift] = sizes;
-        if (window == 0 || shift >= window || key_stride < window * window) {
-          throw std::invalid_argument("window: expected > 0, more than the shift and within the rows of the bias");
-        }
-        const WindowAttention attention{count,  height, width, heads, head_dim,
-                                        window, shift,  pointer<const float>("bias", bias), key_stride};
+        const WindowAttention attention = window_attention_of(sizes, bias, key_stride);
         if (float_or_bfloat16(type) == FloatType::float32) {
           window_attention(attention, pointer<const float>(qkv), pointer<const float>("padding", padding),
                            pointer<float>(result), threads);
@@ -685,6 +688,28 @@ void define_window_attention(py::module_& module) {
       "Addresses of qkv, padding and result, float32 or bfloat16, and of the float32 bias with the shapes in "
       "csrc/window_attention/window_attention.h. sizes: images, height, width, heads, channels of a head, window, "
       "shift.");
+  module.def(
+      "window_attention_backward",
+      [](uintptr_t gradient, uintptr_t qkv, uintptr_t padding, const std::string& type, const Integers<7>& sizes,
+         uintptr_t bias, int64_t key_stride, uintptr_t by_qkv, uintptr_t by_padding, uintptr_t by_bias, int threads) {
+        check_threads(threads);
+        const WindowAttention attention = window_attention_of(sizes, bias, key_stride);
+        float* padding_sums = pointer<float>("by_padding", by_padding);
+        float* bias_sums = pointer<float>("by_bias", by_bias);
+        if (float_or_bfloat16(type) == FloatType::float32) {
+          window_attention_backward(attention, pointer<const float>(gradient), pointer<const float>(qkv),
+                                    pointer<const float>("padding", padding), pointer<float>(by_qkv), padding_sums,
+                                    bias_sums, threads);
+        } else {
+          window_attention_backward(attention, pointer<const uint16_t>(gradient), pointer<const uint16_t>(qkv),
+                                    pointer<const uint16_t>("padding", padding), pointer<uint16_t>(by_qkv),
+                                    padding_sums, bias_sums, threads);
+        }
+      },
+      arg("gradient"), arg("qkv"), arg("padding"), arg("type"), arg("sizes"), arg("bias"), arg("key_stride"),
+      arg("by_qkv"), arg("by_padding"), arg("by_bias"), arg("threads"), ReleaseGil(),
+      "As window_attention: the gradient of its result to those of qkv, in the same type, of padding and of the bias, "
+      "in float32.");
 }
 
 }  // namespace

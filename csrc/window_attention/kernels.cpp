@@ -1,5 +1,6 @@
-// softmax(Q K^T / sqrt(d) + bias) V of one window and head at a time. Its queries, keys and values are copied to scratch
-// memory first, where they stay in the first-level cache: keys transposed, channels and keys padded to full vectors.
+// softmax(Q K^T / sqrt(d) + bias) V of one window and head at a time, and its gradients. Queries, keys and values are
+// copied to scratch memory first, where they stay in the first-level cache: keys transposed (in the backward pass also
+// values), channels and keys padded to full vectors.
 #include "window_attention/kernels.h"
 
 #include "common/elements.h"
@@ -15,8 +16,8 @@ constexpr int kRows = 7, kVectors = 4;
 constexpr int kRows = 6, kVectors = 2;
 #endif
 
-// Adds a [rows, depth] times b [depth, vectors * kLanes] to c.
-template <int rows, int vectors>
+// Adds a [rows, depth], or its transpose [depth, rows] in memory, times b [depth, vectors * kLanes] to c.
+template <int rows, int vectors, bool transposed>
 void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
               int64_t c_stride) {
   Floats sums[rows][vectors];
@@ -27,7 +28,7 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride
     Floats column[vectors];
     for (int v = 0; v < vectors; ++v) column[v] = load(b + k * b_stride + v * kLanes);
     for (int row = 0; row < rows; ++row) {
-      const Floats factor = broadcast(a[row * a_stride + k]);
+      const Floats factor = broadcast(transposed ? a[k * a_stride + row] : a[row * a_stride + k]);
       for (int v = 0; v < vectors; ++v) sums[row][v] += factor * column[v];
     }
   }
@@ -37,30 +38,31 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride
 }
 
 // `columns` is a multiple of kKeyPanel.
-template <int rows>
+template <int rows, bool transposed>
 void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth, float* c) {
   int64_t column = 0;
   for (; column + kVectors * kLanes <= columns; column += kVectors * kLanes) {
-    multiply<rows, kVectors>(a, a_stride, b + column, columns, depth, c + column, columns);
+    multiply<rows, kVectors, transposed>(a, a_stride, b + column, columns, depth, c + column, columns);
   }
   for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
-    multiply<rows, 2>(a, a_stride, b + column, columns, depth, c + column, columns);
+    multiply<rows, 2, transposed>(a, a_stride, b + column, columns, depth, c + column, columns);
   }
   for (; column < columns; column += kLanes) {
-    multiply<rows, 1>(a, a_stride, b + column, columns, depth, c + column, columns);
+    multiply<rows, 1, transposed>(a, a_stride, b + column, columns, depth, c + column, columns);
   }
 }
 
+template <bool transposed = false>
 void multiply_any(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
                   float* c) {
   switch (rows) {
-    case 1: return multiply_rows<1>(a, a_stride, b, columns, depth, c);
-    case 2: return multiply_rows<2>(a, a_stride, b, columns, depth, c);
-    case 3: return multiply_rows<3>(a, a_stride, b, columns, depth, c);
-    case 4: return multiply_rows<4>(a, a_stride, b, columns, depth, c);
-    case 5: return multiply_rows<5>(a, a_stride, b, columns, depth, c);
-    case 6: return multiply_rows<6>(a, a_stride, b, columns, depth, c);
-    default: return multiply_rows<kRows>(a, a_stride, b, columns, depth, c);
+    case 1: return multiply_rows<1, transposed>(a, a_stride, b, columns, depth, c);
+    case 2: return multiply_rows<2, transposed>(a, a_stride, b, columns, depth, c);
+    case 3: return multiply_rows<3, transposed>(a, a_stride, b, columns, depth, c);
+    case 4: return multiply_rows<4, transposed>(a, a_stride, b, columns, depth, c);
+    case 5: return multiply_rows<5, transposed>(a, a_stride, b, columns, depth, c);
+    case 6: return multiply_rows<6, transposed>(a, a_stride, b, columns, depth, c);
+    default: return multiply_rows<kRows, transposed>(a, a_stride, b, columns, depth, c);
   }
 }
 
@@ -73,23 +75,36 @@ struct Window {
 // A window and head of the copied queries (scaled), keys and values.
 struct Tokens {
   int64_t tokens, channels, keys;  // numbers of them in scratch memory; the latter two with padding
+  int64_t* places;                 // [tokens] in the image, -1 for padding
   float* queries;    // [tokens, channels]
   float* key_rows;   // [keys, channels]
   float* keys_t;     // [channels, keys]
-  float* values;     // [tokens, channels]
-  float* scores;     // [kRows, keys]
-  float* sums;       // [kRows, channels]
+  float* values;     // [keys, channels]
+  float* scores;     // [kRows, keys], in the backward pass [tokens, keys]
+  float* sums;       // [kRows, channels], in the backward pass [tokens, channels]
 };
 
-// Offset of the token at row, column of a window in its image, in tokens; -1 for padding.
-MF_INLINE int64_t token_at(const WindowAttention& attention, const Window& window, int64_t row, int64_t column) {
+// What the backward pass needs beside them.
+struct Slopes {
+  float* values_t;  // [channels, keys]
+  float* upstream;  // [tokens, channels] gradient of the result
+  float* scores;    // [tokens, keys] gradient of the weights, then of the scores
+};
+
+// Writes the offset of each token of a window in its image, in tokens; -1 for padding.
+void locate(const WindowAttention& attention, const Window& window, int64_t* places) {
   const int64_t side = attention.window;
   const int64_t padded_height = (attention.height + side - 1) / side * side;
   const int64_t padded_width = (attention.width + side - 1) / side * side;
-  int64_t y = window.top + row + attention.shift, x = window.left + column + attention.shift;
-  if (y >= padded_height) y -= padded_height;
-  if (x >= padded_width) x -= padded_width;
-  return y < attention.height && x < attention.width ? y * attention.width + x : -1;
+  for (int64_t row = 0; row < side; ++row) {
+    int64_t y = window.top + row + attention.shift;
+    if (y >= padded_height) y -= padded_height;
+    for (int64_t column = 0; column < side; ++column) {
+      int64_t x = window.left + column + attention.shift;
+      if (x >= padded_width) x -= padded_width;
+      *places++ = y < attention.height && x < attention.width ? y * attention.width + x : -1;
+    }
+  }
 }
 
 // Transposes a block of 4 x 4.
@@ -107,6 +122,15 @@ MF_INLINE void transpose_block(const float* from, int64_t from_stride, float* to
 #endif
 }
 
+// Transposes rows [keys, channels] of which `dim` channels are used.
+void transpose(const float* rows, int64_t dim, const Tokens& own, float* result) {
+  for (int64_t token = 0; token < own.tokens; token += 4) {
+    for (int64_t c = 0; c < dim; c += 4) {
+      transpose_block(rows + token * own.channels + c, own.channels, result + c * own.keys + token, own.keys);
+    }
+  }
+}
+
 template <class Element>
 MF_INLINE void read_row(const Element* from, int64_t dim, float scale, float* to) {
   int64_t c = 0;
@@ -115,24 +139,17 @@ MF_INLINE void read_row(const Element* from, int64_t dim, float scale, float* to
 }
 
 template <class Element>
-void read_tokens(const WindowAttention& attention, const Element* image, const Element* padding, const Window& window,
-                 int64_t head, float scale, const Tokens& out) {
+void read_tokens(const WindowAttention& attention, const Element* image, const Element* padding, int64_t head,
+                 float scale, const Tokens& out) {
   const int64_t dim = attention.head_dim, part = attention.heads * dim;
-  for (int64_t row = 0, token = 0; row < attention.window; ++row) {
-    for (int64_t column = 0; column < attention.window; ++column, ++token) {
-      const int64_t place = token_at(attention, window, row, column);
-      const Element* source = (place < 0 ? padding : image + place * 3 * part) + head * dim;
-      read_row(source, dim, scale, out.queries + token * out.channels);
-      read_row(source + part, dim, 1.0f, out.key_rows + token * out.channels);
-      read_row(source + 2 * part, dim, 1.0f, out.values + token * out.channels);
-    }
+  for (int64_t token = 0; token < out.tokens; ++token) {
+    const int64_t place = out.places[token];
+    const Element* source = (place < 0 ? padding : image + place * 3 * part) + head * dim;
+    read_row(source, dim, scale, out.queries + token * out.channels);
+    read_row(source + part, dim, 1.0f, out.key_rows + token * out.channels);
+    read_row(source + 2 * part, dim, 1.0f, out.values + token * out.channels);
   }
-  for (int64_t token = 0; token < out.tokens; token += 4) {
-    for (int64_t c = 0; c < dim; c += 4) {
-      transpose_block(out.key_rows + token * out.channels + c, out.channels, out.keys_t + c * out.keys + token,
-                      out.keys);
-    }
-  }
+  transpose(out.key_rows, dim, out, out.keys_t);
 }
 
 // Side of the seam on which a token of a window in the last row (or column) lies.
@@ -178,8 +195,9 @@ void attend_window(const WindowAttention& attention, const Element* qkv, const E
   Element* output = result + window.image * pixels * heads * dim;
   const float scale = 1.0f / __builtin_sqrtf((float)dim);
   const bool seam = attention.shift > 0 && (window.bottom || window.right);
+  locate(attention, window, own.places);
   for (int64_t head = 0; head < heads; ++head) {
-    read_tokens(attention, image, padding, window, head, scale, own);
+    read_tokens(attention, image, padding, head, scale, own);
     const float* bias = attention.bias + head * own.tokens * own.keys;
     for (int64_t first = 0; first < own.tokens; first += kRows) {
       const int64_t rows = own.tokens - first < kRows ? own.tokens - first : kRows;
@@ -194,8 +212,7 @@ void attend_window(const WindowAttention& attention, const Element* qkv, const E
       __builtin_memset(own.sums, 0, sizeof(float) * rows * own.channels);
       multiply_any(rows, own.scores, own.keys, own.values, own.channels, own.tokens, own.sums);
       for (int64_t row = 0; row < rows; ++row) {
-        const int64_t token = first + row;
-        const int64_t place = token_at(attention, window, token / attention.window, token % attention.window);
+        const int64_t place = own.places[first + row];
         if (place < 0) continue;
         Element* target = output + (place * heads + head) * dim;
         for (int64_t c = 0; c < dim; c += kLanes) {
@@ -206,25 +223,168 @@ void attend_window(const WindowAttention& attention, const Element* qkv, const E
   }
 }
 
-template <class Element>
-void attend(const WindowAttention& attention, const Element* qkv, const Element* padding, Element* result,
-            int64_t first, int64_t last, float* scratch) {
+// Divides scratch memory; `rows` is the number of queries whose scores and sums are kept.
+Tokens divide(const WindowAttention& attention, int64_t rows, float* scratch) {
   const int64_t tokens = attention.window * attention.window, channels = round_to_panels(attention.head_dim);
-  Tokens own{tokens, channels, attention.key_stride, scratch, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Tokens own{tokens,  channels, attention.key_stride, reinterpret_cast<int64_t*>(scratch),
+             nullptr, nullptr,  nullptr,              nullptr, nullptr, nullptr};
+  own.queries = scratch + place_floats(attention);
   own.key_rows = own.queries + tokens * channels;
   own.keys_t = own.key_rows + own.keys * channels;
   own.values = own.keys_t + channels * own.keys;
-  own.scores = own.values + tokens * channels;
-  own.sums = own.scores + kRows * own.keys;
-  // what pads keys and channels stays zero
-  __builtin_memset(scratch, 0, sizeof(float) * scratch_floats(attention));
+  own.scores = own.values + own.keys * channels;
+  own.sums = own.scores + rows * own.keys;
+  return own;
+}
+
+Window window_at(const WindowAttention& attention, int64_t index) {
   const int64_t rows = (attention.height + attention.window - 1) / attention.window;
   const int64_t columns = (attention.width + attention.window - 1) / attention.window;
+  const int64_t row = index / columns % rows, column = index % columns;
+  return {index / (rows * columns), row * attention.window, column * attention.window, row == rows - 1,
+          column == columns - 1};
+}
+
+template <class Element>
+void attend(const WindowAttention& attention, const Element* qkv, const Element* padding, Element* result,
+            int64_t first, int64_t last, float* scratch) {
+  const Tokens own = divide(attention, kRows, scratch);
+  // what pads keys and channels stays zero
+  __builtin_memset(scratch, 0, sizeof(float) * scratch_floats(attention));
   for (int64_t index = first; index < last; ++index) {
-    const int64_t row = index / columns % rows, column = index % columns;
-    const Window window{index / (rows * columns), row * attention.window, column * attention.window,
-                        row == rows - 1, column == columns - 1};
-    attend_window(attention, qkv, padding, result, window, own);
+    attend_window(attention, qkv, padding, result, window_at(attention, index), own);
+  }
+}
+
+// Replaces the gradients of a query's weights by those of its scores, weight * (gradient - mean).
+void differentiate_softmax(const float* weights, int64_t keys, float* slopes) {
+  Floats total{};
+  for (int64_t key = 0; key < keys; key += kLanes) total += load(weights + key) * load(slopes + key);
+  const Floats mean = broadcast(sum(total));
+  for (int64_t key = 0; key < keys; key += kLanes) {
+    store(slopes + key, load(weights + key) * (load(slopes + key) - mean));
+  }
+}
+
+// Computes weights and gradients of the scores of all queries, and adds the latter to by_bias [tokens, keys].
+void differentiate_scores(const WindowAttention& attention, const Window& window, const float* bias, float* by_bias,
+                          const Tokens& own, const Slopes& slopes) {
+  const bool seam = attention.shift > 0 && (window.bottom || window.right);
+  __builtin_memcpy(own.scores, bias, sizeof(float) * own.tokens * own.keys);
+  __builtin_memset(slopes.scores, 0, sizeof(float) * own.tokens * own.keys);
+  for (int64_t first = 0; first < own.tokens; first += kRows) {
+    const int64_t rows = own.tokens - first < kRows ? own.tokens - first : kRows;
+    const int64_t token = first * own.channels, score = first * own.keys;
+    multiply_any(rows, own.queries + token, own.channels, own.keys_t, own.keys, attention.head_dim,
+                 own.scores + score);
+    multiply_any(rows, slopes.upstream + token, own.channels, slopes.values_t, own.keys, attention.head_dim,
+                 slopes.scores + score);
+    for (int64_t row = 0; row < rows; ++row) {
+      float* scores = own.scores + score + row * own.keys;
+      float* by_score = slopes.scores + score + row * own.keys;
+      if (seam) separate_sides(attention, window, first + row, scores);
+      const float inverse = soften(scores, own.keys);
+      for (int64_t key = 0; key < own.keys; key += kLanes) store(scores + key, load(scores + key) * inverse);
+      differentiate_softmax(scores, own.keys, by_score);
+      float* sums = by_bias + score + row * own.keys;
+      for (int64_t key = 0; key < own.keys; key += kLanes) store(sums + key, load(sums + key) + load(by_score + key));
+    }
+  }
+}
+
+// Multiplies scores [tokens, keys], or the transpose of its first columns, by rows [tokens, channels] to own.sums.
+template <bool transposed>
+void multiply_scores(const float* scores, const float* rows, const Tokens& own) {
+  __builtin_memset(own.sums, 0, sizeof(float) * own.tokens * own.channels);
+  for (int64_t first = 0; first < own.tokens; first += kRows) {
+    multiply_any<transposed>(own.tokens - first < kRows ? own.tokens - first : kRows,
+                             scores + first * (transposed ? 1 : own.keys), own.keys, rows, own.channels, own.tokens,
+                             own.sums + first * own.channels);
+  }
+}
+
+// Writes own.sums times `scale` as the gradient of the queries, keys or values of a window; adds it up for padding.
+template <class Element>
+void write_gradient(const WindowAttention& attention, float scale, const Tokens& own, Element* by_tokens,
+                    float* by_padding) {
+  const int64_t dim = attention.head_dim, stride = 3 * attention.heads * dim;
+  for (int64_t token = 0; token < own.tokens; ++token) {
+    const int64_t place = own.places[token];
+    const float* sums = own.sums + token * own.channels;
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      const Floats slope = load(sums + c) * scale;
+      if (place >= 0) {
+        store_elements(by_tokens + place * stride + c, slope, dim - c);
+      } else {
+        store_elements(by_padding + c, load_elements(by_padding + c, dim - c) + slope, dim - c);
+      }
+    }
+  }
+}
+
+// Fetches a head's channels of a token to the processor's cache.
+template <bool written, class Element>
+MF_INLINE void fetch(const Element* token, int64_t dim) {
+  for (int64_t c = 0; c < dim; c += 64 / sizeof(Element)) __builtin_prefetch(token + c, written);
+}
+
+// Fetches a head's queries, keys, values and gradients of a window.
+template <class Element>
+void fetch_window(const WindowAttention& attention, const Element* gradient, const Element* qkv, const Window& window,
+                  int64_t head) {
+  const int64_t dim = attention.head_dim, part = attention.heads * dim;
+  const int64_t first = window.image * attention.height * attention.width;
+  for (int64_t row = 0; row < attention.window; ++row) {
+    const int64_t y = window.top + row + attention.shift;
+    for (int64_t column = 0; column < attention.window; ++column) {
+      const int64_t x = window.left + column + attention.shift;
+      if (y >= attention.height || x >= attention.width) continue;  // padding, or few tokens of the other side
+      const int64_t token = first + y * attention.width + x;
+      fetch<false>(gradient + token * part + head * dim, dim);
+      for (int64_t i = 0; i < 3; ++i) fetch<false>(qkv + (3 * token + i) * part + head * dim, dim);
+    }
+  }
+}
+
+template <class Element>
+void differentiate(const WindowAttention& attention, const Element* gradient, const Element* qkv,
+                   const Element* padding, Element* by_qkv, float* by_padding, float* by_bias, int64_t head,
+                   int64_t first, int64_t last, float* scratch) {
+  const int64_t dim = attention.head_dim, part = attention.heads * dim;
+  const int64_t pixels = attention.height * attention.width;
+  __builtin_memset(scratch, 0, sizeof(float) * backward_scratch_floats(attention));
+  const Tokens own = divide(attention, attention.window * attention.window, scratch);
+  Slopes slopes{own.sums + own.tokens * own.channels, nullptr, nullptr};
+  slopes.upstream = slopes.values_t + own.channels * own.keys;
+  slopes.scores = slopes.upstream + own.tokens * own.channels;
+  const float scale = 1.0f / __builtin_sqrtf((float)dim);
+  const float* bias = attention.bias + head * own.tokens * own.keys;
+  for (int64_t index = first; index < last; ++index) {
+    const Window window = window_at(attention, index);
+    const Element* image = qkv + window.image * pixels * 3 * part;
+    const Element* upstream = gradient + window.image * pixels * part + head * dim;
+    Element* target = by_qkv + window.image * pixels * 3 * part + head * dim;
+    locate(attention, window, own.places);
+    read_tokens(attention, image, padding, head, scale, own);
+    for (int64_t token = 0; token < own.tokens; ++token) {
+      const int64_t place = own.places[token];
+      float* row = slopes.upstream + token * own.channels;
+      if (place < 0) {
+        __builtin_memset(row, 0, sizeof(float) * dim);
+        continue;
+      }
+      read_row(upstream + place * part, dim, 1.0f, row);
+      for (int64_t i = 0; i < 3; ++i) fetch<true>(target + (3 * place + i) * part, dim);
+    }
+    if (index + 1 < last) fetch_window(attention, gradient, qkv, window_at(attention, index + 1), head);
+    transpose(own.values, dim, own, slopes.values_t);
+    differentiate_scores(attention, window, bias, by_bias, own, slopes);
+    multiply_scores<false>(slopes.scores, own.key_rows, own);
+    write_gradient(attention, scale, own, target, by_padding + head * dim);
+    multiply_scores<true>(slopes.scores, own.queries, own);
+    write_gradient(attention, 1.0f, own, target + part, by_padding + part + head * dim);
+    multiply_scores<true>(own.scores, slopes.upstream, own);
+    write_gradient(attention, 1.0f, own, target + 2 * part, by_padding + 2 * part + head * dim);
   }
 }
 
@@ -238,6 +398,18 @@ void attend_windows(const WindowAttention& attention, const float* qkv, const fl
 void attend_windows(const WindowAttention& attention, const uint16_t* qkv, const uint16_t* padding, uint16_t* result,
                     int64_t first, int64_t last, float* scratch) {
   attend(attention, qkv, padding, result, first, last, scratch);
+}
+
+void differentiate_windows(const WindowAttention& attention, const float* gradient, const float* qkv,
+                           const float* padding, float* by_qkv, float* by_padding, float* by_bias, int64_t head,
+                           int64_t first, int64_t last, float* scratch) {
+  differentiate(attention, gradient, qkv, padding, by_qkv, by_padding, by_bias, head, first, last, scratch);
+}
+
+void differentiate_windows(const WindowAttention& attention, const uint16_t* gradient, const uint16_t* qkv,
+                           const uint16_t* padding, uint16_t* by_qkv, float* by_padding, float* by_bias, int64_t head,
+                           int64_t first, int64_t last, float* scratch) {
+  differentiate(attention, gradient, qkv, padding, by_qkv, by_padding, by_bias, head, first, last, scratch);
 }
 
 }  // namespace MF_ISA

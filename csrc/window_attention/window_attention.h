@@ -27,4 +27,14 @@ void window_attention(const WindowAttention& attention, const Element* qkv, cons
 extern template void window_attention(const WindowAttention&, const float*, const float*, float*, int);
 extern template void window_attention(const WindowAttention&, const uint16_t*, const uint16_t*, uint16_t*, int);
 
+// Differentiates: gradient of the result -> by_qkv of the shape of qkv, by_padding [3, heads, head_dim] and by_bias of
+// the shape of the bias, the latter two in float. What else is as above.
+template <class Element>
+void window_attention_backward(const WindowAttention& attention, const Element* gradient, const Element* qkv,
+                               const Element* padding, Element* by_qkv, float* by_padding, float* by_bias, int threads);
+extern template void window_attention_backward(const WindowAttention&, const float*, const float*, const float*, float*,
+                                               float*, float*, int);
+extern template void window_attention_backward(const WindowAttention&, const uint16_t*, const uint16_t*,
+                                               const uint16_t*, uint16_t*, float*, float*, int);
+
 }  // namespace maskformer_fast

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from maskformer_fast.config import PixelDecoderConfig
 from maskformer_fast.core.checks import check
-from maskformer_fast.modeling.conv import ConvNorm, xavier_fill
+from maskformer_fast.modeling.conv import Conv2d, ConvNorm, xavier_fill
+from maskformer_fast.modeling.linear import Linear
 from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.transformer import FeedForward
 from maskformer_fast.ops.deformable_attention import deformable_attention
@@ -33,10 +34,10 @@ class DeformableAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.sampling_offsets = nn.Linear(dim, num_heads * LEVELS * POINTS * 2)
-        self.attention_weights = nn.Linear(dim, num_heads * LEVELS * POINTS)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
+        self.sampling_offsets = Linear(dim, num_heads * LEVELS * POINTS * 2)
+        self.attention_weights = Linear(dim, num_heads * LEVELS * POINTS)
+        self.value_proj = Linear(dim, dim)
+        self.output_proj = Linear(dim, dim)
         for linear in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(linear.weight)
         for linear in (self.value_proj, self.output_proj):
@@ -117,7 +118,7 @@ class InputProjection(nn.Sequential):
     """1x1 convolution of a backbone's map to the width of the encoder, and GroupNorm."""
 
     def __init__(self, channels: int, dim: int, groups: int) -> None:
-        conv = nn.Conv2d(channels, dim, kernel_size=1)
+        conv = Conv2d(channels, dim, kernel_size=1)
         super().__init__(conv, nn.GroupNorm(groups, dim))
         nn.init.xavier_uniform_(conv.weight)
         assert conv.bias is not None
@@ -140,7 +141,7 @@ class DeformablePixelDecoder(nn.Module):
         self.transformer = DeformableEncoder(config)
         self.adapter_1 = ConvNorm(in_channels[0], dim, 1, nn.GroupNorm(groups, dim))
         self.layer_1 = ConvNorm(dim, dim, 3, nn.GroupNorm(groups, dim), relu=True)
-        self.mask_features = nn.Conv2d(dim, config.mask_dim, kernel_size=1)
+        self.mask_features = Conv2d(dim, config.mask_dim, kernel_size=1)
         self.memory_channels = dim
         for conv in (self.adapter_1, self.layer_1, self.mask_features):
             xavier_fill(conv)

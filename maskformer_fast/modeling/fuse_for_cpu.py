@@ -31,6 +31,7 @@ from maskformer_fast.modeling.fused_mask2former import (
     FusedInputProjection,
 )
 from maskformer_fast.modeling.fused_vit import FusedBlock, FusedUpscaleBlock
+from maskformer_fast.modeling.linear import ReluLinear
 from maskformer_fast.modeling.masked_decoder import FeedForwardLayer
 from maskformer_fast.modeling.resnet import Bottleneck
 from maskformer_fast.modeling.swin import SwinStage
@@ -194,6 +195,7 @@ _FUSED: tuple[tuple[type[nn.Module], Callable[[Any, torch.dtype], nn.Module]], .
     (DeformableEncoderLayer, FusedDeformableEncoderLayer),
     (InputProjection, FusedInputProjection),
     (FeedForwardLayer, lambda layer, dtype: FusedFeedForward(layer, layer.norm, dtype)),
+    (ReluLinear, lambda layer, dtype: FusedLinear(layer.weight, layer.bias, dtype, "relu")),
     (nn.Linear, lambda layer, dtype: FusedLinear(layer.weight, layer.bias, dtype)),
 )
 """Kinds of layers, and what makes the fused one of a layer."""

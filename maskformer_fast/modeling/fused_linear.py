@@ -128,7 +128,7 @@ class FusedSwinBlock(nn.Module):
         self.fc1 = FusedLinear(mlp.fc1.weight, mlp.fc1.bias, dtype, "gelu")
         self.fc2 = FusedLinear(mlp.fc2.weight, mlp.fc2.bias, dtype)
         bias = attention.relative_position_bias_table[attention.relative_position_index].permute(2, 0, 1)
-        self.bias = pack_window_bias(bias)
+        self.bias = pack_window_bias(bias.detach())
         assert self.qkv.bias is not None
         self.padding = self.qkv.bias  # tokens of padding are zero before the layer
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskformer_fast.modeling.cpu_choices import onednn_is_faster
-from maskformer_fast.ops.linear import linear_onednn
+from maskformer_fast.ops.feed_forward import feed_forward_onednn
+from maskformer_fast.ops.linear import gelu_linear_onednn, linear_onednn
 
 
 class Linear(nn.Linear):
@@ -21,16 +22,55 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class ReluLinear(Linear):
+    """`Linear`, then ReLU."""
+
+    def forward(
+        self,
+        x: Tensor,  # [..., C]
+    ) -> Tensor:
+        """Output [..., N]."""
+        return linear(x, self.weight, self.bias, relu=True)
+
+
 def linear(
     x: Tensor,  # [..., C]
     weight: Tensor,  # [N, C]
     bias: Tensor | None,  # [N]
+    relu: bool = False,
 ) -> Tensor:
     """Output [..., N] as of ``F.linear``, by oneDNN in training on a CPU in float32 where that is faster."""
-    if trains_in_float32_on_cpu(x, weight) and _onednn_pays():
-        product: Tensor = linear_onednn(x, weight, bias)
-        return product
-    return F.linear(x, weight, bias)
+    if _goes_by_onednn(x, weight):
+        return linear_onednn(x, weight, bias, relu)
+    product = F.linear(x, weight, bias)
+    return F.relu(product) if relu else product
+
+
+def gelu_then(
+    layer: nn.Linear,  # with bias
+    x: Tensor,  # [..., C]
+) -> Tensor:
+    """GELU, then a linear layer -> [..., N]; where `linear` is oneDNN's, GELU's result is not kept for the gradient."""
+    if _goes_by_onednn(x, layer.weight):
+        return gelu_linear_onednn(x, layer.weight, layer.bias)
+    result: Tensor = layer(F.gelu(x))
+    return result
+
+
+def feed_forward(
+    x: Tensor,  # [..., C]
+    first: ReluLinear,
+    second: Linear,
+) -> Tensor:
+    """Both layers -> [..., N]; where `linear` is oneDNN's, their activations are not kept for the gradient."""
+    if _goes_by_onednn(x, first.weight):
+        return feed_forward_onednn(x, first.weight, first.bias, second.weight, second.bias)
+    result: Tensor = second(first(x))
+    return result
+
+
+def _goes_by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return trains_in_float32_on_cpu(x, weight) and _onednn_pays()
 
 
 def trains_in_float32_on_cpu(x: Tensor, weight: Tensor) -> bool:

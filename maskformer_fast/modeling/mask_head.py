@@ -5,12 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from maskformer_fast.config import DecoderConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.conv import xavier_fill
-from maskformer_fast.modeling.linear import Linear
+from maskformer_fast.modeling.linear import Linear, ReluLinear
 from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.transformer import TransformerDecoder
 
@@ -20,16 +19,17 @@ class MLP(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise((in_dim, hidden_dim, hidden_dim, out_dim)))
+        self.layers = nn.ModuleList(ReluLinear(a, b) for a, b in pairwise((in_dim, hidden_dim, hidden_dim)))
+        self.layers.append(Linear(hidden_dim, out_dim))
 
     def forward(
         self,
         x: Tensor,  # [..., in_dim]
     ) -> Tensor:
         """Output [..., out_dim]."""
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class QueryDecoder(nn.Module):

@@ -17,6 +17,7 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.conv import xavier_fill
 from maskformer_fast.modeling.deformable_encoder import LEVELS
+from maskformer_fast.modeling.linear import Linear
 from maskformer_fast.modeling.mask_head import MLP
 from maskformer_fast.modeling.position import sine_positions
 from maskformer_fast.modeling.transformer import FeedForward
@@ -143,7 +144,7 @@ class MaskedDecoder(nn.Module):
         for projection in self.input_proj:
             if isinstance(projection, nn.Conv2d):
                 xavier_fill(projection)
-        self.class_embed = nn.Linear(dim, num_classes + 1)
+        self.class_embed = Linear(dim, num_classes + 1)
         self.mask_embed = MLP(dim, dim, mask_dim)
 
     def forward(

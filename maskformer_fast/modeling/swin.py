@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from maskformer_fast.modeling.linear import Linear, trains_in_float32_on_cpu
+from maskformer_fast.modeling.linear import Linear, gelu_then, trains_in_float32_on_cpu
+from maskformer_fast.ops.window_attention import pack_window_bias, window_attention
 
 MLP_RATIO = 4
 """Hidden channels of a block's MLP, as a multiple of its channels."""
@@ -77,6 +78,10 @@ class WindowAttention(nn.Module):
         dy, dx = (p.flatten()[:, None] - p.flatten()[None, :] + window - 1 for p in (y, x))
         self.register_buffer("relative_position_index", dy * (2 * window - 1) + dx, persistent=False)  # [N, N]
 
+    def bias(self) -> Tensor:
+        """Bias of each pair of tokens -> [heads, N, N]."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
     def forward(
         self,
         x: Tensor,  # [B, windows, N, C]
@@ -84,17 +89,8 @@ class WindowAttention(nn.Module):
     ) -> Tensor:
         """Output [B, windows, N, C]."""
         batch, windows = x.shape[:2]
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)  # [3, B, W, heads, N, d]
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [heads, N, N]
-        if trains_in_float32_on_cpu(x, self.qkv.weight):
-            # PyTorch has no fused attention here, and its plain one does more: scaled copies, and tests for rows in
-            # which everything is masked.
-            q, k, v = dense(qkv).flatten(1, 3)  # [B * W * heads, N, d]
-            scores = torch.bmm(q * q.shape[-1] ** -0.5, k.mT).view(batch, windows, self.num_heads, *bias.shape[1:])
-            scores = scores.add_(bias if mask is None else bias + mask[:, None]).softmax(-1)
-            x = torch.bmm(scores.flatten(0, 2), v).view(batch, windows, self.num_heads, *q.shape[1:])
-            return self.proj(x.transpose(2, 3).flatten(3))
-        q, k, v = qkv
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)  # [B, W, heads, N, d]
+        bias = self.bias()
         # The bias broadcasts over one dimension: the batch if windows differ in their mask, else all windows.
         if mask is None:
             start, bias = 0, bias[None]
@@ -119,7 +115,7 @@ class MLP(nn.Module):
         x: Tensor,  # [..., dim]
     ) -> Tensor:
         """Output [..., dim]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return gelu_then(self.fc2, self.fc1(x))
 
 
 class DropPath(nn.Module):
@@ -168,13 +164,22 @@ class SwinBlock(nn.Module):
         x: Tensor,  # [B, H, W, C]
         mask: Tensor,  # [windows, N, N]
     ) -> Tensor:
-        """Attend in windows -> [B, H, W, C]: pad to complete windows, shift, attend, shift back, crop."""
+        """Attend in windows -> [B, H, W, C]: pad to complete windows, shift, attend, shift back, crop.
+
+        In training on a CPU in float32 windows are read and written in place.
+        """
+        attention = self.attn
+        if trains_in_float32_on_cpu(x, attention.qkv.weight):
+            bias = pack_window_bias(attention.bias())
+            # tokens of padding are zero before the layer
+            attended = window_attention(attention.qkv(x), attention.qkv.bias, bias, self.window, self.shift)
+            return attention.proj(attended)
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, padding(width, self.window), 0, padding(height, self.window)))
         padded_height, padded_width = x.shape[1:3]
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
-        x = self.attn(to_windows(x, self.window), mask if self.shift else None)
+        x = attention(to_windows(x, self.window), mask if self.shift else None)
         x = from_windows(x, self.window, padded_height, padded_width)
         if self.shift:
             x = x.roll((self.shift, self.shift), dims=(1, 2))

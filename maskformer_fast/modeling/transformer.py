@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from maskformer_fast.modeling.attention import MultiHeadAttention
-from maskformer_fast.modeling.linear import Linear
+from maskformer_fast.modeling.linear import Linear, ReluLinear, feed_forward
 
 
 class FeedForward(nn.Module):
@@ -18,7 +17,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
-        self.linear1 = Linear(dim, ffn_dim)
+        self.linear1 = ReluLinear(dim, ffn_dim)
         self.linear2 = Linear(ffn_dim, dim)
         self.dropout = nn.Dropout(dropout)
         for linear in (self.linear1, self.linear2):
@@ -29,7 +28,9 @@ class FeedForward(nn.Module):
         x: Tensor,  # [B, N, C]
     ) -> Tensor:
         """Output [B, N, C]."""
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+        if self.dropout.p > 0.0 and self.training:
+            return self.linear2(self.dropout(self.linear1(x)))
+        return feed_forward(x, self.linear1, self.linear2)
 
 
 class EncoderLayer(FeedForward):

@@ -1,13 +1,14 @@
-"""Attention within the windows of Swin Transformer, for inference on the CPU.
+"""Attention within the windows of Swin Transformer, on the CPU.
 
-Scores, softmax and weighted sum of a window stay in the processor's cache; windows are read from the map and written to
-it in place, so that neither padding, cyclic shift nor partition into windows copies it. The C++ is in
-`csrc/window_attention`; `window_attention_eager` is its eager twin. Sums are in float32, maps in float32 or bfloat16.
+Scores, softmax and weighted sum of a window stay in the processor's cache, in the backward pass too, which computes
+them again; windows are read from the map and written to it in place, so that neither padding, cyclic shift nor
+partition into windows copies it. The C++ is in `csrc/window_attention`; `window_attention_eager` is its eager twin.
+Sums are in float32, maps in float32 or bfloat16.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from maskformer_fast.core.arrays import address_of, dtype_name
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.extension import load_extension
-from maskformer_fast.ops.registration import register_operator
+from maskformer_fast.ops.registration import register_gradient, register_operator
 
 DTYPES = (torch.float32, torch.bfloat16)
 SEAM = -100.0
@@ -35,19 +36,52 @@ class _Arguments(NamedTuple):
     shift: int
 
 
-def _window_attention_cpu(arguments: _Arguments) -> Tensor:
+class _BackwardArguments(NamedTuple):
+    gradient: Tensor  # [B, H, W, heads * d] dtype of qkv
+    attention: _Arguments
+
+    @staticmethod
+    def of(gradient: Tensor, *attention: Any) -> _BackwardArguments:
+        return _BackwardArguments(gradient, _Arguments(*attention))
+
+
+def _inputs_of_extension(arguments: _Arguments) -> tuple[Any, ...]:
     qkv, padding, bias, window, shift = arguments
+    heads, channels, dtype = bias.shape[0], qkv.shape[3] // 3, dtype_name(qkv)
+    return (
+        address_of(qkv, "qkv", dtype, qkv.shape), address_of(padding, "padding", dtype, padding.shape), dtype,
+        (*qkv.shape[:3], heads, channels // heads, window, shift), address_of(bias, "bias", "float32", bias.shape),
+        bias.shape[2],
+    )  # fmt: skip
+
+
+def _window_attention_cpu(arguments: _Arguments) -> Tensor:
     result = _window_attention_fake(arguments)
-    count, height, width, channels = result.shape
-    heads = bias.shape[0]
     load_extension().window_attention(
-        address_of(qkv, "qkv", dtype_name(result), qkv.shape),
-        address_of(padding, "padding", dtype_name(result), (3 * channels,)), dtype_name(result),
-        (count, height, width, heads, channels // heads, window, shift),
-        address_of(bias, "bias", "float32", bias.shape), bias.shape[2],
-        address_of(result, "result", dtype_name(result), result.shape), torch.get_num_threads(),
+        *_inputs_of_extension(arguments), address_of(result, "result", dtype_name(result), result.shape),
+        torch.get_num_threads(),
     )  # fmt: skip
     return result
+
+
+def _backward_cpu(arguments: _BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, attention = arguments
+    dtype, padding = dtype_name(gradient), attention.padding
+    results = torch.empty_like(attention.qkv), torch.empty_like(padding, dtype=torch.float32), torch.empty_like(
+        attention.bias
+    )
+    load_extension().window_attention_backward(
+        address_of(gradient, "gradient", dtype, gradient.shape), *_inputs_of_extension(attention),
+        *[address_of(result, "result", dtype_name(result), result.shape) for result in results],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    by_qkv, by_padding, by_bias = results
+    return by_qkv, by_padding.to(padding.dtype), by_bias
+
+
+def _backward_fake(arguments: _BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    qkv, padding, bias = arguments.attention[:3]
+    return torch.empty_like(qkv), torch.empty_like(padding), torch.empty_like(bias)
 
 
 def _window_attention_fake(arguments: _Arguments) -> Tensor:
@@ -77,21 +111,53 @@ def _check(arguments: _Arguments) -> None:
     check(tuple(padding.shape) == (qkv.shape[3],), "padding", f"shape [{qkv.shape[3]}]", tuple(padding.shape))
 
 
+def _check_backward(arguments: _BackwardArguments) -> None:
+    gradient, attention = arguments
+    _check(attention)
+    qkv = attention.qkv
+    if gradient.dtype != qkv.dtype:
+        raise TypeError(f"gradient: expected {qkv.dtype}, got {gradient.dtype}")
+    expected = (*qkv.shape[:3], qkv.shape[3] // 3)
+    check(tuple(gradient.shape) == expected, "gradient", f"shape {expected}", tuple(gradient.shape))
+    check(gradient.is_contiguous(), "gradient", "contiguous memory", gradient.stride())
+
+
+_INPUTS = "Tensor qkv, Tensor padding, Tensor bias, int window, int shift"
 _window_attention = register_operator(
-    "window_attention(Tensor qkv, Tensor padding, Tensor bias, int window, int shift) -> Tensor",
+    f"window_attention({_INPUTS}) -> Tensor",
     _Arguments,
     check=_check,
     cpu=_window_attention_cpu,
     fake=_window_attention_fake,
 )
+_window_attention_backward = register_operator(
+    f"window_attention_backward(Tensor gradient, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    _BackwardArguments.of,
+    check=_check_backward,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    qkv, padding, bias, ctx.window, ctx.shift = inputs
+    ctx.save_for_backward(qkv, padding, bias)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    slopes = _window_attention_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.window, ctx.shift)
+    return (*slopes, None, None)
+
+
+register_gradient("window_attention", _differentiate, _setup_context)
 
 
 def pack_window_bias(
     bias: Tensor,  # [heads, N, N] floating
 ) -> Tensor:
-    """Bias of query and key tokens for `window_attention` -> [heads, N, ceil(N / 16) * 16] float32."""
+    """Bias of query and key tokens for `window_attention` -> [heads, N, ceil(N / 16) * 16] float32; differentiable."""
     check(bias.dim() == 3 and bias.shape[1] == bias.shape[2], "bias", "shape [heads, N, N]", tuple(bias.shape))
-    return F.pad(bias.detach().float(), (0, -bias.shape[2] % _KEY_PANEL), value=_ABSENT).contiguous()
+    return F.pad(bias.float(), (0, -bias.shape[2] % _KEY_PANEL), value=_ABSENT).contiguous()
 
 
 def window_attention(
@@ -106,7 +172,9 @@ def window_attention(
     The map is padded at the right and below to complete windows; padding tokens take part, with the query, key and
     value ``padding``. With a ``shift``, the map is rolled by so many tokens to the top and left first, and back at the
     end; scores of tokens from opposite sides of the image get `SEAM` added. A score is query . key / sqrt(d) + bias. A
-    query with a score that is not finite gives NaN. For inference only.
+    query with a score that is not finite gives NaN.
+
+    Gradients go to ``qkv``, ``padding`` and ``bias``. Results are the same for any number of threads, in both passes.
 
     Raises:
         TypeError: other dtypes.

@@ -23,6 +23,13 @@ void run(Random& random, int threads) {
   for (Element& value : padding) value = static_cast<Element>(random.integer(0, 3));
   window_attention(attention, qkv.data(), padding.data(), result.data(), threads);
   for (const Element value : result) MF_EXPECT(std::isfinite(static_cast<float>(value)));
+  std::vector<Element> by_qkv(qkv.size());
+  std::vector<float> by_padding(padding.size()), by_bias(bias.size());
+  window_attention_backward(attention, result.data(), qkv.data(), padding.data(), by_qkv.data(), by_padding.data(),
+                            by_bias.data(), threads);
+  for (const Element value : by_qkv) MF_EXPECT(std::isfinite(static_cast<float>(value)));
+  for (const float value : by_padding) MF_EXPECT(std::isfinite(value));
+  for (const float value : by_bias) MF_EXPECT(std::isfinite(value));
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maskformer_fast.ops import linear
-from maskformer_fast.ops.linear import linear_onednn
+from maskformer_fast.ops.linear import gelu_linear_onednn, linear_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 
@@ -41,6 +41,29 @@ def test_products_equal_those_in_float64(
             torch.testing.assert_close(tensor.grad, reference.grad.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("function", ["relu", "gelu"])
+@pytest.mark.parametrize(("shape", "outputs"), [((5,), 3), ((2, 7, 33), 65), ((3, 5, 9, 16), 48), ((0, 4), 8)])
+@pytest.mark.parametrize("block", [16, 2048])
+def test_layers_with_an_activation_equal_those_in_float64(
+    function: str, shape: tuple[int, ...], outputs: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_BLOCK", block)
+    ours = [draw(*shape), draw(outputs, shape[-1], seed=1), draw(outputs, seed=2)]
+    exact = [tensor.double().requires_grad_() for tensor in ours]
+    for tensor in ours:
+        tensor.requires_grad_()
+    functional = torch.nn.functional
+    if function == "relu":
+        found, expected = linear_onednn(*ours, True), functional.relu(functional.linear(*exact))
+    else:
+        found, expected = gelu_linear_onednn(*ours), functional.linear(functional.gelu(exact[0]), *exact[1:])
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    slopes = draw(*found.shape, seed=3)
+    gradients = torch.autograd.grad(found, ours, slopes), torch.autograd.grad(expected, exact, slopes.double())
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_inputs_of_any_layout_have_the_same_products() -> None:
     x, weight = draw(8, 6, 4).transpose(0, 2), draw(8, 5, seed=1).t()
     x.requires_grad_()
@@ -54,6 +77,8 @@ def test_inputs_of_any_layout_have_the_same_products() -> None:
 def test_it_follows_the_rules_of_operators() -> None:
     inputs = (draw(3, 5, 8).requires_grad_(), draw(4, 8, seed=1).requires_grad_(), draw(4, seed=2).requires_grad_())
     torch.library.opcheck(torch.ops.maskformer_fast.linear_onednn, inputs)
+    torch.library.opcheck(torch.ops.maskformer_fast.linear_onednn, (*inputs, True))
+    torch.library.opcheck(torch.ops.maskformer_fast.gelu_linear_onednn, inputs)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +96,14 @@ def test_bad_arguments_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         linear_onednn(*arguments)
+    with pytest.raises(error, match=message):
+        gelu_linear_onednn(*arguments[:2], draw(2) if arguments[2] is None else arguments[2])
 
 
 def test_gradients_of_other_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"gradient: expected shape \[3, N\]"):
         torch.ops.maskformer_fast.linear_onednn_weight_gradient(draw(2, 4), draw(3, 5))
+    with pytest.raises(ValueError, match=r"gradient: expected shape \[3, N\]"):
+        torch.ops.maskformer_fast.gelu_linear_onednn_backward(draw(2, 4), draw(3, 5), draw(4, 5))
+    with pytest.raises(ValueError, match=r"weight: expected shape \(4, 5\)"):
+        torch.ops.maskformer_fast.gelu_linear_onednn_backward(draw(3, 4), draw(3, 5), draw(4, 6))
