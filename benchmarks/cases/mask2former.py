@@ -159,14 +159,14 @@ def file_setup(device: torch.device, task: Task, photograph: Size, config: Confi
     def make(folder: Path) -> None:
         folder.mkdir()
         network = build(config.model)
-        image = draw_frame(np.random.default_rng(0), SIZE)
+        scene = Image.fromarray(draw_frame(np.random.default_rng(0), PHOTOGRAPHS[-1]))
+        image = torch.from_numpy(np.array(scene.resize(SIZE[::-1], Image.Resampling.BILINEAR)))
         with torch.no_grad():
-            make_confident(network, torch.from_numpy(image).permute(2, 0, 1)[None])
+            make_confident(network, image.permute(2, 0, 1)[None])
         save_weights(folder / "ours.safetensors", network, config, class_metadata(config.model.num_classes), step=0)
         huggingface_model(network, config.model, folder / "theirs")
-        for size in PHOTOGRAPHS:
-            picture = Image.fromarray(draw_frame(np.random.default_rng(0), size))
-            picture.save(folder / f"{size[0]}.jpg", quality=95)
+        for size in PHOTOGRAPHS:  # of one scene, because the heads are rescaled for it
+            scene.resize(size[::-1], Image.Resampling.BICUBIC).save(folder / f"{size[0]}.jpg", quality=95)
 
     folder = shared("mask2former", make)
     file = folder / f"{photograph[0]}.jpg"
