@@ -27,10 +27,10 @@ from maskformer_fast.interop.architecture import check_fit, meta_backbone, meta_
 from maskformer_fast.interop.eomt import is_official as is_eomt
 from maskformer_fast.interop.eomt import official_to_ours
 from maskformer_fast.interop.files import read_weights
-from maskformer_fast.interop.huggingface import read_folder, write_folder
+from maskformer_fast.interop.huggingface import is_folder, read_folder, write_folder
 from maskformer_fast.interop.names import Renamed
 from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours, no_object_weight
-from maskformer_fast.interop.published import published_config, published_metadata, published_recipe, with_things
+from maskformer_fast.interop.published import published_config, with_published_classes, with_things
 from maskformer_fast.interop.verification.eomt import read_eomt_recording, verify_eomt
 from maskformer_fast.interop.verification.mask2former import read_mask2former, verify_mask2former
 from maskformer_fast.interop.verification.recording import read_recordings
@@ -150,7 +150,7 @@ def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor],
     if not path.exists():
         raise FileNotFoundError(f"source: expected a file or a folder, found nothing at {path}")
     heads = options.num_heads
-    if path.is_dir() and (path / "config.json").is_file():
+    if is_folder(path):
         _refuse("num_heads", heads, "a Hugging Face folder, whose config.json has it")
         model = read_folder(path)
         return _with_classes(options, "Hugging Face", model.weights, model.config, model.class_names)
@@ -276,10 +276,7 @@ def _base_weights(path: Path) -> dict[str, Tensor]:
 def _with_classes(
     options: ConvertOptions, kind: str, weights: Mapping[str, Tensor], config: Config, names: Sequence[str] | None
 ) -> Converted:
-    metadata = published_metadata(config.model, names)
-    recipe = published_recipe(config.model)
-    if recipe is not None and recipe.data.dataset == metadata.name:
-        config = dataclasses.replace(config, data=recipe.data)
+    config, metadata = with_published_classes(config, names)
     if options.things is not None:
         metadata = with_things(metadata, options.things)
     return Converted(kind, weights, config, metadata)

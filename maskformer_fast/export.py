@@ -205,9 +205,9 @@ def stored_test(path: str) -> TestConfig | None:
         return None
     if not Path(path).exists() and path in recipe_names():
         return load_recipe(path).test
-    from maskformer_fast.modeling.weights import load_weights
+    from maskformer_fast.inference.load import stored_options
 
-    return load_weights(path).config.test
+    return stored_options(path)[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

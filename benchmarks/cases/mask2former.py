@@ -2,8 +2,9 @@
 
 Beside Hugging Face's model with the same weights where the backbone is a Swin-T. It has no ResNet, so that one's peer
 is the same network in eager PyTorch: deformable attention by transformers' function, masks of full size in each layer,
-layers that are not fused. Files become results by Hugging Face's processor, model and post-processing; both networks'
-heads are rescaled so that a fifth of the queries is sure of its class and mask.
+layers that are not fused. Files are drawn scenes of 640x480 and 1600x1200, which both sides stretch to 512x512, and
+results have the file's size. Theirs are by Hugging Face's processor, model and post-processing. Both networks' heads
+are rescaled so that a fifth of the queries is sure of its class and mask.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.cases.end_to_end import LIVE, prepare_images
+from benchmarks.cases.end_to_end import LIVE
 from benchmarks.cases.inputs import Size, random_targets, relative_error
 from benchmarks.cases.matching_cost import float_masks
 from benchmarks.cases.network import class_metadata, network_work
 from benchmarks.cases.train_step import optimizer_step
 from benchmarks.harness.case import Bound, Case, Work
 from benchmarks.harness.runner import shared
+from maskformer_fast.benchmark.runners import draw_frame
 from maskformer_fast.config import Config, ModelConfig, Task
-from maskformer_fast.data.images import read_image
 from maskformer_fast.inference.load import load
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
@@ -48,6 +50,8 @@ HUGGINGFACE, EAGER = "Hugging Face", "eager PyTorch"
 TOLERANCE = 1e-3
 """Largest difference of logits over the largest value."""
 TASK_GOALS: dict[Task, float] = {"semantic": 3.0, "panoptic": 3.0, "instance": 4.0}
+PHOTOGRAPHS: tuple[Size, ...] = ((480, 640), (1200, 1600))
+"""Height and width of the image files."""
 OUTCOMES: dict[Task, str] = {"semantic": "labels", "panoptic": "panoptic map", "instance": "instances as RLE"}
 STEP_SECONDS = 300.0
 """A training step takes many seconds on a slow core."""
@@ -145,27 +149,34 @@ def make_confident(network: Any, images: Tensor) -> None:
     head.class_embed.bias[-1] += (logits[:, :-1].amax(1) - logits[:, -1]).quantile(1 - LIVE)
 
 
-def file_setup(device: torch.device, task: Task, config: Config | None = None) -> Work:
+def file_setup(device: torch.device, task: Task, photograph: Size, config: Config | None = None) -> Work:
     """An image file to a result, by `Predictor` and by Hugging Face as its documentation does it."""
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
     config = config or recipe("swin_tiny")
+    config = replace(config, test=replace(config.test, size=SIZE))
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        (file,) = prepare_images(None, 1, folder / "images")
         network = build(config.model)
+        scene = Image.fromarray(draw_frame(np.random.default_rng(0), PHOTOGRAPHS[-1]))
+        image = torch.from_numpy(np.array(scene.resize(SIZE[::-1], Image.Resampling.BILINEAR)))
         with torch.no_grad():
-            make_confident(network, torch.from_numpy(read_image(file)).permute(2, 0, 1)[None])
+            make_confident(network, image.permute(2, 0, 1)[None])
         save_weights(folder / "ours.safetensors", network, config, class_metadata(config.model.num_classes), step=0)
         huggingface_model(network, config.model, folder / "theirs")
+        for size in PHOTOGRAPHS:  # of one scene, because the heads are rescaled for it
+            scene.resize(size[::-1], Image.Resampling.BICUBIC).save(folder / f"{size[0]}.jpg", quality=95)
 
     folder = shared("mask2former", make)
-    (file,) = (folder / "images").iterdir()
+    file = folder / f"{photograph[0]}.jpg"
     predictor: Any = load(folder / "ours.safetensors", "cpu")
     import transformers
 
-    processor = Mask2FormerImageProcessorPil.from_pretrained(folder / "theirs", size={"height": 512, "width": 512})
+    height, width = SIZE
+    processor = Mask2FormerImageProcessorPil.from_pretrained(
+        folder / "theirs", size={"height": height, "width": width}
+    )
     model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(folder / "theirs").eval()
 
     def ours() -> Any:
@@ -235,9 +246,10 @@ def cases(device: str) -> list[Case]:
         for backbone, peer in (("swin_tiny", HUGGINGFACE), ("r50", EAGER))
     ]  # fmt: skip
     files = [
-        Case(f"Mask2Former swin_tiny, image file -> {OUTCOMES[task]}, 512x512, float32", HUGGINGFACE, goal,
-             partial(file_setup, task=task), threads=1, rank=1, memory=False, bound=partial(bound, "swin_tiny"))
-        for task, goal in TASK_GOALS.items()
+        Case(f"Mask2Former swin_tiny, file of {width}x{height} -> {OUTCOMES[task]}, network 512x512, float32",
+             HUGGINGFACE, goal, partial(file_setup, task=task, photograph=(height, width)), threads=1, rank=1,
+             memory=False, bound=partial(bound, "swin_tiny"))
+        for height, width in PHOTOGRAPHS for task, goal in TASK_GOALS.items()
     ]  # fmt: skip
     step = Case("Mask2Former swin_tiny, training step 2x3x512x512, 10 predictions, float32", HUGGINGFACE, 2.0,
                 partial(step_setup, model=recipe("swin_tiny").model), threads=1, memory_goal=0.5, rank=2,

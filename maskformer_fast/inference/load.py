@@ -1,4 +1,4 @@
-"""Predictors from files: a checkpoint, a bundle or, untrained, a recipe."""
+"""Predictors from files: a checkpoint, a folder of Hugging Face, a bundle or, untrained, a recipe."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from maskformer_fast.inference.bundle_predictor import (
     load_bundle,
 )
 from maskformer_fast.inference.predictor import Predictor
+from maskformer_fast.interop.huggingface import is_folder, read_checkpoint
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.fuse_for_cpu import convolves_bfloat16, fuse_for_cpu
-from maskformer_fast.modeling.weights import CheckpointError, check_architecture, load_into, load_weights
+from maskformer_fast.modeling.weights import Checkpoint, CheckpointError, check_architecture, load_into, load_weights
 from maskformer_fast.recipes import load_recipe, recipe_names
 
 
@@ -42,6 +43,9 @@ def load(
     graphs: bool = False,
 ) -> Predictor | BundlePredictor:
     """A predictor from a checkpoint (weights file, checkpoint folder, run folder), a bundle or, untrained, a recipe.
+
+    A folder in which `transformers` saved a MaskFormer, Mask2Former or EoMT is a checkpoint too. It does not tell which
+    classes are things: they are those of the published data set with such classes, else none (`convert --things`).
 
     On a CPU its network is rebuilt for inference (`modeling.fuse_for_cpu`) and cannot be trained, saved, moved to
     another device or exported; `load_network` leaves it as it is. The process keeps freed memory from then on, which
@@ -58,7 +62,7 @@ def load(
 
     Raises:
         FileNotFoundError: neither a path nor a recipe.
-        CheckpointError, BundleError: a damaged checkpoint or bundle.
+        CheckpointError, ConvertError, BundleError: a damaged checkpoint, folder of Hugging Face or bundle.
         ValueError: a backend or ``precision`` without a bundle, an ``amp`` or ``graphs`` with one, or a ``test`` that
             differs from the bundle's.
     """
@@ -88,7 +92,7 @@ def load_network(path_or_recipe: str | Path, device: str = "auto", test: TestCon
         config = with_classes(config, metadata)
         network = build_model(config.model)
     else:
-        config, metadata, weights, _ = load_weights(path_or_recipe)
+        config, metadata, weights, _ = _read(path_or_recipe)
         check_architecture(config.model, weights, path_or_recipe)
         check(metadata.num_classes == config.model.num_classes, f"{path_or_recipe}: metadata.class_names",
               f"the {config.model.num_classes} classes of the network", metadata.num_classes, CheckpointError)
@@ -103,8 +107,12 @@ def stored_options(path: str | Path) -> tuple[DataConfig, TestConfig]:
     if is_bundle(path):
         manifest, _ = read_manifest(path)  # `load` verifies the other files
         return bundle_data(manifest), bundle_test(manifest)
-    config = load_weights(path).config
+    config = _read(path).config
     return config.data, config.test
+
+
+def _read(path: str | Path) -> Checkpoint:
+    return read_checkpoint(path) if is_folder(path) else load_weights(path)
 
 
 def with_classes(config: Config, metadata: Metadata) -> Config:

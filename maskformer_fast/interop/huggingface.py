@@ -52,9 +52,10 @@ from maskformer_fast.interop.huggingface_mask2former import (
     write_mask2former,
 )
 from maskformer_fast.interop.names import ConvertError, Renamed, Rule, from_ours, to_ours
+from maskformer_fast.interop.published import with_published_classes
 from maskformer_fast.modeling.backbone import is_swin, resolve_backbone
 from maskformer_fast.modeling.swin import WindowAttention
-from maskformer_fast.modeling.weights import CheckpointError, check_depth
+from maskformer_fast.modeling.weights import Checkpoint, CheckpointError, check_depth
 
 CONFIG_NAME = "config.json"
 PROCESSOR_NAME = "preprocessor_config.json"
@@ -157,6 +158,21 @@ class HuggingFaceModel(NamedTuple):
     """Configuration of network, loss weights and inference; the rest has our defaults."""
     class_names: tuple[str, ...] | None
     """Names of the classes; ``None`` where the folder has only generated ones."""
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder in which `transformers` saved a model; checkpoints of ours have no ``config.json``."""
+    return Path(path, CONFIG_NAME).is_file()
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a folder as a checkpoint of ours, with the classes that `published_metadata` finds.
+
+    Errors are those of `read_folder`.
+    """
+    model = read_folder(path)
+    config, metadata = with_published_classes(model.config, model.class_names)
+    return Checkpoint(config, metadata, model.weights, step=0)
 
 
 def read_folder(path: str | os.PathLike[str]) -> HuggingFaceModel:

@@ -152,6 +152,15 @@ def published_metadata(model: ModelConfig, class_names: Sequence[str] | None = N
     return Metadata("converted", names, (False,) * count, tuple(range(count)), default_colors(count))
 
 
+def with_published_classes(config: Config, class_names: Sequence[str] | None) -> tuple[Config, Metadata]:
+    """Classes of a converted network (`published_metadata`), and its configuration with the data set that has them."""
+    metadata = published_metadata(config.model, class_names)
+    recipe = published_recipe(config.model)
+    if recipe is not None and recipe.data.dataset == metadata.name:
+        config = replace(config, data=recipe.data)
+    return config, metadata
+
+
 def with_things(metadata: Metadata, things: Sequence[str]) -> Metadata:
     """Metadata in which exactly the given classes are things.
 

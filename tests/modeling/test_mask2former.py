@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn import functional as F
 
+from benchmarks.studies.attention_mask_flips import masks_of_layers, scale_masks
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.interop.huggingface import read_folder
 from maskformer_fast.interop.official import model_to_ours
@@ -155,36 +155,15 @@ def test_images_of_any_size_give_masks_at_a_quarter_of_it(backbone: BackboneConf
     assert (layer_mask_logits(every) - masks).abs().max() < 1e-5 * masks.abs().max()
 
 
-def masks_of_levels(network: Mask2Former, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Visible pixels by resized embeddings and by the direct way, and logits in float64, for each layer in turn."""
-    predictor = network.predictor
-    features, levels = network.pixel_decoder.fuse(
-        network.backbone(network.normalize(images, torch.tensor([images.shape[2:]] * len(images))))
-    )
-    sizes = [(level.shape[2], level.shape[3]) for level in levels]
-    projection = network.pixel_decoder.projection
-    resized, direct = (LevelMasks(features, projection, sizes, direct) for direct in (False, True))
-    embeddings = predictor.mask_embed(predictor.decode(features, projection, levels, all_layers=True))
-    pixels = F.conv2d(features.double(), projection.weight.double(), projection.bias.double())
-    ours, theirs, exact = [], [], []
-    for layer, queries in enumerate(embeddings[:-1]):
-        level = layer % 3
-        ours.append(resized.visible(queries, level))
-        theirs.append(direct.visible(queries, level))
-        masks = torch.einsum("bqd,bdhw->bqhw", queries.double(), pixels)
-        exact.append(F.interpolate(masks, sizes[level], mode="bilinear").flatten(2))
-    return ours, theirs, exact
-
-
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["random", "peaky"])
 @torch.no_grad()
 def test_resized_embeddings_flip_only_pixels_whose_logit_is_rounding(scale: float) -> None:
     network = made(model_config())
-    network.predictor.mask_embed.layers[-1].weight.mul_(scale)
-    network.predictor.mask_embed.layers[-1].bias.mul_(scale)
-    ours, theirs, exact = masks_of_levels(network, random_images(2, 3, 133, 171))
+    scale_masks(network, scale)
+    layers = list(masks_of_layers(network, random_images(2, 3, 133, 171)))
+    assert len(layers) == DECODER.layers
     flips = 0
-    for a, b, logits in zip(ours, theirs, exact, strict=True):
+    for a, b, logits in layers:
         different = a != b
         flips += int(different.sum())
         # The two ways add the same products in another order: they differ by roundings of the logit's magnitude.
@@ -192,7 +171,7 @@ def test_resized_embeddings_flip_only_pixels_whose_logit_is_rounding(scale: floa
         hidden = logits < 0
         expected = ~hidden | hidden.all(-1, keepdim=True)
         assert ((a != expected) & (logits.abs() > 1e-5 * logits.abs().max())).sum() == 0
-    assert flips <= 2, f"{flips} of {sum(a.numel() for a in ours)} pixels differ"
+    assert flips <= 2, f"{flips} of {sum(a.numel() for a, _, _ in layers)} pixels differ"
 
 
 @torch.no_grad()
