@@ -25,12 +25,12 @@ from maskformer_fast.kernels.points import kernel_variant, map_values
 from maskformer_fast.kernels.products import leading_bits
 from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
-ROWS = 32
-"""Queries of a program."""
+ROWS = 16
+"""Queries of a program: with 32 some targets spill registers."""
 TARGETS = 32
 """Targets of a program; for images with more, logits are read once for each block of targets."""
 POINTS = 16
-"""Points of a tile: with 32 some targets spill registers."""
+"""Points of a tile."""
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 PROGRAMS = 1024
 """Number of programs up to which points are split into chunks: a few for each multiprocessor. Not measured on a GPU."""

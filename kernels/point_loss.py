@@ -29,9 +29,9 @@ from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goa
 BLOCK = 512
 """Points processed at once, 4 a thread. Not measured on a GPU, like all constants."""
 LAUNCH = {"num_warps": 4, "num_stages": 1}
-CANDIDATES = 1024
+CANDIDATES = 512
 """Candidates of which a block's threads count keys at once."""
-CHOICE_LAUNCH = {"num_warps": 8, "num_stages": 1}
+CHOICE_LAUNCH = {"num_warps": 4, "num_stages": 1}
 MAPS = 256
 """Maps that are processed at once, which bounds the memory of keys and of integer gradients."""
 _DIGITS = tl.constexpr(256)
