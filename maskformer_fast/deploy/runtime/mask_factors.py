@@ -95,6 +95,9 @@ class FactoredMasks:
     def __getitem__(self, row: int) -> ImageMasks:
         return ImageMasks(self._embeddings[row], self._features[row], self._projection, self._threads)
 
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        return np.stack([np.asarray(self[row]) for row in range(self.shape[0])])
+
 
 def pack_winograd(
     weight: np.ndarray,  # [N, C, 3, 3] float32, N > 0

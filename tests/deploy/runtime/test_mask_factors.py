@@ -47,6 +47,7 @@ def test_masks_of_folded_embeddings_are_those_of_a_product() -> None:
     expected += embeddings[:, :, -1, None, None]
     masks = FactoredMasks(embeddings, features, None, threads=1)
     some = np.array([8, 0, 3])
+    np.testing.assert_allclose(np.array(masks), expected, rtol=0, atol=1e-5)
     assert masks.shape == expected.shape
     for row in (0, 1):
         np.testing.assert_allclose(np.asarray(masks[row]), expected[row], rtol=0, atol=1e-5)
