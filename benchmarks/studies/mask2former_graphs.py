@@ -100,7 +100,8 @@ def export_other(path: Path, size: int) -> None:
 
     images = (torch.zeros(1, 3, size, size),)
     with torch.no_grad():
-        torch.onnx.export(Logits().eval(), images, path, dynamo=True, opset_version=20, external_data=False, verbose=False)
+        torch.onnx.export(Logits().eval(), images, path, dynamo=True, opset_version=20, external_data=False,
+                          verbose=False)  # fmt: skip
 
 
 def own_labels(logits: Sequence[Any], size: int) -> np.ndarray:
