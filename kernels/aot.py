@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from maskformer_fast.kernels.variant import KernelVariant
 
 KERNEL_MODULES = (
-    "class_scores", "deformable_attention", "mask_loss", "matching_cost", "resize", "rle", "segments_instances",
-    "segments_panoptic", "semantic", "semantic_embeddings",
+    "class_scores", "deformable_attention", "mask_loss", "matching_cost", "point_cost", "point_loss", "points",
+    "resize", "rle", "segments_instances", "segments_panoptic", "semantic", "semantic_embeddings",
 )  # fmt: skip
 """Modules of this folder with functions ``variants() -> list[KernelVariant]`` and ``goal_calls() -> list[GoalLaunch]``.
 Add the name of a new module here."""

@@ -24,7 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskformer_fast.kernels.matching_losses import SCALE, any_times_truth, pixel_losses, times_truth
+from maskformer_fast.kernels.matching_losses import (
+    SCALE,
+    any_times_truth,
+    class_probability,
+    pixel_losses,
+    times_truth,
+)
 from maskformer_fast.kernels.products import leading_bits, product
 from maskformer_fast.kernels.variant import GoalLaunch, KernelVariant, Work, goal_launches
 
@@ -178,25 +184,6 @@ def _sums_kernel(
     tl.store(target + ROWS * TARGETS, probability_sum / SCALE)
 
 
-@triton.jit
-def _class_probability(source, stride, label, num_columns, CLASSES: tl.constexpr):
-    """softmax of the logits at ``source`` [rows], at ``label`` [TARGETS] -> [rows, TARGETS]; NaN for no such label."""
-    column = tl.arange(0, CLASSES)
-    peak = tl.full((source.shape[0],), float("-inf"), tl.float32)
-    for start in tl.range(0, num_columns, CLASSES):
-        here = (start + column < num_columns)[None, :]
-        values = tl.load(source[:, None] + (start + column)[None, :] * stride, mask=here, other=float("-inf"))
-        peak = tl.maximum(peak, tl.max(values.to(tl.float32), 1))
-    total = tl.zeros((source.shape[0],), tl.float32)
-    for start in tl.range(0, num_columns, CLASSES):
-        here = (start + column < num_columns)[None, :]
-        values = tl.load(source[:, None] + (start + column)[None, :] * stride, mask=here, other=float("-inf"))
-        total += tl.sum(tl.exp(values.to(tl.float32) - peak[:, None]), 1)  # NaN where a logit is NaN or +inf
-    exists = (label >= 0) & (label < num_columns)
-    chosen = tl.load(source[:, None] + label[None, :] * stride, mask=exists[None, :], other=float("nan"))
-    return tl.exp(chosen.to(tl.float32) - peak[:, None]) / total[:, None]
-
-
 @triton.jit(do_not_specialize=[
     "num_images", "num_queries", "num_rows", "num_targets", "num_columns", "num_blocks", "num_chunks", "num_tiles",
 ])  # fmt: skip
@@ -245,7 +232,7 @@ def _cost_kernel(
     label = tl.load(labels + image * stride_lb + target * stride_lt, mask=exists, other=0)
     logits = class_logits + image * stride_b + layer * stride_l + query * stride_q
     logits = tl.where(row < num_rows, logits, class_logits)
-    chosen = _class_probability(logits, stride_k, label, num_columns, CLASSES)
+    chosen = class_probability(logits, stride_k, label, num_columns, CLASSES)
     value = mask_weight * mask / samples + dice_weight * dice - class_weight * chosen
     tl.store(place, tl.where((target < tl.load(counts + image))[None, :], value, 0.0), mask=inside)
 

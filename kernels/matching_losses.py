@@ -1,4 +1,4 @@
-"""Losses of mask logits in a matching cost, and their products with the bits of targets."""
+"""Parts of a matching cost: losses of mask logits, their products with the bits of targets, class probabilities."""
 
 from __future__ import annotations
 
@@ -66,3 +66,22 @@ def any_times_truth(values, truth):
     total += product((bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), ones)
     values -= (bits & -65536).to(tl.float32, bitcast=True)
     return total + product(values.to(tl.bfloat16), ones)
+
+
+@triton.jit
+def class_probability(source, stride, label, num_columns, CLASSES: tl.constexpr):
+    """softmax of the logits at ``source`` [rows], at ``label`` [TARGETS] -> [rows, TARGETS]; NaN for no such label."""
+    column = tl.arange(0, CLASSES)
+    peak = tl.full((source.shape[0],), float("-inf"), tl.float32)
+    for start in tl.range(0, num_columns, CLASSES):
+        here = (start + column < num_columns)[None, :]
+        values = tl.load(source[:, None] + (start + column)[None, :] * stride, mask=here, other=float("-inf"))
+        peak = tl.maximum(peak, tl.max(values.to(tl.float32), 1))
+    total = tl.zeros((source.shape[0],), tl.float32)
+    for start in tl.range(0, num_columns, CLASSES):
+        here = (start + column < num_columns)[None, :]
+        values = tl.load(source[:, None] + (start + column)[None, :] * stride, mask=here, other=float("-inf"))
+        total += tl.sum(tl.exp(values.to(tl.float32) - peak[:, None]), 1)  # NaN where a logit is NaN or +inf
+    exists = (label >= 0) & (label < num_columns)
+    chosen = tl.load(source[:, None] + label[None, :] * stride, mask=exists[None, :], other=float("nan"))
+    return tl.exp(chosen.to(tl.float32) - peak[:, None]) / total[:, None]

@@ -1,6 +1,7 @@
 """Parity of full-size networks as ONNX graphs with PyTorch, and the time of the export.
 
     python -m benchmarks.studies.export_parity [--backbones resnet50 swin_tiny swin_base] [--output FILE]
+    python -m benchmarks.studies.export_parity --model mask2former --backbones resnet50 swin_tiny --openvino
 
 Takes minutes a network, which is why it is no test. Weights are untrained; queries are made to differ. Results go to
 benchmarks/output/export_parity.jsonl, one JSON object a line, and to standard output.
@@ -14,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,21 +23,25 @@ from benchmarks.studies import OUTPUT
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import BackboneConfig, ModelConfig
 from maskformer_fast.core.files import atomic_write
-from maskformer_fast.deploy.build.onnx import ParityError, check_parity, export_graphs
+from maskformer_fast.deploy.build.onnx import Flavour, ParityError, check_parity, export_graphs
 from maskformer_fast.deploy.bundle.manifest import Shape
 from maskformer_fast.modeling import build_model
+from maskformer_fast.recipes import load_recipe
 
 
 @dataclass(frozen=True)
 class ParityOptions:
     """Compare exported graphs with PyTorch."""
 
+    model: Literal["maskformer", "mask2former"] = "maskformer"
     backbones: tuple[str, ...] = ("resnet50", "swin_tiny", "swin_base")
     sizes: tuple[str, ...] = ("1x512x512", "1x333x250", "2x200x264", "1x1024x2048")
     static: bool = False
     """Export anew for each size, instead of once for all."""
     any_batch: bool = False
     """Export anew for each size, for any batch; batches of 1 and 3 are compared."""
+    openvino: bool = False
+    """Compare the raw graph as OpenVINO runs it, too."""
     classes: int = 150
     output: Path = OUTPUT / "export_parity.jsonl"
     """File of one JSON object a comparison."""
@@ -44,7 +49,7 @@ class ParityOptions:
 
 @torch.no_grad()
 def spread_queries(
-    network: Any,  # a MaskFormer in evaluation mode, changed in place
+    network: Any,  # a MaskFormer or Mask2Former in evaluation mode, changed in place
     images: torch.Tensor,  # [B, 3, H, W] uint8
 ) -> None:
     """Enlarge the differences between untrained queries, as training would, so that labels differ."""
@@ -60,10 +65,14 @@ def spread_queries(
         layer.weight.mul_(scale)
 
 
-def build(backbone: str, classes: int) -> torch.nn.Module:
+def build(backbone: str, classes: int, model: str = "maskformer") -> torch.nn.Module:
     """An untrained network whose queries differ."""
     torch.manual_seed(0)
-    network = build_model(ModelConfig(num_classes=classes, backbone=BackboneConfig(backbone))).eval()
+    config = ModelConfig(num_classes=classes, backbone=BackboneConfig(backbone))
+    if model == "mask2former":
+        recipe = load_recipe("mask2former/ade20k_semantic_r50").model
+        config = replace(recipe, num_classes=classes, backbone=BackboneConfig(backbone), weights=None)
+    network = build_model(config).eval()
     spread_queries(network, torch.randint(0, 256, (1, 3, 256, 320), dtype=torch.uint8))
     return network
 
@@ -75,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines: list[str] = []
     shapes = [Shape.parse(text) for text in options.sizes]
     for backbone in options.backbones:
-        network = build(backbone, options.classes)
+        network = build(backbone, options.classes, options.model)
         one_size = options.static or options.any_batch
         for group in [[shape] for shape in shapes] if one_size else [shapes]:
             started = time.process_time()
@@ -85,8 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 group = [replace(group[0], batch=batch) for batch in (1, 3)]
             contents = {flavour: content for flavour, (content, _) in graphs.items()}
             for shape in group:
-                for entry in check_parity(network, contents, [shape]):
+                found = [("onnxruntime", entry) for entry in check_parity(network, contents, [shape])]
+                if options.openvino:
+                    raw: dict[Flavour, bytes] = {"raw": contents["raw"]}
+                    found += [("openvino", entry) for entry in check_parity(network, raw, [shape], "openvino")]
+                for library, entry in found:
                     record: dict[str, Any] = {"backbone": backbone, "graph": graphs["raw"][1].inputs[0].shape}
+                    if options.model != "maskformer" or library != "onnxruntime":
+                        record = {"model": options.model, "library": library} | record
                     record["export_cpu_seconds"] = round(seconds, 1)
                     lines.append(json.dumps(record | asdict(entry)))
                     print(lines[-1], flush=True)

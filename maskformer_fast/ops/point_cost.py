@@ -1,8 +1,8 @@
 """Matching cost at random points of each image (Mask2Former, section 3.3.2; official behaviour).
 
 The pixel embeddings are sampled at the points, so no mask is made: a layer's logits are one matrix product with as many
-columns as points. In C++ on the CPU (csrc/points) losses at the points are summed a chunk at a time, and the sums over
-targets are products of small matrices. On CUDA and in float64 it is the eager twin.
+columns as points. In C++ on the CPU (csrc/points) and in Triton on CUDA (kernels/point_cost.py) losses at the points
+are summed a chunk at a time, and the sums over targets are products of small matrices. In float64 it is the eager twin.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from maskformer_fast.config import LossConfig
 from maskformer_fast.core.arrays import address_of, dtype_name
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.extension import load_extension
+from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.ops.mask_loss import at_least_float32, focal_parameters
 from maskformer_fast.ops.matching_cost import arguments_of_predictions, layer_cost
 from maskformer_fast.ops.points import sample_maps, sample_masks, within_valid
@@ -27,7 +27,7 @@ class _Arguments(NamedTuple):
     """Arguments of the operator. G is 1 where all layers have the same points, else L."""
 
     class_logits: Tensor  # [L, B, Q, K+1] float32/64
-    logits: Tensor  # [L, B, Q, h, w], or [L, B, Q, P] at the points; float32 or bfloat16, float64 with the class logits
+    logits: Tensor  # [L, B, Q, h, w], or [L, B, Q, P] at the points; dtype of the class logits, or half precision
     points: Tensor | None  # [G, B, P, 2] in the dtype of the class logits, None: logits are at the points
     truth: Tensor  # [G, B, T, P] in the dtype of the class logits, the targets at the points
     labels: Tensor  # [B, T] int64
@@ -40,9 +40,10 @@ def _check(arguments: _Arguments) -> None:
     """Raise ``TypeError`` or ``ValueError`` for a shape or type that does not fit."""
     class_logits, logits, points, truth, labels, counts, weights, focal = arguments
     exact = class_logits.dtype
-    allowed = (exact,) if exact == torch.float64 else (torch.float32, torch.bfloat16)
+    halves = (torch.bfloat16,) if logits.device.type == "cpu" else (torch.bfloat16, torch.float16)
+    allowed = (exact,) if exact == torch.float64 else (torch.float32, *halves)
     if exact not in (torch.float32, torch.float64) or logits.dtype not in allowed:
-        expected = "torch.float32 (logits also torch.bfloat16), or all of torch.float64"
+        expected = f"torch.float32 (logits also {', '.join(map(str, halves))}), or all of torch.float64"
         raise TypeError(f"class_logits, logits: expected {expected}, got {exact}, {logits.dtype}")
     check(class_logits.dim() == 4, "class_logits", "shape [L, B, Q, K+1]", tuple(class_logits.shape))
     layers, batch, queries = class_logits.shape[:3]
@@ -88,6 +89,14 @@ def _point_cost_cpu(arguments: _Arguments) -> Tensor:
     return cost
 
 
+def _point_cost_cuda(arguments: _Arguments) -> Tensor:
+    if arguments.class_logits.dtype == torch.float64:
+        return _point_cost_torch(arguments)
+    tensors = (None if tensor is None else tensor.contiguous() for tensor in arguments[:6])
+    cost: Tensor = load_kernels("point_cost").point_cost_forward(*tensors, arguments.weights, arguments.focal)
+    return cost
+
+
 def _point_cost_torch(arguments: _Arguments) -> Tensor:
     class_logits, logits, points, truth, labels, counts, _, _ = arguments
     with torch.autocast(logits.device.type, enabled=False):
@@ -107,7 +116,7 @@ _point_cost = register_operator(
     _Arguments,
     check=_check,
     cpu=_point_cost_cpu,
-    cuda=_point_cost_torch,
+    cuda=_point_cost_cuda,
     fake=_point_cost_fake,
 )
 
@@ -117,7 +126,7 @@ def _made_arguments(
     loss: LossConfig,
 ) -> _Arguments:  # fmt: skip
     exact = torch.promote_types(torch.promote_types(class_logits.dtype, logits.dtype), torch.float32)
-    if exact == torch.float64 or logits.dtype == torch.float16:
+    if exact == torch.float64 or (logits.dtype == torch.float16 and logits.device.type == "cpu"):
         logits = logits.to(exact)
     points = None if points is None else points.detach().to(exact)
     return _Arguments(
@@ -138,8 +147,9 @@ def point_cost(
     """Costs of `matching_cost_at_points` from mask logits and sampled targets -> [L, B, Q, T] float32 or float64.
 
     Raises:
-        ValueError: a shape, type or device that does not fit; on the CPU also a count or label out of range.
-        ImportError: the extension is not built.
+        ValueError: a shape, type or device that does not fit; on the CPU also a count or label out of range
+            (on CUDA such a label costs NaN).
+        ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     return _point_cost(*_made_arguments(class_logits, logits, points, truth, labels, counts, loss))
 
@@ -148,7 +158,7 @@ def point_cost_eager(
     class_logits: Tensor, logits: Tensor, points: Tensor | None, truth: Tensor, labels: Tensor, counts: Tensor,
     loss: LossConfig,
 ) -> Tensor:  # fmt: skip
-    """Eager twin of `point_cost`: oracle of the tests, and the implementation for CUDA and float64."""
+    """Eager twin of `point_cost`: oracle of the tests, and the implementation for float64."""
     return _point_cost_torch(_made_arguments(class_logits, logits, points, truth, labels, counts, loss))
 
 
@@ -163,12 +173,14 @@ def matching_cost_at_points(
 
     The terms are those of `matching_cost`, with sums and means over the points: predictions and targets are sampled
     there bilinearly, with zeros outside. With ``loss.padding == "exclude"`` the points are moved into the image.
-    Columns beyond ``targets.counts`` are 0. Half precision is computed in float32. On the CPU a query whose logits at
-    the points contain NaN or an infinity has no finite cost; costs are the same for any number of threads.
+    Columns beyond ``targets.counts`` are 0. Half precision is computed in float32. A query whose logits at the points
+    contain NaN or an infinity has no finite cost. Costs are the same for any number of threads, and on CUDA in every
+    run.
 
     Raises:
-        ValueError: a shape, type or device that does not fit; on the CPU also a count or label out of range.
-        ImportError: the extension is not built.
+        ValueError: a shape, type or device that does not fit; on the CPU also a count or label out of range
+            (on CUDA such a label costs NaN).
+        ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     arguments = arguments_of_predictions(predictions, targets, loss)
     layers, batch = arguments.class_logits.shape[:2]

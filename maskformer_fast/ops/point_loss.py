@@ -2,7 +2,7 @@
 
 Most of a pair's points are the candidates whose logit is nearest to 0, the others are random. In C++ on the CPU
 (csrc/points) candidates are sampled and chosen a map at a time, and losses and gradients have no arrays of their own.
-On CUDA and in float64 it is the eager twins.
+On CUDA it is Triton (kernels/point_loss.py), in float64 the eager twins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from maskformer_fast.config import LossConfig
 from maskformer_fast.core.arrays import address_of, dtype_name
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.extension import load_extension
+from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.ops.mask_loss import at_least_float32, focal_parameters
 from maskformer_fast.ops.points import PointDraws, sample_maps, sample_masks, within_valid
 from maskformer_fast.ops.registration import register_gradient, register_operator
@@ -29,7 +29,7 @@ _CHUNK = 64
 class _Choice(NamedTuple):
     """Arguments of `choose_points`: N maps, G groups of points."""
 
-    logits: Tensor  # [N, h, w] float32, bfloat16 or float64
+    logits: Tensor  # [N, h, w] float32, bfloat16, float64 or, on CUDA, float16
     groups: Tensor  # [N] int64, the points of each map, -1 for none
     candidates: Tensor  # [G, M, 2] float32, float64 with the logits
     random: Tensor  # [G, R, 2]
@@ -39,7 +39,7 @@ class _Choice(NamedTuple):
 class PointPairs(NamedTuple):
     """Arguments of `point_sums`: N maps and the targets at their points."""
 
-    logits: Tensor  # [N, h, w] float32, bfloat16 or float64
+    logits: Tensor  # [N, h, w] float32, bfloat16, float64 or, on CUDA, float16
     rows: Tensor  # [N] int64, negative for a map that is left out
     points: Tensor  # [N, P, 2] float32, float64 with the logits
     truth: Tensor  # [N, P]
@@ -59,8 +59,10 @@ class PointPairsBackward(NamedTuple):
 
 
 def _check_maps(logits: Tensor, numbers: Tensor, name: str) -> None:
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"logits: expected torch.float32, torch.bfloat16 or torch.float64, got {logits.dtype}")
+    halves = (torch.bfloat16,) if logits.device.type == "cpu" else (torch.bfloat16, torch.float16)
+    allowed = (torch.float32, torch.float64, *halves)
+    if logits.dtype not in allowed:
+        raise TypeError(f"logits: expected one of {', '.join(map(str, allowed))}, got {logits.dtype}")
     check(logits.dim() == 3, "logits", "shape [N, h, w]", tuple(logits.shape))
     _check_tensor(numbers, name, torch.int64, (len(logits),))
 
@@ -109,6 +111,14 @@ def _choose_points_cpu(choice: _Choice) -> Tensor:
     return result
 
 
+def _choose_points_cuda(choice: _Choice) -> Tensor:
+    if choice.logits.dtype == torch.float64:
+        return _choose_points_torch(choice)
+    tensors = (tensor.contiguous() for tensor in choice[:4])
+    result: Tensor = load_kernels("point_loss").choose_points_forward(*tensors, choice.uncertain)
+    return result
+
+
 def _choose_points_torch(choice: _Choice) -> Tensor:
     logits, groups, candidates, random, uncertain = choice
     result = _choose_points_fake(choice)
@@ -128,7 +138,7 @@ _choose_points = register_operator(
     _Choice,
     check=_check_choice,
     cpu=_choose_points_cpu,
-    cuda=_choose_points_torch,
+    cuda=_choose_points_cuda,
     fake=_choose_points_fake,
 )
 
@@ -158,7 +168,7 @@ def choose_points(
 def choose_points_eager(
     logits: Tensor, groups: Tensor, candidates: Tensor, random: Tensor, uncertain: int
 ) -> Tensor:
-    """Eager twin of `choose_points`: oracle of the tests, and the implementation for CUDA and float64."""
+    """Eager twin of `choose_points`: oracle of the tests, and the implementation for float64."""
     return _choose_points_torch(_Choice(logits, groups, candidates, random, uncertain))
 
 
@@ -206,6 +216,14 @@ def _point_sums_cpu(pairs: PointPairs) -> Tensor:
     return sums
 
 
+def _point_sums_cuda(pairs: PointPairs) -> Tensor:
+    if pairs.logits.dtype == torch.float64:
+        return point_sums_eager(pairs)
+    tensors = (tensor.contiguous() for tensor in pairs[:4])
+    sums: Tensor = load_kernels("point_loss").point_sums_forward(*tensors, pairs.focal)
+    return sums
+
+
 def _backward_fake(arguments: PointPairsBackward) -> Tensor:
     logits = arguments.pairs.logits
     return logits.new_empty(logits.shape)
@@ -221,6 +239,15 @@ def _backward_cpu(arguments: PointPairsBackward) -> Tensor:
             inputs.type, address_of(gradient, "gradient", "float32", gradient.shape), inputs.logits, *inputs.values,
             address_of(result, "result", inputs.type, result.shape), torch.get_num_threads(),
         )
+    return result
+
+
+def _backward_cuda(arguments: PointPairsBackward) -> Tensor:
+    gradient, pairs = arguments
+    if pairs.logits.dtype == torch.float64:
+        return point_sums_backward_eager(arguments)
+    tensors = (tensor.contiguous() for tensor in (gradient, *pairs[:4]))
+    result: Tensor = load_kernels("point_loss").point_sums_backward(*tensors, pairs.focal)
     return result
 
 
@@ -264,7 +291,7 @@ _point_sums = register_operator(
     PointPairs,
     check=_check_pairs,
     cpu=_point_sums_cpu,
-    cuda=point_sums_eager,
+    cuda=_point_sums_cuda,
     fake=_point_sums_fake,
 )
 _point_sums_backward = register_operator(
@@ -272,7 +299,7 @@ _point_sums_backward = register_operator(
     PointPairsBackward.of,
     check=_check_backward,
     cpu=_backward_cpu,
-    cuda=point_sums_backward_eager,
+    cuda=_backward_cuda,
     fake=_backward_fake,
 )
 
@@ -316,12 +343,11 @@ def mask_loss_at_points(
     are the candidates of least |logit|, which change with the prediction, the others ``draws.random``. Logits and
     targets are sampled bilinearly, with zeros outside. With ``loss.padding == "exclude"`` all points are moved into the
     image. Gradients go to the embeddings; those of unmatched queries are zero. On the CPU results are the same for any
-    number of threads. On CUDA the gradient of the sampling adds in no fixed order
-    (``torch.use_deterministic_algorithms`` refuses it).
+    number of threads, on CUDA in every run.
 
     Raises:
         ValueError: a shape that does not fit, or predictions and targets not of one padded input size.
-        ImportError: the extension is not built.
+        ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     check(targets.input_size == predictions.input_size, "targets.input_size",
           f"that of the predictions {predictions.input_size}", targets.input_size)

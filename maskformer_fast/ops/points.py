@@ -1,7 +1,8 @@
 """Random points of images, and what masks and maps are there (Mask2Former, Cheng et al., CVPR 2022, section 3.3.2).
 
 Points are (x, y) in 0..1 of an image. Mask2Former compares masks with targets at such points instead of every pixel.
-Target masks are sampled where they lie, packed or not, in C++ on the CPU (csrc/points) and in plain PyTorch on CUDA.
+Target masks are sampled where they lie, packed or not, in C++ on the CPU (csrc/points) and in Triton on CUDA
+(kernels/points.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from maskformer_fast.config import LossConfig
 from maskformer_fast.core.arrays import address_of, dtype_name
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.extension import load_extension
+from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.ops.registration import register_operator
 from maskformer_fast.structures import Targets
 
@@ -110,6 +111,15 @@ def _sample_masks_cpu(arguments: _Arguments) -> Tensor:
     return result
 
 
+def _sample_masks_cuda(arguments: _Arguments) -> Tensor:
+    if arguments.points.dtype == torch.float64:
+        return _sample_masks_torch(arguments)
+    masks, width, rows, points, groups, extent = arguments
+    tensors = (tensor.contiguous() for tensor in (rows, points, groups))
+    result: Tensor = load_kernels("points").sample_masks_forward(masks.contiguous(), width, *tensors, tuple(extent))
+    return result
+
+
 def _sample_masks_torch(arguments: _Arguments) -> Tensor:
     masks, width, rows, points, groups, extent = arguments
     result = _sample_masks_fake(arguments).zero_()
@@ -140,7 +150,7 @@ _sample_masks = register_operator(
     _Arguments,
     check=_check,
     cpu=_sample_masks_cpu,
-    cuda=_sample_masks_torch,
+    cuda=_sample_masks_cuda,
     fake=_sample_masks_fake,
 )
 
@@ -156,13 +166,13 @@ def sample_masks(
     """Sample masks at points as `sample_maps` does, without copies of them -> [N, P] in the dtype of ``points``.
 
     Points are parts of ``extent`` (height, width), by default of the masks' own size. It begins at the masks' first
-    pixel, so masks smaller than it count as padded with zeros at the bottom and right. On the CPU points that are not
-    finite give 0. There is no gradient.
+    pixel, so masks smaller than it count as padded with zeros at the bottom and right. Points that are not finite give
+    0. There is no gradient.
 
     Raises:
         TypeError: other dtypes.
         ValueError: shapes that do not fit; on the CPU also rows or groups out of range.
-        ImportError: the extension is not built.
+        ImportError: the extension is not built; on CUDA, Triton is not installed.
     """
     return _sample_masks(masks, width, rows, points.detach(), groups, list(extent or (masks.shape[1], width)))
 
@@ -175,7 +185,10 @@ def sample_masks_eager(
     groups: Tensor,
     extent: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Eager twin of `sample_masks`: oracle of the tests, and the implementation for CUDA and float64."""
+    """Eager twin of `sample_masks`: oracle of the tests, and the implementation for float64.
+
+    Points that are not finite are not specified.
+    """
     return _sample_masks_torch(_Arguments(masks, width, rows, points, groups, extent or (masks.shape[1], width)))
 
 

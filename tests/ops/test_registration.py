@@ -22,6 +22,12 @@ PAIRS = (torch.zeros(7, 5, 6), torch.zeros(4, 10, 2, dtype=torch.uint8), torch.z
 CONVOLUTION = (torch.zeros(1, 16, 5, 6), torch.zeros(36, 2, 16, 16), torch.zeros(20), 20, False)
 ATTENTION = (torch.zeros(2, 6, 3, 8), [2, 2, 1, 2], torch.zeros(2, 5, 2, 2), torch.zeros(2, 5, 3, 2, 4, 2),
              torch.zeros(2, 5, 3, 2, 4))  # fmt: skip
+POINTS = (torch.zeros(7, 5, 6), torch.zeros(7, dtype=torch.int64), torch.zeros(7, 9, 2), torch.zeros(7, 9),
+          [1.0, 1.0, 0.0])  # fmt: skip
+AT_POINTS = (torch.zeros(1, 2, 9, 4), torch.zeros(1, 2, 9, 5, 6), torch.zeros(1, 2, 11, 2), torch.zeros(1, 2, 3, 11),
+             torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), [1.0, 1.0, 1.0],
+             [1.0, 1.0, 0.0])  # fmt: skip
+GROUPS = torch.zeros(7, dtype=torch.int64)
 FRAMES = [torch.zeros(1, 5, 6, 3, dtype=torch.uint8)]
 
 CALLS: dict[str, tuple[Any, ...]] = {
@@ -36,6 +42,11 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "conv3x3_winograd": CONVOLUTION,
     "deformable_attention": ATTENTION,
     "deformable_attention_backward": (torch.zeros(2, 5, 24), *ATTENTION),
+    "sample_masks": (torch.zeros(2, 5, 1, dtype=torch.uint8), 6, GROUPS, torch.zeros(3, 9, 2), GROUPS, [5, 6]),
+    "point_cost": AT_POINTS,
+    "choose_points": (torch.zeros(7, 5, 6), GROUPS, torch.zeros(3, 9, 2), torch.zeros(3, 4, 2), 5),
+    "point_sums": POINTS,
+    "point_sums_backward": (torch.zeros(7, 4), *POINTS),
     "resize_images": (FRAMES, [4, 4], [4, 4], False),
 }
 WRONG: list[tuple[str, int, Any]] = [
@@ -103,6 +114,34 @@ WRONG: list[tuple[str, int, Any]] = [
     ("deformable_attention", 4, torch.zeros(2, 5, 3, 8)),
     ("deformable_attention_backward", 0, torch.zeros(2, 5, 3, 8)),
     ("deformable_attention_backward", 2, [2, 2, 1, 3]),
+    ("sample_masks", 0, torch.zeros(2, 5, 2, dtype=torch.uint8)),
+    ("sample_masks", 0, torch.zeros(2, 5, 6, dtype=torch.int32)),
+    ("sample_masks", 1, 60),
+    ("sample_masks", 2, torch.zeros(6, dtype=torch.int64)),
+    ("sample_masks", 3, torch.zeros(3, 9, 2, dtype=torch.float16)),
+    ("sample_masks", 4, torch.zeros(7)),
+    ("sample_masks", 5, [5]),
+    ("point_cost", 0, torch.zeros(1, 2, 9)),
+    ("point_cost", 1, torch.zeros(1, 2, 8, 5, 6)),
+    ("point_cost", 1, torch.zeros(1, 2, 9, 5, 6, dtype=torch.float16)),
+    ("point_cost", 2, torch.zeros(1, 2, 10, 2)),
+    ("point_cost", 3, torch.zeros(2, 2, 3, 11)),
+    ("point_cost", 4, torch.zeros(2, 4, dtype=torch.int64)),
+    ("point_cost", 5, torch.zeros(2)),
+    ("point_cost", 6, [1.0]),
+    ("choose_points", 0, torch.zeros(7, 30)),
+    ("choose_points", 0, torch.zeros(7, 5, 6, dtype=torch.float16)),
+    ("choose_points", 1, torch.zeros(6, dtype=torch.int64)),
+    ("choose_points", 2, torch.zeros(3, 9, 3)),
+    ("choose_points", 3, torch.zeros(2, 4, 2)),
+    ("choose_points", 4, 10),
+    ("point_sums", 0, torch.zeros(7, 5, 6, dtype=torch.float16)),
+    ("point_sums", 1, torch.zeros(7)),
+    ("point_sums", 2, torch.zeros(6, 9, 2)),
+    ("point_sums", 3, torch.zeros(7, 8)),
+    ("point_sums", 4, [1.0]),
+    ("point_sums_backward", 0, torch.zeros(7, 3)),
+    ("point_sums_backward", 3, torch.zeros(7, 9, 3)),
     ("resize_images", 0, [torch.zeros(1, 5, 6, 1, dtype=torch.uint8)]),
     ("resize_images", 0, [torch.zeros(1, 5, 6, 3)]),
     ("resize_images", 1, [4]),

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from maskformer_fast.deploy.build.deformable_attention import DOMAIN, OPERATOR, expand
+from tests.support.graphs import raw_graph
 
 HEADS, DIM, LEVELS, POINTS = 4, 8, 3, 2
 INPUTS = ("value", "sizes", "references", "offsets", "logits")
@@ -43,6 +44,19 @@ def attention_graph() -> Any:
     )  # fmt: skip
     expand(model)
     return model
+
+
+def graph_with_attention() -> bytes:
+    """The graph of `raw_graph` with deformable attention of constants, whose mean is added to the class logits."""
+    model, attention = raw_graph(), attention_graph()
+    constants = [numpy_helper.from_array(array, name) for name, array in attention_inputs(1, 7, CASES[0][2]).items()]
+    model.graph.initializer.extend([*constants, *attention.graph.initializer])
+    last = next(node for node in model.graph.node if node.output[0] == "class_logits")
+    last.output[0] = "plain"
+    model.graph.node.extend(attention.graph.node)
+    model.graph.node.append(helper.make_node("ReduceMean", ["doubled"], ["average"], keepdims=0))
+    model.graph.node.append(helper.make_node("Add", ["plain", "average"], ["class_logits"]))
+    return model.SerializeToString()
 
 
 def attention_inputs(batch: int, queries: int, sizes: list[tuple[int, int]]) -> dict[str, np.ndarray]:

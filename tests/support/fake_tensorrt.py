@@ -1,7 +1,8 @@
 """A stand-in for the module ``tensorrt`` in a build, whose engines are JSON lists of the options that were set.
 
 The environment variable FAKE_TENSORRT has words that change its behaviour: old, crash, kill, unbuildable, unparsable,
-foreign (an engine with other outputs), bare (without the flags that a later version may drop).
+foreign (an engine with other outputs), bare (without the flags that a later version may drop). Its parser knows plugins
+only after they are registered, as the real one does, and lists them in the engine.
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ __version__ = "8.6.1" if "old" in WORDS else "11.0.0"
 class ILogger:
     class Severity(enum.Enum):
         INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
+
+
+PLUGINS: set[str] = set()
+
+
+def init_libnvinfer_plugins(logger, namespace: str) -> bool:
+    assert namespace == ""
+    PLUGINS.add("MultiscaleDeformableAttnPlugin_TRT")
+    return True
 
 
 class IProgressMonitor:
@@ -99,6 +109,7 @@ class Builder:
             self.logger.log(ILogger.Severity.ERROR, "no kernel for node conv2")
             return None
         content = {**config.set, "level": config.builder_optimization_level, "network_flags": network.flags}
+        content["plugins"] = network.plugins
         return json.dumps(content).encode()
 
 
@@ -117,10 +128,19 @@ class OnnxParser:
         self.network.num_inputs, self.network.num_outputs = len(graph.input), len(graph.output)
         self.network.get_input = lambda index: tensor(graph.input[index])
         self.network.get_output = lambda index: tensor(graph.output[index])
-        return "unparsable" not in WORDS
+        plugins = [node for node in graph.node if node.op_type.endswith("Plugin_TRT")]
+        self.error = ("Einsum", "masks") if "unparsable" in WORDS else None
+        self.network.plugins = []
+        for node in plugins:
+            options = {a.name: onnx.helper.get_attribute_value(a).decode() for a in node.attribute}
+            if node.op_type not in PLUGINS or len(node.input) != 5 or node.domain:
+                self.error = (node.op_type, node.name)
+            self.network.plugins.append([node.op_type, options["plugin_version"]])
+        return self.error is None
 
     def get_error(self, index: int):
-        return SimpleNamespace(node_operator=lambda: "Einsum", node_name=lambda: "masks", desc=lambda: "not known")
+        operator, name = self.error
+        return SimpleNamespace(node_operator=lambda: operator, node_name=lambda: name, desc=lambda: "not known")
 
 
 class Runtime:

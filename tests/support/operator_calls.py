@@ -15,15 +15,20 @@ from maskformer_fast.config import LossConfig
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.ops import (
     deformable_attention,
+    draw_points,
     instance_inference,
     instance_rle,
     linear_sum_assignment,
     mask_loss,
+    mask_loss_at_points,
     matching_cost,
+    matching_cost_at_points,
     panoptic_inference,
     resize_images,
 )
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
+from maskformer_fast.ops.point_cost import point_cost
+from maskformer_fast.ops.points import sample_masks
 from maskformer_fast.ops.resized_argmax import resized_argmax, resized_winners
 from maskformer_fast.ops.semantic import SemanticMap
 from maskformer_fast.structures import Predictions, Targets, pack_masks
@@ -155,6 +160,24 @@ def attention(device: str) -> None:
         torch.autograd.grad(result.sum(), inputs)
 
 
+def at_points(device: str) -> None:
+    predictions, targets = batch(device, torch.float32)
+    inputs = [tensor.requires_grad_() for tensor in (predictions.mask_embeddings, predictions.pixel_features)]
+    query = torch.rand(2, 2, 11, device=device).argsort(-1)[..., :5]
+    query = query.masked_fill(torch.arange(5, device=device) >= targets.counts[:, None], -1)
+    for loss in (LossConfig(points=1037), LossConfig(mask_loss="bce", padding="include", points=37, importance=0.5)):
+        draws = draw_points(loss, [3, 4], device)
+        matching_cost_at_points(predictions, targets, draws.match, loss)
+        mask, dice = mask_loss_at_points(predictions, targets, query, draws, loss)
+        torch.autograd.grad(mask.sum() + dice.sum(), inputs)
+        logits = torch.randn(2, 2, 11, 10, 14, device=device)
+        truth = torch.rand(1, 2, 5, len(draws.match[0]), device=device)
+        point_cost(predictions.class_logits, logits, draws.match[None], truth, targets.labels, targets.counts, loss)
+    for masks in (targets.masks[0], targets.masks[0].float(), targets.masks[0] > 7):  # packed, or a byte a pixel
+        width, rows = (56 if masks.dtype == torch.uint8 else 7), torch.arange(-1, 5, device=device)
+        sample_masks(masks, width, rows, torch.rand(6, 37, 2, device=device) * 1.2 - 0.1, rows.clamp(min=0))
+
+
 CALLS: dict[str, Callable[[str], None]] = {
     "semantic": lambda device: semantic(device, "dense"),
     "semantic_pruned": lambda device: semantic(device, "pruned"),
@@ -166,6 +189,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "matching_cost": matching,
     "mask_loss": losses,
     "assignment": assignment,
+    "points": at_points,
     "deformable_attention": attention,
     "resize": resize,
 }

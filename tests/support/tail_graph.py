@@ -1,4 +1,7 @@
-"""A graph of the flavour ``raw`` that ends as exported networks do: a 3x3 convolution, times mask embeddings."""
+"""A graph of the flavour ``raw`` that ends as exported networks do: a 3x3 convolution, times mask embeddings.
+
+Or as Mask2Former's, which has a 1x1 convolution that is folded into the embeddings.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from tests.support.tiny_bundle import TinyNetwork, manifest_of, metadata_of
 QUERIES, CLASSES, CHANNELS, DIM = 9, 5, 16, 24
 
 
-def tail_graph(bias: bool = True, channels: int = CHANNELS, stride: int = 1) -> bytes:
+def tail_graph(bias: bool = True, channels: int = CHANNELS, stride: int = 1, folded: bool = False) -> bytes:
     """Images of any size -> class logits by linear layers on the means, masks of every fourth pixel."""
     rng = np.random.default_rng(0)
     weights = {
@@ -26,6 +29,19 @@ def tail_graph(bias: bool = True, channels: int = CHANNELS, stride: int = 1) -> 
         "classes": np.array([0, QUERIES, CLASSES + 1]), "flat": np.array([0, DIM, -1]), "queries": np.array([QUERIES]),
     }  # fmt: skip
     node = helper.make_node
+    projected = [
+        node("Conv", ["x", "conv", *["offset"][:bias]], ["p"], pads=[1] * 4, strides=[stride] * 2),
+        node("Reshape", ["p", "flat"], ["flat_p"]), node("MatMul", ["mask_embeddings", "flat_p"], ["product"]),
+    ]  # fmt: skip
+    if folded:
+        weights |= {"linear": rng.normal(size=(DIM, channels)) / 4, "flat": np.array([0, channels, -1]),
+                    "last": np.array([2])}  # fmt: skip
+        projected = [
+            node("Identity", ["x"], ["p"]), node("Reshape", ["p", "flat"], ["flat_p"]),
+            node("MatMul", ["mask_embeddings", "linear"], ["folded"]),
+            node("MatMul", ["mask_embeddings", "offset"], ["o"]), node("Unsqueeze", ["o", "last"], ["offsets"]),
+            node("MatMul", ["folded", "flat_p"], ["without"]), node("Add", ["without", "offsets"], ["product"]),
+        ]  # fmt: skip
     nodes = [
         node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT), node("Mul", ["pixels", "scale"], ["scaled"]),
         node("Conv", ["scaled", "stem"], ["stemmed"], strides=[4, 4]), node("Tanh", ["stemmed"], ["x"]),
@@ -33,10 +49,8 @@ def tail_graph(bias: bool = True, channels: int = CHANNELS, stride: int = 1) -> 
         node("Relu", ["h"], ["state"]), node("MatMul", ["state", "embed"], ["e"]),
         node("Reshape", ["e", "embeddings"], ["mask_embeddings"]), node("MatMul", ["state", "classify"], ["c"]),
         node("Reshape", ["c", "classes"], ["class_logits"]),
-        node("Conv", ["x", "conv", *["offset"][:bias]], ["p"], pads=[1] * 4, strides=[stride] * 2),
-        node("Shape", ["p"], ["batch"], end=1), node("Shape", ["p"], ["size"], start=2),
-        node("Concat", ["batch", "queries", "size"], ["shape"], axis=0), node("Reshape", ["p", "flat"], ["flat_p"]),
-        node("MatMul", ["mask_embeddings", "flat_p"], ["product"]),
+        *projected, node("Shape", ["p"], ["batch"], end=1), node("Shape", ["p"], ["size"], start=2),
+        node("Concat", ["batch", "queries", "size"], ["shape"], axis=0),
         node("Reshape", ["product", "shape"], ["mask_logits"]),
     ]  # fmt: skip
     info = helper.make_tensor_value_info
@@ -52,8 +66,8 @@ def tail_graph(bias: bool = True, channels: int = CHANNELS, stride: int = 1) -> 
     return model.SerializeToString()
 
 
-def tail_bundle(folder: Path) -> Bundle:
+def tail_bundle(folder: Path, folded: bool = False) -> Bundle:
     """A bundle of the graph, without resizing and padding."""
     test = TestConfig(short_edge=None, object_mask_threshold=0.1, overlap_threshold=0.1, top_k=6)
     manifest = manifest_of(TinyNetwork(QUERIES, CLASSES), metadata_of(CLASSES), test)
-    return write_bundle(folder, manifest, {"raw.onnx": tail_graph()})
+    return write_bundle(folder, manifest, {"raw.onnx": tail_graph(folded=folded)})

@@ -232,6 +232,8 @@ def use_plugin(model: Any, version: str) -> int:
         model: a graph of `expand`, not yet in another precision.
         version: one of `PLUGIN_VERSIONS`.
     """
+    from onnx import TensorProto, helper
+
     check(version in PLUGIN_VERSIONS, "version", f"one of {', '.join(PLUGIN_VERSIONS)}", version)
     layers: dict[str, dict[str, Any]] = {}
     nodes = []
@@ -248,6 +250,11 @@ def use_plugin(model: Any, version: str) -> int:
     if layers:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
+    # the type of the plugin's result, which no schema tells: conversions to half precision need it
+    model.graph.value_info.extend(
+        helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
+        for node in nodes if node.op_type == PLUGIN
+    )  # fmt: skip
     return len(layers)
 
 

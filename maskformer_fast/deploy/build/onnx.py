@@ -17,7 +17,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.deploy.build.deformable_attention import expand, translation
 from maskformer_fast.deploy.bundle.manifest import Graph, Parity, Shape, TensorSpec
+from maskformer_fast.deploy.runtime.openvino_session import OpenvinoSession
 from maskformer_fast.modeling.mask2former import Mask2Former
 from maskformer_fast.modeling.maskformer import MaskFormer
 from maskformer_fast.ops.mask_product import layer_mask_logits
@@ -44,6 +45,7 @@ MARGIN = 1e-3
 """Lead of the best class's score over the second best's above which labels must be equal."""
 
 Flavour = Literal["raw", "complete"]
+Library = Literal["onnxruntime", "openvino"]
 FLAVOURS: tuple[Flavour, ...] = ("raw", "complete")
 
 # Sizes while tracing; nothing is computed at them. They are far from 1, from each other, and from multiples of the
@@ -275,9 +277,11 @@ def _quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def check_parity(
-    network: nn.Module, graphs: Mapping[Flavour, bytes], shapes: Sequence[Shape]
+    network: nn.Module, graphs: Mapping[Flavour, bytes], shapes: Sequence[Shape], library: Library = "onnxruntime"
 ) -> tuple[Parity, ...]:
-    """Compare each graph, run by onnxruntime, with PyTorch on random images of each shape.
+    """Compare each graph, run by a library, with PyTorch on random images of each shape.
+
+    OpenVINO runs graphs of the flavour ``raw`` only, as the runtime does.
 
     The reference of ``raw`` is the network as `Predictor` runs it. That of ``complete`` is semantic inference on the
     network's logits.
@@ -285,23 +289,33 @@ def check_parity(
     Raises:
         ParityError: logits differ by more than `TOLERANCE` of the largest one, labels differ where the best class leads
             by more than `MARGIN`, or a graph fails. The message has the flavour and the shape.
-        ModuleNotFoundError: onnxruntime is not installed.
+        ModuleNotFoundError: the library is not installed.
     """
+    check_choice("library", library, ("onnxruntime", "openvino"))
+    check(library == "onnxruntime" or set(graphs) == {"raw"}, "graphs", "raw alone with openvino", sorted(graphs))
     checked = _checked(network)
     divisibility = checked.config.size_divisibility
-    sessions = {flavour: _session(content) for flavour, content in graphs.items()}
+    sessions = {flavour: _runner(content, library) for flavour, content in graphs.items()}
     results = []
     for number, shape in enumerate(shapes):
         images = _test_images(shape, seed=number)
         reference = _reference(checked, images, divisibility)
-        for flavour, session in sessions.items():
+        for flavour, run in sessions.items():
             try:
-                outputs = session.run(None, {"images": images.numpy()})
+                outputs = run(images.numpy())
             except Exception as error:  # onnxruntime's errors share no base class
-                raise ParityError(f"{flavour}.onnx, {shape}: onnxruntime fails: {error}") from error
-            tensors = [torch.from_numpy(output) for output in outputs]
+                raise ParityError(f"{flavour}.onnx, {shape}: {library} fails: {error}") from error
+            tensors = [torch.from_numpy(np.array(output)) for output in outputs]
             results.append(_compare(flavour, shape, reference, tensors, divisibility))
     return tuple(results)
+
+
+def _runner(content: bytes, library: Library) -> Callable[[np.ndarray], Sequence[Any]]:
+    """Function from images to a graph's outputs."""
+    if library == "openvino":
+        return OpenvinoSession(content, torch.get_num_threads()).run
+    session = _session(content)
+    return lambda images: session.run(None, {"images": images})
 
 
 def _session(content: bytes) -> Any:

@@ -1,8 +1,9 @@
 """Mask logits that are computed for the queries that a result needs, from factors that the network gives.
 
-The pixel decoder ends in a linear 3x3 convolution, whose output is multiplied by the queries' mask embeddings. Folded
-into the convolution's kernel, the embeddings make it one with an output channel a query (`ops.mask_product` has the
-mathematics). That takes a tenth of the multiplications for 100 queries of 256 channels, and less for fewer queries.
+MaskFormer's pixel decoder ends in a linear 3x3 convolution, whose output is multiplied by the queries' mask embeddings.
+Folded into the convolution's kernel, the embeddings make it one with an output channel a query (`ops.mask_product` has
+the mathematics). That takes a tenth of the multiplications for 100 queries of 256 channels, and less for fewer queries.
+Mask2Former's ends in a 1x1 convolution, into which the graph folds the embeddings: a product with its input is left.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class ImageMasks:
 
     def __init__(
         self,
-        embeddings: np.ndarray,  # [Q, D] float32
+        embeddings: np.ndarray,  # [Q, D] float32; [Q, C + 1], offset last, where they are folded already
         features: np.ndarray,  # [h, w, C] float32, the convolution's input
-        projection: Projection,
+        projection: Projection | None,  # None: the embeddings are folded
         threads: int,
     ) -> None:
         self.shape = (len(embeddings), *features.shape[:2])
@@ -52,6 +53,10 @@ class ImageMasks:
         """Logits of some queries -> [N, h, w]."""
         embeddings = self._embeddings[queries]
         height, width, channels = self._features.shape
+        if self._projection is None:
+            masks = embeddings[:, :-1] @ self._features.reshape(-1, channels).T
+            masks += embeddings[:, -1:]
+            return masks.reshape(-1, height, width)
         result = np.empty((height, width, len(embeddings)), np.float32)
         if result.size:
             weight, bias = self._projection
@@ -78,9 +83,9 @@ class FactoredMasks:
 
     def __init__(
         self,
-        embeddings: np.ndarray,  # [B, Q, D] float32
+        embeddings: np.ndarray,  # [B, Q, D] float32; [B, Q, C + 1] where they are folded, see `ImageMasks`
         features: np.ndarray,  # [B, h, w, C] float32
-        projection: Projection,
+        projection: Projection | None,
         threads: int,
     ) -> None:
         self.shape = (*embeddings.shape[:2], *features.shape[1:3])
@@ -89,6 +94,9 @@ class FactoredMasks:
 
     def __getitem__(self, row: int) -> ImageMasks:
         return ImageMasks(self._embeddings[row], self._features[row], self._projection, self._threads)
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        return np.stack([np.asarray(self[row]) for row in range(self.shape[0])])
 
 
 def pack_winograd(

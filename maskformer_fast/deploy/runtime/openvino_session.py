@@ -67,7 +67,7 @@ class OpenvinoSession:
             model = core.read_model(graph, weights or b"")
             self.inputs, self.outputs = ([_tensor(port) for port in part] for part in (model.inputs, model.outputs))
             tail = find_mask_tail(model)
-            self._projection = None if tail is None else tail.projection
+            self._tail = tail
             self._threads = max(1, threads // streams)
             replace_attention(model, self._threads)
             self._model = core.compile_model(model if tail is None else _without(model, tail), "CPU", settings)
@@ -82,18 +82,22 @@ class OpenvinoSession:
         if not hasattr(self._requests, "own"):
             self._requests.own = self._model.create_infer_request()
         found = self._requests.own.infer({INPUT: images}, share_inputs=True, share_outputs=True)
-        if self._projection is None:
+        if self._tail is None:
             return [found[name] for name in OUTPUTS]
         classes, embeddings, features = found.values()
-        return [classes, FactoredMasks(embeddings, features, self._projection, self._threads)]
+        return [classes, FactoredMasks(embeddings, features, self._tail.projection, self._threads)]
 
 
 class MaskTail(NamedTuple):
-    """Operators that end in mask logits: a convolution of pixel features, times mask embeddings."""
+    """Operators that end in mask logits: a convolution of pixel features, times mask embeddings.
 
-    embeddings: Any  # output of [B, Q, D]
+    A convolution of 1x1 is folded into the embeddings, by which the graph multiplies the features and adds an offset.
+    """
+
+    embeddings: Any  # output of [B, Q, D]; [B, Q, C] where they are folded
     features: Any  # output of [B, C, h, w]
-    projection: Projection
+    projection: Projection | None  # None: the embeddings are folded
+    offsets: Any  # output of [B, Q, 1], where they are folded
     names: tuple[str, ...]  # of the convolution and the product
 
 
@@ -102,9 +106,14 @@ def find_mask_tail(model: Any) -> MaskTail | None:
     if OUTPUTS[1] not in {name for port in model.outputs for name in port.get_names()}:
         return None
     product = _before(model.output(OUTPUTS[1]).get_node(), "Result", "Reshape")
+    offsets = None
+    if product.get_type_name() == "Add":
+        offsets, product = product.input_value(1), product.input_value(0).get_node()
     if product.get_type_name() != "MatMul" or any(product.get_attributes().values()):
         return None
     embeddings = product.input_value(0)
+    if offsets is not None:
+        return _folded_tail(embeddings, product, offsets)
     last = _before(product.input_value(1).get_node(), "Reshape")
     bias = None
     if last.get_type_name() == "Add":
@@ -121,7 +130,20 @@ def find_mask_tail(model: Any) -> MaskTail | None:
     offsets = np.zeros(channels) if bias is None else np.broadcast_to(bias.data.reshape(-1), channels)
     projection = Projection(weight.data.astype(np.float32), np.ascontiguousarray(offsets, dtype=np.float32))
     names = last.get_friendly_name(), product.get_friendly_name()
-    return MaskTail(embeddings, last.input_value(0), projection, names)
+    return MaskTail(embeddings, last.input_value(0), projection, None, names)
+
+
+def _folded_tail(embeddings: Any, product: Any, offsets: Any) -> MaskTail | None:
+    """The tail of a product with pixel features [B, C, h, w], flattened, and offsets; None for other shapes."""
+    flat = product.input_value(1).get_node()
+    if flat.get_type_name() != "Reshape":
+        return None
+    features = flat.input_value(0)
+    shapes = [output.get_partial_shape() for output in (embeddings, features, offsets)]
+    if [len(shape) for shape in shapes if shape.rank.is_static] != [3, 4, 3]:
+        return None
+    fits = shapes[0][2].is_static and shapes[0][2] == shapes[1][1] and shapes[2][2] == 1
+    return MaskTail(embeddings, features, None, offsets, (product.get_friendly_name(),)) if fits else None
 
 
 def _before(node: Any, *kinds: str) -> Any:
@@ -138,7 +160,10 @@ def _without(model: Any, tail: MaskTail) -> Any:
 
     classes = model.output(OUTPUTS[0]).get_node().input_value(0)
     features = opset13.transpose(tail.features, np.array([0, 2, 3, 1]))
-    return openvino.Model([classes, tail.embeddings, features.output(0)], model.get_parameters())
+    embeddings = tail.embeddings
+    if tail.offsets is not None:
+        embeddings = opset13.concat([embeddings, tail.offsets], 2).output(0)
+    return openvino.Model([classes, embeddings, features.output(0)], model.get_parameters())
 
 
 def _tensor(port: Any) -> Tensor:

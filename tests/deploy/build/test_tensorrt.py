@@ -6,14 +6,24 @@ import importlib.util
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from onnx import helper
 
-from maskformer_fast.deploy.build.tensorrt import EngineConfig, EngineError, build_engine, make_profile, select_api
+from maskformer_fast.deploy.build.deformable_attention import PLUGIN
+from maskformer_fast.deploy.build.tensorrt import (
+    EngineConfig,
+    EngineError,
+    build_engine,
+    make_profile,
+    plugin_version,
+    select_api,
+)
 from maskformer_fast.deploy.build.tensorrt_worker import Progress
 from maskformer_fast.deploy.bundle.manifest import Shape
+from tests.support.attention_graph import graph_with_attention
 from tests.support.graphs import raw_graph
 from tests.support.paths import ROOT
 
@@ -77,6 +87,26 @@ def test_default_options(tensorrt: pytest.MonkeyPatch) -> None:
     assert told["flags"] == ["REQUIRE_USER_ALLOCATION"] and "WORKSPACE" not in told
     assert told["profile"] == {"images": [[1, 3, 256, 256], [1, 3, 512, 512], [1, 3, 1024, 1024]]}
     assert engine.precision == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_plugin_of_deformable_attention_is_registered_and_parsed(
+    tensorrt: pytest.MonkeyPatch, precision: str
+) -> None:
+    graph = graph_with_attention()
+    gathers, plugin = (
+        build_engine(graph, EngineConfig(precision=precision, deformable_attention=way, **SHAPES), progress=False)  # type: ignore[arg-type]
+        for way in ("gathers", "plugin")
+    )
+    assert json.loads(gathers[0])["plugins"] == [] and "deformable_attention" not in gathers[1].options
+    assert json.loads(plugin[0])["plugins"] == [[PLUGIN, plugin_version()]]
+    assert plugin[1].options["deformable_attention"] == "plugin"
+    with pytest.raises(EngineError, match="deformable_attention: expected gathers: this network has none"):
+        build(precision=precision, deformable_attention="plugin")
+    unregistered = {"deformable_attention": ""}
+    tensorrt.setattr("maskformer_fast.deploy.build.tensorrt.asdict", lambda config: asdict(config) | unregistered)
+    with pytest.raises(EngineError, match=f"cannot translate the graph:\n  {PLUGIN}"):  # where it is not registered
+        build_engine(graph, EngineConfig(precision=precision, deformable_attention="plugin"), progress=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

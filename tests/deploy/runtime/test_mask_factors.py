@@ -41,6 +41,20 @@ def test_masks_of_any_queries_are_those_of_a_convolution_and_a_product(
         assert masks[row][some[:0]].shape == (0, *size)
 
 
+def test_masks_of_folded_embeddings_are_those_of_a_product() -> None:
+    embeddings, features = normal(2, 9, 13), normal(2, 7, 5, 12)
+    expected = np.einsum("bqc,bhwc->bqhw", embeddings[:, :, :-1].astype(np.float64), features)
+    expected += embeddings[:, :, -1, None, None]
+    masks = FactoredMasks(embeddings, features, None, threads=1)
+    some = np.array([8, 0, 3])
+    np.testing.assert_allclose(np.array(masks), expected, rtol=0, atol=1e-5)
+    assert masks.shape == expected.shape
+    for row in (0, 1):
+        np.testing.assert_allclose(np.asarray(masks[row]), expected[row], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(masks[row][some], expected[row][some], rtol=0, atol=1e-5)
+        assert masks[row][some[:0]].shape == (0, 7, 5)
+
+
 @pytest.mark.parametrize("count", [1, 16, 21])
 def test_weights_are_packed_as_for_the_networks_convolutions(count: int) -> None:
     weight = normal(count, 32, 3, 3)
