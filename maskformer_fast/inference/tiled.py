@@ -35,6 +35,8 @@ from maskformer_fast.ops.semantic import label_dtype
 
 Store = MutableMapping[str, Arrays]
 """Arrays of tiles, by task and number."""
+Progress = Callable[[int, int], object]
+"""Gets the number of tiles that are done since its last call, and that of all."""
 ArrayMaker = Callable[[str, tuple[int, int], "np.dtype[Any]"], np.ndarray]
 """Makes an array from its name, size and dtype."""
 
@@ -174,11 +176,11 @@ class TiledSegmentation:
         if "panoptic" in tasks:
             self.id_map = make_array("id_map", picture.size, np.dtype(np.int32))
 
-    def run(self, progress: Callable[[int], object] = lambda count: None) -> None:
-        """Segment all tiles and merge them; ``progress`` gets the number of tiles that are done since its last call."""
+    def run(self, progress: Progress = lambda count, total: None) -> None:
+        """Segment all tiles and merge them."""
         test, boxes = self.predictor.test, self.grid.boxes
         remaining = [number for number in range(len(boxes)) if not self._is_stored(number)]
-        progress(len(boxes) - len(remaining))
+        progress(len(boxes) - len(remaining), len(boxes))
         if "semantic" in self.tasks:
             self._label_blocks(range(len(boxes)))  # of an earlier run
         for start in range(0, len(remaining), test.batch_size):
@@ -186,7 +188,7 @@ class TiledSegmentation:
             self._segment(batch)
             if "semantic" in self.tasks:
                 self._label_blocks(batch)
-            progress(len(batch))
+            progress(len(batch), len(boxes))
         is_thing = self.predictor.metadata.is_thing
         if self.id_map is not None:
             self.segments = merge_panoptic(self.grid, lambda n: self.store[f"panoptic-{n}"], is_thing, self.id_map)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from maskformer_fast.config import Task, TestConfig
-from maskformer_fast.core.exchange import pack, unpack
+from maskformer_fast.core.exchange import boxes_of, pack, unpack
 from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
 from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
 from maskformer_fast.inference.postprocess import semantic
@@ -162,10 +162,9 @@ class Truth:
         things = [number for number, kind in enumerate(categories) if METADATA.is_thing[kind]]
         masks = np.stack([rows == number for number in things]) if things else np.zeros((0, *key.shape), bool)
         labels, scores = categories[things], np.linspace(1, 0.5, len(things), dtype=np.float32)
-        boxes = np.array([[m.any(0).argmax(), m.any(1).argmax(), m.shape[1] - m.any(0)[::-1].argmax(),
-                           m.shape[0] - m.any(1)[::-1].argmax()] for m in masks], np.float32).reshape(-1, 4)  # fmt: skip
-        return InstanceResult(torch.from_numpy(labels), torch.from_numpy(scores), torch.from_numpy(pack(masks)),
-                              torch.from_numpy(boxes), key.shape)  # fmt: skip
+        packed = pack(masks)
+        arrays = labels, scores, packed, boxes_of(packed, key.shape[1])
+        return InstanceResult(*map(torch.from_numpy, arrays), key.shape)
 
 
 def draw_scene(size: tuple[int, int], count: int, seed: int = 0, radius: tuple[int, int] = (4, 30)) -> np.ndarray:
@@ -181,8 +180,8 @@ def draw_scene(size: tuple[int, int], count: int, seed: int = 0, radius: tuple[i
         outer = (slice(max(0, y - reach - 1), y + reach + 2), slice(max(0, x - reach - 1), x + reach + 2))
         if taken[outer].any():
             continue
-        rows, columns = np.ogrid[outer[0].start : min(outer[0].stop, size[0]), outer[1].start : min(outer[1].stop, size[1])]
-        disc = (rows - y) ** 2 + (columns - x) ** 2 <= reach**2
+        rows, columns = (np.arange(side)[part] for side, part in zip(size, outer, strict=True))
+        disc = (rows[:, None] - y) ** 2 + (columns - x) ** 2 <= reach**2
         number += 1
         scene[outer][disc] = 2 + number % 2, number >> 8, number & 255
         taken[outer] = True
@@ -250,7 +249,7 @@ def test_an_interrupted_run_goes_on_from_its_files(tmp_path):
     def make_array(name, size, dtype):
         return kept.setdefault(name, np.zeros(size, dtype))
 
-    def interrupt(count: int) -> None:
+    def interrupt(count: int, total: int) -> None:
         nonlocal budget
         budget -= count
         if budget < 0:
