@@ -14,9 +14,9 @@ from PIL import Image
 from maskformer_fast.data.base import BrokenExampleError
 from maskformer_fast.data.images import MOST_PIXELS, read_image
 
-_TIFF = (".tif", ".tiff")
-_DRIVERS = ("GTiff", "PNG", "JPEG", "BMP", "WEBP")
-"""Formats that GDAL may open: others read further files or addresses that a file names."""
+_DRIVERS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "GTiff", ".tiff": "GTiff",
+            ".webp": "WEBP"}  # fmt: skip
+"""GDAL's format of each file name ending. By itself it would try formats that read other files or addresses."""
 
 
 class LargePicture:
@@ -72,7 +72,8 @@ def open_picture(path: Path, exif: bool = True) -> Iterator[LargePicture]:
         BrokenExampleError: missing, damaged, of other bands, or too large without rasterio.
     """
     size = _size_of(path)
-    if path.suffix.lower() not in _TIFF and (size is None or size[0] * size[1] <= MOST_PIXELS):
+    driver = _DRIVERS.get(path.suffix.lower())
+    if driver != "GTiff" and (size is None or size[0] * size[1] <= MOST_PIXELS):
         yield _decoded(path, exif)
         return
     try:
@@ -84,10 +85,12 @@ def open_picture(path: Path, exif: bool = True) -> Iterator[LargePicture]:
                                      'pictures need rasterio: pip install "maskformer_fast[geo]"') from None
         yield _decoded(path, exif)
         return
+    if driver is None:
+        raise BrokenExampleError(path, f"expected a file name ending of {', '.join(_DRIVERS)}, got {path.suffix!r}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         try:
-            opened = rasterio.open(path, driver=list(_DRIVERS))
+            opened = rasterio.open(path, driver=driver)
         except RasterioError as error:
             raise BrokenExampleError(path, f"cannot be decoded: {error}") from error
     with opened:
