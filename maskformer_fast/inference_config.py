@@ -41,6 +41,9 @@ class TestConfig:
     """Semantic: scales of ``short_edge`` over which scores are averaged; empty uses one scale."""
     flip: bool = False
     """Semantic: average the scores with those of the mirrored image."""
+    windows: bool = False
+    """Semantic: run the network on square windows along the longer side of the resized image and average their scores
+    where they overlap, as EoMT's official code does."""
     batch_size: int = 1
     tile: int | None = None
     """Side in pixels of the square tiles, each segmented as an image of its own, that images which are longer or wider
@@ -56,8 +59,12 @@ class TestConfig:
         check(self.tile is None or self.tile > 0, "test.tile", "> 0 or None", self.tile)
         check(0.0 <= self.tile_overlap <= 0.5, "test.tile_overlap", "0..0.5", self.tile_overlap)
         check_choice("test.tile_blend", self.tile_blend, get_args(TileBlend))
+        if self.windows:
+            check(not (self.multi_scale or self.flip), "test.windows", "off with multi_scale or flip", True)
+            check(self.size is None and self.short_edge is not None, "test.windows", "off without a short_edge", True)
         if self.tile is not None:
-            check(not (self.multi_scale or self.flip), "test.tile", "none with multi_scale or flip", self.tile)
+            others = self.multi_scale or self.flip or self.windows
+            check(not others, "test.tile", "none with multi_scale, flip or windows", self.tile)
             check(self.semantic_order == "direct", "test.semantic_order", "direct with tiles", self.semantic_order)
         check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
         check(self.size is None or min(self.size) > 0, "test.size", "positive height and width, or None", self.size)

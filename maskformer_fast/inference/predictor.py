@@ -34,6 +34,7 @@ from maskformer_fast.inference.device_postprocess import (
     semantic_score_maps,
 )
 from maskformer_fast.inference.tiled import infer_some_tiled
+from maskformer_fast.inference.windows import window_labels, window_origins
 from maskformer_fast.modeling.autocast import autocast
 from maskformer_fast.ops import resize_images
 
@@ -166,6 +167,9 @@ class Predictor:
         results: dict[Task, list[Result]] = {}
         if "semantic" in tasks and (test.multi_scale or test.flip):
             results["semantic"] = [self._augmented(image) for image in images]
+            stopwatch.lap("network")
+        elif "semantic" in tasks and test.windows:
+            results["semantic"] = [self._windowed(image) for image in images]
             stopwatch.lap("network")
         if remaining := [task for task in tasks if task not in results]:
             batches = self._batches_of_one_size(images)
@@ -362,6 +366,17 @@ class Predictor:
         views = len(test.multi_scale or (1.0,)) * (2 if test.flip else 1)
         dtype = torch.uint8 if total.shape[0] <= 255 else torch.int16
         return SemanticResult(best.indices.to(dtype), best.values / views)
+
+    def _windowed(self, image: np.ndarray) -> SemanticResult:
+        """Labels from the mean scores of windows along the longer side of the resized image."""
+        test = self.config.test
+        with self._inference():
+            resized = self._resize(image, test.short_edge, test.max_size)
+            grid = resized.shape[1], resized.shape[2]
+            origins, side = window_origins(*grid)
+            windows = [resized[:, top : top + side, left : left + side] for top, left in origins]
+            predictions = self._predictions(self._batch(windows))
+            return SemanticResult(window_labels(predictions, origins, grid, (image.shape[0], image.shape[1])))
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
