@@ -207,7 +207,8 @@ class DataConfig:
     """Data set and its loading."""
 
     dataset: str = "shapes"
-    """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, or a preset of `data.datasets.presets`."""
+    """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, ``yolo``, ``labelme``, or a preset of
+    `data.datasets.presets`."""
     root: str | None = None
     """Folder of the data set, in the layout that its preset documents."""
     train_split: str = "train"
@@ -217,7 +218,7 @@ class DataConfig:
     ignore_index: int | None = None
     """Value of unlabelled pixels in index PNGs; ``None`` takes that of ``classes.json`` or of the preset, else 255."""
     keep_empty: bool = True
-    """COCO instances: train on images without annotations, in which everything is background."""
+    """Instances: train on images without annotations, in which everything is background."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     exif: bool = True

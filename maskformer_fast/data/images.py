@@ -150,6 +150,20 @@ def read_image(path: str | os.PathLike[str], upright: bool = True, most: int = M
         raise BrokenExampleError(path, f"cannot be converted to RGB: {error}") from error
 
 
+def image_size(path: str | os.PathLike[str], upright: bool = True) -> tuple[int, int]:
+    """Height and width of a picture as `read_image` gives it, from its header.
+
+    Raises:
+        BrokenExampleError: the file is missing or has no header of such a picture.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            turned = upright and _orientation(image) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenExampleError(path, f"cannot be decoded: {error}") from error
+
+
 def _dark_colors(
     image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str], upright: bool, most: int
 ) -> np.ndarray:
