@@ -35,6 +35,11 @@ class LargePicture:
             return None
         return {"crs": opened.crs, "transform": opened.transform}
 
+    def close(self) -> None:
+        """Free the memory of a picture that was decoded as a whole; nothing can be read from then on."""
+        if self._image is not None:
+            self._image = np.empty((0, 0, 3), np.uint8)
+
     def read(self, box: tuple[int, int, int, int]) -> np.ndarray:
         """Pixels of a rectangle of top, left, bottom and right -> uint8 [h, w, 3] RGB.
 

@@ -28,8 +28,10 @@ from maskformer_fast.output.writer import ResultWriter
 
 WORK_FOLDER = ".tiles"
 """Folder, below that of the results, of unfinished pictures."""
-OVERLAY_SIDE = 2048
+OVERLAY_SIDE = 1536
 """Longest side of an overlay, in pixels."""
+OVERLAY_INSTANCES = 100
+"""Most instances that an overlay shows, the best ones."""
 STRIP_PIXELS = 1 << 22
 """Pixels that are read at a time for an overlay."""
 
@@ -121,6 +123,12 @@ def _segment(
     tiled = TiledSegmentation(predictor, picture, tasks, TileFiles(folder), make_array)
     tiled.run(progress)
     name, reference = writer.names[number], picture.georeference
+    if writer.overlays:
+        step = -(-max(picture.size) // OVERLAY_SIDE)
+        small = _shrunk_picture(picture, step)
+        for task in tasks:
+            writer.write_overlay(number, task, small, _shrunk_result(tiled, task, step, small.shape[:2]))
+    picture.close()  # its memory is needed for the files
     panoptic: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     if tiled.labels is not None:
@@ -133,11 +141,6 @@ def _segment(
     for label, score, box, mask in tiled.instances:
         corner = box.top, box.left
         instances.append(instance_entry(image_id, label, score, corner, mask, picture.size, predictor.metadata))
-    if writer.overlays:
-        step = -(-max(picture.size) // OVERLAY_SIDE)
-        small = _shrunk_picture(picture, step)
-        for task in tasks:
-            writer.write_overlay(number, task, small, _shrunk_result(tiled, task, step, small.shape[:2]))
     return {"size": list(picture.size), "panoptic": panoptic, "instances": instances}
 
 
@@ -161,7 +164,7 @@ def _shrunk_result(tiled: TiledSegmentation, task: Task, step: int, size: tuple[
         present = set(np.unique(id_map).tolist())
         return PanopticResult(torch.from_numpy(id_map), [one for one in tiled.segments if one.id in present])
     kept = []
-    for instance in tiled.instances:
+    for instance in tiled.instances[:OVERLAY_INSTANCES]:
         top, left = -(-instance.box.top // step), -(-instance.box.left // step)
         mask = instance.mask[top * step - instance.box.top :: step, left * step - instance.box.left :: step]
         if mask.any():

@@ -34,8 +34,10 @@ class Truth:
         if task == "semantic":
             return SemanticResult(torch.from_numpy(image[..., 0].copy()))
         key = scene_keys(image)
-        keys, rows = np.unique(key, return_inverse=True)
-        rows = rows.reshape(key.shape)
+        keys = np.flatnonzero(np.bincount(key.ravel()))  # a sort would take far longer
+        table = np.zeros(int(keys[-1]) + 1, np.int64)
+        table[keys] = np.arange(len(keys))
+        rows = table[key]
         categories = keys >> 16
         if task == "panoptic":
             segments = [SegmentInfo(number + 1, int(kind), METADATA.is_thing[kind], score=0.5, area=1)
