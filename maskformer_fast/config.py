@@ -11,14 +11,12 @@ from typing import Literal, get_args
 
 from maskformer_fast.backbone_config import MAX_LAYERS, MAX_WIDTH, BackboneConfig
 from maskformer_fast.core.checks import check, check_choice, check_finite
+from maskformer_fast.inference_config import TestConfig
 
 Task = Literal["semantic", "instance", "panoptic"]
 Amp = Literal["off", "bf16", "fp16"]
 ModelType = Literal["maskformer", "mask2former", "eomt", "per_pixel", "per_pixel_plus"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
-SemanticOrder = Literal["direct", "official", "official_panoptic", "huggingface"]
-PanopticOrder = Literal["direct", "official"]
-PanopticRule = Literal["maskformer", "mask2former", "huggingface"]
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,8 @@ class DataConfig:
     """Data set and its loading."""
 
     dataset: str = "shapes"
-    """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, or a preset of `data.datasets.presets`."""
+    """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, ``yolo``, ``labelme``, or a preset of
+    `data.datasets.presets`."""
     root: str | None = None
     """Folder of the data set, in the layout that its preset documents."""
     train_split: str = "train"
@@ -219,7 +218,7 @@ class DataConfig:
     ignore_index: int | None = None
     """Value of unlabelled pixels in index PNGs; ``None`` takes that of ``classes.json`` or of the preset, else 255."""
     keep_empty: bool = True
-    """COCO instances: train on images without annotations, in which everything is background."""
+    """Instances: train on images without annotations, in which everything is background."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     exif: bool = True
@@ -236,55 +235,6 @@ class DataConfig:
         check(self.workers >= 0, "data.workers", ">= 0", self.workers)
         ignore = self.ignore_index
         check(ignore is None or 0 <= ignore <= 65535, "data.ignore_index", "0..65535 or None", ignore)
-
-
-@dataclass(frozen=True)
-class TestConfig:
-    """Inference: resizing, thresholds and test-time augmentation."""
-
-    __test__ = False  # not a pytest class
-
-    short_edge: int | None = 512
-    """Shorter side of the network's input, in pixels; ``None`` does not resize."""
-    max_size: int = 2048
-    size: tuple[int, int] | None = None
-    """Height, width of the network's input, whatever an image's shape; ``None``: see ``short_edge``."""
-    object_mask_threshold: float = 0.8
-    """Panoptic: least score of a query's best class; other queries are dropped."""
-    overlap_threshold: float = 0.8
-    """Panoptic: least visible share of a segment's mask; other segments are dropped."""
-    semantic_order: SemanticOrder = "direct"
-    """Semantic: stage at which masks are resized, see `inference.postprocess`. The default resizes once and takes least
-    time and memory; ``official`` and ``huggingface`` give the numbers of those implementations."""
-    panoptic_order: PanopticOrder = "direct"
-    """Panoptic: stage at which masks are resized; ``official`` gives the official numbers."""
-    panoptic_rule: PanopticRule = "maskformer"
-    """Panoptic: implementation whose segments to give, see `maskformer_fast.ops.segments.panoptic_inference`."""
-    top_k: int = 100
-    """Instance: largest number of results in an image."""
-    multi_scale: tuple[float, ...] = ()
-    """Semantic: scales of ``short_edge`` over which scores are averaged; empty uses one scale."""
-    flip: bool = False
-    """Semantic: average the scores with those of the mirrored image."""
-    batch_size: int = 1
-
-    def __post_init__(self) -> None:
-        check_finite(self, "test")
-        check(self.short_edge is None or self.short_edge > 0, "test.short_edge", "> 0 or None", self.short_edge)
-        check(self.size is None or min(self.size) > 0, "test.size", "positive height and width, or None", self.size)
-        for name in ("max_size", "top_k", "batch_size"):
-            check(getattr(self, name) > 0, f"test.{name}", "> 0", getattr(self, name))
-        for name in ("object_mask_threshold", "overlap_threshold"):
-            check(0.0 <= getattr(self, name) <= 1.0, f"test.{name}", "0..1", getattr(self, name))
-        check_choice("test.semantic_order", self.semantic_order, get_args(SemanticOrder))
-        check_choice("test.panoptic_order", self.panoptic_order, get_args(PanopticOrder))
-        check_choice("test.panoptic_rule", self.panoptic_rule, get_args(PanopticRule))
-        check(all(s > 0 for s in self.multi_scale), "test.multi_scale", "positive factors", self.multi_scale)
-
-    @property
-    def edge(self) -> int | tuple[int, int] | None:
-        """The ``short_edge`` of `core.image_resize`: ``size`` if there is one."""
-        return self.size or self.short_edge
 
 
 @dataclass(frozen=True)

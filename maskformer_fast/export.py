@@ -152,6 +152,7 @@ def check_test(test: TestConfig) -> None:
         order = getattr(test, name)
         check(order == "direct", f"test.{name}", "'direct', the only one that a bundle knows", order)
     check(test.multi_scale in ((), (1.0,)), "test.multi_scale", "one scale, as bundles have it", test.multi_scale)
+    check(not test.windows, "test.windows", "off, as bundles take an image as a whole", True)
     check(not test.flip, "test.flip", "False: bundles do not average mirrored images", test.flip)
 
 

@@ -27,7 +27,10 @@ from maskformer_fast.data.images import read_image
 from maskformer_fast.deploy.bundle.manifest import Precision
 from maskformer_fast.deploy.runtime.selection import Backend
 from maskformer_fast.inference.batches import infer_each
+from maskformer_fast.inference.bundle_predictor import BundlePredictor
 from maskformer_fast.inference.load import load, stored_options
+from maskformer_fast.inference.predictor import Predictor
+from maskformer_fast.inference.tiled_files import remove_work, segment_file
 from maskformer_fast.output.writer import ResultWriter
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,8 @@ class PredictOptions:
 
     Writes below the output folder: ``semantic/NAME.png`` (class index), ``panoptic/NAME.png`` with
     ``panoptic.json`` (COCO panoptic format), ``instances.json`` (COCO results with RLE masks),
-    ``overlays/NAME_TASK.png`` to look at, and ``images.json``, which lists the images with their ids and names. Exit
+    ``overlays/NAME_TASK.png`` to look at, and ``images.json``, which lists the images with their ids and names. With
+    ``--test.tile``, images of any size are segmented in tiles; the same command continues an interrupted run. Exit
     status 1 if an image could not be read, segmented or written; the others are written.
     """
 
@@ -146,6 +150,41 @@ def read_batches(
         yield batch
 
 
+def predict_images(
+    predictor: Predictor | BundlePredictor, options: PredictOptions, inputs: Sequence[Input], ids: Sequence[int],
+    writer: ResultWriter,
+) -> None:  # fmt: skip
+    """Segment images as a whole, in batches."""
+    with tqdm(total=len(inputs), unit="img", dynamic_ncols=True) as progress:
+        for batch in read_batches(inputs, options.test.batch_size, writer, options.exif):
+            results = infer_each(predictor, [image for _, image in batch], options.task)
+            for (number, image), result in zip(batch, results, strict=True):
+                if not writer.write(number, ids[number], image, result):
+                    logger.error("%s", writer.failed[-1])
+            progress.update(len(batch))
+
+
+def predict_pictures(
+    predictor: Predictor | BundlePredictor, options: PredictOptions, inputs: Sequence[Input], ids: Sequence[int],
+    writer: ResultWriter,
+) -> None:  # fmt: skip
+    """Segment pictures in tiles, one picture after another; an earlier run that was interrupted is continued."""
+    checkpoint = Path(options.checkpoint)
+    changed = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+    settings = [options.checkpoint, changed, options.amp, options.precision, options.backend]
+    for number, image in enumerate(inputs):
+        with tqdm(unit="tile", desc=image.name, dynamic_ncols=True) as progress:
+
+            def advance(count: int, total: int, progress: tqdm = progress) -> None:
+                progress.total = total
+                progress.update(count)
+
+            if not segment_file(predictor, image.path, options.task, writer, number, ids[number], options.exif,
+                                settings, advance):  # fmt: skip
+                logger.error("%s", writer.failed[-1])
+    remove_work(writer)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -172,13 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ids = image_ids(names)
     writer = ResultWriter(Path(options.output), predictor.metadata, options.overlays, names, file_names(inputs))
     try:
-        with tqdm(total=len(inputs), unit="img", dynamic_ncols=True) as progress:
-            for batch in read_batches(inputs, options.test.batch_size, writer, options.exif):
-                results = infer_each(predictor, [image for _, image in batch], options.task)
-                for (number, image), result in zip(batch, results, strict=True):
-                    if not writer.write(number, ids[number], image, result):
-                        logger.error("%s", writer.failed[-1])
-                progress.update(len(batch))
+        if options.test.tile is None:
+            predict_images(predictor, options, inputs, ids, writer)
+        else:
+            predict_pictures(predictor, options, inputs, ids, writer)
     finally:
         writer.close()  # an interrupted run keeps what it has
     print(f"{len(writer.images)} images segmented, results in {options.output}")

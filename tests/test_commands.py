@@ -226,6 +226,31 @@ def test_an_interrupted_predict_keeps_what_it_has(run, photos, tmp_path, monkeyp
     assert len(json.loads((tmp_path / "out/panoptic.json").read_text())["annotations"]) == 1
 
 
+def test_predict_in_tiles_writes_every_format(run, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    line = [str(run), str(photos), "-o", str(out), "--task", "semantic", "panoptic", "instance", "--test.tile", "32",
+            "--test.short-edge", "32"]  # fmt: skip
+    assert predict.main(line) == 1
+    output = capsys.readouterr()
+    assert "2 images segmented" in output.out and "broken.jpg" in output.err
+    for name, size in (("a", (50, 37)), ("deep/b", (33, 64))):
+        for kind in ("semantic", "panoptic"):
+            assert Image.open(out / kind / f"{name}.png").size == size
+    names = {entry["file_name"] for entry in json.loads((out / "panoptic.json").read_text())["annotations"]}
+    assert names == {"a.png", "deep/b.png"} and not (out / ".tiles").exists()
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
+def test_an_image_within_a_tile_is_segmented_as_a_whole(run, photos, task):
+    model = maskformer_fast.load(run)
+    whole, tiled = (model.predict(photos / "a.jpg", task, tile=tile) for tile in (None, 50))
+    for name in {"semantic": ["labels"], "panoptic": ["id_map"], "instance": ["labels", "scores", "masks"]}[task]:
+        assert torch.equal(getattr(whole, name), getattr(tiled, name))
+    parts = model.predict(photos / "a.jpg", task, tile=30)
+    size = tuple(parts.id_map.shape) if task == "panoptic" else parts.size if task == "instance" else parts.labels.shape
+    assert size == (37, 50)
+
+
 def test_equal_names_from_two_folders_are_told_apart_by_their_paths(run, tmp_path, monkeypatch):
     for folder in ("cam1", "cam2"):
         (tmp_path / folder).mkdir()

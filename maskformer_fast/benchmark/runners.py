@@ -101,7 +101,7 @@ class TorchRunner:
             loaded = load(setting.path, setting.device, amp=setting.amp)
             assert isinstance(loaded, Predictor)  # `load` takes no amp for a bundle
             predictor = loaded
-        test = replace(predictor.config.test, batch_size=setting.batch, multi_scale=(), flip=False)
+        test = replace(predictor.config.test, batch_size=setting.batch, multi_scale=(), flip=False, windows=False)
         predictor.config = replace(predictor.config, test=test)
         self.predictor = predictor
         self.backend = str(predictor.device)

@@ -15,13 +15,17 @@ from maskformer_fast.data.cache import CachedDataset
 from maskformer_fast.data.datasets.coco_instances import coco_instances_dataset
 from maskformer_fast.data.datasets.coco_panoptic import coco_panoptic_dataset
 from maskformer_fast.data.datasets.folder import folder_dataset
+from maskformer_fast.data.datasets.labelme import labelme_dataset
 from maskformer_fast.data.datasets.presets import INDEX_PRESETS, PRESETS, preset_metadata
 from maskformer_fast.data.datasets.shapes import ShapesDataset
+from maskformer_fast.data.datasets.yolo import yolo_dataset
 
 __all__ = ["DATASETS", "BrokenExampleError", "SegmentationDataset", "build_dataset", "dataset_metadata"]
 
-DATASETS = ("shapes", "folder", "coco_instances", "coco_panoptic", *PRESETS)
+DATASETS = ("shapes", "folder", "coco_instances", "coco_panoptic", "yolo", "labelme", *PRESETS)
 """Every value of ``data.dataset``."""
+
+_INSTANCES = {"coco_instances": coco_instances_dataset, "labelme": labelme_dataset, "yolo": yolo_dataset}
 
 _COLLECTION = "DETECTRON2_DATASETS"  # environment variable of detectron2: the folder that holds all data sets
 
@@ -67,8 +71,8 @@ def _open_dataset(
     part = config.train_split if split == "train" else config.val_split
     if name == "folder":
         return folder_dataset(config, root, part)
-    if name == "coco_instances":
-        return coco_instances_dataset(config, root, part, split == "train", classes)
+    if name in _INSTANCES:
+        return _INSTANCES[name](config, root, part, split == "train", classes)
     if name == "coco_panoptic":
         return coco_panoptic_dataset(config, root, part, root.resolve().name)
     return PRESETS[name].read(config, root, part)

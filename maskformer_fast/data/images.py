@@ -29,6 +29,9 @@ from maskformer_fast.data.pixel_values import (
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
+MOST_PIXELS = 2 * MAX_PIXELS
+"""Pixels of the largest picture that Pillow decodes at all."""
+
 _LOGGER = logging.getLogger("maskformer_fast.data")
 
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
@@ -79,16 +82,17 @@ def _decode(
     upright: bool = False,
     lower_bytes: bool = False,  # of 16-bit colours, instead of the upper ones
     source: IO[bytes] | None = None,  # the file's content; by default the path is opened
+    most: int = MAX_PIXELS,
 ) -> Image.Image:
     try:
         if source is None and os.path.exists(path) and not os.path.isfile(path):
             raise OSError("expected a file, got a folder, pipe or device")
         with Image.open(source or path, formats=_FORMATS) as image:
             width, height = image.size
-            if width * height <= MAX_PIXELS:
+            if width * height <= most:
                 turned = _orientation(image) if image.format == "TIFF" else 1
                 if turned != 1 and source is None:  # Pillow 12 mixes up rows and columns where it maps a TIFF's pixels
-                    return _decode(path, upright, lower_bytes, io.BytesIO(Path(path).read_bytes()))
+                    return _decode(path, upright, lower_bytes, io.BytesIO(Path(path).read_bytes()), most)
                 if lower_bytes and not take_lower_bytes(image):
                     raise ValueError("expected 16-bit colours")
                 image.load()
@@ -96,7 +100,7 @@ def _decode(
                     return _turned_upright(image, in_place=True)
                 _turned_back(image, turned)
                 return image
-        reason = f"expected at most {MAX_PIXELS} pixels, got {width} x {height} = {width * height}"
+        reason = f"expected at most {most} pixels, got {width} x {height} = {width * height}"
     except MemoryError:
         raise
     except FileNotFoundError:
@@ -104,10 +108,10 @@ def _decode(
     except UnidentifiedImageError:
         reason = f"cannot be decoded: expected content of one of {', '.join(_FORMATS)}, got {_other_content(path)}"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = f"expected at most {MAX_PIXELS} pixels: {error}"
+        reason = f"expected at most {most} pixels: {error}"
     except Exception as error:  # decoders raise any exception on damaged data
         if source is None and isinstance(error, ValueError) and "text" in str(error).lower():
-            return _decode(path, upright, lower_bytes, without_texts(path))
+            return _decode(path, upright, lower_bytes, without_texts(path), most)
         raise BrokenExampleError(path, f"cannot be decoded: {error or type(error).__name__}") from error
     raise BrokenExampleError(path, reason)
 
@@ -121,21 +125,24 @@ def _other_content(path: str | os.PathLike[str]) -> str:
     return next((name for beginning, name in _OTHERS.items() if start[: len(beginning) or 1] == beginning), "another")
 
 
-def read_image(path: str | os.PathLike[str], upright: bool = True) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], upright: bool = True, most: int = MAX_PIXELS) -> np.ndarray:
     """Decode a picture for a network -> uint8 [H, W, 3] RGB.
 
     The content must be of a format of `IMAGE_FORMATS`, whatever the file's name. EXIF orientation is applied unless
     ``upright`` is False. Grey, palette, CMYK and 16-bit pictures are converted, the latter as `pixel_values.to_8_bits`
     does. Transparency is dropped. Of several frames the first is taken.
 
+    Args:
+        most: number of pixels of the largest picture that is decoded, up to `MOST_PIXELS`.
+
     Raises:
-        BrokenExampleError: missing, damaged, truncated, floating-point, or larger than `MAX_PIXELS`.
+        BrokenExampleError: missing, damaged, truncated, floating-point, or larger than ``most``.
     """
     try:
-        image = _decode(path, upright)
+        image = _decode(path, upright, most=most)
         rgb = rgb_array(image, path)
         if is_black_in_16_bits(image, rgb, path):
-            rgb = _dark_colors(image, rgb, path, upright)
+            rgb = _dark_colors(image, rgb, path, upright, most)
         return rgb
     except BrokenExampleError:
         raise
@@ -143,10 +150,26 @@ def read_image(path: str | os.PathLike[str], upright: bool = True) -> np.ndarray
         raise BrokenExampleError(path, f"cannot be converted to RGB: {error}") from error
 
 
-def _dark_colors(image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str], upright: bool) -> np.ndarray:
+def image_size(path: str | os.PathLike[str], upright: bool = True) -> tuple[int, int]:
+    """Height and width of a picture as `read_image` gives it, from its header.
+
+    Raises:
+        BrokenExampleError: the file is missing or has no header of such a picture.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            turned = upright and _orientation(image) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenExampleError(path, f"cannot be decoded: {error}") from error
+
+
+def _dark_colors(
+    image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str], upright: bool, most: int
+) -> np.ndarray:
     """Read 16-bit colours of 12 bits or fewer, of which Pillow gives the upper bytes -> uint8 [H, W, 3] RGB."""
     try:
-        lower = rgb_array(_decode(path, upright, lower_bytes=True))
+        lower = rgb_array(_decode(path, upright, lower_bytes=True, most=most))
     except BrokenExampleError:
         warn_once("dark colours", "%s: 16-bit colours of at most 4095 are read as almost black. Convert the files to 8 "
                   "bits. Further files are not logged", path)

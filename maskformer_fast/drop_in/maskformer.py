@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.results import InstanceResult
 from maskformer_fast.drop_in.instances import (
     best_pairs,
@@ -31,6 +30,7 @@ from maskformer_fast.drop_in.panoptic import (
     official_segments,
 )
 from maskformer_fast.drop_in.semantic import semantic_maps
+from maskformer_fast.inference_config import PanopticRule
 
 Sizes = Sequence[Sequence[int]] | Tensor | None
 

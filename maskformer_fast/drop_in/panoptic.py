@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.drop_in.outputs import Size
+from maskformer_fast.inference_config import PanopticRule
 from maskformer_fast.ops.resized_argmax import (
     Band,
     Winners,

@@ -5,7 +5,9 @@ The runtime (`maskformer_fast.deploy.runtime`) does the work without torch; this
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from maskformer_fast.deploy.bundle.manifest import MANIFEST_NAME, Manifest, Prec
 from maskformer_fast.deploy.runtime.selection import Backend, choose_backend
 from maskformer_fast.deploy.runtime.session import Runtime
 from maskformer_fast.distributed import world_size
+from maskformer_fast.inference.tiled import infer_some_tiled
 
-CHANGEABLE = {"batch_size"}
+CHANGEABLE = {"batch_size", "tile", "tile_overlap", "tile_blend"}
 """Fields of the test configuration that a bundle does not fix."""
 IMAGES_AT_ONCE = 4
 """Default batch size of a bundle's test configuration."""
@@ -63,13 +66,26 @@ class BundlePredictor:
         """Raise ``ValueError`` for an unknown task."""
         check_choice("task", task, self.tasks)
 
-    def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic", exif: bool = True) -> Any:
-        """Segment one image (-> one result) or several (-> a list); arguments and errors as `Predictor`'s."""
+    def predict(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        task: Task = "semantic",
+        exif: bool = True,
+        tile: int | None = None,
+    ) -> Any:
+        """Segment one image (-> one result) or several (-> a list); arguments and errors as `Predictor`'s.
+
+        As a bundle gives no scores, semantic labels of tiles are not blended: that of the nearest tile's middle counts.
+        """
         self.check_task(task)
+        if tile is not None:
+            tiled = copy.copy(self)
+            tiled.test = replace(self.test, tile=tile)
+            return tiled.predict(images, task, exif)
         if isinstance(images, ImageLike) or not isinstance(images, Iterable):
             return self.predict([images], task, exif)[0]  # which refuses what is no image
         arrays = [as_rgb_array(image, exif) for image in images]
-        return [as_tensors(result) for result in self.runtime.predict(arrays, task)]
+        return self.infer(arrays, (task,))[task]
 
     def infer(
         self,
@@ -77,6 +93,9 @@ class BundlePredictor:
         tasks: Sequence[Task],
     ) -> dict[Task, list[Result]]:
         """Each task's results at the images' sizes; on a CPU the network runs once, by TensorRT for each task."""
+        tiled = infer_some_tiled(self, images, tasks)
+        if tiled is not None:
+            return tiled
         by_task = self.runtime.predict_tasks(images, tasks)
         return {task: [as_tensors(result) for result in results] for task, results in by_task.items()}
 

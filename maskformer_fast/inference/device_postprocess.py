@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.inference.device_parts import PanopticMaps, RankedInstances, SemanticMaps, Size
+from maskformer_fast.inference_config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.ops.mask_product import mask_product
 from maskformer_fast.ops.segments import instance_inference, panoptic_inference
 from maskformer_fast.ops.semantic import (

@@ -34,7 +34,6 @@ from typing import cast
 
 from torch import Tensor
 
-from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.core.results import InstanceResult, PanopticResult, SemanticResult
 from maskformer_fast.inference.device_parts import Size, read_results
 from maskformer_fast.inference.device_postprocess import (
@@ -43,6 +42,7 @@ from maskformer_fast.inference.device_postprocess import (
     semantic_maps,
     semantic_score_maps,
 )
+from maskformer_fast.inference_config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.structures import PixelPredictions, Predictions
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ from maskformer_fast.inference.device_postprocess import (
     semantic_maps,
     semantic_score_maps,
 )
+from maskformer_fast.inference.tiled import infer_some_tiled
+from maskformer_fast.inference.windows import window_labels, window_origins
 from maskformer_fast.modeling.autocast import autocast
 from maskformer_fast.ops import resize_images
 
@@ -94,17 +98,28 @@ class Predictor:
         check_choice("task", task, TASKS)
         check(task in self.tasks, "task", f"one that a {self.config.model.type} network can do {self.tasks}", task)
 
-    def predict(self, images: ImageLike | Sequence[ImageLike], task: Task = "semantic", exif: bool = True) -> Any:
+    def predict(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        task: Task = "semantic",
+        exif: bool = True,
+        tile: int | None = None,
+    ) -> Any:
         """Segment one image (-> one result) or several (-> a list of results, in order).
 
         Args:
             images: paths, PIL images, uint8 RGB arrays [H, W, 3] or uint8 RGB tensors [3, H, W]; one or a sequence.
             task: "semantic" -> `SemanticResult`, "panoptic" -> `PanopticResult`, "instance" -> `InstanceResult`.
             exif: turn paths and PIL images as their EXIF orientation says.
+            tile: side in pixels of the tiles that larger images are cut into, in place of the test configuration's.
 
         Raises:
             TypeError, ValueError: for something that is not such an image, or a task the network cannot do.
         """
+        if tile is not None:
+            tiled = copy.copy(self)
+            tiled.config = replace(self.config, test=replace(self.test, tile=tile))
+            return tiled.predict(images, task, exif)
         self.check_task(task)
         if isinstance(images, ImageLike) or not isinstance(images, Iterable):
             return self.predict([images], task, exif)[0]  # which refuses what is no image
@@ -131,7 +146,8 @@ class Predictor:
         The transformer attends to padding, so images of other input sizes in a batch would change an image's results.
         Semantic results with test-time augmentation (``config.test``) take additional forward passes. A ``stopwatch``,
         made by `stopwatch`, gets the stages ``preprocess``, ``network`` and ``postprocess``, and images are then not
-        in flight together. The replay of a CUDA graph counts as ``network``, whose stages are one launch.
+        in flight together. The replay of a CUDA graph counts as ``network``, whose stages are one launch, and so do
+        all stages of an image in tiles.
         """
         if self._pool is None or len(images) < 2 or stopwatch is not None:
             return self._infer(images, tasks, stopwatch)
@@ -144,9 +160,16 @@ class Predictor:
         """Do as `infer`, in this thread."""
         test = self.config.test
         stopwatch = stopwatch or Stopwatch()
+        tiled = infer_some_tiled(self, images, tasks)
+        if tiled is not None:
+            stopwatch.lap("network")
+            return tiled
         results: dict[Task, list[Result]] = {}
         if "semantic" in tasks and (test.multi_scale or test.flip):
             results["semantic"] = [self._augmented(image) for image in images]
+            stopwatch.lap("network")
+        elif "semantic" in tasks and test.windows:
+            results["semantic"] = [self._windowed(image) for image in images]
             stopwatch.lap("network")
         if remaining := [task for task in tasks if task not in results]:
             batches = self._batches_of_one_size(images)
@@ -343,6 +366,17 @@ class Predictor:
         views = len(test.multi_scale or (1.0,)) * (2 if test.flip else 1)
         dtype = torch.uint8 if total.shape[0] <= 255 else torch.int16
         return SemanticResult(best.indices.to(dtype), best.values / views)
+
+    def _windowed(self, image: np.ndarray) -> SemanticResult:
+        """Labels from the mean scores of windows along the longer side of the resized image."""
+        test = self.config.test
+        with self._inference():
+            resized = self._resize(image, test.short_edge, test.max_size)
+            grid = resized.shape[1], resized.shape[2]
+            origins, side = window_origins(*grid)
+            windows = [resized[:, top : top + side, left : left + side] for top, left in origins]
+            predictions = self._predictions(self._batch(windows))
+            return SemanticResult(window_labels(predictions, origins, grid, (image.shape[0], image.shape[1])))
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

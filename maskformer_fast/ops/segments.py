@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.arrays import address_of
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.core.metadata import VOID
+from maskformer_fast.inference_config import PanopticRule
 from maskformer_fast.ops.registration import register_operator
 from maskformer_fast.ops.resample import check_geometry, resample_rows, row_tiles, without_float64
 from maskformer_fast.structures import pack_masks

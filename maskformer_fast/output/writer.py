@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,7 @@ class ResultWriter:
         self.failed.append(f"{file_name}: {reason}")
 
     def _write(self, number: int, image_id: int | str, image: np.ndarray, results: Mapping[Task, Result]) -> None:
-        if not is_result_list(self.folder / RESULT_LIST):  # a search for images leaves out unfinished results, too
-            self._write_list(())
+        self.begin()
         name = self.names[number]
         panoptic: list[dict[str, Any]] = []
         instances: list[dict[str, Any]] = []
@@ -122,14 +121,41 @@ class ResultWriter:
             else:
                 instances += instances_to_coco(result, image_id, self.metadata)
             if self.overlays:
-                drawn = visualize.draw_result(image, result, self.metadata)
-                with atomic_write(self.folder / "overlays" / f"{name}_{task}.png") as file:
-                    Image.fromarray(drawn).save(file, format="PNG")
-        self.images.append({"id": image_id, "file_name": self.file_names[number], "height": image.shape[0],
-                            "width": image.shape[1], "result": name})  # fmt: skip
+                self.write_overlay(number, task, image, result)
+        self.add(number, image_id, (image.shape[0], image.shape[1]), panoptic, instances, results)
+
+    def write_overlay(
+        self,
+        number: int,
+        task: Task,
+        image: np.ndarray,  # [H, W, 3] uint8 RGB
+        result: Result,
+    ) -> None:
+        """Draw a result over an image, or both over a smaller copy of it."""
+        drawn = visualize.draw_result(image, result, self.metadata)
+        with atomic_write(self.folder / "overlays" / f"{self.names[number]}_{task}.png") as file:
+            Image.fromarray(drawn).save(file, format="PNG")
+
+    def begin(self) -> None:
+        """Mark the folder as one of results, if it is not: a search for images leaves out unfinished ones, too."""
+        if not is_result_list(self.folder / RESULT_LIST):
+            self._write_list(())
+
+    def add(
+        self,
+        number: int,
+        image_id: int | str,
+        size: tuple[int, int],
+        panoptic: Sequence[dict[str, Any]],
+        instances: Sequence[dict[str, Any]],
+        tasks: Iterable[Task],
+    ) -> None:
+        """Take the entries of an image, of a height and width, whose other files are written."""
+        self.images.append({"id": image_id, "file_name": self.file_names[number], "height": size[0],
+                            "width": size[1], "result": self.names[number]})  # fmt: skip
         self.panoptic += panoptic
         self.instances += instances
-        self.tasks.update(results)
+        self.tasks.update(tasks)
 
     def close(self) -> None:
         """Write the JSON files: ``images.json``, and those of the tasks that ran, with the images of all ranks."""

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.inference import device_postprocess, postprocess
+from maskformer_fast.inference_config import PanopticOrder, PanopticRule, SemanticOrder
 from maskformer_fast.ops import semantic_pruned
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.structures import PixelPredictions, Predictions, Projection, unpack_masks

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.metadata import VOID
+from maskformer_fast.inference_config import PanopticRule
 from maskformer_fast.ops import resample as resample_module
 from maskformer_fast.ops.resample import resample
 from maskformer_fast.ops.segments import (

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.core import extension
 from maskformer_fast.core.metadata import VOID
+from maskformer_fast.inference_config import PanopticRule
 from maskformer_fast.ops.rle import _Arguments as _RleArguments
 from maskformer_fast.ops.rle import _instance_rle_cuda
 from maskformer_fast.ops.segments import (

@@ -12,8 +12,8 @@ from typing import get_args
 import pytest
 import torch
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.metadata import VOID
+from maskformer_fast.inference_config import PanopticRule
 from maskformer_fast.ops import encode_instances, instance_inference, instance_rle, panoptic_inference
 from maskformer_fast.ops.rle import encode_packed_masks
 from maskformer_fast.ops.segments import (

@@ -14,11 +14,12 @@ from unittest.mock import patch
 
 import numpy as np
 
-from maskformer_fast.config import TASKS, PanopticRule
+from maskformer_fast.config import TASKS
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.deploy.bundle.folder import Bundle, write_bundle
 from maskformer_fast.deploy.bundle.launches import FILE, Cubin, Kernel, LaunchFile
 from maskformer_fast.deploy.bundle.manifest import Engine, Manifest, Postprocess, Preprocess, Profile, Shape, TensorSpec
+from maskformer_fast.inference_config import PanopticRule
 from tests.support.fake_cuda import FakeDriver
 from tests.support.fake_engine import fake_tensorrt
 

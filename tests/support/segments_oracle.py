@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.metadata import VOID
+from maskformer_fast.inference_config import PanopticRule
 from maskformer_fast.ops.segments import PanopticSegments
 from maskformer_fast.structures import unpack_masks
 from tests.support.oracles import resampled

@@ -73,6 +73,7 @@ class CocoInstances:
         keep_empty: in training, keep images without annotations.
         exif: turn images as their EXIF orientation says.
         classes: names of classes that a network has; a category of such a name is never left out.
+        content: what the JSON file would have, where other files were read; ``path`` is then theirs, for messages.
 
     Raises:
         FileNotFoundError: annotations or images are missing.
@@ -84,11 +85,11 @@ class CocoInstances:
 
     def __init__(
         self, path: Path, root: Path, split: str, training: bool, name: str, keep_empty: bool = True, exif: bool = True,
-        classes: Collection[str] = (),
+        classes: Collection[str] = (), content: dict[str, Any] | None = None,
     ) -> None:
         self._exif = exif
         coco_tools()  # reports a missing package now and not at the first example
-        content = load_coco(path)
+        content = load_coco(path) if content is None else content
         self.path = path
         self.metadata = read_categories(content, path, name, things_only=True)
         if groups := _groups(content, self.metadata, classes):

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.typed import TypedReader, to_plain
+from maskformer_fast.inference_config import PanopticRule
 
 FORMAT = "maskformer_fast.bundle.1"
 """Value of the manifest's key ``format``; another value means another layout."""

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskformer_fast.config import LossConfig, SemanticOrder
+from maskformer_fast.config import LossConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.inference import postprocess
+from maskformer_fast.inference_config import SemanticOrder
 from maskformer_fast.interop.verification.difference import (
     Difference,
     Report,

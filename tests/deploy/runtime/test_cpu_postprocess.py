@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.core.results import unpack_mask_array
 from maskformer_fast.deploy.bundle.manifest import Postprocess
 from maskformer_fast.deploy.runtime.cpu_postprocess import CpuPostprocessor, ImageLogits, label_dtype
 from maskformer_fast.inference import postprocess
+from maskformer_fast.inference_config import PanopticRule
 from maskformer_fast.ops import semantic_inference
 from maskformer_fast.structures import Predictions
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from maskformer_fast.config import PanopticRule
 from maskformer_fast.core.metadata import VOID
+from maskformer_fast.inference_config import PanopticRule
 from maskformer_fast.kernels.rle import LAUNCH, RUN_BLOCK, _bytes_kernel
 from maskformer_fast.kernels.segments_instances import instance_masks
 from maskformer_fast.kernels.segments_panoptic import panoptic_segments

@@ -1,0 +1,220 @@
+"""Panoptic segments and instances of a picture from those of its tiles, each object once.
+
+Two tiles see the pixels of their overlap both. There a segment of one and a segment of the other are the same object if
+they are the same pixels for the most part: the intersection is half of the union or more. Objects through several tiles
+are joined pair by pair. What is drawn at a pixel is decided by the tile whose middle is nearest. The order in which
+tiles were computed makes no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from maskformer_fast.core.exchange import unpack
+from maskformer_fast.core.metadata import VOID, SegmentInfo
+from maskformer_fast.inference.tile_grid import Box, TileGrid, groups_of
+
+SAME_OBJECT = 0.5
+"""Least intersection over union, in the overlap of two tiles, of two segments that are one object."""
+
+Arrays = dict[str, np.ndarray]
+
+
+class CroppedInstance(NamedTuple):
+    """An instance of a large picture, with the mask of its box only."""
+
+    label: int
+    score: float
+    box: Box
+    mask: np.ndarray  # bool, of the box's size
+
+
+def panoptic_arrays(
+    id_map: np.ndarray,  # [h, w] int32
+    segments: Sequence[SegmentInfo],
+) -> Arrays:
+    """What is kept of a tile's panoptic result: indices into the list of segments, and their columns."""
+    ids = np.array([segment.id for segment in segments], np.int64)
+    table = np.full(int(max(ids, default=0)) + 2, VOID, np.int32)
+    table[ids] = np.arange(len(ids))
+    return {
+        "rows": table[np.where(id_map < 0, len(table) - 1, id_map)],
+        "categories": np.array([segment.category for segment in segments], np.int64),
+        "scores": np.array([segment.score for segment in segments], np.float64),
+    }
+
+
+def merge_panoptic(
+    grid: TileGrid,
+    tile: Callable[[int], Arrays],  # `panoptic_arrays` of a tile
+    is_thing: Sequence[bool],
+    id_map: np.ndarray,  # [H, W] int32, which is filled
+) -> list[SegmentInfo]:
+    """Draw the segments of all tiles into the id map -> the segments, whose ids count from 1.
+
+    Stuff of one class is one segment. A thing whose parts have several classes has the one with the largest area times
+    score; its score is the best of its parts of that class.
+    """
+    flags = np.array(is_thing, bool)
+    firsts, categories, scores, areas = [0], [], [], []
+    pairs: list[tuple[int, int]] = []
+    for number in range(len(grid)):
+        arrays = tile(number)
+        count = len(arrays["categories"])
+        own = grid.owned[number].within(grid.boxes[number])
+        areas.append(np.bincount(arrays["rows"][own].ravel() + 1, minlength=count + 1)[1:])
+        categories.append(arrays["categories"])
+        scores.append(arrays["scores"])
+        for other in grid.neighbours(number):
+            found = _same_segments(grid, (number, arrays), (other, tile(other)), flags)
+            pairs += [(int(firsts[number] + a), int(firsts[other] + b)) for a, b in found]
+        firsts.append(firsts[-1] + count)
+    category, score, area = np.concatenate(categories), np.concatenate(scores), np.concatenate(areas)
+    stuff: dict[int, int] = {}
+    for row in np.flatnonzero(~flags[category] & (area > 0)).tolist():
+        first = stuff.setdefault(int(category[row]), row)
+        pairs.append((first, row))
+    numbers, segments = _segments(groups_of(firsts[-1], pairs), category, score, area, flags)
+    for number, box in enumerate(grid.boxes):
+        table = np.append(numbers[firsts[number] : firsts[number + 1]], VOID)
+        id_map[grid.owned[number].slices] = table[tile(number)["rows"][grid.owned[number].within(box)]]
+    return segments
+
+
+def _segments(
+    groups: np.ndarray, category: np.ndarray, score: np.ndarray, area: np.ndarray, flags: np.ndarray
+) -> tuple[np.ndarray, list[SegmentInfo]]:
+    """Id of each part, `VOID` where nothing of it is drawn, and the segments."""
+    numbers = np.full(len(groups), VOID, np.int32)
+    segments: list[SegmentInfo] = []
+    visible = np.flatnonzero(area > 0)
+    order = visible[np.argsort(groups[visible], kind="stable")]
+    bounds = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    for members in np.split(order, bounds[1:]) if len(order) else []:
+        votes = np.bincount(category[members], weights=area[members] * score[members])
+        best = int(votes.argmax())
+        numbers[members] = len(segments) + 1
+        agreeing = members[category[members] == best]
+        segments.append(SegmentInfo(len(segments) + 1, best, bool(flags[best]), score=float(score[agreeing].max()),
+                                    area=int(area[members].sum())))  # fmt: skip
+    return numbers, segments
+
+
+def _same_segments(
+    grid: TileGrid, first: tuple[int, Arrays], second: tuple[int, Arrays], flags: np.ndarray
+) -> list[tuple[int, int]]:
+    """Pairs of rows of things in two tiles that are one object."""
+    shared = grid.boxes[first[0]].intersect(grid.boxes[second[0]])
+    if shared.is_empty:
+        return []
+    rows = [arrays["rows"][shared.within(grid.boxes[number])].ravel() for number, arrays in (first, second)]
+    counts = [len(arrays["categories"]) + 1 for _, arrays in (first, second)]
+    joint = np.bincount((rows[0] + 1) * counts[1] + rows[1] + 1, minlength=counts[0] * counts[1]).reshape(counts)
+    union = joint.sum(1, keepdims=True) + joint.sum(0, keepdims=True) - joint
+    same = joint[1:, 1:] >= SAME_OBJECT * np.maximum(union[1:, 1:], 1)
+    things = [flags[arrays["categories"]] for _, arrays in (first, second)]
+    same &= things[0][:, None] & things[1]
+    return [(int(a), int(b)) for a, b in _one_to_one(joint[1:, 1:] / np.maximum(union[1:, 1:], 1), same)]
+
+
+def merge_instances(
+    grid: TileGrid,
+    tile: Callable[[int], Arrays],  # labels, scores, boxes [N, 4] and packed masks of a tile
+) -> list[CroppedInstance]:
+    """Instances of the picture, best first.
+
+    Instances of one class that are the same object in the overlap of two tiles are joined; the best score counts. An
+    instance of one tile is left out if most of its pixels are nearer to another tile, which did not find it.
+    """
+    firsts, labels, scores = [0], [], []
+    pairs: list[tuple[int, int]] = []
+    for number in range(len(grid)):
+        arrays = tile(number)
+        labels.append(arrays["labels"])
+        scores.append(arrays["scores"])
+        for other in grid.neighbours(number):
+            found = _same_instances(grid, (number, arrays), (other, tile(other)))
+            pairs += [(firsts[number] + a, firsts[other] + b) for a, b in found]
+        firsts.append(firsts[-1] + len(arrays["labels"]))
+    label, score = np.concatenate(labels), np.concatenate(scores)
+    groups = groups_of(firsts[-1], pairs)
+    members = np.bincount(groups, minlength=firsts[-1])
+    parts: dict[int, list[tuple[Box, np.ndarray]]] = {}
+    for number in range(len(grid)):
+        arrays = tile(number)
+        for row in range(len(arrays["labels"])):
+            group = int(groups[firsts[number] + row])
+            part = _owned_part(grid, number, arrays, row, alone=bool(members[group] == 1))
+            if part is not None:
+                parts.setdefault(group, []).append(part)
+    found_ones = []
+    for group, pieces in parts.items():
+        best = max(float(score[row]) for row in np.flatnonzero(groups == group)) if members[group] > 1 else score[group]
+        box, mask = _joined(pieces)
+        found_ones.append((group, CroppedInstance(int(label[group]), float(best), box, mask)))
+    found_ones.sort(key=lambda one: (-one[1].score, one[0]))
+    return [instance for _, instance in found_ones]
+
+
+def _same_instances(grid: TileGrid, first: tuple[int, Arrays], second: tuple[int, Arrays]) -> list[tuple[int, int]]:
+    """Pairs of rows of two tiles' instances that are one object."""
+    shared = grid.boxes[first[0]].intersect(grid.boxes[second[0]])
+    if shared.is_empty:
+        return []
+    rows, masks = [], []
+    for number, arrays in (first, second):
+        down, across = shared.within(grid.boxes[number])
+        x0, y0, x1, y1 = arrays["boxes"].T
+        inside = np.flatnonzero((x1 > across.start) & (x0 < across.stop) & (y1 > down.start) & (y0 < down.stop))
+        kept = unpack(arrays["masks"][inside, down], grid.boxes[number].size[1])[..., across]
+        rows.append(inside)
+        masks.append(kept.reshape(len(inside), shared.size[0] * shared.size[1]).astype(np.float32))
+    joint = masks[0] @ masks[1].T
+    union = masks[0].sum(1)[:, None] + masks[1].sum(1) - joint
+    overlap = joint / np.maximum(union, 1)
+    same = (overlap >= SAME_OBJECT) & (first[1]["labels"][rows[0]][:, None] == second[1]["labels"][rows[1]])
+    return [(int(rows[0][a]), int(rows[1][b])) for a, b in _one_to_one(overlap, same)]
+
+
+def _one_to_one(overlap: np.ndarray, same: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs that may be the same, those of most overlap first, each row and column at most once."""
+    candidates = np.argwhere(same)
+    order = np.argsort(-overlap[same], kind="stable")
+    taken: tuple[set[int], set[int]] = (set(), set())
+    pairs = []
+    for a, b in candidates[order].tolist():
+        if a not in taken[0] and b not in taken[1]:
+            taken[0].add(a)
+            taken[1].add(b)
+            pairs.append((a, b))
+    return pairs
+
+
+def _owned_part(grid: TileGrid, number: int, arrays: Arrays, row: int, alone: bool) -> tuple[Box, np.ndarray] | None:
+    """What a tile's instance adds to its object: its owned pixels, or all if it is alone; None for nothing."""
+    x0, y0, x1, y1 = (int(side) for side in arrays["boxes"][row])
+    outer = grid.boxes[number]
+    box = Box(outer.top + y0, outer.left + x0, outer.top + y1, outer.left + x1)
+    mask = unpack(arrays["masks"][row, y0:y1], outer.size[1])[:, x0:x1]
+    own = box.intersect(grid.owned[number])
+    owned = None if own.is_empty else mask[own.within(box)]
+    if alone:
+        return (box, mask) if owned is not None and 2 * owned.sum() >= mask.sum() else None
+    return None if owned is None or not owned.any() else (own, owned)
+
+
+def _joined(pieces: Sequence[tuple[Box, np.ndarray]]) -> tuple[Box, np.ndarray]:
+    """The tight box and the mask of pieces, each a box and its mask."""
+    boxes = [box for box, _ in pieces]
+    outer = Box(min(box.top for box in boxes), min(box.left for box in boxes),
+                max(box.bottom for box in boxes), max(box.right for box in boxes))  # fmt: skip
+    mask = np.zeros(outer.size, bool)
+    for box, part in pieces:
+        mask[box.within(outer)] |= part
+    down, across = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    tight = Box(outer.top + int(down[0]), outer.left + int(across[0]),
+                outer.top + int(down[-1]) + 1, outer.left + int(across[-1]) + 1)  # fmt: skip
+    return tight, mask[tight.within(outer)].copy()
