@@ -66,6 +66,8 @@ class ImageToLabelsOptions:
     classes: int = 150
     rounds: int = 6
     """Calls of each side."""
+    memory: bool = True
+    """Measure peak memory, each side in a process of its own."""
     sides: tuple[str, ...] = SIDES
     """Those of interest; Inductor takes minutes to compile each of its own."""
     alone: str | None = None
@@ -150,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         write_sides(folder, model, image)
         found = [side for side in options.sides if is_installed(side.split(", ")[0])]
-        peaks = {side: _peak(arguments, side, folder) for side in found}
+        peaks = {side: _peak(arguments, side, folder) for side in found if options.memory}
         sides = {side: open_side(side, folder) for side in found}
         labels = {side: segment(image) for side, segment in sides.items()}  # compiles, where that is needed
         times: dict[str, list[float]] = {side: [] for side in sides}
@@ -178,7 +180,8 @@ def format_row(
     peer, exact = (labels.get(f"{OPENVINO}, {name}") is not None for name in (dtype, "float32"))
     ratio = f"{np.median(np.divide(times[f'{OPENVINO}, {dtype}'], times[side])):.2f}x" if peer else "-"
     same = f"{100 * np.mean(labels[side] == labels[f'{OPENVINO}, float32']):.2f} %" if exact else "-"
-    return f"| {side} | {np.median(times[side]):.0f} | {ratio} | {limits[dtype]:.0f} | {peaks[side]:.0f} | {same} |"
+    peak = f"{peaks[side]:.0f}" if side in peaks else "-"
+    return f"| {side} | {np.median(times[side]):.0f} | {ratio} | {limits[dtype]:.0f} | {peak} | {same} |"
 
 
 def _peak(arguments: list[str], side: str, folder: Path) -> float:

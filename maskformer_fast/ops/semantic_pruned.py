@@ -33,6 +33,8 @@ MAX_TAPS = 0.1
 """Largest share of the taps that is computed again: at about 0.25 gathering takes as long as a convolution of all."""
 SAMPLE = 4
 """Every so many rows and columns of the map are looked at first."""
+TAPS_OF_CELL = 3
+"""Taps of pixels that are not proven, over cells that are not: such pixels are at edges, and have taps at both sides."""
 ROUNDING = 1e-4
 """Bound of a margin's error in float32."""
 
@@ -99,7 +101,7 @@ def pruned_semantic_inference(
     masks = mask_product(embeddings[kept][None], features, projection)
     bound = float(missing[dropped - 1]) + ROUNDING
     labels = None
-    if _share_unproven(masks, class_logits[kept], extent, bound) <= 2 * MAX_TAPS:
+    if TAPS_OF_CELL * _share_unproven(masks, class_logits[kept], extent, bound) <= MAX_TAPS:
         labels = _proven_labels(
             masks, embeddings, features, projection, class_logits, probabilities, order, extent, output_size, bound
         )

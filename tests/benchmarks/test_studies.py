@@ -249,8 +249,8 @@ def test_a_side_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -
     row = image_to_labels.format_row("onnxruntime, float32", times, limits, peaks, labels)
     assert row == "| onnxruntime, float32 | not installed | | | | |"
     del times["OpenVINO, float32"], labels["OpenVINO, float32"]
-    row = image_to_labels.format_row("ours, float32", times, limits, peaks, labels)
-    assert row == "| ours, float32 | 2000 | - | 7 | 5 | - |"
+    row = image_to_labels.format_row("ours, float32", times, limits, {}, labels)
+    assert row == "| ours, float32 | 2000 | - | 7 | - | - |"
     monkeypatch.setitem(PACKAGES, "OpenVINO", "no_such_package")
     assert not is_installed("OpenVINO") and is_installed("ours") and is_installed("Inductor")
     with pytest.raises(ValueError, match="sides: expected one of 'ours, float32'"):
