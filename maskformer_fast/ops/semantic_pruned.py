@@ -34,7 +34,7 @@ MAX_TAPS = 0.1
 SAMPLE = 4
 """Every so many rows and columns of the map are looked at first."""
 TAPS_OF_CELL = 3
-"""Taps of pixels that are not proven, over cells that are not: such pixels are at edges, and have taps at both sides."""
+"""Taps of pixels that are not proven, over cells that are not: such pixels are at edges, with taps at both sides."""
 ROUNDING = 1e-4
 """Bound of a margin's error in float32."""
 
