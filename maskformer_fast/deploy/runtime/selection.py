@@ -57,8 +57,7 @@ def choose_backend(
             return Choice("tensorrt", precision, "on the GPU by tensorrt")
         if backend == "tensorrt" and obstacle is not None:
             raise obstacle
-    chosen = backend == "auto" or backend == "tensorrt"
-    name = _cpu_library(precision) if chosen else backend
+    name = _cpu_library(precision) if backend == "auto" or backend == "tensorrt" else backend
     known = CPU_PRECISIONS[name]
     check(precision is None or precision in known, "precision", f"{' or '.join(known)} with the backend {name}",
           precision)  # fmt: skip
@@ -66,7 +65,7 @@ def choose_backend(
     if precision == "int8" and not engines:
         raise BundleError(f"engines: expected one of openvino in int8, got none; build it with: {INT8_COMMAND}")
     why = []
-    if chosen:
+    if name != backend:
         faster = list(CPU_BACKENDS)[: list(CPU_BACKENDS).index(name)]  # they have all precisions
         why.append(f"as {' and '.join(faster)} is not installed" if faster else "the fastest library")
     if precision is None:
