@@ -3,7 +3,8 @@
 All read the same JPEGs and write indexed PNGs, with the same weights: a ResNet-50 MaskFormer with random weights, as it
 is ("random") and with its class and mask heads rescaled so that 20 of 100 queries are live and sure of their masks
 ("confident"; a trained network's masks are smoother, which spares ours more work). OpenVINO and onnxruntime run our
-exported graph that ends in labels. Where the time goes, on several photographs: `benchmarks.studies.end_to_end`.
+exported graph that ends in labels, and Inductor compiles the same. Where the time goes, on several photographs:
+`benchmarks.studies.end_to_end`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.cases.engines import ONNXRUNTIME, OPENVINO, PRECISIONS, export_graph, open_engine
+from benchmarks.cases.engines import (
+    INDUCTOR,
+    ONNXRUNTIME,
+    OPENVINO,
+    PRECISIONS,
+    Run,
+    export_graph,
+    open_engine,
+    open_inductor,
+)
 from benchmarks.cases.network import class_metadata, network_work
 from benchmarks.harness.case import Bound, Case, Work
 from benchmarks.harness.runner import shared
@@ -30,7 +40,7 @@ from maskformer_fast.core.image_files import list_files
 from maskformer_fast.core.stages import Stopwatch
 from maskformer_fast.data import build_dataset
 from maskformer_fast.data.images import read_image
-from maskformer_fast.inference.load import load
+from maskformer_fast.inference.load import load, load_network
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.interop.huggingface import write_folder
 from maskformer_fast.modeling import build_model
@@ -47,7 +57,7 @@ GOALS = {(150, "float32"): 1.6, (150, "bfloat16"): 2.6, (847, "float32"): 3.0, (
 HUGGINGFACE = "Hugging Face, float32"
 IMPLEMENTATIONS = (
     "ours, float32", "ours, bfloat16", HUGGINGFACE, "Hugging Face, bfloat16",
-    *(f"{OPENVINO}, {dtype}" for dtype in PRECISIONS), f"{ONNXRUNTIME}, float32",
+    *(f"{engine}, {dtype}" for engine in (OPENVINO, INDUCTOR) for dtype in PRECISIONS), f"{ONNXRUNTIME}, float32",
 )  # fmt: skip
 PHOTOGRAPH = (480, 640)
 
@@ -137,11 +147,11 @@ class HuggingFace(Implementation):
 
 
 class OtherEngine(Implementation):
-    """Segments by the exported graph with labels as outputs, in an engine of `benchmarks.cases.engines`."""
+    """Segments by the complete graph, with labels as outputs, in an engine of `benchmarks.cases.engines`."""
 
-    def __init__(self, engine: str, graph: Path, dtype: str) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
-        self.run = open_engine(engine, graph.read_bytes(), dtype)
+        self.run = run
 
     def segment(self, file: Path, folder: Path) -> np.ndarray:
         self.watch = Stopwatch()
@@ -157,8 +167,11 @@ class OtherEngine(Implementation):
 def open_implementation(name: str, network: Path) -> Implementation:
     """One of `IMPLEMENTATIONS` with the weights of `write_network`."""
     who, dtype = name.split(", ")
+    if who == INDUCTOR:
+        checkpoint = load_network(network / "ours.safetensors", "cpu")
+        return OtherEngine(open_inductor(checkpoint.network, "complete", dtype))
     if who in (OPENVINO, ONNXRUNTIME):
-        return OtherEngine(who, network / "complete.onnx", dtype)
+        return OtherEngine(open_engine(who, (network / "complete.onnx").read_bytes(), dtype))
     return Ours(network / "ours.safetensors", dtype) if who == "ours" else HuggingFace(network / "theirs", dtype)
 
 
@@ -197,8 +210,8 @@ def make_confident(network: Any, images: Tensor) -> None:
     head.class_embed.bias[-1] += margins.quantile(1 - LIVE)
 
 
-def prepare_images(source: Path | None, count: int, folder: Path) -> list[Path]:
-    """Write `count` JPEGs of 512x512: photographs cropped to squares, or drawn scenes -> their paths.
+def prepare_images(source: Path | None, count: int, folder: Path, side: int = SIDE) -> list[Path]:
+    """Write `count` JPEGs of `side` x `side`: photographs cropped to squares, or drawn scenes -> their paths.
 
     Raises:
         ValueError: too few images in `source`.
@@ -206,21 +219,21 @@ def prepare_images(source: Path | None, count: int, folder: Path) -> list[Path]:
     folder.mkdir()
     names = [folder / f"{number:03}.jpg" for number in range(count)]
     if source is None:
-        pictures = [Image.fromarray(draw_frame(np.random.default_rng(k), (SIDE, SIDE))) for k in range(count)]
+        pictures = [Image.fromarray(draw_frame(np.random.default_rng(k), (side, side))) for k in range(count)]
     else:
         files = [source / name for name in list_files(source)]
         check(len(files) >= count, "images", f"a folder with at least {count} images", f"{len(files)} in {source}")
         chosen = files[:: len(files) // count][:count]
-        pictures = [crop_to_square(Image.fromarray(read_image(file))) for file in chosen]
+        pictures = [crop_to_square(Image.fromarray(read_image(file)), side) for file in chosen]
     for name, picture in zip(names, pictures, strict=True):
         picture.save(name, quality=95)
     return names
 
 
-def crop_to_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    return image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+def crop_to_square(image: Image.Image, side: int) -> Image.Image:
+    least = min(image.size)
+    left, top = ((length - least) // 2 for length in image.size)
+    return image.crop((left, top, left + least, top + least)).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def setup(device: torch.device, classes: int, dtype: str) -> Work:

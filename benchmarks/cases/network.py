@@ -1,5 +1,5 @@
-"""The network and its parts on one image of 512x512 beside Hugging Face's with the same weights, eager and compiled
-with freezing, and beside our exported graph in OpenVINO and onnxruntime.
+"""The network and its parts on one image of 512x512 beside Hugging Face's with the same weights, and beside ours in
+OpenVINO and onnxruntime, as an exported graph, and compiled by Inductor with frozen weights.
 
 bfloat16 is by autocast in both implementations, as `Predictor` and most others do it. Parts get the same input in both,
 which is made by our own part before. Ours is prepared as `Predictor` does it, and leaves the last convolution of the
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.engines import ONNXRUNTIME, OPENVINO, export_graph, open_engine
+from benchmarks.cases.engines import INDUCTOR, ONNXRUNTIME, OPENVINO, Run, export_graph, open_engine, open_inductor
 from benchmarks.cases.inputs import Size, as_tensors, relative_error
 from benchmarks.harness.case import Bound, Case, Work
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig
@@ -34,7 +34,7 @@ RATES = {"float32": "fp32", "bfloat16": "bf16"}
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15}
 """Largest difference over the largest value. Halves of eight bits differ by chance, and more in every layer: at random
 weights the mask logits of each implementation are up to 0.08 from those in float32."""
-HUGGINGFACE, COMPILED = "Hugging Face", "Hugging Face by torch.compile"
+HUGGINGFACE = "Hugging Face"
 PARTS = ("network", "backbone", "pixel decoder", "transformer decoder")
 COMPILE_SECONDS, EXPORT_SECONDS = 400.0, 120.0
 
@@ -170,8 +170,6 @@ def setup(
         return 1 - max(map(relative_error, as_tensors(ours), as_tensors(theirs)))
 
     peers: dict[str, Callable[[], Any]] = {HUGGINGFACE: partial(call, both.theirs, both.their_input)}
-    compiled = cache(lambda: torch.compile(both.theirs, options={"freezing": True}))
-    peers[COMPILED] = lambda: call(compiled(), both.their_input)
     if part == "network":
         peers |= engine_peers(model, dtype, both.our_input)
     least = dict.fromkeys(peers, 1 - TOLERANCES[dtype])
@@ -179,15 +177,25 @@ def setup(
 
 
 def engine_peers(model: ModelConfig, dtype: str, images: Tensor) -> dict[str, Callable[[], Any]]:
-    """Our network exported to logits, in other engines; onnxruntime has no bfloat16 on CPUs. Loaded when first run."""
+    """Our network with logits as outputs in other engines, loaded or compiled when first run."""
     graph = cache(lambda: export_graph(networks(model)[0], "raw", (images.shape[2], images.shape[3])))
     pixels = images.numpy()
 
+    def open_one(engine: str) -> Run:
+        if engine == INDUCTOR:
+            return open_inductor(networks(model)[0], "raw", dtype)
+        return open_engine(engine, graph(), dtype)
+
     def peer(engine: str) -> Callable[[], Any]:
-        opened = cache(lambda: open_engine(engine, graph(), dtype))
+        opened = cache(partial(open_one, engine))
         return lambda: tuple(map(torch.from_numpy, opened()(pixels)))
 
-    return {engine: peer(engine) for engine in (OPENVINO, ONNXRUNTIME) if dtype == "float32" or engine == OPENVINO}
+    return {engine: peer(engine) for engine in engines_of(dtype)}
+
+
+def engines_of(dtype: str) -> list[str]:
+    """The engines that have a dtype on CPUs: onnxruntime has no bfloat16."""
+    return [OPENVINO, INDUCTOR, *([ONNXRUNTIME] if dtype == "float32" else [])]
 
 
 @cache
@@ -243,15 +251,13 @@ def cpu_cases() -> list[Case]:
         for dtype in DTYPES:
             for part in PARTS:
                 complete = part == "network"
-                compiles = complete and name == "resnet50" and dtype == "float32"  # it takes a minute
-                engines = [OPENVINO, ONNXRUNTIME][: 2 if dtype == "float32" else 1] if complete else []
-                for peer in (HUGGINGFACE, *([COMPILED] if compiles else []), *engines):
+                for peer in (HUGGINGFACE, *(engines_of(dtype) if complete else [])):
                     eager = peer == HUGGINGFACE
                     rows.append(Case(
                         f"{part} {name} 512x512, B=1, {dtype}, vs {peer}", peer, None,
                         partial(setup, model=model, part=part, dtype=dtype),
-                        rank=3 if peer == COMPILED else 1 if complete else 2,
+                        rank=3 if peer == INDUCTOR else 1 if complete else 2,
                         bound=partial(bound, model, part, dtype), memory=complete and eager,
-                        extra_seconds=0.0 if eager else EXPORT_SECONDS if peer in engines else COMPILE_SECONDS,
+                        extra_seconds=0.0 if eager else COMPILE_SECONDS if peer == INDUCTOR else EXPORT_SECONDS,
                     ))  # fmt: skip
     return rows

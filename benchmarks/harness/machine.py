@@ -57,33 +57,51 @@ def _measured_peaks(device: str, threads: int) -> Row:
 
 
 def measure_peaks(clock: Clock, size: int, mebibytes: int, types: tuple[str, ...]) -> Row:
-    """The best of ten: a copy in GB/s read and written, and TFLOP/s by type with matrices of `size`.
+    """The best of ten: a copy in GB/s read and written, and `matrix_rate` in TFLOP/s by type."""
+    import torch
 
-    The rates are the best of a matrix product, on a CPU also by oneDNN with packed weights, and of a 3x3 convolution of
-    256 channels, which is a matrix product too: on some processors one library is faster than another by far.
+    source = torch.zeros(mebibytes * 2**18, device=clock.device)
+    target = torch.ones_like(source)
+    copy = 2e-9 * source.nbytes / _best(clock, lambda: target.copy_(source))
+    return {
+        "copy_gb_per_s": round(copy, 1),
+        "matrix_tflop_per_s": {name: round(1e-12 * matrix_rate(clock, name, size), 4) for name in types},
+    }
+
+
+def matrix_rate(clock: Clock, name: str, size: int = 2048) -> float:
+    """Multiplications and additions a second in a type, with matrices of `size`: that of the fastest implementation.
+
+    Candidates are PyTorch's matrix product, on a CPU also oneDNN's with packed weights, and a 3x3 convolution of 256
+    channels, which is a matrix product too: on some processors one library is faster than another by far.
     """
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return max(operations / _best(clock, run) for operations, run in _matrix_products(clock, name, size).values())
+
+
+def _matrix_products(clock: Clock, name: str, size: int) -> dict[str, tuple[float, Callable[[], Any]]]:
+    """By library: multiplications and additions of a call, and the call."""
     import torch
     from torch.nn import functional as F
 
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-    source = torch.zeros(mebibytes * 2**18, device=clock.device)
-    target = torch.ones_like(source)
-    copy = 2e-9 * source.nbytes / _best(clock, lambda: target.copy_(source))
-    rates = {}
-    for name in types:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
-        new = partial(torch.rand, device=clock.device)
-        a, b, product = (new(size, size).to(dtypes[name]) for _ in range(3))
-        side = max(8, size // 32)
-        pixels, weight = (new(*shape).to(dtypes[name]) for shape in ((1, 256, side, side), (256, 256, 3, 3)))
-        product_rate = 2 * size**3 / _best(clock, partial(torch.mm, a, b, out=product))
-        if clock.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            packed = torch.ops.mkldnn._reorder_linear_weight(b)
-            by_onednn = partial(torch.ops.mkldnn._linear_pointwise, a, packed, None, "none", [], "")
-            product_rate = max(product_rate, 2 * size**3 / _best(clock, by_onednn))
-        convolution_rate = 2 * weight.numel() * side**2 / _best(clock, partial(F.conv2d, pixels, weight, padding=1))
-        rates[name] = round(1e-12 * max(product_rate, convolution_rate), 4)
-    return {"copy_gb_per_s": round(copy, 1), "matrix_tflop_per_s": rates}
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, device=clock.device).to(dtypes[name])
+
+    a, b, product, side = new(size, size), new(size, size), new(size, size), max(8, size // 32)
+    pixels, weight = new(1, 256, side, side), new(256, 256, 3, 3)
+    products: dict[str, tuple[float, Callable[[], Any]]] = {
+        "PyTorch": (2.0 * size**3, partial(torch.mm, a, b, out=product)),
+        "convolution": (2.0 * weight.numel() * side**2, partial(F.conv2d, pixels, weight, padding=1)),
+    }
+    if clock.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(b)
+        by_onednn = partial(torch.ops.mkldnn._linear_pointwise, a, packed, None, "none", [], "")
+        products["oneDNN"] = 2.0 * size**3, by_onednn
+    return products
 
 
 def _best(clock: Clock, operation: Callable[[], Any]) -> float:

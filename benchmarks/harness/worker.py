@@ -83,7 +83,7 @@ class Worker:
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] in ("maskformer_fast", "benchmarks"):
                 return {"error": describe(error)}
-            return {"absent": str(error)}
+            return {"absent": f"{error.name} is not installed" if error.name else str(error)}
         except Exception as error:
             traceback.print_exc()
             return {"error": describe(error)}

@@ -33,6 +33,7 @@ from benchmarks.cases.end_to_end import (
     prepare_images,
     write_network,
 )
+from benchmarks.cases.engines import is_installed
 from benchmarks.harness.case import Row
 from benchmarks.harness.machine import describe
 from benchmarks.harness.measure import quartiles
@@ -40,7 +41,7 @@ from benchmarks.harness.report import build_goal
 from benchmarks.harness.runner import ROOT, environment
 from benchmarks.studies import OUTPUT
 from maskformer_fast.cli import parse, run_command
-from maskformer_fast.core.checks import check
+from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.files import write_json
 from maskformer_fast.core.machine import peak_resident_bytes
 
@@ -59,26 +60,31 @@ class EndToEndOptions:
     """Photographs."""
     classes: tuple[int, ...] = (150, 847)
     kinds: tuple[Kind, ...] = ("random", "confident")
+    implementations: tuple[str, ...] = IMPLEMENTATIONS
+    """Those of interest beside Hugging Face in float32; Inductor compiles for minutes. One that is not installed is
+    left out and named."""
     output: Path = OUTPUT / "end_to_end.json"
     """JSON file."""
 
     def __post_init__(self) -> None:
         check(self.count >= 1, "count", ">= 1", self.count)
+        for name in self.implementations:
+            check_choice("implementations", name, IMPLEMENTATIONS)
         check(len(self.classes) > 0 and min(self.classes) >= 1, "classes", "positive numbers", self.classes)
 
 
-def measure(network: Path, files: Sequence[Path], folder: Path) -> dict[str, Row]:
+def measure(network: Path, files: Sequence[Path], folder: Path, names: Sequence[str]) -> dict[str, Row]:
     """Images per second, stages, and the share of labels that equal Hugging Face's in float32, by implementation."""
     torch.set_num_threads(THREADS)
-    opened = {name: open_implementation(name, network) for name in IMPLEMENTATIONS}
-    seconds: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
-    labels: dict[str, list[np.ndarray]] = {name: [] for name in IMPLEMENTATIONS}
-    stages: dict[str, Counter[str]] = {name: Counter() for name in IMPLEMENTATIONS}
+    opened = {name: open_implementation(name, network) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    labels: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    stages: dict[str, Counter[str]] = {name: Counter() for name in names}
     for name, implementation in opened.items():  # warm-up
         implementation.segment(files[0], folder / name)
     for number, file in enumerate(files):
-        turn = number % len(IMPLEMENTATIONS)
-        for name in IMPLEMENTATIONS[turn:] + IMPLEMENTATIONS[:turn]:
+        turn = number % len(names)
+        for name in (*names[turn:], *names[:turn]):
             start = time.perf_counter()
             labels[name].append(opened[name].segment(file, folder / name))
             seconds[name].append(time.perf_counter() - start)
@@ -86,7 +92,7 @@ def measure(network: Path, files: Sequence[Path], folder: Path) -> dict[str, Row
     same_order = Ours(network / "ours.safetensors", "float32", "huggingface")
     ordered = [same_order.segment(file, folder / "ordered") for file in files]
     figures: dict[str, Row] = {}
-    for name in IMPLEMENTATIONS:
+    for name in names:
         figures[name] = {
             "milliseconds": 1e3 * statistics.median(seconds[name]),
             "quartiles_ms": [1e3 * value for value in quartiles(seconds[name])],
@@ -94,7 +100,8 @@ def measure(network: Path, files: Sequence[Path], folder: Path) -> dict[str, Row
             "stages_ms": {stage: 1e3 * value / len(files) for stage, value in stages[name].items()},
             "identical_labels": share_identical(labels[name], labels[HUGGINGFACE]),
         }
-    figures["ours, float32"]["identical_labels_in_their_order"] = share_identical(ordered, labels[HUGGINGFACE])
+    if "ours, float32" in figures:
+        figures["ours, float32"]["identical_labels_in_their_order"] = share_identical(ordered, labels[HUGGINGFACE])
     return figures
 
 
@@ -160,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_alone(*arguments[1:])
         return 0
     options = parse(EndToEndOptions, arguments, prog="python -m benchmarks.studies.end_to_end")
+    wanted = [name for name in IMPLEMENTATIONS if name in (*options.implementations, HUGGINGFACE)]
+    names = [name for name in wanted if is_installed(name.split(", ")[0])]
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -168,14 +177,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             for kind in options.kinds:
                 network = folder / f"{classes}_{kind}"
                 write_network(network, classes, kind, files)
-                measured = measure(network, files, folder / "labels")
-                peaks = {name: measure_peak(name, network, folder / "images") for name in IMPLEMENTATIONS}
+                measured = measure(network, files, folder / "labels", names)
+                peaks = {name: measure_peak(name, network, folder / "images") for name in names}
                 rows.append(build_row(classes, kind, measured, peaks))
     write_json(options.output, {
         "machine": describe("cpu"), "images": options.count, "size": [SIDE, SIDE],
         "source": "drawn scenes" if options.images is None else "photographs", "rows": rows,
     })  # fmt: skip
     print(format_rows(rows))
+    for name in sorted(set(wanted) - set(names)):
+        print(f"{name}: not installed")
     return 0
 
 

@@ -15,14 +15,16 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from benchmarks.__main__ import OUTPUT, write
 from benchmarks.harness.case import Case, Row
-from benchmarks.harness.clock import Call, Clock
+from benchmarks.harness.clock import ProcessorClock
+from benchmarks.harness.machine import measure_peaks
 from benchmarks.harness.measure import MEMORY, TIME
 from benchmarks.harness.report import build_rows
 from benchmarks.harness.runner import ROOT, environment, plan
@@ -31,16 +33,6 @@ from maskformer_fast.core.machine import describe_machine, keep_freed_memory
 
 PEAK_GB = 7.0
 """Memory that a row of 12 megapixels may need."""
-
-
-class ProcessorClock(Clock):
-    """The CPU's clock, of this process's processor time."""
-
-    def seconds(self, run: Call, times: int = 1) -> float:
-        start = time.process_time()
-        for _ in range(times):
-            run()
-        return time.process_time() - start
 
 
 def free_gb() -> float:
@@ -93,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     path = options.output / f"{options.subject}.json"
     kept = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    machine = describe_machine()
+    torch.set_num_threads(1)
+    peaks = measure_peaks(ProcessorClock(), 2048, 256, ("fp32", "bf16"))
+    machine = {**describe_machine(), "peaks": [{"threads": 1, **peaks}]}
     large = [name for name in cases if "12 MP" in name]
     results: dict[Unit, Row] = {}
     for group in filter(None, [[name for name in cases if name not in large], *([name] for name in large)]):

@@ -12,6 +12,8 @@ Channels are innermost in memory throughout. Results equal the network's up to r
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskformer_fast.core.arrays import dtype_name
 from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.conv import ConvNorm
 from maskformer_fast.modeling.cpu_choices import winograd_is_faster
@@ -38,6 +41,8 @@ from maskformer_fast.modeling.swin import SwinStage
 from maskformer_fast.modeling.vit import Block
 from maskformer_fast.ops.convolution import PANEL, conv3x3_winograd, pack_winograd_weights
 
+logger = logging.getLogger(__name__)
+
 MAX_WINOGRAD_WEIGHTS = 2048 * 256
 """Largest product of input and output channels for Winograd's algorithm; above it, the transformed weights take more
 memory than the saved multiplications are worth."""
@@ -55,6 +60,8 @@ def fuse_for_cpu(network: nn.Module, dtype: torch.dtype = torch.float32) -> None
     """
     _replace_children(network, dtype)
     network.eval().requires_grad_(False)
+    logger.info("rebuilt for the CPU: %s", describe_implementations(network))
+    network.register_forward_hook(_TellOnce())
 
 
 def convolves_bfloat16() -> bool:
@@ -68,13 +75,43 @@ def implementations(network: nn.Module) -> dict[str, str]:
     A convolution's is that of its last call, as it depends on the size of the maps; those that were never called are
     left out.
     """
-    found: dict[str, str] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, FusedConv) and module.implementation is not None:
-            found[name] = module.implementation
-        elif isinstance(module, FusedLinear):
-            found[name] = "oneDNN" if module.weight.is_mkldnn else "PyTorch's own library"
-    return found
+    return {
+        name: module.implementation for name, module in network.named_modules()
+        if isinstance(module, (FusedConv, FusedLinear)) and module.implementation is not None
+    }  # fmt: skip
+
+
+def describe_implementations(network: nn.Module) -> str:
+    """Counts of `implementations` in a line, such as "3 convolutions: 2 Winograd float32, 1 direct bfloat16; ..."."""
+    parts = []
+    for kind, name in ((FusedConv, "convolutions"), (FusedLinear, "linear layers")):
+        modules = [module for module in network.modules() if isinstance(module, kind)]
+        counts = Counter(module.implementation or "chosen at the first picture of a size" for module in modules)
+        if counts:
+            told = ", ".join(f"{count} {implementation}" for implementation, count in counts.most_common())
+            parts.append(f"{len(modules)} {name}: {told}")
+    return "; ".join(parts)
+
+
+class _TellOnce:
+    """Forward hook that tells the logger `describe_implementations` after the first images of a size, where it changed.
+
+    Copies and pickles of a network have it too.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: set[tuple[int, ...]] = set()
+        self.told = ""
+
+    def __call__(self, network: nn.Module, arguments: tuple[Any, ...], outputs: object) -> None:
+        shape = tuple(arguments[0].shape)
+        if shape in self.shapes:
+            return
+        self.shapes.add(shape)
+        text = describe_implementations(network)
+        if text != self.told:
+            self.told = text
+            logger.info("images %s: %s", "x".join(map(str, shape)), text)
 
 
 def _replace_children(module: nn.Module, dtype: torch.dtype) -> None:
@@ -147,7 +184,7 @@ class FusedConv(FusedLayer):
         return winograd_is_faster(x.shape[1], self.channels, self.dtype, x.shape[0] * x.shape[2] * x.shape[3])
 
     def _winograd_weight(self) -> Tensor:
-        self.implementation = "Winograd"
+        self.implementation = "Winograd float32"
         packed = self._transformed
         if packed is None:
             self._transformed = packed = pack_winograd_weights(self.weight)
@@ -155,7 +192,7 @@ class FusedConv(FusedLayer):
 
     def _direct_weight(self, x: Tensor) -> Tensor:
         """Weights in oneDNN's layout for these images; threads may call it for images of different sizes."""
-        self.implementation = "direct, oneDNN"
+        self.implementation = f"direct {dtype_name(x)}"
         if not x.numel():
             return self.weight.to(self.dtype)
         key, packed = (*x.shape, torch.get_num_threads()), self._direct

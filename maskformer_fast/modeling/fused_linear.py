@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskformer_fast.core.arrays import dtype_name
 from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.cpu_choices import PLAIN, onednn_is_faster
 from maskformer_fast.modeling.swin import PatchMerging, SwinBlock, SwinStage
@@ -68,6 +69,11 @@ class FusedLinear(FusedLayer):
         self.bias = None if bias is None else bias.detach().to(dtype)
         if dtype == torch.bfloat16 or onednn_is_faster():
             self.pack()
+
+    @property
+    def implementation(self) -> str:
+        """Library and dtype of the products."""
+        return f"{'oneDNN' if self.weight.is_mkldnn else 'PyTorch'} {dtype_name(self.weight)}"
 
     def forward(
         self,

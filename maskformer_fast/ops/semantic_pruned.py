@@ -7,10 +7,13 @@ it is also the winner among all. The few other pixels are computed again with al
 the taps of these pixels only: a gather and a matrix product with the folded kernel.
 
 With the peaky predictions of a trained network 20 of 100 masks and 3 % of the taps are computed. Where pruning would
-save little, or too few pixels are proven, `pruned_semantic_inference` returns None and all masks are computed.
+save little, `pruned_semantic_inference` returns None and all masks are computed. Where too few pixels are proven, which
+a sample of the map's cells shows at little cost, the other masks are added to those that are there.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -28,6 +31,10 @@ MAX_PIXELS = 1.0
 """Most output pixels per value of the dropped masks: with more, the margins take more memory than these masks."""
 MAX_TAPS = 0.1
 """Largest share of the taps that is computed again: at about 0.25 gathering takes as long as a convolution of all."""
+SAMPLE = 4
+"""Every so many rows and columns of the map are looked at first."""
+TAPS_OF_CELL = 3
+"""Taps of pixels that are not proven, over cells that are not: such pixels are at edges, with taps at both sides."""
 ROUNDING = 1e-4
 """Bound of a margin's error in float32."""
 
@@ -76,7 +83,7 @@ def pruned_semantic_inference(
     extent: tuple[float, float],
     output_size: tuple[int, int],
 ) -> Tensor | None:
-    """Labels of one image as in `semantic_inference` -> [H, W], or None where pruning does not pay.
+    """Labels of one image as in `semantic_inference` -> [H, W], or None where pruning does not pay, before any mask.
 
     Reads counts back from the device, so it is meant for the CPU. Labels equal those of all queries wherever the
     winner's score leads by more than rounding. ``extent``, ``output_size``, the labels' dtype and the errors are those
@@ -92,9 +99,51 @@ def pruned_semantic_inference(
         return None
     kept, order = order[dropped:], order.roll(-dropped)  # kept first
     masks = mask_product(embeddings[kept][None], features, projection)
+    bound = float(missing[dropped - 1]) + ROUNDING
+    labels = None
+    if TAPS_OF_CELL * _share_unproven(masks, class_logits[kept], extent, bound) <= MAX_TAPS:
+        labels = _proven_labels(
+            masks, embeddings, features, projection, class_logits, probabilities, order, extent, output_size, bound
+        )
+    if labels is None:
+        rest = mask_product(embeddings[order[len(kept) :]][None], features, projection)
+        masks = torch.cat([masks, rest], 1)
+        labels = semantic_inference(masks, class_logits[order][None], extent, output_size).labels[0]
+    return labels
+
+
+def _share_unproven(
+    masks: Tensor,  # [1, Q, h, w], of the kept queries
+    class_logits: Tensor,  # [Q, K+1]
+    extent: tuple[float, float],
+    bound: float,
+) -> float:
+    """Share of the cells of a sample of the map whose winner leads by no more than ``bound``."""
+    height, width = (math.ceil(side) for side in extent)
+    sample = masks[:, :, :height:SAMPLE, :width:SAMPLE].contiguous()
+    size = (sample.shape[2], sample.shape[3])
+    margins = semantic_inference(sample, class_logits[None], size, size, with_margins=True).margins
+    assert margins is not None
+    return 1 - (margins > bound).float().mean().item()  # NaN is not proven
+
+
+def _proven_labels(
+    masks: Tensor,  # [1, kept, h, w]
+    embeddings: Tensor,  # [Q, D]
+    features: Tensor,  # [1, C, h, w]
+    projection: Projection,
+    class_logits: Tensor,  # [Q, K+1]
+    probabilities: Tensor,  # [Q, K]
+    order: Tensor,  # [Q], the kept queries first
+    extent: tuple[float, float],
+    output_size: tuple[int, int],
+    bound: float,
+) -> Tensor | None:
+    """Labels by the kept queries where these lead by more than ``bound``, else by all; None: too few are proven."""
+    kept, dropped = order[: masks.shape[1]], order[masks.shape[1] :]
     labels, _, margins = semantic_inference(masks, class_logits[kept][None], extent, output_size, with_margins=True)
     assert margins is not None
-    unproven = (~(margins.flatten() > missing[dropped - 1] + ROUNDING)).nonzero().squeeze(1)  # also where NaN
+    unproven = (~(margins.flatten() > bound)).nonzero().squeeze(1)  # also where NaN
     if len(unproven) > MAX_TAPS * margins.numel():
         return None
     taps, weights = _bilinear_taps(unproven, masks.shape[2:], extent, output_size)
@@ -103,7 +152,7 @@ def pruned_semantic_inference(
         return None
 
     labels = labels.flatten()
-    rest = _logits_at(cells, features[0], projection.fold(embeddings[order[len(kept) :]]))
+    rest = _logits_at(cells, features[0], projection.fold(embeddings[dropped]))
     logits = torch.cat([masks[0].flatten(1).T[cells], rest], 1).clamp_(-VALUE_LIMIT, VALUE_LIMIT)  # [cells, Q]
     chances = probabilities[order]
     tile = max(1, CPU_TILE_BYTES // (4 * (4 * len(order) + chances.shape[1])))  # pixels

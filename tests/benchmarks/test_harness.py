@@ -17,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks.harness import clock as clocks
 from benchmarks.harness import machine, report
 from benchmarks.harness.case import Bound, Case, Work
-from benchmarks.harness.clock import Clock, take_turns, warm_up
+from benchmarks.harness.clock import Call, Clock, ProcessorClock, take_turns, warm_up
 from benchmarks.harness.measure import MEMORY, TIME, draw_inputs, measure_time, quartiles
 
 MACHINE = {"cpu": "a|b", "peaks": [{"threads": 2, "copy_gb_per_s": 10.0, "matrix_tflop_per_s": {"fp32": 0.1}}]}
@@ -152,7 +152,7 @@ def test_a_failure_costs_its_own_row_and_the_others_are_measured(
         "killed": "time: its process ended with status 3",
         "differs": "time: RuntimeError: the results agree to 0.5, expected at least 0.9",
     }
-    assert rows["absent"]["absent"] == "No module named 'no_such_package'" and rows["absent"]["ratio"] is None
+    assert rows["absent"]["absent"] == "no_such_package is not installed" and rows["absent"]["ratio"] is None
 
     row = rows["sleep short"]
     for who, least in (("ours", 2), ("peer", 12)):
@@ -227,3 +227,30 @@ def test_bound_and_peaks() -> None:
     assert peaks["copy_gb_per_s"] > 0.1 and set(peaks["matrix_tflop_per_s"]) == {"fp32", "bf16"}
     assert Bound(8e6).milliseconds({"copy_gb_per_s": 1.0}) == 8 and Bound(8e6).milliseconds({}) is None
     assert machine.speeds(MACHINE, 2) == MACHINE["peaks"][0] and machine.speeds(MACHINE, 1) == {}
+
+
+def test_the_matrix_rate_is_that_of_the_fastest_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NamedClock(Clock):
+        """Seconds of each library's product by its name."""
+
+        def seconds(self, run: Call, times: int = 1) -> float:
+            return given[run()]
+
+    for name in ("fp32", "bf16"):
+        products = machine._matrix_products(Clock(), name, 32)
+        assert {"PyTorch", "convolution"} <= set(products) <= {"PyTorch", "convolution", "oneDNN"}
+        assert ("oneDNN" in products) == torch.backends.mkldnn.is_available()
+        results = {library: run() for library, (_, run) in products.items()}
+        assert {result.dtype for result in results.values()} == {torch.float32 if name == "fp32" else torch.bfloat16}
+        if "oneDNN" in results:
+            assert results["oneDNN"].shape == results["PyTorch"].shape == (32, 32)
+        assert products["PyTorch"][0] == 2 * 32**3 and products["convolution"][0] == 2 * 9 * 256**2 * 8**2
+    for fastest in ("PyTorch", "oneDNN", "convolution"):
+        given = {library: 0.5 if library == fastest else 4.0 for library in ("PyTorch", "oneDNN", "convolution")}
+        named = {library: (8.0, lambda library=library: library) for library in given}
+        monkeypatch.setattr(machine, "_matrix_products", lambda clock, name, size, named=named: named)
+        assert machine.matrix_rate(NamedClock(), "bf16") == 16.0
+
+
+def test_the_processors_clock_leaves_out_what_it_waits_for() -> None:
+    assert ProcessorClock().seconds(lambda: time.sleep(0.05)) < 0.04 < Clock().seconds(lambda: time.sleep(0.05))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from maskformer_fast.config import TASKS, Task, TestConfig
 from maskformer_fast.core.results import PanopticResult
+from maskformer_fast.data.images import as_rgb_array
 from maskformer_fast.inference.batches import infer_each
 from maskformer_fast.inference.predictor import Predictor
 from tests.support.images import photo
@@ -121,6 +124,37 @@ def test_each_part_of_the_network_keeps_its_mode(predictor: Predictor) -> None:
         after = [module.training for module in network.modules()]
         network.eval()
     assert seen == [False] and after == before and any(before)
+
+
+def test_an_image_is_read_while_the_network_runs_for_another(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        several = Predictor(predictor.network, predictor.config, predictor.metadata, "cpu", in_flight=2)
+    finally:
+        torch.set_num_threads(threads)
+    calls = itertools.count()
+    runs, reads, seen = threading.Event(), threading.Event(), []
+
+    def read(image: Any, exif: bool) -> Any:
+        if next(calls) == 1:
+            seen.append(runs.wait(20))
+            reads.set()
+        return as_rgb_array(image, exif)
+
+    def run(*_: object) -> None:
+        runs.set()
+        seen.append(reads.wait(20))
+
+    monkeypatch.setattr("maskformer_fast.inference.predictor.as_rgb_array", read)
+    handle = predictor.network.register_forward_pre_hook(run)
+    try:
+        assert len(several.predict([photo(0), photo(1)])) == 2
+    finally:
+        handle.remove()
+    assert seen == [True] * 3, "both waited for the other"
 
 
 @pytest.mark.parametrize("task", TASKS)

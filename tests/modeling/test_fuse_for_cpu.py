@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -117,16 +118,42 @@ def test_the_size_of_the_maps_decides_and_is_told(winograd, monkeypatch):
     network = make_network(BACKBONES["batch, wider"])
     fast = copy.deepcopy(network)
     fuse_for_cpu(fast)
-    assert set(implementations(fast).values()) <= {"oneDNN", "PyTorch's own library"}  # no convolution ran yet
+    assert set(implementations(fast).values()) <= {"oneDNN float32", "PyTorch float32"}  # no convolution ran yet
     for size in ((64, 96), (32, 32), (64, 96)):
         images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
         assert error(layer_mask_logits(fast(images)), layer_mask_logits(network(images))) < 5e-5
         assert size[0] * size[1] // 16 in asked
     told = implementations(fast)
-    assert told["pixel_decoder.layer_1"] == ("Winograd" if winograd else "direct, oneDNN")
-    assert told["pixel_decoder.adapter_1"] == told["backbone.stem.conv1"] == "direct, oneDNN"
+    assert told["pixel_decoder.layer_1"] == ("Winograd float32" if winograd else "direct float32")
+    assert told["pixel_decoder.adapter_1"] == told["backbone.stem.conv1"] == "direct float32"
     assert len(told) == sum(isinstance(module, FusedConv | FusedLinear) for module in fast.modules())
     assert implementations(network) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
+@torch.no_grad()
+def test_counts_of_implementations_are_told_once_for_each_size(dtype, monkeypatch, caplog):
+    monkeypatch.setattr(
+        "maskformer_fast.modeling.fuse_for_cpu.winograd_is_faster", lambda c, n, dtype, pixels: pixels > 300
+    )
+    monkeypatch.setattr("maskformer_fast.modeling.fused_linear.onednn_is_faster", lambda: False)
+    caplog.set_level("INFO", "maskformer_fast.modeling.fuse_for_cpu")
+    network = make_network(BACKBONES["batch, wider"])
+    fuse_for_cpu(network, dtype)
+    convs, linears = (sum(isinstance(m, kind) for m in network.modules()) for kind in (FusedConv, FusedLinear))
+    name = str(dtype).removeprefix("torch.")
+    by = f"{linears} linear layers: {linears} {'PyTorch' if dtype == torch.float32 else 'oneDNN'} {name}"
+    first = f"rebuilt for the CPU: {convs} convolutions: {convs} chosen at the first picture of a size; {by}"
+    assert caplog.messages == [first]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for size in ((64, 96), (32, 32), (64, 96), (96, 64)):
+            network(torch.zeros(1, 3, *size, dtype=torch.uint8))
+    large, small = caplog.messages[1:3]
+    assert len(caplog.messages) == 4 and caplog.messages[3] == large.replace("64x96", "96x64")
+    assert large.startswith(f"images 1x3x64x96: {convs} convolutions: ") and " Winograd float32" in large
+    assert small == f"images 1x3x32x32: {convs} convolutions: {convs} direct {name}; {by}"
+    counts = Counter(implementations(network).values())
+    assert f"{counts[f'direct {name}']} direct {name}" in large and large.endswith(by)
 
 
 @torch.no_grad()

@@ -122,9 +122,32 @@ def test_nothing_is_pruned_where_it_does_not_pay() -> None:
     assert pruned_semantic_inference(*random_scene(4, live=0, dead=14.0), *arguments) is None  # nothing to prove with
     small = random_scene(4, live=8, dead=14.0)
     assert pruned_semantic_inference(*small, (24.0, 32.0), (192, 256)) is None  # 64 output pixels to a map's
+
+
+@pytest.mark.parametrize("sampled", [True, False], ids=["the sample shows it", "all pixels show it"])
+def test_masks_are_computed_once_where_too_few_pixels_are_proven(
+    sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(semantic_pruned, "MAX_TAPS", 0.001)
+    if not sampled:
+        monkeypatch.setattr(semantic_pruned, "_share_unproven", lambda *_: 0.0)
+    counts: list[int] = []
+
+    def counted(embeddings: Tensor, *others: object) -> Tensor:
+        counts.append(embeddings.shape[1])
+        return mask_product(embeddings, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(semantic_pruned, "mask_product", counted)
+    for seed in range(3):
+        scene = random_scene(seed, classes=5, dead=9.0, size=(25, 33))
+        labels = pruned_semantic_inference(*scene, (24.5, 33.0), (50, 70))
+        assert labels is not None and labels.dtype == torch.uint8
+        assert_right(labels, oracle(scene, (24.5, 33.0), (50, 70)))
+    assert [sum(pair) for pair in zip(counts[::2], counts[1::2], strict=True)] == [40] * 3, "each mask once"
     tied = random_scene(4, live=2, dead=14.0, classes=2)
     tied.class_logits[:, 1] = tied.class_logits[:, 0]
-    assert pruned_semantic_inference(*tied, *arguments) is None  # nothing proven
+    labels = pruned_semantic_inference(*tied, (24.0, 32.0), (48, 64))
+    assert labels is not None and not labels.any(), "of equal scores the lower class stays"
 
 
 def test_infinite_logits_count_as_finite_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,10 +64,16 @@ def choose_backend(
     engines = [engine for engine in manifest.engines if engine.api == OPENVINO]
     if precision == "int8" and not engines:
         raise BundleError(f"engines: expected one of openvino in int8, got none; build it with: {INT8_COMMAND}")
+    why = []
+    if name != backend:
+        faster = list(CPU_BACKENDS)[: list(CPU_BACKENDS).index(name)]  # they have all precisions
+        why.append(f"as {' and '.join(faster)} is not installed" if faster else "the fastest library")
     if precision is None:
-        precision = "int8" if name == "openvino" and engines else "fp32"
-    reason = f"on the CPU by {name} in {precision}" + (f", not by tensorrt: {obstacle}" if obstacle else "")
-    return Choice(name, precision, reason)
+        has_int8 = name == "openvino" and bool(engines)
+        precision = "int8" if has_int8 else "fp32"
+        why += ["for which the bundle has an engine"] if has_int8 else []
+    reason = f"on the CPU by {name} in {precision}" + (f" ({', '.join(why)})" if why else "")
+    return Choice(name, precision, reason + (f", not by tensorrt: {obstacle}" if obstacle else ""))
 
 
 def _cpu_library(precision: Precision | None) -> BackendName:

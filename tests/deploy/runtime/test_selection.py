@@ -45,7 +45,8 @@ def test_auto_takes_the_first_installed_library_that_has_the_precision(
     install(monkeypatch, *installed)
     choice = choose_backend(manifest(), device=device, precision=precision)
     assert choice[:2] == expected
-    assert choice.reason.startswith(f"on the CPU by {expected[0]} in {expected[1]}")
+    why = "the fastest library" if expected[0] == "openvino" else "as openvino is not installed"
+    assert choice.reason.startswith(f"on the CPU by {expected[0]} in {expected[1]} ({why})")
     assert ("not by tensorrt: engines: expected one for this GPU" in choice.reason) == (device == 0)
 
 
@@ -55,6 +56,10 @@ def test_an_int8_engine_is_used_unless_another_precision_is_asked_for(monkeypatc
     for backend in ("auto", "openvino"):
         assert choose_backend(quantised, backend)[:2] == ("openvino", "int8")  # type: ignore[arg-type]
         assert choose_backend(quantised, backend, precision="fp32")[:2] == ("openvino", "fp32")  # type: ignore[arg-type]
+    reason = "on the CPU by openvino in int8 (the fastest library, for which the bundle has an engine)"
+    assert choose_backend(quantised, device=None).reason == reason
+    assert choose_backend(quantised, "openvino").reason == reason.replace("the fastest library, ", "")
+    assert choose_backend(quantised, "openvino", precision="fp32").reason == "on the CPU by openvino in fp32"
     assert choose_backend(quantised, "onnxruntime")[:2] == ("onnxruntime", "fp32")
     with pytest.raises(BundleError, match="without engines"):  # one for OpenVINO is none for a GPU
         choose_backend(quantised, "tensorrt")
