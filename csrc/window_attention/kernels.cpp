@@ -3,66 +3,11 @@
 #include "window_attention/kernels.h"
 
 #include "common/elements.h"
+#include "common/products.h"
 
 namespace maskformer_fast {
 namespace MF_ISA {
 namespace {
-
-// Queries, and vectors of a row, whose sums are in registers at a time. Windows of Swin have 7 x 7 or 12 x 12 tokens.
-#if defined(__AVX512F__)
-constexpr int kRows = 7, kVectors = 4;
-#else
-constexpr int kRows = 6, kVectors = 2;
-#endif
-
-// Adds a [rows, depth] times b [depth, vectors * kLanes] to c.
-template <int rows, int vectors>
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
-              int64_t c_stride) {
-  Floats sums[rows][vectors];
-  for (int row = 0; row < rows; ++row) {
-    for (int v = 0; v < vectors; ++v) sums[row][v] = load(c + row * c_stride + v * kLanes);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Floats column[vectors];
-    for (int v = 0; v < vectors; ++v) column[v] = load(b + k * b_stride + v * kLanes);
-    for (int row = 0; row < rows; ++row) {
-      const Floats factor = broadcast(a[row * a_stride + k]);
-      for (int v = 0; v < vectors; ++v) sums[row][v] += factor * column[v];
-    }
-  }
-  for (int row = 0; row < rows; ++row) {
-    for (int v = 0; v < vectors; ++v) store(c + row * c_stride + v * kLanes, sums[row][v]);
-  }
-}
-
-// `columns` is a multiple of kKeyPanel.
-template <int rows>
-void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth, float* c) {
-  int64_t column = 0;
-  for (; column + kVectors * kLanes <= columns; column += kVectors * kLanes) {
-    multiply<rows, kVectors>(a, a_stride, b + column, columns, depth, c + column, columns);
-  }
-  for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
-    multiply<rows, 2>(a, a_stride, b + column, columns, depth, c + column, columns);
-  }
-  for (; column < columns; column += kLanes) {
-    multiply<rows, 1>(a, a_stride, b + column, columns, depth, c + column, columns);
-  }
-}
-
-void multiply_any(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
-                  float* c) {
-  switch (rows) {
-    case 1: return multiply_rows<1>(a, a_stride, b, columns, depth, c);
-    case 2: return multiply_rows<2>(a, a_stride, b, columns, depth, c);
-    case 3: return multiply_rows<3>(a, a_stride, b, columns, depth, c);
-    case 4: return multiply_rows<4>(a, a_stride, b, columns, depth, c);
-    case 5: return multiply_rows<5>(a, a_stride, b, columns, depth, c);
-    case 6: return multiply_rows<6>(a, a_stride, b, columns, depth, c);
-    default: return multiply_rows<kRows>(a, a_stride, b, columns, depth, c);
-  }
-}
 
 // Place of a window in its padded and shifted map.
 struct Window {
@@ -90,21 +35,6 @@ MF_INLINE int64_t token_at(const WindowAttention& attention, const Window& windo
   if (y >= padded_height) y -= padded_height;
   if (x >= padded_width) x -= padded_width;
   return y < attention.height && x < attention.width ? y * attention.width + x : -1;
-}
-
-// Transposes a block of 4 x 4.
-MF_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-#if defined(__AVX2__)
-  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride);
-  __m128 c = _mm_loadu_ps(from + 2 * from_stride), d = _mm_loadu_ps(from + 3 * from_stride);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(to, a), _mm_storeu_ps(to + to_stride, b);
-  _mm_storeu_ps(to + 2 * to_stride, c), _mm_storeu_ps(to + 3 * to_stride, d);
-#else
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 4; ++j) to[j * to_stride + i] = from[i * from_stride + j];
-  }
-#endif
 }
 
 template <class Element>
@@ -184,15 +114,16 @@ void attend_window(const WindowAttention& attention, const Element* qkv, const E
     for (int64_t first = 0; first < own.tokens; first += kRows) {
       const int64_t rows = own.tokens - first < kRows ? own.tokens - first : kRows;
       __builtin_memcpy(own.scores, bias + first * own.keys, sizeof(float) * rows * own.keys);
-      multiply_any(rows, own.queries + first * own.channels, own.channels, own.keys_t, own.keys, dim, own.scores);
+      multiply_matrices(rows, own.keys, dim, own.queries + first * own.channels, own.channels, own.keys_t, own.keys,
+                        true, own.scores, own.keys);
       float inverse[kRows];
       for (int64_t row = 0; row < rows; ++row) {
         float* scores = own.scores + row * own.keys;
         if (seam) separate_sides(attention, window, first + row, scores);
         inverse[row] = soften(scores, own.keys);
       }
-      __builtin_memset(own.sums, 0, sizeof(float) * rows * own.channels);
-      multiply_any(rows, own.scores, own.keys, own.values, own.channels, own.tokens, own.sums);
+      multiply_matrices(rows, own.channels, own.tokens, own.scores, own.keys, own.values, own.channels, false, own.sums,
+                        own.channels);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t token = first + row;
         const int64_t place = token_at(attention, window, token / attention.window, token % attention.window);

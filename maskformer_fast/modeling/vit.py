@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.linear import Linear, linear
+from maskformer_fast.ops.attention import DTYPES as ATTENTION_DTYPES
+from maskformer_fast.ops.attention import attention
 
 BASE = 100.0
 """Ratio of the longest to the shortest period of rotary positions, but for one step."""
@@ -32,14 +34,14 @@ class Rotary(NamedTuple):
 
     def turn(
         self,
-        x: Tensor,  # [B, heads, prefix + N, C/heads]
+        x: Tensor,  # [B, prefix + N, heads, C/heads]
     ) -> Tensor:
         """Turn pairs of channels of the patches, which are the last tokens, by the angles of their positions."""
-        prefix = x.shape[2] - self.cosine.shape[0]
-        cosine, sine = self.cosine.to(x.dtype), self.sine.to(x.dtype)
-        first, second = x[:, :, prefix:].chunk(2, dim=-1)
+        prefix = x.shape[1] - self.cosine.shape[0]
+        cosine, sine = self.cosine.to(x.dtype).unsqueeze(1), self.sine.to(x.dtype).unsqueeze(1)
+        first, second = x[:, prefix:].chunk(2, dim=-1)
         turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-        return torch.cat((x[:, :, :prefix], turned), dim=2)
+        return torch.cat((x[:, :prefix], turned), dim=1)
 
 
 class Attention(nn.Module):
@@ -77,9 +79,12 @@ def attend(
     visible: Tensor | None,  # [B, Q, M] bool, as of `Attention.forward`
 ) -> Tensor:
     """Softmax attention -> [B, N, C]. Only the first Q rows have a mask: the others need no memory for one."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # each [B, heads, N, C/heads]
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)  # each [B, N, heads, C/heads]
     if rotary is not None:
         q, k = rotary.turn(q), rotary.turn(k)
+    if _has_operator(qkv):
+        return attention(q, k, v, visible).flatten(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if visible is None:
         x = F.scaled_dot_product_attention(q, k, v)
     else:
@@ -90,6 +95,12 @@ def attend(
             F.scaled_dot_product_attention(q[:, :, rows:], k, v),
         ), dim=2)  # fmt: skip
     return x.transpose(1, 2).flatten(2)
+
+
+def _has_operator(x: Tensor) -> bool:
+    """Whether `ops.attention` computes this; graphs have PyTorch's function, and gradients are in float32 only."""
+    dtypes = (torch.float32,) if x.requires_grad else ATTENTION_DTYPES
+    return x.device.type == "cpu" and x.dtype in dtypes and not torch.compiler.is_exporting()
 
 
 class FeedForward(nn.Module):
