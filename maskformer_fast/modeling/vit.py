@@ -243,7 +243,7 @@ class ViT(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         if self.pos_embed is not None:
             x = x + resample_positions(self.pos_embed, self.grid, grid)
-        prefix = torch.cat((self.cls_token, self.reg_token), dim=1).expand(len(x), -1, -1)
+        prefix = torch.cat((self.cls_token, self.reg_token), dim=1).expand(x.shape[0], -1, -1)
         return torch.cat((prefix.to(x.dtype), x), dim=1), self._rotary(grid, x.device)
 
     def run(
@@ -273,9 +273,7 @@ class ViT(nn.Module):
         """Rotary positions of a grid of patches, whose centres' coordinates go from -1 to 1 on both sides."""
         if self.pos_embed is not None:
             return None
-        rows, columns = (
-            (torch.arange(side, device=device, dtype=torch.float32) + 0.5) * (2 / side) - 1 for side in grid
-        )
+        rows, columns = (2 * _centres(side, device) - 1 for side in grid)
         centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # [N, 2]
         if self.training:
             limit = math.log(RESCALE)
@@ -290,9 +288,28 @@ def resample_positions(
     old: tuple[int, int],  # h, w
     new: tuple[int, int],
 ) -> Tensor:
-    """Learned positions for a grid of another size, by antialiased bicubic interpolation -> [1, new h*w, C]."""
-    if old == new:
+    """Learned positions for a grid of another size, by antialiased bicubic interpolation -> [1, new h*w, C].
+
+    It is that of ``F.interpolate``, as products, which graphs of any size have too.
+    """
+    if not torch.compiler.is_exporting() and old == new:
         return positions
-    maps = positions.float().unflatten(1, old).permute(0, 3, 1, 2)
-    maps = F.interpolate(maps, new, mode="bicubic", antialias=True, align_corners=False)
-    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
+    rows, columns = (_resampling(*sides, positions.device) for sides in zip(old, new, strict=True))
+    maps = torch.einsum("ph,qw,hwc->pqc", rows, columns, positions[0].float().unflatten(0, old))
+    return maps.flatten(0, 1).unsqueeze(0).to(positions.dtype)
+
+
+def _resampling(old: int, new: int, device: torch.device) -> Tensor:
+    """Weights of the old places for each new one along a side -> [new, old] float32."""
+    places, old_places = old * _centres(new, device), old * _centres(old, device)
+    distances = (old_places - places.unsqueeze(1)).abs()
+    x = distances / (2 * places.amin(0)).clamp(min=1)  # the first place is half a step
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # Keys' kernel, a = -1/2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _centres(count: int, device: torch.device) -> Tensor:
+    """Centres of so many equal parts of 0..1 -> [count] float32; a graph need not know how many."""
+    centres = torch.arange(count, device=device, dtype=torch.float32) + 0.5
+    return centres / (centres.amax(0) + 0.5)
