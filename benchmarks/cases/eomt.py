@@ -156,7 +156,9 @@ def cases(device: str) -> list[Case]:
              rank=1 if size == "small" else 2, bound=partial(bound, size, dtype), memory=False)
         for size in ("small", "base") for dtype in GOALS
     ]  # fmt: skip
-    step = Case(f"EoMT small, training step 2x3x{STEP_SIDE}x{STEP_SIDE}, float32", HUGGINGFACE, STEP_GOAL,
-                partial(step_setup, model=model_of("small", STEP_SIDE)), threads=1, memory_goal=STEP_MEMORY_GOAL, rank=2,
-                bound=partial(step_bound, "small", STEP_SIDE), extra_seconds=STEP_SECONDS)  # fmt: skip
+    step = Case(
+        f"EoMT small, training step 2x3x{STEP_SIDE}x{STEP_SIDE}, float32", HUGGINGFACE, STEP_GOAL,
+        partial(step_setup, model=model_of("small", STEP_SIDE)), threads=1, memory_goal=STEP_MEMORY_GOAL, rank=2,
+        bound=partial(step_bound, "small", STEP_SIDE), extra_seconds=STEP_SECONDS,
+    )  # fmt: skip
     return [*networks, step]
