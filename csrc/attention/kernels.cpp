@@ -103,10 +103,9 @@ void pack_rows(const Attention& attention, const Element* tokens, const TokenStr
 void hide(const Attention& attention, int64_t image, int64_t query, int64_t first, int64_t keys, float* scores) {
   if (query < attention.masked_queries) {
     const int64_t start = attention.keys - attention.masked_keys;
-    const uint8_t* visible =
-        attention.visible + (image * attention.masked_queries + query) * attention.masked_keys - start;
+    const int64_t row = (image * attention.masked_queries + query) * attention.masked_keys;
     for (int64_t key = first < start ? start - first : 0; key < keys && first + key < attention.keys; ++key) {
-      if (!visible[first + key]) scores[key] = kHidden;
+      if (!attention.visible[row + first + key - start]) scores[key] = kHidden;
     }
   }
   for (int64_t key = attention.keys - first; key < keys; ++key) scores[key] = 2 * kHidden;
