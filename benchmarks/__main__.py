@@ -29,7 +29,7 @@ OUTPUT = Path(__file__).parent / "output"
 SUBJECTS = (
     "semantic", "segments", "drop_in", "rle", "assignment", "matching_cost", "mask_loss", "points", "mask_product",
     "convolution", "window_attention", "deformable_attention", "criterion", "network", "train_step", "mask2former",
-    "resize", "loader", "deployment", "end_to_end",
+    "eomt", "resize", "loader", "deployment", "end_to_end",
 )  # fmt: skip
 """Modules of `benchmarks.cases`, in the order in which they are measured and shown."""
 MODULES = tuple(f"benchmarks.cases.{subject}" for subject in SUBJECTS)

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "assignment/assignment.h"
+#include "attention/attention.h"
 #include "common/cpu_isa.h"
 #include "convolution/convolution.h"
 #include "deformable_attention/deformable_attention.h"
@@ -123,6 +124,63 @@ void define_assignment(py::module_& module, const std::string& type) {
       arg("device"), arg("stream"), ReleaseGil(),
       "Arguments of linear_sum_assignment with addresses on the device. Starts on the stream and does not wait.");
 #endif
+}
+
+// attention
+
+using AttentionAddresses = std::array<uintptr_t, 4>;  // query, key, value, visible
+
+Attention attention_sizes(const AttentionAddresses& addresses, const Integers<5>& sizes, const Integers<9>& strides,
+                          const Integers<2>& masked) {
+  check_sizes(sizes);
+  check_sizes(masked);
+  const auto [images, queries, keys, heads, dim] = sizes;
+  if (keys < 1 || dim < 1) throw std::invalid_argument("sizes: expected keys and channels, got none");
+  if (masked[0] > queries || masked[1] > keys) {
+    throw std::invalid_argument("masked: expected at most the queries and keys");
+  }
+  const auto of = [&](int part) { return TokenStrides{strides[part], strides[part + 1], strides[part + 2]}; };
+  const bool any = images > 0 && masked[0] > 0 && masked[1] > 0;
+  return {images, queries, keys,  heads,
+          dim,    of(0),   of(3), of(6),
+          pointer<const uint8_t>("visible", addresses[3], any), masked[0], masked[1]};
+}
+
+void define_attention(py::module_& module) {
+  module.def(
+      "attention",
+      [](const AttentionAddresses& addresses, const std::string& type, const Integers<5>& sizes,
+         const Integers<9>& strides, const Integers<2>& masked, uintptr_t result, uintptr_t statistics, int threads) {
+        check_threads(threads);
+        const Attention sized = attention_sizes(addresses, sizes, strides, masked);
+        const auto run = [&](auto element) {
+          using Element = decltype(element);
+          attention(sized, pointer<const Element>(addresses[0]), pointer<const Element>(addresses[1]),
+                    pointer<const Element>(addresses[2]), pointer<Element>(result), pointer<float>(statistics),
+                    threads);
+        };
+        float_or_bfloat16(type) == FloatType::float32 ? run(float{}) : run(uint16_t{});
+      },
+      arg("addresses"), arg("type"), arg("sizes"), arg("strides"), arg("masked"), arg("result"), arg("statistics"),
+      arg("threads"), ReleaseGil(),
+      "Addresses of query, key, value, float32 or bfloat16, and of the mask (0: none), sizes: images, queries, keys, "
+      "heads, channels of a head; strides of the three by image, token and head in elements; masked: queries and keys; "
+      "addresses of the result and the float32 statistics with the shapes in csrc/attention/attention.h.");
+  module.def(
+      "attention_backward",
+      [](const AttentionAddresses& addresses, const Integers<5>& sizes, const Integers<9>& strides,
+         const Integers<2>& masked, uintptr_t result, uintptr_t statistics, uintptr_t upstream,
+         const std::array<uintptr_t, 3>& gradients, int threads) {
+        check_threads(threads);
+        attention_backward(
+            attention_sizes(addresses, sizes, strides, masked), pointer<const float>(addresses[0]),
+            pointer<const float>(addresses[1]), pointer<const float>(addresses[2]), pointer<const float>(result),
+            pointer<const float>(statistics), pointer<const float>(upstream),
+            {pointer<float>(gradients[0]), pointer<float>(gradients[1]), pointer<float>(gradients[2])}, threads);
+      },
+      arg("addresses"), arg("sizes"), arg("strides"), arg("masked"), arg("result"), arg("statistics"),
+      arg("upstream"), arg("gradients"), arg("threads"), ReleaseGil(),
+      "Arguments of attention in float32, the gradient by the result, and addresses of those by query, key and value.");
 }
 
 // convolution
@@ -727,6 +785,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_isa", &use_isa, arg("name"), "Forces the kernels' instruction set, for tests; 'auto': the widest.");
   define_assignment<float>(module, "f32");
   define_assignment<double>(module, "f64");
+  define_attention(module);
   define_convolution(module);
   define_deformable_attention(module);
   define_mask_loss(module);

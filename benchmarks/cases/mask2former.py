@@ -138,7 +138,7 @@ def make_confident(network: Any, images: Tensor) -> None:
     """Rescale the heads: classes of a few queries certain, the rest "no object"; mask logits of deviation 5."""
     head = network.predictor
     states: list[Tensor] = []
-    hook = head.class_embed.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0][-1, 0]))
+    hook = head.class_embed.register_forward_pre_hook(lambda _, given: states.append(given[0].flatten(0, -3)[-1]))
     scale = 5 / layer_mask_logits(network(images)).std()
     hook.remove()
     head.mask_embed.layers[-1].weight.mul_(scale), head.mask_embed.layers[-1].bias.mul_(scale)

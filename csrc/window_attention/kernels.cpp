@@ -4,67 +4,11 @@
 #include "window_attention/kernels.h"
 
 #include "common/elements.h"
+#include "common/products.h"
 
 namespace maskformer_fast {
 namespace MF_ISA {
 namespace {
-
-// Queries, and vectors of a row, whose sums are in registers at a time. Windows of Swin have 7 x 7 or 12 x 12 tokens.
-#if defined(__AVX512F__)
-constexpr int kRows = 7, kVectors = 4;
-#else
-constexpr int kRows = 6, kVectors = 2;
-#endif
-
-// Adds a [rows, depth], or its transpose [depth, rows] in memory, times b [depth, vectors * kLanes] to c.
-template <int rows, int vectors, bool transposed>
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
-              int64_t c_stride) {
-  Floats sums[rows][vectors];
-  for (int row = 0; row < rows; ++row) {
-    for (int v = 0; v < vectors; ++v) sums[row][v] = load(c + row * c_stride + v * kLanes);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Floats column[vectors];
-    for (int v = 0; v < vectors; ++v) column[v] = load(b + k * b_stride + v * kLanes);
-    for (int row = 0; row < rows; ++row) {
-      const Floats factor = broadcast(transposed ? a[k * a_stride + row] : a[row * a_stride + k]);
-      for (int v = 0; v < vectors; ++v) sums[row][v] += factor * column[v];
-    }
-  }
-  for (int row = 0; row < rows; ++row) {
-    for (int v = 0; v < vectors; ++v) store(c + row * c_stride + v * kLanes, sums[row][v]);
-  }
-}
-
-// `columns` is a multiple of kKeyPanel.
-template <int rows, bool transposed>
-void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth, float* c) {
-  int64_t column = 0;
-  for (; column + kVectors * kLanes <= columns; column += kVectors * kLanes) {
-    multiply<rows, kVectors, transposed>(a, a_stride, b + column, columns, depth, c + column, columns);
-  }
-  for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
-    multiply<rows, 2, transposed>(a, a_stride, b + column, columns, depth, c + column, columns);
-  }
-  for (; column < columns; column += kLanes) {
-    multiply<rows, 1, transposed>(a, a_stride, b + column, columns, depth, c + column, columns);
-  }
-}
-
-template <bool transposed = false>
-void multiply_any(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
-                  float* c) {
-  switch (rows) {
-    case 1: return multiply_rows<1, transposed>(a, a_stride, b, columns, depth, c);
-    case 2: return multiply_rows<2, transposed>(a, a_stride, b, columns, depth, c);
-    case 3: return multiply_rows<3, transposed>(a, a_stride, b, columns, depth, c);
-    case 4: return multiply_rows<4, transposed>(a, a_stride, b, columns, depth, c);
-    case 5: return multiply_rows<5, transposed>(a, a_stride, b, columns, depth, c);
-    case 6: return multiply_rows<6, transposed>(a, a_stride, b, columns, depth, c);
-    default: return multiply_rows<kRows, transposed>(a, a_stride, b, columns, depth, c);
-  }
-}
 
 // Place of a window in its padded and shifted map.
 struct Window {
@@ -105,21 +49,6 @@ void locate(const WindowAttention& attention, const Window& window, int64_t* pla
       *places++ = y < attention.height && x < attention.width ? y * attention.width + x : -1;
     }
   }
-}
-
-// Transposes a block of 4 x 4.
-MF_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-#if defined(__AVX2__)
-  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride);
-  __m128 c = _mm_loadu_ps(from + 2 * from_stride), d = _mm_loadu_ps(from + 3 * from_stride);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(to, a), _mm_storeu_ps(to + to_stride, b);
-  _mm_storeu_ps(to + 2 * to_stride, c), _mm_storeu_ps(to + 3 * to_stride, d);
-#else
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 4; ++j) to[j * to_stride + i] = from[i * from_stride + j];
-  }
-#endif
 }
 
 // Transposes rows [keys, channels] of which `dim` channels are used.
@@ -202,15 +131,16 @@ void attend_window(const WindowAttention& attention, const Element* qkv, const E
     for (int64_t first = 0; first < own.tokens; first += kRows) {
       const int64_t rows = own.tokens - first < kRows ? own.tokens - first : kRows;
       __builtin_memcpy(own.scores, bias + first * own.keys, sizeof(float) * rows * own.keys);
-      multiply_any(rows, own.queries + first * own.channels, own.channels, own.keys_t, own.keys, dim, own.scores);
+      multiply_matrices(rows, own.keys, dim, own.queries + first * own.channels, own.channels, own.keys_t, own.keys,
+                        true, own.scores, own.keys);
       float inverse[kRows];
       for (int64_t row = 0; row < rows; ++row) {
         float* scores = own.scores + row * own.keys;
         if (seam) separate_sides(attention, window, first + row, scores);
         inverse[row] = soften(scores, own.keys);
       }
-      __builtin_memset(own.sums, 0, sizeof(float) * rows * own.channels);
-      multiply_any(rows, own.scores, own.keys, own.values, own.channels, own.tokens, own.sums);
+      multiply_matrices(rows, own.channels, own.tokens, own.scores, own.keys, own.values, own.channels, false, own.sums,
+                        own.channels);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t place = own.places[first + row];
         if (place < 0) continue;
@@ -271,14 +201,13 @@ void differentiate_scores(const WindowAttention& attention, const Window& window
                           const Tokens& own, const Slopes& slopes) {
   const bool seam = attention.shift > 0 && (window.bottom || window.right);
   __builtin_memcpy(own.scores, bias, sizeof(float) * own.tokens * own.keys);
-  __builtin_memset(slopes.scores, 0, sizeof(float) * own.tokens * own.keys);
   for (int64_t first = 0; first < own.tokens; first += kRows) {
     const int64_t rows = own.tokens - first < kRows ? own.tokens - first : kRows;
     const int64_t token = first * own.channels, score = first * own.keys;
-    multiply_any(rows, own.queries + token, own.channels, own.keys_t, own.keys, attention.head_dim,
-                 own.scores + score);
-    multiply_any(rows, slopes.upstream + token, own.channels, slopes.values_t, own.keys, attention.head_dim,
-                 slopes.scores + score);
+    multiply_matrices(rows, own.keys, attention.head_dim, own.queries + token, own.channels, own.keys_t, own.keys, true,
+                      own.scores + score, own.keys);
+    multiply_matrices(rows, own.keys, attention.head_dim, slopes.upstream + token, own.channels, slopes.values_t,
+                      own.keys, false, slopes.scores + score, own.keys);
     for (int64_t row = 0; row < rows; ++row) {
       float* scores = own.scores + score + row * own.keys;
       float* by_score = slopes.scores + score + row * own.keys;
@@ -295,12 +224,8 @@ void differentiate_scores(const WindowAttention& attention, const Window& window
 // Multiplies scores [tokens, keys], or the transpose of its first columns, by rows [tokens, channels] to own.sums.
 template <bool transposed>
 void multiply_scores(const float* scores, const float* rows, const Tokens& own) {
-  __builtin_memset(own.sums, 0, sizeof(float) * own.tokens * own.channels);
-  for (int64_t first = 0; first < own.tokens; first += kRows) {
-    multiply_any<transposed>(own.tokens - first < kRows ? own.tokens - first : kRows,
-                             scores + first * (transposed ? 1 : own.keys), own.keys, rows, own.channels, own.tokens,
-                             own.sums + first * own.channels);
-  }
+  multiply_matrices<Factors::floats, transposed>(own.tokens, own.channels, own.tokens, scores, own.keys, rows,
+                                                 own.channels, false, own.sums, own.channels);
 }
 
 // Writes own.sums times `scale` as the gradient of the queries, keys or values of a window; adds it up for padding.

@@ -143,15 +143,25 @@ class EoMT(SegmentationNetwork):
         """
         sizes = checked_sizes(images, valid_sizes)
         all_layers = self.training if all_layers is None else all_layers
+        layers = self.predict(self.normalize(images, sizes), sizes, all_layers)
+        return LayerPredictions(layers) if all_layers else layers[-1]
+
+    def predict(
+        self,
+        pixels: Tensor,  # [B, 3, H, W] normalised
+        sizes: Tensor,  # [B, 2] int64: height, width of each image inside its padding
+        all_layers: bool,
+    ) -> tuple[Predictions, ...]:
+        """Predictions, the final one last; those before it that are not needed are only made for ``all_layers``."""
         vit, queries = self.backbone, self.predictor.query_embed.weight
-        x, rotary = vit.embed(self.normalize(images, sizes))
-        grid = (images.shape[2] // vit.patch_size, images.shape[3] // vit.patch_size)
+        x, rotary = vit.embed(pixels)
+        grid = (pixels.shape[2] // vit.patch_size, pixels.shape[3] // vit.patch_size)
         start = len(vit.blocks) - self.config.decoder.layers
         layers: list[Predictions] = []
         for index, block in enumerate(vit.blocks):
             visible = None
             if index == start:
-                x = torch.cat((queries.expand(len(x), -1, -1).to(x.dtype), x), dim=1)
+                x = torch.cat((queries.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
             if index >= start:
                 masked = self.training or self.probabilities[index - start] > 0
                 if masked or all_layers:
@@ -159,8 +169,7 @@ class EoMT(SegmentationNetwork):
                 if masked:
                     visible = self._visible(layers[-1], grid, index - start)
             x = vit.run(block, x, rotary, visible)
-        final = self._predict(x, grid, sizes)
-        return LayerPredictions((*layers, final)) if all_layers else final
+        return (*layers, self._predict(x, grid, sizes))
 
     def _predict(self, x: Tensor, grid: tuple[int, int], sizes: Tensor) -> Predictions:
         """Predictions from the tokens [B, Q + prefix + N, C] before or after a block."""

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.linear import Linear, linear
+from maskformer_fast.ops.attention import DTYPES as ATTENTION_DTYPES
+from maskformer_fast.ops.attention import attention
 
 BASE = 100.0
 """Ratio of the longest to the shortest period of rotary positions, but for one step."""
@@ -32,14 +34,14 @@ class Rotary(NamedTuple):
 
     def turn(
         self,
-        x: Tensor,  # [B, heads, prefix + N, C/heads]
+        x: Tensor,  # [B, prefix + N, heads, C/heads]
     ) -> Tensor:
         """Turn pairs of channels of the patches, which are the last tokens, by the angles of their positions."""
-        prefix = x.shape[2] - self.cosine.shape[0]
-        cosine, sine = self.cosine.to(x.dtype), self.sine.to(x.dtype)
-        first, second = x[:, :, prefix:].chunk(2, dim=-1)
+        prefix = x.shape[1] - self.cosine.shape[0]
+        cosine, sine = self.cosine.to(x.dtype).unsqueeze(1), self.sine.to(x.dtype).unsqueeze(1)
+        first, second = x[:, prefix:].chunk(2, dim=-1)
         turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-        return torch.cat((x[:, :, :prefix], turned), dim=2)
+        return torch.cat((x[:, :prefix], turned), dim=1)
 
 
 class Attention(nn.Module):
@@ -77,9 +79,12 @@ def attend(
     visible: Tensor | None,  # [B, Q, M] bool, as of `Attention.forward`
 ) -> Tensor:
     """Softmax attention -> [B, N, C]. Only the first Q rows have a mask: the others need no memory for one."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # each [B, heads, N, C/heads]
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)  # each [B, N, heads, C/heads]
     if rotary is not None:
         q, k = rotary.turn(q), rotary.turn(k)
+    if _has_operator(qkv):
+        return attention(q, k, v, visible).flatten(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if visible is None:
         x = F.scaled_dot_product_attention(q, k, v)
     else:
@@ -90,6 +95,12 @@ def attend(
             F.scaled_dot_product_attention(q[:, :, rows:], k, v),
         ), dim=2)  # fmt: skip
     return x.transpose(1, 2).flatten(2)
+
+
+def _has_operator(x: Tensor) -> bool:
+    """Whether `ops.attention` computes this; graphs have PyTorch's function, and gradients are in float32 only."""
+    dtypes = (torch.float32,) if x.requires_grad else ATTENTION_DTYPES
+    return x.device.type == "cpu" and x.dtype in dtypes and not torch.compiler.is_exporting()
 
 
 class FeedForward(nn.Module):
@@ -232,7 +243,7 @@ class ViT(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         if self.pos_embed is not None:
             x = x + resample_positions(self.pos_embed, self.grid, grid)
-        prefix = torch.cat((self.cls_token, self.reg_token), dim=1).expand(len(x), -1, -1)
+        prefix = torch.cat((self.cls_token, self.reg_token), dim=1).expand(x.shape[0], -1, -1)
         return torch.cat((prefix.to(x.dtype), x), dim=1), self._rotary(grid, x.device)
 
     def run(
@@ -262,9 +273,7 @@ class ViT(nn.Module):
         """Rotary positions of a grid of patches, whose centres' coordinates go from -1 to 1 on both sides."""
         if self.pos_embed is not None:
             return None
-        rows, columns = (
-            (torch.arange(side, device=device, dtype=torch.float32) + 0.5) * (2 / side) - 1 for side in grid
-        )
+        rows, columns = (2 * _centres(side, device) - 1 for side in grid)
         centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # [N, 2]
         if self.training:
             limit = math.log(RESCALE)
@@ -279,9 +288,28 @@ def resample_positions(
     old: tuple[int, int],  # h, w
     new: tuple[int, int],
 ) -> Tensor:
-    """Learned positions for a grid of another size, by antialiased bicubic interpolation -> [1, new h*w, C]."""
-    if old == new:
+    """Learned positions for a grid of another size, by antialiased bicubic interpolation -> [1, new h*w, C].
+
+    It is that of ``F.interpolate``, as products, which graphs of any size have too.
+    """
+    if not torch.compiler.is_exporting() and old == new:
         return positions
-    maps = positions.float().unflatten(1, old).permute(0, 3, 1, 2)
-    maps = F.interpolate(maps, new, mode="bicubic", antialias=True, align_corners=False)
-    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
+    rows, columns = (_resampling(*sides, positions.device) for sides in zip(old, new, strict=True))
+    maps = torch.einsum("ph,qw,hwc->pqc", rows, columns, positions[0].float().unflatten(0, old))
+    return maps.flatten(0, 1).unsqueeze(0).to(positions.dtype)
+
+
+def _resampling(old: int, new: int, device: torch.device) -> Tensor:
+    """Weights of the old places for each new one along a side -> [new, old] float32."""
+    places, old_places = old * _centres(new, device), old * _centres(old, device)
+    distances = (old_places - places.unsqueeze(1)).abs()
+    x = distances / (2 * places.amin(0)).clamp(min=1)  # the first place is half a step
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # Keys' kernel, a = -1/2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _centres(count: int, device: torch.device) -> Tensor:
+    """Centres of so many equal parts of 0..1 -> [count] float32; a graph need not know how many."""
+    centres = torch.arange(count, device=device, dtype=torch.float32) + 0.5
+    return centres / (centres.amax(0) + 0.5)

@@ -23,6 +23,7 @@ from benchmarks.cases import (
     criterion,
     deformable_attention,
     deployment,
+    eomt,
     loader,
     mask2former,
     mask_loss,
@@ -57,6 +58,10 @@ MASK2FORMER = ModelConfig(
         conv_dim=32, mask_dim=32, encoder_layers=1, encoder_heads=4, encoder_ffn_dim=48, encoder_dropout=0.0
     ),
     decoder=DecoderConfig(layers=3, hidden_dim=32, num_heads=4, ffn_dim=48, num_queries=7, dropout=0.0),
+)  # fmt: skip
+EOMT = ModelConfig(
+    type="eomt", num_classes=6, size_divisibility=16, decoder=DecoderConfig(layers=2, num_queries=7),
+    backbone=BackboneConfig("vit_small_dinov2", embed_dim=32, blocks=3, heads=2, mlp_dim=128, image_size=(64, 64)),
 )  # fmt: skip
 SWIN = BackboneConfig("swin_tiny", depths=(1, 1, 1, 1), embed_dim=8, num_heads=(1, 2, 4, 8), drop_path_rate=0.0)
 AUGMENT = AugmentConfig(short_edge=(48, 64), crop_size=(64, 64))
@@ -98,6 +103,9 @@ TINY: dict[str, Callable[[torch.device], Work]] = {
     "Mask2Former, training step": partial(
         mask2former.step_setup, model=replace(MASK2FORMER, backbone=SWIN), batch=1, size=(64, 64)
     ),
+    "EoMT": partial(eomt.network_setup, model=EOMT, dtype=SINGLE, size=(64, 64)),
+    "EoMT bfloat16": partial(eomt.network_setup, model=EOMT, dtype=torch.bfloat16, size=(64, 64)),
+    "EoMT, training step": partial(eomt.step_setup, model=EOMT, batch=1),
     "resize": partial(resize.setup, batch=2, frame=(54, 96), size=(33, 57)),
     "loader": partial(loader.setup, workers=1, count=4, size=SIZE, augment=AUGMENT, batch=2),
     "loader, example": loader.example_setup,

@@ -26,6 +26,7 @@ constexpr Operator kOperators[] = {
     {"threads", run_threads},
     {"assignment", run_assignment},
     {"assignment teams", run_assignment_teams},
+    {"attention", run_attention},
     {"convolution", run_convolution},
     {"deformable_attention", run_deformable_attention},
     {"matching_cost", run_matching_cost},

@@ -55,6 +55,7 @@ class Random {
 // One run of each operator, listed in run_operators.cpp.
 void run_assignment(Random& random, int threads);
 void run_assignment_teams(Random& random, int threads);
+void run_attention(Random& random, int threads);
 void run_convolution(Random& random, int threads);
 void run_deformable_attention(Random& random, int threads);
 void run_mask_loss(Random& random, int threads);

@@ -244,3 +244,15 @@ def test_settings_that_do_not_fit_are_refused_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             build_model(changed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((6, 6), (3, 11)), ((5, 7), (12, 4)), ((6, 6), (1, 20)), ((3, 2), (3, 5))], ids=str
+)
+def test_positions_are_resampled_as_by_interpolation(old: tuple[int, int], new: tuple[int, int]) -> None:
+    positions = torch.randn(1, old[0] * old[1], 4, generator=torch.Generator().manual_seed(0))
+    maps = positions.unflatten(1, old).permute(0, 3, 1, 2)
+    maps = nn.functional.interpolate(maps, new, mode="bicubic", antialias=True, align_corners=False)
+    wanted = maps.permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(resample_positions(positions, old, new), wanted, rtol=1e-5, atol=1e-5)
+    assert resample_positions(positions, old, old) is positions

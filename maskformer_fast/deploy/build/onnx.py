@@ -31,6 +31,7 @@ from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.deploy.build.deformable_attention import expand, translation
 from maskformer_fast.deploy.bundle.manifest import Graph, Parity, Shape, TensorSpec
 from maskformer_fast.deploy.runtime.openvino_session import OpenvinoSession
+from maskformer_fast.modeling.eomt import EoMT
 from maskformer_fast.modeling.mask2former import Mask2Former
 from maskformer_fast.modeling.maskformer import MaskFormer
 from maskformer_fast.ops.mask_product import layer_mask_logits
@@ -54,6 +55,9 @@ _TRACED = Shape(3, 1501, 2203)
 _NAMES = ("B", "H", "W")
 
 
+Exportable = MaskFormer | Mask2Former | EoMT
+
+
 class ParityError(RuntimeError):
     """A graph whose outputs differ from PyTorch's."""
 
@@ -61,7 +65,7 @@ class ParityError(RuntimeError):
 class RawGraph(nn.Module):
     """Network from images to class logits and mask logits of the last decoder layer."""
 
-    def __init__(self, network: MaskFormer | Mask2Former) -> None:
+    def __init__(self, network: Exportable) -> None:
         super().__init__()
         self.network = network
 
@@ -72,8 +76,15 @@ class RawGraph(nn.Module):
         """-> class logits [B, Q, K+1], mask logits [B, Q, h, w] at stride 4 of the padded input."""
         network = self.network
         height, width = padded_size(images.shape[2], images.shape[3], network.config.size_divisibility)
-        x = (images.to(torch.float32) - network.pixel_mean) / network.pixel_std
-        x = F.pad(x, (0, width - images.shape[3], 0, height - images.shape[2]))  # zero is the mean colour
+        padding = (0, width - images.shape[3], 0, height - images.shape[2])
+        x = images.to(torch.float32)
+        if network.config.padding == "black":
+            x = (F.pad(x, padding) - network.pixel_mean) / network.pixel_std
+        else:
+            x = F.pad((x - network.pixel_mean) / network.pixel_std, padding)
+        if isinstance(network, EoMT):
+            prediction = network.predict(x, torch.empty(0), all_layers=False)[-1]
+            return prediction.class_logits[0], layer_mask_logits(prediction)
         features, memory = network.pixel_decoder.fuse(network.backbone(x))
         projection = network.pixel_decoder.projection
         if isinstance(network, Mask2Former):
@@ -141,13 +152,14 @@ def export_graphs(
     All flavours take the time of one export: ``complete`` is ``raw`` with a few operators behind it.
 
     Args:
-        network: a `MaskFormer` or `Mask2Former` on the CPU, in evaluation mode.
+        network: a `MaskFormer`, `Mask2Former` or `EoMT` on the CPU, in evaluation mode.
         flavours: flavours to export.
         static: the only shape that the graphs will take; ``None`` takes any batch, height and width.
         any_batch: take any batch of the height and width of ``static``.
 
     Raises:
-        ValueError: the network is a per-pixel baseline, which has no queries.
+        ValueError: the network is a per-pixel baseline, which has no queries, or an EoMT that masks the attention of
+            some queries by chance.
     """
     for flavour in flavours:
         check_choice("flavours", flavour, FLAVOURS)
@@ -189,11 +201,14 @@ def export_graphs(
     return graphs
 
 
-def _checked(network: nn.Module) -> MaskFormer | Mask2Former:
-    if not isinstance(network, (MaskFormer, Mask2Former)):
-        raise ValueError("model.type: expected maskformer or mask2former, which alone can be exported, got "
+def _checked(network: nn.Module) -> Exportable:
+    if not isinstance(network, (MaskFormer, Mask2Former, EoMT)):
+        raise ValueError("model.type: expected maskformer, mask2former or eomt, which alone can be exported, got "
                          f"{type(network).__name__}")
     check(not network.training, "network", "one in evaluation mode", "training mode")
+    if isinstance(network, EoMT):
+        certain = all(probability in (0.0, 1.0) for probability in network.probabilities)
+        check(certain, "mask_probability", "0 or 1 in each block, as a graph draws nothing", network.probabilities)
     return network
 
 

@@ -34,6 +34,7 @@ from maskformer_fast.interop.verification.recording import CASE_NAME
 from maskformer_fast.interop.verification.verify import evaluation_mode, given, gradient_norms, packed_targets
 from maskformer_fast.modeling import EoMT
 from maskformer_fast.ops.mask_product import layer_mask_logits
+from maskformer_fast.ops.resized_semantic import windowed_semantic_inference
 from maskformer_fast.structures import LayerPredictions, Predictions
 from maskformer_fast.training.criterion import Criterion
 
@@ -48,6 +49,10 @@ GRADIENT_TOLERANCE = 1e-3
 """Relative tolerance of gradients in float32: the choice of uncertain points has kinks."""
 SCORE_TOLERANCE = 2e-4
 """Absolute tolerance of scores of instances."""
+MARGIN = 1e-3
+"""Lead of the best class over the second best below which rounding may change a label."""
+LAYER_THRESHOLDS = (0.8, 0.8)
+"""Of the recorded panoptic maps of the layers before the last: least score, least share of a mask that is visible."""
 FEW_PIXELS = 4
 """Number of pixels of a panoptic map that rounding may change."""
 
@@ -140,14 +145,16 @@ def _mode(
             quantities["upscaled"] = relative(features, case["upscaled_final_image0"], BLOCK_TOLERANCE)
     for name, result in case.get("eval", {}).get(mode, {}).items():
         if name == "panoptic":
-            quantities |= _panoptic(layers[-1], case, mode, result, is_thing)
+            for entry in result if result and "thresholds" in result[0] else ():
+                quantities |= _panoptic(layers[-1], case, mode, entry["thresholds"], entry["maps"], is_thing)
+        elif name == "panoptic_layers":
+            for index, maps in enumerate(result):
+                where = f"{mode}.layer_{index}"
+                quantities |= _panoptic(layers[index], case, where, LAYER_THRESHOLDS, maps, is_thing)
+        elif name == "semantic":
+            quantities |= _semantic(network, case, mode, result)
         elif name == "instance":
             quantities |= _instances(layers[-1], case, mode, result)
-        elif name == "crop_mask_logits_final":
-            crops = case["eval"]["crops"] if "crops" in case["eval"] else case["eval"][mode]["crops"]
-            with _draws(network, mode, ()), torch.no_grad():
-                final = _predict(network, crops, [tuple(crops.shape[2:])] * len(crops))[-1]
-            quantities[f"{mode}.crops.mask_logits"] = relative(layer_mask_logits(final), result, LOGIT_TOLERANCE)
     return quantities
 
 
@@ -194,21 +201,54 @@ def _record(network: EoMT, tokens: dict[str, Tensor], visible: list[Tensor]) -> 
 
 
 def _panoptic(
-    predictions: Predictions, case: Mapping[str, Any], mode: str, recorded: Sequence[Any], is_thing: Sequence[bool]
-) -> dict[str, Difference]:
+    predictions: Predictions, case: Mapping[str, Any], where: str, thresholds: Sequence[float],
+    maps: Sequence[Mapping[str, Any]], is_thing: Sequence[bool],
+) -> dict[str, Difference]:  # fmt: skip
     """Compare panoptic maps at the images' own sizes, segment by segment."""
-    quantities: dict[str, Difference] = {}
     stuff = set(case["hyper"]["stuff_classes"])
     flags = [index not in stuff for index in range(len(is_thing))]
     # The recorded maps are of images at their own size, to which the official code resizes from the input.
-    whole = _at_input(predictions, case)
     outputs = [(image.shape[-2], image.shape[-1]) for image in case["images"]]
-    for entry in recorded if isinstance(recorded, list) and recorded and "thresholds" in recorded[0] else ():
-        first, second = entry["thresholds"]
-        results = postprocess.panoptic(whole, outputs, flags, first, second, "official", "mask2former")
-        for image, (result, theirs) in enumerate(zip(results, entry["maps"], strict=True)):
-            where = f"{mode}.panoptic@{first:g},{second:g}.{image}"
-            quantities[where] = Difference(_differing(result, theirs["segment"], theirs["classes"]), FEW_PIXELS)
+    first, second = thresholds
+    results = postprocess.panoptic(
+        _at_input(predictions, case), outputs, flags, first, second, "official", "mask2former"
+    )
+    quantities: dict[str, Difference] = {}
+    for image, (result, theirs) in enumerate(zip(results, maps, strict=True)):
+        different = _differing(result, theirs["segment"], theirs["classes"])
+        quantities[f"{where}.panoptic@{first:g},{second:g}.{image}"] = Difference(different, FEW_PIXELS)
+    return quantities
+
+
+def _semantic(
+    network: EoMT, case: Mapping[str, Any], mode: str, recorded: Sequence[Mapping[str, Any]]
+) -> dict[str, Difference]:
+    """Compare logits of the windows along the longer side of each image, and the labels of their mean scores."""
+    evaluation = case["eval"]
+    crops, origins = evaluation["crops"], evaluation["origins"]
+    window = (crops.shape[2], crops.shape[3])
+    with _draws(network, mode, ()), torch.no_grad():
+        final = _predict(network, crops, [window] * len(crops))[-1]
+    masks, classes = layer_mask_logits(final), final.class_logits[0]
+    quantities = {}
+    if mode == "p1":  # of which the logits are recorded
+        quantities[f"{mode}.crops.mask_logits"] = relative(masks, evaluation["crop_mask_logits_final"], LOGIT_TOLERANCE)
+        quantities[f"{mode}.crops.class_logits"] = relative(
+            classes, evaluation["crop_class_logits_final"], LOGIT_TOLERANCE
+        )
+    for index, (image, theirs) in enumerate(zip(case["images"], recorded, strict=True)):
+        height, width = image.shape[-2:]
+        rows = [row for row, origin in enumerate(origins) if origin[0] == index]
+        starts = [origins[row][1] for row in rows]
+        length = max(origins[row][2] for row in rows)
+        tall = height > width
+        labels = windowed_semantic_inference(
+            masks[rows], classes[rows].softmax(-1)[..., :-1], [(start, 0) if tall else (0, start) for start in starts],
+            window, (length, window[1]) if tall else (window[0], length), (height, width),
+        )  # fmt: skip
+        sure = theirs["margin"].float() > MARGIN
+        different = (labels.cpu() != theirs["labels"].long()) & sure
+        quantities[f"{mode}.semantic.{index}"] = Difference(int(different.sum()), 0)
     return quantities
 
 
