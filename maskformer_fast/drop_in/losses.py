@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from maskformer_fast.config import LossConfig
+from maskformer_fast.drop_in.outputs import nearest_positions
 from maskformer_fast.drop_in.swap import restore_methods, swap_methods
 from maskformer_fast.ops.assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import focal_parameters
@@ -192,17 +193,23 @@ def _match_masks(
         cost = matching_cost_from_logits(
             class_queries_logits[group][None],
             masks_queries_logits[group][None],
-            _targets(mask_labels[group], class_labels[group], counts),
+            _targets(mask_labels[group], class_labels[group], counts, masks_queries_logits.shape[-2:]),
             loss,
         )[0]
         indices += _assign(cost, counts)
     return indices
 
 
-def _targets(mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor], counts: Sequence[int]) -> Targets:
-    """Pack targets of one size for `matching_cost_from_logits`."""
-    device, (height, width) = mask_labels[0].device, mask_labels[0].shape[1:]
-    masks = pad_sequence([pack_masks(masks != 0) for masks in mask_labels], batch_first=True)
+def _targets(
+    mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor], counts: Sequence[int], size: Sequence[int]
+) -> Targets:
+    """Pack the pixels of targets of one size that nearest neighbours read at the mask logits' size."""
+    device, (height, width) = mask_labels[0].device, size
+    rows, columns = (
+        nearest_positions(source, length, device) for source, length in zip(mask_labels[0].shape[1:], size, strict=True)
+    )
+    sampled = (masks.index_select(1, rows).index_select(2, columns) for masks in mask_labels)
+    masks = pad_sequence([pack_masks(read != 0) for read in sampled], batch_first=True)
     labels = pad_sequence(list(class_labels), batch_first=True).to(device)
     sizes = _on_device([height, width] * len(counts), device).view(-1, 2)
     return Targets(labels, _on_device(counts, device), masks, sizes, (height, width))
