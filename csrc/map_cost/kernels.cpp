@@ -3,6 +3,7 @@
 #include "common/elements.h"
 #include "common/pixel_loss.h"
 #include "common/simd.h"
+#include "common/transpose.h"
 
 namespace maskformer_fast {
 namespace MF_ISA {
@@ -14,45 +15,11 @@ static_assert(kMapQueries % kLanes == 0, "queries are whole vectors");
 // Targets whose products are in registers together.
 constexpr int kTargets = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 1;
 
-#if defined(__AVX512F__)
-// Exchanges the halves of blocks of 2 * step lanes between two vectors that are `step` rows apart.
-template <int step>
-MF_INLINE void exchange(Floats* rows) {
-  const Ints lane = lane_numbers(), odd = (lane & step) != 0;
-  const Ints first = select(odd, lane - step + kLanes, lane), second = select(odd, lane + kLanes, lane + step);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & step) continue;
-    const Floats a = rows[i], b = rows[i + step];
-    rows[i] = _mm512_permutex2var_ps(a, (__m512i)first, b);
-    rows[i + step] = _mm512_permutex2var_ps(a, (__m512i)second, b);
-  }
-}
-#endif
-
 template <class Element>
-void transpose(const Element* maps, int64_t stride, int64_t queries, int64_t width, float* row) {
-  int64_t x = 0;
-#if defined(__AVX512F__)
-  for (; queries == kMapQueries && x + kLanes <= width; x += kLanes) {
-    Floats block[kLanes];
-#pragma GCC unroll 16
-    for (int q = 0; q < kLanes; ++q) block[q] = load_elements(maps + q * stride + x, kLanes);
-    exchange<1>(block);
-    exchange<2>(block);
-    exchange<4>(block);
-    exchange<8>(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) store(row + (x + i) * kMapQueries, block[i]);
-  }
-#endif
-  for (; x < width; x += kLanes) {
-    const int64_t columns = x + kLanes < width ? kLanes : width - x;
-    for (int64_t q = 0; q < kMapQueries; ++q) {
-      const Floats values = q < queries ? load_elements(maps + q * stride + x, columns) : Floats{};
-      for (int64_t i = 0; i < columns; ++i) row[(x + i) * kMapQueries + q] = values[i];
-    }
-  }
+MF_INLINE void transpose_block(const Element* maps, int64_t stride, int64_t queries, int64_t width, float* row) {
+  const Element* rows[kMapQueries];
+  for (int64_t q = 0; q < kMapQueries; ++q) rows[q] = maps + (q < queries ? q : 0) * stride;
+  for (int64_t q = 0; q < kMapQueries; q += kLanes) transpose(rows + q, queries - q, 0, width, row + q, kMapQueries);
 }
 
 MF_INLINE void add_to(double* sums, Floats x) {
@@ -137,10 +104,10 @@ MF_INLINE void multiply(const MapValues& values, const float* truth, int64_t str
 }  // namespace
 
 void transpose_row(const float* maps, int64_t stride, int64_t queries, int64_t width, float* row) {
-  transpose(maps, stride, queries, width, row);
+  transpose_block(maps, stride, queries, width, row);
 }
 void transpose_row(const uint16_t* maps, int64_t stride, int64_t queries, int64_t width, float* row) {
-  transpose(maps, stride, queries, width, row);
+  transpose_block(maps, stride, queries, width, row);
 }
 
 void sample_rows(const float* upper, const float* lower, const SortedPoints& points, int64_t first, int64_t count,

@@ -198,7 +198,7 @@ MF_INLINE void label_row(const ArgmaxJob& job, int64_t row, ArgmaxScratch& scrat
         const int64_t owned = code % 2 * cell.pixels();
         scratch.won[winner] += cell.pixels();
         scratch.owned[winner] += owned;
-        scratch.both[winner] += owned;
+        if constexpr (only_own) scratch.both[winner] += owned;
         fill<Label>(cell, job.width, labels, only_own && code % 2 == 0 ? -1 : winner);
         column = end - 1;
         continue;

@@ -142,6 +142,7 @@ class ValueRuns {
   }
   void stop(int64_t position) {
     writer_.end_run(position);
+    end_ = position;
     area_ += position - start_;
     const int64_t first = start_ / height_, last = (position - 1) / height_;
     left_ = std::min(left_, first), right_ = std::max(right_, last + 1);
@@ -149,7 +150,7 @@ class ValueRuns {
     lower_ = std::max(lower_, first == last ? position - first * height_ : height_);
   }
   void finish(int64_t pixels, int64_t& area, int64_t* box) {
-    writer_.end_run(pixels);
+    if (end_ < pixels) writer_.end_run(pixels);
     area = area_;
     const int64_t sides[4] = {left_, upper_, right_, lower_};
     for (int k = 0; k < 4; ++k) box[k] = area_ > 0 ? sides[k] : 0;
@@ -157,7 +158,7 @@ class ValueRuns {
 
  private:
   RunWriter writer_;
-  int64_t height_, start_ = 0, area_ = 0;
+  int64_t height_, start_ = 0, end_ = 0, area_ = 0;
   int64_t left_ = INT64_MAX, upper_ = INT64_MAX, right_ = 0, lower_ = 0;
 };
 
