@@ -30,14 +30,15 @@ struct CellAxis {
   const float* share;    // [pixels]
 };
 
-// Mask logits from which the values at the points of a grid are resized where they are needed. Between four neighbouring
-// logits every channel is bilinear too, so most cells of the coarse grid have one winner at all points of the finer one.
+// Mask logits from which the values at the points of a grid are resized where they are needed. Between four
+// neighbouring logits every channel is bilinear too, so most cells of the coarse grid have one winner at all points of
+// the finer one.
 struct CoarseGrid {
   const float* values;  // [rows, columns, pitch] logits, channels innermost
   int64_t rows, columns;
   const int32_t *row, *column;             // upper and left neighbour of each row and column of the finer grid
   const float *row_share, *column_share;   // shares of the lower and right ones
-  int32_t* decided;  // [rows, columns], of each cell 2 * winner + (1 if it owns the cell), or -1; others own nothing there
+  int32_t* decided;  // [rows, columns], 2 * winner + (1 if it owns the cell), where others own nothing; else -1
 };
 
 enum class ArgmaxKind {
@@ -55,7 +56,7 @@ struct ArgmaxJob {
   const float* own_value;  // [pitch], least value of the pixels that a channel owns; of masks and sigmoids
   void* labels;            // [height, width]
   int64_t width;
-  const CoarseGrid* coarse;  // in place of the grid's scores, of masks and sigmoids; values of masks are scale * sigmoid
+  const CoarseGrid* coarse;  // in place of scores, or null; of masks (values are scale * sigmoid) and sigmoids
 };
 
 // Scratch memory of one worker.

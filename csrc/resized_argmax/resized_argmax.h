@@ -30,8 +30,8 @@ struct TwiceResized {
   std::array<int64_t, 2> grid, window;
 };
 
-// Winners as of `resized_argmax`, of masks (scale * sigmoid of the logits at the grid is resized) or sigmoids. Values at
-// the grid are computed only near the borders between winners.
+// Winners as of `resized_argmax`, of masks (scale * sigmoid of the logits at the grid is resized) or sigmoids. Values
+// at the grid are computed only near the borders between winners.
 void twice_resized_winners(const TwiceResized& maps, ArgmaxKind kind, const float* scale, const float* own_value,
                            const ArgmaxOutput& output, int threads);
 
