@@ -16,6 +16,7 @@
 #include "common/cpu_isa.h"
 #include "convolution/convolution.h"
 #include "deformable_attention/deformable_attention.h"
+#include "map_cost/map_cost.h"
 #include "mask_loss/mask_loss.h"
 #include "matching_cost/matching_cost.h"
 #include "points/points.h"
@@ -526,7 +527,8 @@ void define_points(py::module_& module) {
                                focal_loss(focal)};
         for_element(type, [&, maps = logits](auto* none) {
           using Element = std::remove_pointer_t<decltype(none)>;
-          point_cost(costs, pointer<const Element>(maps), pointer<float>(cost), threads);
+          const auto cost_of = costs.points ? map_cost<Element> : point_cost<Element>;
+          cost_of(costs, pointer<const Element>(maps), pointer<float>(cost), threads);
         });
       },
       arg("type"), arg("addresses"), arg("sizes"), arg("weights"), arg("focal"), arg("cost"), arg("threads"),
@@ -574,6 +576,27 @@ void define_resized_argmax(py::module_& module) {
       "own_value [pitch], of labels and of int64 counts, as in csrc/resized_argmax/resized_argmax.h. band: first row, "
       "rows, rows of the grid, columns. channels: their number, and the pitch.");
   module.def(
+      "twice_resized_winners",
+      [](uintptr_t values, const Integers<4>& sizes, const Integers<2>& grid, const Integers<2>& window,
+         const std::string& kind, uintptr_t scale, uintptr_t own_value, uintptr_t labels, const Integers<2>& size,
+         const std::array<uintptr_t, 3>& counts, int threads) {
+        check_threads(threads);
+        const ArgmaxKind chosen =
+            choose<ArgmaxKind>("kind", kind, {{"masks", ArgmaxKind::masks}, {"sigmoids", ArgmaxKind::sigmoids}});
+        const auto [rows, columns, channels, pitch] = sizes;
+        const auto [won, owned, both] = counts;
+        twice_resized_winners({pointer<const float>("values", values), rows, columns, channels, pitch, grid, window},
+                              chosen, pointer<const float>("scale", scale),
+                              pointer<const float>("own_value", own_value),
+                              {pointer<void>("labels", labels), size, pointer<int64_t>("won", won),
+                               pointer<int64_t>("owned", owned), pointer<int64_t>("both", both)},
+                              threads);
+      },
+      arg("values"), arg("sizes"), arg("grid"), arg("window"), arg("kind"), arg("scale"), arg("own_value"),
+      arg("labels"), arg("size"), arg("counts"), arg("threads"), ReleaseGil(),
+      "Addresses of float32 logits [rows, columns, pitch], of scale and own_value [pitch], of labels and of the int64 "
+      "counts won, owned and both. sizes: rows, columns, channels, pitch.");
+  module.def(
       "decide_cells",
       [](uintptr_t scores, const Integers<4>& band, const Integers<2>& channels, uintptr_t slack, float others,
          uintptr_t labels, uintptr_t decided, int threads) {
@@ -608,6 +631,30 @@ void define_rle(py::module_& module) {
       },
       arg("masks"), arg("sizes"), arg("threads"),
       "Address of contiguous packed masks, and their count, height and width in pixels -> compressed COCO counts.");
+  module.def(
+      "encode_map",
+      [](const std::string& type, uintptr_t map, const Integers<2>& size, const std::vector<int64_t>& values,
+         uintptr_t areas, uintptr_t boxes) {
+        const MapType chosen = choose<MapType>("type", type,
+                                               {{"uint8", MapType::uint8},
+                                                {"int16", MapType::int16},
+                                                {"int32", MapType::int32},
+                                                {"int64", MapType::int64},
+                                                {"float32", MapType::float32}});
+        if (size[0] < 1 || size[1] < 1) throw std::invalid_argument("size: expected a map that has pixels");
+        std::vector<std::string> encoded;
+        {
+          py::gil_scoped_release release;
+          encoded = encode_map(chosen, pointer<const void>("map", map), size[0], size[1], values,
+                               pointer<int64_t>(areas), pointer<int64_t>(boxes));
+        }
+        py::list result;
+        for (const std::string& counts : encoded) result.append(py::bytes(counts));
+        return result;
+      },
+      arg("type"), arg("map"), arg("size"), arg("values"), arg("areas"), arg("boxes"),
+      "Address of a contiguous map [height, width], values that differ, and addresses of the int64 results: areas "
+      "[values] and boxes [values, 4] -> compressed COCO counts of the pixels that have each value.");
 }
 
 // segments

@@ -2,6 +2,7 @@
 
 #include "common/pixel_loss.h"
 #include "common/simd.h"
+#include "common/transpose.h"
 
 namespace maskformer_fast {
 namespace MF_ISA {
@@ -66,6 +67,12 @@ void multiply_tile(int64_t depth, const float* pixels, const float* embeddings, 
         for (int v = 0; v < kVectors; ++v) store(logits + (pixel + i) * kTileQueries + query + v * kLanes, sum[i][v]);
       }
     }
+  }
+}
+
+void transpose_logits(const float* const* maps, int64_t queries, int64_t first, int64_t pixels, float* logits) {
+  for (int64_t query = 0; query < kTileQueries; query += kLanes) {
+    transpose(maps + query, queries - query, first, pixels, logits + query, kTileQueries);
   }
 }
 

@@ -38,6 +38,9 @@ MF_DECLARE_KERNELS(
     // logits = pixels^T embeddings; pixels: [depth][kTilePixels], embeddings: [depth][kTileQueries].
     void multiply_tile(int64_t depth, const float* pixels, const float* embeddings, float* logits);
 
+    // Writes `pixels` adjacent logits of kTileQueries maps to a tile; only the first `queries` maps are there.
+    void transpose_logits(const float* const* maps, int64_t queries, int64_t first, int64_t pixels, float* logits);
+
     // Adds a tile to the sums of its queries and of every target that covers some of its pixels.
     void add_tile(const float* logits, const Run* runs, int run_count, const int* targets, const FocalLoss& loss,
                   QuerySums& queries, PairSums* pairs);

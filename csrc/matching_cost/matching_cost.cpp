@@ -214,20 +214,16 @@ void CostSums::pack_pixels(int64_t image, Scratch& scratch) const {
 }
 
 void CostSums::pack_logits(int64_t image, int64_t group, Scratch& scratch) const {
-  for (int lane = 0; lane < kTileQueries; ++lane) {
-    const int64_t row = group * kTileQueries + lane;
-    float* out = scratch.logits.data() + lane;
-    const int64_t layer = row / batch_.queries, query = row % batch_.queries;
-    if (layer >= batch_.layers) {
-      for (int i = 0; i < kTilePixels; ++i) out[i * kTileQueries] = 0.0f;
-      continue;
-    }
-    const float* plane = batch_.embeddings +
-                         ((layer * batch_.images + image) * batch_.queries + query) * batch_.height * batch_.width;
-    for (const Segment& segment : scratch.segments) {
-      const float* source = plane + segment.row * batch_.width + segment.column;
-      for (int i = 0; i < segment.pixels; ++i) out[(segment.first + i) * kTileQueries] = source[i];
-    }
+  const int64_t first = group * kTileQueries, size = batch_.height * batch_.width;
+  const int64_t queries = std::min<int64_t>(kTileQueries, batch_.layers * batch_.queries - first);
+  const float* maps[kTileQueries] = {};
+  for (int64_t lane = 0; lane < queries; ++lane) {
+    const int64_t layer = (first + lane) / batch_.queries, query = (first + lane) % batch_.queries;
+    maps[lane] = batch_.embeddings + ((layer * batch_.images + image) * batch_.queries + query) * size;
+  }
+  for (const Segment& segment : scratch.segments) {
+    MF_DISPATCH(transpose_logits, maps, queries, segment.row * batch_.width + segment.column, segment.pixels,
+                scratch.logits.data() + segment.first * kTileQueries);
   }
 }
 

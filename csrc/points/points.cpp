@@ -260,12 +260,10 @@ namespace {
 
 // Scratch memory of one worker for costs.
 struct CostScratch {
-  CostScratch(int64_t padded, int64_t slots) : padded(kBlock * padded), pairs(slots), chosen(slots) {}
+  explicit CostScratch(int64_t slots) : pairs(slots), chosen(slots) {}
 
-  std::vector<float> padded;  // maps of a block
   std::vector<PairLanes> pairs;
   std::vector<float> chosen;  // probability of each target's class
-  Places places{};
   float logits[kChunk]{};
   BlockValues values{};
 };
@@ -278,40 +276,28 @@ double total_of(const float (&lanes)[kMostPointLanes]) {
 
 // Writes the costs of a block of queries, the first of which is number `first` of a layer and image.
 template <class Element>
-void write_block(const PointCosts& costs, const Element* maps, int64_t layer, int64_t image, int64_t first,
+void write_block(const PointCosts& costs, const Element* logits, int64_t layer, int64_t image, int64_t first,
                  const double* areas, CostScratch& own, float* result) {
-  const int64_t targets = costs.counts[image], height = costs.height, width = costs.width;
+  const int64_t targets = costs.counts[image], count = costs.points_count;
   const int64_t outputs = (layer * costs.images + image) * costs.queries + first;
   const int64_t shared = (costs.point_layers == 1 ? 0 : layer) * costs.images + image;
   const int queries = static_cast<int>(std::min<int64_t>(kBlock, costs.queries - first));
   float* out = result + outputs * costs.slots;
   std::fill(out, out + queries * costs.slots, 0.0f);
   if (targets == 0) return;
-  const int64_t size = padded_size(height, width);
-  maps += outputs * height * width;
+  logits += outputs * count;
   QueryLanes lanes[kBlock] = {};
   std::fill(own.pairs.begin(), own.pairs.end(), PairLanes{});
   own.values = {};
-  for (int query = 0; costs.points && query < queries; ++query) {
-    MF_DISPATCH(pad_map, maps + query * height * width, height, width, own.padded.data() + query * size);
-  }
-  for_chunks(costs.points_count, [&](int64_t start, int64_t length) {
-    const int64_t place = shared * costs.points_count + start;
-    if (costs.points) {
-      MF_DISPATCH(place_points, costs.points + 2 * place, length, height, width, height, width, own.places);
-    }
+  for_chunks(count, [&](int64_t start, int64_t length) {
     for (int query = 0; query < queries; ++query) {
-      if (costs.points) {
-        MF_DISPATCH(sample_map, own.padded.data() + query * size, width, own.places, length, own.logits);
-      } else {
-        MF_DISPATCH(copy_logits, maps + query * width + start, length, own.logits);
-      }
+      MF_DISPATCH(copy_logits, logits + query * count + start, length, own.logits);
       MF_DISPATCH(add_losses, own.logits, length, costs.loss, lanes[query], query, own.values);
     }
-    MF_DISPATCH(add_products, own.values, costs.truth + shared * costs.slots * costs.points_count + start,
-                costs.points_count, targets, length, own.pairs.data());
+    MF_DISPATCH(add_products, own.values, costs.truth + shared * costs.slots * count + start, count, targets, length,
+                own.pairs.data());
   });
-  const double samples = static_cast<double>(std::max<int64_t>(costs.points_count, 1));
+  const double samples = static_cast<double>(std::max<int64_t>(count, 1));
   for (int query = 0; query < queries; ++query, out += costs.slots) {
     MF_DISPATCH(chosen_probabilities, costs.class_logits + (outputs + query) * costs.classes, costs.classes,
                 costs.labels + image * costs.slots, targets, own.chosen.data());
@@ -329,24 +315,27 @@ void write_block(const PointCosts& costs, const Element* maps, int64_t layer, in
 
 }  // namespace
 
-template <class Element>
-void point_cost(const PointCosts& costs, const Element* maps, float* result, int threads) {
+void check_point_costs(const PointCosts& costs) {
   for (int64_t image = 0; image < costs.images; ++image) {
     check_range("counts", costs.counts[image], 0, costs.slots + 1);
     for (int64_t t = 0; t < costs.counts[image]; ++t) {
       check_range("labels", costs.labels[image * costs.slots + t], 0, costs.classes);
     }
   }
+}
+
+template <class Element>
+void point_cost(const PointCosts& costs, const Element* logits, float* result, int threads) {
+  check_point_costs(costs);
   std::vector<double> areas(costs.point_layers * costs.images * costs.slots);
   parallel_for(static_cast<int64_t>(areas.size()), threads, [&](int, int64_t row) {
     areas[row] = MF_DISPATCH(total, costs.truth + row * costs.points_count, costs.points_count);
   });
   const int64_t blocks = (costs.queries + kBlock - 1) / kBlock, tasks = costs.layers * costs.images * blocks;
   threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
-  const CostScratch empty(costs.points ? padded_size(costs.height, costs.width) : 0, costs.slots);
-  std::vector<CostScratch> scratch(threads, empty);
+  std::vector<CostScratch> scratch(threads, CostScratch(costs.slots));
   parallel_for(tasks, threads, [&](int worker, int64_t task) {
-    write_block(costs, maps, task / blocks / costs.images, task / blocks % costs.images, task % blocks * kBlock,
+    write_block(costs, logits, task / blocks / costs.images, task / blocks % costs.images, task % blocks * kBlock,
                 areas.data(), scratch[worker], result);
   });
 }

@@ -63,11 +63,11 @@ void point_sums_backward(const PointPairs& pairs, const float* upstream, const E
 // Costs of every pair of a query and a target.
 struct PointCosts {
   int64_t layers, images, queries, classes;  // classes include no-object
-  int64_t height, width;                     // of the maps; 1 and points_count where points is null
+  int64_t height, width;                     // of the maps, where points are given
   int64_t slots, points_count;
   int64_t point_layers;        // layers, or 1 where all layers have the same points and truth
   const float* class_logits;   // [layers, images, queries, classes]
-  const float* points;         // [point_layers, images, points_count, 2]; null: maps are logits at the points
+  const float* points;         // [point_layers, images, points_count, 2]; null: logits are at the points
   const float* truth;          // [point_layers, images, slots, points_count]
   const int64_t* labels;       // [images, slots]
   const int64_t* counts;       // [images]
@@ -75,9 +75,12 @@ struct PointCosts {
   FocalLoss loss;
 };
 
-// Computes costs [layers, images, queries, slots], 0 beyond counts, from maps [layers, images, queries, height, width].
 // Throws std::invalid_argument on a count or label out of range.
+void check_point_costs(const PointCosts& costs);
+
+// Computes costs [layers, images, queries, slots], 0 beyond counts, from logits at the points [layers, images, queries,
+// points_count]; from maps `map_cost` does (map_cost/map_cost.h). Throws std::invalid_argument as `check_point_costs`.
 template <class Element>
-void point_cost(const PointCosts& costs, const Element* maps, float* result, int threads);
+void point_cost(const PointCosts& costs, const Element* logits, float* result, int threads);
 
 }  // namespace maskformer_fast

@@ -11,6 +11,7 @@ constexpr float kLeast = -3e38f;  // below every value, and finite: differences 
 struct Corners {
   const float* at[4];  // upper left, upper right, lower left, lower right
 
+  Corners() = default;
   Corners(const ScoreGrid& grid, int64_t row, int64_t column) {
     const int64_t below = grid.first_row + row + 1 < grid.grid_rows ? row + 1 : row;
     const int64_t right = column + 1 < grid.columns ? column + 1 : column;
@@ -34,6 +35,18 @@ struct Corners {
 MF_INLINE Ints present(int64_t v, int64_t channels) {
   const int64_t left = channels - v;
   return lane_numbers() < static_cast<int32_t>(left < kLanes ? left : kLanes);
+}
+
+// Corners of a cell of the coarse grid.
+MF_INLINE Corners coarse_corners(const CoarseGrid& coarse, int64_t row, int64_t column, int64_t pitch) {
+  const int64_t below = row + 1 < coarse.rows ? row + 1 : row;
+  const int64_t right = column + 1 < coarse.columns ? column + 1 : column;
+  const float* upper = coarse.values + row * coarse.columns * pitch;
+  const float* lower = coarse.values + below * coarse.columns * pitch;
+  Corners corners;
+  corners.at[0] = upper + column * pitch, corners.at[1] = upper + right * pitch;
+  corners.at[2] = lower + column * pitch, corners.at[3] = lower + right * pitch;
+  return corners;
 }
 
 template <ArgmaxKind kind>
@@ -110,7 +123,60 @@ MF_INLINE void fill(const Cell& cell, int64_t width, Label* labels, Label label)
   }
 }
 
-template <class Label, ArgmaxKind kind>
+// Returns what is decided in all cells of the coarse grid that a cell of the finer grid touches, or -1.
+MF_INLINE int32_t decided_around(const ArgmaxJob& job, int64_t row, int64_t column) {
+  const CoarseGrid& coarse = *job.coarse;
+  const int64_t below = row + 1 < job.grid.grid_rows ? row + 1 : row;
+  const int64_t right = column + 1 < job.grid.columns ? column + 1 : column;
+  const int32_t* upper = coarse.decided + coarse.row[row] * coarse.columns;
+  const int32_t* lower = coarse.decided + coarse.row[below] * coarse.columns;
+  const int32_t first = coarse.column[column], second = coarse.column[right], code = upper[first];
+  return upper[second] == code && lower[first] == code && lower[second] == code ? code : -1;
+}
+
+// Writes the values of all channels at a point of the finer grid.
+template <ArgmaxKind kind>
+MF_INLINE void resize_point(const ArgmaxJob& job, int64_t row, int64_t column, float* to) {
+  const CoarseGrid& coarse = *job.coarse;
+  const Corners corners = coarse_corners(coarse, coarse.row[row], coarse.column[column], job.grid.pitch);
+  const float down = coarse.row_share[row], across = coarse.column_share[column];
+  for (int64_t v = 0; v < job.grid.channels; v += kLanes) {
+    const Floats a = load(corners.at[0] + v), c = load(corners.at[2] + v);
+    const Floats upper = a + across * (load(corners.at[1] + v) - a);
+    const Floats lower = c + across * (load(corners.at[3] + v) - c);
+    const Floats value = upper + down * (lower - upper);
+    store(to + v, kind == ArgmaxKind::masks ? load(job.scale + v) * sigmoid(value) : value);
+  }
+}
+
+// Corners of the cells of a row of the finer grid, from left to right; the right ones of a cell are kept for the next.
+struct ResizedCorners {
+  int64_t last = -2;  // column of the cell before
+  bool swapped = false;
+};
+
+template <ArgmaxKind kind>
+MF_INLINE Corners resize_corners(const ArgmaxJob& job, int64_t row, int64_t column, float* points,
+                                 ResizedCorners& state) {
+  const int64_t pitch = job.grid.pitch, below = row + 1 < job.grid.grid_rows ? row + 1 : row;
+  const int64_t right = column + 1 < job.grid.columns ? column + 1 : column;
+  if (state.last + 1 == column) {
+    state.swapped = !state.swapped;
+  } else {
+    float* left = points + (state.swapped ? 2 * pitch : 0);
+    resize_point<kind>(job, row, column, left);
+    resize_point<kind>(job, below, column, left + pitch);
+  }
+  float *left = points + (state.swapped ? 2 * pitch : 0), *next = points + (state.swapped ? 0 : 2 * pitch);
+  resize_point<kind>(job, row, right, next);
+  resize_point<kind>(job, below, right, next + pitch);
+  state.last = column;
+  Corners corners;
+  corners.at[0] = left, corners.at[1] = next, corners.at[2] = left + pitch, corners.at[3] = next + pitch;
+  return corners;
+}
+
+template <class Label, ArgmaxKind kind, bool resized>
 MF_INLINE void label_row(const ArgmaxJob& job, int64_t row, ArgmaxScratch& scratch) {
   constexpr bool counted = kind != ArgmaxKind::scores, only_own = kind == ArgmaxKind::sigmoids;
   const ScoreGrid& grid = job.grid;
@@ -119,7 +185,25 @@ MF_INLINE void label_row(const ArgmaxJob& job, int64_t row, ArgmaxScratch& scrat
   Cell cell{job.vertical.start[grid_row], job.vertical.start[grid_row + 1], 0, 0, job.vertical.share,
             job.horizontal.share};
   if (cell.y0 == cell.y1) return;
+  ResizedCorners state;
   for (int64_t column = 0; column < grid.columns; ++column) {
+    if constexpr (resized) {
+      const int32_t code = decided_around(job, row, column);
+      if (code >= 0) {
+        int64_t end = column + 1;
+        while (end < grid.columns && decided_around(job, row, end) == code) ++end;
+        cell.x0 = job.horizontal.start[column];
+        cell.x1 = job.horizontal.start[end];
+        const int32_t winner = code / 2;
+        const int64_t owned = code % 2 * cell.pixels();
+        scratch.won[winner] += cell.pixels();
+        scratch.owned[winner] += owned;
+        if constexpr (only_own) scratch.both[winner] += owned;
+        fill<Label>(cell, job.width, labels, only_own && code % 2 == 0 ? -1 : winner);
+        column = end - 1;
+        continue;
+      }
+    }
     cell.x0 = job.horizontal.start[column];
     cell.x1 = job.horizontal.start[column + 1];
     if (cell.x0 == cell.x1) continue;
@@ -127,7 +211,8 @@ MF_INLINE void label_row(const ArgmaxJob& job, int64_t row, ArgmaxScratch& scrat
       fill<Label>(cell, job.width, labels, job.decided[row * grid.columns + column]);
       continue;
     }
-    const Corners corners(grid, row, column);
+    const Corners corners = resized ? resize_corners<kind>(job, row, column, scratch.points, state)
+                                    : Corners(grid, row, column);
     Floats lows = broadcast(kLeast);
     for (int64_t v = 0; v < grid.channels; v += kLanes) {
       const Floats low = rank<kind>(Corners::least(corners, v), job.scale + v);
@@ -218,11 +303,45 @@ MF_INLINE void label_row(const ArgmaxJob& job, int64_t row, ArgmaxScratch& scrat
 void label_cells(const ArgmaxJob& job, int64_t row, ArgmaxScratch& scratch) {
   switch (job.kind) {
     case ArgmaxKind::scores:
-      return label_row<int64_t, ArgmaxKind::scores>(job, row, scratch);
+      return label_row<int64_t, ArgmaxKind::scores, false>(job, row, scratch);
     case ArgmaxKind::masks:
-      return label_row<int32_t, ArgmaxKind::masks>(job, row, scratch);
+      return job.coarse ? label_row<int32_t, ArgmaxKind::masks, true>(job, row, scratch)
+                        : label_row<int32_t, ArgmaxKind::masks, false>(job, row, scratch);
     case ArgmaxKind::sigmoids:
-      return label_row<int64_t, ArgmaxKind::sigmoids>(job, row, scratch);
+      return job.coarse ? label_row<int64_t, ArgmaxKind::sigmoids, true>(job, row, scratch)
+                        : label_row<int64_t, ArgmaxKind::sigmoids, false>(job, row, scratch);
+  }
+}
+
+void decide_winners(const ArgmaxJob& job, int64_t row) {
+  constexpr float kRounding = 1e-5f;  // relative; where a value is as near to another it is computed
+  const CoarseGrid& coarse = *job.coarse;
+  const int64_t channels = job.grid.channels;
+  const bool masks = job.kind == ArgmaxKind::masks;
+  for (int64_t column = 0; column < coarse.columns; ++column) {
+    const Corners corners = coarse_corners(coarse, row, column, job.grid.pitch);
+    Floats lows = broadcast(kLeast);
+    for (int64_t v = 0; v < channels; v += kLanes) {
+      const Floats low = rank<ArgmaxKind::sigmoids>(Corners::least(corners, v), job.scale + v);
+      lows = max(select(present(v, channels), low, lows), lows);
+    }
+    const Floats least = broadcast(highest(lows) * (1.0f - kRounding));
+    int32_t code = -1;
+    bool several = false;
+    for (int64_t v = 0; v < channels && !several; v += kLanes) {
+      const Ints in = present(v, channels);
+      const Floats value = Corners::largest(corners, v), low = Corners::least(corners, v);
+      const Floats high = rank<ArgmaxKind::sigmoids>(value, job.scale + v), own = load(job.own_value + v);
+      const Floats slack = kRounding * max(max(own, -own), broadcast(1.0f));
+      const uint64_t rivals = lane_bits((high >= least) & in);
+      const uint64_t owners = lane_bits(((masks ? high : value) >= own - slack) & in);
+      if ((rivals | owners) == 0) continue;
+      const Floats sure = masks ? rank<ArgmaxKind::sigmoids>(low, job.scale + v) : low;
+      const uint64_t all = lane_bits((sure >= own + slack) & in);
+      several = code >= 0 || (rivals & (rivals - 1)) != 0 || (owners & ~(all & rivals)) != 0;
+      if (rivals) code = 2 * (static_cast<int32_t>(v) + __builtin_ctzll(rivals)) + (owners != 0);
+    }
+    coarse.decided[row * coarse.columns + column] = several ? -1 : code;
   }
 }
 

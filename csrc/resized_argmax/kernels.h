@@ -30,6 +30,17 @@ struct CellAxis {
   const float* share;    // [pixels]
 };
 
+// Mask logits from which the values at the points of a grid are resized where they are needed. Between four
+// neighbouring logits every channel is bilinear too, so most cells of the coarse grid have one winner at all points of
+// the finer one.
+struct CoarseGrid {
+  const float* values;  // [rows, columns, pitch] logits, channels innermost
+  int64_t rows, columns;
+  const int32_t *row, *column;             // upper and left neighbour of each row and column of the finer grid
+  const float *row_share, *column_share;   // shares of the lower and right ones
+  int32_t* decided;  // [rows, columns], 2 * winner + (1 if it owns the cell), where others own nothing; else -1
+};
+
 enum class ArgmaxKind {
   scores,   // the largest value; labels are int64
   masks,    // the same with counts of pixels; labels are int32
@@ -41,10 +52,11 @@ struct ArgmaxJob {
   const int32_t* decided;  // [rows, columns], label of all pixels of a cell, or -1 where it must be computed; or null
   CellAxis vertical, horizontal;
   ArgmaxKind kind;
-  const float* scale;      // [pitch], of sigmoids
+  const float* scale;      // [pitch], of sigmoids, and of masks with a coarse grid
   const float* own_value;  // [pitch], least value of the pixels that a channel owns; of masks and sigmoids
   void* labels;            // [height, width]
   int64_t width;
+  const CoarseGrid* coarse;  // in place of scores, or null; of masks (values are scale * sigmoid) and sigmoids
 };
 
 // Scratch memory of one worker.
@@ -52,6 +64,7 @@ struct ArgmaxScratch {
   int32_t* candidates;  // [pitch]
   int32_t* partial;     // [pitch], channels that own some pixels of the cell
   float* corners;       // [8, pitch]
+  float* points;        // [4, pitch], with a coarse grid: values at the corners of a cell
   int64_t* won;         // [pitch], sums over this worker's pixels
   int64_t* owned;
   int64_t* both;
@@ -68,6 +81,9 @@ struct DecideJob {
 MF_DECLARE_KERNELS(
     // Writes the labels of the output rows that belong to the cells of one grid row, a row of the band.
     void label_cells(const ArgmaxJob& job, int64_t row, ArgmaxScratch& scratch);
+
+    // Finds the winners of the cells of one row of the coarse grid.
+    void decide_winners(const ArgmaxJob& job, int64_t row);
 
     // Writes the label of each cell of one row that one channel surely fills, else -1.
     void decide_cells(const DecideJob& job, int64_t row);)

@@ -47,21 +47,37 @@ int64_t check_band(const ScoreGrid& grid) {
 
 }  // namespace
 
-void resized_argmax(const ScoreGrid& grid, const int32_t* decided, ArgmaxKind kind, const float* scale,
-                    const float* own_value, const ArgmaxOutput& output, int threads) {
-  const int64_t tasks = check_band(grid), pitch = grid.pitch;
-  const CellTable vertical(output.size[0], grid.grid_rows), horizontal(output.size[1], grid.columns);
-  const ArgmaxJob job{grid,  decided,   vertical.axis(), horizontal.axis(), kind,
-                      scale, own_value, output.labels,   output.size[1]};
+namespace {
+
+// Neighbours of each point of a finer axis on a coarse one.
+struct Taps {
+  std::vector<int32_t> low;
+  std::vector<float> share;  // of the neighbour behind
+
+  Taps(int64_t points, int64_t fine, int64_t coarse) : low(points), share(points) {
+    const float scale = static_cast<float>(coarse) / static_cast<float>(fine);
+    for (int64_t i = 0; i < points; ++i) {
+      const float at = fine == coarse ? static_cast<float>(i)
+                                      : std::max(scale * (static_cast<float>(i) + 0.5f) - 0.5f, 0.0f);
+      low[i] = static_cast<int32_t>(std::min(static_cast<int64_t>(at), coarse - 1));
+      share[i] = std::min(std::max(at - static_cast<float>(low[i]), 0.0f), 1.0f);
+    }
+  }
+};
+
+// Labels the cells of a checked band.
+void label_band(const ArgmaxJob& job, int64_t tasks, const ArgmaxOutput& output, int threads) {
+  const int64_t pitch = job.grid.pitch;
   const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
   std::vector<int32_t> lists(workers * 2 * pitch);
-  std::vector<float> corners(workers * 8 * pitch);
+  std::vector<float> corners(workers * 12 * pitch);
   std::vector<int64_t> counts(workers * 3 * pitch);
   parallel_for(tasks, workers, [&](int worker, int64_t task) {
     int64_t* sums = counts.data() + worker * 3 * pitch;
     ArgmaxScratch scratch{lists.data() + worker * 2 * pitch,
                           lists.data() + (worker * 2 + 1) * pitch,
-                          corners.data() + worker * 8 * pitch,
+                          corners.data() + worker * 12 * pitch,
+                          corners.data() + (worker * 12 + 8) * pitch,
                           sums,
                           sums + pitch,
                           sums + 2 * pitch};
@@ -70,12 +86,42 @@ void resized_argmax(const ScoreGrid& grid, const int32_t* decided, ArgmaxKind ki
   if (output.won == nullptr) return;
   for (int worker = 0; worker < workers; ++worker) {
     const int64_t* sums = counts.data() + worker * 3 * pitch;
-    for (int64_t channel = 0; channel < grid.channels; ++channel) {
+    for (int64_t channel = 0; channel < job.grid.channels; ++channel) {
       output.won[channel] += sums[channel];
       output.owned[channel] += sums[pitch + channel];
       output.both[channel] += sums[2 * pitch + channel];
     }
   }
+}
+
+}  // namespace
+
+void resized_argmax(const ScoreGrid& grid, const int32_t* decided, ArgmaxKind kind, const float* scale,
+                    const float* own_value, const ArgmaxOutput& output, int threads) {
+  const int64_t tasks = check_band(grid);
+  const CellTable vertical(output.size[0], grid.grid_rows), horizontal(output.size[1], grid.columns);
+  const ArgmaxJob job{grid,      decided,       vertical.axis(),  horizontal.axis(), kind, scale,
+                      own_value, output.labels, output.size[1], nullptr};
+  label_band(job, tasks, output, threads);
+}
+
+void twice_resized_winners(const TwiceResized& maps, ArgmaxKind kind, const float* scale, const float* own_value,
+                           const ArgmaxOutput& output, int threads) {
+  const auto [rows, columns] = maps.window;
+  const ScoreGrid grid{nullptr, nullptr, 0, rows, rows, columns, maps.channels, maps.pitch};
+  const int64_t tasks = check_band(grid);
+  if (maps.rows < 1 || maps.columns < 1 || rows > maps.grid[0] || columns > maps.grid[1]) {
+    throw std::invalid_argument("sizes: expected maps with points, and a window within the grid");
+  }
+  const CellTable vertical(output.size[0], rows), horizontal(output.size[1], columns);
+  const Taps down(rows, maps.grid[0], maps.rows), across(columns, maps.grid[1], maps.columns);
+  std::vector<int32_t> decided(maps.rows * maps.columns);
+  const CoarseGrid coarse{maps.values,       maps.rows,           maps.columns, down.low.data(), across.low.data(),
+                          down.share.data(), across.share.data(), decided.data()};
+  const ArgmaxJob job{grid,      nullptr,       vertical.axis(),  horizontal.axis(), kind, scale,
+                      own_value, output.labels, output.size[1], &coarse};
+  parallel_for(maps.rows, threads, [&](int, int64_t row) { MF_DISPATCH(decide_winners, job, row); });
+  label_band(job, tasks, output, threads);
 }
 
 void decide_cells(const DecideJob& job, int threads) {

@@ -22,6 +22,19 @@ struct ArgmaxOutput {
 void resized_argmax(const ScoreGrid& grid, const int32_t* decided, ArgmaxKind kind, const float* scale,
                     const float* own_value, const ArgmaxOutput& output, int threads);
 
+// Mask logits that are resized to a grid, cropped to its upper left window and resized to the output.
+struct TwiceResized {
+  const float* values;  // [rows, columns, pitch], channels innermost
+  int64_t rows, columns;
+  int64_t channels, pitch;
+  std::array<int64_t, 2> grid, window;
+};
+
+// Winners as of `resized_argmax`, of masks (scale * sigmoid of the logits at the grid is resized) or sigmoids. Values
+// at the grid are computed only near the borders between winners.
+void twice_resized_winners(const TwiceResized& maps, ArgmaxKind kind, const float* scale, const float* own_value,
+                           const ArgmaxOutput& output, int threads);
+
 // Labels the cells of a band that one channel surely fills; the others are -1.
 void decide_cells(const DecideJob& job, int threads);
 

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <type_traits>
 
 #include "common/threads.h"
 
@@ -124,6 +126,148 @@ std::vector<std::string> encode_packed_masks(const uint8_t* masks, int64_t count
     }
   });
   if (out_of_memory) throw std::bad_alloc();
+  return encoded;
+}
+
+namespace {
+
+// Runs of the pixels of a map that have one value.
+class ValueRuns {
+ public:
+  ValueRuns(std::string& out, int64_t height) : writer_(out), height_(height) {}
+
+  void start(int64_t position) {
+    writer_.end_run(position);
+    start_ = position;
+  }
+  void stop(int64_t position) {
+    writer_.end_run(position);
+    end_ = position;
+    area_ += position - start_;
+    const int64_t first = start_ / height_, last = (position - 1) / height_;
+    left_ = std::min(left_, first), right_ = std::max(right_, last + 1);
+    upper_ = std::min(upper_, first == last ? start_ - first * height_ : 0);
+    lower_ = std::max(lower_, first == last ? position - first * height_ : height_);
+  }
+  void finish(int64_t pixels, int64_t& area, int64_t* box) {
+    if (end_ < pixels) writer_.end_run(pixels);
+    area = area_;
+    const int64_t sides[4] = {left_, upper_, right_, lower_};
+    for (int k = 0; k < 4; ++k) box[k] = area_ > 0 ? sides[k] : 0;
+  }
+
+ private:
+  RunWriter writer_;
+  int64_t height_, start_ = 0, end_ = 0, area_ = 0;
+  int64_t left_ = INT64_MAX, upper_ = INT64_MAX, right_ = 0, lower_ = 0;
+};
+
+// Number of each value, or -1.
+class ValueTable {
+ public:
+  explicit ValueTable(const std::vector<int64_t>& values) {
+    if (values.empty()) return;
+    const auto [low, high] = std::minmax_element(values.begin(), values.end());
+    first_ = *low;
+    if (static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low) >= uint64_t{1} << 20) {
+      throw std::invalid_argument("values: expected within 2^20 of one another");
+    }
+    numbers_.assign(*high - *low + 1, -1);
+    for (size_t i = 0; i < values.size(); ++i) numbers_[values[i] - first_] = static_cast<int32_t>(i);
+  }
+  template <class Element>
+  int32_t operator()(Element value) const {
+    if constexpr (std::is_floating_point_v<Element>) {
+      if (!(value > Element{-1e15} && value < Element{1e15})) return -1;  // NaN too
+    }
+    const auto whole = static_cast<int64_t>(value);
+    const uint64_t place = static_cast<uint64_t>(whole) - static_cast<uint64_t>(first_);
+    return place < numbers_.size() && static_cast<Element>(whole) == value ? numbers_[place] : -1;
+  }
+
+ private:
+  int64_t first_ = 0;
+  std::vector<int32_t> numbers_;
+};
+
+struct Change {
+  int64_t position;
+  int32_t number;  // of the value that begins here, or -1
+};
+
+template <class Element>
+void add_runs(const Element* map, int64_t height, int64_t width, const ValueTable& table,
+              std::vector<ValueRuns>& runs) {
+  constexpr int64_t kColumns = 64;  // whose changes are found together, row by row
+  std::vector<RowChanges> rows;
+  std::vector<Change> changes;
+  Element before[kColumns] = {};
+  int32_t current = -1;
+  for (int64_t first = 0; first < width; first += kColumns) {
+    const int64_t columns = std::min(kColumns, width - first);
+    // the pixel before the first row of a column is the last row of the column to the left
+    const Element* last = map + (height - 1) * width + first;
+    for (int64_t c = 0; c < columns; ++c) before[c] = first + c > 0 ? last[c - 1] : map[0];
+    int64_t ends[kColumns] = {};
+    rows.clear();
+    const Element* above = before;
+    for (int64_t row = 0; row < height; ++row) {
+      const Element* here = map + row * width + first;
+      if (std::memcmp(here, above, columns * sizeof(Element)) != 0) {
+        uint64_t bits = 0;
+        for (int64_t c = 0; c < columns; ++c) bits |= static_cast<uint64_t>(here[c] != above[c]) << c;
+        rows.push_back({row, bits});
+        for (uint64_t left = bits; left; left &= left - 1) ++ends[__builtin_ctzll(left)];
+      }
+      above = here;
+    }
+    int64_t total = 0;
+    for (int64_t& end : ends) {  // first the start of each column's changes; moves to their end below
+      const int64_t count = end;
+      end = total;
+      total += count;
+    }
+    changes.resize(total);
+    for (const RowChanges& change : rows) {
+      for (uint64_t left = change.columns; left; left &= left - 1) {
+        const int column = __builtin_ctzll(left);
+        changes[ends[column]++] = {(first + column) * height + change.row,
+                                   table(map[change.row * width + first + column])};
+      }
+    }
+    if (first == 0) {
+      current = table(map[0]);
+      if (current >= 0) runs[current].start(0);
+    }
+    for (const Change& change : changes) {
+      if (change.number == current) continue;  // both of no segment
+      if (current >= 0) runs[current].stop(change.position);
+      if (change.number >= 0) runs[change.number].start(change.position);
+      current = change.number;
+    }
+  }
+  if (current >= 0) runs[current].stop(height * width);
+}
+
+}  // namespace
+
+std::vector<std::string> encode_map(MapType type, const void* map, int64_t height, int64_t width,
+                                    const std::vector<int64_t>& values, int64_t* areas, int64_t* boxes) {
+  const ValueTable table(values);
+  std::vector<std::string> encoded(values.size());
+  std::vector<ValueRuns> runs;
+  for (std::string& text : encoded) runs.emplace_back(text, height);
+  const auto add = [&](auto* none) {
+    add_runs(static_cast<const std::remove_pointer_t<decltype(none)>*>(map), height, width, table, runs);
+  };
+  switch (type) {
+    case MapType::uint8: add(static_cast<uint8_t*>(nullptr)); break;
+    case MapType::int16: add(static_cast<int16_t*>(nullptr)); break;
+    case MapType::int32: add(static_cast<int32_t*>(nullptr)); break;
+    case MapType::int64: add(static_cast<int64_t*>(nullptr)); break;
+    case MapType::float32: add(static_cast<float*>(nullptr)); break;
+  }
+  for (size_t i = 0; i < values.size(); ++i) runs[i].finish(height * width, areas[i], boxes + 4 * i);
   return encoded;
 }
 

@@ -14,4 +14,12 @@ namespace maskformer_fast {
 std::vector<std::string> encode_packed_masks(const uint8_t* masks, int64_t count, int64_t height, int64_t width,
                                              int threads);
 
+enum class MapType { uint8, int16, int32, int64, float32 };
+
+// Returns the counts of the pixels of a map [height, width] that have each of some values, all different, and writes
+// areas [values] and boxes [values, 4]: first column, first row, one past the last column and row; zeros without a
+// pixel. Throws std::invalid_argument where the values span 2^20 or more.
+std::vector<std::string> encode_map(MapType type, const void* map, int64_t height, int64_t width,
+                                    const std::vector<int64_t>& values, int64_t* areas, int64_t* boxes);
+
 }  // namespace maskformer_fast

@@ -12,6 +12,10 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.extension import load_extension
 
+MAP_DTYPES = ("uint8", "int16", "int32", "int64", "float32")
+"""Types of maps whose run lengths are encoded in one pass."""
+MAP_VALUES = 1 << 20
+"""Values of such a map are within that many of one another."""
 BAND_PIXELS = 1 << 18
 """Pixels of masks that are compared with a map at a time."""
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
@@ -36,6 +40,15 @@ class InstanceArrays(NamedTuple):
     scores: np.ndarray  # [N] float32
     masks: np.ndarray  # [N, H, ceil(W/8)] uint8, packed
     boxes: np.ndarray  # [N, 4] float32
+
+
+class MapColumns(NamedTuple):
+    """Instances of a map."""
+
+    labels: np.ndarray  # [N]
+    scores: np.ndarray  # [N]
+    values: np.ndarray  # [N] int64, the pixels' value
+    value_map: np.ndarray  # [H, W]
 
 
 def as_array(
@@ -85,20 +98,17 @@ def instances_of_masks(
     return _instances(labels, scores, pack(masks), masks.shape[2])
 
 
-def instances_of_map(
-    labels: Any,
-    scores: Any,
-    values: np.ndarray,  # [N]
-    value_map: np.ndarray,  # [H, W]
-) -> InstanceArrays:
+def instances_of_map(columns: MapColumns) -> InstanceArrays:
     """Arrays of the masks where a map has each value, with a class and a score each."""
+    value_map = columns.value_map
+    values = columns.values.astype(value_map.dtype)
     height, width = value_map.shape
     packed = np.empty((len(values), height, (width + 7) // 8), np.uint8)
     rows = max(1, BAND_PIXELS // (width * len(values))) if packed.size else height + 1
     for start in range(0, height, rows):
         part = slice(start, start + rows)
         packed[:, part] = pack(np.equal(value_map[part], values[:, None, None]))
-    return _instances(labels, scores, packed, width)
+    return _instances(columns.labels, columns.scores, packed, width)
 
 
 def _instances(labels: Any, scores: Any, packed: np.ndarray, width: int) -> InstanceArrays:
@@ -150,15 +160,46 @@ def to_coco(
 ) -> list[dict[str, Any]]:
     """Annotations of COCO's format: run lengths, box as x, y, width, height, area, score, category."""
     areas = _count_bits(instances.masks).sum((1, 2), dtype=np.int64)
-    annotations = []
     columns = (instances.labels, instances.scores, instances.boxes, areas)
+    return _annotations(columns, to_rle(instances.masks, size), image_id, category_ids)
+
+
+def map_to_coco(
+    columns: MapColumns,
+    image_id: int | str,
+    category_ids: Sequence[int] | None,
+) -> list[dict[str, Any]]:
+    """`to_coco` of the masks where a map has each value, which are encoded in one pass over the map, in C++."""
+    labels, scores, values, value_map = columns
+    kind = value_map.dtype.name
+    if kind not in MAP_DTYPES or value_map.size == 0 or len(values) == 0 or np.ptp(values) >= MAP_VALUES:
+        return to_coco(instances_of_map(columns), value_map.shape, image_id, category_ids)
+    value_map = np.ascontiguousarray(value_map)
+    different, places = np.unique(values, return_inverse=True)
+    areas, boxes = np.zeros(len(different), np.int64), np.zeros((len(different), 4), np.int64)
+    counts = load_extension().encode_map(
+        kind, address_of(value_map, "map", kind, value_map.shape), value_map.shape, different.tolist(),
+        address_of(areas, "areas", "int64", areas.shape), address_of(boxes, "boxes", "int64", boxes.shape),
+    )  # fmt: skip
+    runs = [{"size": [*value_map.shape], "counts": counts[place].decode("ascii")} for place in places.tolist()]
+    found = (labels.astype(np.int64), scores.astype(np.float32), boxes[places].astype(np.float32), areas[places])
+    return _annotations(found, runs, image_id, category_ids)
+
+
+def _annotations(
+    columns: tuple[np.ndarray, ...],  # labels, scores, boxes and areas of N instances
+    runs: list[dict[str, Any]],
+    image_id: int | str,
+    category_ids: Sequence[int] | None,
+) -> list[dict[str, Any]]:
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    for (label, score, (x0, y0, x1, y1), area), rle in zip(rows, to_rle(instances.masks, size), strict=True):
-        annotations.append({
+    return [
+        {
             "image_id": image_id, "category_id": label if category_ids is None else category_ids[label],
             "segmentation": rle, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": 0, "score": score,
-        })  # fmt: skip
-    return annotations
+        }
+        for (label, score, (x0, y0, x1, y1), area), rle in zip(rows, runs, strict=True)
+    ]  # fmt: skip
 
 
 def from_coco(

@@ -95,19 +95,36 @@ class _Exchanged:
         return cls.from_instances(InstanceResult(*exchange.instances_of_masks(labels, values, masks), size))
 
 
+class _Map(_Exchanged):
+    """A result with a map, in which each instance has a value."""
+
+    def to_instances(self) -> InstanceResult[Any]:
+        """One instance for each segment, in their order; for each class of a semantic result, with score 1."""
+        columns = self._columns()
+        return InstanceResult(*exchange.instances_of_map(columns), columns.value_map.shape)
+
+    def to_coco(
+        self, image_id: int | str = 0, category_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """As of all results; encoded in one pass over the map."""
+        return exchange.map_to_coco(self._columns(), image_id, category_ids)
+
+    def _columns(self) -> exchange.MapColumns:
+        raise NotImplementedError
+
+
 @dataclass
-class SemanticResult(_Exchanged, Generic[ArrayT]):
+class SemanticResult(_Map, Generic[ArrayT]):
     """Class of every pixel."""
 
     labels: ArrayT  # [H, W] uint8 (K <= 255) or int16
     scores: ArrayT | None = None  # [H, W] float32, sum over queries of the winning class
 
-    def to_instances(self) -> InstanceResult[Any]:
+    def _columns(self) -> exchange.MapColumns:
         """One instance of score 1 for each class of the map, in ascending order."""
         labels = as_array(self.labels)
         classes = np.unique(labels[labels >= 0])
-        arrays = exchange.instances_of_map(classes, np.ones(len(classes)), classes, labels)
-        return InstanceResult(*arrays, labels.shape)
+        return exchange.MapColumns(classes, np.ones(len(classes)), classes, labels)
 
     @classmethod
     def from_instances(cls, instances: InstanceResult[Any]) -> SemanticResult[Any]:
@@ -120,19 +137,18 @@ class SemanticResult(_Exchanged, Generic[ArrayT]):
 
 
 @dataclass
-class PanopticResult(_Exchanged, Generic[ArrayT]):
+class PanopticResult(_Map, Generic[ArrayT]):
     """Segments that do not overlap. Ids count from 1; pixels without a segment are `VOID`."""
 
     id_map: ArrayT  # [H, W] int32
     segments: list[SegmentInfo] = field(default_factory=list)
 
-    def to_instances(self) -> InstanceResult[Any]:
+    def _columns(self) -> exchange.MapColumns:
         """One instance for each segment, in their order."""
         id_map = as_array(self.id_map)
-        ids = np.array([segment.id for segment in self.segments], id_map.dtype)
-        categories = [segment.category for segment in self.segments]
-        scores = [segment.score for segment in self.segments]
-        return InstanceResult(*exchange.instances_of_map(categories, scores, ids, id_map), id_map.shape)
+        ids = np.array([segment.id for segment in self.segments], np.int64)
+        categories = np.array([segment.category for segment in self.segments], np.int64)
+        return exchange.MapColumns(categories, np.array([s.score for s in self.segments]), ids, id_map)
 
     @classmethod
     def from_instances(cls, instances: InstanceResult[Any]) -> PanopticResult[Any]:

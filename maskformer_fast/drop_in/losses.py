@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from maskformer_fast.config import LossConfig
+from maskformer_fast.drop_in.outputs import nearest_positions
 from maskformer_fast.drop_in.swap import restore_methods, swap_methods
 from maskformer_fast.ops.assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import focal_parameters
@@ -29,6 +30,8 @@ from maskformer_fast.structures import Targets, pack_masks
 
 Model = TypeVar("Model")
 Indices = list[tuple[Tensor, Tensor]]
+ROWS_OF_POINTS = 1 << 14
+"""Rows by which points are ordered."""
 WORST_COST = 1e10
 """Cost in place of one that is not finite: beyond any other, and small enough that sums stay exact."""
 FOCAL_LOSS = LossConfig(mask_loss="focal", focal_alpha=0.25, focal_gamma=2.0, padding="include")
@@ -143,6 +146,16 @@ def _samples(
     return sample_masks(values.to(points.device), width, rows, points, groups, extent)
 
 
+def _by_rows(
+    points: Tensor,  # [1, P, 2] floating, 0..1
+) -> Tensor:
+    """Points roughly in the order of rows on the CPU, where a cost is summed over them: masks are read once then."""
+    if points.device.type != "cpu":
+        return points
+    rows = (points[0, :, 1] * ROWS_OF_POINTS).to(torch.int16).numpy()
+    return points[:, torch.from_numpy(rows.argsort(kind="stable"))]  # a radix sort
+
+
 @torch.no_grad()
 def _match_points(
     self: Any,
@@ -153,7 +166,7 @@ def _match_points(
 ) -> Indices:
     """Match at random points, the same for all masks of an image."""
     device, counts = masks_queries_logits.device, [len(labels) for labels in class_labels]
-    points = torch.cat([torch.rand(1, self.num_points, 2, device=device) for _ in counts])
+    points = torch.cat([_by_rows(torch.rand(1, self.num_points, 2, device=device)) for _ in counts])
     sampled = [
         _samples(masks, every, points[image : image + 1], every * 0)
         for image, (masks, count) in enumerate(zip(mask_labels, counts, strict=True))
@@ -192,20 +205,32 @@ def _match_masks(
         cost = matching_cost_from_logits(
             class_queries_logits[group][None],
             masks_queries_logits[group][None],
-            _targets(mask_labels[group], class_labels[group], counts),
+            _targets(mask_labels[group], class_labels[group], counts, masks_queries_logits.shape[2:]),
             loss,
         )[0]
         indices += _assign(cost, counts)
     return indices
 
 
-def _targets(mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor], counts: Sequence[int]) -> Targets:
-    """Pack targets of one size for `matching_cost_from_logits`."""
-    device, (height, width) = mask_labels[0].device, mask_labels[0].shape[1:]
-    masks = pad_sequence([pack_masks(masks != 0) for masks in mask_labels], batch_first=True)
+def _targets(
+    mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor], counts: Sequence[int], size: Sequence[int]
+) -> Targets:
+    """Pack the pixels of targets of one size that nearest neighbours read at the mask logits' size."""
+    device, (height, width) = mask_labels[0].device, size
+    masks = pad_sequence([pack_masks(_nearest(masks, size) != 0) for masks in mask_labels], batch_first=True)
     labels = pad_sequence(list(class_labels), batch_first=True).to(device)
     sizes = _on_device([height, width] * len(counts), device).view(-1, 2)
     return Targets(labels, _on_device(counts, device), masks, sizes, (height, width))
+
+
+def _nearest(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """``F.interpolate(masks[None], size)[0]``, by strides where that is possible -> [T, *size]."""
+    for side, (source, length) in enumerate(zip(masks.shape[1:], size, strict=True), 1):
+        if source % length == 0:
+            masks = masks[:, :: source // length] if side == 1 else masks[:, :, :: source // length]
+        else:
+            masks = masks.index_select(side, nearest_positions(source, length, masks.device))
+    return masks
 
 
 class _MatchedPairs:

@@ -20,6 +20,7 @@ from maskformer_fast.ops.resized_argmax import (
     padded_channels,
     resized_rows,
     resized_winners,
+    twice_resized_winners,
 )
 from maskformer_fast.ops.segments import panoptic_inference
 
@@ -71,6 +72,10 @@ def count_winners(
     sigmoids = values == "sigmoids"
     threshold = torch.full_like(scores, mask_threshold)
     own_value, scale = (threshold.logit(), scores) if sigmoids else (threshold, None)
+    antialias = antialias and (size[0] < window[0] or size[1] < window[1])
+    if masks.shape[1:] != grid and values != "logits" and not antialias:
+        chosen = masks.index_select(0, queries)
+        return twice_resized_winners(chosen, own_value, scores, sigmoids, grid, window, size)
 
     def rows_of(part: slice) -> Tensor:
         rows = resized_rows(masks, grid, part, queries)[..., : window[1]]
@@ -78,10 +83,9 @@ def count_winners(
             return rows
         return (rows.sigmoid_() if values == "probabilities" else rows).mul_(scores[:, None, None])
 
-    smaller = size[0] < window[0] or size[1] < window[1]
-    if masks.device.type != "cpu" or (antialias and smaller):
+    if masks.device.type != "cpu" or antialias:
         maps = rows_of(slice(0, window[0]))
-        if antialias and smaller:
+        if antialias:
             maps = F.interpolate(maps[None], size=size, mode="bilinear", antialias=True)[0]
         return resized_winners(maps, own_value, scale, size)
     labels = torch.empty(size, dtype=torch.int64 if sigmoids else torch.int32)

@@ -256,6 +256,58 @@ def resized_winners(
     return Winners(labels, *counts.unbind())
 
 
+@torch.no_grad()
+def twice_resized_winners(
+    maps: Tensor,  # [N, h, w] floating, mask logits
+    own_value: Tensor,  # [N] floating
+    scale: Tensor,  # [N] floating, positive
+    sigmoids: bool,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    output_size: tuple[int, int],
+) -> Winners:
+    """`resized_winners` of maps that are first resized to a grid, bilinearly, and cropped to its top-left window.
+
+    With `sigmoids` the logits at the grid are resized and ``scale * sigmoid`` of the result counts; otherwise ``scale *
+    sigmoid(logit at the grid)`` is resized, and own_value is compared with that. On the CPU values at the grid are
+    computed only near the borders between winners. Errors are those of `resized_argmax`.
+    """
+    if maps.device.type != "cpu":
+        return twice_resized_winners_eager(maps, own_value, scale, sigmoids, grid, window, output_size)
+    _check_winners(_WinnerArguments(maps, own_value, scale, output_size))
+    check(all(0 < w <= g for w, g in zip(window, grid, strict=True)), "window", f"within {tuple(grid)}", window)
+    values = channels_innermost(maps)
+    channels, pitch = len(maps), values.shape[1]
+    extras = [F.pad(t.to(torch.float32), (0, pitch - channels)) for t in (scale, own_value)]
+    labels = torch.empty(output_size, dtype=torch.int64 if sigmoids else torch.int32)
+    counts = torch.zeros((3, channels), dtype=torch.int64)
+    load_extension().twice_resized_winners(
+        address_of(values, "values", "float32", values.shape), (*maps.shape[1:], channels, pitch), grid, window,
+        "sigmoids" if sigmoids else "masks",
+        *(address_of(t, "own_value", "float32", (pitch,)) for t in extras),
+        address_of(labels, "labels", "int64" if sigmoids else "int32", output_size), output_size,
+        [address_of(row, "counts", "int64", (channels,)) for row in counts],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return Winners(labels, *counts.unbind())
+
+
+def twice_resized_winners_eager(
+    maps: Tensor,  # [N, h, w] floating
+    own_value: Tensor,  # [N] floating
+    scale: Tensor,  # [N] floating
+    sigmoids: bool,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    output_size: tuple[int, int],
+) -> Winners:
+    """`twice_resized_winners` in plain PyTorch; all maps at the grid are in memory at once."""
+    values = resized_rows(maps.detach(), grid, slice(0, window[0]))[..., : window[1]]
+    if sigmoids:
+        return resized_winners_eager(values, own_value, scale, output_size)
+    return resized_winners_eager(values.sigmoid() * scale[:, None, None], own_value, None, output_size)
+
+
 def resized_winners_eager(
     maps: Tensor,  # [N, h, w] floating
     own_value: Tensor,  # [N] floating

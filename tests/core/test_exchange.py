@@ -65,6 +65,35 @@ def test_holes_belong_to_the_part_around_them() -> None:
     assert shape.sum() == 6  # pixel centres of a triangle whose long side crosses centres, which are outside
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 20), st.integers(1, 150), st.sampled_from(["int32", "int64", "float32"]))
+def test_annotations_of_a_map_are_those_of_its_masks(seed: int, height: int, width: int, dtype: str) -> None:
+    tools = pytest.importorskip("pycocotools.mask")
+    generator = np.random.default_rng(seed)
+    side = int(generator.integers(1, 9))
+    id_map = generator.integers(-1, 5, (-(-height // side), -(-width // side))).repeat(side, 0).repeat(side, 1)
+    id_map = id_map[:height, :width].astype(dtype)
+    id_map = np.asfortranarray(id_map) if seed % 2 else id_map
+    ids = [3, 0, 9, 3, 1]  # one without pixels, one of two segments, and values that are no segment's
+    result = PanopticResult(torch.from_numpy(id_map), [SegmentInfo(i, i + 1, score=0.5) for i in ids])
+    annotations = result.to_coco(5)
+    assert annotations == result.to_instances().to_coco(5)
+    for annotation, number in zip(annotations, ids, strict=True):
+        expected = tools.encode(np.asfortranarray(id_map == number, np.uint8))
+        assert annotation["segmentation"]["counts"].encode() == expected["counts"]
+        assert annotation["area"] == tools.area(expected) and annotation["bbox"] == list(tools.toBbox(expected))
+
+
+def test_annotations_of_other_maps() -> None:
+    far = PanopticResult(np.array([[1 << 40, 7, 7]]), [SegmentInfo(7, 1), SegmentInfo(1 << 40, 2)])
+    assert [a["area"] for a in far.to_coco()] == [2, 1]  # ids too far apart for a table
+    assert PanopticResult(np.zeros((2, 3), np.int32), []).to_coco() == []
+    nothing = PanopticResult(np.full((1, 4), np.nan, np.float32), [SegmentInfo(0, 1)])
+    assert nothing.to_coco()[0]["area"] == 0
+    classes = SemanticResult(np.array([[2, 2, 255], [0, 2, 0]], np.uint8)).to_coco()
+    assert [(a["category_id"], a["area"]) for a in classes] == [(0, 2), (2, 3), (255, 1)]
+
+
 def test_coco_annotations() -> None:
     tools = pytest.importorskip("pycocotools.mask")
     result = instances(empty=True)

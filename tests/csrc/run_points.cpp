@@ -1,5 +1,6 @@
 #include <type_traits>
 
+#include "map_cost/map_cost.h"
 #include "points/points.h"
 #include "run_operators.h"
 
@@ -91,7 +92,8 @@ void run_costs(Random& random, int threads) {
   costs.truth = truth.data(), costs.labels = labels.data(), costs.counts = counts.data();
   costs.class_weight = 2, costs.mask_weight = 5, costs.dice_weight = 5;
   costs.loss = random.one_of<FocalLoss>({{1, 1, 0}, {0.25f, 0.75f, 2}, {0.5f, 0.5f, 1.5f}});
-  point_cost(costs, maps.data(), result.data(), threads);
+  const auto cost_of = sampled ? map_cost<Element> : point_cost<Element>;
+  cost_of(costs, maps.data(), result.data(), threads);
   for (int64_t k = 0; k < outputs * costs.slots; ++k) {
     const int64_t image = k / (costs.queries * costs.slots) % costs.images;
     MF_EXPECT(k % costs.slots < counts[image] || result[k] == 0);

@@ -1,3 +1,5 @@
+#include <array>
+
 #include "resized_argmax/resized_argmax.h"
 #include "run_operators.h"
 
@@ -30,6 +32,12 @@ void run_resized_argmax(Random& random, int threads) {
     }
     resized_argmax(grid, decided.data(), kind, kind == ArgmaxKind::sigmoids ? scale.data() : nullptr,
                    counted ? own.data() : nullptr, output, threads);
+  }
+  const std::array<int64_t, 2> finer{rows * random.integer(1, 3), columns + random.integer(0, 5)};
+  const std::array<int64_t, 2> window{random.integer(1, finer[0]), random.integer(1, finer[1])};
+  if (counted) {
+    twice_resized_winners({scores.data(), rows, columns, channels, pitch, finer, window}, kind, scale.data(),
+                          own.data(), output, threads);
   }
   for (int64_t i = 0; i < height * width; ++i) {
     const int64_t label = kind == ArgmaxKind::masks ? narrow[i] : labels[i];

@@ -12,6 +12,13 @@ void run_rle(Random& random, int threads) {
   const auto encoded = encode_packed_masks(masks.data(), count, height, width, threads);
   MF_EXPECT(static_cast<int64_t>(encoded.size()) == count);
   for (const std::string& counts : encoded) MF_EXPECT(!counts.empty());
+
+  std::vector<int32_t> map(height * width);
+  for (int32_t& value : map) value = static_cast<int32_t>(random.integer(-1, 3));
+  const std::vector<int64_t> values{2, 0, 9};
+  int64_t areas[3] = {}, boxes[12] = {};
+  const auto runs = encode_map(MapType::int32, map.data(), height, width, values, areas, boxes);
+  MF_EXPECT(runs.size() == 3 && areas[2] == 0 && areas[0] + areas[1] <= height * width);
 }
 
 }  // namespace maskformer_fast

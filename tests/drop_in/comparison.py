@@ -38,7 +38,7 @@ def processor(family: str, tmp_path: Path | None = None) -> Any:
 
 def two_images(family: str, peaky: bool, live: int = 12, classes: int = 40) -> SimpleNamespace:
     """Outputs with fewer queries where transformers resizes all masks to 384x384, which takes long."""
-    queries = 16 if family == "Mask2Former" else 50
+    queries = 8 if family == "Mask2Former" else 50
     return model_outputs(peaky, images=2, queries=queries, live=min(live, queries), classes=classes)
 
 

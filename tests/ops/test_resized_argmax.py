@@ -15,6 +15,8 @@ from maskformer_fast.ops.resized_argmax import (
     resized_rows,
     resized_winners,
     resized_winners_eager,
+    twice_resized_winners,
+    twice_resized_winners_eager,
 )
 from maskformer_fast.ops.resized_semantic import (
     grid_semantic_inference,
@@ -66,17 +68,49 @@ def test_counts(seed: int, channels: int, h: int, w: int, height: int, width: in
     assert (got.labels != expected.labels).sum() <= 1 + 0.01 * height * width
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 40), SIDES, SIDES, st.integers(1, 90), st.integers(1, 90), st.booleans())
+def test_winners_of_maps_that_are_resized_twice(
+    seed: int, channels: int, h: int, w: int, height: int, width: int, sigmoids: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    maps = F.avg_pool2d(6 * torch.randn(channels, h, w, generator=generator), 5, 1, 2)  # some cells have one winner
+    grid = (h * (1 + seed % 5), w + seed % 7)
+    window = (max(1, grid[0] - seed % 3), max(1, grid[1] - seed % 4))
+    scale = torch.rand(channels, generator=generator) + 0.1
+    own = torch.randn(channels, generator=generator) if sigmoids else torch.full((channels,), 0.3 + seed % 3 / 10)
+    arguments = (maps, own, scale, sigmoids, grid, window, (height, width))
+    got, expected = twice_resized_winners(*arguments), twice_resized_winners_eager(*arguments)
+    for ours, theirs in zip(got[1:], expected[1:], strict=True):
+        assert (ours - theirs).abs().sum() <= 2 + 0.01 * height * width
+    assert got.won.sum() == height * width and got.labels.dtype == expected.labels.dtype
+    assert (got.labels != expected.labels).sum() <= 1 + 0.01 * height * width
+
+
+@pytest.mark.parametrize("value", [20.0, -20.0])
+def test_one_winner_owns_all_or_nothing_of_maps_that_are_resized_twice(value: float) -> None:
+    maps = torch.full((3, 4, 5), -30.0)
+    maps[1] = value
+    won = twice_resized_winners(maps, torch.zeros(3), torch.ones(3), True, (16, 20), (16, 17), (30, 40))
+    assert won.won.tolist() == [0, 1200, 0] and won.both.tolist() == won.owned.tolist() == [0, 1200 * (value > 0), 0]
+    assert (won.labels == (1 if value > 0 else -1)).all()
+
+
 def test_every_instruction_set_and_thread_gives_the_same(isa: str) -> None:
     maps = torch.randn(50, 13, 11)
     expected = F.interpolate(maps[None], (64, 70), mode="bilinear", align_corners=False)[0]
     check_labels(resized_argmax(maps, (64, 70)), expected)
     winners = resized_winners(maps, torch.zeros(50), None, (64, 70))
     assert (winners.owned - (expected >= 0).sum((1, 2))).abs().max() <= 1
+    twice = (maps, torch.zeros(50), torch.rand(50) + 0.1, True, (26, 33), (26, 30), (64, 70))
+    first = twice_resized_winners(*twice)
+    assert (first.labels != twice_resized_winners_eager(*twice).labels).sum() <= 45
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     again = resized_winners(maps, torch.zeros(50), None, (64, 70))
+    second = twice_resized_winners(*twice)
     torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(winners, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((*winners, *first), (*again, *second), strict=True))
 
 
 def scene(peaky: bool, queries: int = 40, classes: int = 30, size: tuple[int, int] = (24, 31)) -> tuple:
