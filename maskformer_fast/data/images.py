@@ -82,8 +82,9 @@ def _decode(
     upright: bool = False,
     lower_bytes: bool = False,  # of 16-bit colours, instead of the upper ones
     source: IO[bytes] | None = None,  # the file's content; by default the path is opened
-    most: int = MAX_PIXELS,
+    most: int | None = None,  # pixels, by default `MAX_PIXELS`
 ) -> Image.Image:
+    most = most or MAX_PIXELS
     try:
         if source is None and os.path.exists(path) and not os.path.isfile(path):
             raise OSError("expected a file, got a folder, pipe or device")
@@ -125,7 +126,7 @@ def _other_content(path: str | os.PathLike[str]) -> str:
     return next((name for beginning, name in _OTHERS.items() if start[: len(beginning) or 1] == beginning), "another")
 
 
-def read_image(path: str | os.PathLike[str], upright: bool = True, most: int = MAX_PIXELS) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], upright: bool = True, most: int | None = None) -> np.ndarray:
     """Decode a picture for a network -> uint8 [H, W, 3] RGB.
 
     The content must be of a format of `IMAGE_FORMATS`, whatever the file's name. EXIF orientation is applied unless
@@ -133,7 +134,7 @@ def read_image(path: str | os.PathLike[str], upright: bool = True, most: int = M
     does. Transparency is dropped. Of several frames the first is taken.
 
     Args:
-        most: number of pixels of the largest picture that is decoded, up to `MOST_PIXELS`.
+        most: number of pixels of the largest picture that is decoded, up to `MOST_PIXELS`; `MAX_PIXELS` by default.
 
     Raises:
         BrokenExampleError: missing, damaged, truncated, floating-point, or larger than ``most``.
@@ -165,7 +166,7 @@ def image_size(path: str | os.PathLike[str], upright: bool = True) -> tuple[int,
 
 
 def _dark_colors(
-    image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str], upright: bool, most: int
+    image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str], upright: bool, most: int | None
 ) -> np.ndarray:
     """Read 16-bit colours of 12 bits or fewer, of which Pillow gives the upper bytes -> uint8 [H, W, 3] RGB."""
     try:
