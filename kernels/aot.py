@@ -99,10 +99,15 @@ class CompiledKernel:
 
     @property
     def failure(self) -> str:
-        """Reason why this kernel must not be shipped, or an empty string."""
-        limit = SHARED_MEMORY_LIMITS[self.target]
+        """Reason why this kernel must not be among those that are checked here, or an empty string."""
         if self.spilled_bytes > ALLOWED_SPILLS.get((self.triton_version, self.variant, self.target), 0):
             return f"spills {self.spilled_bytes} bytes a thread"
+        return self.obstacle
+
+    @property
+    def obstacle(self) -> str:
+        """Reason why this kernel cannot run, or an empty string."""
+        limit = SHARED_MEMORY_LIMITS[self.target]
         if self.shared_bytes > limit:
             return f"needs {self.shared_bytes} bytes of shared memory, {self.target} has {limit}"
         return ""

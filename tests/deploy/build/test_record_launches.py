@@ -254,6 +254,26 @@ def test_parameters_lie_in_memory_as_the_driver_reads_them() -> None:
     ]  # fmt: skip
 
 
+def test_a_kernel_that_spills_is_told_and_one_that_cannot_run_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from maskformer_fast.kernels import aot
+
+    recorded = record_launches(make_manifest(), SHAPES[:1], ["panoptic"])
+    numbers = {"spilled_bytes": 32, "shared_bytes": 0}
+
+    def compiled(variant: Any, target: str) -> aot.CompiledKernel:
+        return aot.CompiledKernel(variant.name, target, "symbol", b"", tuple(variant.arguments.items()), 0, 4,
+                                  registers=255, seconds=0.0, triton_version="0.0", **numbers)  # fmt: skip
+
+    monkeypatch.setattr(aot, "compile_kernel", compiled)
+    compile_launches(recorded, [TARGET])
+    assert caplog.text.count("spills 32 bytes a thread: it is somewhat slower") == len(recorded.kernels)
+    numbers["shared_bytes"] = 1 << 20
+    with pytest.raises(RuntimeError, match="bytes of shared memory"):
+        compile_launches(recorded, [TARGET])
+
+
 @pytest.mark.slow
 def test_cubins_declare_the_parameters_that_launches_pass(tmp_path: Path) -> None:
     """Compiled for real: the machine code declares parameters of the sizes that a replay passes."""
