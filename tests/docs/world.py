@@ -43,6 +43,8 @@ def make_world(folder: Path) -> None:
     (folder / "data" / "classes.json").write_text(json.dumps(names))
     index_folder(folder / "camvid", examples, 11)
     coco_folder(folder / "coco", examples)
+    yolo_folder(folder / "yolo", examples)
+    labelme_folder(folder / "labelme", examples)
     for run in RUNS:
         untrained_run(folder / run)
 
@@ -93,6 +95,28 @@ def coco_folder(root: Path, examples: list[Example]) -> None:
         for name, truth, used in (("panoptic", panoptic, categories), ("instances", instances, things)):
             content = {"images": images, "annotations": truth, "categories": used}
             (root / "annotations" / f"{name}_{split}.json").write_text(json.dumps(content))
+
+
+def yolo_folder(root: Path, examples: list[Example]) -> None:
+    """Write images with YOLO's label files; the outlines are boxes."""
+    for split in ("train", "val"):
+        for number, example in enumerate(examples):
+            save_picture(root / "images" / split / f"{number}.jpg", example)
+            path = root / "labels" / split / f"{number}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("1 0.1 0.1 0.4 0.1 0.4 0.5 0.1 0.5\n")
+    (root / "data.yaml").write_text("names: [car, bus]\ntrain: images/train\nval: images/val\n")
+
+
+def labelme_folder(root: Path, examples: list[Example]) -> None:
+    """Write images with labelme's files beside them; the shapes are rectangles."""
+    for split in ("train", "val"):
+        for number, example in enumerate(examples):
+            save_picture(root / split / f"{number}.jpg", example)
+            shape = {"label": "car", "points": [[8, 8], [28, 28]], "shape_type": "rectangle", "group_id": None}
+            height, width = example.size
+            content = {"shapes": [shape], "imagePath": f"{number}.jpg", "imageHeight": height, "imageWidth": width}
+            (root / split / f"{number}.json").write_text(json.dumps(content))
 
 
 def untrained_run(folder: Path) -> None:
