@@ -294,7 +294,7 @@ def recipes(draw: st.DrawFn) -> bytes:
 
 @every_target
 def test_recipes(tmp_path: Path, examples: int) -> None:
-    fuzz(4 * examples, recipes(), tmp_path / "file.yaml", load_recipe)
+    fuzz(examples, recipes(), tmp_path / "file.yaml", load_recipe)
 
 
 @every_target

@@ -28,7 +28,7 @@ void attention(const Attention& attention, const Element* query, const Element* 
                Element* result, float* statistics, int threads) {
   const int64_t pairs = attention.images * attention.heads;
   if (pairs == 0 || attention.queries == 0) return;
-  const bool halves = std::is_same<Element, uint16_t>::value && multiplies_bfloat16();
+  [[maybe_unused]] const bool halves = std::is_same<Element, uint16_t>::value && multiplies_bfloat16();
   const int64_t floats = packed_floats(attention), scratch = scratch_floats(attention);
   const std::unique_ptr<float[]> packed(new float[2 * pairs * floats]);
   const int64_t blocks = (attention.queries + kQueryBlock - 1) / kQueryBlock;

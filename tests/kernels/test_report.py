@@ -258,7 +258,7 @@ def test_quick_kernels_have_the_recorded_counts() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", tuple(report.TARGETS))
+@pytest.mark.parametrize("target", ["sm_87", "sm_90"])  # of `report.TARGETS`; each takes a minute
 def test_all_kernels_have_the_recorded_counts(target: str) -> None:
     from maskformer_fast.kernels.aot import KERNEL_MODULES
 
