@@ -212,7 +212,8 @@ def cases(device: str) -> list[Case]:
     ]  # fmt: skip
     files = [
         Case(f"EoMT small, image file -> panoptic map, 640x640, {dtype}", OPENVINO, goal,
-             partial(file_setup, dtype=dtype), threads=1, rank=1, memory=False, extra_seconds=EXPORT_SECONDS)
+             partial(file_setup, dtype=dtype), threads=1, rank=1, memory=False, extra_seconds=EXPORT_SECONDS,
+             bound=partial(bound, "small", getattr(torch, dtype)))
         for dtype, goal in FILE_GOALS.items()
     ]  # fmt: skip
     step = Case(
