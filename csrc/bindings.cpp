@@ -24,6 +24,7 @@
 #include "rle/rle.h"
 #include "segments/segments.h"
 #include "semantic/semantic.h"
+#include "upscaling/upscaling.h"
 #include "window_attention/window_attention.h"
 
 namespace py = pybind11;
@@ -762,6 +763,46 @@ void define_semantic(py::module_& module) {
       "column of each window, one after the other.");
 }
 
+// upscaling
+
+Upscaling upscaling_of(const Integers<4>& sizes, bool gelu, const std::array<uintptr_t, 3>& weights, float epsilon) {
+  check_sizes(sizes);
+  const auto [count, height, width, channels] = sizes;
+  const auto of = [&](int part) { return pointer<const float>("weights", weights[part], channels > 0); };
+  return {count, height, width, channels, gelu, of(0), of(1), of(2), epsilon};
+}
+
+void define_upscaling(py::module_& module) {
+  module.def(
+      "upscaling",
+      [](uintptr_t maps, const std::string& type, const Integers<4>& sizes, bool gelu,
+         const std::array<uintptr_t, 3>& weights, float epsilon, uintptr_t result, int threads) {
+        check_threads(threads);
+        const Upscaling sized = upscaling_of(sizes, gelu, weights, epsilon);
+        if (float_or_bfloat16(type) == FloatType::float32) {
+          upscaling(sized, pointer<const float>(maps), pointer<float>(result), threads);
+        } else {
+          upscaling(sized, pointer<const uint16_t>(maps), pointer<uint16_t>(result), threads);
+        }
+      },
+      arg("maps"), arg("type"), arg("sizes"), arg("gelu"), arg("weights"), arg("epsilon"), arg("result"),
+      arg("threads"), ReleaseGil(),
+      "Addresses of maps and result, float32 or bfloat16, and of the three float32 weights with the shapes in "
+      "csrc/upscaling/upscaling.h. sizes: images, height, width, channels.");
+  module.def(
+      "upscaling_backward",
+      [](uintptr_t gradient, uintptr_t maps, const Integers<4>& sizes, bool gelu,
+         const std::array<uintptr_t, 3>& weights, float epsilon, uintptr_t by_maps, uintptr_t by_weights, int threads) {
+        check_threads(threads);
+        upscaling_backward(upscaling_of(sizes, gelu, weights, epsilon), pointer<const float>(gradient),
+                           pointer<const float>(maps), pointer<float>(by_maps), pointer<float>(by_weights), threads);
+      },
+      arg("gradient"), arg("maps"), arg("sizes"), arg("gelu"), arg("weights"), arg("epsilon"), arg("by_maps"),
+      arg("by_weights"), arg("threads"), ReleaseGil(),
+      "Address of the gradient by the result, arguments of upscaling in float32, and addresses of the gradients by the "
+      "maps and by all weights.");
+}
+
 // window_attention
 
 WindowAttention window_attention_of(const Integers<7>& sizes, uintptr_t bias, int64_t key_stride) {
@@ -842,5 +883,6 @@ PYBIND11_MODULE(_C, module) {
   define_rle(module);
   define_segments(module);
   define_semantic(module);
+  define_upscaling(module);
   define_window_attention(module);
 }

@@ -20,6 +20,8 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.backbone import is_vit, resolve_backbone
 from maskformer_fast.modeling.linear import Linear, linear
 from maskformer_fast.modeling.network import SegmentationNetwork, checked_sizes
+from maskformer_fast.ops.upscaling import DTYPES as UPSCALING_DTYPES
+from maskformer_fast.ops.upscaling import upscaling, upscaling_eager
 from maskformer_fast.structures import LayerPredictions, Predictions
 
 STRIDE = 4
@@ -40,14 +42,26 @@ class UpscaleBlock(nn.Module):
         x: Tensor,  # [B, h, w, C]
     ) -> Tensor:
         """Output [B, 2h, 2w, C]."""
-        x = linear(x, *self.windows()).unflatten(-1, (2, 2, -1))  # [B, h, w, 2, 2, C]
-        x = F.gelu(x.transpose(2, 3).flatten(3, 4).flatten(1, 2))
-        return self.norm(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = linear(x, *self.windows()).unflatten(-1, (4, -1))  # [B, h, w, 4, C]
+        return finish_upscaling(x, self.conv2, self.norm, gelu=True)
 
     def windows(self) -> tuple[Tensor, Tensor]:
         """Weight [4C, C] and bias [4C] of the transposed convolution: its windows do not overlap, so it is linear."""
         assert self.conv1.bias is not None
         return self.conv1.weight.permute(2, 3, 1, 0).flatten(0, 2), self.conv1.bias.repeat(4)
+
+
+def finish_upscaling(
+    x: Tensor,  # [B, h, w, 4, C]
+    conv: nn.Conv2d,  # depthwise, 3x3
+    norm: nn.LayerNorm,
+    gelu: bool,
+) -> Tensor:
+    """GELU if wanted, convolution and norm -> [B, 2h, 2w, C]; the operator is the CPU's, with gradients in float32."""
+    by_operator = x.device.type == "cpu" and (x.dtype == torch.float32 or not x.requires_grad)
+    if by_operator and x.dtype in UPSCALING_DTYPES and not torch.compiler.is_exporting():
+        return upscaling(x, conv.weight.float(), norm.weight.float(), norm.bias.float(), norm.eps, gelu)
+    return upscaling_eager(x, conv.weight, norm.weight, norm.bias, norm.eps, gelu)
 
 
 class Upscaling(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskformer_fast.modeling.eomt import UpscaleBlock
+from maskformer_fast.modeling.eomt import UpscaleBlock, finish_upscaling
 from maskformer_fast.modeling.fused_linear import FusedLinear
 from maskformer_fast.modeling.linear import Linear
 from maskformer_fast.modeling.vit import Block, LayerScale, Rotary, attend
@@ -56,8 +56,7 @@ class FusedUpscaleBlock(nn.Module):
         x: Tensor,  # [B, h, w, C]
     ) -> Tensor:
         """Output [B, 2h, 2w, C]."""
-        x = self.conv1(x).unflatten(-1, (2, 2, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return self.norm(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return finish_upscaling(self.conv1(x).unflatten(-1, (4, -1)), self.conv2, self.norm, gelu=False)
 
 
 def _scaled(layer: Linear, scale: LayerScale, dtype: torch.dtype) -> FusedLinear:

@@ -36,6 +36,7 @@ constexpr Operator kOperators[] = {
     {"rle", run_rle},
     {"segments", run_segments},
     {"semantic", run_semantic},
+    {"upscaling", run_upscaling},
     {"window_attention", run_window_attention},
 };
 constexpr int kRuns = 40;  // runs for each operator, instruction set and number of threads

@@ -66,6 +66,7 @@ void run_rle(Random& random, int threads);
 void run_segments(Random& random, int threads);
 void run_semantic(Random& random, int threads);
 void run_threads(Random& random, int threads);
+void run_upscaling(Random& random, int threads);
 void run_window_attention(Random& random, int threads);
 
 }  // namespace maskformer_fast
