@@ -1,6 +1,6 @@
 """From a folder of photographs to label PNGs: where the time goes, whether labels are the same, and peak memory.
 
-    python -m benchmarks.studies.end_to_end [--images FOLDER] [--classes 150 847] [--output FILE]
+    python -m benchmarks.studies.end_to_end [--images FOLDER] [--classes 150 847] [--processor-time] [--output FILE]
 
 Implementations and networks are those of `benchmarks.cases.end_to_end`. They take turns image by image in one process;
 the peak resident memory is that of a process which runs one implementation alone. Results go to
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,8 @@ class EndToEndOptions:
     implementations: tuple[str, ...] = IMPLEMENTATIONS
     """Those of interest beside Hugging Face in float32; Inductor compiles for minutes. One that is not installed is
     left out and named."""
+    processor_time: bool = False
+    """Measure the processor's time of one thread, for machines whose cores are shared, not the wall's with two."""
     output: Path = OUTPUT / "end_to_end.json"
     """JSON file."""
 
@@ -73,10 +75,13 @@ class EndToEndOptions:
         check(len(self.classes) > 0 and min(self.classes) >= 1, "classes", "positive numbers", self.classes)
 
 
-def measure(network: Path, files: Sequence[Path], folder: Path, names: Sequence[str]) -> dict[str, Row]:
+def measure(
+    network: Path, files: Sequence[Path], folder: Path, names: Sequence[str], clock: Callable[[], float]
+) -> dict[str, Row]:
     """Images per second, stages, and the share of labels that equal Hugging Face's in float32, by implementation."""
-    torch.set_num_threads(THREADS)
     opened = {name: open_implementation(name, network) for name in names}
+    for implementation in opened.values():
+        implementation.clock = clock
     seconds: dict[str, list[float]] = {name: [] for name in names}
     labels: dict[str, list[np.ndarray]] = {name: [] for name in names}
     stages: dict[str, Counter[str]] = {name: Counter() for name in names}
@@ -85,9 +90,9 @@ def measure(network: Path, files: Sequence[Path], folder: Path, names: Sequence[
     for number, file in enumerate(files):
         turn = number % len(names)
         for name in (*names[turn:], *names[:turn]):
-            start = time.perf_counter()
+            start = clock()
             labels[name].append(opened[name].segment(file, folder / name))
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
             stages[name].update(opened[name].watch.seconds)
     same_order = Ours(network / "ours.safetensors", "float32", "huggingface")
     ordered = [same_order.segment(file, folder / "ordered") for file in files]
@@ -110,18 +115,19 @@ def share_identical(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) ->
     return float(np.mean([(a == b).mean() for a, b in zip(ours, theirs, strict=True)]))
 
 
-def measure_peak(name: str, network: Path, images: Path) -> float:
+def measure_peak(name: str, network: Path, images: Path, threads: int) -> float:
     """Peak resident MiB of a process that segments all images by one implementation."""
-    command = [sys.executable, "-m", "benchmarks.studies.end_to_end", "--alone", name, str(network), str(images)]
+    command = [sys.executable, "-m", "benchmarks.studies.end_to_end", "--alone"]
+    command += [name, str(network), str(images), str(threads)]
     process = subprocess.run(
-        command, cwd=ROOT, env=environment("time", THREADS), check=True, stdout=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment("time", threads), check=True, stdout=subprocess.PIPE, text=True
     )
     return float(process.stdout.splitlines()[-1])
 
 
-def run_alone(name: str, network: str, images: str) -> None:
+def run_alone(name: str, network: str, images: str, threads: str) -> None:
     """Segment all images by one implementation, and print the peak resident MiB of this process."""
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(int(threads))
     implementation = open_implementation(name, Path(network))
     with tempfile.TemporaryDirectory() as folder:
         for file in sorted(Path(images).iterdir()):
@@ -170,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [name for name in IMPLEMENTATIONS if name in (*options.implementations, HUGGINGFACE)]
     names = [name for name in wanted if is_installed(name.split(", ")[0])]
     rows = []
+    threads, clock = (1, time.process_time) if options.processor_time else (THREADS, time.perf_counter)
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = prepare_images(options.images, options.count, folder / "images")
@@ -177,12 +185,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for kind in options.kinds:
                 network = folder / f"{classes}_{kind}"
                 write_network(network, classes, kind, files)
-                measured = measure(network, files, folder / "labels", names)
-                peaks = {name: measure_peak(name, network, folder / "images") for name in names}
+                measured = measure(network, files, folder / "labels", names, clock)
+                peaks = {name: measure_peak(name, network, folder / "images", threads) for name in names}
                 rows.append(build_row(classes, kind, measured, peaks))
     write_json(options.output, {
         "machine": describe("cpu"), "images": options.count, "size": [SIDE, SIDE],
-        "source": "drawn scenes" if options.images is None else "photographs", "rows": rows,
+        "source": "drawn scenes" if options.images is None else "photographs", "threads": threads,
+        "time": "processor" if options.processor_time else "wall", "rows": rows,
     })  # fmt: skip
     print(format_rows(rows))
     for name in sorted(set(wanted) - set(names)):

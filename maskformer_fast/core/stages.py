@@ -23,10 +23,18 @@ class Stopwatch:
         seconds: of each stage, in the order in which the stages first ended.
     """
 
-    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
-        """``synchronize`` waits for a device that works asynchronously; it is called at the end of every stage."""
+    def __init__(
+        self, synchronize: Callable[[], object] | None = None, clock: Callable[[], float] = perf_counter
+    ) -> None:
+        """Start at once.
+
+        Args:
+            synchronize: waits for a device that works asynchronously; it is called at the end of every stage.
+            clock: gives the present time in seconds, such as that of the wall, or of the processor.
+        """
         self.seconds: dict[str, float] = {}
         self._synchronize = synchronize
+        self._clock = clock
         self._last = self._now()
 
     def lap(self, stage: str) -> None:
@@ -43,4 +51,4 @@ class Stopwatch:
     def _now(self) -> float:
         if self._synchronize is not None:
             self._synchronize()
-        return perf_counter()
+        return self._clock()

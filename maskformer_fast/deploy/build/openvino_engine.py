@@ -1,10 +1,10 @@
 """INT8 graphs for OpenVINO, which NNCF makes from a bundle's ``raw`` graph and a few hundred typical pictures.
 
 Convolutions and linear layers are quantised, weights with one range for each output channel. NNCF's preset for
-transformers, which is used for a Swin backbone, keeps the softmax of attention in floating point, and evens out the
-ranges of activations before linear layers. The convolution and the product that make mask logits stay in floating
-point: the runtime computes them by its own operator, for the wanted queries only, and queries are compared by their
-values.
+transformers, which is used where the backbone is one of attention, keeps residual sums, norms, softmax and GELU in
+floating point, and evens out the ranges of activations before linear layers. The convolution and the product that make
+mask logits stay in floating point: the runtime computes them by its own operator, for the wanted queries only, and
+queries are compared by their values.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -68,24 +69,10 @@ def build_openvino_engine(
     if tail is None:
         logger.warning("the mask logits are made in an unknown way, and are quantised as well")
 
-    def to_input(path: Path) -> np.ndarray:
-        return np.repeat(covering_crop(read_image(path), best[1:]), batch or 1, 0)
-
-    # The library prints on both streams; only this module's own progress bar is shown.
-    with (
-        tempfile.TemporaryDirectory(prefix="maskformer_fast_engine_") as folder,
-        open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere),
-        tqdm(desc="calibrate", unit="img", file=sys.__stderr__, disable=not progress, leave=False) as bar,
-    ):  # fmt: skip
-        logging.getLogger("nncf").setLevel(logging.ERROR)  # `nncf.set_log_level` also silences handlers of others
-        with quantizer_errors("NNCF"):
-            quantised = nncf.quantize(
-                model,
-                nncf.Dataset(readable, lambda path: (bar.update(), to_input(path))[1]),
-                subset_size=len(readable),
-                model_type=nncf.ModelType.TRANSFORMER if _is_transformer(model, tail) else None,
-                ignored_scope=nncf.IgnoredScope(names=list(tail.names) if tail else []),
-            )
+    quantised = quantise_model(
+        model, readable, batch or 1, best[1:], is_transformer(model, tail), tail.names if tail else (), progress
+    )
+    with tempfile.TemporaryDirectory(prefix="maskformer_fast_engine_") as folder:
         path = Path(folder) / Path(FILE).name
         openvino.save_model(quantised, path, compress_to_fp16=False)
         contents = {FILE: path.read_bytes(), FILE.removesuffix(".xml") + ".bin": path.with_suffix(".bin").read_bytes()}
@@ -106,19 +93,69 @@ def build_openvino_engine(
     return engine, contents
 
 
-def _is_transformer(model: Any, tail: MaskTail | None) -> bool:
-    """Whether pixel features come from more attention than convolutions, as with a Swin backbone."""
-    counts = {"Softmax": 0, "Convolution": 0}
+def quantise_model(
+    model: Any, pictures: Sequence[Path], batch: int, size: tuple[int, int], transformer: bool,
+    kept: Sequence[str] = (), progress: bool = True,
+) -> Any:  # fmt: skip
+    """Quantise an OpenVINO model of ``images`` uint8 [B, 3, H, W] by NNCF -> an OpenVINO model.
+
+    Args:
+        model: float32 model.
+        pictures: files by which ranges are measured, all of which can be read.
+        batch: number of images in a batch, each picture repeated.
+        size: height and width to which pictures are brought.
+        transformer: use NNCF's preset for transformers, see `is_transformer`.
+        kept: names of the nodes that stay in floating point.
+        progress: show a bar on stderr.
+
+    Raises:
+        ModuleNotFoundError: nncf or openvino is not installed.
+        ValueError: a graph that NNCF refuses.
+    """
+    _, nncf = _libraries()
+
+    def to_input(path: Path) -> np.ndarray:
+        return np.repeat(covering_crop(read_image(path), size), batch, 0)
+
+    # The library prints on both streams; only this module's own progress bar is shown.
+    with (
+        open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere),
+        tqdm(desc="calibrate", unit="img", file=sys.__stderr__, disable=not progress, leave=False) as bar,
+    ):  # fmt: skip
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # `nncf.set_log_level` also silences handlers of others
+        with quantizer_errors("NNCF"):
+            return nncf.quantize(
+                model,
+                nncf.Dataset(list(pictures), lambda path: (bar.update(), to_input(path))[1]),
+                subset_size=len(pictures),
+                model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+                ignored_scope=nncf.IgnoredScope(names=list(kept)),
+            )
+
+
+def is_transformer(model: Any, tail: MaskTail | None) -> bool:
+    """Whether the backbone is one of attention: before a softmax there is at most one convolution, the patch embedding.
+
+    Only what leads to the pixel features counts. The attention of a pixel decoder comes after all convolutions of a
+    backbone. Counting both would not tell them apart: a small Swin has as few softmaxes as its pixel decoder has
+    convolutions.
+    """
     start = (tail.features if tail else model.output("mask_logits")).get_node()
-    waiting, seen = [start], {start.get_friendly_name()}
+    attention = [node for node in _ancestors(start) if node.get_type_name() == "Softmax"]
+    return any(
+        sum(node.get_type_name() == "Convolution" for node in _ancestors(softmax)) <= 1 for softmax in attention
+    )
+
+
+def _ancestors(start: Any) -> list[Any]:
+    """A node, and all nodes by whose outputs it is computed."""
+    waiting, found = [start], {start.get_friendly_name(): start}
     while waiting:
-        node = waiting.pop()
-        counts[node.get_type_name()] = counts.get(node.get_type_name(), 0) + 1
-        for before in (port.get_node() for port in node.input_values()):
-            if before.get_friendly_name() not in seen:
-                seen.add(before.get_friendly_name())
+        for before in (port.get_node() for port in waiting.pop().input_values()):
+            if before.get_friendly_name() not in found:
+                found[before.get_friendly_name()] = before
                 waiting.append(before)
-    return counts["Softmax"] > counts["Convolution"]
+    return list(found.values())
 
 
 def _libraries() -> tuple[Any, Any]:

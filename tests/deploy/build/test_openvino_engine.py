@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import pytest
 from PIL import Image
 
 from maskformer_fast import export, predict
-from maskformer_fast.deploy.build.openvino_engine import FILE, _is_transformer
+from maskformer_fast.deploy.build.onnx import export_graphs
+from maskformer_fast.deploy.build.openvino_engine import FILE, is_transformer, quantise_model
 from maskformer_fast.deploy.build.quantize import LEAST_IMAGES
 from maskformer_fast.deploy.build.tensorrt import EngineConfig, EngineError
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import BundleError, Shape
 from maskformer_fast.deploy.runtime import load, openvino_session
 from maskformer_fast.deploy.runtime.openvino_session import find_mask_tail, shared_core
+from maskformer_fast.modeling import build_model
+from maskformer_fast.recipes import load_recipe
 from tests.support.graphs import raw_graph
 from tests.support.tail_graph import tail_bundle, tail_graph
 
@@ -82,14 +86,61 @@ def test_a_failure_leaves_the_bundle_as_it_was(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "few"]
 
 
-def test_the_preset_for_transformers_is_for_backbones_of_attention() -> None:
-    for graph, wanted in ((tail_graph(), False), (raw_graph().SerializeToString(), False)):
+def attention_graph(stem: int, blocks: int, lateral: int) -> Any:
+    """A model with convolutions, then attention of pixels to pixels, then convolutions, whose result are the masks."""
+    op = openvino.opset13
+    images = op.parameter([1, 3, 8, 8], np.float32)
+    x: Any = op.convolution(images, np.ones((4, 3, 1, 1), np.float32), [1, 1], [0, 0], [0, 0], [1, 1])
+    weight = np.ones((4, 4, 1, 1), np.float32)
+    for _ in range(stem - 1):
+        x = op.relu(op.convolution(x, weight, [1, 1], [0, 0], [0, 0], [1, 1]))
+    for _ in range(blocks):
+        tokens = op.reshape(x, np.array([1, 4, 64]), False)
+        scores = op.softmax(op.matmul(tokens, tokens, True, False), 2)
+        x = op.add(x, op.reshape(op.matmul(tokens, scores, False, False), np.array([1, 4, 8, 8]), False))
+    for _ in range(lateral):
+        x = op.relu(op.convolution(x, weight, [1, 1], [0, 0], [0, 0], [1, 1]))
+    x.output(0).get_tensor().set_names({"mask_logits"})
+    return openvino.Model([x], [images])
+
+
+@pytest.mark.parametrize(
+    ("stem", "blocks", "lateral", "wanted"),
+    [(1, 12, 8, True), (1, 2, 9, True), (4, 1, 3, False), (2, 30, 3, False), (4, 0, 3, False)],
+)
+def test_the_preset_for_transformers_is_for_backbones_of_attention(
+    stem: int, blocks: int, lateral: int, wanted: bool
+) -> None:
+    assert is_transformer(attention_graph(stem, blocks, lateral), None) == wanted
+
+
+def test_attention_of_queries_is_not_a_backbone() -> None:
+    for graph in (tail_graph(), raw_graph().SerializeToString()):
         model = shared_core().read_model(graph)
-        assert _is_transformer(model, find_mask_tail(model)) == wanted
-    tokens = openvino.opset13.parameter([1, 4, 8], np.float32)
-    masks = openvino.opset13.softmax(tokens, 2)
-    masks.output(0).get_tensor().set_names({"mask_logits"})
-    assert _is_transformer(openvino.Model([masks], [tokens]), None)
+        assert not is_transformer(model, find_mask_tail(model))
+
+
+@pytest.mark.slow
+def test_a_small_swin_keeps_its_residual_sums_and_a_resnet_with_an_encoder_does_not(
+    tmp_path: Path, pictures: Path
+) -> None:
+    recipe = load_recipe("demo").model
+    swin = replace(
+        recipe.backbone, name="swin_tiny", embed_dim=32, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16),
+        res2_channels=None,
+    )  # fmt: skip
+    for backbone, wanted in ((swin, True), (recipe.backbone, False)):
+        network = build_model(replace(recipe, num_classes=5, backbone=backbone)).eval()
+        model = shared_core().read_model(export_graphs(network, ["raw"], None)["raw"][0])
+        tail = find_mask_tail(model)
+        assert tail is not None and is_transformer(model, tail) == wanted
+        files = sorted(pictures.glob("[0-9].png"))
+        int8 = quantise_model(model, files[:2], 1, (64, 64), wanted, tail.names, progress=False)
+        readers = {
+            port.get_node().get_type_name() for node in int8.get_ops() if node.get_type_name() == "FakeQuantize"
+            for port in node.output(0).get_target_inputs()
+        }  # fmt: skip
+        assert {"MatMul", "Convolution"} <= readers and bool(readers & {"MVN", "Add"}) != wanted
 
 
 def test_what_nncf_raises_is_one_line_and_the_bundle_stays(
