@@ -146,7 +146,10 @@ class MlflowLogger:
         from mlflow.entities import Metric, Param
 
         self._metric = Metric
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            uri = (folder / "mlruns").resolve().as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a database would need more than mlflow-skinny
         self._client = MlflowClient(tracking_uri=uri)
         known = _remembered(folder, "mlflow")
         if known is not None:

@@ -58,8 +58,8 @@ def naive(target, source, scale_range, flip, rng):
     masks = np.zeros((len(truth), *cut), dtype=bool)
     for y in range(cut[0]):
         for x in range(cut[1]):
-            at = min(int(box[1] + (y + 0.5) * (box[3] - box[1]) / cut[0]), height - 1), \
-                 min(int(box[0] + (x + 0.5) * (box[2] - box[0]) / cut[1]), width - 1)
+            at = min(int(box[1] + (y + 0.5) * ((box[3] - box[1]) / cut[0])), height - 1), \
+                 min(int(box[0] + (x + 0.5) * ((box[2] - box[0]) / cut[1])), width - 1)
             masks[:, y, x] = truth[:, at[0], at[1]]
     if flip and rng.random() < 0.5:
         image, masks = image[:, ::-1], masks[:, :, ::-1]
@@ -84,14 +84,14 @@ def naive(target, source, scale_range, flip, rng):
             pixels[y, x] = image[y - y1, x - x1]
         result = {key: place - covered for key, place in result.items()}
         result |= {(category, -n): place for n, (category, place) in enumerate(pasted, 1)}
-    return pixels, sorted((key[0], sorted(place)) for key, place in result.items() if place)
+    return pixels, sorted((key[0], sorted(place)) for key, place in result.items() if place or not seen)
 
 
 @pytest.mark.parametrize("kind", ["masks", "id_map"])
 @pytest.mark.parametrize("scale_range", [(0.1, 2.0), (0.3, 0.5), (1.5, 2.5), (1.0, 1.0)])
 def test_the_composition_is_that_of_a_loop_over_pixels(kind, scale_range):
     dropped = 0
-    for seed in range(12):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         target = example(rng, (18, 25), int(rng.integers(0, 5)), kind)
         source = example(rng, (21, 16), int(rng.integers(0, 4)), kind, crowd=True)
@@ -106,8 +106,8 @@ def test_the_composition_is_that_of_a_loop_over_pixels(kind, scale_range):
         # the arguments stay as they were
         np.testing.assert_array_equal(target.image, before[0])
         np.testing.assert_array_equal(target.segment_masks(target.segments), before[1])
-        dropped += len(target.segments) > sum(segment.id in {s.id for s in target.segments} for segment in got.segments)
-    assert dropped or scale_range[1] < 1.0  # some objects are covered completely
+        dropped += not {segment.id for segment in target.segments} <= {segment.id for segment in got.segments}
+    assert dropped or kind == "masks" or scale_range[1] < 1.0  # some objects are covered completely
 
 
 def pasting(share, task="panoptic", **changes):

@@ -83,6 +83,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 def test_mlflow_gets_the_scalars_the_configuration_and_pictures_of_a_resumed_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the client that reads; the logger sets it as well
     folder = tmp_path / "a run"
     log = {"mlflow": True, "project": "tests", "every": 2}
     Trainer(tiny(folder, solver={"max_steps": 2}, log=log)).run()
