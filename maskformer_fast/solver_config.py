@@ -67,8 +67,8 @@ class SolverConfig:
             value = getattr(self, name)
             automatic = name == "batch_size" and value == "auto"
             check(automatic or (isinstance(value, int) and value > 0), f"solver.{name}", "a positive integer", value)
-        check(self.batch_size == "auto" or self.batch_size % self.accumulate == 0, "solver.accumulate",
-              f"a divisor of batch_size={self.batch_size}", self.accumulate)
+        fits = not isinstance(self.batch_size, int) or self.batch_size % self.accumulate == 0
+        check(fits, "solver.accumulate", f"a divisor of batch_size={self.batch_size}", self.accumulate)
         check(self.lr > 0, "solver.lr", "> 0", self.lr)
         check_choice("solver.schedule", self.schedule, ("poly", "step", "poly_after_warmup"))
         check(0.0 <= self.ema_decay < 1.0, "solver.ema_decay", "0 <= decay < 1", self.ema_decay)
@@ -88,7 +88,7 @@ class SolverConfig:
     @property
     def images(self) -> int:
         """``batch_size`` as a number. Raises ``ValueError`` as long as it is ``auto``."""
-        if self.batch_size == "auto":
+        if not isinstance(self.batch_size, int):
             raise ValueError("solver.batch_size: expected a number here, got auto, which "
                              "training.batch_size.with_batch_size replaces")
         return self.batch_size

@@ -3,7 +3,7 @@
     python -m benchmarks.studies.frozen_backbone [--size 512] [--images 2] [--steps 3] [--output FOLDER]
 
 MaskFormer with a ResNet-50 on one thread of the CPU, random images and ten random targets each. Each variant has a
-process of its own, and both are measured in turns; times are the processor's, the least of the steps of all turns.
+process of its own; times are the processor's, the least of the steps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "frozen stem and res2": ("backbone.stem", "backbone.res2"),
     "frozen backbone": ("backbone",),
 }
-TURNS = 2
 CLASSES, TARGETS = 150, 10
 
 
@@ -82,16 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(VARIANTS[options.variant], options.size, options.images, options.steps)))
         return 0
     rows = {}
-    for _ in range(TURNS):
-        for name in VARIANTS:
-            command = [sys.executable, "-m", "benchmarks.studies.frozen_backbone", "--variant", name]
-            command += ["--size", str(options.size), "--images", str(options.images), "--steps", str(options.steps)]
-            printed = subprocess.run(command, cwd=ROOT, env=environment("memory", 1), capture_output=True, text=True,
-                                     check=True).stdout
-            got, before = json.loads(printed.splitlines()[-1]), rows.get(name)
-            rows[name] = got if before is None else {key: min(got[key], before[key]) for key in got}
-    for name, row in rows.items():
-        print(f"{name}: {row['seconds']:.2f} s, {row['peak_bytes'] / 2**30:.2f} GiB")
+    for name in VARIANTS:
+        command = [sys.executable, "-m", "benchmarks.studies.frozen_backbone", "--variant", name]
+        command += ["--size", str(options.size), "--images", str(options.images), "--steps", str(options.steps)]
+        printed = subprocess.run(command, cwd=ROOT, env=environment("time", 1), stdout=subprocess.PIPE, text=True,
+                                 check=True).stdout
+        rows[name] = row = json.loads(printed.splitlines()[-1])
+        print(f"{name}: {row['seconds']:.2f} s, {row['peak_bytes'] / 2**30:.2f} GiB", flush=True)
     setting = {"network": "MaskFormer, ResNet-50", "size": options.size, "images": options.images}
     write_json(options.output / "frozen_backbone.json", {"machine": describe_machine(), **setting, "rows": rows})
     return 0

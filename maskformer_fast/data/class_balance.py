@@ -44,10 +44,10 @@ def present_classes(example: Example, task: Task, metadata: Metadata) -> np.ndar
     present = np.zeros(metadata.num_classes, dtype=bool)
     if example.id_map is not None:
         ids = set(np.unique(example.id_map).tolist())
-        filled = [segment.id in ids for segment in example.segments]
+        filled: list[bool] = [segment.id in ids for segment in example.segments]
     else:
         assert example.masks is not None  # by Example.__post_init__
-        filled = example.masks.any((1, 2)).tolist()
+        filled = [bool(mask.any()) for mask in example.masks]
     for segment, has_pixels in zip(example.segments, filled, strict=True):
         if has_pixels and is_target(segment, task, metadata):
             present[segment.category] = True

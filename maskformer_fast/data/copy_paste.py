@@ -54,14 +54,15 @@ def paste_objects(
         segments = [segment for segment in (*target.segments, *added) if segment.id in left_ids]
         return replace(target, image=composed, segments=segments, id_map=id_map)
     assert target.masks is not None  # by Example.__post_init__
-    before, rows = len(target.masks), len(target.masks) + len(pasted)
-    merged = np.zeros((rows, *target.size), dtype=bool)
+    before = len(target.masks)
+    merged = np.zeros((before + len(pasted), *target.size), dtype=bool)
     merged[:before] = target.masks
-    merged[(slice(before), *region)] &= ~covered
-    merged[(slice(before, rows), *region)] = pasted
-    kept = merged.any((1, 2))
-    segments = [segment for segment, keep in zip((*target.segments, *added), kept, strict=True) if keep]
-    return replace(target, image=composed, segments=segments, masks=merged[kept])
+    within = merged[:, region[0], region[1]]  # a view
+    within[:before] &= ~covered
+    within[before:] = pasted
+    kept = np.flatnonzero(merged.any((1, 2)))
+    everything = [*target.segments, *added]
+    return replace(target, image=composed, segments=[everything[row] for row in kept], masks=merged[kept])
 
 
 def _window(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from maskformer_fast.config import Config
-from maskformer_fast.core.machine import available_memory_bytes
+from maskformer_fast.core.machine import available_memory_bytes, keep_freed_memory
 from maskformer_fast.data import build_dataset
 from maskformer_fast.data.loader import train_loader
 from maskformer_fast.distributed import peak_memory_bytes, resolve_device, world_size
@@ -133,6 +133,7 @@ def _trial(config: Config) -> Trial:
         available = torch.cuda.mem_get_info(device)[0]
     else:
         available = available_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        keep_freed_memory()  # as the trainer does, which makes the peak larger
     network = initial_network(config, None, device)
     frozen = freeze(network, config.solver.freeze)
     set_training(network, frozen)
