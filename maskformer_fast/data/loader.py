@@ -97,6 +97,12 @@ def check_batch_size(batch_size: int, accumulate: int, world_size: int) -> None:
           f"a multiple of accumulate x ranks = {accumulate} x {world_size}", batch_size)
 
 
+def check_copy_paste(augment: AugmentConfig, dataset: SegmentationDataset) -> None:
+    """Raise ``ValueError`` if objects are to be pasted, but no class of the data set is a thing."""
+    check(any(dataset.metadata.is_thing) or augment.copy_paste == 0.0, "data.augment.copy_paste",
+          "0 for a data set without things", augment.copy_paste)
+
+
 class TrainSampler(Sampler[list[tuple[int, ...]]]):
     """Endless micro-batches of (epoch, index) from step ``start_step`` on, in the order of the module's docstring.
 
@@ -188,9 +194,7 @@ def train_loader(
     Raises:
         ValueError: the data set is empty, or the batch size is not a multiple of ranks times micro-batches.
     """
-    things = any(dataset.metadata.is_thing)
-    check(things or not config.data.augment.copy_paste, "data.augment.copy_paste", "0 for a data set without things",
-          config.data.augment.copy_paste)
+    check_copy_paste(config.data.augment, dataset)
     transform = TrainTransform(config.data.augment, task, dataset.metadata)
     queries = config.model.decoder.num_queries if config.model.classifies_masks else None
     sampler = TrainSampler(

@@ -116,26 +116,25 @@ class BoundaryInstanceEvaluator(InstanceEvaluator):
                 else f"boundary_{key}": value for key, value in super().evaluate().items()}
 
     def _evaluation(self) -> Any:
-        tools = coco_tools()
+        tools, evaluation = coco_tools(), super()._evaluation()
+        iou_of_masks = evaluation.computeIoU
 
-        class BoundaryEval(tools.cocoeval.COCOeval):  # type: ignore[misc]
-            """COCOeval with the lesser of two IoUs."""
+        def lesser_iou(image: int, category: int) -> Any:
+            """IoU of results, best scores first, and truth of an image and class."""
+            of_masks = iou_of_masks(image, category)
+            if len(of_masks) == 0:
+                return of_masks
+            truth, results = evaluation._gts[image, category], evaluation._dts[image, category]
+            order = np.argsort([-result["score"] for result in results], kind="mergesort")
+            results = [results[index] for index in order[: evaluation.params.maxDets[-1]]]
+            of_boundaries = tools.mask.iou(
+                [result["boundary"] for result in results], [segment["boundary"] for segment in truth],
+                [int(segment["iscrowd"]) for segment in truth],
+            )  # fmt: skip
+            return np.minimum(of_masks, of_boundaries)
 
-            def computeIoU(self, imgId: int, catId: int) -> Any:
-                """IoU of results, best scores first, and truth of an image and class."""
-                of_masks = super().computeIoU(imgId, catId)
-                if len(of_masks) == 0:
-                    return of_masks
-                truth, results = self._gts[imgId, catId], self._dts[imgId, catId]
-                order = np.argsort([-result["score"] for result in results], kind="mergesort")
-                results = [results[index] for index in order[: self.params.maxDets[-1]]]
-                of_boundaries = tools.mask.iou(
-                    [result["boundary"] for result in results], [segment["boundary"] for segment in truth],
-                    [int(segment["iscrowd"]) for segment in truth],
-                )
-                return np.minimum(of_masks, of_boundaries)
-
-        return BoundaryEval
+        evaluation.computeIoU = lesser_iou
+        return evaluation
 
 
 def _boundary_rle(rle: dict[str, Any], width: int) -> dict[str, Any]:

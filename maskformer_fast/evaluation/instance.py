@@ -88,7 +88,7 @@ class InstanceEvaluator:
         if not self.truth or not things:
             return metrics
         with contextlib.redirect_stdout(io.StringIO()):
-            coco = self._evaluation()(self._coco(self.truth), self._coco(self.results), "segm")
+            coco = self._evaluation()
             coco.params.catIds = things
             coco.evaluate()
             coco.accumulate()
@@ -102,8 +102,8 @@ class InstanceEvaluator:
         return metrics
 
     def _evaluation(self) -> Any:
-        """Class of pycocotools that compares results with the truth."""
-        return coco_tools().cocoeval.COCOeval
+        """Comparison of results with the truth by pycocotools, not yet run."""
+        return coco_tools().cocoeval.COCOeval(self._coco(self.truth), self._coco(self.results), "segm")
 
     def _coco(self, annotations: list[dict[str, Any]]) -> Any:
         """The annotations as a data set of pycocotools. They are copied, as it writes into them."""

@@ -114,7 +114,7 @@ class Report:
         """
         write_json(folder / "metrics.json", metrics)
         rows = sorted(self.rows, key=lambda row: row["index"])
-        write_json(folder / "per_image.json", rows)
+        write_json(folder / "per_image.json", rows, indent=None)
         columns = ["index", "image_id", "file_name"]
         columns += [f"{task}/{key}" for task in self.tasks for key in _SHOWN[task]]
         _write_csv(folder / "per_image.csv", [columns, *([row[column] for column in columns] for row in rows)])
@@ -123,7 +123,7 @@ class Report:
             counts = self.confusion.confusion
             write_json(folder / "confusion.json", {
                 "classes": names, "pixels": counts.tolist(), "normalised": np.round(normalised(counts), 6).tolist(),
-            })  # fmt: skip
+            }, indent=None)  # fmt: skip
             table = [[name, *row] for name, row in zip(names, counts.tolist(), strict=True)]
             _write_csv(folder / "confusion.csv", [["truth \\ prediction", *names], *table])
             drawn = confusion_picture(counts, names)

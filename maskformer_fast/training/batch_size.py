@@ -104,7 +104,7 @@ def measure_trial(config: Config) -> Trial:
         device = torch.device("cuda", torch.cuda.current_device())
     context = multiprocessing.get_context("spawn")  # a fork would have this process's memory, and no CUDA
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run_trial, args=(replace(config, device=str(device)), sender))
+    process = context.Process(target=_run_trial, args=(replace(config, device=str(device)), sender), daemon=True)
     process.start()
     sender.close()
     try:

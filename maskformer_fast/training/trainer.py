@@ -20,7 +20,7 @@ from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.machine import keep_freed_memory
 from maskformer_fast.data import SegmentationDataset, build_dataset
 from maskformer_fast.data.class_balance import cached_presence, repeat_factors
-from maskformer_fast.data.loader import check_batch_size, train_loader
+from maskformer_fast.data.loader import check_batch_size, check_copy_paste, train_loader
 from maskformer_fast.data.worker import worker_death
 from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
 from maskformer_fast.evaluation import build_evaluator
@@ -98,6 +98,7 @@ class Trainer:
         check(len(self.train_set) > 0, "data", "at least one example to train", len(self.train_set))
         check_batch_size(config.solver.images, config.solver.accumulate, world_size())
         self.metadata = self.train_set.metadata
+        check_copy_paste(config.data.augment, self.train_set)
         check_loggers(config)
         check_classes(self.metadata, self.val_set.metadata)
         self.config = config = with_classes(config, self.metadata)

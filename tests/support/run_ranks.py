@@ -153,6 +153,7 @@ def run(folder: Path) -> dict[str, Any]:
     results["metrics"] = [measured(folder / "single", *sizes) for sizes in ((7, 2), (1, 1), (4, 3))]
     options = evaluate.EvaluateOptions(
         str(folder / "single"), output=str(folder / "metrics.json"), predictions=str(folder / "predictions"),
+        report=str(folder / "report"),
         task=("panoptic", "instance"), device="cpu", data=TINY.data, test=TINY.test,
     )
     evaluate.evaluate(options)
