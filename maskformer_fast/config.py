@@ -12,9 +12,10 @@ from typing import Literal, get_args
 from maskformer_fast.backbone_config import MAX_LAYERS, MAX_WIDTH, BackboneConfig
 from maskformer_fast.core.checks import check, check_choice, check_finite
 from maskformer_fast.inference_config import TestConfig
+from maskformer_fast.solver_config import Amp as Amp
+from maskformer_fast.solver_config import LogConfig, SolverConfig
 
 Task = Literal["semantic", "instance", "panoptic"]
-Amp = Literal["off", "bf16", "fp16"]
 ModelType = Literal["maskformer", "mask2former", "eomt", "per_pixel", "per_pixel_plus"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 
@@ -166,6 +167,10 @@ class AugmentConfig:
     color_jitter: bool = False
     """Change brightness, contrast, saturation and hue as SSD does; the official semantic recipes use it."""
     flip: bool = True
+    copy_paste: float = 0.0
+    """Probability with which an image gets objects (things) of another image of the data set (Ghiasi et al., 2021)."""
+    copy_paste_scale: tuple[float, float] = (0.1, 2.0)
+    """With ``copy_paste``: the other image is fitted into the crop's size times a uniform draw of this range."""
 
     def __post_init__(self) -> None:
         check_finite(self, "data.augment")
@@ -175,6 +180,9 @@ class AugmentConfig:
         check(self.max_size > 0, "data.augment.max_size", "> 0", self.max_size)
         low, high = self.scale_range
         check(0.0 < low <= high, "data.augment.scale_range", "0 < low <= high", self.scale_range)
+        check(0.0 <= self.copy_paste <= 1.0, "data.augment.copy_paste", "0..1", self.copy_paste)
+        low, high = self.copy_paste_scale
+        check(0.0 < low <= high, "data.augment.copy_paste_scale", "0 < low <= high", self.copy_paste_scale)
         area = self.single_category_max_area
         check(0.0 < area <= 1.0, "data.augment.single_category_max_area", "0 < share <= 1", area)
         check(min(self.scale_size) > 0, "data.augment.scale_size", "positive height and width", self.scale_size)
@@ -223,6 +231,9 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     exif: bool = True
     """Turn each image as its EXIF orientation says; without it, images lie as their pixels are stored."""
+    repeat_threshold: float = 0.0
+    """Repeat factor sampling, as for LVIS: images with a class that fewer than this share of the images have come
+    several times in an epoch (`data.class_balance`); 0 gives each image once."""
     skip_broken: bool = False
     """Skip and list images and annotations that cannot be read, instead of stopping."""
     cache: bool = False
@@ -232,91 +243,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_choice("data.task", self.task, (None, *TASKS))
+        check_finite(self, "data")
         check(self.workers >= 0, "data.workers", ">= 0", self.workers)
+        check(0.0 <= self.repeat_threshold <= 1.0, "data.repeat_threshold", "0..1", self.repeat_threshold)
         ignore = self.ignore_index
         check(ignore is None or 0 <= ignore <= 65535, "data.ignore_index", "0..65535 or None", ignore)
-
-
-@dataclass(frozen=True)
-class SolverConfig:
-    """Optimisation."""
-
-    max_steps: int = 160_000
-    batch_size: int = 16
-    """Number of images of one optimiser step, over all micro-batches and processes."""
-    accumulate: int = 1
-    """Number of micro-batches of a step; it must divide ``batch_size``, which stays the same."""
-    lr: float = 1e-4
-    backbone_factor: float = 0.1
-    """Learning-rate factor of the backbone."""
-    weight_decay: float = 1e-4
-    norm_weight_decay: float = 0.0
-    """Weight decay of normalisation layers, learned queries and Swin's relative position biases."""
-    layer_decay: float = 1.0
-    """ViT: factor of the learning rate from a block to the one before it; embeddings have that of the first block."""
-    schedule: Literal["poly", "step", "poly_after_warmup"] = "poly"
-    """``poly_after_warmup``, EoMT's, starts to decay after the warm-up; other rates also decay during it."""
-    poly_power: float = 0.9
-    milestones: tuple[int, ...] = ()
-    """Steps at which ``step`` multiplies the rate by ``gamma``."""
-    gamma: float = 0.1
-    warmup_steps: int = 0
-    warmup_factor: float = 1.0
-    """Factor of the rate at step 0, rising linearly to 1 after ``warmup_steps``."""
-    backbone_warmup_steps: int = 0
-    """With ``poly_after_warmup``: the backbone's rate stays 0 for ``warmup_steps``, then rises during these steps."""
-    mask_annealing: tuple[tuple[int, int], ...] = ()
-    """EoMT: for each block with queries, the steps from and to which the share of queries with masked attention falls
-    from 1 to 0; empty keeps it at 1."""
-    clip_norm: float = 0.01
-    """Largest gradient norm of the full model; 0 turns clipping off."""
-    amp: Amp = "off"
-    compile: bool = False
-    """Compile network and criterion by `torch.compile`; batches are padded to a few sizes, each compiled once."""
-    channels_last: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes (torchrun): replicate the network, or shard weights and optimiser state."""
-
-    def __post_init__(self) -> None:
-        check_finite(self, "solver")
-        check_choice("solver.parallel", self.parallel, ("ddp", "fsdp"))
-        for name in ("compile", "channels_last"):
-            check(self.parallel == "ddp" or not getattr(self, name), f"solver.{name}", "False with parallel=fsdp", True)
-        for name in ("max_steps", "batch_size", "accumulate"):
-            check(getattr(self, name) > 0, f"solver.{name}", "a positive integer", getattr(self, name))
-        check(self.batch_size % self.accumulate == 0, "solver.accumulate",
-              f"a divisor of batch_size={self.batch_size}", self.accumulate)
-        check(self.lr > 0, "solver.lr", "> 0", self.lr)
-        check_choice("solver.schedule", self.schedule, ("poly", "step", "poly_after_warmup"))
-        check(0.0 < self.layer_decay <= 1.0, "solver.layer_decay", "0 < factor <= 1", self.layer_decay)
-        check(self.schedule == "poly_after_warmup" or not self.backbone_warmup_steps, "solver.backbone_warmup_steps",
-              f"0 with schedule={self.schedule}", self.backbone_warmup_steps)
-        check(self.backbone_warmup_steps >= 0, "solver.backbone_warmup_steps", ">= 0", self.backbone_warmup_steps)
-        check(all(0 <= start < end for start, end in self.mask_annealing), "solver.mask_annealing",
-              "pairs of steps, each 0 <= start < end", self.mask_annealing)
-        check_choice("solver.amp", self.amp, get_args(Amp))
-        for name in ("backbone_factor", "weight_decay", "norm_weight_decay", "poly_power", "gamma", "warmup_steps",
-                     "warmup_factor", "clip_norm"):
-            check(getattr(self, name) >= 0, f"solver.{name}", ">= 0", getattr(self, name))
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """Logs, checkpoints and validations of a run; intervals are in steps."""
-
-    every: int = 50
-    validate_every: int = 5000
-    """Steps from one validation to the next; 0 validates only at the end."""
-    checkpoint_every: int = 5000
-    pictures: int = 4
-    """Number of sample pictures at each validation."""
-    tensorboard: bool = True
-
-    def __post_init__(self) -> None:
-        check(self.every > 0, "log.every", "> 0", self.every)
-        check(self.checkpoint_every > 0, "log.checkpoint_every", "> 0", self.checkpoint_every)
-        check(self.validate_every >= 0, "log.validate_every", ">= 0", self.validate_every)
-        check(self.pictures >= 0, "log.pictures", ">= 0", self.pictures)
 
 
 @dataclass(frozen=True)
@@ -342,6 +273,9 @@ class Config:
         check(0 <= self.seed < 2**64, "seed", f"0 to {2**64 - 1}, the seeds of PyTorch", self.seed)
         for task in self.metrics:
             check_choice("metrics", task, TASKS)
+        patience = self.solver.early_stopping
+        check(patience == 0 or self.log.validate_every > 0, "solver.early_stopping", "0 without log.validate_every",
+              patience)
         annealing = self.solver.mask_annealing
         fits = not annealing or (self.model.type == "eomt" and len(annealing) == self.model.decoder.layers)
         check(fits, "solver.mask_annealing", f"none, or with model.type=eomt one pair for each of decoder.layers="

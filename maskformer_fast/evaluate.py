@@ -23,6 +23,7 @@ from maskformer_fast.deploy.runtime.selection import Backend
 from maskformer_fast.distributed import RankError, is_main, process_group
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.evaluation.measure import check_classes, check_measurable, measure
+from maskformer_fast.evaluation.report import Report
 from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.output.writer import ResultWriter
 
@@ -48,6 +49,8 @@ class EvaluateOptions:
     predictions: str | None = None
     """Folder for the results, as `predict` writes them, with the data set's image ids. An image that causes an error is
     left out and listed at the end, and the exit status is 1."""
+    report: str | None = None
+    """Folder for a report: confusion matrix, boundary IoU, scores of each image, and ``index.html`` with the worst."""
     limit: int | None = None
     """Number of images to measure, the first ones; default: all."""
     device: str = "auto"
@@ -85,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(options: EvaluateOptions) -> int:
     """Measure, print and write -> exit status. The ranks of a process group share out the images; rank 0 reports."""
     check_no_windows_path({"output": options.output, "picture": options.picture, "predictions": options.predictions,
-                           "data.root": options.data.root})
+                           "report": options.report, "data.root": options.data.root})
     check(options.limit is None or options.limit > 0, "limit", "a positive number of images", options.limit)
     for name in ("output", "picture"):
         target = getattr(options, name)
         check(target is None or not Path(target).is_dir(), name, "a file, not a folder", target)
+    folder = options.report
+    check(folder is None or not Path(folder).is_file(), "report", "a folder, not a file", folder)
     predictor = load(
         options.checkpoint, options.device, options.test, options.backend, options.amp, options.precision,
         in_flight=options.test.batch_size, graphs=options.graphs,
@@ -107,6 +112,7 @@ def evaluate(options: EvaluateOptions) -> int:
     writer = None
     if options.predictions:
         writer = ResultWriter(Path(options.predictions), dataset.metadata, False, dataset.file_names)
+    report = Report(tuple(tasks), dataset.metadata, dataset.task) if options.report else None
     metrics, grid = measure(
         predictor,
         dataset,
@@ -116,6 +122,7 @@ def evaluate(options: EvaluateOptions) -> int:
         pictures=4 if options.picture else 0,
         limit=options.limit,
         writer=writer,
+        report=report,
     )
     if writer is not None:
         writer.close()
@@ -123,6 +130,9 @@ def evaluate(options: EvaluateOptions) -> int:
         return 0
     for task in tasks:
         print(format_table(task, metrics[task]))
+    if options.report and report is not None:
+        report.write(Path(options.report), metrics)
+        print(f"report: {Path(options.report) / 'index.html'}")
     if options.output:
         write_json(Path(options.output), metrics)
     if options.picture and grid is not None:

@@ -23,6 +23,7 @@ from maskformer_fast.distributed import RankError, is_main, on_main, process_gro
 from maskformer_fast.evaluation import format_table
 from maskformer_fast.modeling.weights import CheckpointError, load_weights
 from maskformer_fast.recipes import load_recipe, save_config
+from maskformer_fast.training.batch_size import with_batch_size
 from maskformer_fast.training.checkpoints import clean_run, complete_checkpoints
 from maskformer_fast.training.interruptions import OutOfMemory, WorkerLost
 from maskformer_fast.training.skipped_steps import TrainingDiverged
@@ -181,6 +182,7 @@ def train(config: Config, resume: bool, profile: bool) -> int:
     with ExitStack() as locks:
         previous = on_main(lambda: locks.enter_context(run_lock(folder)))
         resume = resume or restarted() or previous == launch_id() != ""
+        config = on_main(lambda: with_batch_size(config, resume))
         trainer = Trainer(config, resume, profile)  # writes no files, so bad input leaves an earlier run in its place
         if is_main():
             if not resume:

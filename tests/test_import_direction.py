@@ -17,7 +17,7 @@ MAX_LINES = 420
 # in its own row. `interop.verification` has a place of its own, as it compares training too.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("core", "_C"),
-    ("config", "backbone_config", "inference_config"),
+    ("config", "backbone_config", "inference_config", "solver_config"),
     ("recipes", "structures", "distributed", "kernels"),
     ("ops",),
     ("data", "modeling", "output"),

@@ -105,6 +105,46 @@ def reset_peak_resident_bytes() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def available_memory_bytes() -> int:
+    """Memory that this process can still take: of the machine, and of the control groups that limit the process.
+
+    Files that Linux keeps in memory and can drop do not count as taken.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return min([int(lines["MemAvailable"].split()[0]) * 1024, *_left_in_groups(Path("/proc/self/cgroup"))])
+
+
+def _left_in_groups(listing: Path, mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Memory left in each control group (v2, and v1's for memory) of a listing, and in those above them."""
+    try:
+        entries = [line.split(":", 2) for line in listing.read_text().splitlines()]
+    except OSError:
+        return []
+    left = []
+    for _, controllers, group in entries:
+        if controllers not in ("", "memory"):
+            continue
+        root = mount / controllers
+        names = ("memory.max", "memory.current") if not controllers else (
+            "memory.limit_in_bytes", "memory.usage_in_bytes")
+        folder = root / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(root):
+                break
+            try:
+                limit, used = ((place / name).read_text().strip() for name in names)
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                if limit != "max":
+                    droppable = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
+                    left.append(max(0, int(limit) - int(used) + droppable))
+            except (OSError, ValueError):  # the topmost group has no limit
+                continue
+    return left
+
+
 def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next arrays of this process -> whether it does.
 

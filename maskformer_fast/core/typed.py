@@ -86,10 +86,16 @@ class TypedReader:
         others = [kind for kind in kinds if kind is not type(None)]
         if len(others) == 1:
             return self.read(others[0], value, key)
+        texts = [text for kind in others if get_origin(kind) is Literal for text in get_args(kind)]
+        if isinstance(value, str) and value in texts:
+            return value
+        others = [kind for kind in others if get_origin(kind) is not Literal]
         tuples = [kind for kind in others if get_origin(kind) is tuple]
         if tuples and isinstance(value, (list, tuple)):
             return self._read_tuple(get_args(tuples[0]), value, key)
-        words = [f"a list of {len(get_args(kind))}" if kind in tuples else _WORDS[kind] for kind in kinds]
+        single = [kind for kind in kinds if get_origin(kind) is not Literal]
+        words = [f"a list of {len(get_args(kind))}" if kind in tuples else _WORDS[kind] for kind in single]
+        words += map(repr, texts)
         check(type(value) in others, key, " or ".join(words), value, self.error)
         return self._read_single(type(value), value, key)
 

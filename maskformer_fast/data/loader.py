@@ -1,6 +1,7 @@
 """Loaders, padding and collation. Every training batch is a pure function of (seed, step).
 
 Sample number n of a run (step x batch size + position) is item ``n % len`` of the permutation of epoch ``n // len``.
+With repeat factors, epochs have lengths of their own, which depend on the seed alone, and so do their permutations.
 So a run can resume from its step number, and the numbers of workers and micro-batches do not change a step's samples.
 """
 
@@ -18,17 +19,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskformer_fast.config import AugmentConfig, Config, Task
+from maskformer_fast.config import AugmentConfig, Config, DataConfig, Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.image_resize import MAX_PIXELS
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.buckets import bucket_side, bucket_targets
+from maskformer_fast.data.copy_paste import paste_objects
 from maskformer_fast.data.transforms import Sample, TrainTransform
 from maskformer_fast.data.worker import iterate_over, worker_setup
 from maskformer_fast.structures import Batch, Example, Targets
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
 _PERMUTATION_STREAM = 1  # last part of the permutations' seed; examples have 0 there, as NumPy appends zeros
+_REPEAT_STREAM = 2  # fourth part of the seed of an example that comes again in an epoch, before the number of repeats
+_PASTE_STREAM = 3  # the same for what is pasted onto an example
+_ROUNDING_STREAM = 4  # last part of the seed by which an epoch's repeat factors are rounded
 _MAX_BATCH_SIZE = 1 << 20  # images of a step, whose list takes memory before the first is read
 
 Broken = tuple[str, str]
@@ -92,12 +97,23 @@ def check_batch_size(batch_size: int, accumulate: int, world_size: int) -> None:
           f"a multiple of accumulate x ranks = {accumulate} x {world_size}", batch_size)
 
 
-class TrainSampler(Sampler[list[tuple[int, int]]]):
-    """Endless micro-batches of (epoch, index) from step ``start_step`` on, in the order of the module's docstring."""
+def check_copy_paste(augment: AugmentConfig, dataset: SegmentationDataset) -> None:
+    """Raise ``ValueError`` if objects are to be pasted, but no class of the data set is a thing."""
+    check(any(dataset.metadata.is_thing) or augment.copy_paste == 0.0, "data.augment.copy_paste",
+          "0 for a data set without things", augment.copy_paste)
+
+
+class TrainSampler(Sampler[list[tuple[int, ...]]]):
+    """Endless micro-batches of (epoch, index) from step ``start_step`` on, in the order of the module's docstring.
+
+    With ``repeats``, the mean number of times that each index comes in an epoch, keys are (epoch, index, n): the index
+    comes for the n-th time, from 0. The fraction of a factor is the probability of one more time, drawn in each epoch.
+    """
 
     def __init__(
         self, length: int, batch_size: int, seed: int, *, accumulate: int = 1, start_step: int = 0, rank: int = 0,
         world_size: int = 1,
+        repeats: np.ndarray | None = None,  # [length] float64, at least 1
     ) -> None:
         check(length > 0, "dataset", "at least one example", length)
         check(seed >= 0, "seed", ">= 0", seed)
@@ -111,22 +127,35 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         self._start_step = start_step
         self._rank = rank
         self._world_size = world_size
+        self._repeats = repeats
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         size = self._batch_size // (self._accumulate * self._world_size)
         stride = size * self._world_size
         first = self._start_step * self._batch_size + self._rank * size
-        epoch, order = -1, np.empty(0, dtype=np.int64)
+        epoch = first // self._length if self._repeats is None else 0  # lengths of epochs with repeats are drawn
+        start = epoch * self._length
+        order = self._order(epoch)
         while True:
-            keys = []
+            keys: list[tuple[int, ...]] = []
             for number in range(first, first + size):
-                if number // self._length != epoch:
-                    epoch = number // self._length
-                    rng = np.random.default_rng([self._seed, epoch, 0, _PERMUTATION_STREAM])
-                    order = rng.permutation(self._length)
-                keys.append((epoch, int(order[number % self._length])))
+                while number >= start + len(order):
+                    epoch, start = epoch + 1, start + len(order)
+                    order = self._order(epoch)
+                keys.append((epoch, *order[number - start].tolist()))
             yield keys
             first += stride
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Indices of an epoch in their order -> [n, 1], with repeats [n, 2]: index, and how many times it came."""
+        rng = np.random.default_rng([self._seed, epoch, 0, _PERMUTATION_STREAM])
+        if self._repeats is None:
+            return rng.permutation(self._length)[:, None]
+        rounding = np.random.default_rng([self._seed, epoch, 0, _ROUNDING_STREAM])
+        times = (self._repeats + rounding.random(self._length)).astype(np.int64)
+        indices = np.repeat(np.arange(self._length), times)
+        came = np.arange(len(indices)) - np.repeat(np.cumsum(times) - times, times)
+        return np.stack([indices, came], 1)[rng.permutation(len(indices))]
 
 
 class TrainLoader:
@@ -155,22 +184,24 @@ def train_loader(
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    repeats: np.ndarray | None = None,
 ) -> TrainLoader:
     """Make the loader of this rank's micro-batches, ``config.solver.accumulate`` for each step from ``start_step`` on.
 
     With ``config.data.skip_broken`` the next example of the data set replaces one that cannot be read, and
-    ``Batch.broken`` lists it. Without it, iterating raises BrokenExampleError.
+    ``Batch.broken`` lists it. Without it, iterating raises BrokenExampleError. ``repeats`` as for `TrainSampler`.
 
     Raises:
         ValueError: the data set is empty, or the batch size is not a multiple of ranks times micro-batches.
     """
+    check_copy_paste(config.data.augment, dataset)
     transform = TrainTransform(config.data.augment, task, dataset.metadata)
     queries = config.model.decoder.num_queries if config.model.classifies_masks else None
     sampler = TrainSampler(
-        len(dataset), config.solver.batch_size, config.seed, accumulate=config.solver.accumulate,
-        start_step=start_step, rank=rank, world_size=world_size,
+        len(dataset), config.solver.images, config.seed, accumulate=config.solver.accumulate,
+        start_step=start_step, rank=rank, world_size=world_size, repeats=repeats,
     )
-    samples = _TrainSamples(dataset, transform, config.seed, config.data.skip_broken, queries)
+    samples = _TrainSamples(dataset, transform, config.seed, config.data, queries)
     on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     return TrainLoader(
         DataLoader(
@@ -258,31 +289,54 @@ class _TrainSamples(Dataset[Any]):
     An error is returned instead of raised: PyTorch would wrap an error raised in a worker in that worker's traceback.
     """
 
-    def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, skip_broken: bool,
+    def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, config: DataConfig,
                  queries: int | None = None) -> None:
         self._dataset = dataset
         self._queries = queries
         self._warned = multiprocessing.Event()  # shared by the worker processes
         self._transform = transform
         self._seed = seed
-        self._skip_broken = skip_broken
+        self._skip_broken = config.skip_broken
+        self._augment = config.augment
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, list[Broken]] | BrokenExampleError:
-        epoch, index = key
-        rng = np.random.default_rng([self._seed, epoch, index])
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[Sample, list[Broken]] | BrokenExampleError:
+        epoch, index, *came = key
+        again = [_REPEAT_STREAM, *came] if any(came) else []
+        rng = np.random.default_rng([self._seed, epoch, index, *again])
         broken: list[Broken] = []
         length = len(self._dataset)
         for step in range(length):
             try:
                 example = self._dataset[(index + step) % length]
                 self._warn_of_many_targets(example)
-                return self._transform(example, rng), broken
+                placed = self._transform.place(example, rng)
+                if self._augment.copy_paste > 0.0:
+                    placed = self._pasted(placed, key, broken)
+                return self._transform.sample(placed), broken
             except BrokenExampleError as error:
                 if not self._skip_broken:
                     return error
                 broken.append((error.path, error.reason))
         path, reason = broken[0]
         return BrokenExampleError(path, f"{reason}; all {length} examples of the data set are broken")
+
+    def _pasted(self, placed: Example, key: tuple[int, ...], broken: list[Broken]) -> Example:
+        """Paste objects of a random other example onto a sample, or not, by a generator of its own."""
+        epoch, index, *came = key
+        rng = np.random.default_rng([self._seed, epoch, index, _PASTE_STREAM, *came])
+        if rng.random() >= self._augment.copy_paste:
+            return placed
+        length = len(self._dataset)
+        other = (index + 1 + int(rng.integers(max(length - 1, 1)))) % length
+        try:
+            source = self._dataset[other]
+        except BrokenExampleError as error:
+            if not self._skip_broken:
+                raise
+            broken.append((error.path, error.reason))
+            return placed
+        metadata = self._dataset.metadata
+        return paste_objects(placed, source, self._transform, self._augment.copy_paste_scale, metadata, rng)
 
     def _warn_of_many_targets(self, example: Example) -> None:
         if self._queries is None or len(example.segments) <= self._queries or self._warned.is_set():

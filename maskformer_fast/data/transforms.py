@@ -62,7 +62,7 @@ def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[n
         labels = np.unique(category_map[category_map >= 0]).astype(np.int64)
         return labels, category_map == labels[:, None, None]
 
-    segments = [segment for segment in example.segments if _is_target(segment, task, metadata)]
+    segments = [segment for segment in example.segments if is_target(segment, task, metadata)]
     masks = example.segment_masks(segments)
     rows: dict[tuple[int, int | None], int] = {}  # key -> target
     merged = np.zeros_like(masks)
@@ -73,7 +73,8 @@ def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[n
     return labels[filled], merged[: len(rows)][filled]
 
 
-def _is_target(segment: SegmentInfo, task: Task, metadata: Metadata) -> bool:
+def is_target(segment: SegmentInfo, task: Task, metadata: Metadata) -> bool:
+    """Return whether a segment of the truth is, or belongs to, a target of a task."""
     is_thing = metadata.is_thing[segment.category]
     return task == "semantic" or (not segment.is_crowd and (is_thing or task == "panoptic"))
 
@@ -98,34 +99,45 @@ class TrainTransform:
         self._metadata = metadata
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Sample:
+        return self.sample(self.place(example, rng))
+
+    def place(self, example: Example, rng: np.random.Generator) -> Example:
+        """Resize, crop, jitter and flip an example -> image and truth of the crop."""
         augment = self._augment
-        window = _Window((0.0, 0.0, float(example.size[0]), float(example.size[1])), example.size)
+        window = Window.of(example)
         if augment.detr_crop and rng.random() < 0.5:
             window = _detr_crop(window, rng)
         window = self._resized(window, rng)
         if augment.crop_size is not None:
             window = self._cropped(window, example, augment.crop_size, rng)
+        return self.render(example, window, rng)
 
+    def render(self, example: Example, window: Window, rng: np.random.Generator) -> Example:
+        """Resample a window of an example, jitter its colours and flip it -> its image and truth."""
         top, left, bottom, right = window.box
         image = Image.fromarray(example.image)
         if window.box != (0.0, 0.0, *example.size) or window.size != example.size:
             image = image.resize(window.size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
-        if augment.color_jitter:
+        if self._augment.color_jitter:
             image = jitter_colors(image, rng)
-        mirror = augment.flip and rng.random() < 0.5
+        mirror = self._augment.flip and rng.random() < 0.5
         if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        labels, masks = target_segments(_take(example, window, mirror), self._task, self._metadata)
+        return replace(_take(example, window, mirror), image=np.asarray(image))
+
+    def sample(self, example: Example) -> Sample:
+        """Make the task's targets of an example that is already resized and cropped."""
+        labels, masks = target_segments(example, self._task, self._metadata)
         packed = np.packbits(masks, axis=-1, bitorder="little")
-        return Sample(_to_tensor(np.asarray(image)), torch.from_numpy(labels), torch.from_numpy(packed),
+        return Sample(_to_tensor(example.image), torch.from_numpy(labels), torch.from_numpy(packed),
                       example.image_id, example.path)
 
     def count_targets(self, example: Example) -> int:
         """Count the targets of the complete image, before it is cropped."""
         task, metadata = self._task, self._metadata
-        return len({_target_key(s, task, metadata) for s in example.segments if _is_target(s, task, metadata)})
+        return len({_target_key(s, task, metadata) for s in example.segments if is_target(s, task, metadata)})
 
-    def _resized(self, window: _Window, rng: np.random.Generator) -> _Window:
+    def _resized(self, window: Window, rng: np.random.Generator) -> Window:
         augment = self._augment
         height, width = window.size
         if augment.scale_mode == "none":
@@ -138,32 +150,38 @@ class TrainTransform:
         return window._replace(size=(max(1, round(height * scale)), max(1, round(width * scale))))
 
     def _cropped(
-        self, window: _Window, example: Example, crop_size: tuple[int, int], rng: np.random.Generator
-    ) -> _Window:
+        self, window: Window, example: Example, crop_size: tuple[int, int], rng: np.random.Generator
+    ) -> Window:
         """Crop at random; try again while one category covers too much of the labelled pixels."""
         height, width = (min(side, limit) for side, limit in zip(window.size, crop_size, strict=True))
         share = self._augment.single_category_max_area
         limited = share < 1.0 and example.id_map is not None
         for _ in range(_CROP_TRIES if limited else 1):
-            crop = window.crop(_offset(rng, window.size[0], height), _offset(rng, window.size[1], width), height, width)
+            top, left = random_offset(rng, window.size[0], height), random_offset(rng, window.size[1], width)
+            crop = window.crop(top, left, height, width)
             if not limited or _is_varied(_take(example, crop), share):
                 break
         return crop
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """Part of the source image, and the size in pixels to which it is resampled."""
 
     box: tuple[float, float, float, float]  # top, left, bottom, right in source pixels
     size: tuple[int, int]  # height, width
 
-    def crop(self, top: int, left: int, height: int, width: int) -> _Window:
+    @classmethod
+    def of(cls, example: Example) -> Window:
+        """Return the complete image at its own size."""
+        return cls((0.0, 0.0, float(example.size[0]), float(example.size[1])), example.size)
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Window:
         """Return a part of this window, given in pixels of the resampled size."""
         y0, x0, y1, x1 = self.box
         step_y, step_x = (y1 - y0) / self.size[0], (x1 - x0) / self.size[1]
         # Pillow refuses a box that extends beyond the image, even by a rounding error.
         bottom, right = min(y1, y0 + (top + height) * step_y), min(x1, x0 + (left + width) * step_x)
-        return _Window((y0 + top * step_y, x0 + left * step_x, bottom, right), (height, width))
+        return Window((y0 + top * step_y, x0 + left * step_x, bottom, right), (height, width))
 
     def sources(self, axis: int) -> np.ndarray:
         """Return the source row (axis 0) or column (axis 1) nearest to the centre of each output pixel."""
@@ -172,11 +190,12 @@ class _Window(NamedTuple):
         return np.minimum(position.astype(np.int64), int(np.ceil(end)) - 1)
 
 
-def _offset(rng: np.random.Generator, side: int, part: int) -> int:
+def random_offset(rng: np.random.Generator, side: int, part: int) -> int:
+    """Draw the place of a part within a side, both in pixels."""
     return int(rng.integers(side - part + 1))
 
 
-def _detr_crop(window: _Window, rng: np.random.Generator) -> _Window:
+def _detr_crop(window: Window, rng: np.random.Generator) -> Window:
     """Plan DETR's first resize and crop; the second resize is planned after it, and pixels are resampled once."""
     short_edge = _DETR_SHORT_EDGES[rng.integers(len(_DETR_SHORT_EDGES))]
     height, width = window.size
@@ -184,10 +203,11 @@ def _detr_crop(window: _Window, rng: np.random.Generator) -> _Window:
     window = window._replace(size=(max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))))
     low, high = _DETR_WINDOW
     sides = [int(rng.integers(min(side, low), min(side, high) + 1)) for side in window.size]
-    return window.crop(_offset(rng, window.size[0], sides[0]), _offset(rng, window.size[1], sides[1]), *sides)
+    top, left = random_offset(rng, window.size[0], sides[0]), random_offset(rng, window.size[1], sides[1])
+    return window.crop(top, left, *sides)
 
 
-def _take(example: Example, window: _Window, mirror: bool = False) -> Example:
+def _take(example: Example, window: Window, mirror: bool = False) -> Example:
     """Return the truth of a window, by nearest neighbour, with a blank image of the window's size."""
     rows, columns = window.sources(0), window.sources(1)
     top, left = rows[0], columns[0]

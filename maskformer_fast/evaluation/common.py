@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeVar
 
+from maskformer_fast.config import Task
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import InstanceResult, Result
 from maskformer_fast.output.host import on_host
 from maskformer_fast.structures import Example
 
+MAIN_METRICS: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": "ap"}
+"""Metric of each task by which checkpoints and images are compared."""
 _R = TypeVar("_R", bound=Result)
 
 

@@ -88,7 +88,7 @@ class InstanceEvaluator:
         if not self.truth or not things:
             return metrics
         with contextlib.redirect_stdout(io.StringIO()):
-            coco = coco_tools().cocoeval.COCOeval(self._coco(self.truth), self._coco(self.results), "segm")
+            coco = self._evaluation()
             coco.params.catIds = things
             coco.evaluate()
             coco.accumulate()
@@ -100,6 +100,10 @@ class InstanceEvaluator:
             metrics["per_class_ap"][names[index]] = _defined(of_class[of_class > -1].mean() if of_class.max() > -1
                                                              else -1.0)
         return metrics
+
+    def _evaluation(self) -> Any:
+        """Comparison of results with the truth by pycocotools, not yet run."""
+        return coco_tools().cocoeval.COCOeval(self._coco(self.truth), self._coco(self.results), "segm")
 
     def _coco(self, annotations: list[dict[str, Any]]) -> Any:
         """The annotations as a data set of pycocotools. They are copied, as it writes into them."""

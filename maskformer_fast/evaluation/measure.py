@@ -17,6 +17,7 @@ from maskformer_fast.data import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.loader import EvalLoader, eval_shard
 from maskformer_fast.distributed import gather_on_main, is_main, on_main, rank, world_size
 from maskformer_fast.evaluation import Evaluator, build_evaluator
+from maskformer_fast.evaluation.report import Report
 from maskformer_fast.inference.batches import infer_all, infer_each
 from maskformer_fast.inference.bundle_predictor import BundlePredictor
 from maskformer_fast.inference.predictor import Predictor
@@ -71,6 +72,7 @@ def measure(
     pictures: int = 0,
     limit: int | None = None,
     writer: ResultWriter | None = None,
+    report: Report | None = None,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Metrics of each task, and a grid of pictures (image, truth, results) of the first ``pictures`` images.
 
@@ -82,6 +84,7 @@ def measure(
         limit: number of examples to measure, the first ones; broken ones count.
         writer: gets every result. With a writer, an image whose files are broken, or whose inference or writing fails,
             does not end the measurement: the writer's ``failed`` lists it, and metrics are those of the others.
+        report: gets every result; rank 0 has those of all ranks in it afterwards. Boundary metrics join the others.
     """
     evaluators = {task: build_evaluator(task, dataset.metadata) for task in tasks}
     rows: list[list[np.ndarray]] = []
@@ -101,6 +104,8 @@ def measure(
                     continue
                 for task, evaluator in evaluators.items():
                     evaluator.process(example, results[task])
+                if report is not None:
+                    report.add(index, dataset.file_names[index], example, results)
                 if shard.start + len(rows) < pictures:
                     rows.append(_row(example, list(results.values()), dataset))
             progress.update(len(batch))
@@ -108,27 +113,37 @@ def measure(
         for path, reason in loader.broken:
             writer.fail(path, reason)
         loader.broken.clear()
-    parts = gather_on_main((evaluators, rows, loader.broken))
-    report = on_main(lambda: _report([part[0] for part in parts]))
+    parts = gather_on_main((evaluators, rows, loader.broken, report))
+    by_task = on_main(lambda: _report([part[0] for part in parts], [part[3] for part in parts]))
     rows = [row for part in parts for row in part[1]][:pictures]
     if broken := [entry for part in parts for entry in part[2]]:
         listing = "\n  ".join(f"{path}: {reason}" for path, reason in broken)
         logger.warning("%d images were left out as broken:\n  %s", len(broken), listing)
     metrics: dict[str, Any] = {}
-    for values in report.values():
+    for values in by_task.values():
         metrics.update({key: value for key, value in values.items() if not isinstance(value, dict)})
     titles = ["image", "truth", *tasks]
-    metrics.update({str(task): values for task, values in report.items()})
+    metrics.update({str(task): values for task, values in by_task.items()})
     return metrics, visualize.grid(rows, titles) if rows else None
 
 
-def _report(parts: Sequence[dict[Task, Evaluator]]) -> dict[Task, dict[str, Any]]:
-    """Metrics of each task over the images of all ranks."""
+def _report(
+    parts: Sequence[dict[Task, Evaluator]], reports: Sequence[Report | None]
+) -> dict[Task, dict[str, Any]]:
+    """Metrics of each task over the images of all ranks, whose reports are merged into the first."""
     merged, *others = parts
     for part in others:
         for task, evaluator in part.items():
             merged[task].merge(evaluator)
-    return {task: evaluator.evaluate() for task, evaluator in merged.items()}
+    metrics = {task: evaluator.evaluate() for task, evaluator in merged.items()}
+    report, *more = reports
+    if report is not None:
+        for one in more:
+            assert one is not None  # as on rank 0
+            report.merge(one)
+        for task, values in report.boundary_metrics().items():
+            metrics[task].update(values)
+    return metrics
 
 
 def _row(example: Example, results: list[Result], dataset: SegmentationDataset) -> list[np.ndarray]:

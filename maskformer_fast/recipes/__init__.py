@@ -25,7 +25,7 @@ CONFIG_DIR = Path(__file__).parent
 _MAX_KEYS = 1000
 """Keys of a mapping of a recipe."""
 
-_EARLIER_DATA = {"keep_empty": False, "exif": True}
+_EARLIER_DATA = {"keep_empty": False, "exif": True, "repeat_threshold": 0.0}
 """Fields of the section ``data`` that earlier versions lacked, with the values with which these trained."""
 _DATA_FIELDS = {field.name for field in fields(DataConfig)}
 

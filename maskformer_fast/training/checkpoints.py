@@ -3,8 +3,9 @@
 ```
 runs/demo/checkpoints/
   step_00002000/model.safetensors     weights; the header carries configuration and classes as JSON
+  step_00002000/raw.safetensors       with solver.ema_decay: the trained weights; model.safetensors has the average
   step_00002000/trainer.pt            optimiser and counters, tensors and plain containers only
-  step_00002000/checksums.json        SHA-256 of both files
+  step_00002000/checksums.json        SHA-256 of the files
   last -> step_00002000   best -> step_00001500
 ```
 
@@ -22,6 +23,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ from maskformer_fast.training.parallel import gather_full_state
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer.pt"
+RAW_NAME = "raw.safetensors"
+"""File of the weights that are trained, where `WEIGHTS_NAME` has their moving average."""
 CHECKSUMS_NAME = "checksums.json"
 KEPT_CHECKPOINTS = 2
 """Number of newest checkpoints of a run that are kept, beside the best."""
@@ -60,9 +64,11 @@ def save_checkpoint(
     metadata: Metadata,
     step: int,
     state: Mapping[str, Any],
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``folder/step_N`` atomically, point ``last`` to it, and delete old checkpoints except the best.
 
+    With an ``average`` of the weights, the checkpoint's weights are the average, and `RAW_NAME` has the network's.
     All ranks call it, to gather sharded tensors; rank 0 writes.
 
     Raises:
@@ -70,11 +76,14 @@ def save_checkpoint(
             checkpoints are untouched, and nothing of this one remains.
     """
     final = folder / f"step_{step:08d}"
-    weights, state = gather_full_state(network.state_dict()), gather_full_state(state)
+    files = {WEIGHTS_NAME: gather_full_state(network.state_dict())}
+    if average is not None:
+        files = {WEIGHTS_NAME: gather_full_state(average), RAW_NAME: files[WEIGHTS_NAME]}
+    state = gather_full_state(state)
 
     def write() -> OSError | None:
         try:
-            _write_checkpoint(final, weights, config, metadata, step, state)
+            _write_checkpoint(final, files, config, metadata, step, state)
         except OSError as error:
             return error
         return None
@@ -85,7 +94,12 @@ def save_checkpoint(
 
 
 def _write_checkpoint(
-    final: Path, weights: Mapping[str, Tensor], config: Config, metadata: Metadata, step: int, state: Mapping[str, Any]
+    final: Path,
+    files: Mapping[str, Mapping[str, Tensor]],  # weights by the name of their file
+    config: Config,
+    metadata: Metadata,
+    step: int,
+    state: Mapping[str, Any],
 ) -> None:
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,9 +107,10 @@ def _write_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        write_weights(temporary / WEIGHTS_NAME, weights, config, metadata, step)
+        for name, weights in files.items():
+            write_weights(temporary / name, weights, config, metadata, step)
         torch.save(dict(state), temporary / STATE_NAME)
-        (temporary / CHECKSUMS_NAME).write_text(json.dumps(_checksums(temporary)))
+        (temporary / CHECKSUMS_NAME).write_text(json.dumps(_checksums(temporary, files)))
         for file in (*temporary.iterdir(), temporary):
             flush(file)
         shutil.rmtree(final, ignore_errors=True)  # incomplete, from an interrupted deletion
@@ -125,6 +140,14 @@ def best_score(folder: Path) -> float | None:
     if not (folder / "best").exists():
         return None
     return saved_number(folder / "best.json", "score")
+
+
+def best_step(folder: Path) -> int | None:
+    """Step of the best checkpoint so far; ``None`` where `best_score` is."""
+    if best_score(folder) is None:
+        return None
+    name = (folder / "best").resolve().name.removeprefix("step_")
+    return int(name) if name.isdecimal() else None
 
 
 def saved_number(path: Path, key: str) -> float | None:
@@ -167,7 +190,7 @@ def check_undamaged(path: Path) -> None:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UnreadableChecksums(f"{sums}: not readable: {error}") from error
     try:
-        got = _checksums(path)
+        got = _checksums(path, (WEIGHTS_NAME, RAW_NAME) if RAW_NAME in expected else (WEIGHTS_NAME,))
     except OSError as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
     if not expected.keys() >= got.keys():
@@ -281,9 +304,22 @@ def config_differences(old: Config, new: Config, sections: Iterable[str]) -> lis
     return differences
 
 
-def _checksums(path: Path) -> dict[str, str]:
-    """SHA-256 by file name of a checkpoint's files."""
-    return {name: sha256_of_file(path / name) for name in (WEIGHTS_NAME, STATE_NAME)}
+def check_same_classes(trained: Metadata, now: Metadata, checkpoint: Path) -> None:
+    """Raise ``ValueError`` unless a data set has the classes of a run's training, by name and in their order."""
+    pairs = list(zip_longest(trained.class_names, now.class_names, fillvalue="(none)"))
+    different = [f"{index}: {a} / {b}" for index, (a, b) in enumerate(pairs) if a != b]
+    if different:
+        raise ValueError(
+            f"resume: expected the {trained.num_classes} classes of {checkpoint} in their order, got "
+            f"{now.num_classes}; {len(different)} differ (training / data set now: {'; '.join(different[:5])}). "
+            "Give the data set its earlier classes, or start a new run from these weights: --output ANOTHER "
+            f"--model.weights {checkpoint}, which keeps the classes of the same names"
+        )
+
+
+def _checksums(path: Path, weights: Iterable[str]) -> dict[str, str]:
+    """SHA-256 by file name of a checkpoint's files, of which ``weights`` are those with weights."""
+    return {name: sha256_of_file(path / name) for name in (*weights, STATE_NAME)}
 
 
 def _point(link: Path, target: Path) -> None:

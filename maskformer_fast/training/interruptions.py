@@ -104,11 +104,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def training_advice(config: Config, device: torch.device, input_size: tuple[int, int] | None) -> str:
     """Peak memory of a training step, and the options that reduce it, as text."""
-    solver, micro = config.solver, config.solver.batch_size // config.solver.accumulate
+    solver, micro = config.solver, config.solver.images // config.solver.accumulate
     size = "" if input_size is None else f" of {input_size[0]}x{input_size[1]} pixels"
     options = []
     if micro > 1:
-        options.append(f"--solver.accumulate {_next_divisor(solver.batch_size, solver.accumulate)} (fewer images at a "
+        options.append(f"--solver.accumulate {_next_divisor(solver.images, solver.accumulate)} (fewer images at a "
                     "time, the same numbers)")
     if config.data.augment.crop_size is None:
         options.append("--data.augment.crop-size, so that no image is larger")
@@ -121,7 +121,7 @@ def training_advice(config: Config, device: torch.device, input_size: tuple[int,
         options.append("--solver.amp bf16")
     if device.type == "cpu" and config.data.workers > 0:
         options.append("fewer --data.workers")
-    return (f"a step of {solver.batch_size} images in {solver.accumulate} micro-batches of {micro}{size}: "
+    return (f"a step of {solver.images} images in {solver.accumulate} micro-batches of {micro}{size}: "
             f"{memory_report(device)}. What takes less: {', '.join(options)}")
 
 

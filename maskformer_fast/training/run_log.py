@@ -1,11 +1,11 @@
-"""Logs of a run: JSON lines, and TensorBoard if it is installed."""
+"""Logs of a run: JSON lines, TensorBoard if it is installed, and the loggers of `training.loggers`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from maskformer_fast.core.files import atomic_write, put_aside
+from maskformer_fast.training.loggers import Logger
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,9 @@ class RunLog:
     A failed write, as on a full disk, raises no error: training goes on, and the next write tries again.
     """
 
-    def __init__(self, folder: Path, start_step: int, tensorboard: bool, validates: bool = False) -> None:
+    def __init__(
+        self, folder: Path, start_step: int, tensorboard: bool, validates: bool = False, loggers: Sequence[Logger] = ()
+    ) -> None:
         """``validates``: the run begins with a validation, so that an earlier one of the same step is dropped."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
@@ -37,6 +40,7 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         self._path = path
         self._warned = False
+        self._loggers = loggers
         self._writer = _tensorboard(folder, start_step) if tensorboard else None
 
     @contextmanager
@@ -55,6 +59,8 @@ class RunLog:
         with self._warn_once_if_it_fails():
             self._file.write(json.dumps({"step": step, **written}) + "\n")
             self._file.flush()
+        for target in self._loggers:
+            target.scalars(step, values)
         if self._writer is not None:
             with self._warn_once_if_it_fails():
                 for name, value in values.items():
@@ -65,13 +71,17 @@ class RunLog:
         step: int,
         image: np.ndarray,  # [H, W, 3] uint8
     ) -> None:
-        """Log a picture to TensorBoard; writes no image file."""
+        """Log a picture to TensorBoard and the loggers; writes no image file."""
+        for target in self._loggers:
+            target.picture(step, image)
         if self._writer is not None:
             with self._warn_once_if_it_fails():
                 self._writer.add_image("val/predictions", image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flush and close both logs."""
+        """Flush and close all logs."""
+        for target in self._loggers:
+            target.close()
         with self._warn_once_if_it_fails():
             self._file.close()
         if self._writer is not None:

@@ -28,6 +28,7 @@ from maskformer_fast.training.optimizer import mask_probabilities, set_learning_
 from maskformer_fast.training.parallel import gradient_sync
 from maskformer_fast.training.per_pixel_criterion import PerPixelCriterion
 from maskformer_fast.training.skipped_steps import SkippedSteps, StepReport
+from maskformer_fast.training.weight_average import WeightAverage
 
 LAST_STRIDE = 32
 """Stride of the backbones' last stage."""
@@ -64,12 +65,17 @@ class TrainStep:
         config: Config,
         device: torch.device,
         forward: nn.Module | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
-        """``forward`` is called in place of the network: compiled, or wrapped. ``optimizer`` must be fused."""
+        """``forward`` is called in place of the network: compiled, or wrapped. ``optimizer`` must be fused.
+
+        ``average`` is updated in each step.
+        """
         self.network = network
         self.forward = network if forward is None else forward  # not `or`: a compiled module has no truth value
         self.criterion = criterion
         self.optimizer = optimizer
+        self.average = average
         self.config = config
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.solver.amp == "fp16")
@@ -221,6 +227,8 @@ class TrainStep:
         self.optimizer.step()
         del self.optimizer.found_inf  # type: ignore[attr-defined]
         self._write_buffers(torch.where(skipped, self._buffers_before, self._flat_buffers()))
+        if self.average is not None:
+            self.average.update(self.step, unchanged)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         total, in_a_row = self._counters
@@ -242,6 +250,8 @@ def check_batch_norm(config: Config, images: int, height: int, width: int) -> No
 
     A ResNet's last stage has the fewest: one for each `LAST_STRIDE` pixels in height and width, rounded up.
     """
+    if "backbone" in config.solver.freeze:
+        return
     norm = resolve_backbone(config.model.backbone).norm  # None in Swin and ViT
     values = images * (world_size() if norm == "sync" else 1) * -(-height // LAST_STRIDE) * -(-width // LAST_STRIDE)
     if norm in ("batch", "sync") and values == 1:

@@ -7,11 +7,10 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,21 +18,24 @@ from maskformer_fast.config import Config, Task
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, write_json
 from maskformer_fast.core.machine import keep_freed_memory
-from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import SegmentationDataset, build_dataset
-from maskformer_fast.data.loader import check_batch_size, train_loader
+from maskformer_fast.data.class_balance import cached_presence, repeat_factors
+from maskformer_fast.data.loader import check_batch_size, check_copy_paste, train_loader
 from maskformer_fast.data.worker import worker_death
 from maskformer_fast.distributed import DelayedFlag, gather_objects, is_main, on_main, rank, resolve_device, world_size
 from maskformer_fast.evaluation import build_evaluator
+from maskformer_fast.evaluation.common import MAIN_METRICS
 from maskformer_fast.evaluation.measure import check_classes, check_measurable, measure
 from maskformer_fast.inference.load import with_classes
 from maskformer_fast.inference.predictor import Predictor
-from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.compile import compile_single_graph
-from maskformer_fast.modeling.weights import Checkpoint, load_backbone, load_initial, load_into, load_weights
+from maskformer_fast.modeling.weights import Checkpoint, load_into, load_weights
 from maskformer_fast.structures import Batch
 from maskformer_fast.training.checkpoints import (
+    RAW_NAME,
     best_score,
+    best_step,
+    check_same_classes,
     clean_run,
     complete_checkpoints,
     config_differences,
@@ -45,6 +47,8 @@ from maskformer_fast.training.checkpoints import (
     set_aside,
 )
 from maskformer_fast.training.criterion import Criterion
+from maskformer_fast.training.freezing import freeze, set_training
+from maskformer_fast.training.initial_network import initial_network
 from maskformer_fast.training.interruptions import (
     OutOfMemory,
     Stopped,
@@ -55,6 +59,7 @@ from maskformer_fast.training.interruptions import (
     training_advice,
     validation_advice,
 )
+from maskformer_fast.training.loggers import check_loggers, open_loggers
 from maskformer_fast.training.optimizer import build_optimizer
 from maskformer_fast.training.parallel import average_statistics, load_optimizer, unsharded_parameters, wrap
 from maskformer_fast.training.per_pixel_criterion import PerPixelCriterion
@@ -63,11 +68,10 @@ from maskformer_fast.training.run_log import NoLog, RunLog
 from maskformer_fast.training.skipped_steps import TrainingDiverged
 from maskformer_fast.training.step_averages import StepAverages
 from maskformer_fast.training.train_step import TrainStep, check_batch_norm
+from maskformer_fast.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
-MAIN_METRICS: dict[Task, str] = {"semantic": "miou", "panoptic": "pq", "instance": "ap"}
-"""Metric of each task that decides which checkpoint is the best."""
 GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay", "in_backbone")
 """Keys of an optimiser's parameter group that the configuration sets."""
 
@@ -92,21 +96,19 @@ class Trainer:
         self.train_set: SegmentationDataset = build_dataset(config.data, "train", saved and saved.metadata)
         self.val_set: SegmentationDataset = build_dataset(config.data, "val", self.train_set.metadata)
         check(len(self.train_set) > 0, "data", "at least one example to train", len(self.train_set))
-        check_batch_size(config.solver.batch_size, config.solver.accumulate, world_size())
+        check_batch_size(config.solver.images, config.solver.accumulate, world_size())
         self.metadata = self.train_set.metadata
+        check_copy_paste(config.data.augment, self.train_set)
+        check_loggers(config)
         check_classes(self.metadata, self.val_set.metadata)
         self.config = config = with_classes(config, self.metadata)
         if (crop := config.data.augment.crop_size) is not None:  # otherwise every step checks its images
-            images = config.solver.batch_size // (config.solver.accumulate * world_size())
+            images = config.solver.images // (config.solver.accumulate * world_size())
             step = max(config.model.size_divisibility, 1)
             check_batch_norm(config, images, *(-(-side // step) * step for side in crop))
 
-        torch.manual_seed(config.seed)
-        self.network = build_model(config.model)
-        if saved is None:
-            self._load_pretrained()
-        layout = torch.channels_last if config.solver.channels_last else torch.contiguous_format
-        self.network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.network = initial_network(config, self.metadata if saved is None else None, self.device)
+        self.frozen = freeze(self.network, config.solver.freeze)
         criterion_type = Criterion if config.model.classifies_masks else PerPixelCriterion
         criterion = criterion_type(config.model.num_classes, config.loss).to(self.device)
         forward: Any = self.network
@@ -114,7 +116,9 @@ class Trainer:
             forward, criterion = compile_single_graph(forward), compile_single_graph(criterion)
         forward = wrap(forward, config)  # before the optimiser, as it may shard the parameters
         self.optimizer = build_optimizer(self.network, config.solver)
-        self.train_step = TrainStep(self.network, criterion, self.optimizer, config, self.device, forward)
+        decay = config.solver.ema_decay
+        self.average = WeightAverage(self.network, decay) if decay else None
+        self.train_step = TrainStep(self.network, criterion, self.optimizer, config, self.device, forward, self.average)
         self.predictor = Predictor(self.network, config, self.metadata, self.device)
         self.tasks: Sequence[Task] = config.metrics or (self.val_set.task,)
         for task in self.tasks:
@@ -125,19 +129,9 @@ class Trainer:
         self.signals = StopSignals()
         self._stop_flag = DelayedFlag()
         self.stopped = False
+        self.stopped_early = False
         if saved is not None:
             self._restore(saved)
-
-    def _load_pretrained(self) -> None:
-        """Load the weights that the configuration names to start from, if any."""
-        model = self.config.model
-        if model.backbone.weights:
-            load_backbone(self.network, model.backbone.weights)
-        if model.weights:
-            classes = load_initial(self.network, model.weights, self.metadata)
-            if classes.moved or classes.new or classes.dropped:
-                logger.info("%s has other classes than this data set. Their weights go by name; %s", model.weights,
-                            classes)
 
     @property
     def step(self) -> int:
@@ -162,10 +156,12 @@ class Trainer:
         missing = self.resumed is not None and self._validation_due() and validated != self.step
         if is_main():
             validates = missing or self.step >= self.config.solver.max_steps
-            self.log = RunLog(self.folder, self.step, self.config.log.tensorboard, validates)
+            loggers = open_loggers(self.folder, self.config)
+            self.log = RunLog(self.folder, self.step, self.config.log.tensorboard, validates, loggers)
         try:
             with self.signals, self._explain_interruptions():
                 metrics = self._validate_checkpoint(self.resumed) if missing else {}
+                self.stopped_early = self.stopped_early or self._without_progress()
                 metrics = self._train() or metrics
                 metrics = metrics if metrics or self.stopped else self.validate()
                 for broken in gather_objects(self.train_step.broken):
@@ -184,20 +180,21 @@ class Trainer:
         """Do the remaining steps -> metrics of the last validation among them, empty without one."""
         config = self.config
         metrics: dict[str, Any] = {}
-        if self.step >= config.solver.max_steps:
+        if self.step >= config.solver.max_steps or self.stopped_early:
             return metrics
         loader = train_loader(
-            self.train_set, config, self.train_set.task, start_step=self.step, rank=rank(), world_size=world_size()
-        )
+            self.train_set, config, self.train_set.task, start_step=self.step, rank=rank(), world_size=world_size(),
+            repeats=self._repeats(),
+        )  # fmt: skip
         batches: Iterator[Batch] = iter(loader)
-        averages = StepAverages(config.solver.batch_size, self.device)
-        self.network.train()
+        averages = StepAverages(config.solver.images, self.device)
+        set_training(self.network, self.frozen)
         profiler = profile_steps(self.folder / "profile", self.device) if self.profile else nullcontext(lambda: None)
         bar = tqdm(
             total=config.solver.max_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not is_main()
         )
         with profiler as end_profiled_step, bar as progress:
-            while self.step < config.solver.max_steps and not self._should_stop():
+            while self.step < config.solver.max_steps and not (self.stopped_early or self._should_stop()):
                 averages.add(self.train_step.run(batches))
                 end_profiled_step()
                 progress.update()
@@ -209,6 +206,18 @@ class Trainer:
         if self.stopped:
             logger.info("stopped at step %d: --resume continues from %s", self.step, self._save())
         return metrics
+
+    def _repeats(self) -> np.ndarray | None:
+        """Repeat factors of the training images; ``None`` if each comes once in an epoch."""
+        data = self.config.data
+        if data.repeat_threshold == 0.0:
+            return None
+        path = self.folder / "class_presence.npz"
+        presence = cached_presence(path, self.train_set, data.workers, data.skip_broken)
+        factors = repeat_factors(presence, data.repeat_threshold)
+        logger.info("%d of %d images come more than once in an epoch, up to %.2f times; %.2f times in the mean",
+                    np.count_nonzero(factors > 1.0), len(factors), factors.max(), factors.mean())
+        return factors
 
     def _should_stop(self) -> bool:
         """Whether any rank received a stop signal; several ranks do one step more, until all of them know."""
@@ -304,8 +313,12 @@ class Trainer:
     def _save(self) -> Path:
         self.train_step.settle()
         average_statistics(self.network)
+        if self.average is not None:
+            with self.average.applied():
+                average_statistics(self.network)
         state = {"optimizer": self.optimizer.state_dict(), **self.train_step.state_dict()}
-        return save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state)
+        average = None if self.average is None else self.average.weights
+        return save_checkpoint(self.checkpoints, self.network, self.config, self.metadata, self.step, state, average)
 
     def _validate_checkpoint(self, path: Path | None) -> dict[str, Any]:
         """Validate the network and mark its checkpoint if it is the best; ``path`` is ``None`` if saving failed."""
@@ -316,14 +329,34 @@ class Trainer:
                 if path is not None and score is not None and (best is None or score > best):
                     mark_best(self.checkpoints, path, score)
                 write_json(self.folder / "metrics.json", metrics)  # last: it means that this step is validated
+        self.stopped_early = self._without_progress()
         return metrics
+
+    def _without_progress(self) -> bool:
+        """Whether ``solver.early_stopping`` validations up to this step followed that of the best checkpoint.
+
+        It depends on the steps alone, so that a resumed run stops where an uninterrupted one does.
+        """
+        patience, every = self.config.solver.early_stopping, self.config.log.validate_every
+        if patience == 0 or self.step == 0 or self.step % every:
+            return False
+        best = on_main(lambda: best_step(self.checkpoints))
+        if best is None or self.step // every - best // every < patience:
+            return False
+        logger.info("stopped early at step %d: none of %d validations was better than that of step %d", self.step,
+                    patience, best)
+        return True
 
     def validate(self) -> dict[str, Any]:
         """Measure on the validation split; writes a grid of pictures and a line of the log."""
         data, log = self.config.data, self.config.log
         started = time.perf_counter()
         # Ranks differ in their number of images, so each calls the network independently of the others.
-        with self.signals.at_once(), self._explain_interruptions(validating=True), unsharded_parameters(self.network):
+        average = nullcontext() if self.average is None else self.average.applied()
+        with (
+            self._explain_interruptions(validating=True), average, self.signals.at_once(),
+            unsharded_parameters(self.network),
+        ):  # fmt: skip
             metrics, grid = measure(
                 self.predictor,
                 self.val_set,
@@ -360,7 +393,14 @@ class Trainer:
         changed = config_differences(saved.config, self.config, ("model", "loss", "data", "solver"))
         if changed:
             logger.warning("resuming with another configuration:\n  %s", "\n  ".join(changed))
+        before, now = saved.config.solver.freeze, self.config.solver.freeze
+        check(set(before) == set(now), "solver.freeze", f"the {list(before)} of {newest}, whose optimiser has no state "
+              "of other parts (start a new run from it with --model.weights)", list(now))
         load_into(self.network, saved.weights, newest)
+        if self.average is not None:
+            self.average.reset()
+        if (newest / RAW_NAME).exists():
+            load_into(self.network, load_weights(newest / RAW_NAME).weights, newest / RAW_NAME)
         state = load_state(newest)
         settings = [{key: group[key] for key in GROUP_SETTINGS} for group in self.optimizer.param_groups]
         load_optimizer(self.optimizer, state["optimizer"])
@@ -368,16 +408,3 @@ class Trainer:
             group.update(current)  # the configuration's rates and decays, which may differ from the saved ones
         self.train_step.load_state_dict(state)
         logger.info("resuming from %s", newest)
-
-
-def check_same_classes(trained: Metadata, now: Metadata, checkpoint: Path) -> None:
-    """Raise ``ValueError`` unless a data set has the classes of a run's training, by name and in their order."""
-    pairs = list(zip_longest(trained.class_names, now.class_names, fillvalue="(none)"))
-    different = [f"{index}: {a} / {b}" for index, (a, b) in enumerate(pairs) if a != b]
-    if different:
-        raise ValueError(
-            f"resume: expected the {trained.num_classes} classes of {checkpoint} in their order, got "
-            f"{now.num_classes}; {len(different)} differ (training / data set now: {'; '.join(different[:5])}). "
-            "Give the data set its earlier classes, or start a new run from these weights: --output ANOTHER "
-            f"--model.weights {checkpoint}, which keeps the classes of the same names"
-        )

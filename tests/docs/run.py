@@ -57,6 +57,7 @@ NOT_RUN = {
     "runs/coco_panoptic/*": "needs a trained run",
     "--solver.compile": "compiles for minutes",
     "--profile": "needs more steps",
+    "--solver.early-stopping": "needs validations, which the check leaves out",
     "--engine-only": "needs the GPU that the engine is for",
     "engine": "needs the GPU that the engine is for",
     "tensorrt": "needs the GPU that the engine is for",
