@@ -197,7 +197,7 @@ def loss_setup(device: torch.device, family: str, part: str) -> Work:
     indices = fast.matcher(*draw(0), classes, targets, labels)
 
     def call(loss: Any, masks: Tensor) -> Any:
-        torch.default_generator.manual_seed(0)  # the same points; torch.manual_seed takes 1 ms to log where it is called
+        torch.default_generator.manual_seed(0)  # the same points; torch.manual_seed takes 1 ms
         if part == "matcher":
             return [column for pair in loss.matcher(masks, classes, targets, labels) for column in pair]
         masks = masks.clone().requires_grad_()
