@@ -27,8 +27,8 @@ from maskformer_fast.core.files import atomic_write, write_json
 
 OUTPUT = Path(__file__).parent / "output"
 SUBJECTS = (
-    "semantic", "segments", "drop_in", "rle", "assignment", "matching_cost", "mask_loss", "points", "mask_product",
-    "convolution", "window_attention", "upscaling", "deformable_attention", "criterion", "network",
+    "semantic", "segments", "drop_in", "own_code", "rle", "assignment", "matching_cost", "mask_loss", "points",
+    "mask_product", "convolution", "window_attention", "upscaling", "deformable_attention", "criterion", "network",
     "train_step", "mask2former", "eomt", "resize", "loader", "deployment", "end_to_end",
 )  # fmt: skip
 """Modules of `benchmarks.cases`, in the order in which they are measured and shown."""

@@ -21,6 +21,7 @@
 #include "matching_cost/matching_cost.h"
 #include "points/points.h"
 #include "resized_argmax/resized_argmax.h"
+#include "resized_semantic/resized_semantic.h"
 #include "rle/rle.h"
 #include "segments/segments.h"
 #include "semantic/semantic.h"
@@ -612,6 +613,34 @@ void define_resized_argmax(py::module_& module) {
       "[rows, columns]; band and channels as for resized_argmax.");
 }
 
+// resized_semantic
+
+void define_resized_semantic(py::module_& module) {
+  module.def(
+      "grid_semantic",
+      [](uintptr_t logits, const Integers<3>& sizes, uintptr_t order, uintptr_t weights, const Integers<2>& classes,
+         int64_t kept, uintptr_t live_weights, uintptr_t slack, uintptr_t live_classes, const Integers<2>& live,
+         float others, const Integers<2>& grid, const Integers<2>& window, uintptr_t labels, const Integers<2>& size,
+         int threads) {
+        check_threads(threads);
+        const auto [queries, rows, columns] = sizes;
+        const bool bounded = kept > 0;
+        grid_semantic({pointer<const float>("logits", logits), pointer<const int32_t>("order", order),
+                       pointer<const float>("weights", weights), queries, rows, columns, classes[0], classes[1], kept,
+                       pointer<const float>("live_weights", live_weights, bounded),
+                       pointer<const float>("slack", slack, bounded),
+                       pointer<const int32_t>("live_classes", live_classes, bounded), live[0], live[1], others, grid,
+                       window},
+                      pointer<int64_t>("labels", labels), size, threads);
+      },
+      arg("logits"), arg("sizes"), arg("order"), arg("weights"), arg("classes"), arg("kept"), arg("live_weights"),
+      arg("slack"), arg("live_classes"), arg("live"), arg("others"), arg("grid"), arg("window"), arg("labels"),
+      arg("size"), arg("threads"), ReleaseGil(),
+      "Addresses of contiguous float32 logits [queries, rows, columns], of the int32 order of queries, of float32 "
+      "weights, of float32 live_weights and slack and int32 live_classes (0: none kept), and of int64 labels, as in "
+      "csrc/resized_semantic/resized_semantic.h. classes, live: their number, and the pitch.");
+}
+
 // rle
 
 void define_rle(py::module_& module) {
@@ -880,6 +909,7 @@ PYBIND11_MODULE(_C, module) {
   define_matching_cost(module);
   define_points(module);
   define_resized_argmax(module);
+  define_resized_semantic(module);
   define_rle(module);
   define_segments(module);
   define_semantic(module);

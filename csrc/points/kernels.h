@@ -59,6 +59,10 @@ MF_DECLARE_KERNELS(
     // Samples a padded map.
     void sample_map(const float* padded, int64_t width, const Places& places, int64_t count, float* result);
 
+    // Samples a map without a border, of less than 2^31 values, which is read from memory rather than from the cache.
+    void sample_dense(const float* map, int64_t height, int64_t width, const Places& places, int64_t count,
+                      float* result);
+
     // Adds up the losses of a chunk of query `query` of a block, and writes its values.
     void add_losses(const float* logits, int64_t count, const FocalLoss& loss, QueryLanes& lanes, int query,
                     BlockValues& values);

@@ -70,10 +70,9 @@ void sample_mask(const Mask& mask, int64_t height, int64_t width, const Places& 
   }
 }
 
-// Values of a mask in memory.
-template <class Element>
-struct DenseMask {
-  const Element* values;
+// Masks of bytes in memory.
+struct ByteMask {
+  const uint8_t* values;
   int64_t width;
 
   const void* address(int64_t y, int64_t x) const { return values + y * width + std::min(x, width - 1); }
@@ -95,9 +94,10 @@ void sample_chunk(const MaskSamples& samples, int64_t mask, const Places& places
   const auto sample = [&](const auto& values) { sample_mask(values, height, width, places, count, result); };
   const auto bytes = static_cast<const uint8_t*>(samples.masks);
   if (samples.format == MaskFormat::float32) {
-    sample(DenseMask<float>{static_cast<const float*>(samples.masks) + mask * height * width, width});
+    MF_DISPATCH(sample_dense, static_cast<const float*>(samples.masks) + mask * height * width, height, width, places,
+                count, result);
   } else if (samples.format == MaskFormat::bytes) {
-    sample(DenseMask<uint8_t>{bytes + mask * height * width, width});
+    sample(ByteMask{bytes + mask * height * width, width});
   } else {
     sample(PackedMask{bytes + mask * height * row_bytes, row_bytes});
   }
@@ -165,6 +165,7 @@ class Selection {
 }  // namespace
 
 void sample_masks(const MaskSamples& samples, float* result, int threads) {
+  if ((samples.height + 1) * (samples.width + 1) >= INT32_MAX) throw std::invalid_argument("masks: expected less than 2^31 pixels");
   for (int64_t row = 0; row < samples.rows; ++row) {
     check_range("rows", samples.mask_of_row[row], -1, samples.count);
     check_range("groups", samples.group_of_row[row], samples.mask_of_row[row] < 0 ? -1 : 0, samples.groups);

@@ -185,6 +185,7 @@ MF_INLINE void label_row(const ArgmaxJob& job, int64_t row, ArgmaxScratch& scrat
   Cell cell{job.vertical.start[grid_row], job.vertical.start[grid_row + 1], 0, 0, job.vertical.share,
             job.horizontal.share};
   if (cell.y0 == cell.y1) return;
+  const int32_t* decided = job.decided ? job.decided + row * grid.columns : nullptr;
   ResizedCorners state;
   for (int64_t column = 0; column < grid.columns; ++column) {
     if constexpr (resized) {
@@ -206,11 +207,16 @@ MF_INLINE void label_row(const ArgmaxJob& job, int64_t row, ArgmaxScratch& scrat
     }
     cell.x0 = job.horizontal.start[column];
     cell.x1 = job.horizontal.start[column + 1];
-    if (cell.x0 == cell.x1) continue;
-    if (job.decided && job.decided[row * grid.columns + column] >= 0) {
-      fill<Label>(cell, job.width, labels, job.decided[row * grid.columns + column]);
+    if (decided && decided[column] >= 0) {
+      const int32_t label = decided[column];
+      int64_t end = column + 1;
+      while (end < grid.columns && decided[end] == label) ++end;
+      cell.x1 = job.horizontal.start[end];
+      fill<Label>(cell, job.width, labels, label);
+      column = end - 1;
       continue;
     }
+    if (cell.x0 == cell.x1) continue;
     const Corners corners = resized ? resize_corners<kind>(job, row, column, scratch.points, state)
                                     : Corners(grid, row, column);
     Floats lows = broadcast(kLeast);
@@ -348,6 +354,7 @@ void decide_winners(const ArgmaxJob& job, int64_t row) {
 void decide_cells(const DecideJob& job, int64_t row) {
   const ScoreGrid& grid = job.grid;
   for (int64_t column = 0; column < grid.columns; ++column) {
+    if (job.decided[row * grid.columns + column] >= 0) continue;
     const Corners corners(grid, row, column);
     Floats lows = broadcast(kLeast);
     for (int64_t v = 0; v < grid.channels; v += kLanes) {

@@ -75,7 +75,7 @@ struct DecideJob {
   const float* slack;     // [pitch], how much larger than in the grid a channel may be
   float others;           // bound of all channels that are not in the grid
   const int32_t* labels;  // [channels], labels of the grid's channels
-  int32_t* decided;       // [rows, columns]
+  int32_t* decided;       // [rows, columns], -1, or the label of a cell that is left as it is
 };
 
 MF_DECLARE_KERNELS(
@@ -85,7 +85,7 @@ MF_DECLARE_KERNELS(
     // Finds the winners of the cells of one row of the coarse grid.
     void decide_winners(const ArgmaxJob& job, int64_t row);
 
-    // Writes the label of each cell of one row that one channel surely fills, else -1.
+    // Writes the label of each cell of one row that has none and that one channel surely fills.
     void decide_cells(const DecideJob& job, int64_t row);)
 
 }  // namespace maskformer_fast

@@ -35,7 +35,7 @@ struct TwiceResized {
 void twice_resized_winners(const TwiceResized& maps, ArgmaxKind kind, const float* scale, const float* own_value,
                            const ArgmaxOutput& output, int threads);
 
-// Labels the cells of a band that one channel surely fills; the others are -1.
+// Labels the cells of a band that one channel surely fills. `decided` is -1 before, or a label that stays.
 void decide_cells(const DecideJob& job, int threads);
 
 }  // namespace maskformer_fast

@@ -217,7 +217,7 @@ def _targets(
 ) -> Targets:
     """Pack the pixels of targets of one size that nearest neighbours read at the mask logits' size."""
     device, (height, width) = mask_labels[0].device, size
-    masks = pad_sequence([pack_masks(_nearest(masks, size) != 0) for masks in mask_labels], batch_first=True)
+    masks = pad_sequence([pack_masks(_nearest(masks, size).to(torch.bool)) for masks in mask_labels], batch_first=True)
     labels = pad_sequence(list(class_labels), batch_first=True).to(device)
     sizes = _on_device([height, width] * len(counts), device).view(-1, 2)
     return Targets(labels, _on_device(counts, device), masks, sizes, (height, width))

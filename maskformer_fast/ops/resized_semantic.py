@@ -5,10 +5,12 @@ each with queries of its own; where they overlap, the mean of their scores count
 windows, weighted by 1 / count.
 
 On the CPU scores that are not resized are computed in C++ like those of `semantic_inference` (csrc/semantic/): in each
-rectangle that the same windows cover, over the queries of all of them. Otherwise bands of the grid's rows are computed
-one after another, and neither masks nor scores of more than a band are stored. Where few queries have a class, scores
-of these queries and of their classes come first. With bounds for the others they settle most cells
-(`resized_argmax.decide_band`), and complete scores are computed only at the corners of the other cells.
+rectangle that the same windows cover, over the queries of all of them. Otherwise no masks and no scores of more than
+some rows of the grid are stored. Where few queries have a class, scores of these queries and of their classes come
+first, with bounds for the others (`live_queries`). One window that covers the grid is labelled in C++
+(csrc/resized_semantic/), where bounds of these scores between the mask logits settle most pixels. Several windows are
+computed in bands of rows by PyTorch, whose cells the bounds settle (`resized_argmax.decide_band`). Complete scores are
+computed only at the corners of the cells that are left.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from maskformer_fast.core.arrays import address_of, dtype_name
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.extension import load_extension
+from maskformer_fast.ops.live_queries import LiveQueries, find_live_queries
 from maskformer_fast.ops.resample import row_tiles, without_float64
 from maskformer_fast.ops.resized_argmax import (
     Band,
@@ -37,17 +40,8 @@ from maskformer_fast.ops.semantic import label_dtype
 
 BAND_VALUES = 1 << 21
 """Values of masks and scores in a band of rows of the grid: temporaries stay below about 16 MiB."""
-MAX_MISSING = 0.02
-"""Most that the dropped queries of a window may add to a class."""
-MAX_KEPT = 0.5
-"""Largest share of the queries that is kept; with more, all are computed at once."""
-LIVE_TOTAL = 0.1
-"""Least sum of a class's probabilities in a window with which it is computed everywhere; others only where no class
-leads."""
 MAX_POINTS = 0.5
 """Largest share of a band's points that are gathered; with more, complete scores of the band are computed."""
-ROUNDING = 1e-5
-"""Bound of a score's error in float32."""
 
 
 class Windows(NamedTuple):
@@ -66,15 +60,6 @@ class Windows(NamedTuple):
     def channels(self) -> int:
         """Number of classes, padded as the extension wants it."""
         return padded_channels(self.probabilities[0].shape[1])
-
-
-class _Pruning(NamedTuple):
-    """Queries and classes that are computed everywhere, and bounds of all others."""
-
-    kept: Windows
-    classes: Tensor  # [c] int64
-    slack: Tensor  # [c] float32, most that the dropped queries add to each class
-    others: float  # largest score of the other classes
 
 
 def grid_semantic_inference(
@@ -137,15 +122,17 @@ def windowed_semantic_inference(
             return _labels_by_tiles(windows, output_size)
         if tuple(output_size) == tuple(grid):
             return _labels_at_grid(mask_logits, probabilities, windows)
+        if len(origins) == 1 and tuple(origins[0]) == (0, 0) and min(window[0] - grid[0], window[1] - grid[1]) >= 0:
+            return _labels_of_one_window(windows, output_size)
         labels = torch.empty(output_size, dtype=torch.int64)
-        pruning = _prune(windows)
-        queries = max(map(len, (windows if pruning is None else pruning.kept).mask_logits))
-        rows = max(1, BAND_VALUES // (grid[1] * (queries + windows.channels())))
+        found = find_live_queries(windows.probabilities)
+        kept = windows if found is None else _kept_windows(windows, found)
+        rows = max(1, BAND_VALUES // (grid[1] * (max(map(len, kept.mask_logits)) + windows.channels())))
         for part in bands(grid, rows):
-            if pruning is None:
+            if found is None:
                 label_band(_band(windows, part), labels)
                 continue
-            band, decided = _pruned_band(windows, pruning, part)
+            band, decided = _pruned_band(windows, kept, found, part)
             label_band(band, labels, decided)
         return labels
 
@@ -231,6 +218,32 @@ def _labels_at_grid(
     return labels.to(torch.int64)
 
 
+def _labels_of_one_window(windows: Windows, output_size: tuple[int, int]) -> Tensor:
+    """Labels where one window covers the grid from its upper left corner on."""
+    masks, probabilities = windows.mask_logits[0].to(torch.float32).contiguous(), windows.probabilities[0]
+    found = find_live_queries([probabilities])
+    order = torch.arange(len(masks)) if found is None else found.orders[0]
+    weights = _padded(probabilities[order])
+    kept, live, slack, classes, others = 0, None, None, None, 0.0
+    if found is not None:
+        kept, others, classes = found.kept[0], found.others, found.classes.to(torch.int32)
+        live, slack = _padded(probabilities[order[:kept]][:, found.classes]), _padded(found.slack[None])[0]
+    order = order.to(torch.int32)
+    labels = torch.empty(output_size, dtype=torch.int64)
+    load_extension().grid_semantic(
+        address_of(masks, "masks", "float32", masks.shape), tuple(masks.shape),
+        address_of(order, "order", "int32", (len(masks),)),
+        address_of(weights, "weights", "float32", weights.shape), (probabilities.shape[1], weights.shape[1]), kept,
+        address_of(live, "live", "float32", () if live is None else live.shape),
+        address_of(slack, "slack", "float32", () if slack is None else slack.shape),
+        address_of(classes, "classes", "int32", () if classes is None else classes.shape),
+        (0, 0) if classes is None or live is None else (len(classes), live.shape[1]), others,
+        windows.size, windows.grid, address_of(labels, "labels", "int64", output_size), output_size,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return labels
+
+
 def _labels_by_tiles(windows: Windows, output_size: tuple[int, int]) -> Tensor:
     device = windows.mask_logits[0].device
     labels = torch.empty(output_size, dtype=torch.int64, device=device)
@@ -298,27 +311,12 @@ def _padded(
     return F.pad(weights, (0, padded_channels(weights.shape[1]) - weights.shape[1]))
 
 
-def _prune(windows: Windows) -> _Pruning | None:
-    logits, kept, dropped = [], [], []
-    for masks, probabilities in zip(windows.mask_logits, windows.probabilities, strict=True):
-        order = probabilities.amax(1).argsort()
-        missing = probabilities[order].cumsum(0).amax(1)  # nondecreasing; with NaN a query is never dropped
-        count = int((missing <= MAX_MISSING).sum())
-        logits.append(masks[order[count:]])
-        kept.append(probabilities[order[count:]])
-        dropped.append(probabilities[order[:count]].sum(0))
-    number = sum(map(len, kept))
-    if not 0 < number <= MAX_KEPT * sum(map(len, windows.probabilities)):
-        return None
-    totals = torch.stack([probabilities.sum(0) for probabilities in windows.probabilities]).amax(0)
-    live = totals > LIVE_TOTAL
-    if not live.any():
-        return None
-    others = totals[~live].max().item() + ROUNDING if not live.all() else -torch.inf
-    classes = live.nonzero()[:, 0]
-    slack = torch.stack(dropped).amax(0)[classes] + ROUNDING
-    kept = [probabilities[:, classes] for probabilities in kept]
-    return _Pruning(windows.with_parts(logits, kept), classes, slack, others)
+def _kept_windows(windows: Windows, live: LiveQueries) -> Windows:
+    """The kept queries of each window, with the live classes."""
+    chosen = [order[:kept] for order, kept in zip(live.orders, live.kept, strict=True)]
+    logits = [masks[order] for masks, order in zip(windows.mask_logits, chosen, strict=True)]
+    kept = [classes[order][:, live.classes] for classes, order in zip(windows.probabilities, chosen, strict=True)]
+    return windows.with_parts(logits, kept)
 
 
 def _band(windows: Windows, part: slice) -> Band:
@@ -327,10 +325,10 @@ def _band(windows: Windows, part: slice) -> Band:
     return Band(values, windows.probabilities[0].shape[1], part.start, part.stop - part.start, windows.grid)
 
 
-def _pruned_band(windows: Windows, pruning: _Pruning, part: slice) -> tuple[Band, Tensor | None]:
+def _pruned_band(windows: Windows, kept: Windows, found: LiveQueries, part: slice) -> tuple[Band, Tensor | None]:
     """Labels of the cells that bounds settle, and complete scores at the corners of the others."""
-    live = _band(pruning.kept, part)
-    decided = decide_band(live, pruning.slack, pruning.others, pruning.classes.to(torch.int32))
+    live = _band(kept, part)
+    decided = decide_band(live, found.slack, found.others, found.classes.to(torch.int32))
     points = _corners_of_open_cells(decided, part, windows.grid)
     if len(points) == 0:
         return live, decided

@@ -33,6 +33,7 @@ constexpr Operator kOperators[] = {
     {"points", run_points},
     {"mask_loss", run_mask_loss},
     {"resized_argmax", run_resized_argmax},
+    {"resized_semantic", run_resized_semantic},
     {"rle", run_rle},
     {"segments", run_segments},
     {"semantic", run_semantic},

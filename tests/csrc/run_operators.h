@@ -62,6 +62,7 @@ void run_mask_loss(Random& random, int threads);
 void run_matching_cost(Random& random, int threads);
 void run_points(Random& random, int threads);
 void run_resized_argmax(Random& random, int threads);
+void run_resized_semantic(Random& random, int threads);
 void run_rle(Random& random, int threads);
 void run_segments(Random& random, int threads);
 void run_semantic(Random& random, int threads);

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskformer_fast.ops import resized_semantic
+from maskformer_fast.ops.live_queries import find_live_queries
 from maskformer_fast.ops.resized_argmax import (
     resized_argmax,
     resized_argmax_eager,
@@ -138,8 +139,7 @@ def test_semantic_labels(
     monkeypatch.setattr(resized_semantic, "BAND_VALUES", band_values)
     for output_size in ((200, 170), (33, 40)):
         masks, probabilities = scene(peaky)
-        windows = resized_semantic.Windows([masks], [probabilities], [(0, 0)], grid, window)
-        assert (resized_semantic._prune(windows) is not None) == peaky
+        assert (find_live_queries([probabilities]) is not None) == peaky
         values = F.interpolate(masks[None], grid, mode="bilinear", align_corners=False)[0].sigmoid()
         scores = torch.einsum("qk,qhw->khw", probabilities, values)[:, : window[0], : window[1]]
         torch.testing.assert_close(resized_semantic.grid_scores(masks, probabilities, grid, window), scores)
