@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from maskformer_fast.config import ModelConfig
 from maskformer_fast.core.checks import check
@@ -39,8 +40,19 @@ class UpscaleBlock(nn.Module):
         self,
         x: Tensor,  # [B, h, w, C]
     ) -> Tensor:
-        """Output [B, 2h, 2w, C]."""
-        x = linear(x, *self.windows()).unflatten(-1, (2, 2, -1))  # [B, h, w, 2, 2, C]
+        """Output [B, 2h, 2w, C]. For the gradient only the product is kept: what follows it is cheap to repeat."""
+        x = linear(x, *self.windows())
+        if torch.is_grad_enabled() and x.requires_grad:
+            output: Tensor = checkpoint(self._refine, x, use_reentrant=False)
+            return output
+        return self._refine(x)
+
+    def _refine(
+        self,
+        x: Tensor,  # [B, h, w, 4C]
+    ) -> Tensor:
+        """GELU, depthwise convolution and norm -> [B, 2h, 2w, C]."""
+        x = x.unflatten(-1, (2, 2, -1))  # [B, h, w, 2, 2, C]
         x = F.gelu(x.transpose(2, 3).flatten(3, 4).flatten(1, 2))
         return self.norm(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from maskformer_fast.core.checks import check
-from maskformer_fast.modeling.linear import Linear, linear
+from maskformer_fast.modeling.linear import Linear, gelu_then, linear
 from maskformer_fast.ops.attention import DTYPES as ATTENTION_DTYPES
 from maskformer_fast.ops.attention import attention
 
@@ -119,7 +119,7 @@ class FeedForward(nn.Module):
         """Output [B, N, C]."""
         x = self.fc1(x)
         if not self.gated:
-            return self.fc2(F.gelu(x))
+            return gelu_then(self.fc2, x)
         gate, value = x.chunk(2, dim=-1)
         return self.fc2(F.silu(gate) * value)
 
