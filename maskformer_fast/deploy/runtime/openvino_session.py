@@ -107,14 +107,14 @@ def find_mask_tail(model: Any) -> MaskTail | None:
     if OUTPUTS[1] not in {name for port in model.outputs for name in port.get_names()}:
         return None
     product = _before(model.output(OUTPUTS[1]).get_node(), "Result", "Reshape")
-    offsets = None
+    total = None
     if product.get_type_name() == "Add":
-        offsets, product = product.input_value(1), product.input_value(0).get_node()
+        total, product = product, product.input_value(0).get_node()
     if product.get_type_name() != "MatMul" or any(product.get_attributes().values()):
         return None
     embeddings = product.input_value(0)
-    if offsets is not None:
-        return _product_tail(embeddings, product, offsets)
+    if total is not None:
+        return _product_tail(embeddings, product, total)
     last = _before(product.input_value(1).get_node(), "Reshape")
     bias = None
     if last.get_type_name() == "Add":
@@ -134,8 +134,11 @@ def find_mask_tail(model: Any) -> MaskTail | None:
     return MaskTail(embeddings, last.input_value(0), projection, None, names)
 
 
-def _product_tail(embeddings: Any, product: Any, offsets: Any = None) -> MaskTail | None:
-    """The tail of a product with pixel features [B, C, h, w], flattened; None for other shapes."""
+def _product_tail(embeddings: Any, product: Any, total: Any = None) -> MaskTail | None:
+    """The tail of a product with pixel features [B, C, h, w], flattened, and of the sum with offsets, if there is one.
+
+    Returns None for other shapes.
+    """
     flat = product.input_value(1).get_node()
     if flat.get_type_name() != "Reshape":
         return None
@@ -145,12 +148,13 @@ def _product_tail(embeddings: Any, product: Any, offsets: Any = None) -> MaskTai
         return None
     if not (shapes[0][2].is_static and shapes[0][2] == shapes[1][1]):
         return None
-    if offsets is None:
+    if total is None:
         return MaskTail(embeddings, features, None, None, (product.get_friendly_name(),))
+    offsets = total.input_value(1)
     shape = offsets.get_partial_shape()
     if shape.rank.is_dynamic or len(shape) != 3 or shape[2] != 1:
         return None
-    nodes = product, embeddings.get_node(), _before(offsets.get_node(), "Unsqueeze", "Reshape")
+    nodes = total, product, embeddings.get_node(), _before(offsets.get_node(), "Unsqueeze", "Reshape")
     return MaskTail(embeddings, features, None, offsets, tuple(node.get_friendly_name() for node in nodes))
 
 
