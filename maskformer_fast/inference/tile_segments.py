@@ -2,8 +2,8 @@
 
 Two tiles see the pixels of their overlap both. There a segment of one and a segment of the other are the same object if
 they are the same pixels for the most part: the intersection is half of the union or more. Objects through several tiles
-are joined pair by pair. What is drawn at a pixel is decided by the tile whose middle is nearest, but that things which a
-tile cuts off give way to those that are whole. The order in which tiles were computed makes no difference.
+are joined pair by pair. What is drawn at a pixel is decided by the tile whose middle is nearest, but things which a
+tile cuts off give way to those that are whole in another. The order in which tiles were computed makes no difference.
 """
 
 from __future__ import annotations
@@ -168,9 +168,9 @@ def merge_instances(
 ) -> list[CroppedInstance]:
     """Instances of the picture, best first.
 
-    An instance that its tile cuts off gives way to whole ones of another tile, of any class, that are the same object in
-    the overlap. Others of one class that are the same object are joined; the best score counts. An instance that only
-    one tile found is left out if most of its pixels are nearer to another tile.
+    An instance that its tile cuts off gives way to whole ones of another tile, of any class, that are the same object
+    in the overlap. Others of one class that are the same object are joined; the best score counts. An instance that
+    only one tile found is left out if most of its pixels are nearer to another tile.
     """
     firsts, labels, scores = [0], [], []
     pairs: list[tuple[int, int]] = []

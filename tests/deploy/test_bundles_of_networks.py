@@ -34,7 +34,8 @@ KINDS = ("mask2former", "eomt")
 SIZE = (48, 40)
 LOW = ["--test.object-mask-threshold", "0.05", "--test.overlap-threshold", "0.05"]
 DATA = ["--data.dataset", "shapes", "--data.shapes.size", "48", "40", "--data.shapes.num-things", "2",
-        "--data.shapes.num-stuff", "2", "--data.shapes.max-shapes", "2", "--data.shapes.val-images", "6", "--data.workers", "0"]  # fmt: skip
+        "--data.shapes.num-stuff", "2", "--data.shapes.max-shapes", "2", "--data.shapes.val-images", "6",
+        "--data.workers", "0"]  # fmt: skip
 LIBRARIES = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
 
 
