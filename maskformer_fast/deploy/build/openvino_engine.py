@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 FILE = f"engines/{OPENVINO}_int8.xml"
 KEPT_OPERATORS = ("GroupConvolution",)
-"""Operators that are not quantised: EoMT's depthwise convolutions. Their input is transposed, and NNCF gives its channels
-ranges along another axis."""
+"""Operators that are not quantised: EoMT's depthwise convolutions. Their input is transposed, and NNCF gives ranges to
+another axis than that of its channels."""
 LARGEST = Shape(65536, 65536, 65536)
 """End of the profile of a graph that takes any size."""
 
