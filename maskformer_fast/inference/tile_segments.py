@@ -84,9 +84,8 @@ def merge_panoptic(
         pairs.append((first, row))
     numbers, segments = _segments(groups_of(firsts[-1], pairs), category, score, area, is_whole, flags)
     tables = [np.append(numbers[first:last], VOID) for first, last in pairwise(firsts)]
-    for number, box in enumerate(grid.boxes):
-        own = grid.owned[number]
-        id_map[own.slices] = tables[number][tile(number)["rows"][own.within(box)]]
+    for number, (box, owned) in enumerate(zip(grid.boxes, grid.owned, strict=True)):
+        id_map[owned.slices] = tables[number][tile(number)["rows"][owned.within(box)]]
     has_whole = np.zeros(len(segments) + 2, bool)  # the last is that of VOID
     has_whole[numbers[is_whole & (numbers != VOID)]] = True
     for number, box in enumerate(grid.boxes):
