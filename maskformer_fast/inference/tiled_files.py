@@ -2,12 +2,13 @@
 
 While it runs, the folder ``.tiles`` below that of the results has a folder for each picture, with what is known of its
 tiles and of the results (`tiled.TileFiles`). A finished picture leaves its entries of the JSON files there until all
-are done.
+are done without a failure.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +26,8 @@ from maskformer_fast.inference.tile_grid import Box
 from maskformer_fast.inference.tiled import Progress, TiledPredictor, TiledSegmentation, TileFiles, full_size
 from maskformer_fast.output.large_results import instance_entry, segment_entries, write_id_file, write_label_file
 from maskformer_fast.output.writer import ResultWriter
+
+logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".tiles"
 """Folder, below that of the results, of unfinished pictures."""
@@ -78,8 +81,12 @@ def segment_file(
 
 
 def remove_work(writer: ResultWriter) -> None:
-    """Delete what is kept for resuming, after all pictures are finished."""
-    shutil.rmtree(writer.folder / WORK_FOLDER, ignore_errors=True)
+    """Delete what is kept for resuming, unless a picture failed after some of its tiles: the same command goes on."""
+    work = writer.folder / WORK_FOLDER
+    if failed := [name for name in writer.names if any((work / name).glob("*.npz"))]:
+        logger.warning("%s keeps the tiles of %s; the same command continues with them", work, ", ".join(failed[:5]))
+        return
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _job(

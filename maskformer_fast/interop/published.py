@@ -10,6 +10,7 @@ from maskformer_fast.config import Config, ModelConfig
 from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.datasets.presets import preset_metadata
+from maskformer_fast.data.datasets.things import things_metadata
 from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.recipes import load_recipe, recipe_names
 
@@ -40,9 +41,6 @@ _EOMT_SEMANTIC_QUERIES = 100
 """Queries of the semantic EoMTs; others have more."""
 _MANY_QUERIES = 200
 """Queries of the largest Mask2Formers but the semantic ones, which have the classes of panoptic ones."""
-_THINGS = {"coco_instances": "coco_panoptic_133", "ade20k_panoptic": "ade20k_panoptic",
-           "cityscapes_panoptic": "cityscapes_panoptic"}
-"""Data set of an instance recipe -> the preset whose things are the classes of the published models."""
 
 
 def published_recipe(model: ModelConfig) -> Config | None:
@@ -80,20 +78,12 @@ def _folder(model: ModelConfig) -> str | None:
     return None if known is None else f"{known}/"
 
 
-def _known_classes(recipe: Config, count: int) -> Metadata:
-    """Classes of a recipe's data set; of an instance recipe its things alone."""
+def _known_classes(recipe: Config) -> Metadata:
+    """Classes of a recipe's data set; those of COCO's instances are the things of its panoptic data set."""
     name = recipe.data.dataset
-    metadata = preset_metadata(_THINGS.get(name, name))
-    if metadata.num_classes == count:
-        return metadata
-    kept = [index for index, is_thing in enumerate(metadata.is_thing) if is_thing]
-    return Metadata(
-        name if name == "coco_instances" else f"{name}_things",
-        tuple(metadata.class_names[index] for index in kept),
-        (True,) * len(kept),
-        tuple(metadata.category_ids[index] for index in kept),
-        tuple(metadata.colors[index] for index in kept),
-    )
+    if name == "coco_instances":
+        return things_metadata(preset_metadata("coco_panoptic_133"), name)
+    return preset_metadata(name)
 
 
 @functools.cache
@@ -142,7 +132,7 @@ def published_metadata(model: ModelConfig, class_names: Sequence[str] | None = N
     count = model.num_classes
     recipe = published_recipe(model)
     if recipe is not None:
-        known = _known_classes(recipe, count)
+        known = _known_classes(recipe)
         if class_names is None:
             return known
         same = sum(_first_word(a) == _first_word(b) for a, b in zip(class_names, known.class_names, strict=True))

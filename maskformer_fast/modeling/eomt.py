@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from maskformer_fast.config import ModelConfig
 from maskformer_fast.core.checks import check
@@ -57,11 +58,19 @@ def finish_upscaling(
     norm: nn.LayerNorm,
     gelu: bool,
 ) -> Tensor:
-    """GELU if wanted, convolution and norm -> [B, 2h, 2w, C]; the operator is the CPU's, with gradients in float32."""
+    """GELU if wanted, convolution and norm -> [B, 2h, 2w, C].
+
+    The operator is the CPU's, with gradients in float32. For the gradient only ``x`` is kept, by either way: what follows
+    it is cheap to repeat.
+    """
     by_operator = x.device.type == "cpu" and (x.dtype == torch.float32 or not x.requires_grad)
     if by_operator and x.dtype in UPSCALING_DTYPES and not torch.compiler.is_exporting():
         return upscaling(x, conv.weight.float(), norm.weight.float(), norm.bias.float(), norm.eps, gelu)
-    return upscaling_eager(x, conv.weight, norm.weight, norm.bias, norm.eps, gelu)
+    arguments = (x, conv.weight, norm.weight, norm.bias, norm.eps, gelu)
+    if torch.is_grad_enabled() and x.requires_grad:
+        output: Tensor = checkpoint(upscaling_eager, *arguments, use_reentrant=False)
+        return output
+    return upscaling_eager(*arguments)
 
 
 class Upscaling(nn.Module):

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from maskformer_fast.core.results import SemanticResult
 from maskformer_fast.demo.__main__ import listen, write_scenes
 from maskformer_fast.demo.page import KEPT_IMAGES, OpenImages, _same_host, build_app
 from maskformer_fast.demo.stages import StagedPredictor
+from maskformer_fast.inference.load import load
 from maskformer_fast.inference.predictor import Predictor
+from maskformer_fast.modeling.weights import save_weights
 from tests.support.demo_cases import Shown, expected_at, scene_predictor, tiny_predictor
 from tests.support.images import photo
 
@@ -61,14 +64,12 @@ def broken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Over HTTP, served by the command
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Predictor]]:
-    """The address that ``python -m maskformer_fast.demo`` prints, for a bundle, and a predictor with its weights."""
-    folder = tmp_path_factory.mktemp("command")
-    bundle, predictor = tiny_predictor(folder / "bundle")
+@contextmanager
+def running(source: Path, folder: Path) -> Iterator[str]:
+    """The address that ``python -m maskformer_fast.demo`` prints; the command has to end without a trace."""
     temporary = folder / "temporary"
     temporary.mkdir()
-    line = [sys.executable, "-m", "maskformer_fast.demo", str(bundle), "--port", "0"]
+    line = [sys.executable, "-m", "maskformer_fast.demo", str(source), "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     environment.pop("COVERAGE_PROCESS_CONFIG", None)  # which makes it two to three times slower
     with (folder / "errors").open("w") as errors:
@@ -77,13 +78,46 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pre
         assert process.stdout is not None
         address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
         assert address, (folder / "errors").read_text()
-        yield address[0], predictor
+        yield address[0]
         process.send_signal(signal.SIGTERM)  # which, unlike Ctrl-C, ends a process without a clean-up unless asked
         assert process.wait(timeout=60) == 0, (folder / "errors").read_text()
         assert not list(temporary.glob("maskformer_fast_demo_*")), "what visitors uploaded was left"
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Predictor]]:
+    """The command's address for a bundle, and a predictor with its weights."""
+    folder = tmp_path_factory.mktemp("command")
+    bundle, predictor = tiny_predictor(folder / "bundle")
+    with running(bundle, folder) as address:
+        yield address, predictor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mask2former", "eomt"])
+def test_the_api_segments_by_a_checkpoint_of_each_kind(kind: str, tmp_path: Path, image_file: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    predictor = scene_predictor(kind)
+    checkpoint = tmp_path / f"{kind}.safetensors"
+    save_weights(checkpoint, predictor.network, predictor.config, predictor.metadata, 0)
+    reference = load(checkpoint, "cpu")
+    with running(checkpoint, tmp_path) as address:
+        client = Client(address, verbose=False, analytics_enabled=False)
+        page = client.predict(handle_file(image_file), "semantic", api_name="/segment")
+        for task in ("semantic", "panoptic", "instance"):
+            page = page if task == "semantic" else client.predict(task, api_name="/switch")
+            shown, result = Shown(page), reference.predict(photo(), task)
+            assert shown.task == task
+            for y, x in np.ndindex(6, 6):
+                category, score = expected_at(result, 10 * y, 14 * x)
+                name, got = shown.at(10 * y, 14 * x)
+                assert name == (None if category is None else predictor.metadata.class_names[category])
+                if score is not None and got is not None:
+                    assert got == pytest.approx(score, abs=0.02)
 
 
 def test_the_api_segments_for_every_task_and_reports_bad_files(

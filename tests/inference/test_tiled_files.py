@@ -122,6 +122,43 @@ def test_an_interrupted_picture_goes_on_and_a_finished_one_is_not_repeated(tmp_p
     assert (read_index_png(out / "semantic/scene.png") == scene[::-1, :, 0]).all()
 
 
+class Failing(Counting):
+    """One that fails at a tile, as where memory runs out."""
+
+    at = 18
+
+    def infer(self, images, tasks):
+        if self.tiles + len(images) > self.at:
+            raise MemoryError("no memory for this tile")
+        return super().infer(images, tasks)
+
+
+def test_tiles_of_a_failed_picture_are_kept_for_the_next_run(tmp_path: Path) -> None:
+    """The first picture is finished, the second fails; the next run does neither the first nor the known tiles."""
+    names = ["a.png", "b.png"]
+    for name in names:
+        Image.fromarray(draw_scene((300, 411), 40)).save(tmp_path / name)
+    out = tmp_path / "out"
+
+    def run(predictor: Counting) -> list[bool]:
+        writer = ResultWriter(out, METADATA, False, names)
+        done = [
+            segment_file(predictor, tmp_path / name, TASKS, writer, number, number, True, "", lambda *_: None)
+            for number, name in enumerate(names)
+        ]
+        remove_work(writer)
+        writer.close()
+        return done
+
+    failing, predictor = Failing(TEST), Counting(TEST)
+    assert run(failing) == [True, False] and 12 < failing.tiles <= 18
+    assert (out / WORK_FOLDER / "b").is_dir()
+    assert run(predictor) == [True, True] and predictor.tiles == 24 - failing.tiles
+    assert not (out / WORK_FOLDER).exists()
+    assert len(json.loads((out / "panoptic.json").read_text())["annotations"]) == 2
+    assert (read_index_png(out / "semantic/a.png") == read_index_png(out / "semantic/b.png")).all()
+
+
 def test_a_damaged_file_of_a_tile_is_an_error_of_its_picture(tmp_path: Path) -> None:
     Image.fromarray(draw_scene((150, 150), 5)).save(tmp_path / "scene.png")
     assert segment(tmp_path / "scene.png", tmp_path / "out")[1]

@@ -227,6 +227,34 @@ def test_a_thing_of_two_classes_has_the_larger_one():
     assert len(thing) == 1 and thing[0].category == 2 and thing[0].area == 20 * 60
 
 
+def test_a_thing_that_one_tile_cuts_off_and_another_sees_whole_is_as_in_that_one():
+    class Unsure(Truth):
+        def infer(self, images, tasks):
+            results = {task: [] for task in tasks}
+            for image in images:
+                seen = image.copy()
+                if image[0, 0, 2] == 9:  # the tile on the left, which sees some rows, as another class
+                    rows = (np.arange(len(image)) < 32)[:, None] & (image[..., 0] == 2)
+                    seen[image[..., 0] == 2] = 1, 0, 0
+                    seen[rows] = 3, 1, 7
+                for task, found in super().infer([seen], tasks).items():
+                    results[task] += found
+            return results
+
+    scene = np.zeros((60, 100, 3), np.uint8)
+    scene[..., 0] = 1
+    scene[0, 0] = 1, 0, 9
+    scene[20:40, 45:85] = 2, 1, 7  # the tiles are columns 0 to 60 and 40 to 100, and each owns half of the overlap
+    results = infer_tiled(Unsure(TestConfig(tile=60, tile_overlap=0.3)), scene, ("panoptic", "instance"))
+    (thing,) = [segment for segment in results["panoptic"].segments if segment.is_thing]
+    assert thing.category == 2 and thing.area == 20 * 40
+    assert (results["panoptic"].id_map.numpy() == thing.id).tolist() == (scene[..., 0] == 2).tolist()
+    assert sum(segment.area for segment in results["panoptic"].segments) == 60 * 100
+    instances = results["instance"]
+    assert instances.labels.tolist() == [2]
+    assert (unpack(instances.masks.numpy(), 100)[0] == (scene[..., 0] == 2)).all()
+
+
 def test_pixels_without_a_segment_stay_void():
     class Blind(Truth):
         def result(self, image, task):

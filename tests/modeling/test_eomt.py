@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig
 from maskformer_fast.interop.huggingface import read_folder
 from maskformer_fast.modeling import EoMT, build_model
+from maskformer_fast.modeling.eomt import UpscaleBlock
 from maskformer_fast.modeling.fuse_for_cpu import fuse_for_cpu
 from maskformer_fast.modeling.vit import resample_positions
 from maskformer_fast.ops.mask_product import layer_mask_logits
@@ -191,6 +192,28 @@ def test_every_parameter_gets_a_finite_gradient_also_by_checkpointing(positions:
         assert [name for name, gradient in gradients[-1].items() if not gradient.any()] == []
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_upscaling_keeps_its_products_only_and_has_the_plain_gradients() -> None:
+    torch.manual_seed(0)
+    block, x = UpscaleBlock(16), torch.randn(2, 5, 7, 16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = block(x)
+    assert sum(kept.values()) <= x.nbytes + 4 * x.nbytes + block.windows()[0].nbytes
+    weights = torch.randn_like(output)
+    parameters = [x, *block.parameters()]
+    gradients = torch.autograd.grad((output * weights).sum(), parameters)
+    plain = block._refine(nn.functional.linear(x, *block.windows()))
+    torch.testing.assert_close(output, plain)
+    for got, expected in zip(gradients, torch.autograd.grad((plain * weights).sum(), parameters), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])

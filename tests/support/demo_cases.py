@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from maskformer_fast.config import Task, TestConfig
+from maskformer_fast.config import BackboneConfig, Task, TestConfig
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
 from maskformer_fast.data.datasets.shapes import ShapesDataset
@@ -43,7 +43,13 @@ def tiny_predictor(folder: Path, seed: int = 0, metadata: Metadata | None = None
 def scene_predictor(kind: str = "maskformer") -> Predictor:
     """A predictor for synthetic scenes with random weights, of a model type."""
     config = load_recipe(TINY_RECIPE)
-    config = replace(config, model=replace(config.model, type=kind))  # type: ignore[arg-type]
+    model = replace(config.model, type=kind)  # type: ignore[arg-type]
+    if kind == "mask2former":
+        encoder = {"encoder_layers": 1, "encoder_heads": 2, "encoder_ffn_dim": 32, "encoder_dropout": 0.0}
+        model = replace(model, pixel_decoder=replace(model.pixel_decoder, **encoder))  # type: ignore[arg-type]
+    elif kind == "eomt":
+        model = replace(model, backbone=BackboneConfig("vit_micro"), size_divisibility=8)
+    config = replace(config, model=model)
     metadata = ShapesDataset(config.data.shapes, "val").metadata
     config = with_classes(config, metadata)
     torch.manual_seed(0)

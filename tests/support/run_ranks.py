@@ -42,9 +42,17 @@ EXACT = {
                        # The last bias changes all classes equally: its gradients are rounding errors, which AdamW
                        # turns into steps.
                        "solver": {"lr": 1e-4}},
+    "mask2former": {"model": {"type": "mask2former", "decoder": replace(TINY.model.decoder, dropout=0.0),
+                              "pixel_decoder": replace(TINY.model.pixel_decoder, encoder_layers=1, encoder_heads=2,
+                                                       encoder_ffn_dim=32, encoder_dropout=0.0)},
+                    "loss": {"mask_loss": "bce", "points": 64}},
+    # Attention of every query is masked: which of them are not would be drawn by each process.
+    "eomt": {"model": {"type": "eomt", "backbone": BackboneConfig("vit_micro"), "size_divisibility": 8},
+             "loss": {"mask_loss": "bce", "points": 64}},
 }  # fmt: skip
 PARALLEL = {
     "maskformer": ("ddp", "fsdp"), "shallow": ("fsdp",), "per_pixel": ("ddp", "fsdp"), "per_pixel_plus": ("ddp",),
+    "mask2former": ("ddp",), "eomt": ("ddp", "fsdp"),
 }  # fmt: skip
 
 

@@ -10,17 +10,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from maskformer_fast.config import DataConfig
 from maskformer_fast.core.image_files import list_files
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.base import SegmentationDataset, first_existing, path_below, resolve_task
 from maskformer_fast.data.datasets.class_list import ClassList, read_preset_classes
+from maskformer_fast.data.datasets.coco_instances import CocoInstances
 from maskformer_fast.data.datasets.coco_json import ImageInfo
 from maskformer_fast.data.datasets.coco_panoptic import PANOPTIC_TASKS, CocoPanoptic, coco_panoptic_dataset
 from maskformer_fast.data.datasets.folder import SemanticDataset, find_pairs
+from maskformer_fast.data.datasets.things import ThingsDataset, things_metadata
 
+_Coco = TypeVar("_Coco", CocoPanoptic, CocoInstances)
 _FOLDER_NAMES = {"train": "training", "val": "validation"}  # split -> its folder in ADE20K and Mapillary Vistas
 
 
@@ -35,6 +38,8 @@ class Preset(NamedTuple):
     """Name of the class list, a file of ``data/classes`` without its ending."""
     contiguous: bool = False
     """Whether the data set's category ids are 0, 1, 2... instead of the pixel values in the class list."""
+    things_only: bool = False
+    """Whether the classes are the things of the class list."""
 
 
 def preset_metadata(name: str) -> Metadata:
@@ -43,7 +48,7 @@ def preset_metadata(name: str) -> Metadata:
     metadata = read_preset_classes(preset.classes).metadata(name)
     if preset.contiguous:
         metadata = dataclasses.replace(metadata, category_ids=tuple(range(metadata.num_classes)))
-    return metadata
+    return things_metadata(metadata, name) if preset.things_only else metadata
 
 
 def _index_images(
@@ -62,7 +67,7 @@ def _index_images(
     return SemanticDataset(pairs, classes, config.dataset, config.exif)
 
 
-def _checked(config: DataConfig, dataset: CocoPanoptic) -> CocoPanoptic:
+def _checked(config: DataConfig, dataset: _Coco) -> _Coco:
     expected, got = preset_metadata(config.dataset).num_classes, dataset.metadata.num_classes
     if got != expected:
         raise ValueError(f"{dataset.path}: categories: expected the {expected} of {config.dataset}, got {got}")
@@ -151,6 +156,25 @@ def ade20k_panoptic(config: DataConfig, root: Path, split: str) -> CocoPanoptic:
     return _checked(config, CocoPanoptic(path, locate, task, config.dataset, config.skip_broken, config.exif))
 
 
+def ade20k_instances(config: DataConfig, root: Path, split: str) -> CocoInstances:
+    """ADE20K instances, 100 classes, in ``ADEChallengeData2016`` as prepared for detectron2.
+
+    ``ade20k_instance_{train,val}.json``, in the format of COCO's instances, and ``images/{training,validation}/*.jpg``.
+    """
+    resolve_task(config.task, "instance", ("instance",), config.dataset)
+    path = first_existing([root / f"ade20k_instance_{split}.json"], "instance annotations")
+    folder = _FOLDER_NAMES.get(split, split)
+    dataset = CocoInstances(path, root, folder, split == "train", config.dataset, config.keep_empty, config.exif)
+    return _checked(config, dataset)
+
+
+def cityscapes_instances(config: DataConfig, root: Path, split: str) -> ThingsDataset:
+    """Cityscapes instances, 8 classes: the things of `cityscapes_panoptic`, in its layout."""
+    resolve_task(config.task, "instance", ("instance",), config.dataset)
+    panoptic = dataclasses.replace(config, dataset="cityscapes_panoptic", task="instance")
+    return ThingsDataset(cityscapes_panoptic(panoptic, root, split), config.dataset)
+
+
 def cityscapes_panoptic(config: DataConfig, root: Path, split: str) -> CocoPanoptic:
     """Cityscapes panoptic, 8 things and 11 stuff classes, as ``cityscapesscripts`` prepares it.
 
@@ -180,11 +204,13 @@ def coco_panoptic_133(config: DataConfig, root: Path, split: str) -> CocoPanopti
 
 
 PRESETS = {
+    "ade20k_instances": Preset(ade20k_instances, "ADEChallengeData2016", "ade20k_150", True, things_only=True),
     "ade20k_150": Preset(ade20k_150, "ADEChallengeData2016", "ade20k_150"),
     "ade20k_full_847": Preset(ade20k_full_847, "ADE20K_2021_17_01", "ade20k_full_847"),
     "ade20k_panoptic": Preset(ade20k_panoptic, "ADEChallengeData2016", "ade20k_150", contiguous=True),
     "camvid": Preset(camvid, "camvid", "camvid"),
     "cityscapes": Preset(cityscapes, "cityscapes", "cityscapes"),
+    "cityscapes_instances": Preset(cityscapes_instances, "cityscapes", "cityscapes", things_only=True),
     "cityscapes_panoptic": Preset(cityscapes_panoptic, "cityscapes", "cityscapes"),
     "coco_panoptic_133": Preset(coco_panoptic_133, "coco", "coco_panoptic"),
     "coco_stuff_10k": Preset(coco_stuff_10k, "coco/coco_stuff_10k", "coco_stuff_10k"),

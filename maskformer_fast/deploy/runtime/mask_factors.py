@@ -3,7 +3,8 @@
 MaskFormer's pixel decoder ends in a linear 3x3 convolution, whose output is multiplied by the queries' mask embeddings.
 Folded into the convolution's kernel, the embeddings make it one with an output channel a query (`ops.mask_product` has
 the mathematics). That takes a tenth of the multiplications for 100 queries of 256 channels, and less for fewer queries.
-Mask2Former's ends in a 1x1 convolution, into which the graph folds the embeddings: a product with its input is left.
+Mask2Former's ends in a 1x1 convolution, which the graph folds into the embeddings: a product with its input is left.
+EoMT has that product alone.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class ImageMasks:
 
     def __init__(
         self,
-        embeddings: np.ndarray,  # [Q, D] float32; [Q, C + 1], offset last, where they are folded already
+        embeddings: np.ndarray,  # [Q, D] float32; [Q, C] or, with an offset last, [Q, C + 1] without a projection
         features: np.ndarray,  # [h, w, C] float32, the convolution's input
-        projection: Projection | None,  # None: the embeddings are folded
+        projection: Projection | None,  # None: the features are multiplied as they are
         threads: int,
     ) -> None:
         self.shape = (len(embeddings), *features.shape[:2])
@@ -54,8 +55,9 @@ class ImageMasks:
         embeddings = self._embeddings[queries]
         height, width, channels = self._features.shape
         if self._projection is None:
-            masks = embeddings[:, :-1] @ self._features.reshape(-1, channels).T
-            masks += embeddings[:, -1:]
+            masks = embeddings[:, :channels] @ self._features.reshape(-1, channels).T
+            if embeddings.shape[1] > channels:
+                masks += embeddings[:, channels:]
             return masks.reshape(-1, height, width)
         result = np.empty((height, width, len(embeddings)), np.float32)
         if result.size:
@@ -83,7 +85,7 @@ class FactoredMasks:
 
     def __init__(
         self,
-        embeddings: np.ndarray,  # [B, Q, D] float32; [B, Q, C + 1] where they are folded, see `ImageMasks`
+        embeddings: np.ndarray,  # [B, Q, D] float32; see `ImageMasks`
         features: np.ndarray,  # [B, h, w, C] float32
         projection: Projection | None,
         threads: int,

@@ -92,13 +92,14 @@ class MaskTail(NamedTuple):
     """Operators that end in mask logits: a convolution of pixel features, times mask embeddings.
 
     A convolution of 1x1 is folded into the embeddings, by which the graph multiplies the features and adds an offset.
+    EoMT has no convolution there.
     """
 
-    embeddings: Any  # output of [B, Q, D]; [B, Q, C] where they are folded
+    embeddings: Any  # output of [B, Q, D]; [B, Q, C] without a projection
     features: Any  # output of [B, C, h, w]
-    projection: Projection | None  # None: the embeddings are folded
-    offsets: Any  # output of [B, Q, 1], where they are folded
-    names: tuple[str, ...]  # of the convolution and the product
+    projection: Projection | None  # None: the features are multiplied as they are
+    offsets: Any  # output of [B, Q, 1], where a convolution is folded into the embeddings
+    names: tuple[str, ...]  # of all these operators
 
 
 def find_mask_tail(model: Any) -> MaskTail | None:
@@ -106,44 +107,55 @@ def find_mask_tail(model: Any) -> MaskTail | None:
     if OUTPUTS[1] not in {name for port in model.outputs for name in port.get_names()}:
         return None
     product = _before(model.output(OUTPUTS[1]).get_node(), "Result", "Reshape")
-    offsets = None
+    total = None
     if product.get_type_name() == "Add":
-        offsets, product = product.input_value(1), product.input_value(0).get_node()
+        total, product = product, product.input_value(0).get_node()
     if product.get_type_name() != "MatMul" or any(product.get_attributes().values()):
         return None
     embeddings = product.input_value(0)
-    if offsets is not None:
-        return _folded_tail(embeddings, product, offsets)
+    if total is not None:
+        return _product_tail(embeddings, product, total)
     last = _before(product.input_value(1).get_node(), "Reshape")
     bias = None
     if last.get_type_name() == "Add":
         bias, last = _before(last.input_value(1).get_node(), "Reshape"), last.input_value(0).get_node()
     if last.get_type_name() != "Convolution":
-        return None
+        return _product_tail(embeddings, product)
     weight = last.input_value(1).get_node()
     if not all(node is None or node.get_type_name() == "Constant" for node in (weight, bias)):
-        return None
+        return _product_tail(embeddings, product)
     channels, shape = weight.shape[0], list(weight.shape)
     plain = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1], "auto_pad": "explicit"}
     if shape[2:] != [3, 3] or shape[1] % PANEL or last.get_attributes() != plain:
-        return None
+        return _product_tail(embeddings, product)
     offsets = np.zeros(channels) if bias is None else np.broadcast_to(bias.data.reshape(-1), channels)
     projection = Projection(weight.data.astype(np.float32), np.ascontiguousarray(offsets, dtype=np.float32))
     names = last.get_friendly_name(), product.get_friendly_name()
     return MaskTail(embeddings, last.input_value(0), projection, None, names)
 
 
-def _folded_tail(embeddings: Any, product: Any, offsets: Any) -> MaskTail | None:
-    """The tail of a product with pixel features [B, C, h, w], flattened, and offsets; None for other shapes."""
+def _product_tail(embeddings: Any, product: Any, total: Any = None) -> MaskTail | None:
+    """The tail of a product with pixel features [B, C, h, w], flattened, and of the sum with offsets, if there is one.
+
+    Returns None for other shapes.
+    """
     flat = product.input_value(1).get_node()
     if flat.get_type_name() != "Reshape":
         return None
     features = flat.input_value(0)
-    shapes = [output.get_partial_shape() for output in (embeddings, features, offsets)]
-    if [len(shape) for shape in shapes if shape.rank.is_static] != [3, 4, 3]:
+    shapes = [output.get_partial_shape() for output in (embeddings, features)]
+    if [len(shape) for shape in shapes if shape.rank.is_static] != [3, 4]:
         return None
-    fits = shapes[0][2].is_static and shapes[0][2] == shapes[1][1] and shapes[2][2] == 1
-    return MaskTail(embeddings, features, None, offsets, (product.get_friendly_name(),)) if fits else None
+    if not (shapes[0][2].is_static and shapes[0][2] == shapes[1][1]):
+        return None
+    if total is None:
+        return MaskTail(embeddings, features, None, None, (product.get_friendly_name(),))
+    offsets = total.input_value(1)
+    shape = offsets.get_partial_shape()
+    if shape.rank.is_dynamic or len(shape) != 3 or shape[2] != 1:
+        return None
+    nodes = total, product, embeddings.get_node(), _before(offsets.get_node(), "Unsqueeze", "Reshape")
+    return MaskTail(embeddings, features, None, offsets, tuple(node.get_friendly_name() for node in nodes))
 
 
 def _before(node: Any, *kinds: str) -> Any:

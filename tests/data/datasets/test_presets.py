@@ -22,9 +22,11 @@ SIZE = (5, 8)
 CLASSES = {
     "ade20k_150": (150, 100, {0: "wall", 12: "person", 19: "chair", 149: "flag"}),
     "ade20k_full_847": (847, 0, {0: "wall", 12: "grass", 846: "adding machine, totalizer, totaliser"}),
+    "ade20k_instances": (100, 100, {0: "bed", 3: "person", 4: "door", 99: "flag"}),
     "ade20k_panoptic": (150, 100, {0: "wall", 7: "bed", 149: "flag"}),
     "camvid": (11, 3, {0: "sky", 3: "road", 10: "bicyclist"}),
     "cityscapes": (19, 8, {0: "road", 11: "person", 18: "bicycle"}),
+    "cityscapes_instances": (8, 8, {0: "person", 2: "car", 7: "bicycle"}),
     "cityscapes_panoptic": (19, 8, {0: "road", 13: "car"}),
     "coco_panoptic_133": (133, 80, {0: "person", 79: "toothbrush", 80: "banner", 132: "rug-merged"}),
     "coco_stuff_10k": (171, 80, {0: "person", 79: "toothbrush", 80: "banner", 170: "wood"}),
@@ -63,7 +65,7 @@ def test_presets_have_the_published_classes(name):
 
 
 def test_index_presets_are_presets():
-    assert set(INDEX_PRESETS) == {name for name in PRESETS if "panoptic" not in name}
+    assert set(INDEX_PRESETS) == {name for name in PRESETS if "panoptic" not in name and "instances" not in name}
 
 
 # Preset -> {split: (image, annotation)}, pixel values, their classes, options of `index_image`.
@@ -186,6 +188,47 @@ def test_panoptic_presets_read_their_layout(tmp_path, arguments, contiguous):
     assert build(name, tmp_path, "val", task="semantic").task == "semantic"
 
 
+def test_cityscapes_instances_are_the_things_of_the_panoptic_truth(tmp_path):
+    ids = panoptic(tmp_path, *PANOPTIC[0][0])  # 26,001 is a bicycle, 300 is road
+    dataset = build("cityscapes_instances", tmp_path, "val")
+    published = dataset_metadata(DataConfig(dataset="cityscapes_instances"))  # the file has no colours
+    for field in ("class_names", "category_ids", "is_thing"):
+        assert getattr(dataset.metadata, field) == getattr(published, field)
+    assert (dataset.task, len(dataset), len(dataset.file_names)) == ("instance", 1, 1)
+    example = dataset[0]
+    np.testing.assert_array_equal(example.id_map, np.where(ids == 26_001, ids, VOID))
+    (bicycle,) = example.segments
+    assert (bicycle.id, bicycle.category, bicycle.is_thing, bicycle.area) == (26_001, 7, True, (ids == 26_001).sum())
+    with pytest.raises(ValueError, match=r"data\.task: expected one of 'instance'"):
+        build("cityscapes_instances", tmp_path, "val", task="panoptic")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_ade20k_instances_read_their_layout(tmp_path, split):
+    pytest.importorskip("pycocotools")
+    metadata = dataset_metadata(DataConfig(dataset="ade20k_instances"))
+    folder = {"train": "training", "val": "validation"}[split]
+    image(tmp_path / f"images/{folder}/ADE_1.jpg")
+    content = {
+        "images": [{"id": 1, "file_name": "ADE_1.jpg", "height": SIZE[0], "width": SIZE[1]}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": metadata.category_ids[4], "iscrowd": 0,
+                         "segmentation": [[0, 0, 4, 0, 4, 5, 0, 5]]}],
+        "categories": [{"id": number, "name": name}
+                       for number, name in zip(metadata.category_ids, metadata.class_names, strict=True)],
+    }
+    path = tmp_path / f"ade20k_instance_{split}.json"
+    path.write_text(json.dumps(content))
+    dataset = build("ade20k_instances", tmp_path, split)
+    assert (dataset.task, dataset.metadata.num_classes) == ("instance", 100)
+    assert dataset.metadata.class_names == metadata.class_names
+    example = dataset[0]
+    assert [segment.category for segment in example.segments] == [4] and example.masks[0, :, :4].all()
+    del content["categories"][0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="categories: expected the 100 of ade20k_instances, got 99"):
+        build("ade20k_instances", tmp_path, split)
+
+
 def test_panoptic_presets_check_the_number_of_classes(tmp_path):
     panoptic(tmp_path, *PANOPTIC[3][0])
     path = tmp_path / "annotations/panoptic_val2017.json"
@@ -201,7 +244,7 @@ def test_panoptic_presets_check_the_number_of_classes(tmp_path):
 def test_the_error_of_a_wrong_root_lists_the_searched_paths(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="looked for") as caught:
         build(name, tmp_path)
-    assert str(caught.value).count(str(tmp_path)) >= (1 if "ade20k_panoptic" in name else 2)
+    assert str(caught.value).count(str(tmp_path)) >= (1 if name in ("ade20k_panoptic", "ade20k_instances") else 2)
 
 
 @pytest.mark.parametrize("name", PRESETS)
