@@ -28,6 +28,9 @@ FIRST_WAIT = 1.0
 """Seconds before the first attempt to take up a stream again; each further one waits twice as long."""
 LONGEST_WAIT = 30.0
 """Seconds before an attempt, at most."""
+KEY_SECONDS = 12.0
+"""Seconds between key frames, at most, in files whose format has no index of them, for ``start``."""
+_INDEXED = ("mov", "matroska", "avi")
 _SEEK_TO = 1_000_000  # units of a container's time stamps in a second
 _FILE_PROTOCOLS = "file"
 _STREAM_PROTOCOLS = "rtsp,rtsps,rtp,srtp,rtmp,rtmps,rtmpt,srt,udp,tcp,tls,http,https,httpproxy,crypto"
@@ -101,6 +104,7 @@ class VideoReader:
         self._shift = Fraction(0)  # added to time stamps since a stream was taken up again
         self._last: Fraction | None = None  # time stamp of the last frame
         self._resumed = False
+        self._has_frames = False
         self._container, self._stream = self._open()
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.rate = Fraction(rate) if rate and 0 < rate <= 1000 else Fraction(25)
@@ -192,7 +196,7 @@ class VideoReader:
             return True
         if error is not None:
             self.problem = f"breaks off after {self.counts.decoded} frames: {_reason(error)}"
-        elif self.counts.decoded == 0:
+        elif not self._has_frames:
             damaged = f", {self.counts.damaged} damaged ones" if self.counts.damaged else ""
             self.problem = f"no frame could be read{damaged}"
         elif self._container.format.name.startswith("mov") and 0 < self._packets < self._stream.frames:
@@ -228,7 +232,9 @@ class VideoReader:
             sound = self._container.streams.audio[0]
             if sound.codec_context.name == self.sound.codec_context.name:
                 streams.append(sound)
-        if start and self.source.kind == "file" and self._container.start_time is not None:
+        # Formats without an index do not find the key frame before a time.
+        start -= 0.0 if self._container.format.name.startswith(_INDEXED) else KEY_SECONDS
+        if start > 0 and self.source.kind == "file" and self._container.start_time is not None:
             with suppress(self._av.error.FFmpegError):  # else everything before the start is decoded
                 self._container.seek(self._container.start_time + int(start * _SEEK_TO))
         for packet in self._container.demux(streams):
@@ -256,6 +262,7 @@ class VideoReader:
 
     def _picture(self, frame: Any) -> Picture | None:
         """A frame that is to be segmented, or None."""
+        self._has_frames = True
         time = self._time_of(frame)
         offset = time - self._beginning(time) - Fraction(self.options.start)
         if offset < 0:

@@ -16,17 +16,21 @@ from maskformer_fast.ops.assignment import linear_sum_assignment
 
 GRID_EDGE = 320
 """Pixels of a frame's longer side that masks are compared at: every n-th row and column."""
-LEAST_AFFINITY = 0.15
+LEAST_AFFINITY = 0.03
 """Least affinity of a track and a segment that may be the same object."""
-SCALE_OF_AGE = 0.1
+SCALE_OF_AGE = 0.5
 """Advantage in affinity of a track that is `FULL_AGE` frames old over a new one."""
 FULL_AGE = 10
 """Frames after which a track is no longer preferred for its age."""
-WHOLE = 0.7
+WHOLE = 0.6
 """Share of a track's usual area from which a mask is taken for the complete object, and not for its visible part."""
 HIDDEN_WEIGHT = 0.6
 """Affinity of a segment that lies within the place of a hidden object, which of it is visible being unknown."""
-SMOOTHING = 0.4
+NEAR_WEIGHT = 0.3
+"""Affinity of a segment whose middle is where that of the object is expected, without regard to their masks."""
+REACH = 3.0
+"""Distance of the middles, in square roots of the object's area, from which on this affinity is 0."""
+SMOOTHING = 0.1
 """Weight of the last step in a track's velocity, and of the last mask in its usual area."""
 
 
@@ -112,7 +116,7 @@ class Tracker:
             ids = self._new(count)
             self._tracks = _begun(segments, ids, centres, areas)
             return ids
-        affinity = _affinities(tracks, segments, areas)
+        affinity = _affinities(tracks, segments, centres, areas)
         affinity[affinity < self.least_affinity] = 0
         affinity *= 1 + SCALE_OF_AGE * np.minimum(tracks.ages, FULL_AGE)[:, None] / FULL_AGE
         partner = assign_by_category(affinity, tracks.categories, segments.categories)  # [N], -1 for none
@@ -250,7 +254,7 @@ def _begun(segments: Segments, ids: np.ndarray, centres: np.ndarray, areas: np.n
                    np.zeros(count, np.int64))  # fmt: skip
 
 
-def _affinities(tracks: _Tracks, segments: Segments, areas: np.ndarray) -> np.ndarray:
+def _affinities(tracks: _Tracks, segments: Segments, centres: np.ndarray, areas: np.ndarray) -> np.ndarray:
     """Affinity of each track and segment -> [T, N] float64."""
     last = tracks.velocities * (1 + tracks.missing)[:, None]
     overlap, union = _overlaps(_shifted(tracks.masks, last), segments.masks, areas)
@@ -261,7 +265,9 @@ def _affinities(tracks: _Tracks, segments: Segments, areas: np.ndarray) -> np.nd
         overlap, union = _overlaps(_shifted(tracks.shapes[hidden], moves[hidden]), segments.masks, areas)
         within = HIDDEN_WEIGHT * overlap / np.maximum(areas, 1)
         result[hidden] = np.maximum(result[hidden], np.maximum(overlap / np.maximum(union, 1), within))
-    return result
+    distances = np.linalg.norm((tracks.places + tracks.velocities)[:, None] - centres[None], axis=2)
+    near = 1 - distances / (REACH * np.sqrt(np.maximum(tracks.areas, 1)))[:, None]
+    return np.maximum(result, NEAR_WEIGHT * near)
 
 
 def _overlaps(

@@ -51,7 +51,7 @@ class MovingScene:
         start = float(make.uniform(0.15, 0.85) * height), float(make.uniform(0.05, 0.95) * width)
         speed, angle = make.uniform(0.3, 2.0) * height / 120, make.uniform(0, 2 * np.pi)
         first = int(make.integers(0, self.frames // 2)) if make.random() < 0.5 else 0
-        last = int(make.integers(first + 20, self.frames + 1)) if make.random() < 0.4 else self.frames
+        last = int(make.integers(min(first + 20, self.frames), self.frames + 1)) if make.random() < 0.4 else self.frames
         wave = float(make.uniform(0, 0.04) * height), float(make.uniform(0.05, 0.25))
         velocity = float(speed * np.sin(angle)), float(speed * np.cos(angle))
         return Moving(int(make.integers(THINGS)), start, velocity, wave, radius, first, last)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from maskformer_fast import predict
+from maskformer_fast.config import TestConfig
 from maskformer_fast.video import command, reader, segment_video
 from maskformer_fast.video.channel import Channel, Closed
 from maskformer_fast.video.command import predict_videos
@@ -29,7 +30,7 @@ from tests.docs.world import untrained_run
 from tests.support.clips import flip_bytes, frame_times, sound_packets, write_clip
 from tests.support.moving_scene import METADATA, MovingScene
 from tests.support.paths import ROOT
-from tests.support.tiny_bundle import write_tiny_bundle
+from tests.support.tiny_bundle import tiny_bundle
 from tests.support.video_stub import ByColor
 
 av = pytest.importorskip("av")
@@ -70,7 +71,7 @@ def test_lines_have_times_classes_masks_and_tracks(tmp_path: Path) -> None:
 
 
 def test_instances_below_the_score_are_left_out(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "a.mp4", 10, sound=None)
+    path = write_clip(tmp_path / "a.mp4", 60, sound=None)
     run(tmp_path / "all", path, tasks=("instance",), min_score=0.0)
     run(tmp_path / "some", path, tasks=("instance",))
     every, some = (lines(tmp_path / name / "a.jsonl") for name in ("all", "some"))
@@ -115,7 +116,7 @@ def test_a_frame_whose_inference_fails_is_reported_and_costs_no_other(tmp_path: 
                 raise RuntimeError("not enough memory")
             return super().infer(images, tasks)
 
-    path = write_clip(tmp_path / "a.mp4", 10)
+    path = write_clip(tmp_path / "a.mp4", 10, image=lambda number: np.full((48, 64, 3), 25 * number, np.uint8))
     with av.open(str(path)) as source:
         poison = [frame.to_ndarray(format="rgb24") for frame in source.decode(video=0)][4]
     assert run(tmp_path, path, stub=Poisoned(4)) == [f"{path}: 1 frames could not be segmented"]
@@ -170,7 +171,8 @@ def test_a_bundle_gives_the_results_of_its_images(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from maskformer_fast.inference.bundle_predictor import load_bundle
 
-    write_tiny_bundle(tmp_path / "bundle")
+    test = TestConfig(short_edge=64, max_size=128, object_mask_threshold=0.1, overlap_threshold=0.1)
+    tiny_bundle(tmp_path / "bundle", test)
     predictor = load_bundle(tmp_path / "bundle", "cpu", backend="onnxruntime")
     path = write_clip(tmp_path / "a.mp4", 9, sound=None)
     frames = list(segment_video(predictor, path, ("panoptic", "instance"), VideoOptions(min_score=0.0)))
