@@ -36,8 +36,8 @@ from maskformer_fast.data.datasets.scene import (
 from maskformer_fast.data.datasets.shapes import ShapesDataset, _draw, _jittered, _Shape
 from maskformer_fast.inference.batches import infer_each
 from maskformer_fast.output.visualize import draw_panoptic, grid
-from maskformer_fast.predict import Input, PredictOptions, predict_images
 from maskformer_fast.output.writer import ResultWriter
+from maskformer_fast.predict import Input, PredictOptions, predict_images
 from maskformer_fast.video import Tracker, VideoOptions
 from maskformer_fast.video.command import predict_videos
 from maskformer_fast.video.sources import source_of

@@ -68,7 +68,7 @@ def predict_videos(
         if problem is not None:
             problems.append(problem)
             logger.error("%s", problem)
-        if stop.is_set():
+        if stop.received:
             raise KeyboardInterrupt
     return problems
 
@@ -80,10 +80,11 @@ def _predict_video(
     options: VideoOptions,
     lines_path: Path,
     overlays: bool,
-    stop: threading.Event,
+    stop: _Stop,
 ) -> str | None:
     """Segment one video -> what is missing of it, if anything."""
     pipeline = open_pipeline(predictor, video, tasks, options)
+    stop.then = pipeline.finish
     written = 0
     with ExitStack() as files:
         # The pipeline ends first, then files are renamed; after an error they are removed.
@@ -92,8 +93,7 @@ def _predict_video(
         total = _expected_frames(pipeline)
         with pipeline as items, tqdm(total=total, unit="frame", desc=video.name.rstrip("."), dynamic_ncols=True) as bar:
             for item in items:
-                if stop.is_set():
-                    pipeline.finish()
+                if stop.received:
                     break
                 if isinstance(item, Sound):
                     output.write_sound(item)
@@ -178,18 +178,28 @@ class _Overlays:
             writer.close()
 
 
+class _Stop:
+    """Whether a signal came, and what its handler then does."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.then: Callable[[], None] | None = None
+
+
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal has its previous effect. Only in the main thread."""
-    stop = threading.Event()
+def _stop_signals() -> Iterator[_Stop]:
+    """Take note of SIGINT and SIGTERM; a second signal has its previous effect. Only in the main thread."""
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def set_stop(number: int, frame: FrameType | None) -> None:
-        stop.set()
+        stop.received = True
         signal.signal(number, previous[number])
+        if stop.then is not None:
+            stop.then()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.getsignal(number)

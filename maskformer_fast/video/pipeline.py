@@ -135,9 +135,10 @@ class Pipeline:
             yield item
 
     def finish(self) -> None:
-        """End the reading, so that the iteration ends with the frames that were decoded."""
+        """End the iteration with the frames that are done, at once; a signal's handler may call it."""
         self.reader.stop()
         self._decoded.end()
+        self._done.end()
 
     def _guarded(self, work: object, channel: Channel[object]) -> None:
         """Run a thread's work; its error is kept for the reader of the results."""

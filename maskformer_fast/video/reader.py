@@ -16,7 +16,7 @@ import numpy as np
 from maskformer_fast.core.checks import check
 from maskformer_fast.video.av_tools import av_tools
 from maskformer_fast.video.options import VideoOptions
-from maskformer_fast.video.sources import Source, container_format
+from maskformer_fast.video.sources import Source, container_format, is_cut_short
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +99,11 @@ class VideoReader:
         self.counts = ReadCounts()
         self.problem: str | None = None
         self._stopped = threading.Event()
-        self._packets = 0
         self._origin: Fraction | None = None  # time stamp, in seconds, of the beginning
         self._shift = Fraction(0)  # added to time stamps since a stream was taken up again
         self._last: Fraction | None = None  # time stamp of the last frame
         self._resumed = False
+        self._again_to: Fraction | None = None  # time stamp up to which a file at an address was read before
         self._has_frames = False
         self._container, self._stream = self._open()
         rate = self._stream.average_rate or self._stream.guessed_rate
@@ -199,9 +199,9 @@ class VideoReader:
         elif not self._has_frames:
             damaged = f", {self.counts.damaged} damaged ones" if self.counts.damaged else ""
             self.problem = f"no frame could be read{damaged}"
-        elif self._container.format.name.startswith("mov") and 0 < self._packets < self._stream.frames:
-            if self.options.start == 0:
-                self.problem = f"breaks off after {self._packets} of {self._stream.frames} frames"
+        elif (self.source.kind == "file" and self._container.format.name.startswith("mov")
+              and is_cut_short(self.source.address)):  # fmt: skip
+            self.problem = f"breaks off after {self.counts.decoded} frames: the file's end is missing"
         return False
 
     def _take_up(self) -> bool:
@@ -218,7 +218,10 @@ class VideoReader:
                 reason = str(error).removeprefix(f"{self.source.shown}: ")
                 continue
             self.counts.breaks += 1
-            self._resumed = True
+            if self._container.duration:
+                self._again_to = self._last
+            else:
+                self._resumed = True
             return True
         self.problem = (f"broke off after {self.counts.decoded} frames and did not come back in "
                         f"{self.options.retries} attempts: {reason}")  # fmt: skip
@@ -243,7 +246,6 @@ class VideoReader:
             if packet.stream is sound:
                 yield from self._sound_of(packet)
             elif not self._is_past_end():
-                self._packets += packet.size > 0
                 yield from self._pictures_of(packet)
 
     def _pictures_of(self, packet: Any) -> Iterator[Picture]:
@@ -264,6 +266,8 @@ class VideoReader:
         """A frame that is to be segmented, or None."""
         self._has_frames = True
         time = self._time_of(frame)
+        if self._again_to is not None and time <= self._again_to:
+            return None
         offset = time - self._beginning(time) - Fraction(self.options.start)
         if offset < 0:
             return None
@@ -319,6 +323,8 @@ class VideoReader:
         if self._origin is None and self.source.kind != "file":
             return  # sound before the first picture
         base = Fraction(packet.time_base)
+        if self._again_to is not None and packet.pts * base <= self._again_to:
+            return
         before = self._beginning(Fraction(0)) + Fraction(self.options.start) - self._shift
         since = packet.pts * base - before
         length = self.options.end

@@ -88,6 +88,22 @@ def container_format(path: str | os.PathLike[str]) -> str | None:
     return next((name for name, signature in _SIGNATURES if signature.match(head)), None)
 
 
+def is_cut_short(path: str | os.PathLike[str]) -> bool:
+    """Whether a part of an MP4 or MOV file, by its length, reaches beyond the file's end."""
+    size, at = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        while at + 8 <= size:
+            file.seek(at)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:  # of 64 bits, behind the part's type
+                length = int.from_bytes(head[8:16], "big")
+            if length < 8:  # 0 is up to the end; others are none
+                return False
+            at += length
+    return at > size
+
+
 def is_video(path: str) -> bool:
     """Whether a file is taken for a video: by its ending, or, if it has neither that of an image, by its content."""
     name = path.lower()
@@ -102,7 +118,7 @@ def is_video(path: str) -> bool:
 def find_videos(patterns: Sequence[str]) -> tuple[list[Source], list[str]]:
     """Take the videos out of a command's inputs -> videos, and the patterns that may have images.
 
-    Folders are searched by `image_files.list_files`. Overlay videos of this command are left out, unless they are named.
+    Folders are searched by `image_files.list_files`. Overlay videos of this command are left out unless they are named.
     """
     videos: list[Source] = []
     others: list[str] = []

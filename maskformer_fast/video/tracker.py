@@ -276,7 +276,8 @@ def _overlaps(
     areas: np.ndarray,  # [N] float64, cells of the second
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cells of the intersections and unions of all pairs -> two of [T, N] float64, by a product of matrices."""
-    one, two = (torch.from_numpy(masks.reshape(len(masks), math.prod(masks.shape[1:]))).float() for masks in (first, second))
+    cells = math.prod(first.shape[1:])
+    one, two = (torch.from_numpy(masks.reshape(len(masks), cells)).float() for masks in (first, second))
     overlap = (one @ two.T).double().numpy()  # exact: a grid has fewer than 2^24 cells
     return overlap, first.sum((1, 2))[:, None] + areas[None] - overlap
 

@@ -152,7 +152,7 @@ def _noisy(mask: np.ndarray, mistakes: Mistakes, make: np.random.Generator) -> n
     """A mask moved a little, with an edge that bulges."""
     dy, dx = np.rint(make.normal(0, mistakes.shift, 2)).astype(int)
     mask = np.roll(mask, (dy, dx), (0, 1))
-    bulge = int(round(make.uniform(-mistakes.edge, mistakes.edge)))
+    bulge = round(make.uniform(-mistakes.edge, mistakes.edge))
     for _ in range(abs(bulge)):
         grown = mask if bulge > 0 else ~mask
         wide = grown.copy()

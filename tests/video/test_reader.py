@@ -13,7 +13,7 @@ import pytest
 from maskformer_fast.video import av_tools, reader
 from maskformer_fast.video.options import VideoOptions
 from maskformer_fast.video.reader import Picture, Sound, VideoError, VideoReader
-from maskformer_fast.video.sources import container_format, find_videos, source_of
+from maskformer_fast.video.sources import container_format, find_videos, is_cut_short, source_of
 from tests.support.clips import flip_bytes, frame_times, sound_packets, turn, write_clip
 from tests.support.memory import at_most
 
@@ -93,7 +93,8 @@ def test_truncated_files_keep_their_frames_and_say_so(tmp_path: Path) -> None:
     path.write_bytes(content[: len(content) * 6 // 10])
     pictures, _, opened = read(path)
     assert 10 < len(pictures) < 50
-    assert opened.problem == f"breaks off after {len(pictures)} of 50 frames"
+    assert opened.problem == f"breaks off after {len(pictures)} frames: the file's end is missing"
+    assert not is_cut_short(write_clip(tmp_path / "b.mp4", 5))
 
 
 def _without_end(path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from maskformer_fast import predict
 from maskformer_fast.config import TestConfig
-from maskformer_fast.video import command, reader, segment_video
+from maskformer_fast.video import reader, segment_video
 from maskformer_fast.video.channel import Channel, Closed
 from maskformer_fast.video.command import predict_videos
 from maskformer_fast.video.options import VideoOptions
@@ -28,7 +28,7 @@ from maskformer_fast.video.sources import Source, source_of
 from maskformer_fast.video.tracker import track
 from tests.docs.world import untrained_run
 from tests.support.clips import flip_bytes, frame_times, sound_packets, write_clip
-from tests.support.moving_scene import METADATA, MovingScene
+from tests.support.moving_scene import MovingScene
 from tests.support.paths import ROOT
 from tests.support.tiny_bundle import tiny_bundle
 from tests.support.video_stub import ByColor
@@ -286,6 +286,43 @@ def test_a_signal_leaves_complete_files(tmp_path: Path, number: signal.Signals) 
     assert len(list((tmp_path / "out").iterdir())) == 2, "no temporary file, no second video"
 
 
+def test_a_signal_ends_the_wait_for_a_stream_that_is_silent(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(reader, "OPEN_SECONDS", 3.0)
+    content = write_clip(tmp_path / "a.ts", 50).read_bytes()
+    silent = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content)
+            self.wfile.flush()
+            silent.wait(60)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stub = ByColor()
+
+    def interrupt() -> None:
+        while len(stub.batches) < 20:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", f"http://127.0.0.1:{server.server_address[1]}/a.ts", tasks=("panoptic",), stub=stub)
+    finally:
+        silent.set()
+        server.shutdown()
+        server.server_close()
+    [path] = (tmp_path / "out").glob("*.jsonl")
+    assert 0 < len(lines(path)) <= 50
+
+
 def test_a_killed_process_leaves_no_file_of_a_result_name(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mp4", 60)
 
@@ -337,4 +374,3 @@ def test_an_hour_takes_the_memory_of_a_minute(tmp_path: Path) -> None:
     assert [packet[3] for packet in sound_packets(tmp_path / "out" / "long_panoptic.mp4")] == [
         packet[3] for packet in sound_packets(tmp_path / "long.mp4")]
     assert long < short + 48
-    assert command.predict_videos is predict_videos
