@@ -32,6 +32,7 @@ from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.inference.tiled_files import remove_work, segment_file
 from maskformer_fast.output.writer import ResultWriter
+from maskformer_fast.video.av_tools import av_tools
 from maskformer_fast.video.command import predict_videos
 from maskformer_fast.video.options import VideoOptions
 from maskformer_fast.video.sources import find_videos
@@ -214,6 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         predictor.check_task(task)
     if "instance" in options.task:
         coco_tools()  # an error before the first image, not after it
+    if videos:
+        av_tools()
     names = [image.name for image in inputs]
     ids = image_ids(names)
     writer = ResultWriter(Path(options.output), predictor.metadata, options.overlays, names, file_names(inputs))
