@@ -154,7 +154,8 @@ class VideoReader:
         try:
             return holder.add_stream_from_template(stream), holder
         except (ValueError, self._av.error.FFmpegError):
-            logger.warning("%s: sound of %s is left out, as MP4 does not have it", self.source.shown, stream.codec.name)
+            logger.warning("%s: sound of %s is left out, as MP4 does not have it", self.source.shown,
+                           stream.codec_context.name)
             return None, None
 
     @property

@@ -109,6 +109,14 @@ def test_sound_of_a_transport_stream_and_odd_sides(tmp_path: Path) -> None:
     assert sound == pytest.approx(0.8, abs=0.1)
 
 
+def test_sound_that_mp4_cannot_have_is_left_out_with_a_warning(tmp_path: Path, caplog: Any) -> None:
+    path = write_clip(tmp_path / "a.avi", 10, sound="wmav2", codec="mpeg4")
+    assert run(tmp_path / "out", path, tasks=("semantic",)) == []
+    with av.open(str(tmp_path / "out" / "a_semantic.mp4")) as result:
+        assert not result.streams.audio and len(list(result.decode(video=0))) == 10
+    assert "sound of wmav2 is left out" in caplog.text
+
+
 def test_a_frame_whose_inference_fails_is_reported_and_costs_no_other(tmp_path: Path, capsys: Any) -> None:
     class Poisoned(ByColor):
         def infer(self, images: Any, tasks: Any) -> Any:
