@@ -32,6 +32,10 @@ from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.inference.tiled_files import remove_work, segment_file
 from maskformer_fast.output.writer import ResultWriter
+from maskformer_fast.video.av_tools import av_tools
+from maskformer_fast.video.command import predict_videos
+from maskformer_fast.video.options import VideoOptions
+from maskformer_fast.video.sources import find_videos
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +51,15 @@ class PredictOptions:
     ``panoptic.json`` (COCO panoptic format), ``instances.json`` (COCO results with RLE masks),
     ``overlays/NAME_TASK.png`` to look at, and ``images.json``, which lists the images with their ids and names. With
     ``--test.tile``, images of any size are segmented in tiles; the same command continues an interrupted run. Exit
-    status 1 if an image could not be read, segmented or written; the others are written.
+    status 1 if an image could not be read, segmented or written; the others are written. Of a video it writes
+    ``NAME_TASK.mp4`` with the sound kept, and ``NAME.jsonl`` with a line for each frame.
     """
 
     checkpoint: tyro.conf.Positional[str]
     """Run folder (its best checkpoint), checkpoint folder, weights file, or bundle."""
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, folders (searched recursively, without hidden files and without results of this command) and globs;
-    they come before the options."""
+    video files, cameras (``/dev/video0``, ``camera:0``) and streams (``rtsp://...``); they come before the options."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "predictions"
     """Folder for the results."""
     task: tuple[Task, ...] = ("semantic",)
@@ -76,6 +81,7 @@ class PredictOptions:
     """Precision of a bundle's network. On a CPU: fp32, bf16 (openvino, where the processor has it) or int8 (an engine
     of openvino in the bundle); by default int8 where the bundle has it, else fp32. On a GPU: that of an engine."""
     test: TestConfig = field(default_factory=TestConfig)
+    video: VideoOptions = field(default_factory=VideoOptions)
 
 
 class Input(NamedTuple):
@@ -155,7 +161,7 @@ def predict_images(
     writer: ResultWriter,
 ) -> None:  # fmt: skip
     """Segment images as a whole, in batches."""
-    with tqdm(total=len(inputs), unit="img", dynamic_ncols=True) as progress:
+    with tqdm(total=len(inputs), unit="img", dynamic_ncols=True, disable=not inputs or None) as progress:
         for batch in read_batches(inputs, options.test.batch_size, writer, options.exif):
             results = infer_each(predictor, [image for _, image in batch], options.task)
             for (number, image), result in zip(batch, results, strict=True):
@@ -198,15 +204,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=PredictOptions(tyro.MISSING, tyro.MISSING, test=stored[1]) if stored else None,
     )
     check_no_windows_path({"output": options.output})
-    inputs, problems = find_images(options.images)
+    videos, images = find_videos(options.images)
+    inputs, problems = find_images(images)
     predictor = load(
         options.checkpoint, options.device, options.test, options.backend, options.amp, options.precision,
-        in_flight=min(options.test.batch_size, len(inputs)) or None, graphs=options.graphs,
+        in_flight=(options.test.batch_size if videos else min(options.test.batch_size, len(inputs))) or None,
+        graphs=options.graphs,
     )  # fmt: skip
     for task in options.task:
         predictor.check_task(task)
     if "instance" in options.task:
         coco_tools()  # an error before the first image, not after it
+    if videos:
+        av_tools()
     names = [image.name for image in inputs]
     ids = image_ids(names)
     writer = ResultWriter(Path(options.output), predictor.metadata, options.overlays, names, file_names(inputs))
@@ -217,7 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             predict_pictures(predictor, options, inputs, ids, writer)
     finally:
         writer.close()  # an interrupted run keeps what it has
-    print(f"{len(writer.images)} images segmented, results in {options.output}")
+    if inputs or not videos:
+        print(f"{len(writer.images)} images segmented, results in {options.output}")
+    problems += predict_videos(predictor, videos, options.task, options.video, Path(options.output), options.overlays)
     return report_failures([*problems, *writer.failed], "inputs could not be used")
 
 

@@ -24,6 +24,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("interop",),
     ("deploy",),
     ("inference", "drop_in"),
+    ("video",),
     ("evaluation",),
     ("training",),
     ("interop.verification",),

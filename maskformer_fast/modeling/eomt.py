@@ -60,8 +60,8 @@ def finish_upscaling(
 ) -> Tensor:
     """GELU if wanted, convolution and norm -> [B, 2h, 2w, C].
 
-    The operator is the CPU's, with gradients in float32. For the gradient only ``x`` is kept, by either way: what follows
-    it is cheap to repeat.
+    The operator is the CPU's, with gradients in float32. For the gradient only ``x`` is kept, by either way: what
+    follows it is cheap to repeat.
     """
     by_operator = x.device.type == "cpu" and (x.dtype == torch.float32 or not x.requires_grad)
     if by_operator and x.dtype in UPSCALING_DTYPES and not torch.compiler.is_exporting():

@@ -82,8 +82,12 @@ def draw_panoptic(
     image: np.ndarray,  # [H, W, 3] uint8 RGB
     result: PanopticResult,
     metadata: Metadata,
+    tracks: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Colour and name the segments over the image; things of one class have shades of its colour; void is darkened.
+
+    Args:
+        tracks: track id of each segment, which is written and decides about a thing's shade.
 
     Returns:
         As `draw_semantic`.
@@ -94,7 +98,11 @@ def draw_panoptic(
     _check_size("id_map", tuple(result.id_map.shape), image)
     rows = result_rows(result)
     categories = [segment.category for segment in result.segments]
-    return _paint(image, rows, segment_colors(categories, metadata), [metadata.class_names[c] for c in categories])
+    names = [metadata.class_names[c] for c in categories]
+    if tracks is None:
+        return _paint(image, rows, segment_colors(categories, metadata), names)
+    shown = [number if segment.is_thing else 0 for number, segment in zip(tracks, result.segments, strict=True)]
+    return _paint(image, rows, _track_colors(categories, shown, metadata), _with_tracks(names, shown))
 
 
 def draw_instances(
@@ -102,8 +110,12 @@ def draw_instances(
     result: InstanceResult,
     metadata: Metadata,
     min_score: float = MIN_SCORE,
+    tracks: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Colour, name and score the instances of at least `min_score` over the image, the best on top.
+
+    Args:
+        tracks: track id of each instance, which is written and decides about its shade.
 
     Returns:
         As `draw_semantic`.
@@ -118,17 +130,23 @@ def draw_instances(
     keep = keep[scores[keep].argsort(descending=True, stable=True)]
     masks = unpack_mask_array(result.masks[keep].numpy(), result.size[1])
     categories = result.labels[keep].tolist()
-    names = [f"{metadata.class_names[c]} {s:.2f}" for c, s in zip(categories, scores[keep].tolist(), strict=True)]
-    return _paint_masks(image, masks, segment_colors(categories, metadata), names)
+    if tracks is None:
+        names = [f"{metadata.class_names[c]} {s:.2f}" for c, s in zip(categories, scores[keep].tolist(), strict=True)]
+        return _paint_masks(image, masks, segment_colors(categories, metadata), names)
+    shown = [tracks[place] for place in keep.tolist()]
+    names = _with_tracks([metadata.class_names[c] for c in categories], shown)
+    return _paint_masks(image, masks, _track_colors(categories, shown, metadata), names)
 
 
-def draw_result(image: np.ndarray, result: Result, metadata: Metadata) -> np.ndarray:
+def draw_result(
+    image: np.ndarray, result: Result, metadata: Metadata, tracks: Sequence[int] | None = None
+) -> np.ndarray:
     """Draw a result of any task; see `draw_semantic`, `draw_panoptic` and `draw_instances`."""
     if isinstance(result, SemanticResult):
         return draw_semantic(image, result, metadata)
     if isinstance(result, PanopticResult):
-        return draw_panoptic(image, result, metadata)
-    return draw_instances(image, result, metadata)
+        return draw_panoptic(image, result, metadata, tracks)
+    return draw_instances(image, result, metadata, tracks=tracks)
 
 
 def draw_truth(example: Example, metadata: Metadata, task: Task) -> np.ndarray:
@@ -263,16 +281,30 @@ def segment_colors(categories: Sequence[int], metadata: Metadata) -> list[Color]
     for category in categories:
         nth = counts.get(category, 0)
         counts[category] = nth + 1
-        color = metadata.colors[category]
-        if nth:
-            hue, lightness, saturation = colorsys.rgb_to_hls(*(value / 255 for value in color))
-            # Steps of the golden ratio fill the range evenly for any number of segments.
-            hue += 0.22 * ((nth * 0.618034 + 0.5) % 1 - 0.5)
-            lightness = 0.25 + (lightness - 0.25 + nth * 0.381966 * 0.6) % 0.6
-            red, green, blue = colorsys.hls_to_rgb(hue % 1, lightness, max(saturation, 0.35))
-            color = round(red * 255), round(green * 255), round(blue * 255)
-        colors.append(color)
+        colors.append(_shade(metadata.colors[category], nth))
     return colors
+
+
+def _shade(color: Color, nth: int) -> Color:
+    """The n-th shade of a colour, in hue and lightness; the colour itself for 0."""
+    if not nth:
+        return color
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(value / 255 for value in color))
+    # Steps of the golden ratio fill the range evenly for any number of segments.
+    hue += 0.22 * ((nth * 0.618034 + 0.5) % 1 - 0.5)
+    lightness = 0.25 + (lightness - 0.25 + nth * 0.381966 * 0.6) % 0.6
+    red, green, blue = colorsys.hls_to_rgb(hue % 1, lightness, max(saturation, 0.35))
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _track_colors(categories: Sequence[int], tracks: Sequence[int], metadata: Metadata) -> list[Color]:
+    """A shade of the class's colour for each track, the same in all frames; for track 0 the colour itself."""
+    return [_shade(metadata.colors[category], nth) for category, nth in zip(categories, tracks, strict=True)]
+
+
+def _with_tracks(names: Sequence[str], tracks: Sequence[int]) -> list[str]:
+    """Names with the numbers of tracks; track 0 is not written."""
+    return [f"{name} #{number}" if number else name for name, number in zip(names, tracks, strict=True)]
 
 
 def _inner_point(mask: np.ndarray) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.weights import WEIGHTS_NAME, save_weights
 from maskformer_fast.recipes import load_recipe, save_config
 from maskformer_fast.structures import Example
+from tests.support.clips import write_clip
 from tests.support.paths import TINY_RECIPE
 
 TINY = TINY_RECIPE
@@ -45,6 +46,7 @@ def make_world(folder: Path) -> None:
     coco_folder(folder / "coco", examples)
     yolo_folder(folder / "yolo", examples)
     labelme_folder(folder / "labelme", examples)
+    write_clip(folder / "clip.mp4", 10)
     for run in RUNS:
         untrained_run(folder / run)
 
