@@ -57,7 +57,7 @@ def yolo_dataset(
             continue
         number = len(images) + 1
         images.append({"id": number, "file_name": _below(file, root), "height": height, "width": width})
-        for category, points in _objects(_label_file(file), len(names)):
+        for category, points in _objects(label_file(file), len(names)):
             scaled = [value * (width, height)[place % 2] for place, value in enumerate(points)]
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category,
                                 "segmentation": [scaled] if len(points) > 4 else []})  # fmt: skip
@@ -147,7 +147,7 @@ def _below(file: Path, root: Path) -> str:
         raise ValueError(f"{file}: expected images below data.root, {root}") from None
 
 
-def _label_file(image: Path) -> Path:
+def label_file(image: Path) -> Path:
     """The last folder ``images`` on the way to the image becomes ``labels``; without one they are beside each other."""
     parts = list(image.parts)
     for place in range(len(parts) - 2, -1, -1):
