@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 class ConvertOptions:
     """Write a data set's labels in the format of another tool, with copies of its images.
 
-    The format of the data set is recognised as ``maskformer_fast.inspect_data`` does. Polygons keep their corners; masks
-    become outlines along the edges of pixels. Crowds are left out. Exit status 1 if an image or label cannot be used;
+    The format is recognised as by ``maskformer_fast.inspect_data``. Polygons keep their corners; masks become outlines
+    along the edges of pixels. Crowds are left out. Exit status 1 if an image or label cannot be used;
     the others are written.
     """
 

@@ -35,7 +35,7 @@ _SHEET_COLUMNS = 3
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Look at a data set: its format, classes, sizes, channels and samples, what is suspicious, and a line to train on it.
+    """Look at a data set: its format, classes, sizes, channels and samples, what is suspicious, and a line to train.
 
     Recognises COCO instances and panoptic (with the exports of Roboflow, CVAT and Label Studio), YOLO, labelme, Pascal
     VOC, ADE20K, Cityscapes, Mapillary Vistas, and plain folders of images and index PNGs. Prints a summary and writes
@@ -86,7 +86,8 @@ def inspect(folder: Path, limit: int | None) -> tuple[dict[str, Any], list[tuple
         indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist() if count else []
         parts.append(measure_part(dataset, split, indices, moments))
     if not parts[0].paths:
-        raise ValueError(f"{folder}: expected pictures that can be read, got none:\n  " + "\n  ".join(parts[0].broken[:8]))
+        reasons = "\n  ".join(parts[0].broken[:8])
+        raise ValueError(f"{folder}: expected pictures that can be read, got none:\n  {reasons}")
     metadata = datasets[0].metadata
     is_complete = all(len(part.paths) + len(part.broken) == part.listed for part in parts)
     report = {

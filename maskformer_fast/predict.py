@@ -48,9 +48,10 @@ class PredictOptions:
 
     Writes below the output folder: ``semantic/NAME.png`` (class index), ``panoptic/NAME.png`` with
     ``panoptic.json`` (COCO panoptic format), ``instances.json`` (COCO results with RLE masks),
-    ``overlays/NAME_TASK.png`` to look at, label files with ``--labels``, and ``images.json``, which lists the images with their ids and names. With
-    ``--test.tile``, images of any size are segmented in tiles; the same command continues an interrupted run. Exit
-    status 1 if an image could not be read, segmented or written; the others are written.
+    ``overlays/NAME_TASK.png`` to look at, label files with ``--labels``, and ``images.json``, which lists the images
+    with their ids and names. With ``--test.tile``, images of any size are segmented in tiles; the same command
+    continues an interrupted run. Exit status 1 if an image could not be read, segmented or written; the others are
+    written.
     """
 
     checkpoint: tyro.conf.Positional[str]

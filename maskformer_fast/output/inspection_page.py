@@ -13,7 +13,8 @@ from PIL import Image
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #1c1c1c }
-table { border-collapse: collapse; margin: 1em 0 } td, th { border: 1px solid #ccc; padding: .25em .6em; text-align: right }
+table { border-collapse: collapse; margin: 1em 0 }
+td, th { border: 1px solid #ccc; padding: .25em .6em; text-align: right }
 td:first-child, th:first-child { text-align: left } pre { background: #f4f4f4; padding: .8em; white-space: pre-wrap }
 figure { display: inline-block; margin: .4em; max-width: 24em; vertical-align: top } figure img { width: 100% }
 figcaption { overflow-wrap: anywhere; font-size: 13px } li { overflow-wrap: anywhere }

@@ -20,7 +20,7 @@ from maskformer_fast.data.base import check_same_size, path_below
 _LOGGER = logging.getLogger("maskformer_fast.data")
 _DIGITS = 18  # most digits of a number that is written as a text
 _PARTS = 16  # most folders of a file name of another machine that are tried
-_FOREIGN = re.compile(r"^/|^[A-Za-z]:|%[0-9A-Fa-f]{2}|://|\.\.[/\\]")  # absolute, of Windows, of an address, or leading out
+_FOREIGN = re.compile(r"^/|^[A-Za-z]:|%[0-9A-Fa-f]{2}|://|\.\.[/\\]")  # absolute, an address, or leading out
 _PROBED = 16  # number of images that are searched to find the folder of images
 
 

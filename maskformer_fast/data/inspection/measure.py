@@ -59,6 +59,8 @@ class Part:
     paths: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     """File and reason of each picture or label that cannot be used."""
+    unusable: list[str] = field(default_factory=list)
+    """Those files."""
     empty: list[str] = field(default_factory=list)
     """Pictures without an object."""
     class_pictures: Counter[int] = field(default_factory=Counter)
@@ -90,6 +92,7 @@ def measure_part(
             example = dataset[index]
         except BrokenExampleError as error:
             part.broken.append(str(error))
+            part.unusable.append(error.path)
             continue
         _add(part, example, moments)
         if isinstance(dataset, CocoInstances):

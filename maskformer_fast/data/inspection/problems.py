@@ -102,18 +102,17 @@ def _duplicates(parts: Sequence[Part]) -> list[str]:
 def _orphans(config: DataConfig, parts: Sequence[Part]) -> list[str]:
     """Pictures that no label file names, and label files without a picture."""
     root = Path(str(config.root))
-    pictures = {os.path.realpath(path) for part in parts for path in part.paths}
-    broken = [text for part in parts for text in part.broken]
+    used = [path for part in parts for path in (*part.paths, *part.unusable)]
+    pictures = set(map(os.path.realpath, used))
     folders = {Path(path).parent for part in parts for path in part.paths}
     beside = [
         str(path) for folder in sorted(folders) for path in sorted(folder.iterdir())
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
         and not path.name.endswith("_mask.png") and os.path.realpath(path) not in pictures
-        and not any(str(path) in text for text in broken)
     ]  # fmt: skip
     found = [] if config.dataset == "voc" else listed("pictures beside the data set's without a label", beside)
     if config.dataset == "yolo":
-        expected = {label_file(Path(path)) for part in parts for path in part.paths}
+        expected = {label_file(Path(path)) for path in used}
         found += listed("pictures without a label file", [str(path) for path in sorted(expected) if not path.exists()])
         there = {path for folder in {path.parent for path in expected} if folder.is_dir()
                  for path in folder.glob("*.txt") if path.name not in _NO_LABELS}  # fmt: skip

@@ -176,7 +176,8 @@ def test_no_file_outside_of_the_folders_is_read_by_a_name_of_another_machine(tmp
     for name in ("../secret.png", str(tmp_path / "secret.png"), "file:///" + str(tmp_path / "secret.png")):
         data["images"][0]["file_name"] = name
         with pytest.raises((ValueError, FileNotFoundError), match="file_name: expected|not found"):
-            build(store(tmp_path / "set", {**data, "images": data["images"][:1], "annotations": data["annotations"][:1]}))
+            one = {"images": data["images"][:1], "annotations": data["annotations"][:1]}
+            build(store(tmp_path / "set", {**data, **one}))
 
 
 def test_a_file_that_is_listed_under_several_ids_is_named(tmp_path, caplog):
