@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def convert_split(
     """Write the labels of one split -> file and reason of each example that cannot be used."""
     dataset = build_dataset(config, split)
     failed = []
-    writer = LabelWriter(output, dataset.metadata, options.to, dataset.file_names, (), split, 0.0, options.tolerance,
+    names = below_common_folder(dataset.file_names)
+    writer = LabelWriter(output, dataset.metadata, options.to, names, (), split, 0.0, options.tolerance,
                          read_georeference)  # fmt: skip
     for index in tqdm(range(len(dataset)), unit="img", desc=split, dynamic_ncols=True):
         try:
@@ -87,6 +89,13 @@ def convert_split(
         writer.add(writer.write(index, index + 1, example.size, objects, Path(example.path)))
     writer.close([writer.entries])
     return failed
+
+
+def below_common_folder(names: Sequence[str]) -> list[str]:
+    """Relative paths without the folders that all of them begin with."""
+    folders = {os.path.dirname(name) for name in names}
+    common = os.path.commonpath(folders) if not any(os.path.isabs(folder) for folder in folders) else ""
+    return [os.path.relpath(name, common) if common else name for name in names]
 
 
 def objects_of(dataset: SegmentationDataset, index: int, example: Example) -> list[LabelledObject]:

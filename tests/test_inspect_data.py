@@ -18,8 +18,8 @@ from maskformer_fast.data.inspection.measure import ChannelMoments, quartiles
 from tests.data.datasets import test_voc as voc
 from tests.docs.world import coco_folder, index_folder, labelme_folder, scenes, yolo_folder
 
-STEPS = ("--solver.max-steps 1 --solver.batch-size 2 --data.workers 0 --log.checkpoint-every 1 --log.validate-every 0 "
-         "--log.pictures 0 --device cpu").split()  # fmt: skip
+STEPS = ("--solver.max-steps", "1", "--solver.batch-size", "2", "--data.workers", "0", "--log.checkpoint-every", "1",
+         "--log.validate-every", "0", "--log.pictures", "0", "--device", "cpu")  # fmt: skip
 W, H = 17, 12
 
 
@@ -184,7 +184,8 @@ def test_a_folder_of_nothing_known_has_one_line(tmp_path: Path) -> None:
           "annotations/validation/a.png"], ("folder", "training", "validation")),
         (["images/a.jpg", "annotations/a.png"], ("folder", ".", ".")),
         (["train/_classes.csv", "valid/_classes.csv"], ("folder", "train", "val")),
-        (["JPEGImages/a.jpg", "SegmentationClass/a.png", "ImageSets/Segmentation/default.txt"], ("voc", "train", "val")),
+        (["JPEGImages/a.jpg", "SegmentationClass/a.png", "ImageSets/Segmentation/default.txt"],
+         ("voc", "train", "val")),
     ],
 )  # fmt: skip
 def test_layouts_are_recognised(tmp_path: Path, files: list[str], expected: tuple[str, str, str]) -> None:

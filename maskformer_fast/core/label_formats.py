@@ -93,8 +93,8 @@ def yolo_lines(objects: Sequence[LabelledObject], size: tuple[int, int]) -> list
 
 
 def _decimal(value: float) -> str:
-    """Ten decimals: a millionth of a pixel's side in images of up to 10,000 pixels."""
-    return f"{value:.10f}".rstrip("0").rstrip(".") or "0"
+    """Twelve decimals: within a ten-millionth of a pixel in images of up to 100,000 pixels."""
+    return f"{value:.12f}".rstrip("0").rstrip(".") or "0"
 
 
 def labelme_document(

@@ -28,7 +28,7 @@ def ultralytics_utils() -> Any:
 
 
 def labelme_tools() -> tuple[Any, Any]:
-    """labelme's reader of label files and its ``shapes_to_label``; Qt, for its window, is a stand-in if it is missing."""
+    """labelme's reader of label files and its ``shapes_to_label``; Qt is a stand-in if it is missing."""
     stand_ins = {}
     for name in ("PyQt5", "PyQt5.QtGui", "PyQt5.QtCore", "PyQt5.QtWidgets"):
         if name not in sys.modules and importlib.util.find_spec("PyQt5") is None:

@@ -58,7 +58,8 @@ def yolo_dataset(
         number = len(images) + 1
         images.append({"id": number, "file_name": _below(file, root), "height": height, "width": width})
         for category, points in _objects(label_file(file), len(names)):
-            scaled = [value * (width, height)[place % 2] for place, value in enumerate(points)]
+            # Rounded, so that a pixel's coordinate of few decimals comes back as it was.
+            scaled = [round(value * (width, height)[place % 2], 6) for place, value in enumerate(points)]
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category,
                                 "segmentation": [scaled] if len(points) > 4 else []})  # fmt: skip
     categories = [{"id": number, "name": name} for number, name in enumerate(names)]

@@ -85,7 +85,8 @@ def test_objects_are_instances_and_panoptic_segments(tmp_path: Path, by_color: b
         for seed in (0, 1):
             example, labels, objects = dataset[seed], label_map(seed), object_map(seed)
             assert np.array_equal(example.semantic_map(), np.where(labels == 255, -1, labels.astype(int)))
-            pairs = {(int(c), int(o)) for c, o in zip(labels.ravel(), objects.ravel(), strict=True) if c not in (0, 255)}
+            both = zip(labels.ravel().tolist(), objects.ravel().tolist(), strict=True)
+            pairs = {(category, number) for category, number in both if category not in (0, 255)}
             things = [segment for segment in example.segments if segment.is_thing]
             assert len(things) == len(pairs) > 2 and len(example.segments) == len(pairs) + 1
             for segment in things:
