@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
 import os
 import sys
 import tempfile
@@ -11,12 +13,14 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import numpy as np
-import pytest
 
 
 def ultralytics_utils() -> Any:
-    """``ultralytics.data.utils``: it asks for torchvision's version, which its label reader does not need."""
-    pytest.importorskip("cv2")
+    """``ultralytics.data.utils``: it asks for torchvision's version, which its label reader does not need.
+
+    Raises:
+        ImportError: ultralytics or OpenCV is not installed.
+    """
     version = importlib.metadata.version
 
     def with_torchvision(name: str) -> str:
@@ -24,18 +28,23 @@ def ultralytics_utils() -> Any:
 
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())
     with patch("importlib.metadata.version", with_torchvision):
-        return pytest.importorskip("ultralytics.data.utils", exc_type=ImportError)
+        return importlib.import_module("ultralytics.data.utils")
 
 
 def labelme_tools() -> tuple[Any, Any]:
-    """labelme's reader of label files and its ``shapes_to_label``; Qt is a stand-in if it is missing."""
+    """labelme's reader of label files and its ``shapes_to_label``; Qt is a stand-in if it is missing.
+
+    Raises:
+        ImportError: labelme is not installed.
+    """
     stand_ins = {}
     for name in ("PyQt5", "PyQt5.QtGui", "PyQt5.QtCore", "PyQt5.QtWidgets"):
         if name not in sys.modules and importlib.util.find_spec("PyQt5") is None:
             stand_ins[name] = MagicMock()
     with patch.dict(sys.modules, stand_ins):
-        files = pytest.importorskip("labelme._label_file", exc_type=ImportError)
-        shape = pytest.importorskip("labelme.utils.shape", exc_type=ImportError)
+        files = importlib.import_module("labelme._label_file")
+        importlib.import_module("loguru").logger.disable("labelme")
+        shape = importlib.import_module("labelme.utils.shape")
     return files.read_label_file, shape.shapes_to_label
 
 
