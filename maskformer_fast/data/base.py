@@ -46,7 +46,12 @@ class BrokenExampleError(ValueError):
 
 
 def tenths(items: Sequence[Item], training: bool) -> list[Item]:
-    """Part of a data set that has no parts: of its items in order, validation has every tenth, training the others."""
+    """Part of a data set that has no parts: of its items in order, validation has every tenth, training the others.
+
+    Of fewer than ten items validation has the last; a single item is in both parts.
+    """
+    if len(items) < _EVERY:
+        return list((items[:-1] or items) if training else items[-1:])
     return [item for place, item in enumerate(items, 1) if (place % _EVERY == 0) != training]
 
 

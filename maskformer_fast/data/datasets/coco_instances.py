@@ -297,9 +297,9 @@ def coco_instances_dataset(
 def _tenths_of(content: dict[str, Any], training: bool) -> dict[str, Any]:
     """Content of a file with its images for training, or those for validation, and their annotations."""
     images, annotations = content.get("images"), content.get("annotations")
-    if not isinstance(images, list) or not isinstance(annotations, list) or len(images) < 2:
+    if not isinstance(images, list) or not isinstance(annotations, list):
         return content  # what is wrong with it is said later
-    kept = tenths(images, training) or images[-1:]  # of fewer than ten images the last one
+    kept = tenths(images, training)
     others = {_text_id(image, "id") for image in images if image not in kept}
     return {**content, "images": kept,
             "annotations": [one for one in annotations if _text_id(one, "image_id") not in others]}  # fmt: skip

@@ -157,7 +157,7 @@ def _names(root: Path, split: str, training: bool) -> list[str]:
     if path.is_file():
         return _listed(path, root)
     if [other.name for other in others] == ["default.txt"]:
-        return _part(_listed(others[0], root), training)
+        return tenths(_listed(others[0], root), training)
     if others:
         there = ", ".join(other.name for other in others)
         raise FileNotFoundError(f"{path}: no such list of images; there is {there}: see data.train_split and "
@@ -166,11 +166,7 @@ def _names(root: Path, split: str, training: bool) -> list[str]:
     names = [name.rsplit(".", 1)[0] for name in list_files(folder, (".png",))] if folder.is_dir() else []
     if not names:
         raise FileNotFoundError(f"{folder}: expected PNGs of classes, found none")
-    return _part(names, training)
-
-
-def _part(names: list[str], training: bool) -> list[str]:
-    return tenths(names, training) or names[-1:]  # of fewer than ten images the last one
+    return tenths(names, training)
 
 
 def _listed(path: Path, root: Path) -> list[str]:

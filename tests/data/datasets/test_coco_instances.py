@@ -143,7 +143,7 @@ def test_of_a_single_part_every_tenth_image_is_for_validation(tmp_path, name):
     assert len(build(tmp_path)[0].segments) == len(build(tmp_path, "val")[1].segments) == 1
     data["images"] = data["images"][:2]
     (tmp_path / name).write_text(json.dumps(data))
-    assert build(tmp_path, "val").file_names == ["2.png"]
+    assert build(tmp_path).file_names == ["1.png"] and build(tmp_path, "val").file_names == ["2.png"]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_colours_of_cvat_s_label_map_are_classes_and_one_part_is_cut(tmp_path: P
 def test_names_of_labelme2voc_and_folders_without_lists(tmp_path: Path) -> None:
     write(tmp_path, ["a", "b", "c"], {})
     (tmp_path / "class_names.txt").write_text("__ignore__\n_background_\nx\ny\n")
-    assert read(tmp_path).file_names == ["a.jpg", "b.jpg", "c.jpg"] and read(tmp_path, "val").file_names == ["c.jpg"]
+    assert read(tmp_path).file_names == ["a.jpg", "b.jpg"] and read(tmp_path, "val").file_names == ["c.jpg"]
     assert read(tmp_path).metadata.class_names == ("_background_", "x", "y")
     assert read(tmp_path).metadata.is_thing == (False, True, True)
 
