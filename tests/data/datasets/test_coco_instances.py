@@ -432,7 +432,7 @@ def change(section, index, **keys):
     (change("images", 0, file_name=3), r"images\[0\]: file_name"),
     (change("images", 2, height=-1), r"images\[2\]: height"),
     (change("images", 0, file_name="../9.png"), r"file name below .*'\.\./9\.png'"),
-    (change("images", 1, file_name="/1.png"), "file name below"),
+    (change("images", 1, file_name="/9.png"), "file name below"),
     (change("categories", 0, id=10), r"categories\[1\]: id: expected distinct ids, got 10"),
     (change("categories", 0, name=...), r"categories\[0\]: name"),
     (change("annotations", 0, image_id=[9]), r"annotations\[0\]: image_id: .*got \[9\]"),
