@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(options.limit is None or options.limit > 0, "limit", "a positive number of pictures", options.limit)
     with warnings_of_readers() as warnings:
         report, pictures = inspect(Path(options.folder), options.limit)
-    report["problems"] += warnings
+    report["problems"] += dict.fromkeys(warnings)
     output = Path(options.output)
     write_json(output / "inspection.json", report)
     with atomic_write(output / "inspection.html") as file:
@@ -88,6 +88,8 @@ def inspect(folder: Path, limit: int | None) -> tuple[dict[str, Any], list[tuple
     if not parts[0].paths:
         reasons = "\n  ".join(parts[0].broken[:8])
         raise ValueError(f"{folder}: expected pictures that can be read, got none:\n  {reasons}")
+    if not any(part.broken for part in parts) and _opens_without_skipping(config, has_val):
+        config = replace(config, skip_broken=False)
     metadata = datasets[0].metadata
     is_complete = all(len(part.paths) + len(part.broken) == part.listed for part in parts)
     report = {
@@ -108,6 +110,17 @@ def inspect(folder: Path, limit: int | None) -> tuple[dict[str, Any], list[tuple
     return report, _samples(datasets[0])
 
 
+def _opens_without_skipping(config: DataConfig, has_val: bool) -> bool:
+    """Whether training can open the data set with ``data.skip_broken`` off."""
+    try:
+        build_dataset(replace(config, skip_broken=False), "train")
+        if has_val:
+            build_dataset(replace(config, skip_broken=False), "val")
+    except ValueError:
+        return False
+    return True
+
+
 def recipe_line(config: DataConfig, dataset: SegmentationDataset, parts: Sequence[Part]) -> str:
     """Command that trains on a data set."""
     default, recipe = DataConfig(), load_recipe(RECIPE)
@@ -119,7 +132,7 @@ def recipe_line(config: DataConfig, dataset: SegmentationDataset, parts: Sequenc
     for option, value, usual in (("train", config.train_split, default.train_split),
                                  ("val", config.val_split, default.val_split)):  # fmt: skip
         words += [f"--data.{option}-split", value] if value != usual else []
-    if any(part.broken for part in parts):
+    if config.skip_broken:
         words.append("--data.skip-broken")
     most = max((count for part in parts for count in part.objects), default=0)
     if dataset.task != "semantic" and most > recipe.model.decoder.num_queries:

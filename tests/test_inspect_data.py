@@ -132,6 +132,16 @@ def test_what_is_suspicious_is_told(tmp_path: Path) -> None:
     assert "--data.skip-broken" in json.loads((tmp_path / "out" / "inspection.json").read_text())["recipe"]
 
 
+@pytest.mark.parametrize("kind", ["yolo", "folder"])
+def test_what_only_opening_finds_is_skipped_by_the_line(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "set"
+    MAKERS[kind](root)
+    assert "skip-broken" not in inspected(root, tmp_path / "before")["recipe"]
+    (root / "images" / "train" / "x.jpg").write_bytes(b"no image")  # without a label, and without a header
+    report = inspected(root, tmp_path / "after")
+    assert "--data.skip-broken" in report["recipe"] and "x.jpg" in "\n".join(report["problems"])
+
+
 def test_outlines_that_leave_the_picture_and_many_objects(tmp_path: Path) -> None:
     root = tmp_path / "coco"
     instance_folder(root)
