@@ -215,8 +215,8 @@ class DataConfig:
     """Data set and its loading."""
 
     dataset: str = "shapes"
-    """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, ``yolo``, ``labelme``, or a preset of
-    `data.datasets.presets`."""
+    """``shapes``, ``folder``, ``coco_instances``, ``coco_panoptic``, ``yolo``, ``labelme``, ``voc``, or a preset
+    of `data.datasets.presets`."""
     root: str | None = None
     """Folder of the data set, in the layout that its preset documents."""
     train_split: str = "train"

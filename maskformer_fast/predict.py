@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from maskformer_fast.cli import leading_path, parse, report_failures, run_command
 from maskformer_fast.config import Amp, Task, TestConfig
+from maskformer_fast.core.checks import check
 from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.files import check_no_windows_path
 from maskformer_fast.core.image_files import in_result_folder, list_files
 from maskformer_fast.data import BrokenExampleError
 from maskformer_fast.data.images import read_image
+from maskformer_fast.data.large_pictures import read_georeference
 from maskformer_fast.deploy.bundle.manifest import Precision
 from maskformer_fast.deploy.runtime.selection import Backend
 from maskformer_fast.inference.batches import infer_each
@@ -31,6 +33,7 @@ from maskformer_fast.inference.bundle_predictor import BundlePredictor
 from maskformer_fast.inference.load import load, stored_options
 from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.inference.tiled_files import remove_work, segment_file
+from maskformer_fast.output.label_files import LabelFormat, LabelWriter
 from maskformer_fast.output.writer import ResultWriter
 from maskformer_fast.video.av_tools import av_tools
 from maskformer_fast.video.command import predict_videos
@@ -49,10 +52,10 @@ class PredictOptions:
 
     Writes below the output folder: ``semantic/NAME.png`` (class index), ``panoptic/NAME.png`` with
     ``panoptic.json`` (COCO panoptic format), ``instances.json`` (COCO results with RLE masks),
-    ``overlays/NAME_TASK.png`` to look at, and ``images.json``, which lists the images with their ids and names. With
-    ``--test.tile``, images of any size are segmented in tiles; the same command continues an interrupted run. Exit
-    status 1 if an image could not be read, segmented or written; the others are written. Of a video it writes
-    ``NAME_TASK.mp4`` with the sound kept, and ``NAME.jsonl`` with a line for each frame.
+    ``overlays/NAME_TASK.png`` to look at, label files with ``--labels``, and ``images.json``, which lists the images
+    with their ids and names. With ``--test.tile``, images of any size are segmented in tiles; the same command
+    continues an interrupted run. Exit status 1 if an image could not be read, segmented or written; the others are
+    written. Of a video it writes ``NAME_TASK.mp4`` with the sound kept, and ``NAME.jsonl`` with a line for each frame.
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -66,6 +69,13 @@ class PredictOptions:
     """One or several of semantic, panoptic, instance; one forward pass serves all, except by TensorRT."""
     overlays: bool = True
     """Also draw each result over its image."""
+    labels: tuple[LabelFormat, ...] = ()
+    """Also write label files of one task, to correct and to train on, with copies of the images: coco, yolo, labelme,
+    geojson (without images); below ``labels/`` of the output."""
+    label_min_score: float = 0.5
+    """Lowest score of an object in label files."""
+    label_tolerance: float = 0.0
+    """Pixels by which outlines in label files may differ, to have fewer corners; 0 keeps every pixel."""
     exif: bool = True
     """Turn each image as its EXIF orientation says."""
     device: str = "auto"
@@ -177,7 +187,8 @@ def predict_pictures(
     """Segment pictures in tiles, one picture after another; an earlier run that was interrupted is continued."""
     checkpoint = Path(options.checkpoint)
     changed = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-    settings = [options.checkpoint, changed, options.amp, options.precision, options.backend]
+    settings = [options.checkpoint, changed, options.amp, options.precision, options.backend, options.labels,
+                options.label_min_score, options.label_tolerance]  # fmt: skip
     for number, image in enumerate(inputs):
         with tqdm(unit="tile", desc=image.name, dynamic_ncols=True) as progress:
 
@@ -219,7 +230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         av_tools()
     names = [image.name for image in inputs]
     ids = image_ids(names)
-    writer = ResultWriter(Path(options.output), predictor.metadata, options.overlays, names, file_names(inputs))
+    labels = None
+    if options.labels:
+        check(len(options.task) == 1, "task", "one task with labels", options.task)
+        labels = LabelWriter(
+            Path(options.output, "labels"), predictor.metadata, options.labels, names, [image.path for image in inputs],
+            min_score=options.label_min_score, tolerance=options.label_tolerance, georeference=read_georeference,
+        )  # fmt: skip
+    writer = ResultWriter(Path(options.output), predictor.metadata, options.overlays, names, file_names(inputs), labels)
     try:
         if options.test.tile is None:
             predict_images(predictor, options, inputs, ids, writer)

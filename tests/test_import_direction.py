@@ -28,7 +28,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("training",),
     ("interop.verification",),
-    ("cli", "train", "evaluate", "predict", "convert", "export", "benchmark", "demo"),
+    ("cli", "train", "evaluate", "predict", "convert", "convert_labels", "export", "inspect_data", "benchmark", "demo"),
 )
 COMMANDS_BELOW = {"maskformer_fast.deploy.triton_server.__main__"}
 """Commands that stand inside another folder; nobody imports them."""

@@ -14,8 +14,8 @@ IMAGE_FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", 
 IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
 """File name endings of images, in lower case."""
 
-RESULT_FOLDERS = ("semantic", "panoptic", "overlays")
-"""Folders that `output.writer.ResultWriter` makes."""
+RESULT_FOLDERS = ("semantic", "panoptic", "overlays", "labels")
+"""Folders that `output.writer.ResultWriter` makes, and that of its `LabelWriter`."""
 RESULT_LIST = "images.json"
 """List of the images of the results in those folders."""
 RESULT_MARK = "results of maskformer_fast"

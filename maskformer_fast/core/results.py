@@ -8,9 +8,10 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from maskformer_fast.core import exchange
+from maskformer_fast.core import exchange, label_formats
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.exchange import Polygon, as_array
+from maskformer_fast.core.label_formats import LabelledObject, Transform
 from maskformer_fast.core.metadata import VOID, SegmentInfo
 
 ArrayT = TypeVar("ArrayT")
@@ -74,9 +75,51 @@ class _Exchanged:
 
     def to_polygons(self) -> list[list[Polygon]]:
         """Outlines of each instance's parts along the edges of pixels, with their holes."""
+        return [one.polygons for one in self.to_objects()]
+
+    def to_objects(self) -> list[LabelledObject]:
+        """Class, score and `to_polygons` of each instance."""
         instances = self.to_instances()
-        masks = exchange.unpack(as_array(instances.masks), instances.size[1])
-        return [exchange.polygons_of(mask) for mask in masks]
+        return label_formats.objects_of_arrays(instances.arrays(), instances.size)
+
+    def to_yolo(self, tolerance: float = 0) -> list[str]:
+        """Lines of YOLO's label file, one for each instance: class, then corners relative to the image's size.
+
+        Parts and holes are joined to one ring by bridges without width.
+
+        Args:
+            tolerance: leave corners out that are so near to the outline without them, in pixels; 0 leaves out none.
+        """
+        return label_formats.yolo_lines(label_formats.with_fewer_corners(self.to_objects(), tolerance), self._size())
+
+    def to_labelme(self, class_names: Sequence[str], image_path: str, tolerance: float = 0) -> dict[str, Any]:
+        """Content of labelme's JSON file, with polygons; holes are joined to them by bridges without width.
+
+        Args:
+            class_names: label of each class.
+            image_path: path of the image relative to the JSON file.
+            tolerance: as of `to_yolo`.
+        """
+        objects = label_formats.with_fewer_corners(self.to_objects(), tolerance)
+        return label_formats.labelme_document(objects, class_names, image_path, self._size())
+
+    def to_geojson(
+        self, class_names: Sequence[str], transform: Transform | None = None, crs: str | None = None,
+        tolerance: float = 0,
+    ) -> dict[str, Any]:
+        """GeoJSON with a polygon or multipolygon for each instance, holes included.
+
+        Args:
+            class_names: name of each class, the property ``class``.
+            transform, crs: as of `label_formats.geojson_document`; without them coordinates are pixels.
+            tolerance: as of `to_yolo`.
+        """
+        objects = label_formats.with_fewer_corners(self.to_objects(), tolerance)
+        return label_formats.geojson_document(objects, class_names, transform, crs)
+
+    def _size(self) -> tuple[int, int]:
+        """Height, width."""
+        raise NotImplementedError
 
     @classmethod
     def from_polygons(
@@ -109,6 +152,10 @@ class _Map(_Exchanged):
         """As of all results; encoded in one pass over the map."""
         return exchange.map_to_coco(self._columns(), image_id, category_ids)
 
+    def to_objects(self) -> list[LabelledObject]:
+        """As of all results, without a mask of the map's size for each."""
+        return label_formats.objects_of_map(self._columns())
+
     def _columns(self) -> exchange.MapColumns:
         raise NotImplementedError
 
@@ -119,6 +166,10 @@ class SemanticResult(_Map, Generic[ArrayT]):
 
     labels: ArrayT  # [H, W] uint8 (K <= 255) or int16
     scores: ArrayT | None = None  # [H, W] float32, sum over queries of the winning class
+
+    def _size(self) -> tuple[int, int]:
+        height, width = self.labels.shape  # type: ignore[attr-defined]
+        return height, width
 
     def _columns(self) -> exchange.MapColumns:
         """One instance of score 1 for each class of the map, in ascending order."""
@@ -142,6 +193,10 @@ class PanopticResult(_Map, Generic[ArrayT]):
 
     id_map: ArrayT  # [H, W] int32
     segments: list[SegmentInfo] = field(default_factory=list)
+
+    def _size(self) -> tuple[int, int]:
+        height, width = self.id_map.shape  # type: ignore[attr-defined]
+        return height, width
 
     def _columns(self) -> exchange.MapColumns:
         """One instance for each segment, in their order."""
@@ -182,6 +237,9 @@ class InstanceResult(_Exchanged, Generic[ArrayT]):
     def to_instances(self) -> InstanceResult[ArrayT]:
         """The result itself."""
         return self
+
+    def _size(self) -> tuple[int, int]:
+        return self.size
 
     @classmethod
     def from_instances(cls, instances: InstanceResult[Any]) -> InstanceResult[Any]:

@@ -18,11 +18,12 @@ from maskformer_fast.data.datasets.folder import folder_dataset
 from maskformer_fast.data.datasets.labelme import labelme_dataset
 from maskformer_fast.data.datasets.presets import INDEX_PRESETS, PRESETS, preset_metadata
 from maskformer_fast.data.datasets.shapes import ShapesDataset
+from maskformer_fast.data.datasets.voc import voc_dataset
 from maskformer_fast.data.datasets.yolo import yolo_dataset
 
 __all__ = ["DATASETS", "BrokenExampleError", "SegmentationDataset", "build_dataset", "dataset_metadata"]
 
-DATASETS = ("shapes", "folder", "coco_instances", "coco_panoptic", "yolo", "labelme", *PRESETS)
+DATASETS = ("shapes", "folder", "coco_instances", "coco_panoptic", "yolo", "labelme", "voc", *PRESETS)
 """Every value of ``data.dataset``."""
 
 _INSTANCES = {"coco_instances": coco_instances_dataset, "labelme": labelme_dataset, "yolo": yolo_dataset}
@@ -73,6 +74,8 @@ def _open_dataset(
         return folder_dataset(config, root, part)
     if name in _INSTANCES:
         return _INSTANCES[name](config, root, part, split == "train", classes)
+    if name == "voc":
+        return voc_dataset(config, root, part, split == "train")
     if name == "coco_panoptic":
         return coco_panoptic_dataset(config, root, part, root.resolve().name)
     return PRESETS[name].read(config, root, part)

@@ -7,7 +7,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from maskformer_fast.config import Task
 from maskformer_fast.core.metadata import Metadata
@@ -15,7 +15,11 @@ from maskformer_fast.structures import Example
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
 _LISTED = 8  # number of problems that an error message lists; the log lists all of them
+_EVERY = 10
 _EXAMPLES = 5  # number of examples that are named for each reason of leaving truth out
+
+
+Item = TypeVar("Item")
 
 
 class BrokenExampleError(ValueError):
@@ -39,6 +43,16 @@ class BrokenExampleError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def tenths(items: Sequence[Item], training: bool) -> list[Item]:
+    """Part of a data set that has no parts: of its items in order, validation has every tenth, training the others.
+
+    Of fewer than ten items validation has the last; a single item is in both parts.
+    """
+    if len(items) < _EVERY:
+        return list((items[:-1] or items) if training else items[-1:])
+    return [item for place, item in enumerate(items, 1) if (place % _EVERY == 0) != training]
 
 
 class LeftOut:

@@ -253,6 +253,21 @@ def read_index_png(path: str | os.PathLike[str]) -> np.ndarray:
     return stored_indices(image, path)
 
 
+def read_color_png(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode an image whose colours are classes or objects -> int32 [H, W], 65536 R + 256 G + B.
+
+    Raises:
+        BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, of 16 bits a channel, or a JPEG, whose
+            compression changes colours.
+    """
+    image = _decode(path)
+    if image.format in _LOSSY or has_16_bits(image, path):
+        kind = image.format if image.format in _LOSSY else "16 bits a channel"
+        raise BrokenExampleError(path, f"expected colours of 8 bits without loss (PNG), got {kind}")
+    rgb = np.asarray(image.convert("RGB")).astype(np.int32)
+    return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+
+
 def read_panoptic_png(path: str | os.PathLike[str]) -> np.ndarray:
     """Decode a COCO panoptic PNG, segment id = R + 256 G + 65536 B -> int32 [H, W].
 

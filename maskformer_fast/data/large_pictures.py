@@ -104,6 +104,25 @@ def open_picture(path: Path, exif: bool = True) -> Iterator[LargePicture]:
         yield LargePicture((opened.height, opened.width), None, opened)
 
 
+def read_georeference(path: Path) -> dict[str, Any] | None:
+    """Coordinate reference system and transform of a TIFF file; None without them, or without rasterio."""
+    if _DRIVERS.get(path.suffix.lower()) != "GTiff":
+        return None
+    try:
+        import rasterio
+        from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    except ModuleNotFoundError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        try:
+            with rasterio.open(path, driver="GTiff") as opened:
+                found = {"crs": opened.crs, "transform": opened.transform}
+        except RasterioError as error:
+            raise BrokenExampleError(path, f"cannot be decoded: {error}") from error
+    return None if found["crs"] is None and found["transform"].is_identity else found
+
+
 def _decoded(path: Path, exif: bool) -> LargePicture:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -20,6 +20,7 @@ import torch
 
 from maskformer_fast.config import Task
 from maskformer_fast.core.files import is_full_disk, write_json
+from maskformer_fast.core.label_formats import LabelledObject, outlines_at
 from maskformer_fast.core.results import PanopticResult, Result, SemanticResult
 from maskformer_fast.data.large_pictures import LargePicture, open_picture
 from maskformer_fast.inference.tile_grid import Box
@@ -72,6 +73,8 @@ def segment_file(
             write_json(folder / "finished.json", finished)
         size = (int(finished["size"][0]), int(finished["size"][1]))
         writer.add(number, image_id, size, finished["panoptic"], finished["instances"], tasks)
+        if writer.labels is not None:
+            writer.labels.add(finished["labels"])
     except Exception as error:  # whatever a picture can cause
         if is_full_disk(error):
             raise
@@ -148,7 +151,20 @@ def _segment(
     for label, score, box, mask in tiled.instances:
         corner = box.top, box.left
         instances.append(instance_entry(image_id, label, score, corner, mask, picture.size, predictor.metadata))
-    return {"size": list(picture.size), "panoptic": panoptic, "instances": instances}
+    labels = writer.labels and writer.labels.write(number, image_id, picture.size, _objects(tiled))
+    return {"size": list(picture.size), "panoptic": panoptic, "instances": instances, "labels": labels}
+
+
+def _objects(tiled: TiledSegmentation) -> list[LabelledObject]:
+    """Outlines of the segments of the one task."""
+    if tiled.labels is not None:
+        return SemanticResult[np.ndarray](tiled.labels).to_objects()
+    if tiled.id_map is not None:
+        return PanopticResult[np.ndarray](tiled.id_map, tiled.segments).to_objects()
+    return [
+        LabelledObject(label, score, outlines_at(mask, (box.top, box.left)))
+        for label, score, box, mask in tiled.instances
+    ]
 
 
 def _shrunk_picture(picture: LargePicture, step: int) -> np.ndarray:

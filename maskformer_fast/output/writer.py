@@ -25,6 +25,7 @@ from maskformer_fast.output.formats import (
     write_panoptic_json,
     write_panoptic_png,
 )
+from maskformer_fast.output.label_files import LabelWriter
 
 _LISTS = ("panoptic.json", "instances.json")
 
@@ -34,7 +35,8 @@ class ResultWriter:
 
     ``semantic/NAME.png`` has class indices; ``panoptic/NAME.png`` and ``panoptic.json`` are in COCO's panoptic format;
     ``instances.json`` is in COCO's results format (RLE masks); ``overlays/NAME_TASK.png`` are pictures to look at.
-    ``images.json`` lists the images: id, file name, size, and NAME as ``result``.
+    ``images.json`` lists the images: id, file name, size, and NAME as ``result``. ``labels`` is the folder of a
+    `LabelWriter`.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class ResultWriter:
         overlays: bool,
         names: Sequence[str],
         file_names: Sequence[str] | None = None,
+        labels: LabelWriter | None = None,
     ) -> None:
         """Write nothing yet.
 
         Args:
             names: names or relative paths of all images, also of other ranks; `image_files.result_names` makes NAME.
             file_names: file names in the JSON files, if they are not ``names``.
+            labels: writer of label files, which gets the objects of one task.
 
         Raises:
             ValueError: the folder is a file or lies below one, or has files of a result's name from elsewhere, which
@@ -71,6 +75,7 @@ class ResultWriter:
         self.panoptic: list[dict[str, Any]] = []
         self.instances: list[dict[str, Any]] = []
         self.tasks: set[Task] = set()
+        self.labels = labels
         self.failed: list[str] = []
         """File name and reason of each image whose results are not written; after `close` those of all ranks."""
 
@@ -122,7 +127,11 @@ class ResultWriter:
                 instances += instances_to_coco(result, image_id, self.metadata)
             if self.overlays:
                 self.write_overlay(number, task, image, result)
-        self.add(number, image_id, (image.shape[0], image.shape[1]), panoptic, instances, results)
+        size = (image.shape[0], image.shape[1])
+        if self.labels is not None:
+            (result,) = results.values()
+            self.labels.add(self.labels.write(number, image_id, size, result.to_objects()))
+        self.add(number, image_id, size, panoptic, instances, results)
 
     def write_overlay(
         self,
@@ -159,7 +168,8 @@ class ResultWriter:
 
     def close(self) -> None:
         """Write the JSON files: ``images.json``, and those of the tasks that ran, with the images of all ranks."""
-        parts = gather_on_main((self.images, self.panoptic, self.instances, self.tasks, self.failed))
+        labels = self.labels.entries if self.labels is not None else {}
+        parts = gather_on_main((self.images, self.panoptic, self.instances, self.tasks, self.failed, labels))
         if not parts:
             return
         tasks = {task for part in parts for task in part[3]}
@@ -167,6 +177,8 @@ class ResultWriter:
         self.failed = [entry for part in parts for entry in part[4]]
         if images:
             self._write_list(images)
+            if self.labels is not None:
+                self.labels.close([part[5] for part in parts])
         if "panoptic" in tasks:
             panoptic = [entry for part in parts for entry in part[1]]
             write_panoptic_json(self.folder / "panoptic.json", images, panoptic, self.metadata)

@@ -39,6 +39,8 @@ REDUCTIONS = {
     "maskformer_fast.evaluate": "--limit 2 --data.workers 0",
     "maskformer_fast.predict": "",
     "maskformer_fast.convert": "",
+    "maskformer_fast.convert_labels": "",
+    "maskformer_fast.inspect_data": "",
     "maskformer_fast.export": "--sizes 64x96",
     "maskformer_fast.benchmark": "--seconds 0.05 --batches 1 --size 64x96 --against eager",
     "maskformer_fast.deploy.triton_server": "",

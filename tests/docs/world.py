@@ -47,6 +47,7 @@ def make_world(folder: Path) -> None:
     yolo_folder(folder / "yolo", examples)
     labelme_folder(folder / "labelme", examples)
     write_clip(folder / "clip.mp4", 10)
+    voc_folder(folder / "voc", examples)
     for run in RUNS:
         untrained_run(folder / run)
 
@@ -119,6 +120,23 @@ def labelme_folder(root: Path, examples: list[Example]) -> None:
             height, width = example.size
             content = {"shapes": [shape], "imagePath": f"{number}.jpg", "imageHeight": height, "imageWidth": width}
             (root / split / f"{number}.json").write_text(json.dumps(content))
+
+
+def voc_folder(root: Path, examples: list[Example]) -> None:
+    """Write images with Pascal VOC's palette PNGs of classes and objects; the objects are boxes."""
+    for number, example in enumerate(examples):
+        save_picture(root / "JPEGImages" / f"{number}.jpg", example)
+        classes = np.zeros(example.size, np.uint8)
+        classes[8:28, 8:28], classes[30:50, 40:70] = 1, 2
+        for name, values in (("SegmentationClass", classes), ("SegmentationObject", classes)):
+            image = Image.fromarray(values)
+            image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+            (root / name).mkdir(parents=True, exist_ok=True)
+            image.save(root / name / f"{number}.png")
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for split in ("train", "val"):
+        (lists / f"{split}.txt").write_text("".join(f"{number}\n" for number in range(len(examples))))
 
 
 def untrained_run(folder: Path) -> None:

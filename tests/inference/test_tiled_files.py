@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ from PIL import Image
 
 from maskformer_fast.config import Task, TestConfig
 from maskformer_fast.core.coco_tools import coco_tools
+from maskformer_fast.core.results import InstanceResult
 from maskformer_fast.data.images import read_index_png, read_panoptic_png
+from maskformer_fast.data.large_pictures import read_georeference
 from maskformer_fast.inference.tiled import infer_tiled
 from maskformer_fast.inference.tiled_files import WORK_FOLDER, remove_work, segment_file
 from maskformer_fast.output.formats import instances_to_coco, panoptic_png
+from maskformer_fast.output.label_files import LabelWriter
 from maskformer_fast.output.writer import ResultWriter
 from tests.support.paths import ROOT
 from tests.support.scene import METADATA, Truth, draw_scene, scene_keys
@@ -77,6 +81,32 @@ def test_geotiff_keeps_its_georeference(tmp_path: Path) -> None:
     check_results(tmp_path / "out", scene, maps["semantic"], maps["panoptic"])
     entry = json.loads((tmp_path / "out/panoptic.json").read_text())["annotations"][0]
     assert entry["file_name"] == "scene.tif"
+
+
+def test_labels_of_tiles_have_the_picture_s_coordinates_and_survive_an_interruption(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    path, scene = tmp_path / "scene.tif", draw_scene((290, 350), 30)
+    place = {"crs": "EPSG:32632", "transform": rasterio.transform.from_origin(500000, 5400000, 0.5, 0.5)}
+    with rasterio.open(path, "w", driver="GTiff", height=290, width=350, count=3, dtype="uint8", **place) as file:
+        file.write(scene.transpose(2, 0, 1))
+    for task in TASKS:
+        for _ in range(2):  # the second one finds a finished picture
+            labels = LabelWriter(tmp_path / task / "labels", METADATA, ("coco", "geojson"), ["scene.tif"], [path],
+                                 min_score=0.0, georeference=read_georeference)  # fmt: skip
+            writer = ResultWriter(tmp_path / task, METADATA, False, ["scene.tif"], labels=labels)
+            assert segment_file(Truth(TEST), path, [task], writer, 0, 5, True, "settings", lambda count, total: None)
+            writer.close()
+        result = infer_tiled(Truth(TEST), scene, [task])[task]
+        content = json.loads((tmp_path / task / "labels/coco/annotations/instances_train.json").read_text())
+        ours = [InstanceResult.from_coco([one], (290, 350)).masks[0] for one in content["annotations"]]
+        expected = result.to_instances().arrays().masks
+        assert sorted(mask.tobytes() for mask in ours) == sorted(mask.tobytes() for mask in expected) and len(ours) > 2
+        document = json.loads((tmp_path / task / "labels/geojson/train/scene.geojson").read_text())
+        assert document["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32632"
+        text = json.dumps([feature["geometry"]["coordinates"] for feature in document["features"]])
+        numbers = np.array([float(word) for word in re.findall(r"[\d.]+", text)]).reshape(-1, 2)
+        assert numbers[:, 0].min() >= 500000 and numbers[:, 0].max() <= 500175
+        assert numbers[:, 1].min() >= 5399855 and numbers[:, 1].max() <= 5400000
 
 
 def test_an_overlay_of_a_large_picture_is_small(tmp_path: Path) -> None:

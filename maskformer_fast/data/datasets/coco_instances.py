@@ -7,7 +7,9 @@ Layouts, where ``{split}`` is ``data.train_split`` or ``data.val_split``::
 
     root/{split}/_annotations.coco.json        beside the images, as labelling tools export it, see `EXPORTS`
 
-For the split "val" a folder "valid" serves as well.
+    root/result.json, root/annotations/instances_default.json      one part only, as Label Studio and CVAT export it
+
+For the split "val" a folder "valid" serves as well. Of one part only, every tenth image is for validation.
 
 Classes are the ``categories`` in their order; all of them are things. Categories that only group others are left out,
 see `_groups`. Objects without a usable outline or without a
@@ -30,7 +32,7 @@ import numpy as np
 from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
-from maskformer_fast.data.base import BrokenExampleError, LeftOut, first_existing, resolve_task
+from maskformer_fast.data.base import BrokenExampleError, LeftOut, first_existing, resolve_task, tenths
 from maskformer_fast.data.datasets.coco_json import (
     ImageInfo,
     Records,
@@ -46,6 +48,7 @@ from maskformer_fast.data.datasets.coco_json import (
 from maskformer_fast.data.datasets.outlines import (
     NO_PIXEL,
     RELATIVE,
+    Outline,
     is_relative,
     normalise_outline,
     problem_of,
@@ -116,6 +119,11 @@ class CocoInstances:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def outlines(self, index: int) -> list[tuple[int, Outline]]:
+        """Class and outline, as the file has it, of each usable object of an image that is no crowd."""
+        items = json.loads(self._objects[index])
+        return [(item["category"], item["outline"]) for item in items if not item["crowd"]]
 
     def __getitem__(self, index: int) -> Example:
         """Read one example with masks, which may overlap, and with the annotations' ids.
@@ -278,6 +286,26 @@ def coco_instances_dataset(
     resolve_task(config.task, "instance", ("instance",), config.dataset)
     exported = [root / name / export for name in split_names(split) for export in EXPORTS]
     candidates = [root / "annotations" / f"instances_{name}.json" for name in split_names(split)] + exported
-    path = first_existing(candidates, "instance annotations")
-    folder = path.parent.name if path in exported else split
-    return CocoInstances(path, root, folder, training, root.resolve().name, config.keep_empty, config.exif, classes)
+    only = [root / "annotations" / "instances_default.json", *(root / export for export in EXPORTS)]
+    path = first_existing([*candidates, *only], "instance annotations")
+    folder = path.parent.name if path in exported else "default" if path == only[0] else split
+    content = _tenths_of(load_coco(path), training) if path in only and path not in candidates else None
+    return CocoInstances(path, root, folder, training, root.resolve().name, config.keep_empty, config.exif, classes,
+                         content)  # fmt: skip
+
+
+def _tenths_of(content: dict[str, Any], training: bool) -> dict[str, Any]:
+    """Content of a file with its images for training, or those for validation, and their annotations."""
+    images, annotations = content.get("images"), content.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        return content  # what is wrong with it is said later
+    kept = tenths(images, training)
+    others = {_text_id(image, "id") for image in images if image not in kept}
+    return {**content, "images": kept,
+            "annotations": [one for one in annotations if _text_id(one, "image_id") not in others]}  # fmt: skip
+
+
+def _text_id(record: object, key: str) -> str:
+    value = record.get(key) if isinstance(record, dict) else None
+    number = as_integer(value)
+    return str(value if number is None else number)

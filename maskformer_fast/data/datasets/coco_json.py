@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.metadata import Metadata
@@ -17,6 +19,8 @@ from maskformer_fast.data.base import check_same_size, path_below
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
 _DIGITS = 18  # most digits of a number that is written as a text
+_PARTS = 16  # most folders of a file name of another machine that are tried
+_FOREIGN = re.compile(r"^/|^[A-Za-z]:|%[0-9A-Fa-f]{2}|://|\.\.[/\\]")  # absolute, an address, or leading out
 _PROBED = 16  # number of images that are searched to find the folder of images
 
 
@@ -175,7 +179,7 @@ def read_images(
     records = Records(content, "images", path)
     images: dict[int | str, ImageInfo] = {}
     for index in range(len(records.items)):
-        image_id, name = records.identity(index, "id"), records.text(index, "file_name")
+        image_id, name = records.identity(index, "id"), _below_folders(records.text(index, "file_name"), folders)
         height, width = (records.number(index, key, default=0) or None for key in ("height", "width"))
         _check_file_name(name, folders or (path.parent,), records.where(index))
         info = ImageInfo(image_id, name, height, width)
@@ -188,6 +192,28 @@ def read_images(
         _LOGGER.warning("%s: %d files are listed under several ids, such as %s: each entry counts as an image of its "
                         "own, with the annotations of its id alone", path, len(repeated), repeated[0])
     return images
+
+
+def _below_folders(name: str, folders: Sequence[Path]) -> str:
+    """A file name of another machine, or an address, as the end of it that is a file below one of the folders.
+
+    Label Studio writes ``/data/upload/3/a%20b.jpg``, ``/data/local-files/?d=a/b.jpg`` and paths of its server. A name
+    that is no such file stays as it is, and so does one that is there.
+    """
+    if not _FOREIGN.search(name) or any(_is_file_below(folder, name) for folder in folders):
+        return name
+    address = urlsplit(name) if "://" in name or name.startswith("/") else None
+    text = unquote((parse_qs(address.query).get("d") or [address.path])[0] if address else name)
+    parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")][-_PARTS:]
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if any(_is_file_below(folder, end) for folder in folders)), name)
+
+
+def _is_file_below(folder: Path, name: str) -> bool:
+    try:
+        return os.path.isfile(path_below(folder, name, ""))
+    except ValueError:
+        return False
 
 
 def _check_file_name(name: str, folders: Sequence[Path], where: str) -> None:

@@ -5,6 +5,7 @@ Layout of the plain folder::
     root/images/{split}/**/NAME.jpg            (or png, webp, bmp, tiff, ppm)
     root/annotations/{split}/**/NAME.png       pixel value = class index
     root/classes.json                          optional, see `class_list.read_class_list`
+    root/{split}/NAME.jpg  root/{split}/NAME_mask.png  root/{split}/_classes.csv       as well: Roboflow's masks
 
 Without ``classes.json`` the classes are the indices from 0 to the largest in the training annotations.
 ``data.ignore_index`` is the value of unlabelled pixels, 255 by default.
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maskformer_fast.config import DataConfig, Task
+from maskformer_fast.core.colors import default_colors
 from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
 from maskformer_fast.data.base import BrokenExampleError, check_same_size, raise_or_log, resolve_task
@@ -31,10 +33,13 @@ from maskformer_fast.data.datasets.class_list import (
     numbered_class_list,
     read_class_list,
 )
+from maskformer_fast.data.datasets.coco_json import split_names
 from maskformer_fast.data.images import read_image, read_index_png
 from maskformer_fast.data.pixel_values import listed, warn_once
 from maskformer_fast.structures import Example
 
+ROBOFLOW_CLASSES = "_classes.csv"
+"""List of classes in a folder of images with masks, as Roboflow exports them."""
 _MANY = 32  # number of inferred classes from which a few of them may not have almost all pixels
 _PROBED = 32  # annotations that are read to see whether listed classes occur
 _MAX_INFERRED = 4096  # most classes that are inferred; larger values are probably instance ids, depth or grey values
@@ -128,7 +133,7 @@ def find_pairs(
     by_stem: dict[str, str] = {}
     for name in list_files(images):
         stem = _stem(name)
-        if not stem.endswith(image_ending):
+        if not stem.endswith(image_ending) or (images == annotations and name.endswith(annotation_ending)):
             continue
         stem = stem.removesuffix(image_ending)
         if stem in by_stem:
@@ -266,6 +271,27 @@ def _warn_of_ignored_classes(pairs: Sequence[Pair], classes: ClassList, source: 
                   len(pairs), ", ".join(map(str, sorted(seen))), ", ".join(map(str, ignored)))
 
 
+def _roboflow_classes(path: Path) -> ClassList:
+    """Read lines ``Pixel Value, Class`` after a line of titles."""
+    values, names = [], []
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()[1:]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a text in UTF-8, got {error}") from error
+    for number, line in enumerate(lines, 2):
+        value, _, name = (part.strip() for part in line.partition(","))
+        if not line.strip():
+            continue
+        if not value.isdecimal() or int(value) > DEFAULT_IGNORE or not name:
+            raise ValueError(f"{path}:{number}: expected a pixel value 0 to 255 and a name, got {line[:80]!r}")
+        values.append(int(value))
+        names.append(name)
+    if not names or len(set(values)) < len(values) or len(set(names)) < len(names):
+        raise ValueError(f"{path}: expected classes of distinct names and values, got {len(names)}")
+    ignore = () if DEFAULT_IGNORE in values else (DEFAULT_IGNORE,)
+    return ClassList(tuple(names), tuple(values), (False,) * len(names), default_colors(len(names)), ignore)
+
+
 def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDataset:
     """Open a plain folder in the layout of the module's docstring.
 
@@ -275,6 +301,10 @@ def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDatase
         BrokenExampleError: without ``classes.json``, a training annotation cannot be read.
     """
     resolve_task(config.task, "semantic", ("semantic",), config.dataset)
+    if beside := next((root / name for name in split_names(split) if (root / name / ROBOFLOW_CLASSES).is_file()), None):
+        pairs = find_pairs(beside, beside, "", "_mask.png", config.skip_broken)
+        classes = _roboflow_classes(beside / ROBOFLOW_CLASSES)
+        return SemanticDataset(pairs, classes, root.resolve().name, config.exif)
     pairs = find_pairs(root / "images" / split, root / "annotations" / split, skip_broken=config.skip_broken)
     listed = root / "classes.json"
     if listed.is_file():

@@ -29,14 +29,13 @@ from maskformer_fast.config import DataConfig
 from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.image_files import list_files
 from maskformer_fast.core.image_resize import MAX_PIXELS
-from maskformer_fast.data.base import LeftOut, resolve_task
+from maskformer_fast.data.base import LeftOut, resolve_task, tenths
 from maskformer_fast.data.datasets.coco_instances import CocoInstances
 from maskformer_fast.data.datasets.coco_json import as_integer, load_coco, split_names
 
 NO_CLASSES = ("__ignore__", "_background_")
 """Labels that are no class."""
 _CIRCLE_CORNERS = 64
-_EVERY = 10
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
 
@@ -81,7 +80,7 @@ def _files(root: Path, split: str) -> list[Path]:
     folder = next((root / name for name in split_names(split) if (root / name).is_dir()), root)
     files = [folder / name for name in list_files(folder, (".json",))]
     if folder == root and not any((root / name).is_dir() for name in ("train", "val", "valid")):
-        files = [file for place, file in enumerate(files, 1) if (place % _EVERY == 0) == (split != "train")]
+        files = tenths(files, split == "train")
     if not files:
         raise FileNotFoundError(f"{folder}: expected labelme's JSON files for the part {split!r}, found none")
     return files

@@ -57,8 +57,9 @@ def yolo_dataset(
             continue
         number = len(images) + 1
         images.append({"id": number, "file_name": _below(file, root), "height": height, "width": width})
-        for category, points in _objects(_label_file(file), len(names)):
-            scaled = [value * (width, height)[place % 2] for place, value in enumerate(points)]
+        for category, points in _objects(label_file(file), len(names)):
+            # Rounded, so that a pixel's coordinate of few decimals comes back as it was.
+            scaled = [round(value * (width, height)[place % 2], 6) for place, value in enumerate(points)]
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category,
                                 "segmentation": [scaled] if len(points) > 4 else []})  # fmt: skip
     categories = [{"id": number, "name": name} for number, name in enumerate(names)]
@@ -147,7 +148,7 @@ def _below(file: Path, root: Path) -> str:
         raise ValueError(f"{file}: expected images below data.root, {root}") from None
 
 
-def _label_file(image: Path) -> Path:
+def label_file(image: Path) -> Path:
     """The last folder ``images`` on the way to the image becomes ``labels``; without one they are beside each other."""
     parts = list(image.parts)
     for place in range(len(parts) - 2, -1, -1):

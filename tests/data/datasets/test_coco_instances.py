@@ -124,9 +124,60 @@ def test_letters_with_accents_are_found_in_both_forms_of_unicode(tmp_path):
 
 
 def test_an_error_names_the_annotation_files_that_are_there(tmp_path):
-    store(tmp_path, name="instances_default.json")
-    with pytest.raises(FileNotFoundError, match=r"there is .*/instances_default\.json: see data\.train_split"):
+    store(tmp_path, name="instances_first.json")
+    with pytest.raises(FileNotFoundError, match=r"there is .*/instances_first\.json: see data\.train_split"):
         build(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["annotations/instances_default.json", "result.json"])
+def test_of_a_single_part_every_tenth_image_is_for_validation(tmp_path, name):
+    data = content()
+    data["images"] = [{"id": i, "file_name": f"{i}.png", "height": H, "width": W} for i in range(1, 22)]
+    data["annotations"] = [ann(i, image=i) for i in range(1, 22)]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / name).write_text(json.dumps(data))
+    for i in range(1, 22):
+        Image.new("RGB", (W, H)).save(tmp_path / "images" / f"{i}.png")
+    assert build(tmp_path, "val").file_names == ["10.png", "20.png"] and len(build(tmp_path)) == 19
+    assert len(build(tmp_path)[0].segments) == len(build(tmp_path, "val")[1].segments) == 1
+    data["images"] = data["images"][:2]
+    (tmp_path / name).write_text(json.dumps(data))
+    assert build(tmp_path).file_names == ["1.png"] and build(tmp_path, "val").file_names == ["2.png"]
+
+
+@pytest.mark.parametrize(
+    "stored, listed",
+    [
+        ("images/3/a b.png", "/data/local-files/?d=images%5C3%5Ca%20b.png"),
+        ("images/ab-1.png", "/data/upload/7/ab-1.png"),
+        ("images/ab-1.png", "http://localhost:8080/data/upload/7/ab-1.png"),
+        ("images/a b.png", "images/a%20b.png"),
+        ("images/a.png", "C:\\work\\set\\images\\a.png"),
+        ("images/a.png", "../../set/images/a.png"),
+        ("images/x%20y.png", "x%20y.png"),
+    ],
+)
+def test_file_names_of_other_machines_and_addresses_are_found(tmp_path, stored, listed):
+    data = content()
+    data["images"] = [data["images"][0] | {"file_name": listed}]
+    data["annotations"] = data["annotations"][:1]
+    store(tmp_path, data)
+    for number in (1, 2, 3):
+        (tmp_path / "train" / f"{number}.png").unlink()
+    (tmp_path / stored).parent.mkdir(parents=True)
+    Image.new("RGB", (W, H)).save(tmp_path / stored)
+    assert build(tmp_path)[0].path == str(tmp_path / stored)
+
+
+def test_no_file_outside_of_the_folders_is_read_by_a_name_of_another_machine(tmp_path):
+    Image.new("RGB", (W, H)).save(tmp_path / "secret.png")
+    data = content()
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "file:///" + str(tmp_path / "secret.png")):
+        data["images"][0]["file_name"] = name
+        with pytest.raises((ValueError, FileNotFoundError), match="file_name: expected|not found"):
+            one = {"images": data["images"][:1], "annotations": data["annotations"][:1]}
+            build(store(tmp_path / "set", {**data, **one}))
 
 
 def test_a_file_that_is_listed_under_several_ids_is_named(tmp_path, caplog):
@@ -311,7 +362,7 @@ def test_backslashes_are_slashes_unless_a_file_has_them_in_its_name(tmp_path):
 
 def test_the_error_of_a_name_that_leads_out_lists_the_folders_that_are_searched(tmp_path):
     data = content()
-    data["images"][0]["file_name"] = "..\\images\\1.png"
+    data["images"][0]["file_name"] = "..\\images\\9.png"
     with pytest.raises(ValueError, match=r"images\[0\]: file_name: .*train or .*train2017 or .*images/train"):
         build(store(tmp_path, data))
 
@@ -380,8 +431,8 @@ def change(section, index, **keys):
     (change("images", 0, id=...), r"images\[0\]: id: .*no such key"),
     (change("images", 0, file_name=3), r"images\[0\]: file_name"),
     (change("images", 2, height=-1), r"images\[2\]: height"),
-    (change("images", 0, file_name="../1.png"), r"file name below .*'\.\./1\.png'"),
-    (change("images", 1, file_name="/1.png"), "file name below"),
+    (change("images", 0, file_name="../9.png"), r"file name below .*'\.\./9\.png'"),
+    (change("images", 1, file_name="/9.png"), "file name below"),
     (change("categories", 0, id=10), r"categories\[1\]: id: expected distinct ids, got 10"),
     (change("categories", 0, name=...), r"categories\[0\]: name"),
     (change("annotations", 0, image_id=[9]), r"annotations\[0\]: image_id: .*got \[9\]"),

@@ -1,0 +1,137 @@
+"""Recognition of a data set's format by its files, and the settings that train on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from itertools import islice
+from pathlib import Path
+
+from maskformer_fast.config import DataConfig
+from maskformer_fast.core.image_files import list_files
+from maskformer_fast.data.datasets.coco_instances import EXPORTS
+from maskformer_fast.data.datasets.folder import ROBOFLOW_CLASSES
+from maskformer_fast.data.datasets.yolo import NAMES
+
+_TRAIN = ("train", "training", "default")
+"""Names of a training part, the best first."""
+_VAL = ("val", "valid", "validation", "dev", "test")
+"""Names of a validation part, the best first."""
+_PROBED = 20  # JSON files that are searched for labelme's shapes
+_PROBED_BYTES = 1 << 16  # of a file that are searched
+
+
+def recognise(root: Path) -> DataConfig:
+    """Settings of the data set in a folder, by its files' names; nothing of their content is checked.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or nothing in it that is known; the message lists what was searched.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"folder: expected a folder of images and labels, found none at {root}")
+    for find in _FINDERS:
+        if found := find(root):
+            dataset, train, val = found
+            return DataConfig(dataset=dataset, root=str(root), train_split=train, val_split=val, skip_broken=True)
+    raise FileNotFoundError(
+        f"{root}: no data set recognised; looked for COCO (annotations/instances_*.json or panoptic_*.json, "
+        f"*/{', '.join(EXPORTS)}), YOLO ({NAMES[0]} with names), labelme (*.json with shapes), Pascal VOC "
+        "(JPEGImages, SegmentationClass), Cityscapes (leftImg8bit, gtFine), ADE20K and plain folders (images and "
+        f"annotations, index PNGs), Mapillary Vistas (training/images, training/labels), Roboflow's masks "
+        f"(*/{ROBOFLOW_CLASSES})"
+    )
+
+
+Found = tuple[str, str, str]
+"""``data.dataset``, ``data.train_split``, ``data.val_split``."""
+
+
+def _split_names(names: Collection[str]) -> tuple[str, str]:
+    """Training and validation part; the same one where there is no other."""
+    ordered = sorted(names)
+    train = next((name for name in _TRAIN if name in names), next((n for n in ordered if n not in _VAL), ordered[0]))
+    return train, next((name for name in _VAL if name in names), train)
+
+
+def _of_split(dataset: str, names: Collection[str]) -> Found | None:
+    return (dataset, *_split_names(names)) if names else None
+
+
+def _annotation_splits(root: Path, start: str) -> set[str]:
+    names = {path.stem.removeprefix(start) for path in root.glob(f"annotations/{start}*.json")} - {""}
+    return {name[:-4] if name.endswith("2017") else name for name in names if name != "coco_categories"}
+
+
+def _panoptic(root: Path) -> Found | None:
+    return _of_split("coco_panoptic", _annotation_splits(root, "panoptic_"))
+
+
+def _instances(root: Path) -> Found | None:
+    beside = {path.parent.name for name in EXPORTS for path in root.glob(f"*/{name}")} - {"annotations"}
+    names = _annotation_splits(root, "instances_") or beside
+    if names and names != {"default"}:
+        train, val = _split_names(names)
+        return "coco_instances", train, "val" if val == "valid" else val
+    is_single = names or any((root / name).is_file() for name in EXPORTS)
+    return ("coco_instances", "train", "val") if is_single else None
+
+
+def _yolo(root: Path) -> Found | None:
+    described = [root / name for name in NAMES if (root / name).is_file()] or sorted(root.glob("*.y*ml"))
+    if len(described) != 1 or not _mentions(described[0], b"names"):
+        return None
+    has_val = _mentions(described[0], b"\nval") or any((root / "images" / name).is_dir() for name in _VAL[:3])
+    return "yolo", "train", "val" if has_val or any((root / name).is_dir() for name in _VAL[:3]) else "train"
+
+
+def _voc(root: Path) -> Found | None:
+    if not (root / "JPEGImages").is_dir() or not (root / "SegmentationClass").is_dir():
+        return None
+    lists = {path.stem for path in root.glob("ImageSets/Segmentation/*.txt")} - {"trainval"}
+    return ("voc", "train", "val") if not lists or lists == {"default"} else _of_split("voc", lists)
+
+
+def _known_folders(root: Path) -> Found | None:
+    if (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir():
+        return "cityscapes", "train", "val"
+    if (root / "training" / "images").is_dir() and (root / "training" / "labels").is_dir():
+        return "mapillary_vistas", "train", "val"
+    if (root / "images_detectron2").is_dir() and (root / "annotations_detectron2").is_dir():
+        has_tiffs = next(root.glob("annotations_detectron2/*/*.tif"), None) is not None
+        return "ade20k_full_847" if has_tiffs else "coco_stuff_10k", "train", "val"
+    if (root / "objectInfo150.txt").is_file() and (root / "annotations" / "training").is_dir():
+        return "ade20k_150", "train", "val"
+    return None
+
+
+def _folder(root: Path) -> Found | None:
+    masks = {path.parent.name for path in root.glob(f"*/{ROBOFLOW_CLASSES}")}
+    if masks:
+        train, val = _split_names(masks)
+        return "folder", train, "val" if val == "valid" else val
+    images, annotations = root / "images", root / "annotations"
+    if not images.is_dir() or not annotations.is_dir() or not list_files(annotations, (".png",)):
+        return None
+    parts = {path.name for path in images.iterdir() if path.is_dir() and (annotations / path.name).is_dir()}
+    return _of_split("folder", parts or {"."})
+
+
+def _labelme(root: Path) -> Found | None:
+    found = any(_mentions(root / name, b'"shapes"') for name in islice(list_files(root, (".json",)), _PROBED))
+    if not found:
+        return None
+    parts = {path.name for path in root.iterdir() if path.is_dir()} & {"train", "val", "valid"}
+    return ("labelme", "train", "val") if not parts or parts & {"val", "valid"} else ("labelme", "train", "train")
+
+
+_FINDERS: tuple[Callable[[Path], Found | None], ...] = (
+    _panoptic, _yolo, _voc, _instances, _known_folders, _folder, _labelme,
+)  # fmt: skip
+
+
+def _mentions(path: Path, text: bytes) -> bool:
+    """Whether the beginning of a file has a text."""
+    try:
+        with path.open("rb") as file:
+            return text in b"\n" + file.read(_PROBED_BYTES)
+    except OSError:
+        return False
