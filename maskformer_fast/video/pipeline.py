@@ -189,7 +189,7 @@ class Pipeline:
             result = next(results)
             error = result if isinstance(result, Exception) else None
             of_tasks = {} if isinstance(result, Exception) else {task: self._kept(one) for task, one in result.items()}
-            self._done.put(SegmentedFrame(item.index, item.time, item.image, of_tasks, {}, item.offset, error))
+            self._done.put(SegmentedFrame(item.number, item.time, item.image, of_tasks, {}, item.offset, error))
 
     def _kept(self, result: Result) -> Result:
         """A result without instances below the least score."""

@@ -44,7 +44,7 @@ class Picture(NamedTuple):
     """A decoded frame."""
 
     image: np.ndarray  # [H, W, 3] uint8 RGB, upright
-    index: int
+    number: int
     """Number of the frame from the start time, also counting frames that are not segmented."""
     time: float
     """Time stamp in seconds: a file's as stored, a camera's or stream's from its first frame."""
@@ -109,7 +109,8 @@ class VideoReader:
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.rate = Fraction(rate) if rate and 0 < rate <= 1000 else Fraction(25)
         self.time_base = Fraction(self._stream.time_base or Fraction(1, 1000))
-        self.sound, self._holder = self._sound_template() if with_sound else (None, None)
+        template: tuple[Any, Any] = self._sound_template() if with_sound else (None, None)
+        self.sound, self._holder = template
 
     def _open(self) -> tuple[Any, Any]:
         """Open the source -> container, video stream."""
@@ -275,18 +276,18 @@ class VideoReader:
         self._last = time
         if self._is_past_end():
             return None
-        index = self.counts.decoded
+        number = self.counts.decoded
         self.counts.decoded += 1
         if frame.is_corrupt:
             self.counts.damaged += 1
             return None
-        if index % self.options.every:
+        if number % self.options.every:
             return None
         image = frame.to_ndarray(format="rgb24")
         turns = round(frame.rotation / 90) % 4
         image = np.ascontiguousarray(np.rot90(image, turns)) if turns else image
         shown = time if self.source.kind == "file" else time - self._beginning(time)
-        return Picture(image, index, float(shown), offset)
+        return Picture(image, number, float(shown), offset)
 
     def _time_of(self, frame: Any) -> Fraction:
         """A frame's time stamp in seconds, after that of the frame before it where a stream was taken up again."""

@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 
 _CONTAINER = {"movflags": "frag_keyframe+delay_moov", "frag_duration": "10000000"}
 """Fragments of at most 10 s: no index of all frames is kept in memory, and a killed process leaves a file to play."""
-_ENCODERS = (("libx264", {"preset": "veryfast", "crf": "21"}), ("libopenh264", {}), ("mpeg4", {"qscale": "3"}))
+_ENCODERS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("libx264", {"preset": "veryfast", "crf": "21"}), ("libopenh264", {}), ("mpeg4", {"qscale": "3"}),
+)  # fmt: skip
 """Encoders, the first of which that FFmpeg has is taken, with their options."""
 
 

@@ -168,3 +168,18 @@ def test_bad_input_is_refused_by_name() -> None:
         draw_instances(GRAY[:-1], instances([0.9], [0], id_map[None] == 1), METADATA)
     with pytest.raises(ValueError, match="image: expected uint8"):
         draw_semantic(GRAY[..., 0], id_map, METADATA)
+
+
+def test_a_track_has_its_shade_whatever_its_place_among_the_segments() -> None:
+    id_map, segments = scene()
+    result = PanopticResult(torch.from_numpy(id_map), segments)
+    turned = PanopticResult(torch.from_numpy(id_map), segments[::-1])
+    first = draw_panoptic(GRAY, result, METADATA, [7, 8, 9, 10])
+    again = draw_panoptic(GRAY, turned, METADATA, [10, 9, 8, 7])
+    at = (25, 25), (25, 140), (290, 310), (280, 20)
+    assert all((first[place] == again[place]).all() for place in at)
+    assert len({tuple(first[place]) for place in at}) == 4
+    assert (first[280, 20] == draw_panoptic(GRAY, result, METADATA)[280, 20]).all(), "stuff has its class's colour"
+    packed = np.stack([id_map == 1, id_map == 2])
+    one = draw_instances(GRAY, instances([0.9, 0.8], [0, 0], packed), METADATA, tracks=[7, 8])
+    assert (one[25, 25] == first[25, 25]).all() and (one[25, 140] == first[25, 140]).all()

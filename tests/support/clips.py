@@ -39,6 +39,8 @@ def write_clip(
         video.height, video.width, video.pix_fmt = *size, pix_fmt
         video.codec_context.time_base = TIME_BASE
         voice: Any = output.add_stream(sound, rate=44100, layout="mono") if sound else None
+        if voice is not None:
+            voice.bit_rate = 64_000  # some encoders have no default
         spoken = 0
         for number in range(frames):
             time = number / RATE if times is None else times[number]

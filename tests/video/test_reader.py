@@ -31,7 +31,7 @@ def test_every_frame_has_the_time_that_ffprobe_gives_it(tmp_path: Path, name: st
     path = write_clip(tmp_path / name, 30)
     pictures, _, opened = read(path)
     assert [picture.time for picture in pictures] == pytest.approx(frame_times(path), abs=1e-9)
-    assert [picture.index for picture in pictures] == list(range(30))
+    assert [picture.number for picture in pictures] == list(range(30))
     assert opened.counts.damaged == 0 and opened.problem is None
 
 
@@ -46,7 +46,7 @@ def test_variable_frame_rates_keep_their_times(tmp_path: Path) -> None:
 def test_every_start_and_end_choose_frames_and_sound(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mp4", 100, key_every=30)
     pictures, sounds, _ = read(path, every=3, start=1.0, end=2.4)
-    assert [picture.index for picture in pictures] == list(range(0, 35, 3))
+    assert [picture.number for picture in pictures] == list(range(0, 35, 3))
     assert [picture.time for picture in pictures] == pytest.approx([1 + 0.12 * n for n in range(12)])
     assert [float(picture.offset) for picture in pictures] == pytest.approx([0.12 * n for n in range(12)])
     wanted = [data for pts, _, _, data in sound_packets(path) if 1.0 <= pts / 44100 < 2.4]
@@ -82,7 +82,7 @@ def test_packets_that_cannot_be_decoded_count_as_frames(tmp_path: Path) -> None:
     assert len(starts) == 20
     path.write_bytes(content[: starts[7]] + b"\0" * (starts[8] - starts[7] - 8) + content[starts[8] - 8 :])
     pictures, _, opened = read(path)
-    assert opened.counts.damaged == 1 and [picture.index for picture in pictures] == [*range(7), *range(8, 20)]
+    assert opened.counts.damaged == 1 and [picture.number for picture in pictures] == [*range(7), *range(8, 20)]
 
 
 def test_truncated_files_keep_their_frames_and_say_so(tmp_path: Path) -> None:
