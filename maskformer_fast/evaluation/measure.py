@@ -114,7 +114,8 @@ def measure(
             writer.fail(path, reason)
         loader.broken.clear()
     parts = gather_on_main((evaluators, rows, loader.broken, report))
-    by_task = on_main(lambda: _report([part[0] for part in parts], [part[3] for part in parts]))
+    # Rank 0 merges into the caller's report, of which its own part is a copy.
+    by_task = on_main(lambda: _report([part[0] for part in parts], [report, *(part[3] for part in parts[1:])]))
     rows = [row for part in parts for row in part[1]][:pictures]
     if broken := [entry for part in parts for entry in part[2]]:
         listing = "\n  ".join(f"{path}: {reason}" for path, reason in broken)

@@ -157,6 +157,8 @@ def test_metrics_of_two_ranks_equal_those_of_one_process(runs):
             assert of_rank["metrics"][index] == expected
     written = json.loads((folder / "metrics.json").read_text())
     assert written["panoptic"] == json.loads(json.dumps(ranks.measured(folder / "single", 3, 1)))["panoptic"]
+    rows = json.loads((folder / "report" / "per_image.json").read_text())
+    assert [row["index"] for row in rows] == list(range(3))
     listed = json.loads((folder / "predictions" / "panoptic.json").read_text())
     assert len(listed["images"]) == len(listed["annotations"]) == 3
     assert [image["id"] for image in listed["images"]] == [0, 1, 2]
