@@ -8,6 +8,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.weights import save_weights
 from maskformer_fast.recipes import load_recipe
 from tests.support.paths import ROOT, TINY_RECIPE
-from tests.support.tail_graph import tail_bundle
+from tests.support.tail_graph import tail_bundle, tail_graph
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -176,19 +177,35 @@ def test_bundles_on_the_cpu_are_compared_with_their_complete_graph(
 
 @pytest.mark.slow
 def test_the_complete_graph_of_a_bundle_is_quantised_as_well(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("nncf")
-    bundle = tail_bundle(tmp_path / "bundle")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "graph.onnx").write_bytes(tail_graph())  # logits in place of labels
+    graph = SimpleNamespace(file="graph.onnx")
+    manifest = SimpleNamespace(graphs={"raw": graph, "complete": graph}, engines=())
+    monkeypatch.setattr(cpu_bundle.Bundle, "open", lambda _: SimpleNamespace(folder=tmp_path, manifest=manifest))
+    monkeypatch.setattr(cpu_bundle, "CPU_PRECISIONS", {})
+    alone: list[str] = []
+
+    def run_alone(command: list[str], **options: object) -> SimpleNamespace:
+        alone.append(command[-1])
+        if "@" in command[-1] and "int8" in command[-1]:
+            assert 'type="FakeQuantize"' in Path(command[-1].partition("@")[2]).read_text()
+        return SimpleNamespace(stdout="42.0\n")
+
+    monkeypatch.setattr(cpu_bundle.subprocess, "run", run_alone)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(LEAST_IMAGES):
         Image.fromarray(draw_frame(np.random.default_rng(number), (40, 56))).save(pictures / f"{number}.png")
-    options = [str(bundle.folder), "--size", "40x56", "--calibration", str(pictures), "--rounds", "1"]
+    options = [str(tmp_path), "--size", "40x56", "--calibration", str(pictures), "--rounds", "1"]
     assert cpu_bundle.main(options) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0] for row in rows][-3:] == [f"| complete graph, {name}" for name in ("fp32", "bf16", "int8")]
-    assert rows[-1][2] == "1.00x" and float(rows[-1][3]) > 20
+    names = [f"complete graph, {precision}" for precision in ("fp32", "bf16", "int8")]
+    assert [row[0] for row in rows] == [f"| {name}" for name in names]
+    assert [row[2:4] for row in rows] == [["1.00x", "42"]] * 3
+    assert [side.partition("@")[0] for side in alone] == names
 
 
 def test_sides_of_image_to_labels_agree(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """INT8 graphs for OpenVINO, which NNCF makes from a bundle's ``raw`` graph and a few hundred typical pictures.
 
 Convolutions and linear layers are quantised, weights with one range for each output channel. NNCF's preset for
-transformers, which is used where the backbone is one of attention, keeps residual sums, norms, softmax and GELU in
-floating point, and evens out the ranges of activations before linear layers. The convolution and the product that make
-mask logits stay in floating point: the runtime computes them by its own operator, for the wanted queries only, and
-queries are compared by their values.
+transformers, which is used where the backbone is one of attention, keeps residual sums, what norms read and the softmax
+of attention in floating point, and evens out the ranges of activations before linear layers. The convolution and the
+product that make mask logits stay in floating point: the runtime computes them by its own operator, for the wanted
+queries only, and queries are compared by their values.
 """
 
 from __future__ import annotations
