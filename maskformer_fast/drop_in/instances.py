@@ -69,6 +69,7 @@ def scored_masks(
     pairs = _reaching(pairs, threshold)
     rows, columns = (nearest_positions(g, s, mask_logits.device) for g, s in zip(grid, size, strict=True))
     used = _read_pixels(rows, columns, mask_logits.new_empty((1, *grid)))
+    all_used = bool(used.all()) if used.device.type == "cpu" else False  # as where masks become larger
     found = []
     chunk = max(1, CHUNK_VALUES // (grid[0] * grid[1]))
     for queries, labels, classes in zip(*(column.split(chunk) for column in pairs), strict=True):
@@ -79,8 +80,10 @@ def scored_masks(
             logits = F.interpolate(logits[None], size=grid, mode="bilinear", align_corners=False)[0]
         masks = logits > 0
         weights = masks.to(torch.float32).flatten(1)
-        scores = classes * ((logits.sigmoid_().flatten(1) * weights).sum(1) / (weights.sum(1) + 1e-6))
-        kept = (scores.to(torch.float64) >= threshold) & (masks & used).flatten(1).any(1)
+        areas = weights.sum(1)
+        scores = classes * ((logits.sigmoid_().flatten(1) * weights).sum(1) / (areas + 1e-6))
+        has_pixels = areas > 0 if all_used else (masks & used).flatten(1).any(1)
+        kept = (scores.to(torch.float64) >= threshold) & has_pixels
         found.append(ScoredMasks(masks[kept], labels[kept], scores[kept]))
     if not found:
         return ScoredMasks(used.new_empty((0, *grid)), pairs.labels, pairs.scores)
@@ -106,8 +109,9 @@ def instance_result(
     else:
         packed = pack_masks(masks[:, :, columns])
     packed = packed.index_select(1, rows)
-    seen = masks & _read_pixels(rows, columns, masks)
-    down, across = seen.any(2)[:, rows], seen.any(1)[:, columns]
+    seen = (masks & _read_pixels(rows, columns, masks)).view(torch.uint8)  # their maximum is faster than any()
+    down, across = (seen.amax(side) > 0 for side in (2, 1))
+    down, across = down[:, rows], across[:, columns]
     sides = [side.to(torch.int8) for side in (across, down)]
     first = [side.argmax(1) for side in sides]
     last = [side.shape[1] - side.flip(1).argmax(1) for side in sides]

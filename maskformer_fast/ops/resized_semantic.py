@@ -224,7 +224,10 @@ def _labels_of_one_window(windows: Windows, output_size: tuple[int, int]) -> Ten
     found = find_live_queries([probabilities])
     order = torch.arange(len(masks)) if found is None else found.orders[0]
     weights = _padded(probabilities[order])
-    kept, live, slack, classes, others = 0, None, None, None, 0.0
+    kept, others = 0, 0.0
+    live: Tensor | None = None
+    slack: Tensor | None = None
+    classes: Tensor | None = None
     if found is not None:
         kept, others, classes = found.kept[0], found.others, found.classes.to(torch.int32)
         live, slack = _padded(probabilities[order[:kept]][:, found.classes]), _padded(found.slack[None])[0]
