@@ -97,12 +97,12 @@ class ResultWriter:
         except Exception as error:  # whatever an image can cause
             if is_full_disk(error):
                 raise
-            self.fail(self.file_names[number], error)
+            self.fail(number, self.file_names[number], error)
             return False
         return True
 
-    def fail(self, file_name: str, reason: object) -> None:
-        """Note that an image has no results."""
+    def fail(self, number: int | None, file_name: str, reason: object) -> None:
+        """Note that an image has no results; ``number`` is its index, where it is known."""
         reason = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
         self.failed.append(f"{file_name}: {reason}")
 
