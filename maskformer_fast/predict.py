@@ -262,14 +262,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_settings(options: PredictOptions, inputs: Sequence[Input]) -> dict[str, object]:
-    """Everything that results depend on: a run with the same goes on where another stopped."""
+    """Everything that results depend on: a run with the same goes on where another stopped, with any batch size."""
     listed = hashlib.sha256()
     for image in inputs:
         listed.update(f"{image}\0{image.name}\n".encode(errors="surrogateescape"))
     return {
         "checkpoint": fingerprint(options.checkpoint), "list of images": listed.hexdigest(),
         **{name: getattr(options, name) for name in ("task", "exif", "overlays", "amp", "precision", "backend")},
-        **{f"test.{name}": value for name, value in asdict(options.test).items()},
+        **{f"test.{name}": value for name, value in asdict(options.test).items() if name != "batch_size"},
     }  # fmt: skip
 
 

@@ -52,15 +52,16 @@ def data(tmp_path_factory):
 def options(data):
     found = statistics_of_files(sorted((data / "images/train").iterdir()), CHANNELS)
     text = [f"{value:.3f}" for value in (*found.mean, *found.std)]
-    return ["--data.dataset", "folder", "--data.root", str(data), "--data.channels", str(CHANNELS), "--data.augment.no-color-jitter",
-            "--model.pixel-mean", *text[:CHANNELS], "--model.pixel-std", *text[CHANNELS:]]  # fmt: skip
+    return ["--data.dataset", "folder", "--data.root", str(data), "--data.channels", str(CHANNELS),
+            "--data.augment.no-color-jitter", "--model.pixel-mean", *text[:CHANNELS],
+            "--model.pixel-std", *text[CHANNELS:]]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     line = ["--config", str(TINY_RECIPE), "--output", str(folder), *options(data), "--data.task", "semantic",
-            "--solver.max-steps", "30", "--solver.warmup-steps", "0"]  # fmt: skip
+            "--solver.max-steps", "6", "--solver.warmup-steps", "0", "--data.workers", "0"]  # fmt: skip
     assert train.main(line) == 0
     return folder
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maskformer_fast import predict, train
+from tests.support.killed_predict import die_after
 from tests.support.paths import TINY_RECIPE
 
 IMAGES = 11
@@ -134,6 +139,57 @@ def test_processes_of_two_machines_share_a_folder(run, photos, expected, tmp_pat
     outputs = [machine.communicate(timeout=600)[0] for machine in machines]
     assert f"{2 * IMAGES - 2} images segmented" in outputs[0], outputs[0]
     assert machines[1].returncode == 0 and files_of(tmp_path / "out") == files
+
+
+def forked(arguments, ranks, killed=None):
+    """Run predict in forked ranks, of which one is killed after some images -> exit statuses; others die with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                if ranks > 1:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+                if killed is not None:
+                    die_after(*killed)
+                status = predict.main(arguments)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children[pid] = rank
+    statuses = {}
+    while children:
+        pid, status = os.wait()
+        statuses[children.pop(pid)] = os.waitstatus_to_exitcode(status)
+        if os.WIFSIGNALED(status):
+            for other in children:
+                os.kill(other, signal.SIGKILL)  # as torchrun does
+    return [statuses[rank] for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("tile", [(), ("--test.tile", "32")], ids=["whole", "tiles"])
+def test_killed_ranks_and_other_numbers_of_ranks_end_with_the_files_of_one(run, photos, tmp_path, tile, capfd):
+    torch.set_num_threads(1)
+    options = [*TASKS, "--test.batch-size", "2", *tile]
+    assert predict.main([str(run), *inputs_of(photos), "-o", str(tmp_path / "one"), *options]) == 1
+    arguments = [str(run), *inputs_of(photos), "-o", str(tmp_path / "out"), *options]
+    assert forked(arguments, 2, (1, 3)) == [-signal.SIGKILL, -signal.SIGKILL]
+    lines = [path.read_bytes().count(b"\n") for path in (tmp_path / "out/.parts").glob("*.part")]
+    assert len(lines) == 2 and 0 < sum(lines) < 2 * IMAGES
+    part = next((tmp_path / "out/.parts").glob("*_0.part"))
+    part.write_bytes(part.read_bytes() + b'7\t{"id": 7, "file_n')  # as a write that was killed leaves it
+    assert forked(arguments, 1, (0, 4)) == [-signal.SIGKILL]
+    capfd.readouterr()
+    assert forked(arguments, 3) == [1, 0, 0], "rank 0 reports the broken images"
+    output = capfd.readouterr()
+    assert f"{2 * IMAGES - 2} images segmented" in output.out and "2 inputs could not be used" in output.err
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
 
 
 def test_an_interrupted_run_goes_on_without_repeating_what_is_finished(run, photos, tmp_path, monkeypatch, capsys):

@@ -351,7 +351,8 @@ def _enlarge(array: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _check_size(name: str, size: tuple[int, ...], image: np.ndarray) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image: expected uint8 [H, W, 3], got {image.dtype} {image.shape}")
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] == 0:
+        raise ValueError(f"image: expected uint8 [H, W, 3], or bands [H, W, C] of 8 or 16 bits, got {image.dtype} "
+                         f"{image.shape}")
     if tuple(size) != image.shape[:2]:
         raise ValueError(f"{name}: expected the image's size {image.shape[:2]}, got {tuple(size)}")

@@ -12,24 +12,34 @@ from typing import Any
 
 from maskformer_fast import predict
 from maskformer_fast.cli import run_command
+from maskformer_fast.inference import tiled_files
 from maskformer_fast.output.writer import ResultWriter
 
 
-def main() -> int:
-    """Run predict, and die amid it."""
-    rank, count = int(sys.argv[1]), int(sys.argv[2])
-    write, written = ResultWriter.write, []
+def die_after(rank: int, count: int) -> None:
+    """Make this process die after so many images, if it is of this rank of torchrun."""
+    write, segment = ResultWriter.write, tiled_files.segment_file
+    written: list[int] = []
+
+    def one_more() -> None:
+        written.append(1)
+        if len(written) == count and int(os.environ.get("RANK", "0")) == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def write_and_die(self: ResultWriter, number: int, *arguments: Any) -> bool:
         result = write(self, number, *arguments)
-        written.append(number)
-        if len(written) == count and int(os.environ.get("RANK", "0")) == rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+        one_more()
+        return result
+
+    def segment_and_die(*arguments: Any) -> bool:
+        result = segment(*arguments)
+        one_more()
         return result
 
     ResultWriter.write = write_and_die  # type: ignore[method-assign]
-    return predict.main(sys.argv[3:])
+    predict.segment_file = segment_and_die  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
-    run_command(main)
+    die_after(int(sys.argv[1]), int(sys.argv[2]))
+    run_command(lambda: predict.main(sys.argv[3:]))
