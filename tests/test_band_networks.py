@@ -136,7 +136,7 @@ def test_weights_of_rgb_give_grey_bands_what_they_gave_grey_pictures(backbone, t
 
 def test_export_and_conversion_refuse_bands_in_one_line(run, tmp_path):
     with pytest.raises(ValueError, match="a bundle takes no others, got '5 bands'"):
-        export.main([str(run), str(tmp_path / "bundle")])
+        export.main([str(run), "--output", str(tmp_path / "bundle")])
     with pytest.raises(ValueError, match="RGB pictures of 8 bits"):
         convert.main([str(run), str(tmp_path / "hf"), "--to", "huggingface"])
     assert not (tmp_path / "bundle").exists()

@@ -110,7 +110,7 @@ class PartsWriter(ResultWriter):
         super().__init__(folder, metadata, overlays, names, file_names)
         self.parts = folder / PARTS_FOLDER
         self.tasks = set(tasks)
-        self._lines: list[bytes] = []
+        self._entries: list[_Entry] = []
         self._file: IO[bytes] | None = None
         self._end: Path | None = None
         self._lock: IO[bytes] | None = None
@@ -170,21 +170,21 @@ class PartsWriter(ResultWriter):
         """Take the entries of an image, as `ResultWriter.add`; `end_batch` writes them."""
         image = {"id": image_id, "file_name": self.file_names[number], "height": size[0], "width": size[1],
                  "result": self.names[number]}  # fmt: skip
-        self._lines.append(_line(number, _text(image), _texts(panoptic), _texts(instances), b""))
+        self._entries.append(_Entry(number, _text(image), _texts(panoptic), _texts(instances), b""))
 
     def fail(self, number: int | None, file_name: str, reason: object) -> None:
         """Note that an image has no results, as `ResultWriter.fail`; its number must be known."""
         assert number is not None
         super().fail(number, file_name, reason)
-        self._lines.append(_line(number, b"", b"", b"", _text(self.failed[-1])))
+        self._entries.append(_Entry(number, b"", b"", b"", _text(self.failed[-1])))
 
     def end_batch(self) -> None:
-        """Write what `add` and `fail` took since the last call, and flush it to the disk."""
+        """Write what `add` and `fail` took since the last call, in order, as a merge needs it; flush it to the disk."""
         assert self._file is not None  # by `join`
-        self._file.write(b"".join(self._lines))
+        self._file.write(b"".join(_line(*entry) for entry in sorted(self._entries)))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._lines.clear()
+        self._entries.clear()
 
     def finish(self) -> None:
         """Close this process's part and mark it as complete."""
@@ -210,7 +210,8 @@ class PartsWriter(ResultWriter):
         Memory does not grow with the number of images, but for the list of those that failed.
         """
         files: dict[str, IO[bytes]] = {}
-        count, failed = 0, []
+        count = 0
+        failed: list[str] = []
         categories = _text(coco_categories(self.metadata))
         with ExitStack() as stack:
             for name in (RESULT_LIST, *(f"{kind}.json" for kind, task in (("panoptic", "panoptic"),

@@ -107,6 +107,20 @@ def test_a_run_goes_on_after_damage_and_tries_failed_images_again(tmp_path, monk
     assert writer.merge().failed == [] and json_files(folder) == json_files(tmp_path / "whole")
 
 
+def test_failures_that_are_noted_before_their_batch_is_written_are_merged_in_order(tmp_path):
+    writer = writer_of(tmp_path)
+    session, _ = writer.start({}, True)
+    for process, numbers in enumerate(([2, 3], [2, 3, 4])):  # as of a run and of one that repeats its last batch
+        writer.join(session, process)
+        writer.fail(3, NAMES[3], "broken")
+        for number in numbers:
+            if number != 3:
+                assert writer.write(number, number, IMAGE, results(number))
+        writer.finish()
+    assert writer.merge() == (2, ["3.jpg: broken"])
+    assert [image["id"] for image in json.loads((tmp_path / "images.json").read_text())["images"]] == [2, 4]
+
+
 def test_other_settings_are_refused_and_another_process_is_locked_out(tmp_path):
     writer = writer_of(tmp_path)
     session, _ = writer.start({"task": ("panoptic",), "test.tile": None}, True)
