@@ -206,9 +206,6 @@ def write_config(config: Config, metadata: Metadata) -> dict[str, Any]:
 def write_processor(config: Config, metadata: Metadata) -> dict[str, Any]:
     """Contents of ``preprocessor_config.json``. The data set decides ``ignore_index`` and ``do_reduce_labels``."""
     model, test = config.model, config.test
-    if config.data.channels:
-        raise ValueError(f"checkpoint: expected a network of RGB pictures of 8 bits, as transformers has, got one of "
-                         f"{config.data.channels} bands")
     ignore_index, reduce_labels = _label_values(metadata)
     kind = {"mask2former": "Mask2Former", "eomt": "Eomt"}.get(model.type, "MaskFormer")
     return {
