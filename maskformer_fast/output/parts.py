@@ -30,8 +30,8 @@ import numpy as np
 
 from maskformer_fast.config import Task
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.files import atomic_write, write_json
-from maskformer_fast.core.image_files import RESULT_LIST, RESULT_MARK
+from maskformer_fast.core.files import atomic_write, remove_temporary_files, write_json
+from maskformer_fast.core.image_files import RESULT_FOLDERS, RESULT_LIST, RESULT_MARK
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.output.formats import coco_categories
 from maskformer_fast.output.writer import ResultWriter
@@ -131,6 +131,11 @@ class PartsWriter(ResultWriter):
         self.begin()
         self._take_lock()
         stored = self.parts / "run.json"
+        if stored.exists():  # processes that were killed may have left files that they were writing
+            for name in RESULT_FOLDERS:
+                for folder, _, _ in os.walk(self.folder / name):
+                    remove_temporary_files(folder)
+            remove_temporary_files(self.folder)
         try:
             before = json.loads(stored.read_text()) if resume else None
         except (OSError, ValueError):
