@@ -17,6 +17,8 @@ from maskformer_fast.solver_config import LogConfig, SolverConfig
 
 Task = Literal["semantic", "instance", "panoptic"]
 ModelType = Literal["maskformer", "mask2former", "eomt", "per_pixel", "per_pixel_plus"]
+MAX_CHANNELS = 64
+"""Largest number of bands of a picture."""
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 
 
@@ -85,9 +87,9 @@ class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    pixel_mean: tuple[float, float, float] = (123.675, 116.280, 103.530)
-    """RGB, on the 0..255 scale."""
-    pixel_std: tuple[float, float, float] = (58.395, 57.120, 57.375)
+    pixel_mean: tuple[float, ...] = (123.675, 116.280, 103.530)
+    """RGB, on the 0..255 scale; with ``data.channels`` of each band, on the scale of its values."""
+    pixel_std: tuple[float, ...] = (58.395, 57.120, 57.375)
     size_divisibility: int = 32
     """Batches are padded to a multiple of this; 0 pads to the largest image only."""
     padding: Literal["mean", "black"] = "mean"
@@ -100,6 +102,14 @@ class ModelConfig:
         check_choice("model.padding", self.padding, ("mean", "black"))
         check(0 <= self.size_divisibility <= 2048, "model.size_divisibility", "0..2048", self.size_divisibility)
         check(all(s > 0 for s in self.pixel_std), "model.pixel_std", "positive numbers", self.pixel_std)
+        check(0 < self.channels <= MAX_CHANNELS, "model.pixel_mean", f"1 to {MAX_CHANNELS} numbers", self.pixel_mean)
+        check(len(self.pixel_std) == self.channels, "model.pixel_std", f"{self.channels} numbers, as model.pixel_mean",
+              self.pixel_std)
+
+    @property
+    def channels(self) -> int:
+        """Number of bands of the network's images."""
+        return len(self.pixel_mean)
 
     @property
     def classifies_masks(self) -> bool:
@@ -229,6 +239,9 @@ class DataConfig:
     """Instances: train on images without annotations, in which everything is background."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    channels: int = 0
+    """0 reads images as RGB of 8 bits, whatever they are stored as; another number reads pictures of so many bands of 8
+    or 16 bits as they are stored, for which ``model.pixel_mean`` and ``pixel_std`` have a number each."""
     exif: bool = True
     """Turn each image as its EXIF orientation says; without it, images lie as their pixels are stored."""
     repeat_threshold: float = 0.0
@@ -246,6 +259,9 @@ class DataConfig:
         check_finite(self, "data")
         check(self.workers >= 0, "data.workers", ">= 0", self.workers)
         check(0.0 <= self.repeat_threshold <= 1.0, "data.repeat_threshold", "0..1", self.repeat_threshold)
+        check(0 <= self.channels <= MAX_CHANNELS, "data.channels", f"0..{MAX_CHANNELS}", self.channels)
+        jitter = self.augment.color_jitter
+        check(self.channels == 0 or not jitter, "data.augment.color_jitter", "False with data.channels", jitter)
         ignore = self.ignore_index
         check(ignore is None or 0 <= ignore <= 65535, "data.ignore_index", "0..65535 or None", ignore)
 
@@ -276,6 +292,9 @@ class Config:
         patience = self.solver.early_stopping
         check(patience == 0 or self.log.validate_every > 0, "solver.early_stopping", "0 without log.validate_every",
               patience)
+        bands = self.data.channels or 3
+        check(self.model.channels == bands, "model.pixel_mean", f"{bands} numbers, as data.channels="
+              f"{self.data.channels}", self.model.pixel_mean)
         annealing = self.solver.mask_annealing
         fits = not annealing or (self.model.type == "eomt" and len(annealing) == self.model.decoder.layers)
         check(fits, "solver.mask_annealing", f"none, or with model.type=eomt one pair for each of decoder.layers="

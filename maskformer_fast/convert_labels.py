@@ -26,7 +26,7 @@ from maskformer_fast.data.datasets.coco_instances import CocoInstances
 from maskformer_fast.data.datasets.outlines import rasterize
 from maskformer_fast.data.inspection.layouts import recognise
 from maskformer_fast.data.large_pictures import read_georeference
-from maskformer_fast.output.label_files import LabelFormat, LabelWriter
+from maskformer_fast.output.label_files import LabelEntries, LabelFormat, LabelWriter
 from maskformer_fast.structures import Example
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def convert_split(
 ) -> list[str]:
     """Write the labels of one split -> file and reason of each example that cannot be used."""
     dataset = build_dataset(config, split)
-    failed = []
+    failed: list[str] = []
+    entries: list[LabelEntries] = []
     names = below_common_folder(dataset.file_names)
     writer = LabelWriter(output, dataset.metadata, options.to, names, (), split, 0.0, options.tolerance,
                          read_georeference)  # fmt: skip
@@ -86,8 +87,8 @@ def convert_split(
             logger.error("%s", error)
             continue
         objects = objects_of(dataset, index, example)
-        writer.add(writer.write(index, index + 1, example.size, objects, Path(example.path)))
-    writer.close([writer.entries])
+        entries.append(writer.write(index, index + 1, example.size, objects, Path(example.path)))
+    writer.close(lambda: entries)
     return failed
 
 

@@ -92,6 +92,8 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     kind = config.model.type
     check(config.model.classifies_masks, "model.type",
           "maskformer or mask2former: a per-pixel baseline has no queries to export", kind)
+    bands = config.data.channels
+    check(bands == 0, "checkpoint", "a network of RGB pictures of 8 bits: a bundle takes no others", f"{bands} bands")
     flavours = [flavour for flavour in FLAVOURS if flavour in options.flavours]
     known = len(flavours) == len(set(options.flavours)) and flavours
     check(bool(known), "flavours", f"some of {', '.join(FLAVOURS)}", options.flavours)
@@ -124,7 +126,7 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
         num_queries=model.decoder.num_queries,
         num_classes=model.num_classes,
         metadata=predictor.metadata,
-        preprocess=Preprocess(model.pixel_mean, model.pixel_std, test.edge, test.max_size,
+        preprocess=Preprocess(_rgb(model.pixel_mean), _rgb(model.pixel_std), test.edge, test.max_size,
                               model.size_divisibility),
         postprocess=Postprocess(test.object_mask_threshold, test.overlap_threshold, test.top_k, test.panoptic_rule),
         graphs=graphs,
@@ -242,6 +244,12 @@ def listing(files: Mapping[str, FileEntry]) -> str:
     parts = [f"{name} ({entry.bytes / 2**20:.1f} MiB)" for name, entry in files.items() if not name.startswith("kern")]
     kernels = sum(name.endswith(".cubin") for name in files)
     return ", ".join([*parts, *([f"{kernels} cubins"] if kernels else [])])
+
+
+def _rgb(values: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
+
 
 
 if __name__ == "__main__":

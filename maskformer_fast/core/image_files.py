@@ -14,6 +14,9 @@ IMAGE_FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", 
 IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
 """File name endings of images, in lower case."""
 
+DICOM_SUFFIX = ".dcm"
+"""File name ending of DICOM, in lower case."""
+
 RESULT_FOLDERS = ("semantic", "panoptic", "overlays", "labels")
 """Folders that `output.writer.ResultWriter` makes, and that of its `LabelWriter`."""
 RESULT_LIST = "images.json"
@@ -26,6 +29,11 @@ _MAX_PATH = 1024  # bytes of a name with its folders
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]')  # on Windows; surrogates are bytes that are not UTF-8
 # Devices of Windows.
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\.|$)", re.IGNORECASE)
+
+
+def picture_suffixes(channels: int) -> tuple[str, ...]:
+    """File name endings of what is read with ``data.channels``, in lower case: images, DICOM, and arrays of bands."""
+    return (*IMAGE_SUFFIXES, DICOM_SUFFIX, *((".npy",) if channels else ()))
 
 
 def list_files(

@@ -37,6 +37,44 @@ def check_image(image: np.ndarray, name: str = "image") -> None:
     check(image.ndim == 3 and image.shape[2] == 3 and image.size > 0, name, "shape [H, W, 3]", image.shape)
 
 
+def resize_bands(
+    image: np.ndarray,  # [H, W, C] uint8, uint16 or float32
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resize a picture of bands, or a part of it: bilinear with antialiasing -> float32 [h, w, C], not rounded.
+
+    The filter is that of `resize_array`, in float32. A picture that keeps its size keeps its values.
+
+    Args:
+        size: height and width of the result.
+        box: top, left, bottom and right of the part, in pixels; None takes all.
+    """
+    from PIL import Image
+
+    height, width = size
+    whole = (0.0, 0.0, float(image.shape[0]), float(image.shape[1]))
+    top, left, bottom, right = box or whole
+    if (top, left, bottom, right) == whole and size == image.shape[:2]:
+        return image.astype(np.float32)
+    result = np.empty((height, width, image.shape[2]), np.float32)
+    for band in range(image.shape[2]):
+        grey = Image.fromarray(np.ascontiguousarray(image[..., band], np.float32))
+        resized = grey.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        result[..., band] = np.asarray(resized)
+    return result
+
+
+def is_rgb(image: np.ndarray) -> bool:
+    """Whether an array is a picture of three bands of 8 bits, which fast paths take; others are pictures of bands."""
+    return image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+
+
+def is_bands(image: np.ndarray) -> bool:
+    """Whether an array is a picture of bands: [H, W, C] uint8 or uint16 with pixels."""
+    return isinstance(image, np.ndarray) and image.ndim == 3 and image.size > 0 and image.dtype in (np.uint8, np.uint16)
+
+
 def resize_array(
     image: np.ndarray,  # [H, W, 3] uint8
     short_edge: int | tuple[int, int] | None,

@@ -28,6 +28,7 @@ DATASETS = ("shapes", "folder", "coco_instances", "coco_panoptic", "yolo", "labe
 
 _INSTANCES = {"coco_instances": coco_instances_dataset, "labelme": labelme_dataset, "yolo": yolo_dataset}
 
+_OF_BANDS = ("folder", "coco_instances", "coco_panoptic")  # data sets whose pictures may have any number of bands
 _COLLECTION = "DETECTRON2_DATASETS"  # environment variable of detectron2: the folder that holds all data sets
 
 
@@ -62,6 +63,8 @@ def _open_dataset(
     if config.ignore_index is not None:
         check(name in ("folder", *INDEX_PRESETS), "data.ignore_index",
               f"None for data set {name!r}, which has no index images", config.ignore_index)
+    check(config.channels == 0 or name in _OF_BANDS, "data.channels",
+          f"0 for data set {name!r}; pictures of bands are read by {', '.join(_OF_BANDS)}", config.channels)
     if name == "shapes":
         check(config.root is None, "data.root", "None for the data set 'shapes', which is generated; for files name "
               "theirs, as --data.dataset folder", config.root)

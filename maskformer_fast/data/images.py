@@ -77,13 +77,14 @@ def _turned_back(image: Image.Image, orientation: int) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _decode(
+def decode(
     path: str | os.PathLike[str],
     upright: bool = False,
     lower_bytes: bool = False,  # of 16-bit colours, instead of the upper ones
     source: IO[bytes] | None = None,  # the file's content; by default the path is opened
     most: int | None = None,  # pixels, by default `MAX_PIXELS`
 ) -> Image.Image:
+    """Decode an image of a format of `IMAGE_FORMATS` as Pillow has it. Raises `BrokenExampleError`."""
     most = most or MAX_PIXELS
     try:
         if source is None and os.path.exists(path) and not os.path.isfile(path):
@@ -93,7 +94,7 @@ def _decode(
             if width * height <= most:
                 turned = _orientation(image) if image.format == "TIFF" else 1
                 if turned != 1 and source is None:  # Pillow 12 mixes up rows and columns where it maps a TIFF's pixels
-                    return _decode(path, upright, lower_bytes, io.BytesIO(Path(path).read_bytes()), most)
+                    return decode(path, upright, lower_bytes, io.BytesIO(Path(path).read_bytes()), most)
                 if lower_bytes and not take_lower_bytes(image):
                     raise ValueError("expected 16-bit colours")
                 image.load()
@@ -107,26 +108,30 @@ def _decode(
     except FileNotFoundError:
         reason = "no such file"
     except UnidentifiedImageError:
-        reason = f"cannot be decoded: expected content of one of {', '.join(_FORMATS)}, got {_other_content(path)}"
+        content = _other_content(source, path)
+        reason = f"cannot be decoded: expected content of one of {', '.join(_FORMATS)}, got {content}"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"expected at most {most} pixels: {error}"
     except Exception as error:  # decoders raise any exception on damaged data
         if source is None and isinstance(error, ValueError) and "text" in str(error).lower():
-            return _decode(path, upright, lower_bytes, without_texts(path), most)
+            return decode(path, upright, lower_bytes, without_texts(path), most)
         raise BrokenExampleError(path, f"cannot be decoded: {error or type(error).__name__}") from error
     raise BrokenExampleError(path, reason)
 
 
-def _other_content(path: str | os.PathLike[str]) -> str:
+def _other_content(source: IO[bytes] | None, path: str | os.PathLike[str]) -> str:
     """Say what a file is that has no format of `IMAGE_FORMATS`, as far as its first bytes tell."""
-    with open(path, "rb") as file:
+    with open(path, "rb") if source is None else source as file:
+        file.seek(0)
         start = file.read(16)
     if start[4:8] == b"ftyp":
         return "HEIC, AVIF or a video: convert it to JPEG or PNG"
     return next((name for beginning, name in _OTHERS.items() if start[: len(beginning) or 1] == beginning), "another")
 
 
-def read_image(path: str | os.PathLike[str], upright: bool = True, most: int | None = None) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike[str], upright: bool = True, most: int | None = None, content: bytes | None = None
+) -> np.ndarray:
     """Decode a picture for a network -> uint8 [H, W, 3] RGB.
 
     The content must be of a format of `IMAGE_FORMATS`, whatever the file's name. EXIF orientation is applied unless
@@ -135,15 +140,16 @@ def read_image(path: str | os.PathLike[str], upright: bool = True, most: int | N
 
     Args:
         most: number of pixels of the largest picture that is decoded, up to `MOST_PIXELS`; `MAX_PIXELS` by default.
+        content: the file's content, where it does not lie at ``path``, which then names it in errors only.
 
     Raises:
         BrokenExampleError: missing, damaged, truncated, floating-point, or larger than ``most``.
     """
     try:
-        image = _decode(path, upright, most=most)
-        rgb = rgb_array(image, path)
-        if is_black_in_16_bits(image, rgb, path):
-            rgb = _dark_colors(image, rgb, path, upright, most)
+        image = decode(path, upright, most=most, source=None if content is None else io.BytesIO(content))
+        rgb = rgb_array(image, path, content=content)
+        if is_black_in_16_bits(image, rgb, path if content is None else content):
+            rgb = _dark_colors(image, rgb, path, upright, most, content)
         return rgb
     except BrokenExampleError:
         raise
@@ -166,33 +172,38 @@ def image_size(path: str | os.PathLike[str], upright: bool = True) -> tuple[int,
 
 
 def _dark_colors(
-    image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str], upright: bool, most: int | None
-) -> np.ndarray:
+    image: Image.Image, upper: np.ndarray, path: str | os.PathLike[str], upright: bool, most: int | None,
+    content: bytes | None,
+) -> np.ndarray:  # fmt: skip
     """Read 16-bit colours of 12 bits or fewer, of which Pillow gives the upper bytes -> uint8 [H, W, 3] RGB."""
+    source = None if content is None else io.BytesIO(content)
     try:
-        lower = rgb_array(_decode(path, upright, lower_bytes=True, most=most))
+        lower = rgb_array(decode(path, upright, lower_bytes=True, source=source, most=most))
     except BrokenExampleError:
         warn_once("dark colours", "%s: 16-bit colours of at most 4095 are read as almost black. Convert the files to 8 "
                   "bits. Further files are not logged", path)
         return upper
-    return to_8_bits(upper.astype(np.int32) << 8 | lower, declared_bits(image, path), path)
+    bits = declared_bits(image, path if content is None else content)
+    return to_8_bits(upper.astype(np.int32) << 8 | lower, bits, path)
 
 
 def rgb_array(
-    image: Image.Image, path: str | os.PathLike[str] | None = None, opened: Image.Image | None = None
-) -> np.ndarray:
+    image: Image.Image, path: str | os.PathLike[str] | None = None, opened: Image.Image | None = None,
+    content: bytes | None = None,
+) -> np.ndarray:  # fmt: skip
     """Convert a decoded image of any mode as `read_image` does -> uint8 [H, W, 3] RGB.
 
     Args:
         image: the decoded image.
         path: its file, whose header may say what its values mean.
         opened: the image as Pillow opened it, with the tags of its file, which a turned copy lacks.
+        content: the file's content, where it does not lie at ``path``.
 
     Raises:
         ValueError: floating-point pixels, or more than 16 bits.
     """
     if image.mode in _DEEP_MODES:
-        bits = declared_bits(opened or image, path)
+        bits = declared_bits(opened or image, path if content is None else content)
         grey = to_8_bits(np.asarray(image).astype(np.int64), bits, path or "image")
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
@@ -243,7 +254,7 @@ def read_index_png(path: str | os.PathLike[str]) -> np.ndarray:
         BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, a colour image, or a JPEG, whose compression
             changes indices.
     """
-    image = _decode(path)
+    image = decode(path)
     if image.mode not in _INDEX_MODES:
         raise BrokenExampleError(path, f"expected one index a pixel (grey or palette image), got mode {image.mode}: "
                                  "write the class index of each colour into a grey PNG")
@@ -260,7 +271,7 @@ def read_color_png(path: str | os.PathLike[str]) -> np.ndarray:
         BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, of 16 bits a channel, or a JPEG, whose
             compression changes colours.
     """
-    image = _decode(path)
+    image = decode(path)
     if image.format in _LOSSY or has_16_bits(image, path):
         kind = image.format if image.format in _LOSSY else "16 bits a channel"
         raise BrokenExampleError(path, f"expected colours of 8 bits without loss (PNG), got {kind}")
@@ -274,7 +285,7 @@ def read_panoptic_png(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         BrokenExampleError: missing, damaged, larger than `MAX_PIXELS`, not a colour image, or of 16 bits a channel.
     """
-    image = _decode(path)
+    image = decode(path)
     if image.mode not in ("RGB", "RGBA"):
         raise BrokenExampleError(path, f"expected an RGB image of segment ids, got mode {image.mode}")
     if has_16_bits(image, path):  # Pillow keeps their upper bytes, which need not be those of the ids

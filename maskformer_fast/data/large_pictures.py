@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from maskformer_fast.core.image_files import DICOM_SUFFIX
+from maskformer_fast.data.bands import check_raster, open_raster, read_picture, read_window
 from maskformer_fast.data.base import BrokenExampleError
 from maskformer_fast.data.images import MOST_PIXELS, read_image
+from maskformer_fast.data.shards import Member, read_member
 
 _DRIVERS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif": "GTiff", ".tiff": "GTiff",
             ".webp": "WEBP"}  # fmt: skip
@@ -20,9 +23,12 @@ _DRIVERS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".tif
 
 
 class LargePicture:
-    """A picture of which rectangles are read, uint8 RGB."""
+    """A picture of which rectangles are read: uint8 RGB, or bands of 8 or 16 bits."""
 
-    def __init__(self, size: tuple[int, int], image: np.ndarray | None, opened: Any = None) -> None:
+    def __init__(
+        self, size: tuple[int, int], image: np.ndarray | None, opened: Any = None, channels: int = 0
+    ) -> None:
+        self._channels = channels
         self.size = size
         """Height, width."""
         self._image, self._opened = image, opened
@@ -41,7 +47,7 @@ class LargePicture:
             self._image = np.empty((0, 0, 3), np.uint8)
 
     def read(self, box: tuple[int, int, int, int]) -> np.ndarray:
-        """Pixels of a rectangle of top, left, bottom and right -> uint8 [h, w, 3] RGB.
+        """Pixels of a rectangle of top, left, bottom and right -> uint8 [h, w, 3] RGB, or [h, w, C] of bands.
 
         Raises:
             BrokenExampleError: the file is damaged there.
@@ -49,6 +55,8 @@ class LargePicture:
         top, left, bottom, right = box
         if self._image is not None:
             return np.ascontiguousarray(self._image[top:bottom, left:right])
+        if self._channels:
+            return read_window(self._opened, box, self._channels)
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
@@ -64,7 +72,9 @@ class LargePicture:
 
 
 @contextmanager
-def open_picture(path: Path, exif: bool = True) -> Iterator[LargePicture]:
+def open_picture(
+    path: Path, exif: bool = True, member: Member | None = None, channels: int = 0
+) -> Iterator[LargePicture]:
     """Open a picture of any size.
 
     TIFF files, and other files of more than `MOST_PIXELS` pixels, are read in parts by rasterio, where it is installed;
@@ -72,10 +82,19 @@ def open_picture(path: Path, exif: bool = True) -> Iterator[LargePicture]:
 
     Args:
         exif: turn pictures that are decoded as a whole as their EXIF orientation says.
+        member: the picture within the tar file ``path``, decoded as a whole.
+        channels: as ``data.channels``. Pictures of bands in TIFF are read in parts, others as a whole.
 
     Raises:
         BrokenExampleError: missing, damaged, of other bands, or too large without rasterio.
     """
+    if channels:
+        with _bands(path, exif, member, channels) as picture:
+            yield picture
+        return
+    if member is not None or path.suffix.lower() == DICOM_SUFFIX:
+        yield _decoded(path, exif, member)
+        return
     size = _size_of(path)
     driver = _DRIVERS.get(path.suffix.lower())
     if driver != "GTiff" and (size is None or size[0] * size[1] <= MOST_PIXELS):
@@ -123,11 +142,27 @@ def read_georeference(path: Path) -> dict[str, Any] | None:
     return None if found["crs"] is None and found["transform"].is_identity else found
 
 
-def _decoded(path: Path, exif: bool) -> LargePicture:
+def _decoded(path: Path, exif: bool, member: Member | None = None) -> LargePicture:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = read_image(path, exif, MOST_PIXELS)
+        if path.suffix.lower() == DICOM_SUFFIX:
+            image = read_picture(path)
+        else:
+            image = read_image(path, exif, MOST_PIXELS, read_member(path, member) if member else None)
     return LargePicture((image.shape[0], image.shape[1]), image)
+
+
+@contextmanager
+def _bands(path: Path, exif: bool, member: Member | None, channels: int) -> Iterator[LargePicture]:
+    opened = open_raster(path) if member is None and _DRIVERS.get(path.suffix.lower()) == "GTiff" else None
+    if opened is None:
+        content = read_member(path, member) if member else None
+        image = read_picture(member.name if member else path, exif, channels, content)
+        yield LargePicture((image.shape[0], image.shape[1]), image)
+        return
+    with opened:
+        check_raster(path, opened, channels)
+        yield LargePicture((opened.height, opened.width), None, opened, channels)
 
 
 def _size_of(path: Path) -> tuple[int, int] | None:

@@ -41,27 +41,29 @@ Broken = tuple[str, str]
 
 
 def pad_images(
-    images: Sequence[Tensor],  # each [3, h, w] uint8
+    images: Sequence[Tensor],  # each [C, h, w] uint8 or float32
     divisor: int,
     canvas: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """Stack images at the top left of zeros -> images [B, 3, H, W], valid sizes int64 [B, 2] (height, width).
+    """Stack images at the top left of zeros -> images [B, C, H, W], valid sizes int64 [B, 2] (height, width).
 
     H and W are the largest height and width of the images and of ``canvas``, rounded up to a multiple of ``divisor`` (0
     and 1: not rounded).
 
     Raises:
-        ValueError: there is no image, or an image is not [3, h, w].
+        ValueError: there is no image, or an image is not [C, h, w] with the C of the first.
     """
     check(len(images) > 0, "images", "at least one", len(images))
     check(divisor >= 0, "divisor", ">= 0", divisor)
     for image in images:
-        check(image.ndim == 3 and image.shape[0] == 3, "images", "shape [3, h, w]", tuple(image.shape))
+        channels = images[0].shape[0] if images[0].ndim == 3 else 3
+        check(image.ndim == 3 and image.shape[0] == channels, "images", f"shape [{channels}, h, w]", tuple(image.shape))
     valid_sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64)
     step = max(divisor, 1)
     largest = [max(side, least) for side, least in zip(valid_sizes.amax(0).tolist(), canvas, strict=True)]
     height, width = (-(-side // step) * step for side in largest)
-    batch = images[0].new_zeros((len(images), 3, height, width))
+    dtype = torch.uint8 if all(image.dtype == torch.uint8 for image in images) else torch.float32
+    batch = images[0].new_zeros((len(images), images[0].shape[0], height, width), dtype=dtype)
     for row, image in zip(batch, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return batch, valid_sizes

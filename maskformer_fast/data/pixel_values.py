@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+Source = str | os.PathLike[str] | bytes
+"""Path of a file, or its content."""
+
 _LOGGER = logging.getLogger("maskformer_fast.data")
 
 _GUESSED_BITS = (8, 12, 16)  # depths that are tried for 16-bit files that do not say theirs
@@ -33,9 +36,9 @@ class PngHeader(NamedTuple):
     significant: int | None
 
 
-def read_png_header(path: str | os.PathLike[str]) -> PngHeader | None:
+def read_png_header(source: Source) -> PngHeader | None:
     """Read the header of a PNG; None if the file is none."""
-    with Path(path).open("rb") as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
         head = file.read(33)  # signature and IHDR
         if len(head) < 33 or not head.startswith(_SIGNATURE):
             return None
@@ -64,7 +67,7 @@ def without_texts(path: str | os.PathLike[str]) -> io.BytesIO:
     return io.BytesIO(b"".join(kept))
 
 
-def declared_bits(image: Image.Image, path: str | os.PathLike[str] | None) -> int | None:
+def declared_bits(image: Image.Image, path: Source | None) -> int | None:
     """Return the bits of a deep picture's content as its file states them; None if it does not.
 
     Without a ``path`` the file is the one that Pillow opened, if it is still there.
@@ -78,7 +81,7 @@ def declared_bits(image: Image.Image, path: str | os.PathLike[str] | None) -> in
     return stored if stored is not None and 8 < stored < 16 else None
 
 
-def _png_header(image: Image.Image, path: str | os.PathLike[str] | None) -> PngHeader | None:
+def _png_header(image: Image.Image, path: Source | None) -> PngHeader | None:
     """Read the header of an image's file, without a path that of the one that Pillow opened; None if it is gone."""
     try:
         return read_png_header(path or getattr(image, "filename", "") or os.devnull)
@@ -128,14 +131,14 @@ def to_8_bits(
 def is_black_in_16_bits(
     image: Image.Image,
     rgb: np.ndarray,  # [H, W, 3] uint8, the upper bytes
-    path: str | os.PathLike[str] | None,
+    path: Source | None,
 ) -> bool:
     """Tell whether the upper bytes of a 16-bit colour file, which Pillow keeps, are those of at most 12 bits."""
     dark = image.mode in ("RGB", "RGBA") and rgb.size > 0 and int(rgb.max()) < 16
     return dark and has_16_bits(image, path)
 
 
-def has_16_bits(image: Image.Image, path: str | os.PathLike[str] | None) -> bool:
+def has_16_bits(image: Image.Image, path: Source | None) -> bool:
     """Tell whether the file of an opened image has 16 bits a channel."""
     if image.format == "PNG":
         header = _png_header(image, path)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskformer_fast.config import TASKS, AugmentConfig, Task
 from maskformer_fast.core.checks import check_choice
-from maskformer_fast.core.image_resize import resize_array, short_edge_size
+from maskformer_fast.core.image_resize import is_bands, is_rgb, resize_array, resize_bands, short_edge_size
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
 from maskformer_fast.structures import Example
 
@@ -28,7 +28,7 @@ _DETR_WINDOW = (384, 600)  # smallest and largest height and width of DETR's cro
 class Sample(NamedTuple):
     """One transformed training image and its targets."""
 
-    image: Tensor  # [3, h, w] uint8 RGB
+    image: Tensor  # [3, h, w] uint8 RGB, or [C, h, w] float32
     labels: Tensor  # [T] int64
     masks: Tensor  # [T, h, ceil(w/8)] uint8, packed as `structures.pack_masks` does
     image_id: int | str
@@ -36,17 +36,24 @@ class Sample(NamedTuple):
 
 
 def resize_image(
-    image: np.ndarray,  # [H, W, 3] uint8
+    image: np.ndarray,  # [H, W, 3] uint8, or bands [H, W, C] uint8 or uint16
     short_edge: int | tuple[int, int] | None,
     max_size: int,
 ) -> Tensor:
     """Resize for inference: bilinear with antialiasing -> uint8 [3, h, w]; ``short_edge`` None keeps the size.
 
+    Bands become float32 [C, h, w] of the same scale.
+
     Raises:
-        TypeError: the image is not uint8.
-        ValueError: the image is not [H, W, 3] or is empty.
+        TypeError: the image is not uint8 or uint16.
+        ValueError: the image is not [H, W, C] or is empty.
     """
-    return _to_tensor(resize_array(image, short_edge, max_size))
+    if is_rgb(image) or not is_bands(image):
+        return _to_tensor(resize_array(image, short_edge, max_size))
+    size = (image.shape[0], image.shape[1])
+    if short_edge is not None:
+        size = short_edge_size(*size, short_edge, max_size)
+    return _to_tensor(resize_bands(image, size))
 
 
 def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[np.ndarray, np.ndarray]:
@@ -115,15 +122,17 @@ class TrainTransform:
     def render(self, example: Example, window: Window, rng: np.random.Generator) -> Example:
         """Resample a window of an example, jitter its colours and flip it -> its image and truth."""
         top, left, bottom, right = window.box
-        image = Image.fromarray(example.image)
-        if window.box != (0.0, 0.0, *example.size) or window.size != example.size:
-            image = image.resize(window.size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
-        if self._augment.color_jitter:
-            image = jitter_colors(image, rng)
+        if is_rgb(example.image):
+            image = Image.fromarray(example.image)
+            if window.box != (0.0, 0.0, *example.size) or window.size != example.size:
+                image = image.resize(window.size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+            pixels = np.asarray(jitter_colors(image, rng) if self._augment.color_jitter else image)
+        else:
+            pixels = resize_bands(example.image, window.size, window.box)
         mirror = self._augment.flip and rng.random() < 0.5
         if mirror:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return replace(_take(example, window, mirror), image=np.asarray(image))
+            pixels = pixels[:, ::-1]
+        return replace(_take(example, window, mirror), image=pixels)
 
     def sample(self, example: Example) -> Sample:
         """Make the task's targets of an example that is already resized and cropped."""
@@ -262,6 +271,6 @@ def _table(values: np.ndarray) -> list[int]:
 
 
 def _to_tensor(
-    image: np.ndarray,  # [h, w, 3] uint8
+    image: np.ndarray,  # [h, w, C]
 ) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

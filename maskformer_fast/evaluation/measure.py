@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskformer_fast.config import Task
+from maskformer_fast.core.display import as_display
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import Result
 from maskformer_fast.data import BrokenExampleError, SegmentationDataset
@@ -111,7 +112,7 @@ def measure(
             progress.update(len(batch))
     if writer is not None and not skip_broken:
         for path, reason in loader.broken:
-            writer.fail(path, reason)
+            writer.fail(None, path, reason)
         loader.broken.clear()
     parts = gather_on_main((evaluators, rows, loader.broken, report))
     # Rank 0 merges into the caller's report, of which its own part is a copy.
@@ -150,4 +151,4 @@ def _report(
 def _row(example: Example, results: list[Result], dataset: SegmentationDataset) -> list[np.ndarray]:
     """A row of the grid: image, truth, results."""
     drawn = [visualize.draw_result(example.image, result, dataset.metadata) for result in results]
-    return [example.image, visualize.draw_truth(example, dataset.metadata, dataset.task), *drawn]
+    return [as_display(example.image), visualize.draw_truth(example, dataset.metadata, dataset.task), *drawn]

@@ -18,8 +18,9 @@ from maskformer_fast.config import DataConfig, Task, TestConfig
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult
+from maskformer_fast.data.bands import as_picture
 from maskformer_fast.data.datasets.presets import PRESETS
-from maskformer_fast.data.images import ImageLike, as_rgb_array
+from maskformer_fast.data.images import ImageLike
 from maskformer_fast.deploy.bundle.folder import Bundle, naming
 from maskformer_fast.deploy.bundle.manifest import MANIFEST_NAME, Manifest, Precision
 from maskformer_fast.deploy.runtime.selection import Backend, choose_backend
@@ -58,6 +59,11 @@ class BundlePredictor:
         self._metadata = metadata
 
     @property
+    def channels(self) -> int:
+        """Number of bands of the pictures, as ``data.channels``: 0, as a bundle takes RGB of 8 bits."""
+        return 0
+
+    @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks the bundle can do."""
         return self.runtime.tasks
@@ -84,7 +90,7 @@ class BundlePredictor:
             return tiled.predict(images, task, exif)
         if isinstance(images, ImageLike) or not isinstance(images, Iterable):
             return self.predict([images], task, exif)[0]  # which refuses what is no image
-        arrays = [as_rgb_array(image, exif) for image in images]
+        arrays = [as_picture(image, exif, self.channels) for image in images]
         return self.infer(arrays, (task,))[task]
 
     def infer(

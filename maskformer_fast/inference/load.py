@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -10,11 +11,12 @@ import torch
 
 from maskformer_fast.config import Amp, Config, DataConfig, TestConfig
 from maskformer_fast.core.checks import check, check_choice
+from maskformer_fast.core.files import sha256_of_file
 from maskformer_fast.core.machine import keep_freed_memory
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data import dataset_metadata
 from maskformer_fast.deploy.bundle.folder import read_manifest
-from maskformer_fast.deploy.bundle.manifest import Precision
+from maskformer_fast.deploy.bundle.manifest import MANIFEST_NAME, Precision
 from maskformer_fast.deploy.runtime.selection import Backend
 from maskformer_fast.distributed import resolve_device
 from maskformer_fast.inference.bundle_predictor import (
@@ -28,7 +30,14 @@ from maskformer_fast.inference.predictor import Predictor
 from maskformer_fast.interop.huggingface import is_folder, read_checkpoint
 from maskformer_fast.modeling import build_model
 from maskformer_fast.modeling.fuse_for_cpu import convolves_bfloat16, fuse_for_cpu
-from maskformer_fast.modeling.weights import Checkpoint, CheckpointError, check_architecture, load_into, load_weights
+from maskformer_fast.modeling.weights import (
+    Checkpoint,
+    CheckpointError,
+    check_architecture,
+    load_into,
+    load_weights,
+    weights_file,
+)
 from maskformer_fast.recipes import load_recipe, recipe_names
 
 
@@ -109,6 +118,22 @@ def stored_options(path: str | Path) -> tuple[DataConfig, TestConfig]:
         return bundle_data(manifest), bundle_test(manifest)
     config = _read(path).config
     return config.data, config.test
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of the files that determine a network: another one for other weights, whatever folder they lie in.
+
+    For a recipe, whose network is untrained, its name. Raises ``FileNotFoundError`` for what `load` does not find.
+    """
+    if not Path(path).exists() and str(path) in recipe_names():
+        return str(path)
+    if is_bundle(path):
+        files = [Path(path, MANIFEST_NAME)]  # which has the sums of the others
+    elif is_folder(path):
+        files = sorted(file for file in Path(path).iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+    else:
+        files = [weights_file(path)]
+    return hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()
 
 
 def _read(path: str | Path) -> Checkpoint:

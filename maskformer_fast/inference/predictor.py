@@ -21,7 +21,8 @@ from maskformer_fast.core.image_resize import short_edge_size
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import Result, SemanticResult
 from maskformer_fast.core.stages import Stopwatch
-from maskformer_fast.data.images import ImageLike, as_rgb_array
+from maskformer_fast.data.bands import as_picture
+from maskformer_fast.data.images import ImageLike
 from maskformer_fast.data.loader import pad_images
 from maskformer_fast.data.transforms import resize_image
 from maskformer_fast.inference.cuda_graphs import GraphCache
@@ -89,6 +90,11 @@ class Predictor:
         return self.config.test
 
     @property
+    def channels(self) -> int:
+        """Number of bands of the pictures, as ``data.channels``: 0 for RGB of 8 bits."""
+        return self.config.data.channels
+
+    @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks this network can do: a per-pixel baseline cannot tell instances apart."""
         return TASKS if self.config.model.classifies_masks else ("semantic",)
@@ -108,7 +114,8 @@ class Predictor:
         """Segment one image (-> one result) or several (-> a list of results, in order).
 
         Args:
-            images: paths, PIL images, uint8 RGB arrays [H, W, 3] or uint8 RGB tensors [3, H, W]; one or a sequence.
+            images: paths, PIL images, uint8 RGB arrays [H, W, 3] or uint8 RGB tensors [3, H, W]; one or a sequence. For
+                a network of bands (`channels`) paths, or arrays [H, W, C] uint8 or uint16.
             task: "semantic" -> `SemanticResult`, "panoptic" -> `PanopticResult`, "instance" -> `InstanceResult`.
             exif: turn paths and PIL images as their EXIF orientation says.
             tile: side in pixels of the tiles that larger images are cut into, in place of the test configuration's.
@@ -125,7 +132,7 @@ class Predictor:
             return self.predict([images], task, exif)[0]  # which refuses what is no image
         if self._pool is not None:
             return list(self._pool.map(lambda image: self._predict_one(image, task, exif), images))
-        arrays = [as_rgb_array(image, exif) for image in images]
+        arrays = [as_picture(image, exif, self.channels) for image in images]
         size = self.config.test.batch_size
         results: list[Result] = []
         for start in range(0, len(arrays), size):
@@ -133,7 +140,7 @@ class Predictor:
         return results
 
     def _predict_one(self, image: ImageLike, task: Task, exif: bool) -> Result:
-        return self._infer([as_rgb_array(image, exif)], (task,))[task][0]
+        return self._infer([as_picture(image, exif, self.channels)], (task,))[task][0]
 
     def infer(
         self,
@@ -288,7 +295,10 @@ class Predictor:
         return Stopwatch(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
 
     def _resize(self, image: np.ndarray, short_edge: int | tuple[int, int] | None, max_size: int) -> Tensor:
-        """Image [H, W, 3] uint8 -> [3, h, w] uint8: on a CPU by Pillow, on a GPU there, to the same pixels."""
+        """Image [H, W, 3] uint8 -> [3, h, w] uint8: on a CPU by Pillow, on a GPU there, to the same pixels.
+
+        Bands [H, W, C] become float32 [C, h, w] by Pillow.
+        """
         if not self._resizes_on_gpu or short_edge is None:
             return resize_image(image, short_edge, max_size)
         return self._resize_on_gpu([image], short_edge, max_size).images[0]
@@ -330,7 +340,7 @@ class Predictor:
 
     @property
     def _resizes_on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+        return self.device.type == "cuda" and self.channels == 0
 
     def _upload_frames(self, frames: Sequence[np.ndarray]) -> Tensor:
         """Copy frames of one shape [H, W, 3], uint8, to the device, each once on the host -> [N, H, W, 3]."""

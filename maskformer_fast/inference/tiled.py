@@ -49,7 +49,7 @@ class Picture(Protocol):
         """Height, width."""
 
     def read(self, box: Box) -> np.ndarray:
-        """Pixels of a rectangle -> uint8 [h, w, 3] RGB."""
+        """Pixels of a rectangle -> uint8 [h, w, 3] RGB, or [h, w, C] of bands."""
 
 
 class TiledPredictor(Protocol):
@@ -60,6 +60,9 @@ class TiledPredictor(Protocol):
 
     @property
     def test(self) -> TestConfig: ...
+
+    @property
+    def channels(self) -> int: ...
 
     def infer(self, images: Sequence[np.ndarray], tasks: Sequence[Task]) -> dict[Task, list[Result]]: ...
 

@@ -23,6 +23,7 @@ from maskformer_fast.core.files import is_full_disk, write_json
 from maskformer_fast.core.label_formats import LabelledObject, outlines_at
 from maskformer_fast.core.results import PanopticResult, Result, SemanticResult
 from maskformer_fast.data.large_pictures import LargePicture, open_picture
+from maskformer_fast.data.shards import Member
 from maskformer_fast.inference.tile_grid import Box
 from maskformer_fast.inference.tiled import Progress, TiledPredictor, TiledSegmentation, TileFiles, full_size
 from maskformer_fast.output.large_results import instance_entry, segment_entries, write_id_file, write_label_file
@@ -51,10 +52,12 @@ def segment_file(
     exif: bool,
     settings: object,  # whatever else changes results, such as the checkpoint
     progress: Progress,
+    member: Member | None = None,
 ) -> bool:
     """Write the results of one picture -> whether that worked; if not, the reason is added to the writer's.
 
     Args:
+        path: the picture's file, or the tar file that has it as ``member``.
         progress: as of `TiledSegmentation.run`.
 
     Raises:
@@ -63,22 +66,21 @@ def segment_file(
     try:
         writer.begin()
         folder = writer.folder / WORK_FOLDER / writer.names[number]
-        finished = _open_folder(folder, _job(path, tasks, predictor, exif, image_id, settings))
+        finished = _open_folder(folder, _job(path, tasks, predictor, exif, image_id, [settings, member]))
         if finished is None:
-            with open_picture(path, exif) as picture:
+            with open_picture(path, exif, member, predictor.channels) as picture:
                 finished = _segment(predictor, picture, tasks, writer, number, image_id, folder, progress)
             for entry in folder.iterdir():
                 if entry.suffix in (".npz", ".npy"):
                     entry.unlink()
             write_json(folder / "finished.json", finished)
         size = (int(finished["size"][0]), int(finished["size"][1]))
-        writer.add(number, image_id, size, finished["panoptic"], finished["instances"], tasks)
-        if writer.labels is not None:
-            writer.labels.add(finished["labels"])
+        writer.add(number, image_id, size, finished["panoptic"], finished["instances"], tasks,
+                   finished["labels"])  # fmt: skip
     except Exception as error:  # whatever a picture can cause
         if is_full_disk(error):
             raise
-        writer.fail(writer.file_names[number], error)
+        writer.fail(number, writer.file_names[number], error)
         return False
     return True
 

@@ -241,6 +241,9 @@ def write_folder(
     folder = Path(path)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder}: expected no file, or an empty folder")
+    if config.data.channels:
+        raise ConvertError(f"checkpoint: expected a network of RGB pictures of 8 bits, as transformers has, got one of "
+                           f"{config.data.channels} bands")
     is_mask2former, is_eomt = config.model.type == MASK2FORMER, config.model.type == "eomt"
     write = write_eomt if is_eomt else write_mask2former if is_mask2former else write_config
     config_json = write(config, metadata)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from maskformer_fast.config import ModelConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.backbone import build_backbone
+from maskformer_fast.modeling.first_convolution import with_channels
 
 
 class SegmentationNetwork(nn.Module):
@@ -27,15 +28,15 @@ class SegmentationNetwork(nn.Module):
         self.config = config
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
-        self.backbone: Any = build_backbone(config.backbone)
+        self.backbone: Any = with_channels(build_backbone(config.backbone), config.channels)
         self.pixel_decoder = pixel_decoder(self.backbone.channels, config.pixel_decoder)
 
     def normalize(
         self,
-        images: Tensor,  # [B, 3, H, W] uint8 RGB
+        images: Tensor,  # [B, C, H, W] uint8 or float32
         valid_sizes: Tensor,  # [B, 2] int64
     ) -> Tensor:
-        """Standardise each channel -> [B, 3, H, W] float; outside the valid sizes as ``model.padding`` says."""
+        """Standardise each channel -> [B, C, H, W] float; outside the valid sizes as ``model.padding`` says."""
         height, width = images.shape[-2:]
         inside_rows = torch.arange(height, device=images.device) < valid_sizes[:, :1]  # [B, H]
         inside_columns = torch.arange(width, device=images.device) < valid_sizes[:, 1:]  # [B, W]
@@ -54,8 +55,9 @@ class SegmentationNetwork(nn.Module):
 
 
 def checked_sizes(
-    images: Tensor,  # [B, 3, H, W] uint8 RGB
+    images: Tensor,  # [B, C, H, W] uint8, RGB for C = 3; or float32 of the stored scale, of pictures of bands
     valid_sizes: Tensor | None,  # [B, 2] int64: height, width of each image inside its padding
+    channels: int = 3,
 ) -> Tensor:
     """Check a network's input -> valid sizes [B, 2] int64; for ``None``, the full size of every image.
 
@@ -63,10 +65,11 @@ def checked_sizes(
         TypeError: another dtype.
         ValueError: another shape.
     """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images: expected torch.uint8 (normalisation is inside the network), got {images.dtype}")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images: expected shape [B, 3, H, W], got {list(images.shape)}")
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise TypeError("images: expected torch.uint8, or torch.float32 of pictures of bands (normalisation is inside "
+                        f"the network), got {images.dtype}")
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"images: expected shape [B, {channels}, H, W], got {list(images.shape)}")
     batch, _, height, width = images.shape
     if valid_sizes is None:
         full = [torch.full((batch,), size, dtype=torch.int64, device=images.device) for size in (height, width)]

@@ -21,6 +21,7 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.typed import TypedReader, to_plain
 from maskformer_fast.distributed import shard_like
 from maskformer_fast.modeling import build_model, resolve_backbone
+from maskformer_fast.modeling.first_convolution import fitted_to_channels
 from maskformer_fast.modeling.vit import ViT
 from maskformer_fast.recipes import from_dict
 
@@ -262,7 +263,7 @@ def load_backbone(network: nn.Module, path: str | Path) -> None:
     weights = _with_counters_of(backbone, of_network or weights)
     if isinstance(backbone, ViT):
         weights = backbone.fitted(weights)
-    load_into(backbone, weights, file)
+    load_into(backbone, fitted_to_channels(weights, backbone.state_dict()), file)
 
 
 def load_initial(network: nn.Module, path: str | Path, metadata: Metadata) -> ClassTransfer:
@@ -282,7 +283,7 @@ def load_initial(network: nn.Module, path: str | Path, metadata: Metadata) -> Cl
     for name, initial in current.items():
         if name in weights and name.startswith(_CLASSIFIER if has_classifier else _CLASS_QUERIES):
             weights[name] = _rows_of_classes(weights[name], initial, len(before), len(after), shared)
-    load_into(network, weights, path)
+    load_into(network, fitted_to_channels(weights, current), path)
     return ClassTransfer(
         tuple(metadata.class_names[new] for old, new in shared if old == new),
         tuple(metadata.class_names[new] for old, new in shared if old != new),

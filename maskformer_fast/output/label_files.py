@@ -10,10 +10,11 @@ Each format has a folder, which is a data set of its own with copies of the imag
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import yaml
@@ -34,6 +35,8 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.output.formats import coco_categories
 
 LabelFormat = Literal["coco", "yolo", "labelme", "geojson"]
+LabelEntries = Mapping[str, Sequence[dict[str, Any]]]
+"""COCO's "images" and "annotations" of an image, without the annotations' ids."""
 LABEL_FORMATS: tuple[LabelFormat, ...] = get_args(LabelFormat)
 
 
@@ -79,14 +82,12 @@ class LabelWriter:
         self.folder, self.metadata, self.formats, self.split = folder, metadata, tuple(formats), split
         self.min_score, self.tolerance = min_score, tolerance
         self._images, self._names, self._georeference = images, result_names(names), georeference
-        self.entries: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
-        """COCO's entries of the images of this process, for `close`."""
 
     def write(
         self, number: int, image_id: int | str, size: tuple[int, int], objects: Sequence[LabelledObject],
         image: Path | None = None,
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Write the files of one image -> its entries for `add`.
+    ) -> LabelEntries:
+        """Write the files of one image -> its entries for `close`.
 
         Args:
             number: index of the image in the list of names.
@@ -128,26 +129,24 @@ class LabelWriter:
                 "segmentation": coco_polygons(one.polygons), "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": area_of(one.polygons), "iscrowd": 0, "score": one.score}  # fmt: skip
 
-    def add(self, entries: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        """Take the entries of an image whose files are written."""
-        for key, values in self.entries.items():
-            values += entries[key]
+    def close(self, entries: Callable[[], Iterable[LabelEntries]]) -> None:
+        """Write COCO's file with the entries of all images, and the lists of classes.
 
-    def close(self, parts: Sequence[Mapping[str, Sequence[dict[str, Any]]]]) -> None:
-        """Write COCO's file with the entries of all processes, and the lists of classes.
+        Args:
+            entries: returns what `write` gave, image by image; called twice, so that they need not be in memory.
 
         Raises:
             OSError: a file cannot be written.
         """
         if "coco" in self.formats:
-            images = [entry for part in parts for entry in part["images"]]
-            annotations = [entry for part in parts for entry in part["annotations"]]
-            content = {
-                "images": images,
-                "annotations": [{"id": number, **entry} for number, entry in enumerate(annotations, 1)],
-                "categories": coco_categories(self.metadata),
-            }
-            write_json(self.folder / "coco" / "annotations" / f"instances_{self.split}.json", content, indent=None)
+            annotations = ({"id": number, **entry} for number, entry in enumerate(
+                (entry for one in entries() for entry in one["annotations"]), 1))  # fmt: skip
+            with atomic_write(self.folder / "coco" / "annotations" / f"instances_{self.split}.json") as file:
+                file.write(b'{"images": [')
+                _write_elements(file, (entry for one in entries() for entry in one["images"]))
+                file.write(b'], "annotations": [')
+                _write_elements(file, annotations)
+                file.write(b'], "categories": ' + json.dumps(coco_categories(self.metadata)).encode() + b"}\n")
         if "labelme" in self.formats:
             _write_text(self.folder / "labelme" / "labels.txt", "".join(f"{name}\n" for name in self.class_names))
         if "yolo" in self.formats:
@@ -183,6 +182,12 @@ def _crs_name(crs: Any) -> str | None:
         return None
     code = crs.to_epsg()
     return f"urn:ogc:def:crs:EPSG::{code}" if code else str(crs.to_wkt())
+
+
+def _write_elements(file: IO[bytes], elements: Iterable[object]) -> None:
+    """Write the elements of a JSON list."""
+    for number, element in enumerate(elements):
+        file.write((b", " if number else b"") + json.dumps(element, allow_nan=False).encode())
 
 
 def _copy(source: Path, target: Path) -> None:

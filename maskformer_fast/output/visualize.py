@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskformer_fast.config import TASKS, Task
 from maskformer_fast.core.checks import check_choice
+from maskformer_fast.core.display import as_display
 from maskformer_fast.core.metadata import VOID, Metadata
 from maskformer_fast.core.results import InstanceResult, PanopticResult, Result, SemanticResult, unpack_mask_array
 from maskformer_fast.output.host import on_host
@@ -141,7 +142,10 @@ def draw_instances(
 def draw_result(
     image: np.ndarray, result: Result, metadata: Metadata, tracks: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Draw a result of any task; see `draw_semantic`, `draw_panoptic` and `draw_instances`."""
+    """Draw a result of any task; see `draw_semantic`, `draw_panoptic` and `draw_instances`.
+
+    All of them show a picture of bands as `core.display.as_display` does.
+    """
     if isinstance(result, SemanticResult):
         return draw_semantic(image, result, metadata)
     if isinstance(result, PanopticResult):
@@ -228,7 +232,7 @@ def _paint(
 ) -> np.ndarray:
     """Draw segments without overlap; void is darkened."""
     scale = display_scale((image.shape[0], image.shape[1]))
-    base, rows = _enlarge(image, scale).astype(np.float32), _enlarge(rows, scale)
+    base, rows = _enlarge(as_display(image), scale).astype(np.float32), _enlarge(rows, scale)
     table = np.array([*colors, (0, 0, 0)], dtype=np.float32)  # the last row is VOID's (-1): black
     picture = base * (1 - _OPACITY) + table[rows] * _OPACITY
     edge = np.zeros(rows.shape, dtype=bool)
@@ -248,7 +252,7 @@ def _paint_masks(
 ) -> np.ndarray:
     """Draw segments that may overlap, the first on top; other pixels of the image stay unchanged."""
     scale = display_scale((image.shape[0], image.shape[1]))
-    picture = _enlarge(image, scale).astype(np.float32)
+    picture = _enlarge(as_display(image), scale).astype(np.float32)
     points: list[tuple[int, int] | None] = []
     areas = []
     for small, color in zip(masks[::-1], colors[::-1], strict=True):
@@ -379,7 +383,8 @@ def _enlarge(array: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _check_size(name: str, size: tuple[int, ...], image: np.ndarray) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image: expected uint8 [H, W, 3], got {image.dtype} {image.shape}")
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] == 0:
+        raise ValueError(f"image: expected uint8 [H, W, 3], or bands [H, W, C] of 8 or 16 bits, got {image.dtype} "
+                         f"{image.shape}")
     if tuple(size) != image.shape[:2]:
         raise ValueError(f"{name}: expected the image's size {image.shape[:2]}, got {tuple(size)}")

@@ -25,7 +25,7 @@ from maskformer_fast.output.formats import (
     write_panoptic_json,
     write_panoptic_png,
 )
-from maskformer_fast.output.label_files import LabelWriter
+from maskformer_fast.output.label_files import LabelEntries, LabelWriter
 
 _LISTS = ("panoptic.json", "instances.json")
 
@@ -76,6 +76,7 @@ class ResultWriter:
         self.instances: list[dict[str, Any]] = []
         self.tasks: set[Task] = set()
         self.labels = labels
+        self.label_entries: list[LabelEntries] = []
         self.failed: list[str] = []
         """File name and reason of each image whose results are not written; after `close` those of all ranks."""
 
@@ -102,12 +103,12 @@ class ResultWriter:
         except Exception as error:  # whatever an image can cause
             if is_full_disk(error):
                 raise
-            self.fail(self.file_names[number], error)
+            self.fail(number, self.file_names[number], error)
             return False
         return True
 
-    def fail(self, file_name: str, reason: object) -> None:
-        """Note that an image has no results."""
+    def fail(self, number: int | None, file_name: str, reason: object) -> None:
+        """Note that an image has no results; ``number`` is its index, where it is known."""
         reason = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
         self.failed.append(f"{file_name}: {reason}")
 
@@ -128,10 +129,11 @@ class ResultWriter:
             if self.overlays:
                 self.write_overlay(number, task, image, result)
         size = (image.shape[0], image.shape[1])
+        labels: LabelEntries | None = None
         if self.labels is not None:
             (result,) = results.values()
-            self.labels.add(self.labels.write(number, image_id, size, result.to_objects()))
-        self.add(number, image_id, size, panoptic, instances, results)
+            labels = self.labels.write(number, image_id, size, result.to_objects())
+        self.add(number, image_id, size, panoptic, instances, results, labels)
 
     def write_overlay(
         self,
@@ -158,6 +160,7 @@ class ResultWriter:
         panoptic: Sequence[dict[str, Any]],
         instances: Sequence[dict[str, Any]],
         tasks: Iterable[Task],
+        labels: LabelEntries | None = None,
     ) -> None:
         """Take the entries of an image, of a height and width, whose other files are written."""
         self.images.append({"id": image_id, "file_name": self.file_names[number], "height": size[0],
@@ -165,11 +168,14 @@ class ResultWriter:
         self.panoptic += panoptic
         self.instances += instances
         self.tasks.update(tasks)
+        if labels is not None:
+            self.label_entries.append(labels)
 
     def close(self) -> None:
         """Write the JSON files: ``images.json``, and those of the tasks that ran, with the images of all ranks."""
-        labels = self.labels.entries if self.labels is not None else {}
-        parts = gather_on_main((self.images, self.panoptic, self.instances, self.tasks, self.failed, labels))
+        parts = gather_on_main(
+            (self.images, self.panoptic, self.instances, self.tasks, self.failed, self.label_entries)
+        )
         if not parts:
             return
         tasks = {task for part in parts for task in part[3]}
@@ -178,7 +184,7 @@ class ResultWriter:
         if images:
             self._write_list(images)
             if self.labels is not None:
-                self.labels.close([part[5] for part in parts])
+                self.labels.close(lambda: (entries for part in parts for entries in part[5]))
         if "panoptic" in tasks:
             panoptic = [entry for part in parts for entry in part[1]]
             write_panoptic_json(self.folder / "panoptic.json", images, panoptic, self.metadata)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,8 +52,34 @@ def make_world(folder: Path) -> None:
     voc_folder(folder / "voc", examples)
     if importlib.util.find_spec("av") is not None:  # else docs/video.md alone fails
         write_clip(folder / "clip.mp4", 10)
+    shards(folder / "shards", examples)
+    band_folder(folder / "bands", examples)
     for run in RUNS:
         untrained_run(folder / run)
+
+
+def shards(folder: Path, examples: list[Example]) -> None:
+    """Write two tar files of images with labels, as WebDataset has them."""
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"shard-{number:03d}.tar", "w") as shard:
+            for index, example in enumerate(examples):
+                content = io.BytesIO()
+                Image.fromarray(example.image).save(content, "PNG")
+                for name, data in ((f"{index:04d}.png", content.getvalue()), (f"{index:04d}.cls", b"7")):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    shard.addfile(entry, io.BytesIO(data))
+
+
+def band_folder(root: Path, examples: list[Example]) -> None:
+    """Write pictures of four bands of 12 bits with index PNGs, in the layout of the plain folder."""
+    index_folder(root, examples, 255)
+    for number, path in enumerate(sorted(root.glob("images/*/*.jpg"))):
+        image = np.asarray(Image.open(path)).astype(np.uint16) * 16
+        np.save(path.with_suffix(".npy"), np.concatenate([image, image[..., :1] // 2 + number], axis=2))
+        path.unlink()
+    (root / "classes.json").write_text(json.dumps(["sky", "field", "car", "bus"]))
 
 
 def save_picture(path: Path, example: Example) -> None:

@@ -45,9 +45,8 @@ def write(tmp_path: Path, found: list[InstanceResult], **options) -> Path:
         Image.new("RGB", SIZE[::-1], (number, 0, 0)).save(path)
     images = [tmp_path / "images" / name for name in names]
     writer = LabelWriter(tmp_path / "out", METADATA, LABEL_FORMATS, names, images, **options)
-    for number, result in enumerate(found):
-        writer.add(writer.write(number, number + 1, SIZE, result.to_objects()))
-    writer.close([writer.entries])
+    entries = [writer.write(number, number + 1, SIZE, result.to_objects()) for number, result in enumerate(found)]
+    writer.close(lambda: entries)
     return tmp_path / "out"
 
 
@@ -181,8 +180,8 @@ def test_names_stay_inside_the_folder_and_classes_are_lines(tmp_path: Path) -> N
     (result,) = results(1)
     names = Metadata("d", ("a\nb", "c", "<script>"), (True,) * 3, (1, 2, 3), ((0, 0, 1),) * 3)
     writer = LabelWriter(tmp_path / "out" / "in", names, LABEL_FORMATS, ["../../evil.png"], [path])
-    writer.add(writer.write(0, 1, SIZE, result.to_objects()))
-    writer.close([writer.entries])
+    entries = writer.write(0, 1, SIZE, result.to_objects())
+    writer.close(lambda: [entries])
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "x.PNG"]
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["in"]
     assert (tmp_path / "out" / "in" / "labelme" / "labels.txt").read_text() == "a b\nc\n<script>\n"

@@ -32,6 +32,7 @@ import numpy as np
 from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.coco_tools import coco_tools
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
+from maskformer_fast.data.bands import read_picture
 from maskformer_fast.data.base import BrokenExampleError, LeftOut, first_existing, resolve_task, tenths
 from maskformer_fast.data.datasets.coco_json import (
     ImageInfo,
@@ -55,7 +56,6 @@ from maskformer_fast.data.datasets.outlines import (
     rasterize,
     usable_polygons,
 )
-from maskformer_fast.data.images import read_image
 from maskformer_fast.structures import Example
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
@@ -75,6 +75,7 @@ class CocoInstances:
         name: name of the data set in its metadata.
         keep_empty: in training, keep images without annotations.
         exif: turn images as their EXIF orientation says.
+        channels: number of bands of the images, as ``data.channels``.
         classes: names of classes that a network has; a category of such a name is never left out.
         content: what the JSON file would have, where other files were read; ``path`` is then theirs, for messages.
 
@@ -88,9 +89,9 @@ class CocoInstances:
 
     def __init__(
         self, path: Path, root: Path, split: str, training: bool, name: str, keep_empty: bool = True, exif: bool = True,
-        classes: Collection[str] = (), content: dict[str, Any] | None = None,
+        classes: Collection[str] = (), content: dict[str, Any] | None = None, channels: int = 0,
     ) -> None:
-        self._exif = exif
+        self._exif, self._channels = exif, channels
         coco_tools()  # reports a missing package now and not at the first example
         content = load_coco(path) if content is None else content
         self.path = path
@@ -132,7 +133,7 @@ class CocoInstances:
             BrokenExampleError: the image is missing, damaged or of another size than listed, or an outline is invalid.
         """
         info, file = self._images[index], stored_file(self._files[index])
-        image = read_image(file, self._exif)
+        image = read_picture(file, self._exif, self._channels)
         height, width = image.shape[:2]
         info.check_size(file, (height, width))
         segments: list[SegmentInfo] = []
@@ -291,7 +292,7 @@ def coco_instances_dataset(
     folder = path.parent.name if path in exported else "default" if path == only[0] else split
     content = _tenths_of(load_coco(path), training) if path in only and path not in candidates else None
     return CocoInstances(path, root, folder, training, root.resolve().name, config.keep_empty, config.exif, classes,
-                         content)  # fmt: skip
+                         content, config.channels)
 
 
 def _tenths_of(content: dict[str, Any], training: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.metadata import VOID, Metadata, SegmentInfo
+from maskformer_fast.data.bands import read_picture
 from maskformer_fast.data.base import (
     BrokenExampleError,
     LeftOut,
@@ -44,7 +45,7 @@ from maskformer_fast.data.datasets.coco_json import (
     split_names,
     stored_file,
 )
-from maskformer_fast.data.images import read_image, read_panoptic_png
+from maskformer_fast.data.images import read_panoptic_png
 from maskformer_fast.structures import Example
 
 _LOGGER = logging.getLogger("maskformer_fast.data")
@@ -66,6 +67,7 @@ class CocoPanoptic:
         name: name of the data set in its metadata.
         skip_broken: leave out images without annotation instead of raising an error.
         exif: turn images as their EXIF orientation says.
+        channels: number of bands of the images, as ``data.channels``.
         folders: folders in which ``locate`` searches, for messages.
 
     Raises:
@@ -82,8 +84,9 @@ class CocoPanoptic:
         skip_broken: bool = False,
         exif: bool = True,
         folders: Sequence[Path] = (),
+        channels: int = 0,
     ) -> None:
-        self._exif = exif
+        self._exif, self._channels = exif, channels
         content = load_coco(path)
         self.path = path
         self.task = task
@@ -142,7 +145,7 @@ class CocoPanoptic:
             BrokenExampleError: a file is missing or damaged, sizes differ, or JSON and PNG disagree on the segments.
         """
         info, file, png = self._images[index], stored_file(self._files[index]), stored_file(self._pngs[index])
-        image = read_image(file, self._exif)
+        image = read_picture(file, self._exif, self._channels)
         info.check_size(file, image.shape[:2])
         ids = read_panoptic_png(png)
         check_same_size(png, ids.shape, image.shape[:2])
@@ -226,4 +229,4 @@ def coco_panoptic_dataset(config: DataConfig, root: Path, split: str, name: str)
     candidates = [root / "annotations" / f"panoptic_{text}.json" for text in split_names(split)]
     path = first_existing(candidates, "panoptic annotations")
     return CocoPanoptic(path, partial(image_paths, root, split), task, name, config.skip_broken, config.exif,
-                        image_folders(root, split))
+                        image_folders(root, split), config.channels)

@@ -23,8 +23,9 @@ import numpy as np
 
 from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.colors import default_colors
-from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
+from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files, picture_suffixes
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
+from maskformer_fast.data.bands import read_picture
 from maskformer_fast.data.base import BrokenExampleError, check_same_size, raise_or_log, resolve_task
 from maskformer_fast.data.datasets.class_list import (
     DEFAULT_IGNORE,
@@ -34,7 +35,7 @@ from maskformer_fast.data.datasets.class_list import (
     read_class_list,
 )
 from maskformer_fast.data.datasets.coco_json import split_names
-from maskformer_fast.data.images import read_image, read_index_png
+from maskformer_fast.data.images import read_index_png
 from maskformer_fast.data.pixel_values import listed, warn_once
 from maskformer_fast.structures import Example
 
@@ -63,12 +64,14 @@ class SemanticDataset:
         classes: the classes and their pixel values.
         name: name of the data set in its metadata.
         exif: turn images as their EXIF orientation says.
+        channels: number of bands of the images, as ``data.channels``.
     """
 
     task: Task = "semantic"
 
-    def __init__(self, pairs: Sequence[Pair], classes: ClassList, name: str, exif: bool = True) -> None:
-        self._exif = exif
+    def __init__(self, pairs: Sequence[Pair], classes: ClassList, name: str, exif: bool = True,
+                 channels: int = 0) -> None:
+        self._exif, self._channels = exif, channels
         self.metadata: Metadata = classes.metadata(name)
         self._pairs = list(pairs)
         self._lookup = classes.lookup()
@@ -88,7 +91,7 @@ class SemanticDataset:
             BrokenExampleError: a file is missing or damaged, sizes differ, or a value is neither a class nor ignored.
         """
         pair = self._pairs[index]
-        image = read_image(pair.image, self._exif)
+        image = read_picture(pair.image, self._exif, self._channels)
         values = read_index_png(pair.annotation)
         check_same_size(pair.annotation, values.shape, image.shape[:2])
         # All values beyond the table read its last entry, which is UNKNOWN.
@@ -117,6 +120,7 @@ def find_pairs(
     image_ending: str = "",
     annotation_ending: str = ".png",
     skip_broken: bool = False,
+    suffixes: Sequence[str] = IMAGE_SUFFIXES,
 ) -> list[Pair]:
     """Match images with annotations by relative path, in sorted order.
 
@@ -131,7 +135,7 @@ def find_pairs(
         searched = f"looked for images in {images} and annotations in {annotations}"
         raise FileNotFoundError(f"no folder {' and no folder '.join(absent)}; {searched}")
     by_stem: dict[str, str] = {}
-    for name in list_files(images):
+    for name in list_files(images, suffixes):
         stem = _stem(name)
         if not stem.endswith(image_ending) or (images == annotations and name.endswith(annotation_ending)):
             continue
@@ -141,7 +145,7 @@ def find_pairs(
         by_stem[stem] = name
     if not by_stem:
         raise FileNotFoundError(
-            f"{images}: expected images *{image_ending} ({', '.join(IMAGE_SUFFIXES)}), found none"
+            f"{images}: expected images *{image_ending} ({', '.join(suffixes)}), found none"
         )
     ending, suffix = os.path.splitext("x" + annotation_ending)
     present: dict[str, str] = {}  # path without suffix -> path
@@ -304,8 +308,9 @@ def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDatase
     if beside := next((root / name for name in split_names(split) if (root / name / ROBOFLOW_CLASSES).is_file()), None):
         pairs = find_pairs(beside, beside, "", "_mask.png", config.skip_broken)
         classes = _roboflow_classes(beside / ROBOFLOW_CLASSES)
-        return SemanticDataset(pairs, classes, root.resolve().name, config.exif)
-    pairs = find_pairs(root / "images" / split, root / "annotations" / split, skip_broken=config.skip_broken)
+        return SemanticDataset(pairs, classes, root.resolve().name, config.exif, config.channels)
+    pairs = find_pairs(root / "images" / split, root / "annotations" / split, skip_broken=config.skip_broken,
+                       suffixes=picture_suffixes(config.channels))
     listed = root / "classes.json"
     if listed.is_file():
         classes = read_class_list(listed)
@@ -317,4 +322,4 @@ def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDatase
         classes = infer_class_list(
             root / "annotations" / config.train_split, config.ignore_index, config.skip_broken
         )
-    return SemanticDataset(pairs, classes, root.resolve().name, config.exif)
+    return SemanticDataset(pairs, classes, root.resolve().name, config.exif, config.channels)
