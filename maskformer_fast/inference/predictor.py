@@ -384,9 +384,8 @@ class Predictor:
             resized = self._resize(image, test.short_edge, test.max_size)
             grid = resized.shape[1], resized.shape[2]
             origins, side = window_origins(*grid)
-            windows = [resized[:, top : top + side, left : left + side] for top, left in origins]
-            predictions = self._predictions(self._batch(windows))
-            return SemanticResult(window_labels(predictions, origins, grid, (image.shape[0], image.shape[1])))
+            windows = self._batch([resized[:, top : top + side, left : left + side] for top, left in origins])
+            return SemanticResult(window_labels(self._predictions(windows), origins, grid, (image.shape[0], image.shape[1])))
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -406,8 +405,7 @@ class Predictor:
 
 def _open_pool(workers: int) -> ThreadPoolExecutor:
     """Threads that divide PyTorch's threads among them; the number of the calling thread stays."""
-    threads = torch.get_num_threads()
-    started = threading.Barrier(workers + 1)
+    threads, started = torch.get_num_threads(), threading.Barrier(workers + 1)
 
     def start() -> None:
         torch.get_num_threads()  # a thread's first call takes the number that was set last, by whichever thread

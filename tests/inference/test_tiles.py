@@ -79,6 +79,7 @@ class FakeNetwork:
 
     def __init__(self, test: TestConfig, per_pixel: bool) -> None:
         self.test, self.metadata, self.device, self.per_pixel = test, METADATA, torch.device("cpu"), per_pixel
+        self.channels = 0
 
     def run_network(self, images: Sequence[np.ndarray]):
         height, width = images[0].shape[:2]

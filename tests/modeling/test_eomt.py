@@ -18,6 +18,7 @@ from maskformer_fast.modeling.eomt import UpscaleBlock
 from maskformer_fast.modeling.fuse_for_cpu import fuse_for_cpu
 from maskformer_fast.modeling.vit import resample_positions
 from maskformer_fast.ops.mask_product import layer_mask_logits
+from maskformer_fast.ops.upscaling import upscaling_eager
 from maskformer_fast.structures import LayerPredictions, Predictions
 
 SIZES = {
@@ -210,7 +211,8 @@ def test_upscaling_keeps_its_products_only_and_has_the_plain_gradients() -> None
     weights = torch.randn_like(output)
     parameters = [x, *block.parameters()]
     gradients = torch.autograd.grad((output * weights).sum(), parameters)
-    plain = block._refine(nn.functional.linear(x, *block.windows()))
+    product = nn.functional.linear(x, *block.windows()).unflatten(-1, (4, -1))
+    plain = upscaling_eager(product, block.conv2.weight, block.norm.weight, block.norm.bias, block.norm.eps)
     torch.testing.assert_close(output, plain)
     for got, expected in zip(gradients, torch.autograd.grad((plain * weights).sum(), parameters), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -25,7 +25,7 @@ class Truth:
     """A predictor that knows the scene: the red channel is a class, green and blue an object."""
 
     def __init__(self, test: TestConfig) -> None:
-        self.test, self.metadata = test, METADATA
+        self.test, self.metadata, self.channels = test, METADATA, 0
 
     def infer(self, images: Sequence[np.ndarray], tasks: Sequence[Task]) -> dict[Task, list[Result]]:
         return {task: [self.result(image, task) for image in images] for task in tasks}

@@ -20,7 +20,7 @@ class ByColor:
     """Each pixel has the class of the nearest colour; a class is one segment."""
 
     def __init__(self, batch_size: int = 1) -> None:
-        self.test, self.metadata = TestConfig(batch_size=batch_size), METADATA
+        self.test, self.metadata, self.channels = TestConfig(batch_size=batch_size), METADATA, 0
         self.batches: list[int] = []
 
     def check_task(self, task: Task) -> None:
