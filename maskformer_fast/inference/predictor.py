@@ -382,10 +382,10 @@ class Predictor:
         test = self.config.test
         with self._inference():
             resized = self._resize(image, test.short_edge, test.max_size)
-            grid = resized.shape[1], resized.shape[2]
-            origins, side = window_origins(*grid)
+            origins, side = window_origins(*(grid := (resized.shape[1], resized.shape[2])))
             windows = self._batch([resized[:, top : top + side, left : left + side] for top, left in origins])
-            return SemanticResult(window_labels(self._predictions(windows), origins, grid, (image.shape[0], image.shape[1])))
+            predictions = self._predictions(windows)
+            return SemanticResult(window_labels(predictions, origins, grid, (image.shape[0], image.shape[1])))
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
