@@ -93,18 +93,36 @@ struct Moments {
   float mean, scale;  // scale: one over the standard deviation
 };
 
-// Convolves one pixel, whose 3x3 window begins at `corners` in three rows, into `pixel` [padded] -> its moments.
-MF_INLINE Moments convolve(const Upscaling& sizes, const Shape& shape, const float* const (&corners)[3],
-                           const float* weights, float* pixel) {
-  Floats total{};
+// Convolves three rows, one vector of channels after the other, so that its weights and window stay in registers:
+// writes [columns, padded] at every `padded` floats. `flip` turns the window around, as the gradient needs it.
+template <bool flip>
+MF_INLINE void convolve_row(const Shape& shape, const float* const (&rows)[3], const float* weights, float* written) {
   for (int64_t c = 0; c < shape.padded; c += kLanes) {
-    Floats value{};
-    for (int64_t tap = 0; tap < kTaps; ++tap) {
-      value += load(corners[tap / 3] + tap % 3 * shape.padded + c) * load(weights + tap * shape.padded + c);
+    Floats weight[kTaps], window[kTaps];
+    for (int tap = 0; tap < kTaps; ++tap) {
+      weight[tap] = load(weights + (flip ? kTaps - 1 - tap : tap) * shape.padded + c);
     }
-    store(pixel + c, value);
-    total += value;
+    for (int row = 0; row < 3; ++row) {
+      window[3 * row] = load(rows[row] + c);
+      window[3 * row + 1] = load(rows[row] + shape.padded + c);
+    }
+    for (int64_t column = 0; column < shape.columns; ++column) {
+      Floats value{};
+      for (int row = 0; row < 3; ++row) {
+        window[3 * row + 2] = load(rows[row] + (column + 2) * shape.padded + c);
+        for (int tap = 3 * row; tap < 3 * row + 3; ++tap) value += window[tap] * weight[tap];
+        window[3 * row] = window[3 * row + 1];
+        window[3 * row + 1] = window[3 * row + 2];
+      }
+      store(written + column * shape.padded + c, value);
+    }
   }
+}
+
+// Mean and scale of a pixel [padded], whose unused channels are 0.
+MF_INLINE Moments moments_of(const Upscaling& sizes, const Shape& shape, const float* pixel) {
+  Floats total{};
+  for (int64_t c = 0; c < shape.padded; c += kLanes) total += load(pixel + c);
   const float mean = sum(total) / static_cast<float>(shape.channels);
   Floats squares{};
   int64_t c = 0;
@@ -121,19 +139,20 @@ template <class Element>
 void upscale(const Upscaling& sizes, const Element* maps, Element* result, int64_t image, int64_t first, int64_t last,
              float* scratch) {
   const Shape shape = shape_of(sizes);
-  float *ring = scratch, *weights = ring + kRing * shape.stride, *pixel = weights + kWeightRows * shape.padded;
+  float *ring = scratch, *weights = ring + kRing * shape.stride, *values = weights + kWeightRows * shape.padded;
   copy_weights(sizes, shape, weights);
   const float *scales = weights + kTaps * shape.padded, *biases = scales + shape.padded;
   read_row(sizes, shape, maps, image, first - 1, ring);
   read_row(sizes, shape, maps, image, first, ring);
   for (int64_t row = first; row < last; ++row) {
     read_row(sizes, shape, maps, image, row + 1, ring);
-    const float* rows[3] = {ring_row(ring, shape, row - 1), ring_row(ring, shape, row), ring_row(ring, shape, row + 1)};
+    const float* const rows[3] = {ring_row(ring, shape, row - 1), ring_row(ring, shape, row),
+                                  ring_row(ring, shape, row + 1)};
+    convolve_row<false>(shape, rows, weights, values);
     Element* written = result + (image * shape.rows + row) * shape.columns * shape.channels;
     for (int64_t column = 0; column < shape.columns; ++column, written += shape.channels) {
-      const int64_t at = column * shape.padded;
-      const float* const corners[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
-      const Moments moments = convolve(sizes, shape, corners, weights, pixel);
+      const float* pixel = values + column * shape.padded;
+      const Moments moments = moments_of(sizes, shape, pixel);
       for (int64_t c = 0; c < shape.channels; c += kLanes) {
         const Floats x = (load(pixel + c) - moments.mean) * moments.scale;
         store_elements(written + c, x * load(scales + c) + load(biases + c), shape.channels - c);
@@ -143,9 +162,9 @@ void upscale(const Upscaling& sizes, const Element* maps, Element* result, int64
 }
 
 // Turns the gradient of a pixel's result into that by its convolution, `written` [padded], whose unused channels stay 0,
-// and adds those of the weights, if `sums` [kWeightRows, padded] is given.
-MF_INLINE void differentiate_pixel(const Shape& shape, const float* gradient, const float* pixel, const Moments moments,
-                                   const float* scales, const float* const (&corners)[3], float* written, float* sums) {
+// and adds those of the norm's weight and bias, if `sums` [2, padded] is given.
+MF_INLINE void differentiate_norm(const Shape& shape, const float* gradient, const float* pixel, const Moments moments,
+                                  const float* scales, float* written, float* sums) {
   Floats total{}, product{};
   for (int64_t c = 0; c < shape.channels; c += kLanes) {
     const Floats upstream = load_elements(gradient + c, shape.channels - c) * load(scales + c);
@@ -156,56 +175,72 @@ MF_INLINE void differentiate_pixel(const Shape& shape, const float* gradient, co
   for (int64_t c = 0; c < shape.channels; c += kLanes) {
     const Floats upstream = load_elements(gradient + c, shape.channels - c);
     const Floats x = (load(pixel + c) - moments.mean) * moments.scale;
-    const Floats by_value = (upstream * load(scales + c) - mean - x * slope) * moments.scale;
-    store_elements(written + c, by_value, shape.channels - c);
+    store_elements(written + c, (upstream * load(scales + c) - mean - x * slope) * moments.scale, shape.channels - c);
     if (sums == nullptr) continue;
-    for (int64_t tap = 0; tap < kTaps; ++tap) {
-      float* sum = sums + tap * shape.padded + c;
-      store(sum, load(sum) + by_value * load(corners[tap / 3] + tap % 3 * shape.padded + c));
-    }
-    float *by_scale = sums + kTaps * shape.padded + c, *by_bias = by_scale + shape.padded;
-    store(by_scale, load(by_scale) + upstream * x);
-    store(by_bias, load(by_bias) + upstream);
+    store(sums + c, load(sums + c) + upstream * x);
+    store(sums + shape.padded + c, load(sums + shape.padded + c) + upstream);
   }
 }
 
-// Gradients by the convolution's results in row `row`, into their ring, and those of the weights.
+// Adds the gradients of the convolution's weights by a row of gradients by its results, which begins at `slopes`.
+MF_INLINE void add_weight_gradients(const Shape& shape, const float* const (&rows)[3], const float* slopes,
+                                    float* sums) {
+  for (int64_t c = 0; c < shape.padded; c += kLanes) {
+    Floats total[kTaps], window[kTaps];
+    for (int tap = 0; tap < kTaps; ++tap) total[tap] = load(sums + tap * shape.padded + c);
+    for (int row = 0; row < 3; ++row) {
+      window[3 * row] = load(rows[row] + c);
+      window[3 * row + 1] = load(rows[row] + shape.padded + c);
+    }
+    for (int64_t column = 0; column < shape.columns; ++column) {
+      const Floats slope = load(slopes + column * shape.padded + c);
+      for (int row = 0; row < 3; ++row) {
+        window[3 * row + 2] = load(rows[row] + (column + 2) * shape.padded + c);
+        for (int tap = 3 * row; tap < 3 * row + 3; ++tap) total[tap] += window[tap] * slope;
+        window[3 * row] = window[3 * row + 1];
+        window[3 * row + 1] = window[3 * row + 2];
+      }
+    }
+    for (int tap = 0; tap < kTaps; ++tap) store(sums + tap * shape.padded + c, total[tap]);
+  }
+}
+
+// Gradients by the convolution's results in row `row`, into their ring, and those of the weights, if `sums`
+// [kWeightRows, padded] is given.
 void differentiate_row(const Upscaling& sizes, const Shape& shape, const float* gradient, int64_t image, int64_t row,
-                       float* ring, float* slopes, const float* weights, float* pixel, float* sums) {
+                       float* ring, float* slopes, const float* weights, float* values, float* sums) {
   float* written = ring_row(slopes, shape, row);
   std::fill_n(written, shape.stride, 0.0f);
   if (row < 0 || row >= shape.rows) return;
-  const float* rows[3] = {ring_row(ring, shape, row - 1), ring_row(ring, shape, row), ring_row(ring, shape, row + 1)};
+  const float* const rows[3] = {ring_row(ring, shape, row - 1), ring_row(ring, shape, row),
+                                ring_row(ring, shape, row + 1)};
+  convolve_row<false>(shape, rows, weights, values);
   const float* upstream = gradient + (image * shape.rows + row) * shape.columns * shape.channels;
   for (int64_t column = 0; column < shape.columns; ++column, upstream += shape.channels) {
-    const int64_t at = column * shape.padded;
-    const float* const corners[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
-    const Moments moments = convolve(sizes, shape, corners, weights, pixel);
-    differentiate_pixel(shape, upstream, pixel, moments, weights + kTaps * shape.padded, corners,
-                        written + at + shape.padded, sums);
+    const float* pixel = values + column * shape.padded;
+    differentiate_norm(shape, upstream, pixel, moments_of(sizes, shape, pixel), weights + kTaps * shape.padded,
+                       written + (column + 1) * shape.padded, sums == nullptr ? nullptr : sums + kTaps * shape.padded);
   }
+  if (sums != nullptr) add_weight_gradients(shape, rows, written + shape.padded, sums);
 }
 
 // Gradients of the maps behind row `row` of the result, from the rows of the other ring around it.
 void write_gradient(const Upscaling& sizes, const Shape& shape, const float* maps, float* by_maps, int64_t image,
-                    int64_t row, float* slopes, const float* weights) {
-  const float* rows[3] = {ring_row(slopes, shape, row + 1), ring_row(slopes, shape, row),
-                          ring_row(slopes, shape, row - 1)};  // the first row of the window saw this one from below
+                    int64_t row, float* slopes, const float* weights, float* values) {
+  const float* const rows[3] = {ring_row(slopes, shape, row - 1), ring_row(slopes, shape, row),
+                                ring_row(slopes, shape, row + 1)};
+  convolve_row<true>(shape, rows, weights, values);
   for (int64_t column = 0; column < shape.columns; ++column) {
-    const float* pixel = behind(maps, shape, image, row, column);
+    const float *pixel = behind(maps, shape, image, row, column), *value = values + column * shape.padded;
     float* written = behind(by_maps, shape, image, row, column);
     for (int64_t c = 0; c < shape.channels; c += kLanes) {
-      Floats value{};
-      for (int64_t tap = 0; tap < kTaps; ++tap) {
-        value += load(rows[tap / 3] + (column + 2 - tap % 3) * shape.padded + c) *
-                 load(weights + tap * shape.padded + c);
-      }
+      Floats slope = load(value + c);
       if (sizes.gelu) {
         const Floats x = load_elements(pixel + c, shape.channels - c);
         const Normal at = normal(x);
-        value *= at.below + x * at.density;
+        slope *= at.below + x * at.density;
       }
-      store_elements(written + c, value, shape.channels - c);
+      store_elements(written + c, slope, shape.channels - c);
     }
   }
 }
@@ -226,7 +261,7 @@ void differentiate_rows(const Upscaling& sizes, const float* gradient, const flo
                         float* by_weights, int64_t image, int64_t first, int64_t last, float* scratch) {
   const Shape shape = shape_of(sizes);
   float *ring = scratch, *slopes = ring + kRing * shape.stride, *weights = slopes + kRing * shape.stride;
-  float *sums = weights + kWeightRows * shape.padded, *pixel = sums + kWeightRows * shape.padded;
+  float *sums = weights + kWeightRows * shape.padded, *values = sums + kWeightRows * shape.padded;
   copy_weights(sizes, shape, weights);
   std::fill_n(sums, kWeightRows * shape.padded, 0.0f);
   read_row(sizes, shape, maps, image, first - 2, ring);
@@ -234,8 +269,8 @@ void differentiate_rows(const Upscaling& sizes, const float* gradient, const flo
   for (int64_t row = first - 1; row <= last; ++row) {  // a row of slopes on each side belongs to other bands
     read_row(sizes, shape, maps, image, row + 1, ring);
     const bool own = row >= first && row < last;
-    differentiate_row(sizes, shape, gradient, image, row, ring, slopes, weights, pixel, own ? sums : nullptr);
-    if (row > first) write_gradient(sizes, shape, maps, by_maps, image, row - 1, slopes, weights);
+    differentiate_row(sizes, shape, gradient, image, row, ring, slopes, weights, values, own ? sums : nullptr);
+    if (row > first) write_gradient(sizes, shape, maps, by_maps, image, row - 1, slopes, weights, values);
   }
   for (int64_t row = 0; row < kWeightRows; ++row) {
     std::copy_n(sums + row * shape.padded, shape.channels, by_weights + row * shape.channels);

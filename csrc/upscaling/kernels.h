@@ -8,7 +8,7 @@
 
 namespace maskformer_fast {
 
-constexpr int64_t kTaps = 9;
+constexpr int kTaps = 9;
 constexpr int64_t kWeightRows = kTaps + 2;   // with the norm's weight and bias
 constexpr int64_t kChannelBlock = 16;        // channels of a pixel in scratch memory are padded to a multiple of it
 constexpr int64_t kRing = 3;                 // rows of the map that the convolution of a row needs
@@ -18,16 +18,16 @@ inline int64_t padded_channels(const Upscaling& sizes) {
   return (sizes.channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
 }
 
-// Floats of scratch memory: rows of the map with a column of zeros on both sides, weights, and a pixel.
+// Floats of scratch memory: rows of the map with a column of zeros on both sides, weights, and a row of results.
 inline int64_t scratch_floats(const Upscaling& sizes) {
   const int64_t padded = padded_channels(sizes);
-  return (kRing * (2 * sizes.width + 2) + kWeightRows + 1) * padded;
+  return (kRing * (2 * sizes.width + 2) + kWeightRows + 2 * sizes.width) * padded;
 }
 
 // The same for the backward pass: also rows of the gradient by the convolution, and sums of the weights' gradients.
 inline int64_t backward_scratch_floats(const Upscaling& sizes) {
   const int64_t padded = padded_channels(sizes);
-  return (2 * kRing * (2 * sizes.width + 2) + 2 * kWeightRows + 1) * padded;
+  return (2 * kRing * (2 * sizes.width + 2) + 2 * kWeightRows + 2 * sizes.width) * padded;
 }
 
 MF_DECLARE_KERNELS(
