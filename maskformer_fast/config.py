@@ -17,6 +17,8 @@ from maskformer_fast.solver_config import LogConfig, SolverConfig
 
 Task = Literal["semantic", "instance", "panoptic"]
 ModelType = Literal["maskformer", "mask2former", "eomt", "per_pixel", "per_pixel_plus"]
+IMAGENET_MEAN = (123.675, 116.280, 103.530)
+"""Mean of the colours of ImageNet's images, 8 bits."""
 MAX_CHANNELS = 64
 """Largest number of bands of a picture."""
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
@@ -87,7 +89,7 @@ class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    pixel_mean: tuple[float, ...] = (123.675, 116.280, 103.530)
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
     """RGB, on the 0..255 scale; with ``data.channels`` of each band, on the scale of its values."""
     pixel_std: tuple[float, ...] = (58.395, 57.120, 57.375)
     size_divisibility: int = 32
@@ -110,6 +112,13 @@ class ModelConfig:
     def channels(self) -> int:
         """Number of bands of the network's images."""
         return len(self.pixel_mean)
+
+    @property
+    def has_imagenet_mean(self) -> bool:
+        """Whether the mean is that of ImageNet's 8-bit colours, up to rounding."""
+        return self.channels == 3 and all(
+            abs(mean - usual) < 0.5 for mean, usual in zip(self.pixel_mean, IMAGENET_MEAN, strict=True)
+        )
 
     @property
     def classifies_masks(self) -> bool:

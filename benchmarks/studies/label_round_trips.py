@@ -80,16 +80,16 @@ def write_labels(folder: Path, masks: Masks, tolerance: float) -> int:
         Image.new("RGB", found.shape[:0:-1]).save(folder / name)
     writer = LabelWriter(folder / "labels", metadata, LABEL_FORMATS, names, [folder / name for name in names],
                          tolerance=tolerance)  # fmt: skip
-    corners = 0
+    corners, entries = 0, []
     for number, found in enumerate(masks):
         size = (found.shape[1], found.shape[2])
         labels, scores = np.arange(len(found)), np.ones(len(found), np.float32)
         objects = InstanceResult(labels, scores, pack(found), np.zeros((len(found), 4), np.float32), size).to_objects()
-        writer.add(writer.write(number, number + 1, size, objects))
+        entries.append(writer.write(number, number + 1, size, objects))
         fewer = with_fewer_corners(objects, tolerance)
         corners += sum(len(ring) for one in fewer for polygon in one.polygons
                        for ring in (polygon.exterior, *polygon.holes))  # fmt: skip
-    writer.close([writer.entries])
+    writer.close(lambda: entries)
     return corners
 
 

@@ -164,7 +164,7 @@ class EoMT(SegmentationNetwork):
         Raises:
             TypeError, ValueError: as of `MaskFormer.forward`; or sides that are not multiples of the patch size.
         """
-        sizes = checked_sizes(images, valid_sizes, self.config.channels)
+        sizes = checked_sizes(images, valid_sizes, self.config)
         all_layers = self.training if all_layers is None else all_layers
         layers = self.predict(self.normalize(images, sizes), sizes, all_layers)
         return LayerPredictions(layers) if all_layers else layers[-1]

@@ -34,7 +34,7 @@ class Mask2Former(SegmentationNetwork):
 
         With all layers there is one more prediction than layers: the first is that of the learned queries.
         """
-        sizes = checked_sizes(images, valid_sizes, self.config.channels)
+        sizes = checked_sizes(images, valid_sizes, self.config)
         all_layers = self.training if all_layers is None else all_layers
         project = (self.training or all_layers) if project is None else project
         pixel_features, levels = self.pixel_decoder.fuse(self.backbone(self.normalize(images, sizes)))

@@ -44,7 +44,7 @@ class MaskFormer(SegmentationNetwork):
             TypeError: the images are not uint8.
             ValueError: the images or sizes have another shape.
         """
-        sizes = checked_sizes(images, valid_sizes, self.config.channels)
+        sizes = checked_sizes(images, valid_sizes, self.config)
         all_layers = self.training if all_layers is None else all_layers
         project = (self.training or all_layers) if project is None else project
         if project:

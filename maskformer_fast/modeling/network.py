@@ -57,19 +57,21 @@ class SegmentationNetwork(nn.Module):
 def checked_sizes(
     images: Tensor,  # [B, C, H, W] uint8, RGB for C = 3; or float32 of the stored scale, of pictures of bands
     valid_sizes: Tensor | None,  # [B, 2] int64: height, width of each image inside its padding
-    channels: int = 3,
+    config: ModelConfig,
 ) -> Tensor:
     """Check a network's input -> valid sizes [B, 2] int64; for ``None``, the full size of every image.
+
+    Floats are refused by a network with the mean of ImageNet's 8-bit colours: they are likely to be normalised already.
 
     Raises:
         TypeError: another dtype.
         ValueError: another shape.
     """
-    if images.dtype not in (torch.uint8, torch.float32):
-        raise TypeError("images: expected torch.uint8, or torch.float32 of pictures of bands (normalisation is inside "
-                        f"the network), got {images.dtype}")
-    if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"images: expected shape [B, {channels}, H, W], got {list(images.shape)}")
+    if images.dtype not in (torch.uint8, torch.float32) or (images.is_floating_point() and config.has_imagenet_mean):
+        raise TypeError("images: expected torch.uint8, or torch.float32 of bands with a model.pixel_mean of their own "
+                        f"(normalisation is inside the network), got {images.dtype}")
+    if images.ndim != 4 or images.shape[1] != config.channels:
+        raise ValueError(f"images: expected shape [B, {config.channels}, H, W], got {list(images.shape)}")
     batch, _, height, width = images.shape
     if valid_sizes is None:
         full = [torch.full((batch,), size, dtype=torch.int64, device=images.device) for size in (height, width)]

@@ -31,7 +31,7 @@ class PerPixelBaseline(SegmentationNetwork):
         all_layers: bool | None = None,
     ) -> PixelPredictions:
         """Predict a batch; arguments as for `MaskFormer.forward`. ``all_layers`` has no effect: there is one layer."""
-        sizes = checked_sizes(images, valid_sizes, self.config.channels)
+        sizes = checked_sizes(images, valid_sizes, self.config)
         pixel_embeddings, _ = self.embed(images, sizes)
         height, width = images.shape[-2:]
         return PixelPredictions(self.predictor(pixel_embeddings)[None], sizes, (height, width))
@@ -56,7 +56,7 @@ class PerPixelBaselinePlus(SegmentationNetwork):
         all_layers: bool | None = None,
     ) -> PixelPredictions:
         """Predict a batch; arguments as for `MaskFormer.forward`."""
-        sizes = checked_sizes(images, valid_sizes, self.config.channels)
+        sizes = checked_sizes(images, valid_sizes, self.config)
         pixel_embeddings, memory = self.embed(images, sizes)
         states = self.predictor.decode(memory, self.training if all_layers is None else all_layers)
         logits = torch.einsum("lbkd,bdhw->lbkhw", self.predictor.mask_embed(states), pixel_embeddings)

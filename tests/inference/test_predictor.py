@@ -14,7 +14,7 @@ from PIL import Image
 
 from maskformer_fast.config import TASKS, Task, TestConfig
 from maskformer_fast.core.results import PanopticResult
-from maskformer_fast.data.images import as_rgb_array
+from maskformer_fast.data.bands import as_picture
 from maskformer_fast.inference.batches import infer_each
 from maskformer_fast.inference.predictor import Predictor
 from tests.support.images import photo
@@ -138,17 +138,17 @@ def test_an_image_is_read_while_the_network_runs_for_another(
     calls = itertools.count()
     runs, reads, seen = threading.Event(), threading.Event(), []
 
-    def read(image: Any, exif: bool) -> Any:
+    def read(image: Any, exif: bool, channels: int) -> Any:
         if next(calls) == 1:
             seen.append(runs.wait(20))
             reads.set()
-        return as_rgb_array(image, exif)
+        return as_picture(image, exif, channels)
 
     def run(*_: object) -> None:
         runs.set()
         seen.append(reads.wait(20))
 
-    monkeypatch.setattr("maskformer_fast.inference.predictor.as_rgb_array", read)
+    monkeypatch.setattr("maskformer_fast.inference.predictor.as_picture", read)
     handle = predictor.network.register_forward_pre_hook(run)
     try:
         assert len(several.predict([photo(0), photo(1)])) == 2
