@@ -69,25 +69,17 @@ def scored_masks(
     pairs = _reaching(pairs, threshold)
     rows, columns = (nearest_positions(g, s, mask_logits.device) for g, s in zip(grid, size, strict=True))
     used = _read_pixels(rows, columns, mask_logits.new_empty((1, *grid)))
-    all_used = bool(used.all()) if used.device.type == "cpu" else False  # as where masks become larger
-    found = []
-    chunk = max(1, CHUNK_VALUES // (grid[0] * grid[1]))
-    for queries, labels, classes in zip(*(column.split(chunk) for column in pairs), strict=True):
-        if len(queries) == 0:
-            continue
-        logits = mask_logits[queries].to(torch.float32)
-        if logits.shape[1:] != grid:
-            logits = F.interpolate(logits[None], size=grid, mode="bilinear", align_corners=False)[0]
-        masks = logits > 0
-        weights = masks.to(torch.float32).flatten(1)
-        areas = weights.sum(1)
-        scores = classes * ((logits.sigmoid_().flatten(1) * weights).sum(1) / (areas + 1e-6))
-        has_pixels = areas > 0 if all_used else (masks & used).flatten(1).any(1)
-        kept = (scores.to(torch.float64) >= threshold) & has_pixels
-        found.append(ScoredMasks(masks[kept], labels[kept], scores[kept]))
-    if not found:
+    if len(pairs.queries) == 0:
         return ScoredMasks(used.new_empty((0, *grid)), pairs.labels, pairs.scores)
-    return ScoredMasks(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    logits = mask_logits[pairs.queries][None].to(torch.float32)
+    found = instance_inference(logits, (logits.shape[2], logits.shape[3]), grid)
+    scores = pairs.scores * found.scores[0]
+    kept = (scores.to(torch.float64) >= threshold) & (found.areas[0] > 0)
+    scored = ScoredMasks(unpack_masks(found.masks[0, kept], grid[1]), pairs.labels[kept], scores[kept])
+    if used.device.type == "cpu" and bool(used.all()):  # as where masks become larger
+        return scored
+    seen = (scored.masks & used).flatten(1).any(1)
+    return ScoredMasks(*(part[seen] for part in scored))
 
 
 def _read_pixels(rows: Tensor, columns: Tensor, maps: Tensor) -> Tensor:
