@@ -797,7 +797,7 @@ void define_semantic(py::module_& module) {
 Upscaling upscaling_of(const Integers<4>& sizes, bool gelu, const std::array<uintptr_t, 3>& weights, float epsilon) {
   check_sizes(sizes);
   const auto [count, height, width, channels] = sizes;
-  const auto of = [&](int part) { return pointer<const float>("weights", weights[part], channels > 0); };
+  const auto of = [&](int part) { return pointer<const float>("weights", weights[part], sizes[3] > 0); };
   return {count, height, width, channels, gelu, of(0), of(1), of(2), epsilon};
 }
 

@@ -181,7 +181,7 @@ class Block {
 
 void grid_semantic(const GridScores& s, int64_t* labels, std::array<int64_t, 2> size, int threads) {
   check(s, size);
-  const auto [rows, columns] = s.window;
+  const int64_t rows = s.window[0], columns = s.window[1];
   const CellTable vertical(size[0], rows), horizontal(size[1], columns);
   const Taps down(rows, s.grid[0], s.rows), across(columns, s.grid[1], s.columns);
   std::vector<int32_t> coarse;
