@@ -292,7 +292,8 @@ def cpu_cases() -> list[Case]:
     ):  # fmt: skip
         rows.append(Case(
             f"drop_in Mask2Former {part}, {equipped.__name__}, vs {PEER}", PEER, goal,
-            partial(train_setup, part=part, equipped=equipped), threads=1, rank=0 if goal else 1, extra_seconds=180.0,
+            partial(train_setup, part=part, equipped=equipped), threads=1, rank=1 if part == "criterion" else 2,
+            extra_seconds=180.0,
             bound=Bound(2 * 4.0 * 10 * 2 * QUERIES * 128 * 128),  # mask logits read, gradients written
         ))  # fmt: skip
     return rows

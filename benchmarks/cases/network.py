@@ -256,7 +256,7 @@ def cpu_cases() -> list[Case]:
                     rows.append(Case(
                         f"{part} {name} 512x512, B=1, {dtype}, vs {peer}", peer, None,
                         partial(setup, model=model, part=part, dtype=dtype),
-                        rank=3 if peer == INDUCTOR else 1 if complete else 2,
+                        rank=3 if peer == INDUCTOR else 0 if complete else 2,
                         bound=partial(bound, model, part, dtype), memory=complete and eager,
                         extra_seconds=0.0 if eager else COMPILE_SECONDS if peer == INDUCTOR else EXPORT_SECONDS,
                     ))  # fmt: skip
