@@ -10,6 +10,7 @@ import torch
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
 from maskformer_fast.deploy.build.onnx import (
     ParityError,
+    _difference,
     _session,
     _test_images,
     check_parity,
@@ -44,6 +45,22 @@ def small_network(backbone: str) -> Mask2Former:
             if "sampling_offsets" in name or "attention_weights" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return network
+
+
+def test_half_of_the_queries_may_attend_to_other_cells() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 15, 4, 6, generator=generator).clamp_(-2.0, 2.0)
+    logits[0, 0, 0, 0] = 2.0
+    got = logits + 1e-4
+    got[:, :8] += 4e-3  # 16 of 30 queries
+    assert _difference(got, logits, masked=True) == pytest.approx(2.05e-3, rel=1e-2)
+    got[:, 7] = logits[:, 7]  # 14 of them
+    assert _difference(got, logits, masked=True) == pytest.approx(5e-5, rel=1e-2)
+    assert _difference(got, logits, masked=False) == pytest.approx(2.05e-3, rel=1e-2)
+    got[1, 0, 2, 2] += 0.1
+    assert _difference(got, logits, masked=True) == pytest.approx(0.052, rel=1e-2)
+    got[1, 9, 0, 0] = torch.nan
+    assert not _difference(got, logits, masked=True) <= 1.0
 
 
 @pytest.mark.slow
