@@ -38,9 +38,7 @@ def panoptic_folder(root: Path) -> None:
 
 
 def instance_folder(root: Path) -> None:
-    coco_folder(root, scenes())
-    for path in (root / "annotations").glob("panoptic*.json"):
-        path.unlink()
+    coco_folder(root, scenes(), ("instances",))
 
 
 def label_studio_folder(root: Path) -> None:
