@@ -25,6 +25,7 @@ from maskformer_fast.data import BrokenExampleError, SegmentationDataset, build_
 from maskformer_fast.data.datasets.coco_instances import CocoInstances
 from maskformer_fast.data.datasets.outlines import rasterize
 from maskformer_fast.data.inspection.layouts import recognise
+from maskformer_fast.data.inspection.problems import warnings_of_readers
 from maskformer_fast.data.large_pictures import read_georeference
 from maskformer_fast.output.label_files import LabelEntries, LabelFormat, LabelWriter
 from maskformer_fast.structures import Example
@@ -73,8 +74,11 @@ def convert_split(
     config: DataConfig, split: Literal["train", "val"], output: Path, options: ConvertOptions
 ) -> list[str]:
     """Write the labels of one split -> file and reason of each example that cannot be used."""
-    dataset = build_dataset(config, split)
-    failed: list[str] = []
+    with warnings_of_readers() as warnings:
+        dataset = build_dataset(config, split)
+    for line in warnings:
+        logger.warning("%s", line)
+    failed = [line for line in warnings if line.startswith("left out ")]  # files, and not some objects of a file
     entries: list[LabelEntries] = []
     names = below_common_folder(dataset.file_names)
     writer = LabelWriter(output, dataset.metadata, options.to, names, (), split, 0.0, options.tolerance,

@@ -162,9 +162,14 @@ def _expand(pattern: str) -> list[str]:
 
 
 def file_names(inputs: Sequence[Input]) -> list[str]:
-    """File name of each image in the JSON files: its ``name``, or its path if other images have the same name."""
+    """File name of each image in the JSON files: its ``name``, or its path if other images have the same name.
+
+    The path of an image in a tar file is that of the tar file, without its suffix, and then the member's.
+    """
     counts = Counter(image.name for image in inputs)
-    return [image.name if counts[image.name] == 1 else image.path.as_posix() for image in inputs]
+    paths = [image.path if image.member is None else image.path.parent / image.name for image in inputs]
+    return [image.name if counts[image.name] == 1 else path.as_posix()
+            for image, path in zip(inputs, paths, strict=True)]  # fmt: skip
 
 
 def image_ids(names: Sequence[str]) -> list[int]:

@@ -13,7 +13,7 @@ from PIL import Image
 from maskformer_fast import convert_labels
 from maskformer_fast.config import DataConfig
 from maskformer_fast.data import build_dataset
-from tests.docs.world import coco_folder, labelme_folder, scenes
+from tests.docs.world import coco_folder, labelme_folder, scenes, yolo_folder
 
 FOLDERS = {"coco": "coco_instances", "yolo": "yolo", "labelme": "labelme"}
 W, H = 50, 41
@@ -96,3 +96,17 @@ def test_broken_files_are_listed_and_a_full_folder_is_refused(
         (tmp_path / "empty").mkdir()
         convert_labels.main([str(tmp_path / "empty"), str(tmp_path / "out"), "--to", "coco"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["labelme", "yolo"])
+def test_what_cannot_be_opened_is_listed_too(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if kind == "yolo":
+        yolo_folder(tmp_path / "in", scenes())
+        broken = tmp_path / "in" / "labels" / "train" / "1.txt"
+    else:
+        labelme_folder(tmp_path / "in", scenes())
+        broken = tmp_path / "in" / "train" / "1.json"
+    broken.write_text("{")
+    assert convert_labels.main([str(tmp_path / "in"), str(tmp_path / "out"), "--to", "coco"]) == 1
+    assert f"left out {broken}" in capsys.readouterr().err
+    assert len(build_dataset(DataConfig(dataset="coco_instances", root=str(tmp_path / "out" / "coco")), "train")) == 3

@@ -38,9 +38,7 @@ def panoptic_folder(root: Path) -> None:
 
 
 def instance_folder(root: Path) -> None:
-    coco_folder(root, scenes())
-    for path in (root / "annotations").glob("panoptic*.json"):
-        path.unlink()
+    coco_folder(root, scenes(), ("instances",))
 
 
 def label_studio_folder(root: Path) -> None:
@@ -187,6 +185,10 @@ def test_a_folder_of_nothing_known_has_one_line(tmp_path: Path) -> None:
         (["annotations/instances_train2017.json", "annotations/instances_val2017.json"],
          ("coco_instances", "train", "val")),
         (["result.json", "images/a.jpg"], ("coco_instances", "train", "val")),
+        (["annotations/instances_Train.json", "annotations/instances_Validation.json",
+          "annotations/instances_Test.json"], ("coco_instances", "Train", "Validation")),  # CVAT's names of parts
+        (["JPEGImages/a.jpg", "SegmentationClass/a.png", "ImageSets/Segmentation/Train.txt",
+          "ImageSets/Segmentation/Test.txt"], ("voc", "Train", "Test")),
         (["leftImg8bit/train/a/a.png", "gtFine/train/a/a.png"], ("cityscapes", "train", "val")),
         (["training/images/a.jpg", "training/labels/a.png"], ("mapillary_vistas", "train", "val")),
         (["objectInfo150.txt", "images/training/a.jpg", "annotations/training/a.png"], ("ade20k_150", "train", "val")),
@@ -205,6 +207,51 @@ def test_layouts_are_recognised(tmp_path: Path, files: list[str], expected: tupl
         path.touch()
     found: DataConfig = recognise(tmp_path)
     assert (found.dataset, found.train_split, found.val_split) == expected
+
+
+def test_an_export_of_cvat_with_its_names_of_parts_trains(tmp_path: Path) -> None:
+    root = tmp_path / "cvat"
+    instance_folder(root)
+    (root / "images").mkdir()
+    for split, name in (("train", "Train"), ("val", "Validation")):
+        (root / "annotations" / f"instances_{split}.json").rename(root / "annotations" / f"instances_{name}.json")
+        (root / split).rename(root / "images" / name)
+    report = inspected(root, tmp_path / "out")
+    assert [part["split"] for part in report["parts"]] == ["Train", "Validation"]
+    assert all(part["read"] == 4 and part["objects"] > 0 for part in report["parts"])
+    options = shlex.split(report["recipe"])[3:]
+    options[options.index("--output") + 1] = str(tmp_path / "run")
+    assert train.main([*options, *STEPS]) == 0
+
+
+def test_yolo_without_its_names_says_what_to_write(tmp_path: Path) -> None:
+    yolo_folder(tmp_path, scenes())
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"texts in labels look like YOLO's.*data\.yaml.*names: \[car, bus\]"):
+        recognise(tmp_path)
+    (tmp_path / "data.yaml").write_text("names: [car, bus]")
+    assert recognise(tmp_path).dataset == "yolo"
+
+
+def test_labelme_files_that_cannot_be_used_are_told_and_the_line_skips_them(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    labelme_folder(root, scenes())
+    for number, path in enumerate(sorted(root.rglob("*.json"))):  # keys in another order: the image comes first
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({"imageData": "eA==" * 30_000 if number < 6 else None, **content}))
+    (root / "train" / "1.json").write_text('{"shapes": [{"label": "car", "points": [[1,')
+    (root / "val" / "2.json").write_text((root / "val" / "2.json").read_text().replace('"car"', '"van"'))
+    (root / "val" / "3.jpg").unlink()
+    report = inspected(root, tmp_path / "out")
+    assert [part["read"] for part in report["parts"]] == [3, 2]
+    text = "\n".join(report["problems"])
+    for expected in ("1.json: malformed JSON", "2.json: label: expected one of car, got 'van'", "labels.txt",
+                     "1 files of val cannot be used", "3.jpg: no such file"):  # fmt: skip
+        assert expected in text, expected
+    options = shlex.split(report["recipe"])[3:]
+    assert "--data.skip-broken" in options
+    options[options.index("--output") + 1] = str(tmp_path / "run")
+    assert train.main([*options, *STEPS]) == 0
 
 
 def test_moments_of_any_number_of_channels_are_merged_exactly() -> None:

@@ -36,8 +36,8 @@ class Member(NamedTuple):
 
 
 def is_shard(path: str) -> bool:
-    """Whether a path or pattern names tar files."""
-    return path.lower().endswith(".tar")
+    """Whether a path or pattern names tar files; of compressed ones `list_members` says that they cannot be read."""
+    return path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -14,6 +14,7 @@ from maskformer_fast.data import BrokenExampleError, shards
 from maskformer_fast.data.images import read_image
 from maskformer_fast.data.large_pictures import open_picture
 from maskformer_fast.data.shards import expand_braces, list_members, member_name, read_member
+from maskformer_fast.predict import file_names, find_images
 
 
 def png(number: int, **options: object) -> bytes:
@@ -114,6 +115,28 @@ def test_a_header_larger_than_any_name_is_refused(tmp_path):
         file.addfile(entry)
     members, problems = list_members(path)
     assert not members and "a header of 31" in problems[0]
+
+
+@pytest.mark.parametrize("mode, suffix", [("w:gz", ".tar.gz"), ("w:xz", ".TAR.XZ"), ("w:gz", ".tgz"), ("w:gz", ".tar")])
+def test_a_compressed_shard_is_refused_in_one_line(tmp_path, mode, suffix):
+    path = tmp_path / f"a{suffix}"
+    with tarfile.open(path, mode) as file:
+        entry = tarfile.TarInfo("0.png")
+        entry.size = len(png(0))
+        file.addfile(entry, io.BytesIO(png(0)))
+    inputs, problems = find_images([str(path)])
+    assert not inputs and problems[0].startswith(f"{path}: expected an uncompressed tar file")
+
+
+def test_images_of_shards_of_one_name_are_told_apart(tmp_path):
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "shard-000.tar", [(f"{number}.png", png(number)) for number in range(2)])
+    inputs, problems = find_images([str(tmp_path / "*" / "shard-000.tar")])
+    assert not problems and [image.name for image in inputs] == ["shard-000/0.png", "shard-000/1.png"] * 2
+    expected = [f"{tmp_path}/{folder}/shard-000/{number}.png" for folder in ("train", "val") for number in (0, 1)]
+    assert file_names(inputs) == expected
+    assert file_names(inputs[:2]) == ["shard-000/0.png", "shard-000/1.png"]
 
 
 def test_braces_count_with_the_digits_of_the_first_number():

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def make_world(folder: Path) -> None:
     (folder / "data" / "classes.json").write_text(json.dumps(names))
     index_folder(folder / "camvid", examples, 11)
     coco_folder(folder / "coco", examples)
+    coco_folder(folder / "fruits_nuts", examples, ("instances",))
     yolo_folder(folder / "yolo", examples)
     labelme_folder(folder / "labelme", examples)
     voc_folder(folder / "voc", examples)
@@ -99,8 +101,8 @@ def index_folder(root: Path, examples: list[Example], unlabelled: int) -> None:
             Image.fromarray(np.where(labels == VOID, unlabelled, labels).astype(np.uint8)).save(path)
 
 
-def coco_folder(root: Path, examples: list[Example]) -> None:
-    """Write COCO panoptic and COCO instance annotations; the polygons are boxes."""
+def coco_folder(root: Path, examples: list[Example], kinds: Sequence[str] = ("panoptic", "instances")) -> None:
+    """Write annotations of COCO's two kinds; the polygons of instances are boxes."""
     metadata = ShapesDataset(ShapesConfig(2, 2), "val").metadata
     categories = [
         {"id": 10 * (index + 1), "name": name, "isthing": int(thing)}
@@ -115,9 +117,10 @@ def coco_folder(root: Path, examples: list[Example]) -> None:
             images.append({"id": number, "file_name": f"{number}.jpg", "height": height, "width": width})
             assert example.id_map is not None
             ids = np.where(example.id_map == VOID, 0, example.id_map + 1).astype(np.uint8)
-            path = root / "annotations" / f"panoptic_{split}" / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.stack([ids, ids * 0, ids * 0], -1)).save(path)
+            if "panoptic" in kinds:
+                path = root / "annotations" / f"panoptic_{split}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.stack([ids, ids * 0, ids * 0], -1)).save(path)
             segments = [
                 {"id": segment.id + 1, "category_id": categories[segment.category]["id"], "iscrowd": 0}
                 for segment in example.segments
@@ -125,9 +128,11 @@ def coco_folder(root: Path, examples: list[Example]) -> None:
             panoptic.append({"image_id": number, "file_name": f"{number}.png", "segments_info": segments})
             instance = {"id": number, "image_id": number, "category_id": things[0]["id"], "area": 400.0, "iscrowd": 0}
             instances.append(instance | {"bbox": [8, 8, 20, 20], "segmentation": [[8, 8, 28, 8, 28, 28, 8, 28]]})
-        for name, truth, used in (("panoptic", panoptic, categories), ("instances", instances, things)):
-            content = {"images": images, "annotations": truth, "categories": used}
-            (root / "annotations" / f"{name}_{split}.json").write_text(json.dumps(content))
+        found = {"panoptic": (panoptic, categories), "instances": (instances, things)}
+        (root / "annotations").mkdir(exist_ok=True)
+        for kind in kinds:
+            content = {"images": images, "annotations": found[kind][0], "categories": found[kind][1]}
+            (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(content))
 
 
 def yolo_folder(root: Path, examples: list[Example]) -> None:

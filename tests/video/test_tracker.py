@@ -31,10 +31,11 @@ def panoptic(boxes: Sequence[tuple[int, int, int, int] | None], kinds: Sequence[
 
 
 def labels(result: PanopticResult, ids: Sequence[int]) -> Labels:
-    table = np.zeros(max(segment.id for segment in result.segments) + 1, np.int64)
+    table = np.zeros(max((segment.id for segment in result.segments), default=0) + 1, np.int64)
     for segment, number in zip(result.segments, ids, strict=True):
         table[segment.id] = number
-    return table[result.id_map.numpy()], {n: s.category for s, n in zip(result.segments, ids, strict=True)}
+    kinds = {number: segment.category for segment, number in zip(result.segments, ids, strict=True)}
+    return table[np.maximum(result.id_map.numpy(), 0)], kinds
 
 
 def test_objects_keep_their_ids_whatever_the_order_of_segments() -> None:
@@ -136,6 +137,44 @@ def test_the_metrics_know_a_swap_from_a_mistake() -> None:
     right = [1, 1, 4 / 6, 3 / 7]  # intersections over unions; 3/7 is no match
     expected = (2 * sum(right[:3]) + 2 * (4 / 6)) / (2 * 6)
     assert vpq(truth, swapped, 5) == pytest.approx(expected)
+
+
+def idf1_of_motmetrics(truth: Sequence[Labels], results: Sequence[Labels]) -> float:
+    """IDF1 by the package `motmetrics`; identities of other classes, or with an IoU below 0.5, cannot be matched."""
+    motmetrics = pytest.importorskip("motmetrics")
+    accumulator = motmetrics.MOTAccumulator(auto_id=True)
+    for sides in zip(truth, results, strict=True):
+        ones, others = ([number for number, kind in kinds.items() if kind < THINGS] for _, kinds in sides)
+        distances = np.full((len(ones), len(others)), np.nan)
+        for row, one in enumerate(ones):
+            for column, other in enumerate(others):
+                a, b = sides[0][0] == one, sides[1][0] == other
+                share = (a & b).sum() / (a | b).sum()
+                if sides[0][1][one] == sides[1][1][other] and share >= 0.5:
+                    distances[row, column] = 1 - share
+        accumulator.update(ones, others, distances)
+    return float(motmetrics.metrics.create().compute(accumulator, metrics=["idf1"])["idf1"].iloc[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_idf1_equals_that_of_motmetrics(seed: int) -> None:
+    """Ids by the tracker, by a tracker that often forgets, and in random order; some frames are empty."""
+    scene, make = MovingScene(seed, 30), np.random.default_rng(seed)
+    truth: list[Labels] = []
+    sides: list[list[Labels]] = [[], [], []]
+    trackers = Tracker(), Tracker(gap=0)
+    for time in range(scene.frames):
+        frame = scene.truth(time)
+        truth.append((frame.id_map, frame.categories))
+        result = perturbed(frame, Mistakes(), make)
+        if time % 11 == 5:
+            result = PanopticResult(torch.full(scene.size, -1, dtype=torch.int32), [])
+        shuffled = (make.permutation(len(result.segments)) + 1).tolist()
+        for side, ids in zip(sides, (*(tracker.update(result) for tracker in trackers), shuffled), strict=True):
+            side.append(labels(result, ids))
+    ours = [idf1(truth, side, THINGS) for side in sides]
+    assert ours == pytest.approx([idf1_of_motmetrics(truth, side) for side in sides], abs=1e-12)
+    assert 0.1 < ours[2] < ours[0] < 1 and len(set(ours)) == 3
 
 
 GOALS = {"idf1": 0.855, 1: 0.855, 5: 0.81, 10: 0.79, 15: 0.77}

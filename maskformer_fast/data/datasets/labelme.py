@@ -47,25 +47,34 @@ def labelme_dataset(
 
     Raises:
         FileNotFoundError: there are no label files.
-        ValueError: a file is malformed, or no object has a usable outline.
+        ValueError: a file is malformed (with ``data.skip_broken`` it is left out with a warning), or no object has a
+            usable outline.
         ModuleNotFoundError: pycocotools is not installed.
     """
     resolve_task(config.task, "instance", ("instance",), config.dataset)
     files = _files(root, split)
-    names = _class_names(root, _files(root, config.train_split))
+    names = _class_names(root, _files(root, config.train_split), config.skip_broken)
     categories = {name: number for number, name in enumerate(names)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     left_out = LeftOut()
     for file in files:
-        content = load_coco(file)
-        image = _image_name(content.get("imagePath"), file, root)
-        size = tuple(as_integer(content.get(key)) or 0 for key in ("imageHeight", "imageWidth"))
+        try:
+            content = load_coco(file)
+            image = _image_name(content.get("imagePath"), file, root)
+            size = tuple(as_integer(content.get(key)) or 0 for key in ("imageHeight", "imageWidth"))
+            objects = _objects(content, file, (size[0], size[1]), left_out)
+            if unknown := [name for name, _ in objects if name not in categories]:
+                raise ValueError(f"{file}: label: expected one of {', '.join(names[:20])}, got {unknown[0]!r}; the "
+                                 f"classes are those of training unless {root / 'labels.txt'} lists them, one a line")
+        except ValueError as error:
+            if not config.skip_broken:
+                raise
+            _LOGGER.warning("left out %s", error)
+            continue
         number = len(images) + 1
         images.append({"id": number, "file_name": image, "height": size[0], "width": size[1]})
-        for name, outline in _objects(content, file, (size[0], size[1]), left_out):
-            if name not in categories:
-                raise ValueError(f"{file}: label: expected one of {', '.join(names[:20])}, got {name!r}")
+        for name, outline in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": categories[name],
                                 "segmentation": outline})  # fmt: skip
     left_out.log(root, "shapes")
@@ -98,13 +107,19 @@ def _image_name(name: object, file: Path, root: Path) -> str:
     return below
 
 
-def _class_names(root: Path, files: list[Path]) -> list[str]:
+def _class_names(root: Path, files: list[Path], skip_broken: bool) -> list[str]:
     listed = root / "labels.txt"
     if listed.is_file():
         lines = (line.strip() for line in listed.read_text("utf-8").splitlines())
         names = [line for line in lines if line and line not in NO_CLASSES]
     else:
-        found = {str(shape.get("label")) for file in files for shape in _shapes(load_coco(file), file)}
+        found: set[str] = set()
+        for file in files:
+            try:
+                found |= {str(shape.get("label")) for shape in _shapes(load_coco(file), file)}
+            except ValueError:
+                if not skip_broken:
+                    raise
         names = sorted(found - set(NO_CLASSES))
     if not names:
         raise ValueError(f"{root}: expected labels in labelme's files, or in labels.txt, got none")

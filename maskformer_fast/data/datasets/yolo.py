@@ -21,7 +21,7 @@ import yaml
 
 from maskformer_fast.config import DataConfig
 from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
-from maskformer_fast.data.base import BrokenExampleError, resolve_task
+from maskformer_fast.data.base import resolve_task
 from maskformer_fast.data.datasets.coco_instances import CocoInstances
 from maskformer_fast.data.images import image_size
 
@@ -38,7 +38,8 @@ def yolo_dataset(
 
     Raises:
         FileNotFoundError: the YAML file or a folder is missing.
-        ValueError: a file is malformed, or no object has a usable outline.
+        ValueError: a file is malformed (with ``data.skip_broken`` an image, or the image of labels, is left out with a
+            warning), or no object has a usable outline.
         ModuleNotFoundError: pycocotools is not installed.
     """
     resolve_task(config.task, "instance", ("instance",), config.dataset)
@@ -50,14 +51,15 @@ def yolo_dataset(
     for file in _image_files(content, source, root, split):
         try:
             height, width = image_size(file, config.exif)
-        except BrokenExampleError as error:
+            objects = _objects(label_file(file), len(names))
+        except ValueError as error:  # of the image, or of its labels
             if not config.skip_broken:
                 raise
             _LOGGER.warning("left out %s", error)
             continue
         number = len(images) + 1
         images.append({"id": number, "file_name": _below(file, root), "height": height, "width": width})
-        for category, points in _objects(label_file(file), len(names)):
+        for category, points in objects:
             # Rounded, so that a pixel's coordinate of few decimals comes back as it was.
             scaled = [round(value * (width, height)[place % 2], 6) for place, value in enumerate(points)]
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category,
@@ -101,7 +103,8 @@ def _class_names(content: dict[str, Any], source: Path) -> list[str]:
 
 def _image_files(content: dict[str, Any], source: Path, root: Path, split: str) -> list[Path]:
     """Images of a split, in the order of their names."""
-    keys = [key for key in _SPLITS.get(split, (split,)) if content.get(key)]
+    wanted = _SPLITS.get(split, (split,))
+    keys = [key for key, value in content.items() if str(key).lower() in wanted and value]
     entries = content[keys[0]] if keys else split
     files: list[Path] = []
     for entry in entries if isinstance(entries, list) else [entries]:
@@ -135,7 +138,8 @@ def _places(entry: str, content: dict[str, Any], root: Path) -> list[Path]:
 
 
 def _listed(line: str, source: Path, root: Path) -> Path:
-    for path in (source.parent / line, root / line, Path(line)):
+    """Image of a line of a list; CVAT writes ``data/`` before paths below the root."""
+    for path in (source.parent / line, root / line, root / line.removeprefix("data/"), Path(line)):
         if path.is_file():
             return path
     raise FileNotFoundError(f"{source}: no such image: {line}")

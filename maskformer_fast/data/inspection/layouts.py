@@ -32,12 +32,16 @@ def recognise(root: Path) -> DataConfig:
         if found := find(root):
             dataset, train, val = found
             return DataConfig(dataset=dataset, root=str(root), train_split=train, val_split=val, skip_broken=True)
+    hint = ""
+    if next(root.glob("labels/**/*.txt"), None) is not None:
+        hint = (f"; the texts in labels look like YOLO's, whose classes are not named: write {NAMES[0]} with a line "
+                "'names: [car, bus]', and lines 'train: FOLDER' and 'val: FOLDER' with the folders of images")
     raise FileNotFoundError(
         f"{root}: no data set recognised; looked for COCO (annotations/instances_*.json or panoptic_*.json, "
         f"*/{', '.join(EXPORTS)}), YOLO ({NAMES[0]} with names), labelme (*.json with shapes), Pascal VOC "
         "(JPEGImages, SegmentationClass), Cityscapes (leftImg8bit, gtFine), ADE20K and plain folders (images and "
         f"annotations, index PNGs), Mapillary Vistas (training/images, training/labels), Roboflow's masks "
-        f"(*/{ROBOFLOW_CLASSES})"
+        f"(*/{ROBOFLOW_CLASSES}){hint}"
     )
 
 
@@ -46,10 +50,11 @@ Found = tuple[str, str, str]
 
 
 def _split_names(names: Collection[str]) -> tuple[str, str]:
-    """Training and validation part; the same one where there is no other."""
-    ordered = sorted(names)
-    train = next((name for name in _TRAIN if name in names), next((n for n in ordered if n not in _VAL), ordered[0]))
-    return train, next((name for name in _VAL if name in names), train)
+    """Training and validation part, in any case (CVAT's are Train, Validation); the same one if there is no other."""
+    ordered = {name.lower(): name for name in sorted(names)}
+    train = next((name for name in _TRAIN if name in ordered), next((n for n in ordered if n not in _VAL), ""))
+    train = train or next(iter(ordered))
+    return ordered[train], ordered[next((name for name in _VAL if name in ordered), train)]
 
 
 def _of_split(dataset: str, names: Collection[str]) -> Found | None:
@@ -79,7 +84,7 @@ def _yolo(root: Path) -> Found | None:
     described = [root / name for name in NAMES if (root / name).is_file()] or sorted(root.glob("*.y*ml"))
     if len(described) != 1 or not _mentions(described[0], b"names"):
         return None
-    has_val = _mentions(described[0], b"\nval") or any((root / "images" / name).is_dir() for name in _VAL[:3])
+    has_val = _mentions(described[0], b"\nval", b"\nVal") or any((root / "images" / name).is_dir() for name in _VAL[:3])
     return "yolo", "train", "val" if has_val or any((root / name).is_dir() for name in _VAL[:3]) else "train"
 
 
@@ -116,8 +121,8 @@ def _folder(root: Path) -> Found | None:
 
 
 def _labelme(root: Path) -> Found | None:
-    found = any(_mentions(root / name, b'"shapes"') for name in islice(list_files(root, (".json",)), _PROBED))
-    if not found:
+    files = islice(list_files(root, (".json",)), _PROBED)
+    if not any(_mentions(root / name, b'"shapes"', b'"imageData"') for name in files):
         return None
     parts = {path.name for path in root.iterdir() if path.is_dir()} & {"train", "val", "valid"}
     return ("labelme", "train", "val") if not parts or parts & {"val", "valid"} else ("labelme", "train", "train")
@@ -128,10 +133,11 @@ _FINDERS: tuple[Callable[[Path], Found | None], ...] = (
 )  # fmt: skip
 
 
-def _mentions(path: Path, text: bytes) -> bool:
-    """Whether the beginning of a file has a text."""
+def _mentions(path: Path, *texts: bytes) -> bool:
+    """Whether the beginning of a file has one of some texts."""
     try:
         with path.open("rb") as file:
-            return text in b"\n" + file.read(_PROBED_BYTES)
+            start = b"\n" + file.read(_PROBED_BYTES)
+            return any(text in start for text in texts)
     except OSError:
         return False

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskformer_fast.config import DataConfig
-from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
+from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files, picture_suffixes
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.datasets.yolo import label_file
 from maskformer_fast.data.inspection.measure import TINY_AREA, Part
@@ -119,7 +119,7 @@ def _orphans(config: DataConfig, parts: Sequence[Part]) -> list[str]:
         found += listed("label files without a picture", [str(path) for path in sorted(there - expected)])
     if config.dataset == "folder" and (root / "annotations").is_dir():
         for split in dict.fromkeys((config.train_split, config.val_split)):
-            names = list_files(root / "images" / split)
+            names = list_files(root / "images" / split, picture_suffixes(config.channels))
             stems = {os.path.splitext(name)[0] for name in names}
             labels = list_files(root / "annotations" / split, (".png",))
             found += listed(f"annotations of {split} without a picture",

@@ -62,6 +62,19 @@ def test_a_list_of_images_and_images_without_labels(tmp_path: Path) -> None:
     assert len(read(tmp_path, keep_empty=False)) == 1 and len(read(tmp_path, "val")) == 4
 
 
+def test_an_export_of_cvat(tmp_path: Path) -> None:
+    """Names of parts with a capital letter, and lists whose paths begin with a folder that is not there."""
+    for part in ("Train", "Validation"):
+        write(tmp_path, {f"{part}1": SQUARE, f"{part}2": WHOLE}, f"images/{part}", f"labels/{part}")
+        lines = [f"data/images/{part}/{part}{number}.png\n" for number in (1, 2)]
+        (tmp_path / f"{part}.txt").write_text("".join(lines))
+    (tmp_path / "data.yaml").write_text("Train: Train.txt\nValidation: Validation.txt\nnames: [car, bus]\npath: .")
+    for split, part in (("train", "Train"), ("val", "Validation")):
+        dataset = read(tmp_path, split)
+        assert dataset.file_names == [f"images/{part}/{part}{number}.png" for number in (1, 2)]
+        assert [dataset[index].segments[0].category for index in (0, 1)] == [1, 0]
+
+
 def test_boxes_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "data.yaml").write_text("names: [car, bus]\ntrain: images\nval: images")
     write(tmp_path, {"a": f"{SQUARE}\n0 0.5 0.5 0.2 0.2"}, "images", "labels")
@@ -125,3 +138,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(BrokenExampleError, match=r"b\.png"):
         read(tmp_path)
     assert len(read(tmp_path, skip_broken=True)) == 1
+
+
+def test_an_image_whose_labels_are_malformed_can_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "data.yaml").write_text("names: [car, bus]\ntrain: images\nval: images")
+    write(tmp_path, {"a": SQUARE, "b": f"{SQUARE}\n7 0 0 1 0 1 1", "c": WHOLE}, "images", "labels")
+    with caplog.at_level(logging.WARNING):
+        assert read(tmp_path, skip_broken=True).file_names == ["images/a.png", "images/c.png"]
+    assert "left out" in caplog.text and "b.txt:2: class: expected 0 to 1, got 7" in caplog.text
