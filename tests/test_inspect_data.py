@@ -14,7 +14,7 @@ from PIL import Image
 from maskformer_fast import inspect_data, train
 from maskformer_fast.config import DataConfig
 from maskformer_fast.data.inspection.layouts import recognise
-from maskformer_fast.data.inspection.measure import ChannelMoments, quartiles
+from maskformer_fast.data.inspection.measure import quartiles
 from tests.data.datasets import test_voc as voc
 from tests.docs.world import coco_folder, index_folder, labelme_folder, scenes, yolo_folder
 
@@ -205,16 +205,4 @@ def test_layouts_are_recognised(tmp_path: Path, files: list[str], expected: tupl
         path.touch()
     found: DataConfig = recognise(tmp_path)
     assert (found.dataset, found.train_split, found.val_split) == expected
-
-
-def test_moments_of_any_number_of_channels_are_merged_exactly() -> None:
-    generator = np.random.default_rng(0)
-    moments, all_pixels = ChannelMoments(), []
-    for size in ((3, 5), (1, 1), (40, 7)):
-        image = (generator.integers(0, 65536, (*size, 5)) // 2 + 30000).astype(np.uint16)
-        moments.add(image)
-        all_pixels.append(image.reshape(-1, 5).astype(np.float64))
-    pixels = np.concatenate(all_pixels)
-    np.testing.assert_allclose(moments.mean, pixels.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(moments.deviation, pixels.std(0), rtol=1e-12)
     assert quartiles([]) == {} and quartiles([3.0])["max"] == 3
