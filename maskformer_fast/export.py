@@ -93,7 +93,12 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     check(config.model.classifies_masks, "model.type",
           "maskformer or mask2former: a per-pixel baseline has no queries to export", kind)
     bands = config.data.channels
-    check(bands == 0, "checkpoint", "a network of RGB pictures of 8 bits: a bundle takes no others", f"{bands} bands")
+    check(bands == 0 or not options.target, "target", f"none for a network of {bands} bands, which runs on a CPU",
+          options.target)
+    check(bands == 0 or not config.model.has_imagenet_mean, "model.pixel_mean", "that of the bands, not ImageNet's",
+          config.model.pixel_mean)
+    if options.with_engine:
+        check_engine(bands, options.engine)
     flavours = [flavour for flavour in FLAVOURS if flavour in options.flavours]
     known = len(flavours) == len(set(options.flavours)) and flavours
     check(bool(known), "flavours", f"some of {', '.join(FLAVOURS)}", options.flavours)
@@ -114,10 +119,10 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
     check_destination(output)  # before the work
 
     logger.info("exporting %s", ", ".join(flavours))
-    exported = export_graphs(predictor.network, flavours, static, any_batch)
+    exported = export_graphs(predictor.network, flavours, static, any_batch, bands)
     contents = {flavour: content for flavour, (content, _) in exported.items()}
     graphs = {str(flavour): graph for flavour, (_, graph) in exported.items()}
-    parity = check_parity(predictor.network, contents, shapes)
+    parity = check_parity(predictor.network, contents, shapes, channels=bands)
     files = {graphs[flavour].file: content for flavour, content in contents.items()}
     test, model = config.test, config.model
     manifest = Manifest(
@@ -126,8 +131,7 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
         num_queries=model.decoder.num_queries,
         num_classes=model.num_classes,
         metadata=predictor.metadata,
-        preprocess=Preprocess(_rgb(model.pixel_mean), _rgb(model.pixel_std), test.edge, test.max_size,
-                              model.size_divisibility),
+        preprocess=Preprocess(model.pixel_mean, model.pixel_std, test.edge, test.max_size, model.size_divisibility),
         postprocess=Postprocess(test.object_mask_threshold, test.overlap_threshold, test.top_k, test.panoptic_rule),
         graphs=graphs,
         parity=parity,
@@ -158,6 +162,12 @@ def check_test(test: TestConfig) -> None:
     check(not test.flip, "test.flip", "False: bundles do not average mirrored images", test.flip)
 
 
+def check_engine(channels: int, config: EngineConfig) -> None:
+    """Raise ``ValueError`` for an engine of TensorRT for a network of bands, whose frames no GPU prepares."""
+    check(channels == 0 or config.api == OPENVINO, "engine.api", f"{OPENVINO} for a network of {channels} bands",
+          config.api)
+
+
 def compile_kernels(manifest: Manifest, frames: Sequence[Shape], options: ExportOptions) -> dict[str, bytes]:
     """Record launches and compile their kernels -> files for the bundle."""
     from maskformer_fast.deploy.build.record_launches import compile_launches, record_launches
@@ -174,7 +184,7 @@ def add_engine(
     if config.api == OPENVINO:
         from maskformer_fast.deploy.build.openvino_engine import build_openvino_engine
 
-        engine, contents = build_openvino_engine(raw_onnx, config)
+        engine, contents = build_openvino_engine(raw_onnx, config, channels=manifest.channels)
         files.update(contents)
     else:
         from maskformer_fast.deploy.build.tensorrt import build_engine
@@ -185,11 +195,16 @@ def add_engine(
 
 
 def extend_with_engine(folder: str, config: EngineConfig) -> Bundle:
-    """Build an engine from a bundle's raw graph and add it. Raises ``ValueError`` for a bundle without that graph."""
+    """Build an engine from a bundle's raw graph and add it.
+
+    Raises:
+        ValueError: a bundle without that graph, or of a network of bands for an engine of TensorRT.
+    """
     bundle = Bundle.open(folder)
     raw = bundle.manifest.graphs.get("raw")
     if raw is None:
         raise ValueError(f"{folder}: expected a bundle with the flavour raw, got {sorted(bundle.manifest.graphs)}")
+    check_engine(bundle.manifest.channels, config)
     files: dict[str, bytes] = {}
     engines = add_engine(bundle.manifest, bundle.read(raw.file), config, files)
     return extend_bundle(bundle, files, engines=engines)
@@ -244,11 +259,6 @@ def listing(files: Mapping[str, FileEntry]) -> str:
     parts = [f"{name} ({entry.bytes / 2**20:.1f} MiB)" for name, entry in files.items() if not name.startswith("kern")]
     kernels = sum(name.endswith(".cubin") for name in files)
     return ", ".join([*parts, *([f"{kernels} cubins"] if kernels else [])])
-
-
-def _rgb(values: tuple[float, ...]) -> tuple[float, float, float]:
-    red, green, blue = values
-    return red, green, blue
 
 
 

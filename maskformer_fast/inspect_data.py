@@ -20,8 +20,9 @@ from maskformer_fast.core.checks import check
 from maskformer_fast.core.files import atomic_write, check_no_windows_path, write_json
 from maskformer_fast.data import BrokenExampleError, SegmentationDataset, build_dataset
 from maskformer_fast.data.inspection.layouts import recognise
-from maskformer_fast.data.inspection.measure import ChannelMoments, Part, measure_part, part_numbers
+from maskformer_fast.data.inspection.measure import Part, measure_part, part_numbers
 from maskformer_fast.data.inspection.problems import problems_of, warnings_of_readers
+from maskformer_fast.data.statistics import BandStatistics
 from maskformer_fast.output import visualize
 from maskformer_fast.output.inspection_page import inspection_page
 from maskformer_fast.recipes import load_recipe
@@ -80,11 +81,11 @@ def inspect(folder: Path, limit: int | None) -> tuple[dict[str, Any], list[tuple
     config = recognise(folder)
     has_val = config.val_split != config.train_split
     datasets = [build_dataset(config, "train"), *([build_dataset(config, "val")] if has_val else [])]
-    moments, parts = ChannelMoments(), []
+    statistics, parts = BandStatistics(config.channels or 3), []
     for dataset, split in zip(datasets, (config.train_split, config.val_split), strict=False):
         count = min(limit or len(dataset), len(dataset))
         indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist() if count else []
-        parts.append(measure_part(dataset, split, indices, moments))
+        parts.append(measure_part(dataset, split, indices, statistics))
     if not parts[0].paths:
         reasons = "\n  ".join(parts[0].broken[:8])
         raise ValueError(f"{folder}: expected pictures that can be read, got none:\n  {reasons}")
@@ -94,7 +95,7 @@ def inspect(folder: Path, limit: int | None) -> tuple[dict[str, Any], list[tuple
     is_complete = all(len(part.paths) + len(part.broken) == part.listed for part in parts)
     report = {
         "folder": str(folder), "format": config.dataset, "task": datasets[0].task,
-        "recipe": recipe_line(config, datasets[0], parts),
+        "recipe": recipe_line(config, datasets[0], parts, statistics),
         "parts": [part_numbers(part) for part in parts],
         "classes": [
             {"class": name, **{f"{part.split}: {what}": counts[number] for part in parts for what, counts in (
@@ -102,8 +103,8 @@ def inspect(folder: Path, limit: int | None) -> tuple[dict[str, Any], list[tuple
             for number, name in enumerate(metadata.class_names)
         ],
         "channels": [
-            {"channel": number, "mean": round(float(mean), 3), "deviation": round(float(deviation), 3)}
-            for number, (mean, deviation) in enumerate(zip(moments.mean, moments.deviation, strict=True))
+            {"channel": number, "mean": round(mean, 3), "deviation": round(deviation, 3)}
+            for number, (mean, deviation) in enumerate(zip(statistics.mean, statistics.std, strict=True))
         ],
         "problems": problems_of(config, metadata, parts, is_complete),
     }  # fmt: skip
@@ -121,8 +122,10 @@ def _opens_without_skipping(config: DataConfig, has_val: bool) -> bool:
     return True
 
 
-def recipe_line(config: DataConfig, dataset: SegmentationDataset, parts: Sequence[Part]) -> str:
-    """Command that trains on a data set."""
+def recipe_line(
+    config: DataConfig, dataset: SegmentationDataset, parts: Sequence[Part], statistics: BandStatistics
+) -> str:
+    """Command that trains on a data set; the statistics are those of the bands, if it is one of bands."""
     default, recipe = DataConfig(), load_recipe(RECIPE)
     root = str(config.root)
     root = f"./{root}" if root.startswith("-") else root
@@ -132,6 +135,10 @@ def recipe_line(config: DataConfig, dataset: SegmentationDataset, parts: Sequenc
     for option, value, usual in (("train", config.train_split, default.train_split),
                                  ("val", config.val_split, default.val_split)):  # fmt: skip
         words += [f"--data.{option}-split", value] if value != usual else []
+    if config.channels:
+        words += ["--data.channels", str(config.channels), "--data.augment.no-color-jitter"]
+        words += ["--model.pixel-mean", *(f"{mean:.6g}" for mean in statistics.mean)]
+        words += ["--model.pixel-std", *(f"{deviation or 1:.6g}" for deviation in statistics.std)]
     if config.skip_broken:
         words.append("--data.skip-broken")
     most = max((count for part in parts for count in part.objects), default=0)
@@ -151,16 +158,10 @@ def _samples(dataset: SegmentationDataset) -> list[tuple[str, np.ndarray]]:
             example = dataset[index]
         except BrokenExampleError:
             continue
-        picture = Image.fromarray(visualize.draw_truth(_as_rgb(example), dataset.metadata, dataset.task))
+        picture = Image.fromarray(visualize.draw_truth(example, dataset.metadata, dataset.task))
         picture.thumbnail((_SAMPLE_SIDE, _SAMPLE_SIDE))
         samples.append((dataset.file_names[index], np.asarray(picture)))
     return samples
-
-
-def _as_rgb(example: Any) -> Any:
-    """An example whose image can be drawn."""
-    image = example.image
-    return example if image.shape[2] == 3 else replace(example, image=np.repeat(image[..., :1], 3, 2).astype(np.uint8))
 
 
 def _sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -174,7 +175,8 @@ def _sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
 def _summary(report: dict[str, Any], output: Path) -> str:
     lines = [f"{report['folder']}: {report['format']}, task {report['task']}"]
     for part in report["parts"]:
-        lines.append(f"  {part['split']}: {part['pictures']} pictures, {part['objects']} objects")
+        kinds = "".join(f"; {count} of {kind}" for kind, count in part["files"].items())
+        lines.append(f"  {part['split']}: {part['pictures']} pictures, {part['objects']} objects{kinds}")
     for row in report["classes"][:20]:
         lines.append("  " + ", ".join(f"{value}" if key == "class" else f"{key} {value}" for key, value in row.items()))
     if len(report["classes"]) > 20:

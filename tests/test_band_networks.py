@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import maskformer_fast
-from maskformer_fast import convert, evaluate, export, predict, train
+from maskformer_fast import convert, evaluate, predict, train
 from maskformer_fast.config import BackboneConfig, Config, DataConfig, ModelConfig
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.statistics import statistics_of_files
@@ -134,12 +134,10 @@ def test_weights_of_rgb_give_grey_bands_what_they_gave_grey_pictures(backbone, t
     torch.testing.assert_close(from_rgb(weight, 6)[:, 4], weight.mean(1) / 2)
 
 
-def test_export_and_conversion_refuse_bands_in_one_line(run, tmp_path):
-    with pytest.raises(ValueError, match="a bundle takes no others, got '5 bands'"):
-        export.main([str(run), "--output", str(tmp_path / "bundle")])
+def test_conversion_refuses_bands_in_one_line(run, tmp_path):
     with pytest.raises(ValueError, match="RGB pictures of 8 bits"):
         convert.main([str(run), str(tmp_path / "hf"), "--to", "huggingface"])
-    assert not (tmp_path / "bundle").exists()
+    assert not (tmp_path / "hf").exists()
 
 
 def test_settings_that_do_not_fit_are_refused():

@@ -72,15 +72,15 @@ class BenchmarkOptions:
         check(self.in_flight is None or self.in_flight > 0, "in_flight", "> 0", self.in_flight)
         check(Shape.parse(self.size).batch == 1, "size", "HEIGHTxWIDTH", self.size)
 
-    def settings(self, batch: int) -> list[Setting]:
-        """Settings of the runners at a batch size, the bundle's first."""
+    def settings(self, batch: int, channels: int = 0) -> list[Setting]:
+        """Settings of the runners at a batch size, for frames of so many bands (0: RGB); the bundle's first."""
         shape = Shape.parse(self.size)
         kinds: tuple[Kind, ...] = ("bundle", *self.against) if self.checkpoint else ("bundle",)
         return [
             Setting(
                 kind, self.bundle if kind == "bundle" else str(self.checkpoint), batch, (shape.height, shape.width),
                 self.task, self.backend, self.device, self.in_flight, self.amp, self.digest, self.pictures,
-                self.precision,
+                self.precision, channels,
             )
             for kind in kinds
         ]  # fmt: skip
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": describe_machine(), "rows": [],
     }  # fmt: skip
     for batch in options.batches:
-        content["rows"] += measure_batch(options.settings(batch), options.seconds)
+        content["rows"] += measure_batch(options.settings(batch, bundle.manifest.channels), options.seconds)
         content["seconds"] = round(monotonic() - start, 1)
         text = write_report(content, Path(options.output))  # after each batch size, so that little is lost at a stop
     print(text)

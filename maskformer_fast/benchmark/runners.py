@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from maskformer_fast.config import Amp, Task
-from maskformer_fast.core.image_files import IMAGE_FORMATS, list_files
+from maskformer_fast.core.image_files import IMAGE_FORMATS, IMAGE_SUFFIXES, list_files, picture_suffixes
+from maskformer_fast.core.image_resize import resize_bands
 from maskformer_fast.core.metadata import VOID
 from maskformer_fast.core.results import unpack_mask_array
 from maskformer_fast.core.stages import StageSeconds
@@ -36,6 +37,7 @@ class Setting:
     digest: str | None = None
     pictures: str | None = None
     precision: Precision | None = None  # of a bundle
+    channels: int = 0  # bands of the frames, as `data.channels`; 0 for RGB of 8 bits
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Setting:
@@ -148,32 +150,43 @@ def label_map(result: Any, task: Task, size: tuple[int, int]) -> np.ndarray:
     return labels
 
 
-def make_frames(count: int, size: tuple[int, int], pictures: str | None) -> list[np.ndarray]:
+def make_frames(count: int, size: tuple[int, int], pictures: str | None, channels: int = 0) -> list[np.ndarray]:
     """Frames [H, W, 3] uint8, the same in each process: pictures of a folder, resized, or random rectangles.
+
+    With ``channels`` frames are of so many bands, [H, W, channels] uint16 (or uint8, of pictures of 8 bits).
 
     Raises ValueError for a folder without a picture.
     """
     if pictures is None:
-        return [draw_frame(np.random.default_rng(seed), size) for seed in range(count)]
+        frames = [draw_frame(np.random.default_rng(seed), size, channels or 3) for seed in range(count)]
+        return [frame.astype(np.uint16) * 257 for frame in frames] if channels else frames
     from PIL import Image
 
     folder = Path(pictures)
-    files = [folder / name for name in list_files(folder)[:count]] if folder.is_dir() else []
+    suffixes = picture_suffixes(channels) if channels else IMAGE_SUFFIXES
+    files = [folder / name for name in list_files(folder, suffixes)[:count]] if folder.is_dir() else []
     if not files:
         raise ValueError(f"pictures: expected a folder with images, got {pictures}")
     frames = []
     for file in files:
+        if channels:
+            from maskformer_fast.data.bands import read_picture  # needs torch
+
+            picture = read_picture(file, channels=channels)
+            frames.append(resize_bands(picture, size).round().astype(picture.dtype))
+            continue
         with Image.open(file, formats=sorted(set(IMAGE_FORMATS.values()))) as image:
             frames.append(np.array(image.convert("RGB").resize((size[1], size[0]))))
     return [frame for frame, _ in zip(itertools.cycle(frames), range(count), strict=False)]
 
 
-def draw_frame(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """A frame [H, W, 3] uint8 of random rectangles over noise."""
+def draw_frame(rng: np.random.Generator, size: tuple[int, int], channels: int = 3) -> np.ndarray:
+    """A frame [H, W, channels] uint8 of random rectangles over noise."""
     height, width = size
-    frame = rng.integers(0, 64, (height, width, 3), dtype=np.uint8)
+    frame = rng.integers(0, 64, (height, width, channels), dtype=np.uint8)
     for _ in range(24):
         y, x = rng.integers(0, height), rng.integers(0, width)
         h, w = rng.integers(1, height // 2 + 2), rng.integers(1, width // 2 + 2)
-        frame[y : y + h, x : x + w] = frame[y : y + h, x : x + w] // 4 + rng.integers(0, 192, 3, dtype=np.uint8)
+        color = rng.integers(0, 192, channels, dtype=np.uint8)
+        frame[y : y + h, x : x + w] = frame[y : y + h, x : x + w] // 4 + color
     return frame

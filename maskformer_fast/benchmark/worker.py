@@ -44,7 +44,8 @@ class Worker:
     def open(self, setting: dict[str, Any]) -> dict[str, Any]:
         """Load the runner and call it a few times, which also compiles a compiled one."""
         self.setting = Setting.from_json(setting)
-        frames = make_frames(max(FRAMES, self.setting.batch), self.setting.size, self.setting.pictures)
+        count = max(FRAMES, self.setting.batch)
+        frames = make_frames(count, self.setting.size, self.setting.pictures, self.setting.channels)
         self.frames = itertools.cycle(frames)
         self.compared_frames = frames[:COMPARED_FRAMES]
         before = device_bytes(self.setting)

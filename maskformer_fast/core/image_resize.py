@@ -28,13 +28,19 @@ def short_edge_size(height: int, width: int, short_edge: int | tuple[int, int], 
     return size
 
 
-def check_image(image: np.ndarray, name: str = "image") -> None:
-    """Raise ``TypeError`` unless the image is uint8, ``ValueError`` unless it is [H, W, 3] with pixels."""
+def check_image(image: np.ndarray, name: str = "image", channels: int = 0) -> None:
+    """Raise ``TypeError`` unless the image is uint8, ``ValueError`` unless it is [H, W, 3] with pixels.
+
+    With ``channels``, as ``data.channels``, it must be uint8 or uint16, and [H, W, channels].
+    """
+    shape = f"[H, W, {channels or 3}]"
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"{name}: expected an array [H, W, 3], got {type(image).__name__}")
-    if image.dtype != np.uint8:
-        raise TypeError(f"{name}: expected uint8, got {image.dtype}")
-    check(image.ndim == 3 and image.shape[2] == 3 and image.size > 0, name, "shape [H, W, 3]", image.shape)
+        raise TypeError(f"{name}: expected an array {shape}, got {type(image).__name__}")
+    dtypes = ("uint8", "uint16") if channels else ("uint8",)
+    if image.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(dtypes)}, got {image.dtype}")
+    fits = image.ndim == 3 and image.shape[2] == (channels or 3) and image.size > 0
+    check(fits, name, f"shape {shape}", image.shape)
 
 
 def resize_bands(
@@ -73,6 +79,21 @@ def is_rgb(image: np.ndarray) -> bool:
 def is_bands(image: np.ndarray) -> bool:
     """Whether an array is a picture of bands: [H, W, C] uint8 or uint16 with pixels."""
     return isinstance(image, np.ndarray) and image.ndim == 3 and image.size > 0 and image.dtype in (np.uint8, np.uint16)
+
+
+def resize_picture(
+    image: np.ndarray,  # [H, W, 3] uint8, or bands [H, W, C] uint8 or uint16
+    short_edge: int | tuple[int, int] | None,
+    max_size: int,
+) -> np.ndarray:
+    """Resize for inference: RGB of 8 bits by `resize_array`, bands by `resize_bands` -> uint8 or float32 [h, w, C].
+
+    Arguments and errors are those of `resize_array`.
+    """
+    if is_rgb(image) or not is_bands(image):
+        return resize_array(image, short_edge, max_size)
+    size = (image.shape[0], image.shape[1])
+    return resize_bands(image, size if short_edge is None else short_edge_size(*size, short_edge, max_size))
 
 
 def resize_array(

@@ -21,14 +21,15 @@ from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.data.datasets.voc import voc_dataset
 from maskformer_fast.data.datasets.yolo import yolo_dataset
 
-__all__ = ["DATASETS", "BrokenExampleError", "SegmentationDataset", "build_dataset", "dataset_metadata"]
+__all__ = ["DATASETS", "OF_BANDS", "BrokenExampleError", "SegmentationDataset", "build_dataset", "dataset_metadata"]
 
 DATASETS = ("shapes", "folder", "coco_instances", "coco_panoptic", "yolo", "labelme", "voc", *PRESETS)
 """Every value of ``data.dataset``."""
 
 _INSTANCES = {"coco_instances": coco_instances_dataset, "labelme": labelme_dataset, "yolo": yolo_dataset}
 
-_OF_BANDS = ("folder", "coco_instances", "coco_panoptic")  # data sets whose pictures may have any number of bands
+OF_BANDS = ("folder", "coco_instances", "coco_panoptic", "yolo", "labelme", "voc")
+"""Data sets whose pictures may have any number of bands."""
 _COLLECTION = "DETECTRON2_DATASETS"  # environment variable of detectron2: the folder that holds all data sets
 
 
@@ -63,8 +64,8 @@ def _open_dataset(
     if config.ignore_index is not None:
         check(name in ("folder", *INDEX_PRESETS), "data.ignore_index",
               f"None for data set {name!r}, which has no index images", config.ignore_index)
-    check(config.channels == 0 or name in _OF_BANDS, "data.channels",
-          f"0 for data set {name!r}; pictures of bands are read by {', '.join(_OF_BANDS)}", config.channels)
+    check(config.channels == 0 or name in OF_BANDS, "data.channels",
+          f"0 for data set {name!r}; pictures of bands are read by {', '.join(OF_BANDS)}", config.channels)
     if name == "shapes":
         check(config.root is None, "data.root", "None for the data set 'shapes', which is generated; for files name "
               "theirs, as --data.dataset folder", config.root)

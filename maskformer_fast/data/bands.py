@@ -6,19 +6,77 @@ import io
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from maskformer_fast.core.image_files import DICOM_SUFFIX
+from maskformer_fast.core.image_files import DICOM_SUFFIX, IMAGE_FORMATS
 from maskformer_fast.core.image_resize import MAX_PIXELS
 from maskformer_fast.data.base import BrokenExampleError
 from maskformer_fast.data.dicom import read_dicom
 from maskformer_fast.data.images import ImageLike, as_rgb_array, decode, read_image
-from maskformer_fast.data.pixel_values import has_16_bits
+from maskformer_fast.data.pixel_values import has_16_bits, read_png_header
 
 MAX_VALUES = 4 * MAX_PIXELS
 """Number of values of all bands of the largest picture that is read."""
+
+
+class Layout(NamedTuple):
+    """What the header of a picture's file says."""
+
+    format: str
+    """Pillow's name of it, ``NPY`` or ``DICOM``."""
+    size: tuple[int, int]
+    """Height and width as they are stored."""
+    channels: int
+    bits: int
+    """Bits of a value; 32 stands for all types but integers of 8 and 16 bits."""
+    has_colors: bool
+    """There is a palette, CMYK or transparency, of which `read_image` makes RGB."""
+
+    @property
+    def has_bands(self) -> bool:
+        """Whether RGB of 8 bits, as `read_image` makes it, would lose channels or bits that `read_bands` reads."""
+        if self.has_colors or self.bits > 16:
+            return False
+        return self.bits == 16 or self.format == "NPY" or (self.format == "TIFF" and self.channels not in (1, 3))
+
+
+def read_layout(path: str | os.PathLike[str], channels: int = 0) -> Layout:
+    """Read what a picture's header says; of DICOM all of the file is read.
+
+    Args:
+        channels: as ``data.channels``, by which the axes of an array are told apart. 0: they are the first axis where
+            it is the shorter one, else the last.
+
+    Raises:
+        BrokenExampleError: missing, damaged, or of another format.
+        ModuleNotFoundError: a DICOM file without pydicom.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".npy":
+        return _array_layout(path, channels)
+    if suffix == DICOM_SUFFIX:
+        height, width = read_dicom(path, 16).shape
+        return Layout("DICOM", (height, width), 1, 16, False)
+    if suffix in (".tif", ".tiff") and (opened := open_raster(path)) is not None:
+        with opened:
+            types = {"uint8": 8, "uint16": 16}
+            bits = max(types.get(kind, 32) for kind in opened.dtypes)
+            is_cmyk = opened.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE") == "CMYK"  # GDAL makes RGBA of it
+            is_color = is_cmyk or opened.colorinterp[0].name == "palette"
+            return Layout("TIFF", (opened.height, opened.width), opened.count, bits, is_color)
+    try:
+        with Image.open(path, formats=sorted(set(IMAGE_FORMATS.values()))) as image:
+            header = read_png_header(path) if image.format == "PNG" else None
+            deep = 16 if image.mode.startswith("I") else 32 if image.mode == "F" else 1 if image.mode == "1" else 8
+            stored = getattr(image, "tag_v2", {}).get(258, deep)
+            bits = header.depth if header else stored[0] if isinstance(stored, tuple) else stored
+            is_color = image.mode in ("P", "PA", "LA", "RGBA", "CMYK")
+            return Layout(str(image.format), (image.height, image.width), len(image.getbands()), bits, is_color)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BrokenExampleError(path, f"cannot be decoded: {error}") from error
 
 
 def read_picture(
@@ -143,13 +201,28 @@ def nodata_value(path: str | os.PathLike[str]) -> float | None:
         return None if opened.nodata is None else float(opened.nodata)
 
 
-def _read_array(path: str | os.PathLike[str], channels: int) -> np.ndarray:
+def _map_array(path: str | os.PathLike[str]) -> np.ndarray:
     try:  # a map of the file: a header that promises more than the file has takes no memory
-        stored = np.lib.format.open_memmap(path, mode="r")
+        return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
         raise BrokenExampleError(path, "no such file") from error
     except (ValueError, OSError, EOFError, OverflowError, SyntaxError, MemoryError, TypeError) as error:
         raise BrokenExampleError(path, f"cannot be read as an array of NumPy: {error}") from error
+
+
+def _array_layout(path: str | os.PathLike[str], channels: int) -> Layout:
+    stored = _map_array(path)
+    shape = stored.shape if stored.ndim == 3 else (*stored.shape, 1)
+    if len(shape) != 3:
+        raise BrokenExampleError(path, f"expected bands as [H, W, C] or [C, H, W], got shape {stored.shape}")
+    is_last = shape[2] == channels or (shape[0] != channels and shape[2] <= shape[0])
+    height, width, count = shape if is_last else (*shape[1:], shape[0])
+    bits = 8 * stored.dtype.itemsize if stored.dtype in ("uint8", "uint16") else 32
+    return Layout("NPY", (height, width), count, bits, False)
+
+
+def _read_array(path: str | os.PathLike[str], channels: int) -> np.ndarray:
+    stored = _map_array(path)
     if stored.size > MAX_VALUES:
         raise _too_large(path, stored.shape)
     if stored.ndim == 2 and channels == 1:

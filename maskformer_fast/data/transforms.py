@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskformer_fast.config import TASKS, AugmentConfig, Task
 from maskformer_fast.core.checks import check_choice
-from maskformer_fast.core.image_resize import is_bands, is_rgb, resize_array, resize_bands, short_edge_size
+from maskformer_fast.core.image_resize import is_rgb, resize_bands, resize_picture, short_edge_size
 from maskformer_fast.core.metadata import Metadata, SegmentInfo
 from maskformer_fast.structures import Example
 
@@ -48,12 +48,7 @@ def resize_image(
         TypeError: the image is not uint8 or uint16.
         ValueError: the image is not [H, W, C] or is empty.
     """
-    if is_rgb(image) or not is_bands(image):
-        return _to_tensor(resize_array(image, short_edge, max_size))
-    size = (image.shape[0], image.shape[1])
-    if short_edge is not None:
-        size = short_edge_size(*size, short_edge, max_size)
-    return _to_tensor(resize_bands(image, size))
+    return _to_tensor(resize_picture(image, short_edge, max_size))
 
 
 def target_segments(example: Example, task: Task, metadata: Metadata) -> tuple[np.ndarray, np.ndarray]:

@@ -136,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         predictor = load(
             options.checkpoint, options.device, backend=options.backend, precision=options.precision
         )
+        bands = predictor.channels
+        check(bands == 0, "checkpoint", "a network of RGB pictures of 8 bits, which the page takes", f"{bands} bands")
         staged = StagedPredictor(predictor)
         scenes = write_scenes(Path(folder), scene_config(predictor))
         DemoImage(staged, scenes[0]).show(staged.tasks[0])  # a warm-up: the first run of a network is slower

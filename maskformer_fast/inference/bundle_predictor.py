@@ -60,8 +60,8 @@ class BundlePredictor:
 
     @property
     def channels(self) -> int:
-        """Number of bands of the pictures, as ``data.channels``: 0, as a bundle takes RGB of 8 bits."""
-        return 0
+        """Number of bands of the pictures, as ``data.channels``: 0 for RGB of 8 bits."""
+        return self.runtime.manifest.channels
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -95,7 +95,7 @@ class BundlePredictor:
 
     def infer(
         self,
-        images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB
+        images: Sequence[np.ndarray],  # each [H, W, 3] uint8 RGB, or bands [H, W, C] uint8 or uint16
         tasks: Sequence[Task],
     ) -> dict[Task, list[Result]]:
         """Each task's results at the images' sizes; on a CPU the network runs once, by TensorRT for each task."""
@@ -168,9 +168,13 @@ def bundle_test(manifest: Manifest) -> TestConfig:
 
 
 def bundle_data(manifest: Manifest) -> DataConfig:
-    """The data options of a bundle: the preset data set that its classes are from, else defaults. It has no paths."""
+    """The data options of a bundle: the preset data set that its classes are from, else defaults, and its bands.
+
+    They have no paths.
+    """
     name = manifest.metadata.name
-    return DataConfig(dataset=name) if name in PRESETS else DataConfig()
+    data = DataConfig(channels=manifest.channels)
+    return replace(data, dataset=name) if name in PRESETS else data
 
 
 def as_tensors(result: Result) -> Result:

@@ -47,10 +47,9 @@ class Made(NamedTuple):
 
 
 @torch.no_grad()
-def spread(network: Any) -> None:
-    """Enlarge the differences between queries, and make masks sure, as training would."""
+def spread(network: Any, images: torch.Tensor) -> None:
+    """Enlarge the differences between queries, and make masks sure, as training would, by an image [1, C, 48, 48]."""
     head = network.predictor
-    images = torch.from_numpy(photo(5, 48, 48)).permute(2, 0, 1)[None].contiguous()
     found = network(images, torch.tensor([[48, 48]]))
     for layer, outputs, size in (
         (head.class_embed, found.class_logits, 3.0), (head.mask_embed.layers[-1], found.mask_embeddings, 1.0),
@@ -70,7 +69,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     predictor = scene_predictor(request.param)
     if request.param == "eomt":
         predictor.network.set_mask_probability([0.0] * predictor.config.model.decoder.layers)
-    spread(predictor.network)
+    spread(predictor.network, torch.from_numpy(photo(5, 48, 48)).permute(2, 0, 1)[None].contiguous())
     checkpoint = folder / "model.safetensors"
     save_weights(checkpoint, predictor.network, predictor.config, predictor.metadata, 0)
     command = [str(checkpoint), "--output", str(folder / "bundle"), "--sizes", "48x40", "2x37x50", *LOW]

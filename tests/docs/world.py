@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from maskformer_fast.config import ShapesConfig
-from maskformer_fast.core.metadata import VOID
+from maskformer_fast.config import Config, DataConfig, ShapesConfig
+from maskformer_fast.core.metadata import VOID, Metadata
+from maskformer_fast.data import dataset_metadata
 from maskformer_fast.data.datasets.shapes import ShapesDataset
 from maskformer_fast.inference.load import with_classes
 from maskformer_fast.modeling import build_model
@@ -56,6 +57,7 @@ def make_world(folder: Path) -> None:
         write_clip(folder / "clip.mp4", 10)
     shards(folder / "shards", examples)
     band_folder(folder / "bands", examples)
+    band_run(folder / "runs" / "multispectral", folder / "bands")
     for run in RUNS:
         untrained_run(folder / run)
 
@@ -179,7 +181,19 @@ def untrained_run(folder: Path) -> None:
     config = load_recipe(TINY)
     decoder = replace(config.model.pixel_decoder, conv_dim=32, norm_groups=32)
     config = replace(config, model=replace(config.model, pixel_decoder=decoder))
-    metadata = ShapesDataset(config.data.shapes, "val").metadata
+    write_run(folder, config, ShapesDataset(config.data.shapes, "val").metadata)
+
+
+def band_run(folder: Path, root: Path) -> None:
+    """Write a run with a checkpoint of random weights for the pictures of `band_folder`."""
+    config = load_recipe(TINY)
+    data = DataConfig(dataset="folder", root=str(root), channels=4)
+    model = replace(config.model, pixel_mean=(2048.0,) * 4, pixel_std=(1182.0,) * 4)
+    write_run(folder, replace(config, data=data, model=model), dataset_metadata(data))
+
+
+def write_run(folder: Path, config: Config, metadata: Metadata) -> None:
+    """Write a run with a checkpoint of random weights."""
     config = with_classes(replace(config, output=str(folder)), metadata)
     torch.manual_seed(0)
     checkpoint = folder / "checkpoints" / "last"

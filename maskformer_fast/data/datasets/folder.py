@@ -306,7 +306,7 @@ def folder_dataset(config: DataConfig, root: Path, split: str) -> SemanticDatase
     """
     resolve_task(config.task, "semantic", ("semantic",), config.dataset)
     if beside := next((root / name for name in split_names(split) if (root / name / ROBOFLOW_CLASSES).is_file()), None):
-        pairs = find_pairs(beside, beside, "", "_mask.png", config.skip_broken)
+        pairs = find_pairs(beside, beside, "", "_mask.png", config.skip_broken, picture_suffixes(config.channels))
         classes = _roboflow_classes(beside / ROBOFLOW_CLASSES)
         return SemanticDataset(pairs, classes, root.resolve().name, config.exif, config.channels)
     pairs = find_pairs(root / "images" / split, root / "annotations" / split, skip_broken=config.skip_broken,

@@ -81,7 +81,8 @@ def labelme_dataset(
     found = {"images": images, "annotations": annotations,
              "categories": [{"id": number, "name": name} for number, name in enumerate(names)]}  # fmt: skip
     name = root.resolve().name
-    return CocoInstances(root, root, split, training, name, config.keep_empty, config.exif, classes, found)
+    return CocoInstances(root, root, split, training, name, config.keep_empty, config.exif, classes, found,
+                         config.channels)
 
 
 def _files(root: Path, split: str) -> list[Path]:

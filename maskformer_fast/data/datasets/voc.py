@@ -21,8 +21,9 @@ import numpy as np
 
 from maskformer_fast.config import DataConfig, Task
 from maskformer_fast.core.colors import default_colors
-from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
+from maskformer_fast.core.image_files import list_files, picture_suffixes
 from maskformer_fast.core.metadata import VOID, SegmentInfo
+from maskformer_fast.data.bands import read_picture
 from maskformer_fast.data.base import (
     BrokenExampleError,
     check_same_size,
@@ -32,7 +33,7 @@ from maskformer_fast.data.base import (
     tenths,
 )
 from maskformer_fast.data.datasets.class_list import UNKNOWN, ClassList
-from maskformer_fast.data.images import read_color_png, read_image, read_index_png
+from maskformer_fast.data.images import read_color_png, read_index_png
 from maskformer_fast.structures import Example
 
 VOC_CLASSES = (
@@ -57,19 +58,20 @@ class VocDataset:
         by_color: the PNGs have colours.
         skip_broken: leave out images without a file instead of raising an error.
         exif: turn images as their EXIF orientation says.
+        channels: number of bands of the images, as ``data.channels``.
     """
 
     def __init__(
         self, root: Path, names: list[str], classes: ClassList, task: Task, by_color: bool, skip_broken: bool,
-        exif: bool,
+        exif: bool, channels: int = 0,
     ) -> None:  # fmt: skip
         self.task = task
         self.metadata = classes.metadata(root.resolve().name)
-        self._root, self._by_color, self._exif = root, by_color, exif
+        self._root, self._by_color, self._exif, self._channels = root, by_color, exif, channels
         order = np.argsort(np.array([*classes.values, *classes.ignore]), kind="stable")
         self._values = np.array([*classes.values, *classes.ignore])[order]
         self._classes = np.array([*range(len(classes.values)), *[VOID] * len(classes.ignore)], np.int32)[order]
-        files = _image_files(root / "JPEGImages")
+        files = _image_files(root / "JPEGImages", channels)
         missing = [f"{root / 'JPEGImages' / name} (expected an image)" for name in names if name not in files]
         raise_or_log(missing, "names without an image", skip_broken)
         self._names = [name for name in names if name in files]
@@ -87,7 +89,7 @@ class VocDataset:
             BrokenExampleError: a file is missing or damaged, sizes differ, or a value is neither a class nor ignored.
         """
         file = self._root / "JPEGImages" / self.file_names[index]
-        image = read_image(file, self._exif)
+        image = read_picture(file, self._exif, self._channels)
         path = self._root / "SegmentationClass" / f"{self._names[index]}.png"
         labels = self._labels(path, (image.shape[0], image.shape[1]))
         objects = labels
@@ -128,11 +130,11 @@ def _shown(value: int, by_color: bool) -> str:
     return str((value >> 16, value >> 8 & 255, value & 255)) if by_color else str(value)
 
 
-def _image_files(folder: Path) -> dict[str, str]:
+def _image_files(folder: Path, channels: int) -> dict[str, str]:
     """Name without an ending -> file below the folder of images."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected the folder of images, found none")
-    return {name.rsplit(".", 1)[0]: name for name in list_files(folder, IMAGE_SUFFIXES)}
+    return {name.rsplit(".", 1)[0]: name for name in list_files(folder, picture_suffixes(channels))}
 
 
 def voc_dataset(config: DataConfig, root: Path, split: str, training: bool) -> VocDataset:
@@ -147,7 +149,7 @@ def voc_dataset(config: DataConfig, root: Path, split: str, training: bool) -> V
     task = resolve_task(config.task, "semantic", allowed, config.dataset)
     classes, by_color = read_classes(root)
     names = _names(root, split, training)
-    return VocDataset(root, names, classes, task, by_color, config.skip_broken, config.exif)
+    return VocDataset(root, names, classes, task, by_color, config.skip_broken, config.exif, config.channels)
 
 
 def _names(root: Path, split: str, training: bool) -> list[str]:

@@ -13,14 +13,15 @@ are left out and counted. An image without a label file, or with an empty one, h
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from maskformer_fast.config import DataConfig
-from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
+from maskformer_fast.core.image_files import DICOM_SUFFIX, list_files, picture_suffixes
+from maskformer_fast.data.bands import read_layout
 from maskformer_fast.data.base import resolve_task
 from maskformer_fast.data.datasets.coco_instances import CocoInstances
 from maskformer_fast.data.images import image_size
@@ -48,9 +49,12 @@ def yolo_dataset(
     names = _class_names(content, source)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for file in _image_files(content, source, root, split):
+    for file in _image_files(content, source, root, split, picture_suffixes(config.channels)):
         try:
-            height, width = image_size(file, config.exif)
+            if config.channels or file.suffix.lower() == DICOM_SUFFIX:
+                height, width = read_layout(file, config.channels).size
+            else:
+                height, width = image_size(file, config.exif)
             objects = _objects(label_file(file), len(names))
         except ValueError as error:  # of the image, or of its labels
             if not config.skip_broken:
@@ -67,7 +71,8 @@ def yolo_dataset(
     categories = [{"id": number, "name": name} for number, name in enumerate(names)]
     found = {"images": images, "annotations": annotations, "categories": categories}
     name = root.resolve().name
-    return CocoInstances(source, root, split, training, name, config.keep_empty, config.exif, classes, found)
+    return CocoInstances(source, root, split, training, name, config.keep_empty, config.exif, classes, found,
+                         config.channels)
 
 
 def _description(root: Path) -> Path:
@@ -101,7 +106,9 @@ def _class_names(content: dict[str, Any], source: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def _image_files(content: dict[str, Any], source: Path, root: Path, split: str) -> list[Path]:
+def _image_files(
+    content: dict[str, Any], source: Path, root: Path, split: str, suffixes: Sequence[str]
+) -> list[Path]:
     """Images of a split, in the order of their names."""
     wanted = _SPLITS.get(split, (split,))
     keys = [key for key, value in content.items() if str(key).lower() in wanted and value]
@@ -114,11 +121,11 @@ def _image_files(content: dict[str, Any], source: Path, root: Path, split: str) 
             looked = ", ".join(map(str, candidates))
             raise FileNotFoundError(f"{source}: {keys[0] if keys else split}: no such folder; looked for {looked}")
         if place.is_dir():
-            files += [place / name for name in list_files(place)]
+            files += [place / name for name in list_files(place, suffixes)]
         elif place.suffix == ".txt":
             lines = (line.strip() for line in place.read_text("utf-8").splitlines())
             files += [_listed(line, place, root) for line in lines if line]
-        elif place.suffix.lower() in IMAGE_SUFFIXES:
+        elif place.suffix.lower() in suffixes:
             files.append(place)
         else:
             raise ValueError(f"{source}: {split}: expected a folder, or a list of images in a .txt, got {place}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from itertools import islice
 from pathlib import Path
 
-from maskformer_fast.config import DataConfig
-from maskformer_fast.core.image_files import list_files
+from maskformer_fast.config import MAX_CHANNELS, DataConfig
+from maskformer_fast.core.image_files import list_files, picture_suffixes
+from maskformer_fast.data import OF_BANDS
+from maskformer_fast.data.bands import read_layout
+from maskformer_fast.data.base import BrokenExampleError
 from maskformer_fast.data.datasets.coco_instances import EXPORTS
 from maskformer_fast.data.datasets.folder import ROBOFLOW_CLASSES
 from maskformer_fast.data.datasets.yolo import NAMES
@@ -18,10 +22,12 @@ _VAL = ("val", "valid", "validation", "dev", "test")
 """Names of a validation part, the best first."""
 _PROBED = 20  # JSON files that are searched for labelme's shapes
 _PROBED_BYTES = 1 << 16  # of a file that are searched
+_HEADERS = 100  # most pictures whose headers are read
+_LABEL_FOLDERS = ("annotations", "labels", "SegmentationClass", "SegmentationObject")  # whose pictures are labels
 
 
 def recognise(root: Path) -> DataConfig:
-    """Settings of the data set in a folder, by its files' names; nothing of their content is checked.
+    """Settings of the data set in a folder, by its files' names and, for ``data.channels``, its pictures' headers.
 
     Raises:
         FileNotFoundError: there is no such folder, or nothing in it that is known; the message lists what was searched.
@@ -31,7 +37,9 @@ def recognise(root: Path) -> DataConfig:
     for find in _FINDERS:
         if found := find(root):
             dataset, train, val = found
-            return DataConfig(dataset=dataset, root=str(root), train_split=train, val_split=val, skip_broken=True)
+            channels = _bands_below(root) if dataset in OF_BANDS else 0
+            return DataConfig(dataset=dataset, root=str(root), train_split=train, val_split=val, skip_broken=True,
+                              channels=channels)
     hint = ""
     if next(root.glob("labels/**/*.txt"), None) is not None:
         hint = (f"; the texts in labels look like YOLO's, whose classes are not named: write {NAMES[0]} with a line "
@@ -43,6 +51,26 @@ def recognise(root: Path) -> DataConfig:
         f"annotations, index PNGs), Mapillary Vistas (training/images, training/labels), Roboflow's masks "
         f"(*/{ROBOFLOW_CLASSES}){hint}"
     )
+
+
+def _bands_below(root: Path) -> int:
+    """Number of bands of the pictures below a folder; 0 where most of them are RGB of 8 bits or become it unharmed."""
+    names = [name for name in list_files(root, picture_suffixes(1)) if not _is_label(name)]
+    counts: Counter[int] = Counter()
+    chosen = names[:: -(-len(names) // _HEADERS)] if names else []
+    for name in chosen:
+        try:
+            layout = read_layout(root / name)
+        except (BrokenExampleError, ModuleNotFoundError):  # reading the data set says so
+            continue
+        if layout.has_bands and layout.channels <= MAX_CHANNELS:
+            counts[layout.channels] += 1
+    (channels, count), *_ = counts.most_common(1) or [(0, 0)]
+    return channels if 2 * count > len(chosen) else 0
+
+
+def _is_label(name: str) -> bool:
+    return name.endswith("_mask.png") or any(part in _LABEL_FOLDERS for part in name.split("/")[:-1])
 
 
 Found = tuple[str, str, str]

@@ -9,44 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from maskformer_fast.core.image_resize import is_rgb
+from maskformer_fast.data.bands import nodata_value, read_layout
 from maskformer_fast.data.base import BrokenExampleError, SegmentationDataset
 from maskformer_fast.data.datasets.coco_instances import CocoInstances
-from maskformer_fast.data.pixel_values import read_png_header
+from maskformer_fast.data.statistics import BandStatistics
 from maskformer_fast.structures import Example
 
 TINY_AREA = 16
 """Pixels of the largest object that counts as tiny."""
 _OUTSIDE = 1.0  # pixels that an outline may reach beyond its image
-
-
-class ChannelMoments:
-    """Mean and deviation of each channel over the pixels of many pictures, merged picture by picture in float64."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, np.zeros(0), np.zeros(0)
-
-    def add(
-        self,
-        image: np.ndarray,  # [H, W, C]
-    ) -> None:
-        """Add a picture; one of another number of channels than the first does not count."""
-        pixels = image.reshape(-1, image.shape[-1])
-        count, mean = len(pixels), pixels.mean(0, dtype=np.float64)
-        squares = pixels.var(0, dtype=np.float64) * count
-        if self.count == 0:
-            self.count, self.mean, self.squares = count, mean, squares
-        elif len(mean) == len(self.mean):
-            total = self.count + count  # Chan, Golub and LeVeque (1983)
-            self.squares += squares + np.square(mean - self.mean) * (self.count * count / total)
-            self.mean += (mean - self.mean) * (count / total)
-            self.count = total
-
-    @property
-    def deviation(self) -> np.ndarray:
-        """Standard deviation of each channel."""
-        return np.sqrt(self.squares / max(self.count, 1))
 
 
 @dataclass
@@ -83,9 +56,12 @@ class Part:
 
 
 def measure_part(
-    dataset: SegmentationDataset, split: str, indices: Sequence[int], moments: ChannelMoments
+    dataset: SegmentationDataset, split: str, indices: Sequence[int], statistics: BandStatistics
 ) -> Part:
-    """Read pictures of a data set, and count what is in them; what cannot be read is listed."""
+    """Read pictures of a data set, and count what is in them; what cannot be read is listed.
+
+    Pixels without data, as a GeoTIFF of bands states them, do not count in the statistics.
+    """
     part = Part(split, len(dataset))
     for index in indices:
         try:
@@ -94,14 +70,14 @@ def measure_part(
             part.broken.append(str(error))
             part.unusable.append(error.path)
             continue
-        _add(part, example, moments)
+        _add(part, example, statistics)
         if isinstance(dataset, CocoInstances):
             _check_outlines(part, dataset, index, example)
     return part
 
 
-def _add(part: Part, example: Example, moments: ChannelMoments) -> None:
-    moments.add(example.image)
+def _add(part: Part, example: Example, statistics: BandStatistics) -> None:
+    statistics.add(example.image, None if is_rgb(example.image) else nodata_value(example.path))
     part.paths.append(example.path)
     part.sizes.append(example.size)
     part.kinds[file_kind(example.path)] += 1
@@ -133,12 +109,8 @@ def _check_outlines(part: Part, dataset: CocoInstances, index: int, example: Exa
 def file_kind(path: str) -> str:
     """Format, channels and bits a channel of a picture's file, as far as its header tells."""
     try:
-        with Image.open(path) as image:
-            header = read_png_header(path) if image.format == "PNG" else None
-            deep = 16 if image.mode.startswith("I") else 32 if image.mode == "F" else 1 if image.mode == "1" else 8
-            stored = getattr(image, "tag_v2", {}).get(258, deep)
-            bits = header.depth if header else stored[0] if isinstance(stored, tuple) else stored
-            return f"{image.format}, {len(image.getbands())} x {bits} bits"
+        layout = read_layout(path)
+        return f"{layout.format}, {layout.channels} x {layout.bits} bits"
     except Exception:  # what the header of a damaged file causes; what can be read is told by the data set
         return "unknown"
 

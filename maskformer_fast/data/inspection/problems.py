@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskformer_fast.config import DataConfig
-from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files, picture_suffixes
+from maskformer_fast.core.image_files import list_files, picture_suffixes
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.data.datasets.yolo import label_file
 from maskformer_fast.data.inspection.measure import TINY_AREA, Part
@@ -101,13 +101,13 @@ def _duplicates(parts: Sequence[Part]) -> list[str]:
 
 def _orphans(config: DataConfig, parts: Sequence[Part]) -> list[str]:
     """Pictures that no label file names, and label files without a picture."""
-    root = Path(str(config.root))
+    root, suffixes = Path(str(config.root)), picture_suffixes(config.channels)
     used = [path for part in parts for path in (*part.paths, *part.unusable)]
     pictures = set(map(os.path.realpath, used))
     folders = {Path(path).parent for part in parts for path in part.paths}
     beside = [
         str(path) for folder in sorted(folders) for path in sorted(folder.iterdir())
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in suffixes and not path.name.startswith(".")
         and not path.name.endswith("_mask.png") and os.path.realpath(path) not in pictures
     ]  # fmt: skip
     found = [] if config.dataset == "voc" else listed("pictures beside the data set's without a label", beside)
@@ -119,13 +119,13 @@ def _orphans(config: DataConfig, parts: Sequence[Part]) -> list[str]:
         found += listed("label files without a picture", [str(path) for path in sorted(there - expected)])
     if config.dataset == "folder" and (root / "annotations").is_dir():
         for split in dict.fromkeys((config.train_split, config.val_split)):
-            names = list_files(root / "images" / split, picture_suffixes(config.channels))
+            names = list_files(root / "images" / split, suffixes)
             stems = {os.path.splitext(name)[0] for name in names}
             labels = list_files(root / "annotations" / split, (".png",))
             found += listed(f"annotations of {split} without a picture",
                             [name for name in labels if os.path.splitext(name)[0] not in stems])  # fmt: skip
     if config.dataset == "voc":
-        stems = {os.path.splitext(name)[0] for name in list_files(root / "JPEGImages")}
+        stems = {os.path.splitext(name)[0] for name in list_files(root / "JPEGImages", suffixes)}
         labels = list_files(root / "SegmentationClass", (".png",))
         found += listed("annotations without a picture",
                         [name for name in labels if os.path.splitext(name)[0] not in stems])  # fmt: skip

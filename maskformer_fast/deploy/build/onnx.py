@@ -1,6 +1,7 @@
 """Export of a network to ONNX graphs by ``torch.export``, and their comparison with PyTorch.
 
-There are two flavours. Both take uint8 images [B, 3, H, W] of any size and normalise and pad inside the graph:
+There are two flavours. Both take uint8 images [B, 3, H, W] of any size and normalise and pad inside the graph; those of
+a network of bands take float32 [B, C, H, W], as resized bands are not rounded:
 
 - ``raw`` gives class logits and mask logits, for runtimes with post-processing of their own.
 - ``complete`` gives semantic labels at the input's size by plain ONNX operators, in the order ``direct`` of
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_config
 from torch.nn import functional as F
 
+from maskformer_fast.config import ModelConfig
 from maskformer_fast.core.checks import check, check_choice
 from maskformer_fast.deploy.build.deformable_attention import expand, translation
 from maskformer_fast.deploy.bundle.manifest import Graph, Parity, Shape, TensorSpec
@@ -76,7 +78,7 @@ class RawGraph(nn.Module):
 
     def forward(
         self,
-        images: Tensor,  # [B, 3, H, W] uint8 RGB, without padding
+        images: Tensor,  # [B, 3, H, W] uint8 RGB, or bands [B, C, H, W] float32; without padding
     ) -> tuple[Tensor, Tensor]:
         """-> class logits [B, Q, K+1], mask logits [B, Q, h, w] at stride 4 of the padded input."""
         network = self.network
@@ -115,7 +117,7 @@ class LabelGraph(nn.Module):
 
     def forward(
         self,
-        images: Tensor,  # [B, 3, H, W] uint8, for their size
+        images: Tensor,  # [B, C, H, W], for their size
         class_logits: Tensor,  # [B, Q, K+1]
         mask_logits: Tensor,  # [B, Q, h, w]
     ) -> Tensor:
@@ -151,6 +153,7 @@ def export_graphs(
     flavours: Sequence[Flavour] = FLAVOURS,
     static: Shape | None = None,
     any_batch: bool = False,
+    channels: int = 0,
 ) -> dict[Flavour, tuple[bytes, Graph]]:
     """Export a network -> for each flavour the ONNX file ``FLAVOUR.onnx`` and its entry in the manifest.
 
@@ -161,6 +164,7 @@ def export_graphs(
         flavours: flavours to export.
         static: the only shape that the graphs will take; ``None`` takes any batch, height and width.
         any_batch: take any batch of the height and width of ``static``.
+        channels: as ``data.channels``: number of bands, for a network of bands; 0 for RGB of 8 bits.
 
     Raises:
         ValueError: the network is a per-pixel baseline, which has no queries, or an EoMT that masks the attention of
@@ -178,14 +182,15 @@ def export_graphs(
     names: tuple[int | str, ...] = _NAMES if static is None else (static.batch, static.height, static.width)
     if any_batch:
         names = (_NAMES[0], *names[1:])
-    image = TensorSpec("images", "uint8", (names[0], 3, *names[1:]))
+    image = TensorSpec("images", "float32" if channels else "uint8", (names[0], config.channels, *names[1:]))
     logits = (
         TensorSpec("class_logits", "float32", (names[0], queries, classes + 1)),
         TensorSpec("mask_logits", "float32", (names[0], queries, *(("h", "w") if static is None else pixels))),
     )
     labels = TensorSpec("labels", "int32", names)
 
-    images = torch.zeros(1, dtype=torch.uint8).expand(traced.batch, 3, traced.height, traced.width)
+    blank = torch.zeros(1, dtype=torch.float32 if channels else torch.uint8)
+    images = blank.expand(traced.batch, config.channels, traced.height, traced.width)
     raw = _export(RawGraph(checked), (images,), (image,), logits)
     graphs: dict[Flavour, tuple[bytes, Graph]] = {}
     for flavour in flavours:
@@ -297,11 +302,12 @@ def _quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def check_parity(
-    network: nn.Module, graphs: Mapping[Flavour, bytes], shapes: Sequence[Shape], library: Library = "onnxruntime"
-) -> tuple[Parity, ...]:
+    network: nn.Module, graphs: Mapping[Flavour, bytes], shapes: Sequence[Shape], library: Library = "onnxruntime",
+    channels: int = 0,
+) -> tuple[Parity, ...]:  # fmt: skip
     """Compare each graph, run by a library, with PyTorch on random images of each shape.
 
-    OpenVINO runs graphs of the flavour ``raw`` only, as the runtime does.
+    OpenVINO runs graphs of the flavour ``raw`` only, as the runtime does. ``channels`` is that of `export_graphs`.
 
     The reference of ``raw`` is the network as `Predictor` runs it. That of ``complete`` is semantic inference on the
     network's logits.
@@ -322,7 +328,9 @@ def check_parity(
     sessions = {flavour: _runner(content, library) for flavour, content in graphs.items()}
     results = []
     for number, shape in enumerate(shapes):
-        images = _test_images(shape, seed=number)
+        images = _test_images(shape, number, checked.config.channels)
+        if channels:
+            images = _as_bands(images, checked.config)
         reference = _reference(checked, images, divisibility)
         for flavour, run in sessions.items():
             try:
@@ -355,13 +363,19 @@ def _session(content: bytes) -> Any:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def _test_images(shape: Shape, seed: int) -> Tensor:
+def _test_images(shape: Shape, seed: int, channels: int = 3) -> Tensor:
     """Random blocks of 16 pixels with noise, so that every layer has structure to work on."""
     generator = np.random.default_rng(seed)
     rows, columns = math.ceil(shape.height / 16), math.ceil(shape.width / 16)
-    blocks = generator.integers(0, 224, (shape.batch, 3, rows, columns)).repeat(16, 2).repeat(16, 3)
+    blocks = generator.integers(0, 224, (shape.batch, channels, rows, columns)).repeat(16, 2).repeat(16, 3)
     blocks = blocks[:, :, : shape.height, : shape.width]
     return torch.from_numpy((blocks + generator.integers(0, 32, blocks.shape)).astype(np.uint8))
+
+
+def _as_bands(images: Tensor, config: ModelConfig) -> Tensor:
+    """Images of 0..255 as float32 on the scale of each band: twice its deviation below and above its mean."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.pixel_mean, config.pixel_std))
+    return mean + (images.float() - 127.5) / 64 * std
 
 
 def _reference(network: nn.Module, images: Tensor, divisibility: int) -> tuple[Tensor, Tensor]:

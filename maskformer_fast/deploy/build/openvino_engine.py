@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskformer_fast.core.checks import check
-from maskformer_fast.data.images import read_image
+from maskformer_fast.data.bands import read_picture
 from maskformer_fast.deploy.build.quantize import covering_crop, image_files, quantizer_errors, readable_images
 from maskformer_fast.deploy.build.tensorrt import EngineConfig
 from maskformer_fast.deploy.bundle.manifest import OPENVINO, Engine, Profile, Shape, TensorSpec, expect
@@ -39,14 +39,16 @@ LARGEST = Shape(65536, 65536, 65536)
 
 
 def build_openvino_engine(
-    raw_onnx: bytes, config: EngineConfig, progress: bool = True
+    raw_onnx: bytes, config: EngineConfig, progress: bool = True, channels: int = 0
 ) -> tuple[Engine, dict[str, bytes]]:
     """Quantise the ``raw`` graph -> its entry in the manifest, its files.
 
     Args:
-        raw_onnx: float32 graph, ``images`` uint8 [B, 3, H, W] -> ``class_logits``, ``mask_logits``.
+        raw_onnx: float32 graph, ``images`` uint8 [B, 3, H, W], or bands float32 [B, C, H, W] -> ``class_logits``,
+            ``mask_logits``.
         config: its calibration options, and the height and width of ``opt_shape``, to which pictures are brought.
         progress: show a bar on stderr.
+        channels: as ``data.channels``: number of bands of the pictures; 0 for RGB of 8 bits.
 
     Raises:
         FileNotFoundError: the folder has no pictures.
@@ -56,9 +58,9 @@ def build_openvino_engine(
         BundleError: OpenVINO refuses the graph.
     """
     assert config.calibration is not None  # checked by EngineConfig
-    files = image_files(Path(config.calibration), config.calibration_images)
+    files = image_files(Path(config.calibration), config.calibration_images, channels)
     openvino, nncf = _libraries()
-    readable = readable_images(files, progress)
+    readable = readable_images(files, progress, channels)
     try:
         model = shared_core().read_model(raw_onnx)
     except RuntimeError as error:
@@ -73,8 +75,9 @@ def build_openvino_engine(
         logger.warning("the mask logits are made in an unknown way, and are quantised as well")
 
     quantised = quantise_model(
-        model, readable, batch or 1, best[1:], is_transformer(model, tail), tail.names if tail else (), progress
-    )
+        model, readable, batch or 1, best[1:], is_transformer(model, tail), tail.names if tail else (), progress,
+        channels,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="maskformer_fast_engine_") as folder:
         path = Path(folder) / Path(FILE).name
         openvino.save_model(quantised, path, compress_to_fp16=False)
@@ -98,9 +101,9 @@ def build_openvino_engine(
 
 def quantise_model(
     model: Any, pictures: Sequence[Path], batch: int, size: tuple[int, int], transformer: bool,
-    kept: Sequence[str] = (), progress: bool = True,
+    kept: Sequence[str] = (), progress: bool = True, channels: int = 0,
 ) -> Any:  # fmt: skip
-    """Quantise an OpenVINO model of ``images`` uint8 [B, 3, H, W] by NNCF -> an OpenVINO model.
+    """Quantise an OpenVINO model by NNCF -> an OpenVINO model; ``images`` is as of `build_openvino_engine`.
 
     Args:
         model: float32 model.
@@ -110,6 +113,7 @@ def quantise_model(
         transformer: use NNCF's preset for transformers, see `is_transformer`.
         kept: names of the nodes that stay in floating point.
         progress: show a bar on stderr.
+        channels: as of `build_openvino_engine`.
 
     Raises:
         ModuleNotFoundError: nncf or openvino is not installed.
@@ -118,7 +122,8 @@ def quantise_model(
     _, nncf = _libraries()
 
     def to_input(path: Path) -> np.ndarray:
-        return np.repeat(covering_crop(read_image(path), size), batch, 0)
+        image = covering_crop(read_picture(path, channels=channels), size)
+        return np.repeat(image.astype(np.float32) if channels else image, batch, 0)
 
     # The library prints on both streams; only this module's own progress bar is shown.
     with (

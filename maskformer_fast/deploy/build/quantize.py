@@ -22,8 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files
+from maskformer_fast.core.image_files import IMAGE_SUFFIXES, list_files, picture_suffixes
+from maskformer_fast.core.image_resize import is_rgb, resize_bands
 from maskformer_fast.data import BrokenExampleError
+from maskformer_fast.data.bands import read_picture
 from maskformer_fast.data.images import read_image
 
 if TYPE_CHECKING:
@@ -106,22 +108,29 @@ def quantize(
     return quantized
 
 
-def image_files(folder: Path, limit: int) -> list[Path]:
-    """At most ``limit`` images below a folder, spread evenly. Raises ``FileNotFoundError`` where there are none."""
+def image_files(folder: Path, limit: int, channels: int = 0) -> list[Path]:
+    """At most ``limit`` images below a folder, spread evenly. Raises ``FileNotFoundError`` where there are none.
+
+    With ``channels``, as ``data.channels``, they are pictures of bands.
+    """
+    suffixes = picture_suffixes(channels) if channels else IMAGE_SUFFIXES
     if not folder.is_dir():
         raise FileNotFoundError(f"calibration: expected a folder of images, got {str(folder)!r}")
-    files = [folder / name for name in list_files(folder)]
+    files = [folder / name for name in list_files(folder, suffixes)]
     if not files:
-        raise FileNotFoundError(f"calibration: no image in {str(folder)!r} (looked for {', '.join(IMAGE_SUFFIXES)})")
+        raise FileNotFoundError(f"calibration: no image in {str(folder)!r} (looked for {', '.join(suffixes)})")
     return [files[index * len(files) // min(limit, len(files))] for index in range(min(limit, len(files)))]
 
 
-def readable_images(files: Sequence[Path], progress: bool) -> list[Path]:
-    """Those of the pictures that can be read; each of the others is logged. Raises ``ValueError`` for too few."""
+def readable_images(files: Sequence[Path], progress: bool, channels: int = 0) -> list[Path]:
+    """Those of the pictures that can be read; each of the others is logged. Raises ``ValueError`` for too few.
+
+    Each must have ``channels`` bands, as ``data.channels``.
+    """
     readable = []
     for path in tqdm(files, desc="read", unit="img", disable=not progress, leave=False):
         try:
-            read_image(path)
+            read_picture(path, channels=channels)
         except BrokenExampleError as error:  # one bad file among hundreds hardly changes a range
             logger.warning("calibration: left out: %s", error)
         else:
@@ -147,16 +156,20 @@ def quantizer_errors(library: str) -> Iterator[None]:
 
 
 def covering_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Cut the largest centred part of [H, W, 3] uint8 with the aspect ratio of ``size``, and scale it to ``size``.
+    """Cut the largest centred part of a picture [H, W, C] with the aspect ratio of ``size``, and scale it to ``size``.
 
-    Returns [1, 3, *size] uint8, resized as in inference. Very long images take no more memory than others.
+    Returns [1, C, *size], resized as in inference: uint8 for RGB of 8 bits, float32 for bands. Very long images take no
+    more memory than others.
     """
     height, width = image.shape[:2]
     scale = max(size[0] / height, size[1] / width)
     part = (min(size[1] / scale, width), min(size[0] / scale, height))
     left, top = (width - part[0]) / 2, (height - part[1]) / 2
     box = (left, top, left + part[0], top + part[1])
-    array = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+    if is_rgb(image):
+        array = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+    else:
+        array = resize_bands(image, size, (top, left, top + part[1], left + part[0]))
     return np.ascontiguousarray(array.transpose(2, 0, 1)[None])
 
 

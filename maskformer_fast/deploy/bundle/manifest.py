@@ -86,7 +86,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX file whose input is ``images`` uint8 [B, 3, H, W]."""
+    """An ONNX file whose input is ``images``: uint8 [B, 3, H, W] RGB, or float32 [B, C, H, W] of a network of bands."""
 
     file: str
     inputs: tuple[TensorSpec, ...]
@@ -170,14 +170,15 @@ class Engine:
 class Preprocess:
     """Steps from a frame to the network's input. The runtime resizes; the graph normalises and pads."""
 
-    mean: tuple[float, float, float]  # RGB, on the 0..255 scale
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # RGB, on the 0..255 scale; or of each band, on the scale of its values
+    std: tuple[float, ...]
     short_edge: int | tuple[int, int] | None  # a tuple: height and width of every frame; None: frames keep their size
     max_size: int
     size_divisibility: int  # 0: no padding
 
     def __post_init__(self) -> None:
         expect(all(s > 0 for s in self.std), "std", "positive numbers", self.std)
+        expect(len(self.mean) == len(self.std) > 0, "std", "as many numbers as mean", self.std)
         edge = self.short_edge
         sides = edge if isinstance(edge, tuple) else (1 if edge is None else edge,)
         fits = min(sides) >= 1 and max(sides) <= _MAX_SIDE
@@ -249,7 +250,19 @@ class Manifest:
         shades = [shade for color in self.metadata.colors for shade in color]
         expect(all(0 <= shade <= 255 for shade in shades), "metadata.colors", "0..255", self.metadata.colors)
         _check_targets("kernels", self.kernels)
+        fits = self.channels > 0 or len(self.preprocess.mean) == 3
+        expect(fits, "preprocess.mean", "3 numbers, as graphs take uint8 RGB", self.preprocess.mean)
         check_file_names(self.files)
+
+    @property
+    def channels(self) -> int:
+        """Number of bands of a frame, as ``data.channels``: 0 for RGB of 8 bits.
+
+        Graphs of a network of bands take float32 on the scale of the frames, which are of 8 or 16 bits: resized bands
+        are not rounded.
+        """
+        takes_rgb = all(spec.dtype == "uint8" for graph in self.graphs.values() for spec in graph.inputs)
+        return 0 if takes_rgb else len(self.preprocess.mean)
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers, as `from_json` reads them."""

@@ -26,7 +26,7 @@ class Backend(Protocol):
 
     def submit(
         self,
-        frames: Sequence[np.ndarray],  # each [H, W, 3] uint8, of one size
+        frames: Sequence[np.ndarray],  # each [H, W, 3] uint8, or bands [H, W, C] uint8 or uint16; of one size
         *tasks: Task,
     ) -> int:
         """Begin a batch for one to `max_tasks` tasks and return at once -> a ticket.

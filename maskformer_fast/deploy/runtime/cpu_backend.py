@@ -15,7 +15,7 @@ import numpy as np
 
 from maskformer_fast.config import TASKS, Task
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.image_resize import resize_array
+from maskformer_fast.core.image_resize import resize_picture
 from maskformer_fast.core.results import Result
 from maskformer_fast.core.stages import StageSeconds, Stopwatch
 from maskformer_fast.deploy.bundle.folder import Bundle
@@ -64,6 +64,7 @@ class CpuBackend:
         threads = threads or default_threads()
         streams = min(streams, threads)
         self._preprocess = manifest.preprocess
+        self._input = np.dtype(np.float32 if manifest.channels else np.uint8)
         self._postprocess = CpuPostprocessor(manifest.postprocess, manifest.metadata.is_thing, threads // streams)
         expect(FLAVOUR in manifest.graphs, "graphs", f"one of the flavour {FLAVOUR}", sorted(manifest.graphs))
         graph = manifest.graphs[FLAVOUR]
@@ -73,7 +74,7 @@ class CpuBackend:
         content, weights = (None if name is None else bundle.read(name) for name in files)
         assert content is not None
         self._session = open_session(content, threads, weights, streams)
-        _check_session(self._session, self._queries, self._classes)
+        _check_session(self._session, manifest.channels, self._queries, self._classes)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="maskformer_fast")
         self._tickets = itertools.count()
         self._batches: dict[int, Future[_Outcome]] = {}
@@ -115,17 +116,17 @@ class CpuBackend:
         return results, stopwatch.stage_seconds()
 
     def _prepare(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        """Resize frames and fill the graph's batch -> uint8 [B, 3, h, w]."""
+        """Resize frames and fill the graph's batch -> uint8 [B, 3, h, w], or bands float32 [B, C, h, w]."""
         most = self._batch or len(frames)
         check(0 < len(frames) <= most, "frames", f"1 to {most} of them", len(frames))
         sizes = {frame.shape for frame in frames}
         check(len(sizes) == 1, "frames", "frames of one size", sorted(sizes))
         images: np.ndarray | None = None
         for row, frame in enumerate(frames):
-            image = resize_array(frame, self._preprocess.short_edge, self._preprocess.max_size)
+            image = resize_picture(frame, self._preprocess.short_edge, self._preprocess.max_size)
             if images is None:
                 self._check_size(image, frame)
-                images = np.zeros((most, 3, *image.shape[:2]), dtype=np.uint8)
+                images = np.zeros((most, image.shape[2], *image.shape[:2]), dtype=self._input)
             images[row] = image.transpose(2, 0, 1)
         assert images is not None  # there is a frame
         return images
@@ -164,18 +165,18 @@ def default_threads() -> int:
 def _fixed_sizes(graph: Graph) -> tuple[int, tuple[int, int]]:
     """Batch, (height, width) that the graph takes; 0 stands for any."""
     shape = graph.inputs[0].shape if graph.inputs else ()
-    expect(len(shape) == 4, f"graphs.{FLAVOUR}.inputs", "images [B, 3, H, W]", graph.inputs)
+    expect(len(shape) == 4, f"graphs.{FLAVOUR}.inputs", "images [B, C, H, W]", graph.inputs)
     batch, _, height, width = (0 if isinstance(size, str) else size for size in shape)
     return batch, (height, width)
 
 
-def _check_session(session: CpuSession, queries: int, classes: int) -> None:
+def _check_session(session: CpuSession, channels: int, queries: int, classes: int) -> None:
     """Raise `BundleError` unless inputs and outputs have the names, types and known sizes that the manifest says."""
     inputs, outputs = ([tensor.name for tensor in part] for part in (session.inputs, session.outputs))
     expect(inputs == [INPUT] and set(OUTPUTS) <= set(outputs), f"graphs.{FLAVOUR}",
            f"a graph from {INPUT} to {' and '.join(OUTPUTS)}", f"one from {inputs} to {outputs}")  # fmt: skip
     expected = {
-        INPUT: ("tensor(uint8)", (None, 3, None, None)),
+        INPUT: ("tensor(float)" if channels else "tensor(uint8)", (None, channels or 3, None, None)),
         OUTPUTS[0]: ("tensor(float)", (None, queries, classes + 1)),
         OUTPUTS[1]: ("tensor(float)", (None, queries, None, None)),
     }

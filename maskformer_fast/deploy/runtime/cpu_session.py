@@ -28,7 +28,10 @@ class CpuSession(Protocol):
     outputs: list[Tensor]
 
     def run(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        """Run the network on uint8 [B, 3, H, W] -> class logits, mask logits; valid until this thread's next call."""
+        """Run the network on uint8 [B, 3, H, W], or bands float32 [B, C, H, W] -> class logits, mask logits.
+
+        These are valid until this thread's next call.
+        """
         ...
 
 

@@ -96,6 +96,9 @@ def tensorrt_obstacle(manifest: Manifest, device: int, precision: Precision | No
 
     Only the manifest, the driver and the list of installed libraries are consulted. Nothing is loaded from the bundle.
     """
+    if manifest.channels:
+        return BundleError(f"graphs: expected those of a network of RGB for a GPU, got {manifest.channels} bands, "
+                           "which run on a CPU")
     engines = [engine for engine in manifest.engines if engine.api != OPENVINO]
     if not engines:
         return BundleError(f"engines: expected one for this GPU, got a bundle without engines; build it with: "

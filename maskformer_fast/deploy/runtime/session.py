@@ -91,6 +91,7 @@ class Runtime:
     def __init__(self, bundle: Bundle, choice: Choice, device: int, in_flight: int | None) -> None:
         logger.info("%s runs %s", bundle.folder, choice.reason)
         self.manifest = bundle.manifest
+        self._channels = bundle.manifest.channels
         self.backend: BackendName = choice.backend
         self.precision = choice.precision
         self.in_flight = in_flight or IN_FLIGHT
@@ -106,7 +107,8 @@ class Runtime:
         Images of one size are batched where the backend can. Results do not depend on the other images.
 
         Args:
-            images: uint8 RGB arrays [H, W, 3] of any sizes; one or a sequence.
+            images: uint8 RGB arrays [H, W, 3] of any sizes; one or a sequence. A network of bands takes arrays
+                [H, W, C] of its number of bands, uint8 or uint16, on the scale on which it was trained.
             task: "semantic" -> `SemanticResult`, "panoptic" -> `PanopticResult`, "instance" -> `InstanceResult`.
 
         Raises:
@@ -126,7 +128,7 @@ class Runtime:
         frames = list(images)
         by_size: dict[tuple[int, ...], list[int]] = {}
         for index, frame in enumerate(frames):
-            check_image(frame, f"images[{index}]")
+            check_image(frame, f"images[{index}]", self._channels)
             by_size.setdefault(frame.shape[:2], []).append(index)
         results: dict[Task, dict[int, Result]] = {task: {} for task in tasks}
         under_way: deque[tuple[Sequence[Task], list[int], _Job]] = deque()
@@ -159,7 +161,7 @@ class Runtime:
         of one frame is raised in its place; ``next`` then continues with the frame after it.
 
         Args:
-            frames: uint8 RGB arrays [H, W, 3]; they must not be changed before their result is there.
+            frames: images as for `predict`; they must not be changed before their result is there.
             task: as for `predict`.
 
         Raises:
@@ -186,7 +188,7 @@ class Runtime:
         for task in tasks:
             check_choice("task", task, self.tasks)
         for index, frame in enumerate(frames):
-            check_image(frame, f"frames[{index}]")
+            check_image(frame, f"frames[{index}]", self._channels)
         results: dict[Task, list[Result]] = {}
         seconds: list[StageSeconds] = []
         at_once = self._open_backend().max_tasks
@@ -298,7 +300,7 @@ class _Stream(Iterator[Result]):
             self._frames = None if isinstance(error, StopIteration) else frames
             return error
         try:
-            check_image(frame, "frame")
+            check_image(frame, "frame", self._runtime._channels)
             return self._runtime._start([frame], (self._task,))
         except Exception as error:
             return error

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from maskformer_fast.core.checks import check
 from maskformer_fast.deploy.bundle.folder import Bundle, check_outside
 from maskformer_fast.deploy.bundle.manifest import MANIFEST_NAME, Engine, Graph, Manifest, TensorSpec, manifest_bytes
 from maskformer_fast.deploy.triton_server.config import ServedModel, ServedTensor, model_config
@@ -40,8 +41,13 @@ class TritonPythonModel(ServedBundle):
 
 
 def plan_model(bundle: Bundle, options: TritonServerOptions) -> ServedModel:
-    """The model to serve. Raises ValueError where the bundle has no such graph or engine."""
+    """The model to serve. Raises ValueError where the bundle has no such graph or engine.
+
+    Of a network of bands its graphs alone are served: the Python backend takes RGB.
+    """
     manifest = bundle.manifest
+    check(manifest.channels == 0 or options.model in manifest.graphs, "model",
+          f"{' or '.join(sorted(manifest.graphs))} of a network of {manifest.channels} bands", options.model)
     if options.model == "results":
         return results_model(bundle, options)
     if options.model == "engine":
