@@ -80,9 +80,10 @@ def make_bundle(predictor: Predictor, options: ExportOptions) -> Bundle:
 
     Raises:
         ValueError: options that do not fit each other or the network, or settings that bundles do not support.
-        deploy.build.onnx.ParityError: a graph's outputs differ from PyTorch's; no bundle is written.
+        deploy.build.parity.ParityError: a graph's outputs differ from PyTorch's; no bundle is written.
     """
-    from maskformer_fast.deploy.build.onnx import FLAVOURS, check_parity, export_graphs
+    from maskformer_fast.deploy.build.onnx import FLAVOURS, export_graphs
+    from maskformer_fast.deploy.build.parity import check_parity
 
     output = options.output
     if output is None:
@@ -265,6 +266,6 @@ def listing(files: Mapping[str, FileEntry]) -> str:
 if __name__ == "__main__":
     if "--engine-only" in sys.argv:  # runs without torch, which `onnx` imports
         run_command(main)
-    from maskformer_fast.deploy.build.onnx import ParityError
+    from maskformer_fast.deploy.build.parity import ParityError
 
     run_command(main, ParityError)

@@ -14,7 +14,7 @@ from maskformer_fast.config import BackboneConfig, Config, DecoderConfig, ModelC
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.deploy.build import onnx as onnx_module
 from maskformer_fast.deploy.build import tensorrt
-from maskformer_fast.deploy.build.onnx import ParityError
+from maskformer_fast.deploy.build.parity import ParityError
 from maskformer_fast.deploy.bundle.folder import Bundle
 from maskformer_fast.deploy.bundle.manifest import Engine, Profile, Shape
 from maskformer_fast.inference.predictor import Predictor

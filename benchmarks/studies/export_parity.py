@@ -23,7 +23,8 @@ from benchmarks.studies import OUTPUT
 from maskformer_fast.cli import parse, run_command
 from maskformer_fast.config import BackboneConfig, ModelConfig
 from maskformer_fast.core.files import atomic_write
-from maskformer_fast.deploy.build.onnx import Flavour, ParityError, check_parity, export_graphs
+from maskformer_fast.deploy.build.onnx import Flavour, export_graphs
+from maskformer_fast.deploy.build.parity import ParityError, check_parity
 from maskformer_fast.deploy.bundle.manifest import Shape
 from maskformer_fast.modeling import build_model
 from maskformer_fast.recipes import load_recipe

@@ -211,7 +211,7 @@ class Parity:
     shape: Shape
     logit_error: float  # largest absolute difference / largest logit
     labels_equal: float  # share of the pixels
-    labels_equal_at_margin: float  # share of the pixels whose winner leads by more than `deploy.build.onnx.MARGIN`
+    labels_equal_at_margin: float  # share of the pixels whose winner leads by more than `deploy.build.parity.MARGIN`
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.studies.export_parity import spread_queries
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
-from maskformer_fast.deploy.build.onnx import Flavour, ParityError, check_parity, export_graphs, mask_size
+from maskformer_fast.deploy.build.onnx import Flavour, export_graphs, mask_size
+from maskformer_fast.deploy.build.parity import ParityError, check_parity
 from maskformer_fast.deploy.bundle.manifest import Graph, Shape
 from maskformer_fast.inference.postprocess import semantic
 from maskformer_fast.modeling import build_model

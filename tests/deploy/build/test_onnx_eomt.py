@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from maskformer_fast.deploy.build.onnx import _reference, _test_images, check_parity, export_graphs
+from maskformer_fast.deploy.build.onnx import export_graphs
+from maskformer_fast.deploy.build.parity import _reference, _test_images, check_parity
 from maskformer_fast.deploy.bundle.manifest import Shape
 from maskformer_fast.deploy.runtime.openvino_session import OpenvinoSession
 from maskformer_fast.modeling import EoMT

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, PixelDecoderConfig
-from maskformer_fast.deploy.build.onnx import (
+from maskformer_fast.deploy.build.onnx import export_graphs
+from maskformer_fast.deploy.build.parity import (
     ParityError,
     _difference,
     _session,
     _test_images,
     check_parity,
-    export_graphs,
 )
 from maskformer_fast.deploy.build.precision import to_half
 from maskformer_fast.deploy.bundle.manifest import Shape
