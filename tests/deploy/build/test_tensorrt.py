@@ -276,5 +276,7 @@ def test_rtx_names_the_gpus_it_knows() -> None:
 
 
 def test_a_file_that_is_no_graph_is_refused() -> None:
+    if not HAS_RTX:
+        pytest.importorskip("tensorrt")
     with pytest.raises(EngineError, match="raw_onnx: expected an ONNX graph"):
         build_engine(b"\x08not a graph", EngineConfig(targets=("sm_89",)) if HAS_RTX else EngineConfig())
