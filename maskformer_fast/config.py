@@ -218,6 +218,8 @@ class ShapesConfig:
     size: tuple[int, int] = (128, 128)
     """Height, width."""
     max_shapes: int = 6
+    shape_area: tuple[float, float] = (0.022, 0.11)
+    """Least and largest area of a shape, as shares of the image."""
     train_images: int = 4096
     val_images: int = 128
     seed: int = 0
@@ -226,6 +228,8 @@ class ShapesConfig:
         for name in ("num_things", "num_stuff", "max_shapes", "train_images"):
             check(getattr(self, name) >= 1, f"data.shapes.{name}", ">= 1", getattr(self, name))
         check(min(self.size) >= 16, "data.shapes.size", "at least 16 x 16", self.size)
+        least, largest = self.shape_area
+        check(0.0 < least <= largest <= 1.0, "data.shapes.shape_area", "0 < least <= largest <= 1", self.shape_area)
         check(self.val_images >= 0, "data.shapes.val_images", ">= 0", self.val_images)
 
 

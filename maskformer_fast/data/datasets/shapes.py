@@ -28,13 +28,12 @@ from maskformer_fast.data.datasets.scene import (
 )
 from maskformer_fast.structures import Example
 
-MIN_AREA = 0.015
-"""Smallest visible area of a shape, as a share of the image; a shape with less is not painted."""
+MIN_AREA = 15 / 22
+"""Smallest visible area of a shape, as a share of ``shape_area``'s least; a shape with less is not painted."""
 MIN_VISIBLE = 0.45
 """Smallest share of a shape that later shapes leave uncovered."""
 MIN_STUFF_AREA = 0.005
 """Share of the image below which a stuff class becomes void."""
-_SHARE = (0.022, 0.11)  # range of a shape's full area, as a share of the image, drawn log-uniformly
 _TRIES = 8  # number of placements that are tried for each shape
 _SPLITS = ("train", "val")
 _STREAM = 20210713  # last part of the seed: separates scenes from other generators of the same seed
@@ -103,7 +102,7 @@ class ShapesDataset:
     """Panoptic examples; things are classes 0..num_things-1, and stuff classes follow.
 
     Every shape is a segment, and so is every stuff class, even if it has several regions. The visible part of a shape
-    is at least `MIN_AREA` of the image and `MIN_VISIBLE` of the shape. The splits have different random streams.
+    is at least `MIN_AREA` of the least area and `MIN_VISIBLE` of the shape. The splits have different random streams.
     """
 
     task: Task = "panoptic"
@@ -168,6 +167,8 @@ class ShapesDataset:
         id_map = (where + 1).astype(np.int32)
         categories = [len(self._things) + int(stuff) for stuff in chosen]
 
+        shares = self._config.shape_area
+        least = MIN_AREA * shares[0] * id_map.size
         sun = rng.uniform(0.0, 2 * np.pi)  # direction of the light in radians, the same for every shape
         visible: dict[int, _Visibility] = {}
         for _ in range(int(rng.integers(1, self._config.max_shapes + 1))):
@@ -175,8 +176,8 @@ class ShapesDataset:
             repeat = len(known) > 0 and rng.random() < 0.2  # several shapes of one class, to train their separation
             category = int(rng.choice(known)) if repeat else int(rng.integers(len(self._things)))
             for _ in range(_TRIES):
-                shape = _place(rng, self._things[category], size)
-                if _write_ids(shape, id_map, visible, len(categories) + 1):
+                shape = _place(rng, self._things[category], size, shares)
+                if _write_ids(shape, id_map, visible, len(categories) + 1, least):
                     categories.append(category)
                     _draw(rng, shape, self._things[category], canvas, sun)
                     break
@@ -215,9 +216,11 @@ class _Shape:
         return slice(self.top, self.top + height), slice(self.left, self.left + width)
 
 
-def _place(rng: np.random.Generator, thing: ThingClass, size: tuple[int, int]) -> _Shape:
-    """Place a shape with random position, size, rotation and stretch."""
-    area = size[0] * size[1] * np.exp(rng.uniform(*np.log(_SHARE)))
+def _place(
+    rng: np.random.Generator, thing: ThingClass, size: tuple[int, int], shares: tuple[float, float]
+) -> _Shape:
+    """Place a shape with random position, size (its logarithm is uniform), rotation and stretch."""
+    area = size[0] * size[1] * np.exp(rng.uniform(*np.log(shares)))
     radius = float(np.sqrt(area / 2.5))  # every kind has an area of about 2.5 radii squared
     cy, cx = (float(rng.uniform(0.06, 0.94) * side) for side in size)
     angle = float(rng.uniform(0.0, 2 * np.pi))
@@ -234,12 +237,16 @@ def _place(rng: np.random.Generator, thing: ThingClass, size: tuple[int, int]) -
     return _Shape(top, left, x, y, distance, radius, angle)
 
 
-def _write_ids(shape: _Shape, id_map: np.ndarray, visible: dict[int, _Visibility], new_id: int) -> bool:
-    """Write the shape's id into the map, unless this shape or one below it would then be visible too little."""
+def _write_ids(
+    shape: _Shape, id_map: np.ndarray, visible: dict[int, _Visibility], new_id: int, least: float
+) -> bool:
+    """Write the shape's id into the map, unless this shape or one below it would then be visible too little.
+
+    ``least`` is the smallest visible area in pixels.
+    """
     inside = shape.distance < 0
     below = id_map[shape.box]
     painted = int(np.count_nonzero(inside))
-    least = MIN_AREA * id_map.size
     if painted < least:
         return False
     hidden = np.bincount(below[inside], minlength=new_id)

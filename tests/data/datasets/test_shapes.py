@@ -21,6 +21,7 @@ from maskformer_fast.data.datasets.shapes import (
 CONFIGS = {
     "demo": ShapesConfig(train_images=24, val_images=24),
     "hundreds": ShapesConfig(num_things=150, num_stuff=50, size=(97, 130), max_shapes=12, train_images=24),
+    "many small": ShapesConfig(size=(160, 128), max_shapes=30, shape_area=(0.003, 0.01), train_images=24),
     "one class": ShapesConfig(num_things=1, num_stuff=1, size=(16, 40), train_images=24),
 }
 
@@ -43,7 +44,7 @@ def test_truth_is_consistent(name: str) -> None:
         assert len(things) <= config.max_shapes
         assert all(dataset.metadata.is_thing[s.category] == s.is_thing for s in example.segments)
         # A shape must first cover MIN_AREA and later ones leave it MIN_AREA.
-        assert all(s.area >= MIN_AREA * example.id_map.size for s in things)
+        assert all(s.area >= MIN_AREA * config.shape_area[0] * example.id_map.size for s in things)
         assert all(s.area >= MIN_STUFF_AREA * example.id_map.size for s in stuff)
         void += np.count_nonzero(example.id_map == VOID)
     assert void < 0.01 * len(dataset) * np.prod(config.size)
@@ -81,6 +82,19 @@ def test_demo_scenes_have_every_class_overlaps_and_several_shapes() -> None:
         left, right = example.id_map[:, :-1], example.id_map[:, 1:]
         covered += int(np.any(np.isin(left, things) & np.isin(right, things) & (left != right)))
     assert covered > 15
+
+
+def test_the_area_of_shapes_is_as_configured() -> None:
+    config = CONFIGS["many small"]
+    dataset = ShapesDataset(config, "train")
+    examples = [dataset[index] for index in range(len(dataset))]
+    areas = np.array([s.area for e in examples for s in e.segments if s.is_thing]) / np.prod(config.size)
+    least, largest = config.shape_area
+    assert len(areas) > 8 * len(examples)
+    assert areas.max() < 1.3 * largest and np.median(areas) < largest  # kinds differ somewhat in their area
+    assert areas.max() > 0.8 * largest and areas.min() < least  # partly covered, or cut off by the border
+    with pytest.raises(ValueError, match=r"data\.shapes\.shape_area: expected 0 < least <= largest <= 1"):
+        ShapesConfig(shape_area=(0.2, 0.1))
 
 
 def test_the_pixels_of_a_segment_have_the_colour_of_its_class() -> None:
