@@ -19,6 +19,7 @@
 #include "map_cost/map_cost.h"
 #include "mask_loss/mask_loss.h"
 #include "matching_cost/matching_cost.h"
+#include "nearest_masks/nearest_masks.h"
 #include "points/points.h"
 #include "resized_argmax/resized_argmax.h"
 #include "resized_semantic/resized_semantic.h"
@@ -394,6 +395,27 @@ void define_matching_cost(py::module_& module) {
       "input height and width; weights: class, mask, dice; focal: weight on, weight off, exponent.");
 }
 
+// nearest_masks
+
+void define_nearest_masks(py::module_& module) {
+  module.def(
+      "nearest_masks",
+      [](const std::array<uintptr_t, 3>& addresses, const Integers<5>& sizes, uintptr_t result, uintptr_t boxes,
+         int threads) {
+        check_sizes(sizes);
+        check_threads(threads);
+        const auto [count, height, width, out_height, out_width] = sizes;
+        if (out_height == 0 || out_width == 0) throw std::invalid_argument("sizes: expected a result that has pixels");
+        const auto [masks, rows, columns] = addresses;
+        nearest_masks({pointer<const uint8_t>(masks), count, height, width, pointer<const int64_t>("rows", rows),
+                       pointer<const int64_t>("columns", columns), out_height, out_width},
+                      pointer<uint8_t>(result), pointer<float>(boxes), threads);
+      },
+      arg("addresses"), arg("sizes"), arg("result"), arg("boxes"), arg("threads"), ReleaseGil(),
+      "Addresses of packed masks, rows and columns, and of the results, with the shapes in "
+      "csrc/nearest_masks/nearest_masks.h. sizes: masks, height, width, height and width of the result.");
+}
+
 // points
 
 // Throws std::invalid_argument for maps whose places do not fit 32 bits.
@@ -646,21 +668,23 @@ void define_resized_semantic(py::module_& module) {
 void define_rle(py::module_& module) {
   module.def(
       "encode_packed_masks",
-      [](uintptr_t masks, const Integers<3>& sizes, int threads) {
+      [](uintptr_t masks, const Integers<3>& sizes, int threads, uintptr_t areas) {
         check_threads(threads);
         const auto [count, height, width] = sizes;
         if (count < 0 || height < 1 || width < 1) throw std::invalid_argument("sizes: expected masks that have pixels");
         std::vector<std::string> encoded;
         {
           py::gil_scoped_release release;
-          encoded = encode_packed_masks(pointer<const uint8_t>(masks), count, height, width, threads);
+          encoded = encode_packed_masks(pointer<const uint8_t>(masks), count, height, width, threads,
+                                        pointer<int64_t>(areas));
         }
         py::list result;
         for (const std::string& counts : encoded) result.append(py::bytes(counts));
         return result;
       },
-      arg("masks"), arg("sizes"), arg("threads"),
-      "Address of contiguous packed masks, and their count, height and width in pixels -> compressed COCO counts.");
+      arg("masks"), arg("sizes"), arg("threads"), arg("areas") = uintptr_t{0},
+      "Address of contiguous packed masks, and their count, height and width in pixels -> compressed COCO counts. Writes "
+      "the masks' areas to an int64 array of this address, if it is not 0.");
   module.def(
       "encode_map",
       [](const std::string& type, uintptr_t map, const Integers<2>& size, const std::vector<int64_t>& values,
@@ -907,6 +931,7 @@ PYBIND11_MODULE(_C, module) {
   define_deformable_attention(module);
   define_mask_loss(module);
   define_matching_cost(module);
+  define_nearest_masks(module);
   define_points(module);
   define_resized_argmax(module);
   define_resized_semantic(module);

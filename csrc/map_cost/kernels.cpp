@@ -42,7 +42,7 @@ MF_INLINE void cross_entropies(MapValues& values, int64_t count, int lane, MapSu
     const int64_t last = first + kFactors < count ? first + kFactors : count;
     Floats product = broadcast(1.0f);
     for (int64_t i = first; i < last; ++i) {
-      const Floats x = load(values.logit[i] + lane);
+      const Floats x = load(values.rise[i] + lane);
       const Ints positive = x > 0.0f;
       const Floats e = exp(select(positive, -x, x)), sum = 1.0f + e, reciprocal = 1.0f / sum;
       const Floats p = select(positive, reciprocal, e * reciprocal);
@@ -64,7 +64,7 @@ template <Exponent exponent>
 void losses(MapValues& values, int64_t count, const FocalLoss& loss, int lane, MapSums& sums) {
   Floats all_p{}, all_off{}, broken{};
   for (int64_t i = 0; i < count; ++i) {
-    const Floats x = load(values.logit[i] + lane);
+    const Floats x = load(values.rise[i] + lane);
     const PixelLoss pixel = pixel_loss<exponent>(x, loss);
     const Floats off = pixel.off_weight * pixel.off;
     store(values.probability[i] + lane, pixel.probability);
@@ -139,12 +139,30 @@ void add_map_losses(MapValues& values, int64_t count, const FocalLoss& loss, Map
   }
 }
 
-void add_map_products(const MapValues& values, const SortedPoints& points, int64_t first, int64_t count,
-                      int64_t targets, MapPairSums* pairs) {
-  const float* truth = points.truth + first * targets;
+void add_map_products(const MapValues& values, const float* truth, int64_t count, int64_t targets,
+                      MapPairSums* pairs) {
   int64_t t = 0;
   for (; t + kTargets <= targets; t += kTargets) multiply<kTargets>(values, truth + t, targets, count, pairs + t);
   for (; t < targets; ++t) multiply<1>(values, truth + t, targets, count, pairs + t);
+}
+
+void add_sparse_products(const MapValues& values, const TargetPoints* targets, int64_t count, MapPairSums* pairs) {
+  for (const TargetPoints* target = targets; target < targets + count; ++target) {
+    Floats p[kVectors] = {}, rise[kVectors] = {};
+    for (int32_t k = 0; k < target->count; ++k) {
+      const int32_t i = target->numbers[k];
+      const Floats on = broadcast(target->truth[k]);
+      for (int v = 0; v < kVectors; ++v) {
+        p[v] += load(values.probability[i] + v * kLanes) * on;
+        rise[v] += load(values.rise[i] + v * kLanes) * on;
+      }
+    }
+    MapPairSums& pair = pairs[target->target];
+    for (int v = 0; v < kVectors; ++v) {
+      add_to(pair.probability + v * kLanes, p[v]);
+      add_to(pair.rise + v * kLanes, rise[v]);
+    }
+  }
 }
 
 }  // namespace MF_ISA

@@ -18,14 +18,19 @@ constexpr int64_t kMapPoints = 128;  // whose values stay in the first-level cac
 struct SortedPoints {
   const int32_t *row, *column;  // upper left neighbour: rows -1..height, columns -1..width
   const float *low, *right;     // shares of the lower and right neighbours
-  const float* truth;           // [points, targets]
 };
 
-// Values of some points, a row for each.
+// Values of some points, a row for each. In the first-level cache there is room for two rows and not for three.
 struct MapValues {
-  float logit[kMapPoints][kMapQueries];
+  float rise[kMapPoints][kMapQueries];  // the logit at first, then the loss with the target on less that with it off
   float probability[kMapPoints][kMapQueries];
-  float rise[kMapPoints][kMapQueries];  // loss with the target on less that with it off
+};
+
+// A target and the points where it is not 0.
+struct TargetPoints {
+  int32_t target, count;
+  const int32_t* numbers;
+  const float* truth;
 };
 
 // Sums over points of each query.
@@ -50,11 +55,14 @@ MF_DECLARE_KERNELS(
     void sample_rows(const float* upper, const float* lower, const SortedPoints& points, int64_t first, int64_t count,
                      float* logits);
 
-    // Writes probabilities and losses of `count` points and adds them up.
+    // Replaces the logits of `count` points by probabilities and losses, and adds them up.
     void add_map_losses(MapValues& values, int64_t count, const FocalLoss& loss, MapSums& sums);
 
-    // Adds the products of values and the truth of the points from `first` on.
-    void add_map_products(const MapValues& values, const SortedPoints& points, int64_t first, int64_t count,
-                          int64_t targets, MapPairSums* pairs);)
+    // Adds the products of values and the truth [count, targets].
+    void add_map_products(const MapValues& values, const float* truth, int64_t count, int64_t targets,
+                          MapPairSums* pairs);
+
+    // Adds the same of some targets, whose truth is 0 at most points.
+    void add_sparse_products(const MapValues& values, const TargetPoints* targets, int64_t count, MapPairSums* pairs);)
 
 }  // namespace maskformer_fast

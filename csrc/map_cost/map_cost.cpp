@@ -2,6 +2,7 @@
 #include "map_cost/map_cost.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -15,20 +16,74 @@ namespace {
 
 constexpr int64_t kSortedBytes = 64 << 20;  // of sorted points and their truth at a time
 
+constexpr int64_t kSparse = 3;  // times as long as a product by rows takes one by numbers of points
+
+// Truth of kMapPoints points: of the targets that are not 0 there, or of all.
+struct ChunkTruth {
+  std::vector<TargetPoints> targets;
+  int64_t first_dense;  // in ImagePoints::dense, -1 where it is sparse
+};
+
 // Points of one image, sorted by their rows, with the truth of its targets.
 struct ImagePoints {
   std::vector<int32_t> row, column;
-  std::vector<float> low, right, truth;
+  std::vector<float> low, right;
+  std::vector<ChunkTruth> chunks;
+  std::vector<int32_t> numbers;  // within a chunk, of the sparse truth
+  std::vector<float> sparse;
+  std::vector<float> dense;   // [points, targets] of each chunk
   std::vector<double> areas;  // [targets]
 
-  SortedPoints view() const { return {row.data(), column.data(), low.data(), right.data(), truth.data()}; }
+  SortedPoints view() const { return {row.data(), column.data(), low.data(), right.data()}; }
 };
+
+// Splits the truth [targets, count] of points in a given order into chunks.
+void split_truth(const float* truth, int64_t targets, const std::vector<int32_t>& order, ImagePoints& points) {
+  const int64_t count = static_cast<int64_t>(order.size());
+  std::vector<int32_t> numbers(kMapPoints * targets), ends(targets);
+  std::vector<float> values(kMapPoints * targets);
+  for (int64_t first = 0; first < count; first += kMapPoints) {
+    const int64_t length = std::min(kMapPoints, count - first);
+    const int32_t* of_chunk = order.data() + first;
+    int64_t used = 0;
+    for (int64_t t = 0; t < targets; ++t) {
+      for (int64_t i = 0; i < length; ++i) {  // without branches, which would be mispredicted
+        const float value = truth[t * count + of_chunk[i]];
+        numbers[used] = static_cast<int32_t>(i), values[used] = value;
+        used += value != 0.0f;
+      }
+      ends[t] = static_cast<int32_t>(used);
+    }
+    ChunkTruth chunk{{}, -1};
+    if (kSparse * used < length * targets) {
+      int32_t start = 0;
+      for (int64_t t = 0; t < targets; start = ends[t++]) {
+        if (ends[t] > start) chunk.targets.push_back({static_cast<int32_t>(t), ends[t] - start, nullptr, nullptr});
+      }
+      points.numbers.insert(points.numbers.end(), numbers.begin(), numbers.begin() + used);
+      points.sparse.insert(points.sparse.end(), values.begin(), values.begin() + used);
+    } else {
+      chunk.first_dense = static_cast<int64_t>(points.dense.size());
+      for (int64_t i = 0; i < length; ++i) {
+        for (int64_t t = 0; t < targets; ++t) points.dense.push_back(truth[t * count + of_chunk[i]]);
+      }
+    }
+    points.chunks.push_back(std::move(chunk));
+  }
+  int64_t place = 0;  // the vectors have their final addresses now
+  for (ChunkTruth& chunk : points.chunks) {
+    for (TargetPoints& target : chunk.targets) {
+      target.numbers = points.numbers.data() + place, target.truth = points.sparse.data() + place;
+      place += target.count;
+    }
+  }
+}
 
 ImagePoints sort_points(const PointCosts& costs, int64_t shared) {
   const int64_t count = costs.points_count, targets = costs.counts[shared % costs.images];
   const float* points = costs.points + 2 * shared * count;
   const float* truth = costs.truth + shared * costs.slots * count;
-  std::vector<int32_t> row(count), column(count);
+  std::vector<int32_t> row(count), column(count), order(count);
   std::vector<float> low(count), right(count);
   std::vector<int64_t> ends(costs.height + 3);
   Places places;
@@ -42,16 +97,16 @@ ImagePoints sort_points(const PointCosts& costs, int64_t shared) {
     }
   }
   for (size_t i = 1; i < ends.size(); ++i) ends[i] += ends[i - 1];
-  ImagePoints sorted{std::vector<int32_t>(count),         std::vector<int32_t>(count), std::vector<float>(count),
-                     std::vector<float>(count),           std::vector<float>(count * targets),
-                     std::vector<double>(targets)};
+  ImagePoints sorted;
+  sorted.row.resize(count), sorted.column.resize(count), sorted.low.resize(count), sorted.right.resize(count);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t place = ends[row[i] + 1]++;
     sorted.row[place] = row[i], sorted.column[place] = column[i];
     sorted.low[place] = low[i], sorted.right[place] = right[i];
-    for (int64_t t = 0; t < targets; ++t) sorted.truth[place * targets + t] = truth[t * count + i];
+    order[place] = static_cast<int32_t>(i);
   }
-  for (int64_t t = 0; t < targets; ++t) sorted.areas[t] = MF_DISPATCH(total, truth + t * count, count);
+  split_truth(truth, targets, order, sorted);
+  for (int64_t t = 0; t < targets; ++t) sorted.areas.push_back(MF_DISPATCH(total, truth + t * count, count));
   return sorted;
 }
 
@@ -107,10 +162,17 @@ void write_block(const PointCosts& costs, const Element* maps, int64_t layer, in
       for (next = i + 1; next < length && sorted.row[start + next] == row;) ++next;
       const float* upper = row_of(costs, maps, queries, row, own);
       const float* lower = row_of(costs, maps, queries, row + 1, own);
-      MF_DISPATCH(sample_rows, upper, lower, sorted, start + i, next - i, own.values.logit[i]);
+      MF_DISPATCH(sample_rows, upper, lower, sorted, start + i, next - i, own.values.rise[i]);
     }
     MF_DISPATCH(add_map_losses, own.values, length, costs.loss, sums);
-    MF_DISPATCH(add_map_products, own.values, sorted, start, length, targets, own.pairs.data());
+    const ChunkTruth& truth = points.chunks[start / kMapPoints];
+    if (truth.first_dense < 0) {
+      MF_DISPATCH(add_sparse_products, own.values, truth.targets.data(), static_cast<int64_t>(truth.targets.size()),
+                  own.pairs.data());
+    } else {
+      MF_DISPATCH(add_map_products, own.values, points.dense.data() + truth.first_dense, length, targets,
+                  own.pairs.data());
+    }
   }
   const double samples = static_cast<double>(std::max<int64_t>(costs.points_count, 1));
   for (int64_t query = 0; query < queries; ++query, out += costs.slots) {

@@ -18,9 +18,9 @@ constexpr int kVectors = 2;
 static_assert(kTilePixels % kPixels == 0 && kTileQueries % (kVectors * kLanes) == 0, "full tiles only");
 
 template <Exponent exponent>
-void add(const float* logits, const Run* runs, int run_count, const int* targets, const FocalLoss& loss,
+void add(const float* logits, int present, const Run* runs, int run_count, const int* targets, const FocalLoss& loss,
          QuerySums& queries, PairSums* pairs) {
-  for (int first = 0; first < kTileQueries; first += kLanes) {
+  for (int first = 0; first < present; first += kLanes) {
     const float* logit = logits + first;
     Floats all_p{}, all_off{}, broken{};
     for (int r = 0; r < run_count; ++r) {
@@ -71,18 +71,18 @@ void multiply_tile(int64_t depth, const float* pixels, const float* embeddings, 
 }
 
 void transpose_logits(const float* const* maps, int64_t queries, int64_t first, int64_t pixels, float* logits) {
-  for (int64_t query = 0; query < kTileQueries; query += kLanes) {
+  for (int64_t query = 0; query < queries; query += kLanes) {
     transpose(maps + query, queries - query, first, pixels, logits + query, kTileQueries);
   }
 }
 
-void add_tile(const float* logits, const Run* runs, int run_count, const int* targets, const FocalLoss& loss,
-              QuerySums& queries, PairSums* pairs) {
+void add_tile(const float* logits, int present, const Run* runs, int run_count, const int* targets,
+              const FocalLoss& loss, QuerySums& queries, PairSums* pairs) {
   const Exponent exponent = exponent_of(loss);
   const auto chosen = exponent == Exponent::zero  ? add<Exponent::zero>
                       : exponent == Exponent::two ? add<Exponent::two>
                                                   : add<Exponent::other>;
-  chosen(logits, runs, run_count, targets, loss, queries, pairs);
+  chosen(logits, present, runs, run_count, targets, loss, queries, pairs);
 }
 
 void chosen_probabilities(const float* logits, int64_t classes, const int64_t* chosen, int64_t count, float* out) {

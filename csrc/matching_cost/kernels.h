@@ -38,12 +38,13 @@ MF_DECLARE_KERNELS(
     // logits = pixels^T embeddings; pixels: [depth][kTilePixels], embeddings: [depth][kTileQueries].
     void multiply_tile(int64_t depth, const float* pixels, const float* embeddings, float* logits);
 
-    // Writes `pixels` adjacent logits of kTileQueries maps to a tile; only the first `queries` maps are there.
+    // Writes `pixels` adjacent logits of `queries` maps to a tile.
     void transpose_logits(const float* const* maps, int64_t queries, int64_t first, int64_t pixels, float* logits);
 
-    // Adds a tile to the sums of its queries and of every target that covers some of its pixels.
-    void add_tile(const float* logits, const Run* runs, int run_count, const int* targets, const FocalLoss& loss,
-                  QuerySums& queries, PairSums* pairs);
+    // Adds a tile to the sums of its queries, of which the first `present` are there, and of every target that covers
+    // some of its pixels.
+    void add_tile(const float* logits, int present, const Run* runs, int run_count, const int* targets,
+                  const FocalLoss& loss, QuerySums& queries, PairSums* pairs);
 
     // Writes softmax(logits)[chosen[i]] to out[i] for each of `count` choices.
     void chosen_probabilities(const float* logits, int64_t classes, const int64_t* chosen, int64_t count, float* out);)

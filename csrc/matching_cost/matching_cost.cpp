@@ -28,6 +28,17 @@ std::vector<int64_t> nearest(int64_t out, int64_t size) {
   return index;
 }
 
+// Returns bits of a packed row, that of column `first` in bit 0; at most 64.
+uint64_t read_bits(const uint8_t* row, int64_t first, int64_t count) {
+  uint64_t bits = 0;
+  for (int64_t i = 0, taken; i < count; i += taken) {
+    const int64_t column = first + i;
+    taken = std::min(8 - column % 8, count - i);
+    bits |= static_cast<uint64_t>(row[column / 8] >> column % 8 & ((1 << taken) - 1)) << i;
+  }
+  return bits;
+}
+
 // Counted pixels of an image: the first `rows` x `columns`, numbered along the rows.
 struct Region {
   int64_t rows, columns;
@@ -83,18 +94,18 @@ struct Scratch {
   std::vector<float> pixels;      // [depth, kTilePixels]
   std::vector<float> logits;      // [kTilePixels, kTileQueries]
   std::vector<Segment> segments;
-  std::vector<uint64_t> members;  // [kTilePixels, words], bit t is set where the pixel lies in target t
+  std::vector<uint64_t> members;  // [slots, kTileWords], bit i is set where pixel i lies in the target
   std::vector<Run> runs;
   std::vector<int> targets;  // of the runs
 };
 
-int64_t words_of(int64_t slots) { return (slots + 63) / 64; }
+constexpr int kTileWords = (kTilePixels + 63) / 64;
 
 Scratch::Scratch(const CostSums& sums)
     : embeddings(sums.batch().pixels ? sums.groups() * sums.batch().depth * kTileQueries : 0),
       pixels(sums.batch().pixels ? sums.batch().depth * kTilePixels : 0),
       logits(kTilePixels * kTileQueries),
-      members(kTilePixels * words_of(sums.batch().slots)) {
+      members(sums.batch().slots * kTileWords) {
   segments.reserve(kTilePixels);
   runs.reserve(kTilePixels);
   targets.reserve(kTilePixels * sums.batch().slots);
@@ -157,37 +168,43 @@ void CostSums::cut_segments(int64_t image, int64_t first, int pixels, Scratch& s
 }
 
 void CostSums::find_runs(int64_t image, Scratch& scratch, int64_t* areas) const {
-  const int64_t words = words_of(batch_.slots), row_bytes = (batch_.input_width + 7) / 8;
-  std::fill(scratch.members.begin(), scratch.members.end(), 0);
-  for (int64_t t = 0; t < batch_.counts[image]; ++t) {
+  const int64_t count = batch_.counts[image], row_bytes = (batch_.input_width + 7) / 8;
+  const bool is_dense = batch_.width == batch_.input_width;  // each column is read
+  uint64_t ends[kTileWords] = {1};  // bit i is set where a run begins at pixel i
+  std::fill_n(scratch.members.begin(), count * kTileWords, 0);
+  for (int64_t t = 0; t < count; ++t) {
     const uint8_t* mask = batch_.masks + (image * batch_.slots + t) * batch_.input_height * row_bytes;
+    uint64_t* words = scratch.members.data() + t * kTileWords;
     for (const Segment& segment : scratch.segments) {
       const uint8_t* row = mask + source_rows_[segment.row] * row_bytes;
-      uint64_t* word = scratch.members.data() + segment.first * words + t / 64;
-      for (int i = 0; i < segment.pixels; ++i, word += words) {
-        const int64_t column = source_columns_[segment.column + i];
-        const uint64_t bit = row[column / 8] >> (column % 8) & 1;
-        areas[t] += static_cast<int64_t>(bit);
-        *word |= bit << (t % 64);
+      for (int i = 0, length; i < segment.pixels; i += length) {
+        const int place = segment.first + i;
+        const int64_t* columns = source_columns_.data() + segment.column + i;
+        length = std::min(segment.pixels - i, 64 - place % 64);
+        uint64_t bits = 0;
+        if (is_dense) {
+          bits = read_bits(row, columns[0], length);
+        } else {
+          for (int k = 0; k < length; ++k) {
+            bits |= static_cast<uint64_t>(row[columns[k] / 8] >> columns[k] % 8 & 1) << k;
+          }
+        }
+        areas[t] += __builtin_popcountll(bits);
+        words[place / 64] |= bits << place % 64;
       }
     }
+    for (int w = 0; w < kTileWords; ++w) ends[w] |= words[w] ^ (words[w] << 1 | (w > 0 ? words[w - 1] >> 63 : 0));
   }
   const int pixels = scratch.segments.back().first + scratch.segments.back().pixels;
   scratch.runs.clear();
   scratch.targets.clear();
-  for (int i = 0; i < pixels; ++i) {
-    const uint64_t* member = scratch.members.data() + i * words;
-    if (i > 0 && std::equal(member, member + words, member - words)) {
-      ++scratch.runs.back().pixels;
-      continue;
-    }
+  for (int i = 0, next; i < pixels; i = next) {
+    for (next = i + 1; next < pixels && !(ends[next / 64] >> next % 64 & 1);) ++next;
     const int first = static_cast<int>(scratch.targets.size());
-    for (int64_t w = 0; w < words; ++w) {
-      for (uint64_t left = member[w]; left; left &= left - 1) {
-        scratch.targets.push_back(static_cast<int>(64 * w + __builtin_ctzll(left)));
-      }
+    for (int64_t t = 0; t < count; ++t) {
+      if (scratch.members[t * kTileWords + i / 64] >> i % 64 & 1) scratch.targets.push_back(static_cast<int>(t));
     }
-    scratch.runs.push_back({1, first, static_cast<int>(scratch.targets.size())});
+    scratch.runs.push_back({next - i, first, static_cast<int>(scratch.targets.size())});
   }
 }
 
@@ -247,8 +264,10 @@ void CostSums::add_pixels(int64_t task, Scratch& scratch) {
       } else {
         pack_logits(image, group, scratch);
       }
-      MF_DISPATCH(add_tile, scratch.logits.data(), scratch.runs.data(), static_cast<int>(scratch.runs.size()),
-                  scratch.targets.data(), batch_.loss, queries[group], pairs + group * count);
+      const int64_t left = batch_.layers * batch_.queries - group * kTileQueries;
+      MF_DISPATCH(add_tile, scratch.logits.data(), static_cast<int>(std::min<int64_t>(kTileQueries, left)),
+                  scratch.runs.data(), static_cast<int>(scratch.runs.size()), scratch.targets.data(), batch_.loss,
+                  queries[group], pairs + group * count);
     }
   }
 }

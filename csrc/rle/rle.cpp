@@ -21,11 +21,15 @@ class RunWriter {
   void end_run(int64_t position) {
     const int64_t run = position - last_;
     last_ = position;
+    if (written_ % 2 == 1) area_ += run;
     write(written_ > 2 ? run - before_last_run_ : run);
     before_last_run_ = last_run_;
     last_run_ = run;
     ++written_;
   }
+
+  // Pixels of the runs of 1 so far.
+  int64_t area() const { return area_; }
 
  private:
   void write(int64_t value) {
@@ -38,7 +42,7 @@ class RunWriter {
   }
 
   std::string& out_;
-  int64_t last_ = 0, last_run_ = 0, before_last_run_ = 0, written_ = 0;
+  int64_t last_ = 0, last_run_ = 0, before_last_run_ = 0, written_ = 0, area_ = 0;
 };
 
 // Columns, of 64, in which a row differs from the row above, one bit each.
@@ -47,10 +51,18 @@ struct RowChanges {
   uint64_t columns;
 };
 
+// Changes of a row in 64 columns, the number of which is `word`.
+struct FoundChanges {
+  int64_t word;
+  RowChanges changes;
+};
+
 // Scratch memory of one worker, reused from mask to mask.
 struct RleScratch {
-  std::vector<RowChanges> rows;
-  std::vector<int64_t> positions;  // positions of the changes, column by column
+  std::vector<FoundChanges> found;  // row by row
+  std::vector<RowChanges> rows;     // the same, in the order of words and then rows
+  std::vector<int64_t> starts;      // [words + 1], of the rows of each word
+  std::vector<int64_t> positions;   // positions of the changes, column by column
 };
 
 // Returns 64 pixels of a row.
@@ -67,28 +79,54 @@ uint64_t load_word(const uint8_t* row, int64_t row_bytes, int64_t word) {
   return bits;
 }
 
-// Encodes one mask. Finds the changes down 64 columns at a time: few rows differ from the row above, and the changes of
-// these few rows are sorted by column.
-void encode_mask(const uint8_t* mask, int64_t height, int64_t width, RleScratch& scratch, std::string& out) {
-  const int64_t row_bytes = (width + 7) / 8;
-  RunWriter runs(out);
-  uint64_t carry = 0;  // last pixel of the column before the 64
-  for (int64_t word = 0; 64 * word < width; ++word) {
-    const int64_t columns = std::min<int64_t>(64, width - 64 * word);
-    const uint64_t real = columns == 64 ? ~uint64_t{0} : (uint64_t{1} << columns) - 1;
-    // the pixel before the first row of a column is the last row of the column to the left
-    uint64_t above = (load_word(mask + (height - 1) * row_bytes, row_bytes, word) & real) << 1 | carry;
-    int64_t ends[64] = {};
-    scratch.rows.clear();
-    for (int64_t row = 0; row < height; ++row) {
-      const uint64_t here = load_word(mask + row * row_bytes, row_bytes, word) & real;
-      const uint64_t changes = (here ^ above) & real;
-      above = here;
-      if (changes == 0) continue;
-      scratch.rows.push_back({row, changes});
-      for (uint64_t left = changes; left; left &= left - 1) ++ends[__builtin_ctzll(left)];
+// Finds the rows of each word that differ from the row above; the pixel before the first row of a column is the last row
+// of the column to the left.
+void find_changes(const uint8_t* mask, int64_t height, int64_t width, RleScratch& scratch) {
+  const int64_t row_bytes = (width + 7) / 8, words = (width + 63) / 64;
+  const auto real = [&](int64_t word) {
+    const int64_t columns = width - 64 * word;
+    return columns >= 64 ? ~uint64_t{0} : (uint64_t{1} << columns) - 1;
+  };
+  scratch.found.clear();
+  scratch.starts.assign(words + 1, 0);
+  const auto add = [&](int64_t word, int64_t row, uint64_t columns) {
+    if (columns == 0) return;
+    scratch.found.push_back({word, {row, columns}});
+    ++scratch.starts[word + 1];
+  };
+  const uint8_t* last = mask + (height - 1) * row_bytes;
+  uint64_t carry = 0;  // last pixel of the column before the word
+  for (int64_t word = 0; word < words; ++word) {
+    const uint64_t low = load_word(last, row_bytes, word) & real(word);
+    add(word, 0, (load_word(mask, row_bytes, word) ^ (low << 1 | carry)) & real(word));
+    carry = low >> 63;
+  }
+  for (int64_t row = 1; row < height; ++row) {
+    const uint8_t *here = mask + row * row_bytes, *above = here - row_bytes;
+    if (std::memcmp(here, above, row_bytes) == 0) continue;  // as most rows of a mask that was enlarged
+    for (int64_t word = 0; word < words; ++word) {
+      add(word, row, (load_word(here, row_bytes, word) ^ load_word(above, row_bytes, word)) & real(word));
     }
-    carry = above >> 63;
+  }
+  for (int64_t word = 0; word < words; ++word) scratch.starts[word + 1] += scratch.starts[word];
+  scratch.rows.resize(scratch.found.size());
+  for (const FoundChanges& found : scratch.found) scratch.rows[scratch.starts[found.word]++] = found.changes;
+  for (int64_t word = words; word > 0; --word) scratch.starts[word] = scratch.starts[word - 1];
+  scratch.starts[0] = 0;
+}
+
+// Encodes one mask. Few rows differ from the row above; the changes of these rows are sorted by column, 64 columns at a
+// time. Returns the mask's pixels.
+int64_t encode_mask(const uint8_t* mask, int64_t height, int64_t width, RleScratch& scratch, std::string& out) {
+  RunWriter runs(out);
+  find_changes(mask, height, width, scratch);
+  for (int64_t word = 0; 64 * word < width; ++word) {
+    const RowChanges *first = scratch.rows.data() + scratch.starts[word];
+    const RowChanges *last = scratch.rows.data() + scratch.starts[word + 1];
+    int64_t ends[64] = {};
+    for (const RowChanges* changes = first; changes < last; ++changes) {
+      for (uint64_t left = changes->columns; left; left &= left - 1) ++ends[__builtin_ctzll(left)];
+    }
     int64_t total = 0;
     for (int64_t& end : ends) {  // first the start of each column's positions; moves to their end below
       const int64_t count = end;
@@ -96,21 +134,22 @@ void encode_mask(const uint8_t* mask, int64_t height, int64_t width, RleScratch&
       total += count;
     }
     scratch.positions.resize(total);
-    for (const RowChanges& changes : scratch.rows) {
-      for (uint64_t left = changes.columns; left; left &= left - 1) {
+    for (const RowChanges* changes = first; changes < last; ++changes) {
+      for (uint64_t left = changes->columns; left; left &= left - 1) {
         const int column = __builtin_ctzll(left);
-        scratch.positions[ends[column]++] = (64 * word + column) * height + changes.row;
+        scratch.positions[ends[column]++] = (64 * word + column) * height + changes->row;
       }
     }
     for (const int64_t position : scratch.positions) runs.end_run(position);
   }
   runs.end_run(height * width);
+  return runs.area();
 }
 
 }  // namespace
 
 std::vector<std::string> encode_packed_masks(const uint8_t* masks, int64_t count, int64_t height, int64_t width,
-                                             int threads) {
+                                             int threads, int64_t* areas) {
   constexpr int64_t kPixelsPerThread = 1 << 20;  // least work that outweighs the start of a thread
   const int64_t stride = height * ((width + 7) / 8);
   const int64_t useful = std::min(count, 1 + count * height * width / kPixelsPerThread);
@@ -120,7 +159,8 @@ std::vector<std::string> encode_packed_masks(const uint8_t* masks, int64_t count
   std::atomic<bool> out_of_memory{false};  // results grow while they are written, and no exception may leave a thread
   parallel_for(count, threads, [&](int worker, int64_t i) {
     try {
-      encode_mask(masks + i * stride, height, width, scratch[worker], encoded[i]);
+      const int64_t area = encode_mask(masks + i * stride, height, width, scratch[worker], encoded[i]);
+      if (areas) areas[i] = area;
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }

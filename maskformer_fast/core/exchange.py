@@ -18,9 +18,6 @@ MAP_VALUES = 1 << 20
 """Values of such a map are within that many of one another."""
 BAND_PIXELS = 1 << 18
 """Pixels of masks that are compared with a map at a time."""
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
-"""Number of bits that are set in each byte."""
-_count_bits = getattr(np, "bitwise_count", _BITS.take)  # of NumPy 2 and newer
 
 
 class Polygon(NamedTuple):
@@ -141,15 +138,19 @@ def from_supervision(detections: Any) -> InstanceArrays:
     return instances_of_masks(labels, scores, masks)
 
 
-def to_rle(
+def _run_lengths(
     packed: np.ndarray,  # [N, H, ceil(W/8)] uint8
     size: tuple[int, int],
-) -> list[dict[str, Any]]:
-    """Compressed COCO run lengths of packed masks -> {"size": [H, W], "counts": text} each."""
-    packed = np.ascontiguousarray(packed)
-    address = address_of(packed, "masks", "uint8", (len(packed), size[0], (size[1] + 7) // 8))
-    counts = load_extension().encode_packed_masks(address, (len(packed), *size), 1) if len(packed) else []
-    return [{"size": [*size], "counts": runs.decode("ascii")} for runs in counts]
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Compressed COCO run lengths of packed masks, {"size": [H, W], "counts": text} each, and areas [N] int64."""
+    packed, areas = np.ascontiguousarray(packed), np.zeros(len(packed), np.int64)
+    counts = []
+    if len(packed):
+        counts = load_extension().encode_packed_masks(
+            address_of(packed, "masks", "uint8", (len(packed), size[0], (size[1] + 7) // 8)), (len(packed), *size), 1,
+            address_of(areas, "areas", "int64", areas.shape),
+        )  # fmt: skip
+    return [{"size": [*size], "counts": runs.decode("ascii")} for runs in counts], areas
 
 
 def to_coco(
@@ -159,9 +160,8 @@ def to_coco(
     category_ids: Sequence[int] | None,
 ) -> list[dict[str, Any]]:
     """Annotations of COCO's format: run lengths, box as x, y, width, height, area, score, category."""
-    areas = _count_bits(instances.masks).sum((1, 2), dtype=np.int64)
-    columns = (instances.labels, instances.scores, instances.boxes, areas)
-    return _annotations(columns, to_rle(instances.masks, size), image_id, category_ids)
+    runs, areas = _run_lengths(instances.masks, size)
+    return _annotations((instances.labels, instances.scores, instances.boxes, areas), runs, image_id, category_ids)
 
 
 def map_to_coco(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maskformer_fast.core.checks import check
-from maskformer_fast.core.exchange import pack
 from maskformer_fast.core.results import InstanceResult, unpack_mask_array
-from maskformer_fast.drop_in.outputs import Size, nearest_positions, segment_map_runs
+from maskformer_fast.drop_in.outputs import Size, segment_map_runs
 from maskformer_fast.drop_in.semantic import class_probabilities
+from maskformer_fast.ops.nearest_masks import nearest_masks, nearest_positions
 from maskformer_fast.ops.segments import instance_inference
 from maskformer_fast.structures import pack_masks, unpack_masks
 
@@ -34,9 +33,10 @@ class Pairs(NamedTuple):
 class ScoredMasks(NamedTuple):
     """Masks of the pairs that reach the threshold, at the grid's size."""
 
-    masks: Tensor  # [N, h, w] bool
+    masks: Tensor  # [N, h, ceil(w/8)] uint8, packed
     labels: Tensor  # [N] int64
     scores: Tensor  # [N] float32
+    grid: Size
 
 
 def best_pairs(
@@ -67,26 +67,23 @@ def scored_masks(
     nearest neighbours read for the output.
     """
     pairs = _reaching(pairs, threshold)
-    rows, columns = (nearest_positions(g, s, mask_logits.device) for g, s in zip(grid, size, strict=True))
-    used = _read_pixels(rows, columns, mask_logits.new_empty((1, *grid)))
     if len(pairs.queries) == 0:
-        return ScoredMasks(used.new_empty((0, *grid)), pairs.labels, pairs.scores)
+        empty = mask_logits.new_empty((0, grid[0], (grid[1] + 7) // 8), dtype=torch.uint8)
+        return ScoredMasks(empty, pairs.labels, pairs.scores, grid)
     logits = mask_logits[pairs.queries][None].to(torch.float32)
     found = instance_inference(logits, (logits.shape[2], logits.shape[3]), grid)
     scores = pairs.scores * found.scores[0]
-    kept = (scores.to(torch.float64) >= threshold) & (found.areas[0] > 0)
-    scored = ScoredMasks(unpack_masks(found.masks[0, kept], grid[1]), pairs.labels[kept], scores[kept])
-    if used.device.type == "cpu" and bool(used.all()):  # as where masks become larger
-        return scored
-    seen = (scored.masks & used).flatten(1).any(1)
-    return ScoredMasks(*(part[seen] for part in scored))
+    seen = (found.masks[0] & _read_pixels(grid, size, mask_logits.device)).flatten(1).amax(1) > 0
+    kept = (scores.to(torch.float64) >= threshold) & seen
+    return ScoredMasks(found.masks[0, kept], pairs.labels[kept], scores[kept], grid)
 
 
-def _read_pixels(rows: Tensor, columns: Tensor, maps: Tensor) -> Tensor:
-    """Pixels of maps [N, h, w] that are read at the given rows and columns -> [h, w] bool."""
-    down, across = (torch.zeros(side, dtype=torch.bool, device=maps.device) for side in maps.shape[1:])
-    down[rows], across[columns] = True, True
-    return down[:, None] & across
+def _read_pixels(grid: Size, size: Size, device: torch.device) -> Tensor:
+    """Pixels of a grid that nearest neighbours read -> [h, ceil(w/8)] uint8, packed."""
+    down, across = (torch.zeros(side, dtype=torch.bool, device=device) for side in grid)
+    for line, side in ((down, size[0]), (across, size[1])):
+        line[nearest_positions(len(line), side, device)] = True
+    return pack_masks(down[:, None] & across)
 
 
 def instance_result(
@@ -94,21 +91,7 @@ def instance_result(
     size: Size,
 ) -> InstanceResult[Tensor]:
     """Packed masks at the output size, by nearest neighbours, with boxes."""
-    masks = scored.masks
-    rows, columns = (nearest_positions(g, s, masks.device) for g, s in zip(masks.shape[1:], size, strict=True))
-    if masks.device.type == "cpu":  # NumPy does both several times faster than PyTorch
-        packed = torch.from_numpy(pack(np.take(masks.numpy(), columns.numpy(), axis=2)))
-    else:
-        packed = pack_masks(masks[:, :, columns])
-    packed = packed.index_select(1, rows)
-    seen = (masks & _read_pixels(rows, columns, masks)).view(torch.uint8)  # their maximum is faster than any()
-    down, across = (seen.amax(side) > 0 for side in (2, 1))
-    down, across = down[:, rows], across[:, columns]
-    sides = [side.to(torch.int8) for side in (across, down)]
-    first = [side.argmax(1) for side in sides]
-    last = [side.shape[1] - side.flip(1).argmax(1) for side in sides]
-    boxes = torch.stack([*first, *last], 1).to(torch.float32)
-    return InstanceResult(scored.labels, scored.scores, packed, boxes, size)
+    return InstanceResult(scored.labels, scored.scores, *nearest_masks(scored.masks, scored.grid[1], size), size)
 
 
 def _segments(labels: Tensor, scores: Tensor, fused: bool) -> list[dict[str, Any]]:
@@ -125,19 +108,14 @@ def instance_map(
 ) -> dict[str, Any]:
     """Result of MaskFormer's and Mask2Former's processors: a map in which later instances cover earlier ones."""
     check_formats(return_coco_annotation, return_binary_maps)
-    masks = scored.masks
-    rows, columns = (nearest_positions(g, s, masks.device) for g, s in zip(masks.shape[1:], size, strict=True))
     segmentation: Any
-    if return_binary_maps and len(masks) > 0:
-        segmentation = masks[:, rows][:, :, columns].to(torch.float32)
+    if return_binary_maps and len(scored.labels) > 0:
+        masks = nearest_masks(scored.masks, scored.grid[1], size).masks
+        segmentation = _unpacked(masks, size[1]).to(torch.float32)
     else:
-        numbers = torch.arange(len(masks), dtype=torch.float32, device=masks.device)
-        painted = torch.full(masks.shape[1:], -1.0, device=masks.device)
-        chunk = max(1, CHUNK_VALUES // painted.numel())
-        for part, number in zip(masks.split(chunk), numbers.split(chunk), strict=True):
-            if len(part) > 0:
-                painted = torch.maximum(painted, number[:, None, None].where(part, -1.0).amax(0))
-        segmentation = painted[rows][:, columns]
+        device = scored.masks.device
+        rows, columns = (nearest_positions(g, s, device) for g, s in zip(scored.grid, size, strict=True))
+        segmentation = _paint(scored.masks, scored.grid)[rows][:, columns]
         if return_coco_annotation:
             segmentation = [runs.tolist() for runs in segment_map_runs(segmentation)]
     return {"segmentation": segmentation, "segments_info": _segments(scored.labels, scored.scores, True)}
@@ -178,9 +156,9 @@ def painted_map(
     check_formats(return_coco_annotation, return_binary_maps)
     segmentation: Any
     if return_binary_maps and len(result.masks) > 0:
-        segmentation = unpack_masks(result.masks, result.size[1]).to(torch.float32)
+        segmentation = _unpacked(result.masks, result.size[1]).to(torch.float32)
     else:
-        segmentation = _paint(result)
+        segmentation = _paint(result.masks, result.size)
         if return_coco_annotation:
             segmentation = [runs.tolist() for runs in segment_map_runs(segmentation)]
     return {"segmentation": segmentation, "segments_info": _segments(result.labels, result.scores, fused)}
@@ -192,22 +170,29 @@ def check_formats(return_coco_annotation: bool, return_binary_maps: bool) -> Non
           "at most one of them", (return_coco_annotation, return_binary_maps))
 
 
-def _paint(result: InstanceResult[Tensor]) -> Tensor:
-    device, (height, width) = result.masks.device, result.size
-    segmentation = torch.full(result.size, -1.0, device=device)
-    count = len(result.masks)
+def _unpacked(
+    masks: Tensor,  # [..., ceil(W/8)] uint8
+    width: int,
+) -> Tensor:
+    """`unpack_masks` -> [..., width] bool; on the CPU by NumPy, which does it several times faster than PyTorch."""
+    if masks.device.type == "cpu":
+        return torch.from_numpy(unpack_mask_array(masks.numpy(), width))
+    return unpack_masks(masks, width)
+
+
+def _paint(
+    masks: Tensor,  # [N, H, ceil(W/8)] uint8
+    size: Size,
+) -> Tensor:
+    """Number of the last mask at each pixel, or -1 -> [H, W] float32."""
+    count, (height, width) = len(masks), size
+    segmentation = torch.full(size, -1.0, device=masks.device)
     if count == 0:
         return segmentation
     rows = max(1, 4 * CHUNK_VALUES // (count * width))
-    dtype = np.uint8 if count < 256 else np.int32
-    numbers = np.arange(1, count + 1, dtype=dtype)[:, None, None]
+    numbers = torch.arange(1, count + 1, dtype=torch.uint8 if count < 256 else torch.int32, device=masks.device)
     for start in range(0, height, rows):
-        part = result.masks[:, start : start + rows]
-        if device.type == "cpu":
-            bits = unpack_mask_array(part.numpy(), width).astype(dtype)
-            bits *= numbers
-            painted = torch.from_numpy(bits.max(0))
-        else:
-            painted = (unpack_masks(part, width) * torch.from_numpy(numbers).to(device)).amax(0)
+        part = _unpacked(masks[:, start : start + rows], width).view(torch.uint8)
+        painted = (part * numbers[:, None, None]).amax(0)
         segmentation[start : start + rows] = painted.to(torch.float32) - 1
     return segmentation

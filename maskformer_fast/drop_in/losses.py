@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from maskformer_fast.config import LossConfig
-from maskformer_fast.drop_in.outputs import nearest_positions
 from maskformer_fast.drop_in.swap import restore_methods, swap_methods
 from maskformer_fast.ops.assignment import linear_sum_assignment
 from maskformer_fast.ops.mask_loss import focal_parameters
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
+from maskformer_fast.ops.nearest_masks import nearest_positions
 from maskformer_fast.ops.point_cost import point_cost
 from maskformer_fast.ops.point_loss import choose_points, losses_of_pairs
 from maskformer_fast.ops.points import sample_masks

@@ -43,7 +43,7 @@ def post_process_semantic_segmentation(
     )
     classes, masks = read_logits(outputs)
     grid = (masks.shape[2], masks.shape[3])
-    if not antialias or exact == "official":
+    if not antialias or exact == "official" or masks.shape[1] == 0:
         return results
     for image, size in enumerate(image_sizes("target_sizes", target_sizes, len(masks), grid)):
         if size[0] < grid[0] or size[1] < grid[1]:

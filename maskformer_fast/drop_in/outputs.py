@@ -36,7 +36,10 @@ def image_sizes(
     if sizes is None:
         return [default] * images
     check(len(sizes) == images, name, f"as many sizes as images, {images}", len(sizes))
-    return [(int(height), int(width)) for height, width in sizes]
+    pairs = [tuple(int(side) for side in size) for size in sizes]
+    for pair in pairs:
+        check(len(pair) == 2 and min(pair) > 0, name, "heights and widths of at least 1", pair)
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
 def check_exact(exact: str, input_sizes: object) -> None:
@@ -48,15 +51,6 @@ def check_exact(exact: str, input_sizes: object) -> None:
 def padded_input(masks: Tensor) -> Size:
     """Size of the padded input that the mask logits belong to."""
     return masks.shape[-2] * STRIDE, masks.shape[-1] * STRIDE
-
-
-def nearest_positions(
-    source: int,
-    size: int,
-    device: torch.device,
-) -> Tensor:
-    """Source position of each output of ``F.interpolate(mode="nearest")`` -> [size] int64."""
-    return (torch.arange(size, dtype=torch.float32, device=device) * (source / size)).long().clamp(max=source - 1)
 
 
 def segment_map_runs(

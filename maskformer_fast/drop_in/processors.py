@@ -71,17 +71,21 @@ def _family(processor: object) -> ModuleType:
 
 def _method(family: ModuleType, name: str, options: dict[str, Any]) -> Any:
     function = getattr(family, name)
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        given = signature.bind_partial(*arguments, **keywords)
+        for key, value in options.items():
+            given.arguments.setdefault(key, value)
         # read at each call, as the methods that are replaced do
-        if family is eomt and keywords.get("size") is None:
-            place = {"post_process_semantic_segmentation": 2, "post_process_instance_segmentation": 3}.get(name, 6)
-            if len(arguments) <= place:
-                keywords["size"] = self.size
+        if family is eomt and given.arguments.get("size") is None:
+            given.arguments["size"] = self.size
         if family is oneformer and name == "post_process_instance_segmentation":
-            keywords.setdefault("metadata", getattr(self, "metadata", None))
-            keywords.setdefault("class_info_file", getattr(self, "class_info_file", None))
-        return function(*arguments, **{**options, **keywords})
+            for key in ("metadata", "class_info_file"):
+                given.arguments.setdefault(key, getattr(self, key, None))
+        return function(*given.args, **given.kwargs)
 
+    owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    vars(call)["__signature__"] = signature.replace(parameters=[owner, *signature.parameters.values()])
     return call

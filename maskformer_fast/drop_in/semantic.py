@@ -35,6 +35,8 @@ def semantic_maps(
         windows: part of the grid that each output covers.
     """
     probabilities = class_probabilities(class_logits)
+    if mask_logits.shape[1] == 0:  # all scores are 0, as of a query without a class
+        mask_logits, probabilities = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)) for x in (mask_logits, probabilities))
     if not with_scores:
         return [
             grid_semantic_inference(masks, classes, grid, window, size)

@@ -152,23 +152,24 @@ def linear_sum_assignment(
 
 
 def assign_pairs(
-    cost: Tensor | Sequence[Tensor],  # [..., N, M], or matrices [N_i, M_i] of any sizes; float32/64
+    cost: Tensor | Sequence[Tensor],  # [..., N, M], or matrices [N_i, M_i] of any sizes; any real dtype
     maximize: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """Solve a batch as `scipy.optimize.linear_sum_assignment` solves each matrix -> rows and columns of each.
 
     For matchers that loop over images with SciPy. Both results are int64 [min(N, M)] on the cost's device, rows in
-    ascending order. Where there are several optima, SciPy may choose another. Matrices of different sizes are padded to
-    one batch. The host waits for the device once, to raise the errors; `linear_sum_assignment` does not wait.
+    ascending order. Where there are several optima, SciPy may choose another. Integers, booleans and half precision are
+    computed exactly, as SciPy computes them. Matrices of different sizes are padded to one batch. The host waits for
+    the device once, to raise the errors; `linear_sum_assignment` does not wait.
 
     Raises:
         ValueError: as SciPy raises it, "cost matrix is infeasible" and "matrix contains invalid numeric entries",
             with the number of the matrix; also a matrix that is not of rank 2.
-        TypeError: matrices that are not float32 or float64 tensors of one type.
+        TypeError: matrices that are no tensors of real numbers.
     """
     if isinstance(cost, Tensor) and cost.dim() > 2:
         wide = cost.shape[-2] < cost.shape[-1]
-        batch = (-cost if maximize else cost).detach().flatten(0, -3)
+        batch = _costs([cost], maximize)[0].flatten(0, -3)
         batch = batch.mT if wide else batch
         shapes = [(batch.shape[1], batch.shape[2], wide)] * len(batch)
         counts = None
@@ -176,7 +177,7 @@ def assign_pairs(
         matrices = [cost] if isinstance(cost, Tensor) else list(cost)
         _check_matrices(matrices)
         # wide matrices are transposed: their rows get columns
-        tall = [m.mT if m.shape[0] < m.shape[1] else m for m in ((-m if maximize else m).detach() for m in matrices)]
+        tall = [m.mT if m.shape[0] < m.shape[1] else m for m in _costs(matrices, maximize)]
         shapes = [(*m.shape, m.shape != t.shape) for m, t in zip(tall, matrices, strict=True)]
         height, width = (max((m.shape[side] for m in tall), default=0) for side in (0, 1))
         padded = [F.pad(m, (0, width - m.shape[1], 0, height - m.shape[0]), value=torch.inf) for m in tall]
@@ -205,8 +206,16 @@ def _check_matrices(matrices: list[Tensor]) -> None:
             raise TypeError(f"cost[{number}]: expected a Tensor, got {type(matrix).__name__}")
         if matrix.dim() != 2:
             raise ValueError(f"cost[{number}]: expected a matrix (2-D array), got a {matrix.dim()}-D array")
-        if matrix.dtype != matrices[0].dtype:
-            raise TypeError(f"cost[{number}]: expected {matrices[0].dtype} as cost[0], got {matrix.dtype}")
+
+
+def _costs(matrices: list[Tensor], maximize: bool) -> list[Tensor]:
+    """Costs to minimize, in float32 where all matrices fit into it exactly, else in float64."""
+    for number, matrix in enumerate(matrices):
+        if matrix.is_complex():
+            raise TypeError(f"cost[{number}]: expected real numbers, got {matrix.dtype}")
+    is_single = all(matrix.dtype in (torch.float32, torch.float16, torch.bfloat16) for matrix in matrices)
+    costs = [matrix.detach().to(torch.float32 if is_single else torch.float64) for matrix in matrices]
+    return [-cost for cost in costs] if maximize else costs
 
 
 def linear_sum_assignment_eager(

@@ -18,6 +18,7 @@ from maskformer_fast.core.arrays import address_of
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.extension import load_extension, load_kernels
 from maskformer_fast.ops.mask_loss import focal_parameters, inside
+from maskformer_fast.ops.nearest_masks import nearest_positions
 from maskformer_fast.ops.registration import register_operator
 from maskformer_fast.structures import Predictions, Targets
 
@@ -236,17 +237,11 @@ def matching_cost_eager(
     return _matching_cost_torch(arguments_of_predictions(predictions, targets, loss))
 
 
-def _nearest(out: int, size: int, device: torch.device) -> Tensor:
-    """Pixel of ``size`` that each of ``out`` samples of ``F.interpolate(mode="nearest")`` reads -> [out] int64."""
-    # float32, like torch's own: exact integer arithmetic would choose another pixel where the scale rounds down.
-    index = torch.arange(out, device=device, dtype=torch.float32) * (size / out)
-    return index.long().clamp(max=size - 1)
-
-
 def _matching_cost_torch(arguments: _Arguments) -> Tensor:
     masks, dtype = arguments.masks, arguments.class_logits.dtype
     rows, columns = (
-        _nearest(out, size, masks.device) for out, size in zip(arguments.out_size, arguments.input_size, strict=True)
+        nearest_positions(size, out, masks.device)
+        for out, size in zip(arguments.out_size, arguments.input_size, strict=True)
     )
     with torch.autocast(masks.device.type, enabled=False):
         sampled = masks[:, :, rows][..., columns // 8] >> (columns % 8).to(torch.uint8) & 1  # [B, T, h, w]

@@ -30,6 +30,7 @@ constexpr Operator kOperators[] = {
     {"convolution", run_convolution},
     {"deformable_attention", run_deformable_attention},
     {"matching_cost", run_matching_cost},
+    {"nearest_masks", run_nearest_masks},
     {"points", run_points},
     {"mask_loss", run_mask_loss},
     {"resized_argmax", run_resized_argmax},

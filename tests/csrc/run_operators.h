@@ -60,6 +60,7 @@ void run_convolution(Random& random, int threads);
 void run_deformable_attention(Random& random, int threads);
 void run_mask_loss(Random& random, int threads);
 void run_matching_cost(Random& random, int threads);
+void run_nearest_masks(Random& random, int threads);
 void run_points(Random& random, int threads);
 void run_resized_argmax(Random& random, int threads);
 void run_resized_semantic(Random& random, int threads);

@@ -63,9 +63,9 @@ def test_python_runs(block: Block, world: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_operator_has_a_section_with_an_example() -> None:
     text = PAGES["docs/operators.md"].read_text()
     parts = dict(re.findall(r"^## (\w+).*?\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL))
-    operators = ("semantic", "segments", "resized_argmax", "rle", "matching_cost", "assignment", "mask_loss",
-                 "resize", "convolution", "window_attention", "attention", "upscaling", "deformable_attention",
-                 "linear", "feed_forward", "mask_product")
+    operators = ("semantic", "segments", "resized_argmax", "nearest_masks", "rle", "matching_cost", "assignment",
+                 "mask_loss", "resize", "convolution", "window_attention", "attention", "upscaling",
+                 "deformable_attention", "linear", "feed_forward", "mask_product")
     for name in operators:
         assert (ROOT / "maskformer_fast" / "ops" / f"{name}.py").exists()
         assert "```math" in parts[name] and "```python" in parts[name], name

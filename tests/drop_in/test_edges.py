@@ -58,6 +58,27 @@ def test_one_image_of_a_batch_without_segments(family: str, task: str) -> None:
     assert check(pair, task, outputs, target_sizes=[(20, 30), (9, 40), (64, 3)]) > 0
 
 
+@pytest.mark.parametrize("family", ["MaskFormer", "OneFormer"])  # the others' own code refuses it
+@pytest.mark.parametrize("task", TASKS)
+def test_no_queries(family: str, task: str) -> None:
+    outputs = SimpleNamespace(class_queries_logits=torch.randn(2, 0, 4), masks_queries_logits=torch.randn(2, 0, 8, 9))
+    assert check(twins(family), task, outputs, target_sizes=[(9, 20), (4, 5)]) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", TASKS)
+def test_sizes_that_do_not_fit_are_refused(family: str, task: str) -> None:
+    _, ours = twins(family)
+    call = getattr(ours, f"post_process_{task}_segmentation")
+    outputs = model_outputs(True, images=2, queries=6, live=3, classes=3, size=(10, 12))
+    for sizes in ([(9, 20)] * 3, [(9, 20)]):
+        with pytest.raises(ValueError, match=f"target_sizes: expected as many sizes as images, 2, got {len(sizes)}"):
+            call(outputs, target_sizes=sizes)
+    for size in ((0, 3), (5,), (5, 5, 5)):
+        with pytest.raises(ValueError, match="target_sizes: expected heights and widths of at least 1, got"):
+            call(outputs, target_sizes=[(9, 20), size])
+
+
 def halves(scores: list[float]) -> Any:
     """Two queries that own the left and right half of the image, and one that owns all, with these probabilities."""
     probability = torch.tensor([[score, 1 - score] for score in scores]).double()

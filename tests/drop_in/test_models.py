@@ -69,6 +69,68 @@ def test_loss_and_gradients_of_a_training_step(equip: Any) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
 
 
+def tiny(family: str) -> tuple[Any, dict[str, Any]]:
+    """A model of another family, without dropout, and its inputs beside targets."""
+    inputs: dict[str, Any] = {"pixel_values": torch.randn(2, 3, 64, 64)}
+    if family in ("Eomt", "EomtDinov3"):
+        config = getattr(transformers, f"{family}Config")(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=64, patch_size=16, num_queries=6,
+            num_blocks=1, num_labels=CLASSES, train_num_points=200, num_upscale_blocks=1, intermediate_size=64,
+        )  # fmt: skip
+        made = getattr(transformers, f"{family}ForUniversalSegmentation")(config)
+    elif family == "MaskFormer":
+        backbone = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic",
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )  # fmt: skip
+        decoder = transformers.DetrConfig(
+            d_model=32, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32, num_queries=6
+        )
+        made = transformers.MaskFormerForInstanceSegmentation(transformers.MaskFormerConfig(
+            backbone_config=backbone, decoder_config=decoder, fpn_feature_size=32, mask_feature_size=32,
+            num_labels=CLASSES, use_auxiliary_loss=True,
+        ))  # fmt: skip
+        inputs["output_hidden_states"] = True  # of which its auxiliary losses are made
+    else:
+        backbone = transformers.SwinConfig(
+            image_size=64, embed_dim=12, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )  # fmt: skip
+        made = transformers.OneFormerForUniversalSegmentation(transformers.OneFormerConfig(
+            backbone_config=backbone, num_labels=CLASSES, num_queries=12, hidden_dim=64, mask_dim=64, conv_dim=64,
+            encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=32,
+            is_training=True, text_encoder_width=64, text_encoder_context_length=8, text_encoder_num_layers=1,
+            text_encoder_vocab_size=50, text_encoder_n_ctx=4, task_seq_len=8, train_num_points=200,
+        ))  # fmt: skip
+        inputs |= {"task_inputs": torch.randint(50, (2, 8)), "text_inputs": torch.randint(50, (2, 8, 8))}
+    for module in made.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return randomised(made).train(), inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "parts"), [("Eomt", 2), ("EomtDinov3", 2), ("MaskFormer", 2), ("OneFormer", 3)])
+def test_a_training_step_of_each_family(family: str, parts: int) -> None:
+    torch.manual_seed(0)
+    plain, inputs = tiny(family)
+    inputs["mask_labels"] = [(torch.rand(count, 64, 64) < 0.3).float() for count in (3, 4)]
+    inputs["class_labels"] = [torch.randint(CLASSES, (count,)) for count in (3, 4)]
+    losses, gradients = [], []
+    for model in (copy.deepcopy(plain), fast := equip_model(copy.deepcopy(plain))):
+        torch.manual_seed(1)  # the same points
+        loss = model(**inputs).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    scale = max(gradient.abs().max().item() for gradient in gradients[0].values())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * scale)
+    modules = zip(fast.modules(), plain.modules(), strict=True)
+    assert sum(type(a).forward is not type(b).forward for a, b in modules) == parts
+    assert [type(module) for module in unequip_model(fast).modules()] == [type(module) for module in plain.modules()]
+
+
 def test_copies_keep_the_parts_and_unequip_removes_them() -> None:
     plain = mask2former()
     names = [type(module).forward for module in plain.modules()]

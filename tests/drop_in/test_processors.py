@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,32 @@ def test_equipped_processors_are_saved_copied_and_taken_off_again(family: str, t
     outer.image_processor = fast
     equip(outer)
     assert fast.post_process_semantic_segmentation.__module__.startswith("maskformer_fast")
+
+
+@pytest.mark.parametrize("family", ["MaskFormer", "Mask2Former", "OneFormer", "Eomt"])
+def test_signatures_begin_as_theirs(family: str) -> None:
+    theirs, ours = twins(family)
+    for task in ("semantic", "panoptic", "instance"):
+        name = f"post_process_{task}_segmentation"
+        expected, got = (list(inspect.signature(getattr(p, name)).parameters.values()) for p in (theirs, ours))
+        assert [(p.name, p.kind, p.default) for p in got[: len(expected)]] == [
+            (p.name, p.kind, p.default) for p in expected
+        ]
+        assert all(p.kind is p.KEYWORD_ONLY for p in got[len(expected) :])
+
+
+def test_the_size_of_an_eomt_processor_counts_unless_another_is_given() -> None:
+    theirs, ours = twins("Eomt")
+    outputs, other = model_outputs(True, live=8, size=(12, 12)), {"shortest_edge": 70, "longest_edge": 80}
+    for p in (theirs, ours):
+        p.size = type(p.size)(shortest_edge=48, longest_edge=48)
+    for arguments in (([(60, 50)],), ([(60, 50)], None, True), ([(60, 50)], other, True)):
+        mine, expected = both((ours, theirs), "semantic", outputs, *arguments)
+        if len(arguments) == 1:
+            check_maps(mine[0], expected[0])
+        else:
+            scores = [found[0].segmentation_scores for found in (mine, expected)]
+            torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
 
 
 def test_wrong_processors_and_options_are_refused() -> None:

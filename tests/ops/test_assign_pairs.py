@@ -52,5 +52,25 @@ def test_the_errors_are_scipys(maximize: bool, shape: tuple[int, int]) -> None:
         assign_pairs([torch.zeros(3)])
     with pytest.raises(TypeError, match=r"cost\[0\]: expected a Tensor, got list"):
         assign_pairs([[1.0]])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match=r"cost\[1\]: expected torch.float32"):
-        assign_pairs([torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.float64)])
+    for cost in ([torch.zeros(2, 2), torch.zeros(2, 2) + 1j], torch.zeros(3, 2, 2) + 1j):
+        with pytest.raises(TypeError, match=r"cost\[\d\]: expected real numbers, got torch.complex64"):
+            assign_pairs(cost)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_matrices_of_any_type_and_layout(maximize: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    costs = [torch.rand(9, 7, generator=generator) for _ in range(8)]
+    others = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    changed = [(100 * cost).to(dtype) for cost, dtype in zip(costs, others, strict=False)]
+    changed[-1] = costs[5] < 0.2
+    changed += [costs[6].T, costs[7][::2, 1:].requires_grad_(), 2**40 + torch.arange(12).view(3, 4)]
+    found = [*assign_pairs(changed, maximize), *(assign_pairs([cost], maximize)[0] for cost in changed)]
+    for cost, (rows, columns) in zip(2 * changed, found, strict=True):
+        exact = cost.detach().to(torch.float64)
+        expected = exact[scipy.linear_sum_assignment(exact, maximize)].sum()
+        assert len(rows) == min(cost.shape) and torch.equal(rows, rows.unique()) and len(columns.unique()) == len(rows)
+        assert exact[rows, columns].sum() == pytest.approx(expected)
+    stacked = torch.randint(50, (3, 6, 4), generator=generator)
+    for problem, (rows, columns) in zip(stacked, assign_pairs(stacked, maximize), strict=True):
+        assert problem[rows, columns].sum() == problem[scipy.linear_sum_assignment(problem, maximize)].sum()

@@ -27,6 +27,7 @@ from maskformer_fast.ops import (
     resize_images,
 )
 from maskformer_fast.ops.matching_cost import matching_cost_from_logits
+from maskformer_fast.ops.nearest_masks import nearest_masks
 from maskformer_fast.ops.point_cost import point_cost
 from maskformer_fast.ops.points import sample_masks
 from maskformer_fast.ops.resized_argmax import resized_argmax, resized_winners
@@ -92,6 +93,10 @@ def rle(device: str) -> None:
     masks = 4 * torch.randn(2, 9, 11, 13, device=device)
     for capacity in (20000, 301, 0):  # enough, too little for the bytes, too little for the runs
         instance_rle(masks, (10.5, 13.0), (41, 50), capacity)
+
+
+def nearest(device: str) -> None:
+    nearest_masks(torch.randint(256, (3, 11, 2), dtype=torch.uint8, device=device), 13, (41, 50))
 
 
 def argmax(device: str) -> None:
@@ -185,6 +190,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "panoptic": panoptic,
     "instances": instances,
     "rle": rle,
+    "nearest_masks": nearest,
     "resized_argmax": argmax,
     "matching_cost": matching,
     "mask_loss": losses,
