@@ -10,19 +10,22 @@ import hashlib
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.machine import peak_resident_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -185,9 +188,15 @@ def mean_over_ranks(
     return total / world_size()
 
 
+def is_sharded(value: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is one rank's part of a larger one."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # of who shards; others do without its 40 MiB
+    return tensors is not None and isinstance(value, tensors.DTensor)
+
+
 def unsharded(value: Tensor) -> Tensor:
     """Full tensor on every rank, of one that may be sharded."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_sharded(value) else value
 
 
 def shard_like(
@@ -195,8 +204,10 @@ def shard_like(
     like: Tensor,
 ) -> Tensor:
     """Shard of a full tensor for this rank, if ``like`` is sharded and of the same shape; else the tensor itself."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
+    if not is_sharded(like) or value.shape != like.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 

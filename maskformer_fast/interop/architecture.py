@@ -22,7 +22,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from maskformer_fast.config import BackboneConfig, DecoderConfig, ModelConfig, ModelType, PixelDecoderConfig
@@ -30,7 +29,7 @@ from maskformer_fast.interop.names import ConvertError, Renamed, Rule, their_nam
 from maskformer_fast.modeling import BACKBONES, build_model
 from maskformer_fast.modeling.backbone import build_backbone
 from maskformer_fast.modeling.deformable_encoder import LEVELS, POINTS
-from maskformer_fast.modeling.weights import not_finite
+from maskformer_fast.modeling.weights import not_finite, on_meta
 
 BATCH_COUNTER = "num_batches_tracked"
 _STAGES = range(4)
@@ -154,7 +153,7 @@ def meta_model(config: ModelConfig, source: object) -> nn.Module:
         ConvertError: sizes from which no network can be built.
     """
     try:
-        with torch.device("meta"):
+        with on_meta():
             return build_model(config)
     except ValueError as error:
         raise ConvertError(f"{source}: {error}") from error
@@ -163,7 +162,7 @@ def meta_model(config: ModelConfig, source: object) -> nn.Module:
 def meta_backbone(config: BackboneConfig, source: object) -> nn.Module:
     """Build a backbone as `meta_model` builds a network."""
     try:
-        with torch.device("meta"):
+        with on_meta():
             return build_backbone(config)
     except ValueError as error:
         raise ConvertError(f"{source}: {error}") from error

@@ -82,7 +82,10 @@ def trains_in_float32_on_cpu(x: Tensor, weight: Tensor) -> bool:
     )  # fmt: skip
 
 
-@torch.compiler.assume_constant_result
 def _onednn_pays() -> bool:
     """`onednn_is_faster`, which `torch.compile` calls while it traces, and takes its result for a constant."""
     return onednn_is_faster()
+
+
+# As `torch.compiler.assume_constant_result` does, which imports the compiler: 100 MiB in every process.
+_onednn_pays._dynamo_marked_constant = True  # type: ignore[attr-defined]

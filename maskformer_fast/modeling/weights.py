@@ -6,7 +6,8 @@ import dataclasses
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from maskformer_fast.config import Config, ModelConfig
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.typed import TypedReader, to_plain
-from maskformer_fast.distributed import shard_like
+from maskformer_fast.distributed import is_sharded, shard_like
 from maskformer_fast.modeling import build_model, resolve_backbone
 from maskformer_fast.modeling.first_convolution import fitted_to_channels
 from maskformer_fast.modeling.vit import ViT
@@ -186,6 +187,27 @@ def check_depth(model: ModelConfig, tensors: int, source: object) -> None:
         raise CheckpointError(f"{source}: expected windows of at most {_MAX_WINDOW} cells, got {backbone.window_size}")
 
 
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build networks on the meta device: names and shapes without memory and without initial weights."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves initial weights out: on the meta device PyTorch would import its compiler to draw them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):  # which call those past the mode
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def check_architecture(model: ModelConfig, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise `CheckpointError` unless names and shapes are those of the network that a configuration describes.
 
@@ -193,7 +215,7 @@ def check_architecture(model: ModelConfig, weights: Mapping[str, Tensor], source
     """
     try:
         check_depth(model, len(weights), source)
-        with torch.device("meta"):
+        with on_meta():
             expected = build_model(model).state_dict()
     except CheckpointError:
         raise
@@ -220,7 +242,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | Pa
     """
     current = module.state_dict()
     problems = _differences(current, weights)
-    read = {name: tensor for name, tensor in weights.items() if not isinstance(tensor, DTensor)}
+    read = {name: tensor for name, tensor in weights.items() if not is_sharded(tensor)}
     problems += [f"not finite: {name}: {count}" for name, count in not_finite(read).items()]
     _raise_problems(problems, source)
     module.load_state_dict({name: shard_like(tensor, current[name]) for name, tensor in weights.items()})

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from maskformer_fast.distributed import is_sharded
 
 
 class WeightAverage:
@@ -82,4 +83,4 @@ class WeightAverage:
 def _local(tensor: Tensor) -> Tensor:
     """Part of a sharded tensor that is on this rank; other tensors as they are. Shares the memory."""
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor

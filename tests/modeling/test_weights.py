@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from maskformer_fast.modeling.weights import (
     load_backbone,
     load_initial,
     load_weights,
+    on_meta,
     save_weights,
 )
 from tests.support.memory import at_most
@@ -207,3 +210,30 @@ def test_numbers_of_four_bits_are_refused(ours: Path) -> None:
     for read in (load_weights, lambda path: load_backbone(build_model(MODEL), path)):
         with pytest.raises(CheckpointError, match=r"ours\.safetensors: .*w: expected one of the types .*, got F4"):
             read(ours)
+
+
+HEAVY = """
+import sys, torch
+heavy = ("torch._dynamo", "torch.distributed.tensor", "triton", "sympy")
+before = [name for name in heavy if name in sys.modules]
+from maskformer_fast.inference.load import load
+predictor = load(sys.argv[1], "cpu")
+predictor.predict(torch.zeros(3, 40, 50, dtype=torch.uint8))
+print(before, [name for name in heavy if name in sys.modules])
+"""
+
+
+def test_prediction_does_not_import_the_compiler(ours: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HEAVY, str(ours)], capture_output=True, text=True, check=True)
+    before, after = done.stdout.strip().split("] [")
+    assert before + "]" == "[" + after
+
+
+def test_names_and_shapes_on_the_meta_device_are_those_of_the_network() -> None:
+    for kind in ("maskformer", "mask2former"):
+        config = dataclasses.replace(MODEL, type=kind)
+        with on_meta():
+            skeleton = build_model(config).state_dict()
+        real = build_model(config).state_dict()
+        assert list(skeleton) == list(real) and all(tensor.is_meta for tensor in skeleton.values())
+        assert [tensor.shape for tensor in skeleton.values()] == [tensor.shape for tensor in real.values()]
