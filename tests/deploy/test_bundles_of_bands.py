@@ -16,7 +16,7 @@ from PIL import Image
 from maskformer_fast import evaluate, export, predict
 from maskformer_fast.benchmark import __main__ as benchmark
 from maskformer_fast.benchmark.runners import make_frames
-from maskformer_fast.config import TASKS, Config, DataConfig
+from maskformer_fast.config import TASKS, Config, DataConfig, TestConfig
 from maskformer_fast.core.image_resize import check_image
 from maskformer_fast.core.machine import has_bfloat16
 from maskformer_fast.data.images import read_index_png
@@ -32,6 +32,7 @@ from maskformer_fast.modeling.weights import save_weights
 from tests.deploy.test_bundles_of_networks import LIBRARIES, LOW, spread, written
 from tests.support.demo_cases import scene_predictor
 from tests.support.images import photo
+from tests.support.tiny_bundle import tiny_bundle
 
 pytest.importorskip("onnxruntime")
 CHANNELS = 5
@@ -48,11 +49,11 @@ class Made(NamedTuple):
     predictor: Predictor
 
 
-def scene(seed: int, height: int, width: int, dtype: type = np.uint16) -> np.ndarray:
+def scene(seed: int, height: int, width: int) -> np.ndarray:
     """Blocks of random values on the scale of each band -> [height, width, CHANNELS]."""
     colors = np.concatenate([photo(seed, height, width), photo(seed + 100, height, width)], 2)[..., :CHANNELS]
     pixels = np.asarray(MEAN) + (colors / 64.0 - 2) * STD
-    return np.clip(pixels.round(), 0, np.iinfo(dtype).max).astype(dtype)
+    return np.clip(pixels.round(), 0, 65535).astype(np.uint16)
 
 
 def predictor_of_bands(kind: str) -> Predictor:
@@ -73,7 +74,8 @@ def predictor_of_bands(kind: str) -> Predictor:
     return Predictor(network, replace(config, data=data, model=model), rgb.metadata, "cpu")
 
 
-@pytest.fixture(scope="module", params=["maskformer", "mask2former", "eomt"])
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=[pytest.mark.slow, pytest.mark.no_cover])
+                                        for kind in ("maskformer", "mask2former", "eomt")])  # fmt: skip
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     """A checkpoint of a small network, its bundle, and a folder of pictures of two sizes and formats with labels."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -110,7 +112,7 @@ def test_the_manifest_has_the_bands_and_the_type_of_the_input(made: Made) -> Non
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_results_are_those_of_the_checkpoint(made: Made, library: str) -> None:
+def test_results_are_those_of_the_checkpoint(made: Made, library: Any) -> None:
     frames = [scene(number, *size) for number, size in enumerate([(48, 40), (61, 43), (33, 70)])]
     frames.append(np.minimum(frames[0] // 200, 255).astype(np.uint8))
     with load(made.bundle, library, precision="fp32") as runtime:
@@ -124,7 +126,7 @@ def test_results_are_those_of_the_checkpoint(made: Made, library: str) -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_other_frames_are_one_error(made: Made, library: str) -> None:
+def test_other_frames_are_one_error(made: Made, library: Any) -> None:
     frame = scene(0, 48, 40)
     wrong: list[tuple[Any, type[Exception], str]] = [
         (frame[..., :3], ValueError, r"expected shape \[H, W, 5\], got \(48, 40, 3\)"),
@@ -173,7 +175,6 @@ def test_predict_works_in_tiles_and_refuses_other_pictures(
     assert read_index_png(tmp_path / "out/semantic/good.png").shape == (60, 50)
 
 
-@pytest.mark.slow
 def test_benchmark_measures_it_beside_pytorch(made: Made, tmp_path: Path) -> None:
     pictures = made.data / "images"
     line = [str(made.bundle), "--checkpoint", str(made.checkpoint), "--against", "eager", "--batches", "1", "--size",
@@ -183,11 +184,12 @@ def test_benchmark_measures_it_beside_pytorch(made: Made, tmp_path: Path) -> Non
     assert [row["runner"] for row in rows] == ["bundle", "PyTorch eager"] and rows[0]["labels_equal"] > 0.99
 
 
-def test_frames_of_the_benchmark_have_the_bands(made: Made) -> None:
+def test_frames_of_the_benchmark_have_the_bands(tmp_path: Path) -> None:
+    np.save(tmp_path / "0.npy", scene(0, 61, 43))
     drawn = make_frames(2, (20, 30), None, CHANNELS)
     assert all(frame.shape == (20, 30, CHANNELS) and frame.dtype == np.uint16 for frame in drawn)
     assert np.ptp(drawn[0]) > 30000
-    read = make_frames(3, (20, 30), str(made.data / "images"), CHANNELS)
+    read = make_frames(3, (20, 30), str(tmp_path), CHANNELS)
     assert all(frame.shape == (20, 30, CHANNELS) and frame.dtype == np.uint16 for frame in read)
     np.testing.assert_allclose(read[0].mean((0, 1)), scene(0, 61, 43).mean((0, 1)), rtol=0.05)
     assert make_frames(1, (20, 30), None)[0].shape == (20, 30, 3)
@@ -237,7 +239,7 @@ def test_calibration_pictures_are_cut_as_rgb_is_and_keep_their_scale(tmp_path: P
     bands = np.concatenate([rgb, rgb[..., :2]], 2).astype(np.uint16) * 200
     crop = covering_crop(bands, (32, 40))
     assert crop.dtype == np.float32 and crop.shape == (1, CHANNELS, 32, 40)
-    np.testing.assert_allclose(crop[0, :3] / 200, covering_crop(rgb, (32, 40))[0], atol=0.51)
+    np.testing.assert_allclose(crop[0, :3] / 200, covering_crop(rgb, (32, 40))[0], rtol=0, atol=1.01)
     np.save(tmp_path / "a.npy", bands)
     np.save(tmp_path / "b.npy", rgb)
     (tmp_path / "c.png").write_bytes(b"")
@@ -269,16 +271,25 @@ def test_what_takes_no_bands_says_so_before_any_work(made: Made, tmp_path: Path)
     assert "TYPE_FP32" in (served / "config.pbtxt").read_text()
 
 
-def test_means_of_other_graphs_are_refused(made: Made) -> None:
-    bundle = Bundle.open(made.bundle)
+def test_means_of_other_graphs_are_refused(tmp_path: Path) -> None:
+    bundle, _ = tiny_bundle(tmp_path / "bundle", TestConfig())
+    assert bundle.manifest.channels == 0
     with pytest.raises(BundleError, match="std: expected as many numbers as mean"):
         Preprocess(MEAN, STD[:4], None, 99, 32)
-    graphs = {name: replace(graph, inputs=(replace(graph.inputs[0], dtype="uint8"),))
-              for name, graph in bundle.manifest.graphs.items()}  # fmt: skip
     with pytest.raises(BundleError, match="preprocess.mean: expected 3 numbers, as graphs take uint8 RGB"):
-        extend_bundle(bundle, {}, graphs=graphs)
+        extend_bundle(bundle, {}, preprocess=Preprocess(MEAN, STD, None, 99, 32))
+    graphs = {name: replace(graph, inputs=(replace(graph.inputs[0], dtype="float32"),))
+              for name, graph in bundle.manifest.graphs.items()}  # fmt: skip
+    other = extend_bundle(bundle, {}, graphs=graphs, preprocess=Preprocess(MEAN, STD, None, 99, 32))
+    assert other.manifest.channels == CHANNELS
+    with pytest.raises(BundleError, match=r"graphs.raw, images: expected tensor\(float\), got 'tensor\(uint8\)'"):
+        load(other, "onnxruntime")
+
+
+def test_frames_are_checked_by_their_bands() -> None:
     rgb = np.zeros((9, 9, 3), np.uint8)
     check_image(rgb)
+    check_image(np.zeros((9, 9, 4), np.uint16), channels=4)
     with pytest.raises(TypeError, match="expected uint8, got uint16"):
         check_image(rgb.astype(np.uint16))
     with pytest.raises(ValueError, match=r"shape \[H, W, 4\]"):
