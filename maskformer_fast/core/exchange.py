@@ -144,7 +144,7 @@ def _run_lengths(
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Compressed COCO run lengths of packed masks, {"size": [H, W], "counts": text} each, and areas [N] int64."""
     packed, areas = np.ascontiguousarray(packed), np.zeros(len(packed), np.int64)
-    counts = []
+    counts: list[bytes] = []
     if len(packed):
         counts = load_extension().encode_packed_masks(
             address_of(packed, "masks", "uint8", (len(packed), size[0], (size[1] + 7) // 8)), (len(packed), *size), 1,

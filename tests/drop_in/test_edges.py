@@ -58,8 +58,8 @@ def test_one_image_of_a_batch_without_segments(family: str, task: str) -> None:
     assert check(pair, task, outputs, target_sizes=[(20, 30), (9, 40), (64, 3)]) > 0
 
 
-@pytest.mark.parametrize("family", ["MaskFormer", "OneFormer"])  # the others' own code refuses it
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", ["MaskFormer", "OneFormer"])  # the others' own code refuses it, as of instances
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
 def test_no_queries(family: str, task: str) -> None:
     outputs = SimpleNamespace(class_queries_logits=torch.randn(2, 0, 4), masks_queries_logits=torch.randn(2, 0, 8, 9))
     assert check(twins(family), task, outputs, target_sizes=[(9, 20), (4, 5)]) == 0

@@ -43,6 +43,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "deformable_attention": ATTENTION,
     "deformable_attention_backward": (torch.zeros(2, 5, 24), *ATTENTION),
     "sample_masks": (torch.zeros(2, 5, 1, dtype=torch.uint8), 6, GROUPS, torch.zeros(3, 9, 2), GROUPS, [5, 6]),
+    "nearest_masks": (torch.zeros(2, 5, 1, dtype=torch.uint8), 6, [10, 12]),
     "point_cost": AT_POINTS,
     "choose_points": (torch.zeros(7, 5, 6), GROUPS, torch.zeros(3, 9, 2), torch.zeros(3, 4, 2), 5),
     "point_sums": POINTS,
@@ -50,6 +51,9 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "resize_images": (FRAMES, [4, 4], [4, 4], False),
 }
 WRONG: list[tuple[str, int, Any]] = [
+    ("nearest_masks", 0, torch.zeros(2, 5, 1)),
+    ("nearest_masks", 1, 9),
+    ("nearest_masks", 2, [10, 0]),
     ("linear_sum_assignment", 0, torch.zeros(4)),
     ("linear_sum_assignment", 0, torch.zeros(2, 3, 4, dtype=torch.float16)),
     ("linear_sum_assignment", 1, torch.zeros(1, dtype=torch.int64)),
