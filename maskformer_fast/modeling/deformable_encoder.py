@@ -89,7 +89,7 @@ class DeformableEncoder(nn.Module):
     def __init__(self, config: PixelDecoderConfig) -> None:
         super().__init__()
         dim = config.conv_dim
-        self.level_embed = nn.Parameter(torch.randn(LEVELS, dim))
+        self.level_embed = nn.Parameter(torch.empty(LEVELS, dim).normal_())
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(
             DeformableEncoderLayer(dim, config.encoder_heads, config.encoder_ffn_dim, config.encoder_dropout)
@@ -183,8 +183,8 @@ def _centers(height: int, width: int, device: torch.device) -> Tensor:
 
 def _initial_offsets(num_heads: int) -> Tensor:
     """Offsets in pixels: each head looks in its own direction, 1, 2, ... pixels far -> [heads, LEVELS, POINTS, 2]."""
-    angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
+    angles = torch.arange(num_heads, device="cpu") * (2 * math.pi / num_heads)
     directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
     directions = directions / directions.abs().amax(-1, keepdim=True)
-    steps = torch.arange(1, POINTS + 1)[:, None]
+    steps = torch.arange(1, POINTS + 1, device="cpu")[:, None]
     return (directions[:, None, None] * steps).expand(-1, LEVELS, -1, -1)

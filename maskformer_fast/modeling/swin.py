@@ -74,7 +74,7 @@ class WindowAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        y, x = torch.meshgrid(torch.arange(window, device="cpu"), torch.arange(window, device="cpu"), indexing="ij")
         dy, dx = (p.flatten()[:, None] - p.flatten()[None, :] + window - 1 for p in (y, x))
         self.register_buffer("relative_position_index", dy * (2 * window - 1) + dx, persistent=False)  # [N, N]
 

@@ -201,7 +201,7 @@ class _NoDraws(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.normal_, Tensor.uniform_):
+        if func in (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_):
             return args[0]
         if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):  # which call those past the mode
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
