@@ -168,11 +168,10 @@ def merge_instances(
     """Instances of the picture, best first.
 
     An instance that its tile cuts off gives way to whole ones of another tile, of any class, that are the same object
-    in the overlap. Others of one class that are the same object are one, with the best score. Of whole ones the mask
-    counts that has most pixels nearest to its tile's middle; ones that are cut off are joined. An instance that only
-    one tile found is left out if most of its pixels are nearer to another tile.
+    in the overlap. Others of one class that are the same object are joined; the best score counts. An instance that
+    only one tile found is left out if most of its pixels are nearer to another tile.
     """
-    firsts, labels, scores, cuts = [0], [], [], []
+    firsts, labels, scores = [0], [], []
     pairs: list[tuple[int, int]] = []
     replaced: set[int] = set()  # instances that are cut off, and
     chosen: set[int] = set()  # the whole ones for which they are left out
@@ -181,7 +180,6 @@ def merge_instances(
         labels.append(arrays["labels"])
         scores.append(arrays["scores"])
         cut = _instances_cut_off(grid, number, arrays)
-        cuts.append(cut)
         for other in grid.neighbours(number):
             others = tile(other)
             rows, columns, overlap = _overlaps(grid, (number, arrays), (other, others))
@@ -195,31 +193,25 @@ def merge_instances(
             found = _one_to_one(overlap, same)
             pairs += [(firsts[number] + int(rows[a]), firsts[other] + int(columns[b])) for a, b in found]
         firsts.append(firsts[-1] + len(arrays["labels"]))
-    label, score, is_cut_off = np.concatenate(labels), np.concatenate(scores), np.concatenate(cuts)
+    label, score = np.concatenate(labels), np.concatenate(scores)
     groups = groups_of(firsts[-1], [pair for pair in pairs if not replaced.intersection(pair)])
     members = np.bincount(groups, minlength=firsts[-1])
-    parts: dict[int, list[_Part]] = {}
+    parts: dict[int, list[tuple[Box, np.ndarray]]] = {}
     for number in range(len(grid)):
         arrays = tile(number)
         for row in range(len(arrays["labels"])):
             place = firsts[number] + row
             if place in replaced:
                 continue
-            part = _part(grid, number, arrays, row)
-            is_alone = members[groups[place]] == 1 and place not in chosen
-            if not is_alone or 2 * part.owned.sum() >= part.mask.sum():
-                parts.setdefault(int(groups[place]), []).append(part)
+            group = int(groups[place])
+            part = _part(grid, number, arrays, row, bool(members[group] == 1), place in chosen)
+            if part is not None:
+                parts.setdefault(group, []).append(part)
     found_ones = []
-    for group, views in parts.items():
-        if is_cut_off[group] and len(views) > 1:
-            pieces = [(view.own, view.owned) for view in views if view.owned.any()]
-        else:
-            best_view = max(views, key=lambda view: int(view.owned.sum()))  # of equal ones the first tile's
-            pieces = [(best_view.box, best_view.mask)]
-        if pieces:
-            box, mask = _joined(pieces)
-            best = float(score[groups == group].max()) if members[group] > 1 else float(score[group])
-            found_ones.append((group, CroppedInstance(int(label[group]), best, box, mask)))
+    for group, pieces in parts.items():
+        best = max(float(score[row]) for row in np.flatnonzero(groups == group)) if members[group] > 1 else score[group]
+        box, mask = _joined(pieces)
+        found_ones.append((group, CroppedInstance(int(label[group]), float(best), box, mask)))
     found_ones.sort(key=lambda one: (-one[1].score, one[0]))
     return [instance for _, instance in found_ones]
 
@@ -271,22 +263,19 @@ def _one_to_one(overlap: np.ndarray, same: np.ndarray) -> list[tuple[int, int]]:
     return pairs
 
 
-class _Part(NamedTuple):
-    """A tile's instance: its box and mask, and what of it lies in the pixels that are nearest to the tile's middle."""
-
-    box: Box
-    mask: np.ndarray
-    own: Box
-    owned: np.ndarray  # empty where the box is
-
-
-def _part(grid: TileGrid, number: int, arrays: Arrays, row: int) -> _Part:
+def _part(
+    grid: TileGrid, number: int, arrays: Arrays, row: int, alone: bool, is_chosen: bool
+) -> tuple[Box, np.ndarray] | None:
+    """What a tile's instance adds to its object: its owned pixels, or all if it is alone; None for nothing."""
     x0, y0, x1, y1 = (int(side) for side in arrays["boxes"][row])
     outer = grid.boxes[number]
     box = Box(outer.top + y0, outer.left + x0, outer.top + y1, outer.left + x1)
     mask = unpack(arrays["masks"][row, y0:y1], outer.size[1])[:, x0:x1]
     own = box.intersect(grid.owned[number])
-    return _Part(box, mask, own, mask[:0, :0] if own.is_empty else mask[own.within(box)])
+    owned = None if own.is_empty else mask[own.within(box)]
+    if alone or is_chosen:
+        return (box, mask) if is_chosen or (owned is not None and 2 * owned.sum() >= mask.sum()) else None
+    return None if owned is None or not owned.any() else (own, owned)
 
 
 def _joined(pieces: Sequence[tuple[Box, np.ndarray]]) -> tuple[Box, np.ndarray]:

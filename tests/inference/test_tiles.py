@@ -256,26 +256,6 @@ def test_a_thing_that_one_tile_cuts_off_and_another_sees_whole_is_as_in_that_one
     assert (unpack(instances.masks.numpy(), 100)[0] == (scene[..., 0] == 2)).all()
 
 
-@pytest.mark.parametrize("columns", [(42, 56), (44, 58)])
-def test_an_instance_that_two_tiles_see_whole_has_the_mask_of_the_one_that_owns_most_of_it(columns):
-    class Blurred(Truth):
-        def result(self, image, task):
-            seen = image.copy()
-            if image[0, 0, 2] != 9:  # the tile on the right sees a taller thing
-                seen[18:42, image[20, :, 0] == 2] = 2, 1, 7
-            return super().result(seen, task)
-
-    scene = np.zeros((60, 100, 3), np.uint8)
-    scene[..., 0] = 1
-    scene[0, 0] = 1, 0, 9
-    scene[20:40, slice(*columns)] = 2, 1, 7  # the tiles are columns 0 to 59, which owns up to 49, and 40 to 99
-    rows = slice(20, 40) if columns[0] == 42 else slice(18, 42)
-    expected = np.zeros((60, 100), bool)
-    expected[rows, slice(*columns)] = True
-    result = infer_tiled(Blurred(TestConfig(tile=60, tile_overlap=0.3)), scene, ("instance",))["instance"]
-    assert (unpack(result.masks.numpy(), 100) == expected).all() and result.labels.tolist() == [2]
-
-
 def test_pixels_without_a_segment_stay_void():
     class Blind(Truth):
         def result(self, image, task):
