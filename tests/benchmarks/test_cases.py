@@ -146,7 +146,7 @@ def test_every_case_is_well_formed(device: str) -> None:
     todo = plan(MODULES, device)
     assert not todo.failures and len(todo.cases) > 80 and len(todo.batches) <= 60, "each batch starts a process"
     for subject, case in todo.cases.values():
-        late = subject in ("train_step", "deployment", "mask2former", "eomt")  # they take longest
+        late = subject in ("train_step", "deployment", "mask2former", "eomt") or "training step" in case.name  # long
         assert case.goal is None or case.rank == 0 or late, "goals are measured first"
         assert case.goal is None or case.bound is not None
 
@@ -157,7 +157,8 @@ def test_recorded_rows_can_be_measured_again() -> None:
     for name in ("cpu", "cpu-train_step"):
         for row in json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]:
             case = cases[row["name"]]
-            assert (row["peer"], row["threads"]) == (case.peer, case.threads)
+            assert row["peer"] == case.peer
+            assert row["threads"] in (case.threads, 1)  # processor time is that of one thread
             assert case.goal is None or row["goals"][0]["text"] == f">= {case.goal:g}x"
 
 
