@@ -104,7 +104,10 @@ def decode(
                 return image
         reason = f"expected at most {most} pixels, got {width} x {height} = {width * height}"
     except MemoryError:
-        raise
+        if source is not None:
+            raise
+        # a PNG's part may claim gigabytes: reading from memory gives no more than the file has
+        return decode(path, upright, lower_bytes, io.BytesIO(Path(path).read_bytes()), most)
     except FileNotFoundError:
         reason = "no such file"
     except UnidentifiedImageError:

@@ -23,6 +23,7 @@ from tests.data.datasets import test_voc as voc
 from tests.docs.world import labelme_folder, scenes, yolo_folder
 from tests.support import coco_files
 from tests.support.images import photo
+from tests.support.memory import at_most
 from tests.test_hostile_files import changed_bytes, changed_value, every_target, fuzz, nested
 
 
@@ -199,3 +200,16 @@ def test_images(tmp_path: Path, suffix: str, examples: int) -> None:
                 assert path.name in str(error)
 
     fuzz(examples, strategy, tmp_path / f"file{suffix}", read)
+
+
+def test_a_png_whose_data_claims_gigabytes_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.png"
+    content = bytearray(encoded(Image.fromarray(photo()[..., 0]), "PNG"))
+    content[content.index(b"IDAT") - 4] = 0x7F
+    path.write_bytes(content)
+    for reader in (read_image, read_index_png, read_panoptic_png):
+        with at_most(400):
+            try:
+                reader(path)
+            except ValueError as error:
+                assert path.name in str(error)
