@@ -70,10 +70,11 @@ def segment_file(
         if finished is None:
             with open_picture(path, exif, member, predictor.channels) as picture:
                 finished = _segment(predictor, picture, tasks, writer, number, image_id, folder, progress)
-            for entry in folder.iterdir():
-                if entry.suffix in (".npz", ".npy"):
-                    entry.unlink()
+            # before the tiles go: a run that is killed among them must not go on with what is left of them
             write_json(folder / "finished.json", finished)
+        for entry in folder.iterdir():
+            if entry.suffix in (".npz", ".npy"):
+                entry.unlink()
         size = (int(finished["size"][0]), int(finished["size"][1]))
         writer.add(number, image_id, size, finished["panoptic"], finished["instances"], tasks,
                    finished["labels"])  # fmt: skip
@@ -130,7 +131,9 @@ def _segment(
         path = folder / f"{name}.npy"
         if path.exists():  # of the same job
             return np.lib.format.open_memmap(path, "r+")
-        return np.lib.format.open_memmap(path, "w+", dtype, size)
+        array = np.lib.format.open_memmap(path.with_suffix(".new"), "w+", dtype, size)
+        path.with_suffix(".new").replace(path)  # complete, or not there
+        return array
 
     tiled = TiledSegmentation(predictor, picture, tasks, TileFiles(folder), make_array)
     tiled.run(progress)

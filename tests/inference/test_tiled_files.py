@@ -152,6 +152,27 @@ def test_an_interrupted_picture_goes_on_and_a_finished_one_is_not_repeated(tmp_p
     assert (read_index_png(out / "semantic/scene.png") == scene[::-1, :, 0]).all()
 
 
+def test_a_run_killed_while_it_removes_tiles_keeps_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = draw_scene((300, 411), 40)
+    Image.fromarray(scene).save(tmp_path / "scene.png")
+    out, predictor = tmp_path / "out", Counting(TEST)
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        (path.parent / "labels.npy").rename(tmp_path / "removed.npy")  # which may be the first
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(Interrupted):
+            segment(tmp_path / "scene.png", out, predictor)
+    assert (tmp_path / "removed.npy").exists() and predictor.tiles == 12
+    writer, done = segment(tmp_path / "scene.png", out, predictor)
+    assert done and predictor.tiles == 12
+    check_results(out, scene, read_index_png(out / "semantic/scene.png"), read_panoptic_png(out / "panoptic/scene.png"))
+    remove_work(writer)
+    assert not (out / WORK_FOLDER).exists()
+
+
 class Failing(Counting):
     """One that fails at a tile, as where memory runs out."""
 
