@@ -25,7 +25,7 @@ from benchmarks.harness.case import Bound, Case, Work
 from maskformer_fast.config import BackboneConfig, Config, ModelConfig
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.modeling import build_model
-from maskformer_fast.modeling.fuse_for_cpu import fuse_for_cpu
+from maskformer_fast.modeling.fuse_for_cpu import convolves_bfloat16, fuse_for_cpu
 from maskformer_fast.ops.mask_product import layer_mask_logits
 
 CLASSES, SIZE = 150, (512, 512)
@@ -248,7 +248,7 @@ def cpu_cases() -> list[Case]:
     rows = []
     for name in ("resnet50", "swin_tiny"):
         model = model_of(name)
-        for dtype in DTYPES:
+        for dtype in DTYPES if convolves_bfloat16() else ("float32",):
             for part in PARTS:
                 complete = part == "network"
                 for peer in (HUGGINGFACE, *(engines_of(dtype) if complete else [])):

@@ -97,11 +97,20 @@ def _matrix_products(clock: Clock, name: str, size: int) -> dict[str, tuple[floa
         "PyTorch": (2.0 * size**3, partial(torch.mm, a, b, out=product)),
         "convolution": (2.0 * weight.numel() * side**2, partial(F.conv2d, pixels, weight, padding=1)),
     }
-    if clock.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if clock.device.type == "cpu" and _onednn_multiplies(name):
         packed = torch.ops.mkldnn._reorder_linear_weight(b)
         by_onednn = partial(torch.ops.mkldnn._linear_pointwise, a, packed, None, "none", [], "")
         products["oneDNN"] = 2.0 * size**3, by_onednn
     return products
+
+
+def _onednn_multiplies(name: str) -> bool:
+    """Whether oneDNN has matrix products of a type on this processor: in bfloat16 it needs AVX-512."""
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return name == "fp32" or (name == "bf16" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def _best(clock: Clock, operation: Callable[[], Any]) -> float:

@@ -1,7 +1,7 @@
 """Which implementation of a layer is the fastest on this processor.
 
-Libraries differ by factors from processor to processor: MKL multiplies float32 matrices on AMD's slower than oneDNN,
-and oneDNN's bfloat16 convolutions use matrix units that only some have. Matrices go by the processor's vendor.
+Libraries differ by factors from processor to processor: MKL multiplies float32 matrices on some of AMD's slower than
+oneDNN, and oneDNN's bfloat16 convolutions use matrix units that only some have. Matrices go by a rule.
 Convolutions go by measurements of some milliseconds, which inference alone asks for. Each is made once, when the first
 map of such a size comes, and told to this module's logger with its times (level INFO). The times are kept in the file
 ``cpu_choices.json`` of the user's cache folder, by processor, version of PyTorch and number of threads. The environment
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from maskformer_fast.core.files import write_json
-from maskformer_fast.core.machine import processor_name, processor_vendor
+from maskformer_fast.core.machine import processor_name
 from maskformer_fast.ops.convolution import conv3x3_winograd, pack_winograd_weights
+from maskformer_fast.ops.linear import onednn_beside_mkl_on_amd, onednn_is_faster
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ _PRODUCTS = 2**26
 """Products of the maps on which convolutions are compared, for each tap: those of a ResNet's stages at 512x512."""
 _LARGEST_SIDE = 128
 """Largest height and width of these maps; they shrink to those of the network's, by powers of two."""
+_SHORT_SUM = 128
+"""Inputs of a linear layer up to which oneDNN is faster than MKL on AMD's processors without AVX-512."""
 _ROUNDS = 4
 """Calls of each implementation, by turns; the least time counts."""
 PLAIN: tuple[str, list[Any], str] = ("none", [], "")
@@ -42,15 +45,13 @@ GEOMETRY: tuple[list[int], list[int], list[int], int] = ([1, 1], [1, 1], [1, 1],
 """Padding, stride, dilation and groups of a 3x3 convolution that keeps the size."""
 
 
-@functools.cache
-def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than PyTorch's own way does: on AMD's processors, beside MKL.
+def packed_linear_is_faster(channels: int, gelu: bool = False) -> bool:
+    """Whether oneDNN with packed weights computes a float32 layer of so many inputs faster than MKL does.
 
-    A rule and not a measurement, because training goes by it too: all processes of a run, and those that resume it,
-    must compute the same sums.
+    On AMD's processors without AVX-512 MKL is faster, but where the sums are short, and with GELU, which oneDNN applies
+    as it writes. A rule, as `onednn_is_faster` is.
     """
-    libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    return libraries and processor_vendor() == "AuthenticAMD"
+    return onednn_is_faster() or (onednn_beside_mkl_on_amd() and (gelu or channels <= _SHORT_SUM))
 
 
 def winograd_is_faster(in_channels: int, out_channels: int, dtype: torch.dtype, pixels: int) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskformer_fast.core.arrays import dtype_name
+from maskformer_fast.core.checks import check
 from maskformer_fast.modeling.attention import MultiHeadAttention
 from maskformer_fast.modeling.conv import ConvNorm
 from maskformer_fast.modeling.cpu_choices import winograd_is_faster
@@ -57,7 +58,12 @@ def fuse_for_cpu(network: nn.Module, dtype: torch.dtype = torch.float32) -> None
         network: a `SegmentationNetwork`; its other layers stay.
         dtype: float32 or bfloat16, of the inputs and outputs of convolutions. For bfloat16, call the network within
             ``torch.autocast("cpu", torch.bfloat16)``.
+
+    Raises:
+        ValueError: bfloat16 on a processor for which `convolves_bfloat16` is false.
     """
+    fits = dtype != torch.bfloat16 or convolves_bfloat16()
+    check(fits, "dtype", "torch.float32, as this processor multiplies no bfloat16", dtype)
     _replace_children(network, dtype)
     network.eval().requires_grad_(False)
     logger.info("rebuilt for the CPU: %s", describe_implementations(network))
@@ -65,7 +71,7 @@ def fuse_for_cpu(network: nn.Module, dtype: torch.dtype = torch.float32) -> None
 
 
 def convolves_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 convolutions for this processor, which needs AVX-512 or similar instructions."""
+    """Whether oneDNN has bfloat16 products for this processor, which need AVX-512 or similar instructions."""
     return bool(_mkldnn()._is_mkldnn_bf16_supported())
 
 

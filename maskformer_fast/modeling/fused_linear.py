@@ -1,8 +1,8 @@
 """Linear layers and Swin blocks for inference on the CPU, by oneDNN's matrix products and our window attention.
 
-PyTorch multiplies float32 matrices on the CPU by MKL, which on AMD's processors uses half of what they can do. oneDNN
-multiplies by weights in a layout of its own choice, and applies GELU, ReLU or the addition of a residual when it writes
-the product. Results equal the network's up to rounding.
+PyTorch multiplies float32 matrices on the CPU by MKL, which uses half of what AMD's processors with AVX-512 can do.
+oneDNN multiplies by weights in a layout of its own choice, and applies GELU, ReLU or the addition of a residual when it
+writes the product; `cpu_choices` tells where it is faster. Results equal the network's up to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from maskformer_fast.core.arrays import dtype_name
 from maskformer_fast.modeling.attention import MultiHeadAttention
-from maskformer_fast.modeling.cpu_choices import PLAIN, onednn_is_faster
+from maskformer_fast.modeling.cpu_choices import PLAIN, packed_linear_is_faster
 from maskformer_fast.modeling.swin import PatchMerging, SwinBlock, SwinStage
 from maskformer_fast.ops.window_attention import pack_window_bias, window_attention
 
@@ -67,7 +67,7 @@ class FusedLinear(FusedLayer):
         self.dtype, self.activation = dtype, activation
         self.weight = weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().to(dtype)
-        if dtype == torch.bfloat16 or onednn_is_faster():
+        if dtype == torch.bfloat16 or packed_linear_is_faster(weight.shape[1], activation == "gelu"):
             self.pack()
 
     @property

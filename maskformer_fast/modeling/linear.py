@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskformer_fast.modeling.cpu_choices import onednn_is_faster
-from maskformer_fast.ops.feed_forward import feed_forward_onednn
-from maskformer_fast.ops.linear import gelu_linear_onednn, linear_onednn
+from maskformer_fast.ops.feed_forward import feed_forward
+from maskformer_fast.ops.linear import gelu_linear, linear_onednn, onednn_is_faster
 
 
 class Linear(nn.Linear):
@@ -40,7 +39,7 @@ def linear(
     relu: bool = False,
 ) -> Tensor:
     """Output [..., N] as of ``F.linear``, by oneDNN in training on a CPU in float32 where that is faster."""
-    if _goes_by_onednn(x, weight):
+    if trains_in_float32_on_cpu(x, weight) and _onednn_pays():
         return linear_onednn(x, weight, bias, relu)
     product = F.linear(x, weight, bias)
     return F.relu(product) if relu else product
@@ -50,27 +49,23 @@ def gelu_then(
     layer: nn.Linear,  # with bias
     x: Tensor,  # [..., C]
 ) -> Tensor:
-    """GELU, then a linear layer -> [..., N]; where `linear` is oneDNN's, GELU's result is not kept for the gradient."""
-    if _goes_by_onednn(x, layer.weight):
-        return gelu_linear_onednn(x, layer.weight, layer.bias)
+    """GELU, then a linear layer -> [..., N]; in training on a CPU GELU's result is not kept for the gradient."""
+    if trains_in_float32_on_cpu(x, layer.weight):
+        return gelu_linear(x, layer.weight, layer.bias)
     result: Tensor = layer(F.gelu(x))
     return result
 
 
-def feed_forward(
+def relu_layers(
     x: Tensor,  # [..., C]
     first: ReluLinear,
     second: Linear,
 ) -> Tensor:
-    """Both layers -> [..., N]; where `linear` is oneDNN's, their activations are not kept for the gradient."""
-    if _goes_by_onednn(x, first.weight):
-        return feed_forward_onednn(x, first.weight, first.bias, second.weight, second.bias)
+    """Both layers -> [..., N]; in training on a CPU what is between them is not kept for the gradient."""
+    if trains_in_float32_on_cpu(x, first.weight):
+        return feed_forward(x, first.weight, first.bias, second.weight, second.bias)
     result: Tensor = second(first(x))
     return result
-
-
-def _goes_by_onednn(x: Tensor, weight: Tensor) -> bool:
-    return trains_in_float32_on_cpu(x, weight) and _onednn_pays()
 
 
 def trains_in_float32_on_cpu(x: Tensor, weight: Tensor) -> bool:

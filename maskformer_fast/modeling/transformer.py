@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskformer_fast.modeling.attention import MultiHeadAttention
-from maskformer_fast.modeling.linear import Linear, ReluLinear, feed_forward
+from maskformer_fast.modeling.linear import Linear, ReluLinear, relu_layers
 
 
 class FeedForward(nn.Module):
@@ -30,7 +30,7 @@ class FeedForward(nn.Module):
         """Output [B, N, C]."""
         if self.dropout.p > 0.0 and self.training:
             return self.linear2(self.dropout(self.linear1(x)))
-        return feed_forward(x, self.linear1, self.linear2)
+        return relu_layers(x, self.linear1, self.linear2)
 
 
 class EncoderLayer(FeedForward):

@@ -1,8 +1,8 @@
-"""Feed-forward part of transformers by oneDNN: two linear layers with ReLU between them, for training on the CPU.
+"""Feed-forward part of transformers: two linear layers with ReLU between them, for training on the CPU.
 
 Rows are taken in blocks, so that the wide activations between the layers stay in the processor's cache. They are not
 kept for the backward pass, which computes them again: of six matrix products, one more, for a fraction of the memory.
-`torch.nn.functional` has the eager twin.
+Products are by the library that is faster on this processor. `feed_forward_eager` is the eager twin.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskformer_fast.core.checks import check
-from maskformer_fast.ops.linear import linear_onednn
+from maskformer_fast.ops.linear import product
 from maskformer_fast.ops.registration import register_gradient, register_operator
 
 _BLOCK = 1024
@@ -68,7 +68,7 @@ def _forward_cpu(arguments: _Arguments) -> Tensor:
     x, weight1, bias1, weight2, bias2 = arguments
     result = _forward_fake(arguments)
     for part, written in zip(_rows(x).split(_BLOCK), result.view(-1, result.shape[-1]).split(_BLOCK), strict=True):
-        written.copy_(linear_onednn(linear_onednn(part, weight1, bias1, True), weight2, bias2))
+        written.copy_(product(product(part, weight1, bias1, True), weight2, bias2))
     return result
 
 
@@ -81,13 +81,13 @@ def _backward_cpu(arguments: _BackwardArguments) -> Gradients:
     by_x = torch.empty_like(x)
     by_weight1, by_bias1, by_weight2 = (torch.zeros_like(tensor) for tensor in (weight1, bias1, weight2))
     for slopes, part, written in zip(*(rows.split(_BLOCK) for rows in (gradient, x, by_x)), strict=True):
-        hidden = linear_onednn(part, weight1, bias1, True)
-        by_weight2 += linear_onednn(slopes.t(), hidden.t(), None)
-        by_hidden = linear_onednn(slopes, weight2.t(), None)
+        hidden = product(part, weight1, bias1, True)
+        by_weight2 += product(slopes.t(), hidden.t())
+        by_hidden = product(slopes, weight2.t())
         by_hidden = torch.ops.aten.threshold_backward.grad_input(by_hidden, hidden, 0, grad_input=by_hidden)
-        by_weight1 += linear_onednn(by_hidden.t(), part.t(), None)
+        by_weight1 += product(by_hidden.t(), part.t())
         by_bias1 += by_hidden.sum(0)
-        written.copy_(linear_onednn(by_hidden, weight1.t(), None))
+        written.copy_(product(by_hidden, weight1.t()))
     return by_x, by_weight1, by_bias1, by_weight2, gradient.sum(0)
 
 
@@ -98,14 +98,14 @@ def _backward_fake(arguments: _BackwardArguments) -> Gradients:
 
 
 _feed_forward = register_operator(
-    "feed_forward_onednn(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
+    "feed_forward(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
     _Arguments,
     check=_check,
     cpu=_forward_cpu,
     fake=_forward_fake,
 )
 _feed_forward_backward = register_operator(
-    "feed_forward_onednn_backward(Tensor gradient, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2) "
+    "feed_forward_backward(Tensor gradient, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _BackwardArguments,
     check=_check_backward,
@@ -124,10 +124,10 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
     return by_x.view(x.shape), *others
 
 
-register_gradient("feed_forward_onednn", _differentiate, _setup_context)
+register_gradient("feed_forward", _differentiate, _setup_context)
 
 
-def feed_forward_onednn(
+def feed_forward(
     x: Tensor,  # [..., C] float32, on the CPU
     weight1: Tensor,  # [H, C] float32
     bias1: Tensor,  # [H] float32
@@ -146,5 +146,5 @@ def feed_forward_onednn(
 
 
 def feed_forward_eager(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    """Eager twin of `feed_forward_onednn`, for any dtype."""
+    """Eager twin of `feed_forward`, for any dtype."""
     return F.linear(F.relu(F.linear(x, weight1, bias1)), weight2, bias2)

@@ -1,12 +1,14 @@
-"""Linear layers by oneDNN, for training on CPUs where MKL is slower than it.
+"""Linear layers in training on a CPU, in float32.
 
-The forward pass and both products of the backward pass are oneDNN's; weights change with each step, so they are not
-packed. `linear_onednn` applies ReLU as it writes, `gelu_linear_onednn` GELU to what it reads, whose result is not kept
-for the backward pass but computed again. `torch.nn.functional` has the eager twins.
+`linear_onednn` is for processors where MKL, by which PyTorch multiplies, is slower than oneDNN: its forward pass and
+both products of its backward pass are oneDNN's, and it applies ReLU as it writes. Weights change with each step, so
+they are not packed. `gelu_linear` applies GELU to what it reads, whose result is not kept for the backward pass but
+computed again; its products are by the faster library. `torch.nn.functional` has the eager twins.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +16,42 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskformer_fast.core.checks import check
+from maskformer_fast.core.machine import processor_vendor
 from maskformer_fast.ops.registration import register_gradient, register_operator
 
 _MANY_ROWS = 4096
 """Rows above which the gradient of the weights is computed as that of a 1x1 convolution."""
 _BLOCK = 2048
 """Rows to which GELU is applied at a time: the results are still in the processor's cache when they are read."""
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies float32 matrices faster than MKL does: on AMD's processors that have AVX-512.
+
+    A rule and not a measurement, because training goes by it: all processes of a run, and those that resume it, must
+    compute the same sums.
+    """
+    return onednn_beside_mkl_on_amd() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def onednn_beside_mkl_on_amd() -> bool:
+    """Whether PyTorch has both libraries and the processor is AMD's; on others MKL is not slower, or not there."""
+    libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return libraries and processor_vendor() == "AuthenticAMD"
+
+
+def product(
+    x: Tensor,  # [M, C] float32
+    weight: Tensor,  # [N, C] float32
+    bias: Tensor | None = None,  # [N] float32
+    relu: bool = False,
+) -> Tensor:
+    """Linear layer -> [M, N] by the faster library, without a gradient; for the insides of operators."""
+    if onednn_is_faster():
+        return _linear_cpu(_Arguments(x, weight, bias, relu))
+    result = F.linear(x, weight, bias)
+    return F.relu_(result) if relu else result
 
 
 class _Arguments(NamedTuple):
@@ -112,7 +144,7 @@ def _gelu_linear_cpu(arguments: _GeluArguments) -> Tensor:
     x, weight, bias = arguments
     result = _linear_fake(_Arguments(x, weight, bias))
     for part, written in zip(_rows(x).split(_BLOCK), result.view(-1, weight.shape[0]).split(_BLOCK), strict=True):
-        written.copy_(_linear_cpu(_Arguments(F.gelu(part), weight, bias)))
+        written.copy_(product(F.gelu(part), weight, bias))
     return result
 
 
@@ -124,9 +156,12 @@ def _gelu_backward_cpu(arguments: _GeluGradients) -> tuple[Tensor, Tensor]:
     gradient, x, weight = arguments
     by_x = torch.empty_like(x)
     for parts in zip(*(rows.split(_BLOCK) for rows in (gradient, x, by_x)), strict=True):
-        slopes = _linear_cpu(_Arguments(parts[0], weight.t(), None))
+        slopes = product(parts[0], weight.t())
         torch.ops.aten.gelu_backward.grad_input(slopes, parts[1], grad_input=parts[2])
-    return by_x, _weight_gradient_cpu(_Gradients(gradient, F.gelu(x)))
+    activated = F.gelu(x)
+    if onednn_is_faster():
+        return by_x, _weight_gradient_cpu(_Gradients(gradient, activated))
+    return by_x, gradient.t() @ activated
 
 
 def _gelu_backward_fake(arguments: _GeluGradients) -> tuple[Tensor, Tensor]:
@@ -146,8 +181,8 @@ linear_onednn = register_operator(
     cpu=_linear_cpu,
     fake=_linear_fake,
 )
-gelu_linear_onednn = register_operator(
-    "gelu_linear_onednn(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+gelu_linear = register_operator(
+    "gelu_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     _GeluArguments,
     check=_check_gelu,
     cpu=_gelu_linear_cpu,
@@ -161,7 +196,7 @@ _weight_gradient = register_operator(
     fake=_weight_gradient_fake,
 )
 _gelu_backward = register_operator(
-    "gelu_linear_onednn_backward(Tensor gradient, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+    "gelu_linear_backward(Tensor gradient, Tensor x, Tensor weight) -> (Tensor, Tensor)",
     _GeluGradients,
     check=_check_gelu_gradients,
     cpu=_gelu_backward_cpu,
@@ -199,4 +234,4 @@ def _differentiate_gelu(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
 
 
 register_gradient("linear_onednn", _backward, _setup_context)
-register_gradient("gelu_linear_onednn", _differentiate_gelu, _setup_gelu_context)
+register_gradient("gelu_linear", _differentiate_gelu, _setup_gelu_context)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from maskformer_fast.modeling import cpu_choices
-from maskformer_fast.modeling.cpu_choices import cache_file, onednn_is_faster, winograd_is_faster
+from maskformer_fast.modeling.cpu_choices import cache_file, packed_linear_is_faster, winograd_is_faster
 from maskformer_fast.modeling.fuse_for_cpu import convolves_bfloat16
 
 CHOICES = {
@@ -120,23 +120,17 @@ def test_the_least_time_decides_and_is_measured_once_and_told(name, first_is_fas
 
 
 @pytest.mark.parametrize(
-    ("vendor", "mkl", "mkldnn", "expected"),
+    ("onednn", "amd", "channels", "gelu", "expected"),
     [
-        ("AuthenticAMD", True, True, True), ("GenuineIntel", True, True, False), ("", True, True, False),
-        ("AuthenticAMD", False, True, False), ("AuthenticAMD", True, False, False),
+        (True, True, 1024, False, True), (False, True, 1024, False, False), (False, True, 128, False, True),
+        (False, True, 1024, True, True), (False, False, 96, True, False),
     ],
 )  # fmt: skip
-def test_matrices_go_by_the_vendor_alone(vendor, mkl, mkldnn, expected, monkeypatch):
-    """Without a measurement: processes of one run that chose by their own times would train on different sums."""
-    monkeypatch.setattr(cpu_choices, "processor_vendor", lambda: vendor)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+def test_linear_layers_go_by_a_rule(onednn, amd, channels, gelu, expected, monkeypatch):
+    monkeypatch.setattr(cpu_choices, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(cpu_choices, "onednn_beside_mkl_on_amd", lambda: amd)
     monkeypatch.setattr(cpu_choices, "_seconds", lambda run: pytest.fail("measured"))
-    onednn_is_faster.cache_clear()
-    try:
-        assert onednn_is_faster() == expected
-    finally:
-        onednn_is_faster.cache_clear()
+    assert packed_linear_is_faster(channels, gelu) == expected
 
 
 def test_measurements_take_real_time():

@@ -136,7 +136,7 @@ def test_counts_of_implementations_are_told_once_for_each_size(dtype, monkeypatc
     monkeypatch.setattr(
         "maskformer_fast.modeling.fuse_for_cpu.winograd_is_faster", lambda c, n, dtype, pixels: pixels > 300
     )
-    monkeypatch.setattr("maskformer_fast.modeling.fused_linear.onednn_is_faster", lambda: False)
+    monkeypatch.setattr("maskformer_fast.modeling.fused_linear.packed_linear_is_faster", lambda channels, gelu: False)
     caplog.set_level("INFO", "maskformer_fast.modeling.fuse_for_cpu")
     network = make_network(BACKBONES["batch, wider"])
     fuse_for_cpu(network, dtype)
@@ -170,7 +170,7 @@ def test_fused_networks_take_images_of_a_pixel_and_empty_batches():
 @pytest.mark.parametrize("faster", [True, False], ids=["oneDNN", "MKL"])
 @torch.no_grad()
 def test_linear_layers_equal_pytorchs_by_either_library(faster, monkeypatch):
-    monkeypatch.setattr("maskformer_fast.modeling.fused_linear.onednn_is_faster", lambda: faster)
+    monkeypatch.setattr("maskformer_fast.modeling.fused_linear.packed_linear_is_faster", lambda channels, gelu: faster)
     torch.manual_seed(0)
     plain = nn.Linear(45, 31)
     for shape in ((1, 45), (3, 7, 45), (0, 45)):
@@ -215,6 +215,12 @@ def write_weights(path):
     metadata = Metadata("test", tuple("abcdefg"), (True,) * 7, tuple(range(7)), ((0, 0, 0),) * 7)
     save_weights(path, network, Config(model=network.config), metadata, step=0)
     return network
+
+
+def test_bfloat16_is_refused_on_processors_without_it(monkeypatch):
+    monkeypatch.setattr("maskformer_fast.modeling.fuse_for_cpu.convolves_bfloat16", lambda: False)
+    with pytest.raises(ValueError, match=r"dtype: expected torch.float32, as .*, got torch.bfloat16"):
+        fuse_for_cpu(make_network(BACKBONES["batch, wider"]), torch.bfloat16)
 
 
 def test_convolutions_stay_float32_on_processors_without_bfloat16(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN beside the products in float64, and what they refuse."""
+"""Linear layers by either library beside the products in float64, and what they refuse."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maskformer_fast.ops import linear
-from maskformer_fast.ops.linear import gelu_linear_onednn, linear_onednn
+from maskformer_fast.ops.linear import gelu_linear, linear_onednn, onednn_is_faster
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 
@@ -43,11 +43,12 @@ def test_products_equal_those_in_float64(
 
 @pytest.mark.parametrize("function", ["relu", "gelu"])
 @pytest.mark.parametrize(("shape", "outputs"), [((5,), 3), ((2, 7, 33), 65), ((3, 5, 9, 16), 48), ((0, 4), 8)])
-@pytest.mark.parametrize("block", [16, 2048])
+@pytest.mark.parametrize(("block", "onednn"), [(16, True), (16, False), (2048, True), (2048, False)])
 def test_layers_with_an_activation_equal_those_in_float64(
-    function: str, shape: tuple[int, ...], outputs: int, block: int, monkeypatch: pytest.MonkeyPatch
+    function: str, shape: tuple[int, ...], outputs: int, block: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "_BLOCK", block)
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: onednn)
     ours = [draw(*shape), draw(outputs, shape[-1], seed=1), draw(outputs, seed=2)]
     exact = [tensor.double().requires_grad_() for tensor in ours]
     for tensor in ours:
@@ -56,7 +57,7 @@ def test_layers_with_an_activation_equal_those_in_float64(
     if function == "relu":
         found, expected = linear_onednn(*ours, True), functional.relu(functional.linear(*exact))
     else:
-        found, expected = gelu_linear_onednn(*ours), functional.linear(functional.gelu(exact[0]), *exact[1:])
+        found, expected = gelu_linear(*ours), functional.linear(functional.gelu(exact[0]), *exact[1:])
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
     slopes = draw(*found.shape, seed=3)
     gradients = torch.autograd.grad(found, ours, slopes), torch.autograd.grad(expected, exact, slopes.double())
@@ -78,7 +79,7 @@ def test_it_follows_the_rules_of_operators() -> None:
     inputs = (draw(3, 5, 8).requires_grad_(), draw(4, 8, seed=1).requires_grad_(), draw(4, seed=2).requires_grad_())
     torch.library.opcheck(torch.ops.maskformer_fast.linear_onednn, inputs)
     torch.library.opcheck(torch.ops.maskformer_fast.linear_onednn, (*inputs, True))
-    torch.library.opcheck(torch.ops.maskformer_fast.gelu_linear_onednn, inputs)
+    torch.library.opcheck(torch.ops.maskformer_fast.gelu_linear, inputs)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +98,36 @@ def test_bad_arguments_are_refused(
     with pytest.raises(error, match=message):
         linear_onednn(*arguments)
     with pytest.raises(error, match=message):
-        gelu_linear_onednn(*arguments[:2], draw(2) if arguments[2] is None else arguments[2])
+        gelu_linear(*arguments[:2], draw(2) if arguments[2] is None else arguments[2])
 
 
 def test_gradients_of_other_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"gradient: expected shape \[3, N\]"):
         torch.ops.maskformer_fast.linear_onednn_weight_gradient(draw(2, 4), draw(3, 5))
     with pytest.raises(ValueError, match=r"gradient: expected shape \[3, N\]"):
-        torch.ops.maskformer_fast.gelu_linear_onednn_backward(draw(2, 4), draw(3, 5), draw(4, 5))
+        torch.ops.maskformer_fast.gelu_linear_backward(draw(2, 4), draw(3, 5), draw(4, 5))
     with pytest.raises(ValueError, match=r"weight: expected shape \(4, 5\)"):
-        torch.ops.maskformer_fast.gelu_linear_onednn_backward(draw(3, 4), draw(3, 5), draw(4, 6))
+        torch.ops.maskformer_fast.gelu_linear_backward(draw(3, 4), draw(3, 5), draw(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "isa", "mkl", "mkldnn", "expected"),
+    [
+        ("AuthenticAMD", "AVX512", True, True, True), ("AuthenticAMD", "AVX2", True, True, False),
+        ("GenuineIntel", "AVX512", True, True, False), ("", "AVX512", True, True, False),
+        ("AuthenticAMD", "AVX512", False, True, False), ("AuthenticAMD", "AVX512", True, False, False),
+    ],
+)  # fmt: skip
+def test_the_library_goes_by_the_processor_alone(
+    vendor: str, isa: str, mkl: bool, mkldnn: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a measurement: processes of one run that chose by their own times would train on different sums."""
+    monkeypatch.setattr(linear, "processor_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    onednn_is_faster.cache_clear()
+    try:
+        assert onednn_is_faster() == expected
+    finally:
+        onednn_is_faster.cache_clear()
