@@ -308,6 +308,8 @@ class Config:
         bands = self.data.channels or 3
         check(self.model.channels == bands, "model.pixel_mean", f"{bands} numbers, as data.channels="
               f"{self.data.channels}", self.model.pixel_mean)
+        check(self.solver.decay_query_blocks or self.model.type == "eomt", "solver.decay_query_blocks",
+              f"True with model.type={self.model.type}", False)
         annealing = self.solver.mask_annealing
         fits = not annealing or (self.model.type == "eomt" and len(annealing) == self.model.decoder.layers)
         check(fits, "solver.mask_annealing", f"none, or with model.type=eomt one pair for each of decoder.layers="

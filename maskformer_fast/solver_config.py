@@ -28,6 +28,8 @@ class SolverConfig:
     """Weight decay of normalisation layers, learned queries and Swin's relative position biases."""
     layer_decay: float = 1.0
     """ViT: factor of the learning rate from a block to the one before it; embeddings have that of the first block."""
+    decay_query_blocks: bool = True
+    """EoMT: whether ``layer_decay`` lowers the rates of the blocks with queries too; else these have the full rate."""
     schedule: Literal["poly", "step", "poly_after_warmup"] = "poly"
     """``poly_after_warmup``, EoMT's, starts to decay after the warm-up; other rates also decay during it."""
     poly_power: float = 0.9

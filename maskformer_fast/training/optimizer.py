@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from maskformer_fast.config import Config, SolverConfig
+from maskformer_fast.modeling import EoMT
 
 _BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -24,13 +25,16 @@ def parameter_groups(network: nn.Module, config: SolverConfig) -> list[dict[str,
         if isinstance(module, (*NORM_TYPES, nn.Embedding)):
             norms.update(id(parameter) for parameter in module.parameters(recurse=False))
     blocks = _block_count(network)
+    full_rate = 0
+    if isinstance(network, EoMT) and not config.decay_query_blocks:
+        full_rate = network.config.decoder.layers
     groups: dict[tuple[bool, bool, float], dict[str, object]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         in_backbone = name.startswith("backbone.")
         undecayed = id(parameter) in norms or name.endswith("relative_position_bias_table")
-        depth_factor = config.layer_decay ** _blocks_above(name, blocks) if in_backbone else 1.0
+        depth_factor = _depth_factor(name, blocks, full_rate, config.layer_decay) if in_backbone else 1.0
         group = groups.setdefault(
             (in_backbone, undecayed, depth_factor),
             {
@@ -50,12 +54,16 @@ def _block_count(network: nn.Module) -> int:
     return max((int(match[1]) + 1 for match in names if match), default=0)
 
 
-def _blocks_above(name: str, blocks: int) -> int:
-    """Number of a ViT's blocks after a parameter's own; embeddings count as part of the first block."""
+def _depth_factor(name: str, blocks: int, full_rate: int, decay: float) -> float:
+    """Factor of a ViT's learning rate: ``decay`` to the number of blocks after a parameter's own.
+
+    The last ``full_rate`` blocks have factor 1. Embeddings have that of the first block if it decays.
+    """
     if blocks == 0 or name.startswith("backbone.norm."):
-        return 0
+        return 1.0
     match = _BLOCK.match(name)
-    return blocks - 1 - (int(match[1]) if match else 0)
+    above = blocks - 1 - (int(match[1]) if match else 0)
+    return 1.0 if match and above < full_rate else decay**above
 
 
 def build_optimizer(network: nn.Module, config: SolverConfig) -> torch.optim.AdamW:

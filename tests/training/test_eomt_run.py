@@ -78,9 +78,9 @@ def test_a_run_logs_every_layer_resumes_exactly_and_predicts(tmp_path: Path, mon
         assert result is not None
 
 
-def network_of(blocks: int) -> nn.Module:
+def network_of(blocks: int, layers: int = 2) -> nn.Module:
     vit = replace(VIT, blocks=blocks)
-    return build_model(ModelConfig(type="eomt", num_classes=3, backbone=vit, decoder=DecoderConfig(layers=2)))
+    return build_model(ModelConfig(type="eomt", num_classes=3, backbone=vit, decoder=DecoderConfig(layers=layers)))
 
 
 @pytest.mark.parametrize(("step", "head", "backbone"), [
@@ -114,6 +114,8 @@ def test_mask_probabilities_fall_between_their_steps() -> None:
     assert mask_probabilities(5, without) == [1.0, 1.0]
     with pytest.raises(ValueError, match=r"solver\.mask_annealing: expected none, or with model\.type=eomt one pair"):
         replace(config, solver=replace(config.solver, mask_annealing=((0, 1),)))
+    with pytest.raises(ValueError, match=r"solver\.decay_query_blocks: expected True with model\.type=maskformer"):
+        Config(solver=SolverConfig(decay_query_blocks=False))
     with pytest.raises(ValueError, match=r"solver\.mask_annealing: expected pairs of steps"):
         SolverConfig(mask_annealing=((3, 3),))
     with pytest.raises(ValueError, match=r"solver\.backbone_warmup_steps: expected 0 with schedule=poly"):
@@ -136,15 +138,16 @@ def test_schedules_equal_the_official_ones(recorded: dict[str, Any]) -> None:
     config = Config(model=model, solver=SolverConfig(mask_annealing=pairs, poly_power=annealing["poly_power"]))
     for step, expected in annealing["probs_at_global_step"].items():
         torch.testing.assert_close(torch.tensor(mask_probabilities(step, config)), expected)
-    for name in ("default", "llrd_1_mult_0.1", "llrd_0.6"):
+    for name in ("default", "llrd_0.8_l2_disabled", "llrd_1_mult_0.1", "llrd_0.6"):
         one = recorded["optim"][name]
         args, official = dict(one["args"]), dict(one["group_lr"])
         solver = SolverConfig(
             max_steps=args["total_steps"], lr=args["lr"], backbone_factor=1.0, layer_decay=args["llrd"],
             schedule="poly_after_warmup", poly_power=args["poly_power"], warmup_factor=0.0,
             warmup_steps=args["warmup_steps"][0], backbone_warmup_steps=args["warmup_steps"][1],
+            decay_query_blocks=args["llrd_l2_enabled"],
         )  # fmt: skip
-        network = network_of(6)
+        network = network_of(6, 3)
         optimizer = build_optimizer(network, solver)
         initial = {id(value): group["initial_lr"] for group in optimizer.param_groups for value in group["params"]}
         for parameter, value in network.named_parameters():
