@@ -167,6 +167,41 @@ def test_values_of_mask2former_are_the_published_ones(name: str) -> None:
     assert config.data.task is None and ("instance" in name) == config.data.dataset.endswith("_instances")
 
 
+EOMT_STEPS = {"coco": (12, 7391), "ade20k": (31, 1262), "cityscapes": (107, 186)}
+"""Of each data set of EoMT: epochs, and steps of an epoch."""
+EOMT_ANNEALING = {
+    "coco": ((14782, 29564), (29564, 44346), (44346, 59128), (59128, 73910)),
+    "coco_giant": ((14782, 29564), (25869, 40651), (36955, 51737), (48042, 62824), (59128, 73910)),
+    "coco_2x": ((29564, 59128), (73910, 103474), (118256, 147820)),
+    "ade20k": ((6520, 13040), (13040, 19560), (19560, 26080), (26080, 32600)),
+    "ade20k_giant": ((6520, 13040), (11410, 17930), (16300, 22820), (21190, 27710), (26080, 32600)),
+    "ade20k_dinov3": ((0, 3000), (6520, 9780), (9780, 13040), (13040, 16300)),
+    "cityscapes": ((3317, 6634), (6634, 9951), (9951, 13268), (13268, 16585)),
+}
+EOMT = [name for name in recipe_names() if name.startswith("eomt/")]
+
+
+@pytest.mark.parametrize("name", EOMT)
+def test_values_of_eomt_are_the_published_ones(name: str) -> None:
+    config = load_recipe(name)
+    model, solver = config.model, config.solver
+    dataset, task, size = name.partition("/")[2].split("_")[:3]
+    is_dinov3, epochs = name.endswith("_dinov3"), EOMT_STEPS[dataset][0] * (2 if "_2x" in name else 1)
+    kind = {"giant": "_giant", "small": "_2x", "base": "_2x"}.get(size, "")
+    if is_dinov3 and task == "semantic":
+        kind, epochs = "_dinov3", 16
+    annealing = EOMT_ANNEALING[dataset + kind]
+    if is_dinov3 and task == "panoptic":
+        annealing = ((0, 3000), *annealing[1:])
+    assert solver.mask_annealing == annealing and model.decoder.layers == len(annealing)
+    assert abs(solver.max_steps - epochs * EOMT_STEPS[dataset][1]) <= 2
+    assert model.decoder.num_queries == (100 if task == "semantic" else 200)
+    assert (solver.lr, solver.backbone_factor, solver.weight_decay) == (2e-4 if is_dinov3 else 1e-4, 1.0, 0.05)
+    assert (solver.warmup_steps, solver.backbone_warmup_steps) == ((2000, 3000) if is_dinov3 else (500, 1000))
+    assert solver.layer_decay == (1.0 if kind == "_dinov3" else 0.8)
+    assert solver.decay_query_blocks == (not is_dinov3 or kind == "_dinov3")
+
+
 def table_row(name: str) -> str:
     """Row of a recipe in docs/recipes.md."""
     config = load_recipe(name)
