@@ -68,7 +68,8 @@ class ConvertOptions:
     to: Literal["ours", "huggingface"] = "ours"
     """``huggingface`` writes a folder that transformers loads."""
     num_heads: int | None = None
-    """Attention heads of the transformer decoder and encoder, which official weights do not show; default: 8."""
+    """Attention heads of the transformer decoder and encoder, or of an EoMT's ViT, which official weights do not show;
+    default: 8, or one for every 64 channels of a ViT."""
     things: tuple[str, ...] | None = None
     """Classes that are things, as ``0-79`` or ``0 1 5``; default: those of the published data set with as many classes
     (ADE20K 150, COCO panoptic 133, ...), otherwise none."""
@@ -195,8 +196,10 @@ def check_recordings(source: Converted, path: str) -> None:
     """
     model = source.config.model
     check(model.classifies_masks, "verify", "a MaskFormer, Mask2Former or EoMT, as recordings are of", model.type)
-    readers: dict[str, Callable[[str, int], object]] = {"mask2former": read_mask2former, "eomt": read_eomt_recording}
-    readers.get(model.type, read_recordings)(path, model.num_classes)
+    if model.type == "eomt":
+        read_eomt_recording(path, model)
+    else:
+        (read_mask2former if model.type == "mask2former" else read_recordings)(path, model.num_classes)
 
 
 def write_model(source: Converted, target: Path, to: str) -> None:

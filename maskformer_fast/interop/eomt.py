@@ -17,7 +17,15 @@ from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.interop.architecture import check_fit, meta_model
 from maskformer_fast.interop.huggingface_config import Section, read_pixels, read_test
 from maskformer_fast.interop.names import ConvertError, Renamed, Rule, to_ours
-from maskformer_fast.interop.vit import POSITIONS, attention_rules, dinov3_rules, infer_vit, is_gated, layer_rules
+from maskformer_fast.interop.vit import (
+    HEAD_DIM,
+    POSITIONS,
+    attention_rules,
+    dinov3_rules,
+    infer_vit,
+    is_gated,
+    layer_rules,
+)
 from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.modeling.weights import CheckpointError, check_depth
 
@@ -88,7 +96,8 @@ def official_to_ours(
         base: weights of a backbone under our names, to which those of the file are differences.
 
     Raises:
-        ConvertError: lists every missing, unknown and misshapen tensor.
+        ConvertError: lists every missing, unknown and misshapen tensor; or channels are no multiple of 64 and the
+            number of heads is not given.
     """
     rules = official_rules(weights)
     renamed = to_ours(weights, rules)
@@ -101,6 +110,10 @@ def official_to_ours(
     if base is not None:
         renamed = renamed._replace(weights=add_base(renamed.weights, base, source))
     shapes = renamed.weights
+    dim = shapes["backbone.cls_token"].shape[-1]
+    if num_heads is None and dim % HEAD_DIM:
+        raise ConvertError(f"{source}: backbone.heads: expected their number, as {dim} channels are not a multiple of "
+                           f"the published {HEAD_DIM} a head (see --num-heads)")
     backbone = infer_vit({n: t for n, t in shapes.items() if n.startswith("backbone.")}, num_heads)
     try:
         config = ModelConfig(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskformer_fast.config import LossConfig
+from maskformer_fast.config import LossConfig, ModelConfig
 from maskformer_fast.core.checks import check
 from maskformer_fast.core.metadata import Metadata
 from maskformer_fast.core.results import PanopticResult
@@ -33,6 +33,7 @@ from maskformer_fast.interop.verification.mask2former import boolean_masks, reco
 from maskformer_fast.interop.verification.recording import CASE_NAME
 from maskformer_fast.interop.verification.verify import evaluation_mode, given, gradient_norms, packed_targets
 from maskformer_fast.modeling import EoMT
+from maskformer_fast.modeling.backbone import resolve_backbone
 from maskformer_fast.ops.mask_product import layer_mask_logits
 from maskformer_fast.ops.resized_semantic import windowed_semantic_inference
 from maskformer_fast.structures import LayerPredictions, Predictions
@@ -69,7 +70,7 @@ def verify_eomt(
     if not isinstance(network, EoMT):
         raise ValueError(f"network: expected EoMT, got {type(network).__name__}")
     is_thing = things.is_thing if isinstance(things, Metadata) else tuple(things)
-    contents = read_eomt_recording(path, network.config.num_classes)
+    contents = read_eomt_recording(path, network.config)
     quantities: dict[str, Difference] = {}
     before = network.probabilities
     try:
@@ -87,7 +88,7 @@ def verify_eomt(
     return Report(quantities)
 
 
-def read_eomt_recording(path: str | Path, num_classes: int) -> dict[str, Any]:
+def read_eomt_recording(path: str | Path, model: ModelConfig) -> dict[str, Any]:
     """Read the files of a recording -> content by file name.
 
     Raises:
@@ -109,8 +110,11 @@ def read_eomt_recording(path: str | Path, num_classes: int) -> dict[str, Any]:
     fits = isinstance(case, Mapping) and {"padded_images", "image_sizes", "modes"} <= case.keys()
     check(fits, f"{path}", "a recording with padded_images, image_sizes and modes", type(case).__name__)
     logits = case["modes"]["p1"]["class_logits"][-1]
-    check(logits.shape[-1] == num_classes + 1, f"{path}: class_logits",
-          f"the network's {num_classes} classes and no-object", tuple(logits.shape))
+    check(logits.shape[-1] == model.num_classes + 1, f"{path}: class_logits",
+          f"the network's {model.num_classes} classes and no-object", tuple(logits.shape))
+    heads = resolve_backbone(model.backbone).heads
+    recorded = case["hyper"].get("num_heads", heads) if isinstance(case.get("hyper"), Mapping) else heads
+    check(heads == recorded, "num-heads", f"{recorded}, as of the network that {path} recorded", heads)
     return contents
 
 
