@@ -119,6 +119,8 @@ def backbone_rules(weights: Mapping[str, Tensor]) -> list[Rule] | None:
             Rule(f"{block}.attn.v_bias", f"{_BLOCK}.attn.qv_bias", part=(1, 2)),
             Rule(f"{block}.attn.k_bias", None),
             *(Rule(f"{block}.gamma_{i}", f"{_BLOCK}.ls{i}.gamma") for i in (1, 2)),
+            *(Rule(f"{block}.mlp.fc1_{name}.{{leaf}}", f"{_BLOCK}.mlp.fc1.{{leaf}}", part=(index, 2))
+              for index, name in enumerate("gx")),
             Rule("rope.{rest*}", None),
             Rule("{rest*}", "backbone.{rest*}"),
         ]

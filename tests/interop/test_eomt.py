@@ -175,6 +175,13 @@ def test_names_of_timm_and_resized_patches() -> None:
     got, config = backbone_to_ours(timm, "timm")  # whose DINOv3 has no biases of the attention
     assert config.name == "vit_small_dinov3" and not got["blocks.1.attn.qv_bias"].any()
     torch.testing.assert_close(got["blocks.2.ls2.gamma"], names["blocks.2.ls2.gamma"], rtol=0, atol=0)
+    for index in range(3):  # the larger ones have a gate, apart from the values
+        for leaf, gate in (("weight", torch.randn(64, 32, generator=generator)), ("bias", torch.zeros(64))):
+            timm[f"blocks.{index}.mlp.fc1_x.{leaf}"] = timm.pop(f"blocks.{index}.mlp.fc1.{leaf}")
+            timm[f"blocks.{index}.mlp.fc1_g.{leaf}"] = gate
+    got, config = backbone_to_ours(timm, "timm")
+    expected = torch.cat((timm["blocks.1.mlp.fc1_g.weight"], timm["blocks.1.mlp.fc1_x.weight"]))
+    assert config.gated_mlp and got["blocks.1.mlp.fc1.weight"].equal(expected)
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large"])
