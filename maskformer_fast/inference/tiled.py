@@ -107,8 +107,13 @@ class TileFiles(MutableMapping[str, Arrays]):
     def __getitem__(self, key: str) -> Arrays:
         if key not in self:
             raise KeyError(key)
-        with np.load(self._path(key), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        path = self._path(key)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        except Exception as error:  # whatever a damaged file causes
+            raise ValueError(f"{path}: expected arrays of an earlier run, which cannot be read; without the folder "
+                             f"{self.folder} the picture begins anew") from error
 
     def __setitem__(self, key: str, arrays: Arrays) -> None:
         # Logits hardly shrink by compression, which would take longer than the network.

@@ -211,6 +211,16 @@ def test_an_interrupted_run_goes_on_from_its_files(tmp_path):
     assert not any(TileFiles(tmp_path)[key] for key in TileFiles(tmp_path))  # nothing large is left
 
 
+def test_a_damaged_entry_is_named(tmp_path):
+    store = TileFiles(tmp_path)
+    store["panoptic-0"] = {"rows": np.arange(1000)}
+    complete = (tmp_path / "panoptic-0.npz").read_bytes()
+    for content in (b"", b"damaged", complete[: len(complete) // 2], complete[:60] + b"damaged" + complete[67:]):
+        (tmp_path / "panoptic-0.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"panoptic-0\.npz: expected arrays of an earlier run.* begins anew"):
+            store["panoptic-0"]
+
+
 def test_a_thing_of_two_classes_has_the_larger_one():
     class Doubtful(Truth):
         def result(self, image, task):
