@@ -31,7 +31,7 @@ from maskformer_fast.interop.huggingface import is_folder, read_folder, write_fo
 from maskformer_fast.interop.names import Renamed
 from maskformer_fast.interop.official import backbone_to_ours, is_model, model_to_ours, no_object_weight
 from maskformer_fast.interop.published import published_config, with_published_classes, with_things
-from maskformer_fast.interop.verification.eomt import read_eomt_recording, verify_eomt
+from maskformer_fast.interop.verification.eomt import read_eomt_recording, recorded_heads, verify_eomt
 from maskformer_fast.interop.verification.mask2former import read_mask2former, verify_mask2former
 from maskformer_fast.interop.verification.recording import read_recordings
 from maskformer_fast.interop.verification.verify import verify
@@ -69,7 +69,7 @@ class ConvertOptions:
     """``huggingface`` writes a folder that transformers loads."""
     num_heads: int | None = None
     """Attention heads of the transformer decoder and encoder, or of an EoMT's ViT, which official weights do not show;
-    default: 8, or one for every 64 channels of a ViT."""
+    default: 8; of a ViT what ``--verify``'s recording tells, or one for every 64 channels."""
     things: tuple[str, ...] | None = None
     """Classes that are things, as ``0-79`` or ``0 1 5``; default: those of the published data set with as many classes
     (ADE20K 150, COCO panoptic 133, ...), otherwise none."""
@@ -170,6 +170,8 @@ def read_source(options: ConvertOptions) -> Converted | tuple[dict[str, Tensor],
     theirs = read_weights(path)
     if is_eomt(theirs):
         base = None if options.base is None else _base_weights(Path(options.base))
+        if heads is None and options.verify:
+            heads = recorded_heads(options.verify)
         weights, model_config = official_to_ours(theirs, path, heads, base)
         return _with_classes(options, "official", weights, published_config(model_config), None)
     _refuse("base", options.base, "another source than an official EoMT")

@@ -88,6 +88,18 @@ def verify_eomt(
     return Report(quantities)
 
 
+def recorded_heads(path: str | Path) -> int | None:
+    """Attention heads of the network that a recording is of, where it tells them.
+
+    Raises:
+        FileNotFoundError: there is no such file, or none in the folder.
+        ValueError: a damaged file.
+    """
+    hyper = _read_files(Path(path))[CASE_NAME].get("hyper")
+    heads = hyper.get("num_heads") if isinstance(hyper, Mapping) else None
+    return heads if isinstance(heads, int) and heads > 0 else None
+
+
 def read_eomt_recording(path: str | Path, model: ModelConfig) -> dict[str, Any]:
     """Read the files of a recording -> content by file name.
 
@@ -95,7 +107,19 @@ def read_eomt_recording(path: str | Path, model: ModelConfig) -> dict[str, Any]:
         FileNotFoundError: there is no such file, or none in the folder.
         ValueError: a damaged file, or one of another network.
     """
-    path = Path(path)
+    contents = _read_files(Path(path))
+    case = contents[CASE_NAME]
+    logits = case["modes"]["p1"]["class_logits"][-1]
+    check(logits.shape[-1] == model.num_classes + 1, f"{path}: class_logits",
+          f"the network's {model.num_classes} classes and no-object", tuple(logits.shape))
+    heads, recorded = resolve_backbone(model.backbone).heads, recorded_heads(path)
+    fits = recorded is None or heads == recorded
+    check(fits, "num-heads", f"{recorded}, as of the network that {path} recorded", heads)
+    return contents
+
+
+def _read_files(path: Path) -> dict[str, Any]:
+    """Content by file name; the case is there, and is a mapping."""
     names = (CASE_NAME, TRAIN_NAME, EXACT_NAME)
     files = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files) or (path.is_dir() and files[0].name != CASE_NAME):
@@ -109,12 +133,6 @@ def read_eomt_recording(path: str | Path, model: ModelConfig) -> dict[str, Any]:
     case = contents[CASE_NAME]
     fits = isinstance(case, Mapping) and {"padded_images", "image_sizes", "modes"} <= case.keys()
     check(fits, f"{path}", "a recording with padded_images, image_sizes and modes", type(case).__name__)
-    logits = case["modes"]["p1"]["class_logits"][-1]
-    check(logits.shape[-1] == model.num_classes + 1, f"{path}: class_logits",
-          f"the network's {model.num_classes} classes and no-object", tuple(logits.shape))
-    heads = resolve_backbone(model.backbone).heads
-    recorded = case["hyper"].get("num_heads", heads) if isinstance(case.get("hyper"), Mapping) else heads
-    check(heads == recorded, "num-heads", f"{recorded}, as of the network that {path} recorded", heads)
     return contents
 
 
