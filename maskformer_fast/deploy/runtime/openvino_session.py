@@ -21,6 +21,8 @@ from maskformer_fast.deploy.runtime.mask_factors import PANEL, FactoredMasks, Pr
 from maskformer_fast.deploy.runtime.openvino_attention import replace_attention
 
 TYPES = {"f32": "tensor(float)", "u8": "tensor(uint8)"}
+_TABLE_OF_TYPES = threading.Lock()
+"""Held by the thread that lets OpenVINO make its table of NumPy's types."""
 
 
 @functools.cache
@@ -40,6 +42,10 @@ def shared_core() -> Any:
             "openvino is needed to run a bundle by the backend openvino; install it with: pip install openvino "
             "(or maskformer_fast[openvino])", name=error.name
         ) from error
+    # OpenVINO makes this table when it is first needed. Threads that run their first batches at once would wait for
+    # each other forever: one holds the table and wants Python's lock, the other the reverse.
+    with _TABLE_OF_TYPES:
+        openvino.Type.f32.to_dtype()
     return openvino.Core()
 
 

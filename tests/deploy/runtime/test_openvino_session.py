@@ -151,3 +151,27 @@ def test_signals_are_handled_after_another_thread_let_a_session_go(bundle: Bundl
     command = [sys.executable, "-c", SIGNALLED, str(bundle.folder)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0 and process.stdout == "handled\n", (process.returncode, process.stderr)
+
+
+FIRST_BATCHES = """
+import sys, threading, time
+import numpy as np
+
+class Version(np.lib.NumpyVersion):  # OpenVINO asks for it when it makes its table of types
+    def __init__(self, text):
+        time.sleep(0.2)  # other threads run meanwhile
+        super().__init__(text)
+
+np.lib.NumpyVersion = Version
+from maskformer_fast.deploy.bundle.folder import Bundle
+from maskformer_fast.deploy.runtime.openvino_session import OpenvinoSession
+bundle = Bundle.open(sys.argv[1])
+session = OpenvinoSession(bundle.read(bundle.manifest.graphs["raw"].file), 1)
+images = np.zeros((1, 3, 64, 64), np.uint8)
+for _ in range(2):
+    threading.Thread(target=session.run, args=(images,)).start()
+"""
+
+
+def test_first_batches_of_two_threads_do_not_wait_for_each_other(bundle: Bundle) -> None:
+    subprocess.run([sys.executable, "-c", FIRST_BATCHES, str(bundle.folder)], check=True, timeout=60)
