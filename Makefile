@@ -48,6 +48,7 @@ test-slow: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.docs.run
 	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "not slow" \
 	  tests/ops tests/modeling tests/kernels tests/inference tests/training
+	ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m slow -k int8 tests/deploy
 
 lint: $(TEST_READY)
 	$(BIN)/python -m ruff check .

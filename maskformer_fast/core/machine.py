@@ -18,6 +18,10 @@ PACKAGES = (
 """Packages whose versions belong to a description of a machine."""
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 """Linux's names of instructions that multiply in bfloat16: of x86-64 processors, and of Arm's."""
+BYTE_FLAGS = ("avx512_vnni", "avx_vnni")
+"""Linux's names of instructions of x86-64 that add up products of bytes in 32 bits."""
+ISAS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+"""oneDNN's names of instruction sets."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's <malloc.h>
 
@@ -51,8 +55,24 @@ def gpu_names() -> list[str]:
 
 def has_bfloat16() -> bool:
     """Whether the processor multiplies in bfloat16, as far as the system tells; True where it tells nothing."""
-    flags = {flag for name in ("flags", "Features") for line in _processor_lines(name) for flag in line.split()}
+    flags = _processor_flags()
     return not flags or not flags.isdisjoint(BFLOAT16_FLAGS)
+
+
+def saturates_bytes() -> bool:
+    """Whether products of bytes saturate: on x86-64 without VNNI, or where the system does not tell.
+
+    VNNI counts as missing too where ``ONEDNN_MAX_CPU_ISA`` keeps oneDNN, and so OpenVINO, from using it.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return limit in ISAS_WITHOUT_VNNI or _processor_flags().isdisjoint(BYTE_FLAGS)
+
+
+def _processor_flags() -> set[str]:
+    """Names of the processor's features on Linux; elsewhere none."""
+    return {flag for name in ("flags", "Features") for line in _processor_lines(name) for flag in line.split()}
 
 
 def processor_name() -> str:

@@ -44,6 +44,25 @@ def test_vendor_is_as_the_processor_names_itself(lines, processor, expected, mon
     assert machine.processor_vendor() == expected
 
 
+@pytest.mark.parametrize(
+    ("architecture", "flags", "limit", "expected"),
+    [
+        ("x86_64", "avx2 fma", None, True), ("x86_64", "avx512f avx512_bf16", None, True), ("AMD64", "", None, True),
+        ("x86_64", "avx2 avx_vnni", None, False), ("x86_64", "avx512f avx512_vnni", None, False),
+        ("x86_64", "avx2 avx512_vnni", "avx2", True), ("x86_64", "avx512_vnni", "AVX512_CORE_VNNI", False),
+        ("aarch64", "", None, False),
+    ],
+)  # fmt: skip
+def test_bytes_saturate_on_processors_without_vnni(architecture, flags, limit, expected, monkeypatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: architecture)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"processor\t: 0\nflags\t: {flags}\n")
+    if limit is None:
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    else:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert machine.saturates_bytes() == expected
+
+
 def test_version_of_a_package_that_is_not_installed_is_none() -> None:
     assert machine.installed_version("numpy") == importlib.metadata.version("numpy")
     assert machine.installed_version("no-such-package-is-installed") is None

@@ -19,6 +19,7 @@ from maskformer_fast.deploy.bundle.manifest import Precision, expect
 from maskformer_fast.deploy.runtime.cpu_session import FLAVOUR, INPUT, OUTPUTS, Tensor
 from maskformer_fast.deploy.runtime.mask_factors import PANEL, FactoredMasks, Projection
 from maskformer_fast.deploy.runtime.openvino_attention import replace_attention
+from maskformer_fast.deploy.runtime.openvino_weights import fit_weights
 
 TYPES = {"f32": "tensor(float)", "u8": "tensor(uint8)"}
 _TABLE_OF_TYPES = threading.Lock()
@@ -76,6 +77,7 @@ class OpenvinoSession:
             self._tail = tail
             self._threads = max(1, threads // streams)
             replace_attention(model, self._threads)
+            fit_weights(model)
             self._model = core.compile_model(model if tail is None else _without(model, tail), "CPU", settings)
         except RuntimeError as error:
             key = f"graphs.{FLAVOUR}" if weights is None else "engines"
