@@ -23,7 +23,24 @@ constexpr Factors kFactors = Factors::floats;
 template <class Element>
 constexpr int64_t kPerFloat = kFactors<Element> == Factors::halves ? 2 : 1;  // factors in the place of a float
 
-int64_t channels_of(const Attention& attention) { return round_up(attention.head_dim, kChannelPanel); }
+#if defined(__AMX_BF16__)
+constexpr int64_t kPadding = kTileChannels, kQueries = kTileQueries;
+#else
+constexpr int64_t kPadding = kChannelPanel, kQueries = kQueryBlock;
+#endif
+
+int64_t channels_of(const Attention& attention) { return round_up(attention.head_dim, kPadding); }
+
+// A product of common/products.h. By tiles, rows after the last are computed as well, of whatever is there.
+template <Factors factors>
+void multiply_block(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
+                    int64_t b_stride, bool add, float* c, int64_t c_stride) {
+#if defined(__AMX_BF16__)
+  multiply_tiles(rows, columns, depth, a, a_stride, b, b_stride, add, c, c_stride);
+#else
+  multiply_matrices<factors>(rows, columns, depth, a, a_stride, b, b_stride, add, c, c_stride);
+#endif
+}
 
 template <class Element>
 const Element* row_of(const Element* tokens, const TokenStrides& strides, int64_t image, int64_t token,
@@ -99,13 +116,24 @@ void pack_rows(const Attention& attention, const Element* tokens, const TokenStr
   }
 }
 
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
 // Hides keys from a query: those that it must not see and those that only fill a panel up.
 void hide(const Attention& attention, int64_t image, int64_t query, int64_t first, int64_t keys, float* scores) {
   if (query < attention.masked_queries) {
     const int64_t start = attention.keys - attention.masked_keys;
     const int64_t row = (image * attention.masked_queries + query) * attention.masked_keys;
-    for (int64_t key = first < start ? start - first : 0; key < keys && first + key < attention.keys; ++key) {
-      if (!attention.visible[row + first + key - start]) scores[key] = kHidden;
+    const uint8_t* visible = attention.visible + row + first - start;
+    const int64_t end = keys < attention.keys - first ? keys : attention.keys - first;
+    int64_t key = first < start ? start - first : 0;
+    for (; key + kLanes <= end; key += kLanes) {
+      Bytes bytes;
+      __builtin_memcpy(&bytes, visible + key, sizeof bytes);
+      const Ints seen = __builtin_convertvector(bytes, Ints) != 0;
+      store(scores + key, select(seen, load(scores + key), broadcast(kHidden)));
+    }
+    for (; key < end; ++key) {
+      if (!visible[key]) scores[key] = kHidden;
     }
   }
   for (int64_t key = attention.keys - first; key < keys; ++key) scores[key] = 2 * kHidden;
@@ -124,6 +152,19 @@ MF_INLINE Floats exp2_negative(Floats x) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// Computes 2^x for x <= 0 with relative error 8e-5, for results in bfloat16. NaN stays NaN.
+MF_INLINE Floats exp2_half(Floats x) {
+  const Floats rounded = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
+  const Floats f = x - rounded;
+  Floats p = broadcast(5.517166975121907e-2f);
+  p = p * f + 2.42611128278185e-1f;
+  p = p * f + 6.932609858590084e-1f;
+  p = p * f + 9.999280731781389e-1f;
+  return _mm512_maskz_scalef_ps(0xffff, p, rounded);
+}
+#endif
+
 // Running softmax of a query: largest score and sum of weights.
 struct Running {
   float largest, total;
@@ -137,16 +178,22 @@ MF_INLINE float soften(float* scores, int64_t keys, float scale, float* weights,
     largest = max(load(scores + key), largest), others = max(load(scores + key + kLanes), others);
   }
   const float top = highest(max(largest, others));
-  for (int64_t key = 0; key < keys; key += kLanes) {
+#if defined(__AVX512BF16__)
+  if constexpr (factors == Factors::halves) {
+    Floats others_total{};
+    for (int64_t key = 0; key < keys; key += 2 * kLanes) {
+      const Floats low = exp2_half((load(scores + key) - top) * scale);
+      const Floats high = exp2_half((load(scores + key + kLanes) - top) * scale);
+      total += low, others_total += high;
+      const __m512bh narrow = _mm512_cvtne2ps_pbh(high, low);
+      __builtin_memcpy(weights + key / 2, &narrow, sizeof narrow);
+    }
+    total += others_total;
+  }
+#endif
+  for (int64_t key = 0; factors == Factors::floats && key < keys; key += kLanes) {
     const Floats weight = exp2_negative((load(scores + key) - top) * scale);
     total += weight;
-#if defined(__AVX512BF16__)
-    if constexpr (factors == Factors::halves) {
-      const __m256bh narrow = _mm512_cvtneps_pbh(weight);
-      __builtin_memcpy(weights + key / 2, &narrow, sizeof narrow);
-      continue;
-    }
-#endif
     store(weights + key, weight);
   }
   const float factor = exp2_negative(broadcast((running.largest - top) * scale))[0];
@@ -162,21 +209,24 @@ void attend(const Attention& attention, const Element* query, const float* keys,
   const int64_t channels = channels_of(attention), width = channels / per_float, rows = last - first;
   const float scale = kLog2e / __builtin_sqrtf((float)attention.head_dim);
   float* queries = scratch;
-  float* sums = queries + kQueryBlock * channels;
-  float* scores = sums + kQueryBlock * channels;
-  float* weights = factors == Factors::halves ? scores + kQueryBlock * kKeyBlock : scores;
+  float* sums = queries + kQueries * channels;
+  float* scores = sums + kQueries * channels;
+  float* weights = factors == Factors::halves ? scores + kQueries * kKeyBlock : scores;
   constexpr int64_t kWeightStride = kKeyBlock / per_float;
-  Running running[kQueryBlock];
+  Running running[kQueries];
   for (int64_t row = 0; row < rows; ++row) {
     copy_row(row_of(query, attention.query_strides, image, first + row, head), attention.head_dim, channels,
              queries + row * width);
     running[row] = {4 * kHidden, 0.0f};
   }
+#if defined(__AMX_BF16__)
+  begin_tiles();
+#endif
   const int64_t end = round_up(attention.keys, kKeyPanel);
   for (int64_t start = 0; start < end; start += kKeyBlock) {
     const int64_t block = end - start < kKeyBlock ? end - start : kKeyBlock;
     for (int64_t panel = 0; panel < block; panel += kKeyPanel) {
-      multiply_matrices<factors>(rows, kKeyPanel, width, queries, width, keys + (start + panel) * width, kKeyPanel,
+      multiply_block<factors>(rows, kKeyPanel, width, queries, width, keys + (start + panel) * width, kKeyPanel,
                                  false, scores + panel, kKeyBlock);
     }
     for (int64_t row = 0; row < rows; ++row) {
@@ -187,9 +237,12 @@ void attend(const Attention& attention, const Element* query, const float* keys,
       float* sum = sums + row * channels;
       for (int64_t c = 0; c < channels; c += kLanes) store(sum + c, load(sum + c) * factor);
     }
-    multiply_matrices<factors>(rows, channels, block / per_float, weights, kWeightStride,
+    multiply_block<factors>(rows, channels, block / per_float, weights, kWeightStride,
                                values + start / per_float * channels, channels, start > 0, sums, channels);
   }
+#if defined(__AMX_BF16__)
+  end_tiles();
+#endif
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t place = image * attention.queries + first + row;
     Element* target = result + (place * attention.heads + head) * attention.head_dim;

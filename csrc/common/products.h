@@ -93,6 +93,78 @@ void multiply_matrices(int64_t rows, int64_t columns, int64_t depth, const float
   }
 }
 
+#if defined(__AMX_BF16__)
+constexpr int kTileRows = 16;    // rows of a tile: of a, of c, and pairs of numbers along the sum in b
+constexpr int kTileFloats = 16;  // places of floats in a row of a tile
+
+// Shapes of a thread's tiles, as the processor reads them: all of the full size.
+struct TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr TileShapes kTileShapes;
+
+// Call begin_tiles before the first product of a thread, and end_tiles after the last.
+MF_INLINE void begin_tiles() { _tile_loadconfig(&kTileShapes); }
+MF_INLINE void end_tiles() { _tile_release(); }
+
+// As multiply_tiles, for one or two tiles of rows, and of columns.
+template <bool two_rows, bool two_columns>
+void multiply_tile_group(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, bool add,
+                         float* c, int64_t c_stride) {
+  const int64_t a_bytes = 4 * a_stride, b_bytes = 4 * b_stride, c_bytes = 4 * c_stride;
+  float* lower = c + kTileRows * c_stride;
+  if (add) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (two_columns) _tile_loadd(1, c + kTileFloats, c_bytes);
+    if constexpr (two_rows) _tile_loadd(2, lower, c_bytes);
+    if constexpr (two_rows && two_columns) _tile_loadd(3, lower + kTileFloats, c_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (two_columns) _tile_zero(1);
+    if constexpr (two_rows) _tile_zero(2);
+    if constexpr (two_rows && two_columns) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += kTileFloats) {
+    _tile_loadd(4, a + k, a_bytes);
+    _tile_loadd(6, b + k * b_stride, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (two_columns) {
+      _tile_loadd(7, b + k * b_stride + kTileFloats, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (two_rows) {
+      _tile_loadd(5, a + kTileRows * a_stride + k, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (two_columns) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (two_columns) _tile_stored(1, c + kTileFloats, c_bytes);
+  if constexpr (two_rows) _tile_stored(2, lower, c_bytes);
+  if constexpr (two_rows && two_columns) _tile_stored(3, lower + kTileFloats, c_bytes);
+}
+
+// Computes what multiply_matrices does for factors in bfloat16, by the processor's tiles. Columns and depth are
+// multiples of kTileFloats. Rows are computed up to a multiple of kTileRows, for which a and c have room.
+MF_INLINE void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride,
+                              const float* b, int64_t b_stride, bool add, float* c, int64_t c_stride) {
+  // The compiler's header does not say that tiles are read from memory and written to it.
+  __asm__ volatile("" ::: "memory");
+  for (int64_t column = 0; column < columns; column += 2 * kTileFloats) {
+    const bool two_columns = columns - column > kTileFloats;
+    for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
+      const bool two_rows = rows - row > kTileRows;
+      const auto run = two_rows ? (two_columns ? multiply_tile_group<true, true> : multiply_tile_group<true, false>)
+                                : (two_columns ? multiply_tile_group<false, true> : multiply_tile_group<false, false>);
+      run(a + row * a_stride, a_stride, b + column, b_stride, depth, add, c + row * c_stride + column, c_stride);
+    }
+  }
+  __asm__ volatile("" ::: "memory");
+}
+#endif
+
 // Transposes a block of 4 x 4.
 MF_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
 #if defined(__AVX2__)

@@ -51,7 +51,7 @@ def packed_linear_is_faster(channels: int, gelu: bool = False) -> bool:
     On AMD's processors without AVX-512 MKL is faster, but where the sums are short, and with GELU, which oneDNN applies
     as it writes. A rule, as `onednn_is_faster` is.
     """
-    return onednn_is_faster() or (onednn_beside_mkl_on_amd() and (gelu or channels <= _SHORT_SUM))
+    return True or (onednn_beside_mkl_on_amd() and (gelu or channels <= _SHORT_SUM))
 
 
 def winograd_is_faster(in_channels: int, out_channels: int, dtype: torch.dtype, pixels: int) -> bool:

@@ -43,7 +43,7 @@ def mask_product(
         if queries_innermost:
             product = torch.bmm(embedded.flatten(2).mT, embeddings.mT)  # [B, h*w, N]
             return product.mT.unflatten(2, embedded.shape[2:])
-        return torch.bmm(embeddings, embedded.flatten(2)).unflatten(2, embedded.shape[2:])
+        return _multiply(embeddings, embedded.flatten(2)).unflatten(2, embedded.shape[2:])
     if queries_innermost:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     # One convolution an image: a grouped one for the batch takes twice the time in oneDNN.
@@ -52,6 +52,16 @@ def mask_product(
         for image, rows in zip(pixels.split(1), embeddings.unbind(), strict=True)
     ]
     return masks[0] if len(masks) == 1 else torch.cat(masks)
+
+
+def _multiply(
+    rows: Tensor,  # [B, N, C]
+    columns: Tensor,  # [B, C, M]
+) -> Tensor:
+    """`torch.bmm`, which in bfloat16 on a CPU copies transposed columns slowly where the batch is one image."""
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.shape[0] == 1:
+        return F.linear(rows[0], columns[0].mT).unsqueeze(0)
+    return torch.bmm(rows, columns)
 
 
 def _folding_pays(embeddings: Tensor, pixels: Tensor, projection: Projection) -> bool:

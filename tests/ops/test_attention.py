@@ -8,8 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskformer_fast.ops.attention import attention, attention_eager
+from tests.support.instruction_sets import ALL_SETS, instruction_set
 
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2}  # of the largest value, at least 1
+
+
+@pytest.fixture(params=ALL_SETS)
+def isa(request):
+    """Each instruction set of this processor, those of products in bfloat16 too."""
+    with instruction_set(request.param):
+        yield request.param
 
 
 def random_case(seed, batch, queries, keys, heads, dim, masked, dtype=torch.float32, scale=1.0):

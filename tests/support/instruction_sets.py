@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 from maskformer_fast.core.extension import load_extension
 
-INSTRUCTION_SETS: list[str] = load_extension().available_isas()
+ALL_SETS: list[str] = load_extension().available_isas()
 """Names of the instruction sets that this processor runs, the narrowest first."""
+INSTRUCTION_SETS = [name for name in ALL_SETS if name not in ("avx512_bf16", "avx512_amx")]
+"""Those for which every operator is compiled; the others are of attention alone."""
 
 
 @contextmanager
