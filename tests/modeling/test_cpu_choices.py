@@ -120,15 +120,18 @@ def test_the_least_time_decides_and_is_measured_once_and_told(name, first_is_fas
 
 
 @pytest.mark.parametrize(
-    ("onednn", "amd", "channels", "gelu", "expected"),
+    ("libraries", "avx512", "vendor", "channels", "gelu", "expected"),
     [
-        (True, True, 1024, False, True), (False, True, 1024, False, False), (False, True, 128, False, True),
-        (False, True, 1024, True, True), (False, False, 96, True, False),
+        (True, True, "AuthenticAMD", 1024, False, True), (True, True, "GenuineIntel", 1024, False, True),
+        (True, False, "AuthenticAMD", 1024, False, False), (True, False, "AuthenticAMD", 128, False, True),
+        (True, False, "AuthenticAMD", 1024, True, True), (True, False, "GenuineIntel", 1024, True, False),
+        (True, False, "GenuineIntel", 96, True, True), (False, True, "GenuineIntel", 96, True, False),
     ],
 )  # fmt: skip
-def test_linear_layers_go_by_a_rule(onednn, amd, channels, gelu, expected, monkeypatch):
-    monkeypatch.setattr(cpu_choices, "onednn_is_faster", lambda: onednn)
-    monkeypatch.setattr(cpu_choices, "onednn_beside_mkl_on_amd", lambda: amd)
+def test_linear_layers_go_by_a_rule(libraries, avx512, vendor, channels, gelu, expected, monkeypatch):
+    monkeypatch.setattr(cpu_choices, "has_both_libraries", lambda: libraries)
+    monkeypatch.setattr(cpu_choices, "has_avx512", lambda: avx512)
+    monkeypatch.setattr(cpu_choices, "processor_vendor", lambda: vendor)
     monkeypatch.setattr(cpu_choices, "_seconds", lambda run: pytest.fail("measured"))
     assert packed_linear_is_faster(channels, gelu) == expected
 
