@@ -1,8 +1,9 @@
 """Linear layers and Swin blocks for inference on the CPU, by oneDNN's matrix products and our window attention.
 
 PyTorch multiplies float32 matrices on the CPU by MKL, which uses half of what AMD's processors with AVX-512 can do, and
-applies nothing to the product. oneDNN multiplies by weights in a layout of its own choice, and applies GELU, ReLU or the addition of a residual when it
-writes the product; `cpu_choices` tells where it is faster. Results equal the network's up to rounding.
+applies nothing to the product. oneDNN multiplies by weights in a layout of its own choice, and applies GELU, ReLU or
+the addition of a residual when it writes the product; `cpu_choices` tells where it is faster. Results equal the
+network's up to rounding.
 """
 
 from __future__ import annotations
