@@ -60,15 +60,18 @@ def merge_panoptic(
     Stuff of one class is one segment. Parts of a thing that their tile cuts off know less of it than parts that are
     whole. If there are whole ones, these alone decide the thing's class and are drawn completely, over what is cut off;
     else all parts decide. The class has the largest area times score; the score is the best of the parts of that class.
+    A thing that only one tile found is left out if most of its pixels are nearer to another tile, which saw them better
+    and found none.
     """
     flags = np.array(is_thing, bool)
-    firsts, categories, scores, areas, wholes = [0], [], [], [], []
+    firsts, categories, scores, areas, wholes, doubtful = [0], [], [], [], [], []
     pairs: list[tuple[int, int]] = []
     for number in range(len(grid)):
         arrays = tile(number)
         count = len(arrays["categories"])
         own = grid.owned[number].within(grid.boxes[number])
-        areas.append(np.bincount(arrays["rows"][own].ravel() + 1, minlength=count + 1)[1:])
+        areas.append(_areas(arrays["rows"][own], count))
+        doubtful.append(flags[arrays["categories"]] & (2 * areas[-1] < _areas(arrays["rows"], count)))
         wholes.append(flags[arrays["categories"]] & ~_cut_off(grid, number, arrays["rows"], count))
         categories.append(arrays["categories"])
         scores.append(arrays["scores"])
@@ -78,6 +81,9 @@ def merge_panoptic(
         firsts.append(firsts[-1] + count)
     category, score, area = np.concatenate(categories), np.concatenate(scores), np.concatenate(areas)
     is_whole = np.concatenate(wholes)
+    groups = groups_of(firsts[-1], pairs)
+    alone = np.bincount(groups, minlength=firsts[-1])[groups] == 1
+    area = np.where(alone & np.concatenate(doubtful), 0, area)
     stuff: dict[int, int] = {}
     for row in np.flatnonzero(~flags[category] & (area > 0)).tolist():
         first = stuff.setdefault(int(category[row]), row)
@@ -93,6 +99,14 @@ def merge_panoptic(
         part = id_map[box.slices]
         np.copyto(part, drawn, where=(drawn != VOID) & ~has_whole[part])
     return _counted(grid, id_map, segments)
+
+
+def _areas(
+    rows: np.ndarray,  # int32, as of `panoptic_arrays`
+    count: int,
+) -> np.ndarray:
+    """Pixels of each segment of a tile -> [count]."""
+    return np.bincount(rows.ravel() + 1, minlength=count + 1)[1:]
 
 
 def _cut_off(

@@ -266,6 +266,28 @@ def test_a_thing_that_one_tile_cuts_off_and_another_sees_whole_is_as_in_that_one
     assert (unpack(instances.masks.numpy(), 100)[0] == (scene[..., 0] == 2)).all()
 
 
+@pytest.mark.parametrize("left, expected", [(45, False), (42, True)])
+def test_a_thing_that_only_one_tile_found_must_be_nearer_to_it(left, expected):
+    class Dreaming(Truth):
+        def infer(self, images, tasks):
+            results = {task: [] for task in tasks}
+            for image in images:
+                seen = image.copy()
+                if image[0, 0, 2] == 9:  # the tile on the left
+                    seen[20:40, left : left + 13] = 2, 1, 7
+                for task, found in super().infer([seen], tasks).items():
+                    results[task] += found
+            return results
+
+    scene = np.zeros((60, 100, 3), np.uint8)
+    scene[..., 0] = 1
+    scene[0, 0] = 1, 0, 9
+    results = infer_tiled(Dreaming(TestConfig(tile=60, tile_overlap=0.3)), scene, ("panoptic", "instance"))
+    things = [segment for segment in results["panoptic"].segments if segment.is_thing]
+    assert [thing.area for thing in things] == [20 * 13] * expected
+    assert len(results["instance"].labels) == expected
+
+
 def test_pixels_without_a_segment_stay_void():
     class Blind(Truth):
         def result(self, image, task):
