@@ -26,7 +26,7 @@ from maskformer_fast.deploy.bundle.manifest import MANIFEST_NAME, Manifest, Prec
 from maskformer_fast.deploy.runtime.selection import Backend, choose_backend
 from maskformer_fast.deploy.runtime.session import Runtime
 from maskformer_fast.distributed import world_size
-from maskformer_fast.inference.tiled import infer_some_tiled
+from maskformer_fast.inference.tiled import infer_some_tiled, with_tile
 
 CHANGEABLE = {"batch_size", "tile", "tile_overlap", "tile_blend"}
 """Fields of the test configuration that a bundle does not fix."""
@@ -86,7 +86,7 @@ class BundlePredictor:
         self.check_task(task)
         if tile is not None:
             tiled = copy.copy(self)
-            tiled.test = replace(self.test, tile=tile)
+            tiled.test = with_tile(self.test, tile)
             return tiled.predict(images, task, exif)
         if isinstance(images, ImageLike) or not isinstance(images, Iterable):
             return self.predict([images], task, exif)[0]  # which refuses what is no image

@@ -34,7 +34,7 @@ from maskformer_fast.inference.device_postprocess import (
     semantic_maps,
     semantic_score_maps,
 )
-from maskformer_fast.inference.tiled import infer_some_tiled
+from maskformer_fast.inference.tiled import infer_some_tiled, with_tile
 from maskformer_fast.inference.windows import window_labels, window_origins
 from maskformer_fast.modeling.autocast import autocast
 from maskformer_fast.ops import resize_images
@@ -125,7 +125,7 @@ class Predictor:
         """
         if tile is not None:
             tiled = copy.copy(self)
-            tiled.config = replace(self.config, test=replace(self.test, tile=tile))
+            tiled.config = replace(self.config, test=with_tile(self.test, tile))
             return tiled.predict(images, task, exif)
         self.check_task(task)
         if isinstance(images, ImageLike) or not isinstance(images, Iterable):

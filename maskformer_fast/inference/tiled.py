@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -283,6 +285,17 @@ def infer_tiled(predictor: TiledPredictor, image: np.ndarray, tasks: Sequence[Ta
         else:
             results[task] = full_size(tiled.instances, tiled.picture.size)
     return results
+
+
+def with_tile(test: TestConfig, tile: int) -> TestConfig:
+    """The configuration with another side of tiles.
+
+    Raises:
+        TypeError, ValueError: something that is no side in pixels.
+    """
+    if isinstance(tile, bool) or not isinstance(tile, Integral):
+        raise TypeError(f"tile: expected a whole number of pixels or None, got {tile!r}")
+    return replace(test, tile=int(tile))
 
 
 def infer_some_tiled(

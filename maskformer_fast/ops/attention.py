@@ -2,7 +2,8 @@
 
 PyTorch multiplies by MKL, which on AMD's processors uses a part of what they can do. Here blocks of scores stay in the
 processor's cache, and products, softmax and sums are in C++ (`csrc/attention`), in bfloat16 by the processor's own
-products where it has them, of AVX-512 or AMX. The backward pass computes the scores again. `attention_eager` is the eager twin.
+products where it has them, of AVX-512 or AMX. The backward pass computes the scores again. `attention_eager` is the
+eager twin.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from maskformer_fast.inference.postprocess import semantic
 from maskformer_fast.inference.tile_grid import TileGrid, groups_of
 from maskformer_fast.inference.tiled import ArrayPicture, TiledSegmentation, TileFiles, infer_tiled
 from maskformer_fast.structures import PixelPredictions, Predictions
+from tests.support.demo_cases import scene_predictor
 from tests.support.scene import METADATA, Truth, draw_scene, partition, scene_keys
 
 SIZES = [(7, 9), (64, 64), (100, 65), (65, 300), (331, 257), (129, 1)]
@@ -58,6 +59,12 @@ def test_neighbours_overlap_at_least_as_asked():
 def test_options_are_checked(field, value):
     with pytest.raises(ValueError, match=f"test.{field}"):
         TestConfig(**{field: value})
+
+
+@pytest.mark.parametrize("tile", [1.5, "64", True])
+def test_a_side_that_is_no_number_of_pixels_is_an_error(tile):
+    with pytest.raises(TypeError, match=f"tile: expected a whole number of pixels or None, got {tile!r}"):
+        scene_predictor("maskformer").predict(np.zeros((90, 80, 3), np.uint8), tile=tile)
 
 
 def test_tiles_do_not_go_with_augmentation_or_other_orders():
