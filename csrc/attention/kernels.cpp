@@ -123,17 +123,17 @@ void hide(const Attention& attention, int64_t image, int64_t query, int64_t firs
   if (query < attention.masked_queries) {
     const int64_t start = attention.keys - attention.masked_keys;
     const int64_t row = (image * attention.masked_queries + query) * attention.masked_keys;
-    const uint8_t* visible = attention.visible + row + first - start;
+    const int64_t offset = row + first - start;  // of the block's first key, which may lie before the masked ones
     const int64_t end = keys < attention.keys - first ? keys : attention.keys - first;
     int64_t key = first < start ? start - first : 0;
     for (; key + kLanes <= end; key += kLanes) {
       Bytes bytes;
-      __builtin_memcpy(&bytes, visible + key, sizeof bytes);
+      __builtin_memcpy(&bytes, attention.visible + (offset + key), sizeof bytes);
       const Ints seen = __builtin_convertvector(bytes, Ints) != 0;
       store(scores + key, select(seen, load(scores + key), broadcast(kHidden)));
     }
     for (; key < end; ++key) {
-      if (!visible[key]) scores[key] = kHidden;
+      if (!attention.visible[offset + key]) scores[key] = kHidden;
     }
   }
   for (int64_t key = attention.keys - first; key < keys; ++key) scores[key] = 2 * kHidden;
